@@ -1,0 +1,291 @@
+"""Rows, tokens and labels of what hooks see, against hand-written hooks and against what must change when a prompt does."""
+
+import pytest
+import torch
+from conftest import PROMPTS, build, generate_options, sd15, tiny_unet
+
+from hook import HookedDiffusionModel
+from rows import guidance_weights, to_tokens
+
+HOOK = "up_blocks.0.attentions.1"
+
+
+def run(pipe, prompts=PROMPTS[:2], hook_names=HOOK, rows="both", n=1, **options):
+    hooked = HookedDiffusionModel.from_pipeline(pipe)
+    extra = {"num_images_per_prompt": n} if n > 1 else {}
+    keep = {k: options.pop(k) for k in ("save_input", "cache_every_n_timesteps", "dtype") if k in options}
+    return hooked.run_with_cache(
+        hook_names, prompts, rows=rows, **keep, **generate_options(len(prompts) * n, **options), **extra
+    )
+
+
+def test_rows_equal_a_hand_written_hook(pipe):
+    """Row (p, s, t) is what the module returns for that prompt, step and token in the same batch: exact."""
+    seen, inputs = [], []
+    module = pipe.unet.get_submodule(HOOK)
+
+    def hook(module, args, output):
+        inputs.append(args[0].clone())
+        seen.append(output[0].clone())
+
+    handle = module.register_forward_hook(hook)
+    try:
+        _, cache = run(pipe, save_input=True)
+    finally:
+        handle.remove()
+    for recorded, side in ((seen, "output"), (inputs, "input")):
+        expected = torch.stack(recorded, 1)  # (rows, steps, d, H, W), unconditional rows first
+        P, S, d, H, W = expected.shape
+        expected = expected.reshape(P, S, d, H * W).transpose(2, 3)
+        assert torch.equal(cache[side + "_uncond"][HOOK], expected[:2])
+        assert torch.equal(cache[side][HOOK], expected[2:])
+        assert cache["grid"][HOOK] == (H, W)
+    assert cache["timesteps"][HOOK].tolist() == [float(t) for t in pipe.scheduler.timesteps]
+
+
+@pytest.mark.parametrize("guidance_scale", [1.5, 7.0])
+def test_changing_a_prompt_changes_its_conditional_rows_alone(pipe, guidance_scale):
+    changed = [PROMPTS[0], PROMPTS[2], PROMPTS[1]]
+    _, before = run(pipe, PROMPTS, guidance_scale=guidance_scale)
+    _, after = run(pipe, changed[:1] + [PROMPTS[1] + " and stars"] + PROMPTS[2:], guidance_scale=guidance_scale)
+    same = [torch.equal(before["output"][HOOK][p, 0], after["output"][HOOK][p, 0]) for p in range(3)]
+    assert same == [True, False, True]
+    assert torch.equal(before["output_uncond"][HOOK][:, 0], after["output_uncond"][HOOK][:, 0])
+
+
+def test_one_row_a_prompt_and_image(pipe):
+    """The first axis is prompts x images, prompt-major: with n=2 the rows of a prompt are those of its two seeds."""
+    _, two = run(pipe, n=2)
+    repeated = [p for p in PROMPTS[:2] for _ in range(2)]
+    _, four = run(pipe, repeated)
+    assert two["output"][HOOK].shape[0] == 4
+    assert torch.allclose(
+        two["output"][HOOK], four["output"][HOOK], rtol=1e-3, atol=1e-3
+    )  # prompts are encoded 2 or 4 at once
+
+
+def test_options_of_the_cache(pipe):
+    _, every = run(pipe, num_inference_steps=5)
+    _, third = run(pipe, num_inference_steps=5, cache_every_n_timesteps=3, dtype=torch.float16)
+    assert torch.equal(third["output"][HOOK], every["output"][HOOK][:, ::3].half())
+    assert torch.equal(third["timesteps"][HOOK], every["timesteps"][HOOK][::3])
+    assert torch.equal(third["sigmas"][HOOK], every["sigmas"][HOOK][::3])
+
+
+def test_without_guidance_all_rows_are_conditional(pipe):
+    for guidance_scale in (0.0, 1.0):
+        _, cache = run(pipe, rows="cond", guidance_scale=guidance_scale)
+        assert cache["output"][HOOK].shape[0] == 2
+        with pytest.raises(ValueError, match="unconditional rows"):
+            run(pipe, rows="uncond", guidance_scale=guidance_scale)
+
+
+def test_an_empty_prompt_alone_is_not_an_error():
+    _, cache = run(build(sd15), [""])
+    assert torch.allclose(cache["output"][HOOK], cache["output_uncond"][HOOK], atol=1e-5)
+
+
+def test_a_step_is_a_call_of_the_scheduler():
+    from diffusers import HeunDiscreteScheduler
+
+    pipe = build(sd15, scheduler=HeunDiscreteScheduler())
+    _, cache = run(pipe, num_inference_steps=5)
+    assert cache["output"][HOOK].shape[1] == 9
+    assert cache["timesteps"][HOOK].tolist() == [float(t) for t in pipe.scheduler.timesteps]
+    assert (
+        HookedDiffusionModel.from_pipeline(pipe).first_step(
+            HOOK, PROMPTS[:2], **generate_options(2, num_inference_steps=5)
+        )["num_steps"]
+        == 9
+    )
+
+
+def test_the_first_step_leaves_no_trace(pipe):
+    hooked = HookedDiffusionModel.from_pipeline(pipe)
+    options = generate_options(2) | {"generator": None}
+    torch.manual_seed(3)
+    expected = hooked(PROMPTS[:2], **options).images
+    torch.manual_seed(3)
+    step = hooked.first_step(HOOK, PROMPTS[:2], **options)
+    output, cache = hooked.run_with_cache(HOOK, PROMPTS[:2], **options)
+    assert torch.equal(output.images, expected)
+    assert torch.equal(step["output"][HOOK][:, 0], cache["output"][HOOK][:, 0])
+
+
+def test_nothing_is_left_behind(pipe):
+    """Hooks and class patches are gone afterwards, also after an exception, and the sample is the untouched one."""
+    before = hooks_and_patches(pipe)
+    expected = pipe(PROMPTS[:2], **generate_options(2)).images
+    output, _ = run(pipe, hook_names="**", save_input=True)
+    assert torch.equal(output.images, expected)
+    assert hooks_and_patches(pipe) == before
+
+    def broken(module, input, output):
+        raise RuntimeError("on purpose")
+
+    hooked = HookedDiffusionModel.from_pipeline(pipe)
+    with pytest.raises(RuntimeError, match="on purpose"), hooked.cache(HOOK, 2):
+        hooked.run_with_hooks({"mid_block": broken}, PROMPTS[:2], **generate_options(2))
+    assert hooks_and_patches(pipe) == before
+
+
+def hooks_and_patches(pipe):
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in pipe.unet.modules())
+    return hooks, type(pipe.scheduler).step, dict(vars(type(pipe.scheduler))), pipe._progress_bar_config
+
+
+def test_edits(pipe):
+    """A function sees (module, input, output) and what it returns takes the output's place; None changes nothing."""
+    hooked = HookedDiffusionModel.from_pipeline(pipe)
+    plain = hooked(PROMPTS[:2], **generate_options(2)).images
+    nothing = hooked.run_with_hooks(
+        {HOOK: [lambda m, i, o: None, lambda m, i, o: (o[0] * 1,)]}, PROMPTS[:2], **generate_options(2)
+    ).images
+    zeroed = hooked.run_with_hooks({HOOK: lambda m, i, o: (0 * o[0],)}, PROMPTS[:2], **generate_options(2)).images
+    skipped = hooked.run_with_hooks({HOOK: lambda m, i, o: (i[0],)}, PROMPTS[:2], **generate_options(2)).images
+    assert torch.equal(nothing, plain)
+    assert not torch.equal(zeroed, plain)
+    assert not torch.equal(skipped, plain)
+    assert not torch.equal(skipped, zeroed)
+
+
+def test_names(pipe):
+    hooked = HookedDiffusionModel.from_pipeline(pipe)
+    assert hooked.hook_names("up_blocks.*.attentions.*") == ["up_blocks.0.attentions.0", "up_blocks.0.attentions.1"]
+    assert hooked.hook_names(f"unet.{HOOK}") == [HOOK]
+    assert "mid_block.attentions.0.transformer_blocks.0.attn2" in hooked.hook_names("attn[12]")
+    assert "mid_block.attentions.0.transformer_blocks.0.attn2" in hooked.hook_names("mid_block.**")
+    everything = hooked.hook_names()
+    assert set(everything) == set(hooked.hook_names("**")) and "mid_block.attentions" not in everything
+    with pytest.raises(ValueError, match="up_blocks.0.attentions.1"):
+        hooked.hook_names("up_block.0.attention.1")
+    with pytest.raises(ValueError, match="no module matches"):
+        hooked.hook_names("down_block*.x")
+
+
+def test_a_module_that_runs_twice_is_refused_by_name_and_left_out_of_a_glob(pipe):
+    twice = "up_blocks.0.resnets.0.nonlinearity"
+    with pytest.raises(ValueError, match="several times"):
+        run(pipe, hook_names=twice)
+    _, cache = run(pipe, hook_names="up_blocks.0.resnets.0.*")
+    assert twice not in cache["output"] and "up_blocks.0.resnets.0.conv1" in cache["output"]
+
+
+def test_modules_that_never_run_are_refused(pipe):
+    pipe.unet.spare = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="never ran"):
+        run(pipe, hook_names="spare")
+    with pytest.raises(ValueError, match="never ran"):
+        HookedDiffusionModel.from_pipeline(pipe).run_with_hooks(
+            {"spare": lambda m, i, o: o}, PROMPTS[:1], **generate_options(1)
+        )
+
+
+def test_guidance_weights_are_exact():
+    g = torch.Generator().manual_seed(0)
+    u, c = torch.randn(2, 3, 8, 8, 8, generator=g)
+    assert guidance_weights([u, c], u + 5 * (c - u)) == pytest.approx([-4, 5], abs=1e-6)
+    assert guidance_weights([c, u], -(u + 5 * (c - u))) == pytest.approx([-5, 4], abs=1e-6)
+    assert guidance_weights([u, u], u) is None
+    assert guidance_weights([u, c], (u + 5 * (c - u))[:, :4]) == pytest.approx([-4, 5], abs=1e-6)
+
+
+def test_tokens_are_in_raster_order():
+    x = torch.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5)
+    tokens, grid = to_tokens(x, ())
+    assert grid == (4, 5) and tokens[1, 2 * 5 + 3].tolist() == x[1, :, 2, 3].tolist()
+    assert to_tokens(tokens, [(2, 2), (4, 5)])[1] == (4, 5)
+    assert to_tokens(tokens, [])[1] == (20,)
+
+
+# ------------------------------------------------------------------------------------------- a denoiser of one's own
+
+
+class Euler:
+    """A hand-written scheduler: x' = x - step size x prediction."""
+
+    def step(self, prediction, timestep, sample):
+        return sample - 0.1 * prediction
+
+
+class Denoiser(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mix = torch.nn.Conv2d(3, 6, 3, padding=1)
+        self.text = torch.nn.Linear(5, 6)
+        self.out = torch.nn.Conv2d(6, 3, 3, padding=1)
+
+    def forward(self, x, t, text):
+        return self.out((self.mix(x) * (1 + t / 10) + self.text(text)[..., None, None]).tanh())
+
+
+@pytest.mark.parametrize("order", ["uncond first", "cond first"])
+@pytest.mark.parametrize("forwards", [1, 2])
+def test_a_loop_of_ones_own(order, forwards):
+    torch.manual_seed(0)
+    model, scheduler = Denoiser(), Euler()
+    hooked = HookedDiffusionModel(model, scheduler)
+    text = {"cond": torch.randn(3, 5), "uncond": torch.zeros(3, 5)}
+    names = ["uncond", "cond"] if order == "uncond first" else ["cond", "uncond"]
+    seen = {"cond": [], "uncond": []}
+    x = torch.randn(3, 3, 4, 5)
+    with torch.no_grad(), hooked.cache(["mix", "out"], 3, rows="both", save_input=True) as cache:
+        for t in (9.0, 5.0, 1.0):
+            if forwards == 2:
+                out = {n: model(x, t, text=text[n]) for n in names}
+            else:
+                out = dict(zip(names, model(torch.cat([x, x]), t, torch.cat([text[n] for n in names])).chunk(2)))
+            for n in names:
+                seen[n].append(out[n].flatten(2).transpose(1, 2))
+            x = scheduler.step(out["uncond"] + 4 * (out["cond"] - out["uncond"]), t, x)
+    assert torch.equal(cache["output"]["out"], torch.stack(seen["cond"], 1))
+    assert torch.equal(cache["output_uncond"]["out"], torch.stack(seen["uncond"], 1))
+    assert cache["timesteps"]["mix"].tolist() == [9.0, 5.0, 1.0]
+    assert cache["grid"]["mix"] == (4, 5)
+    assert Euler.step.__qualname__ == "Euler.step"
+
+
+def test_the_built_in_loop_gives_the_pipelines_images():
+    pipe = build(sd15)
+
+    def encode_prompt(prompt, device, num_images_per_prompt, do_classifier_free_guidance, negative_prompt):
+        return pipe.encode_prompt(prompt, device, num_images_per_prompt, do_classifier_free_guidance, negative_prompt)
+
+    hooked = HookedDiffusionModel(pipe.unet, pipe.scheduler, encode_prompt, vae=pipe.vae)
+    options = dict(num_inference_steps=3, guidance_scale=5.0)
+    for output_type, tolerance in (("latent", 0), ("pt", 1e-6)):
+        latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+        expected = pipe(PROMPTS[:2], latents=latents, output_type=output_type, height=32, width=32, **options).images
+        output, cache = hooked.run_with_cache(HOOK, PROMPTS[:2], latents=latents, output_type=output_type, **options)
+        assert torch.allclose(output.images, expected, atol=tolerance, rtol=0)
+        assert cache["output"][HOOK].shape == (2, 3, 64, 16)
+
+
+def test_a_denoiser_without_prompts():
+    torch.manual_seed(0)
+    unet = torch.nn.Module()
+    unet = type("Plain", (torch.nn.Module,), {"forward": lambda self, x, t: self.conv(x)})()
+    unet.conv = torch.nn.Conv2d(3, 3, 1)
+    hooked = HookedDiffusionModel(
+        unet, Euler(), get_timesteps=lambda n, device: range(n, 0, -1), sample_shape=(3, 4, 4)
+    )
+    output, cache = hooked.run_with_cache(
+        "conv", num_inference_steps=4, batch_size=2, generator=torch.Generator().manual_seed(0)
+    )
+    assert output.images.shape == (2, 3, 4, 4) and cache["output"]["conv"].shape == (2, 4, 16, 3)
+    with pytest.raises(ValueError, match="sample_shape"):
+        HookedDiffusionModel(unet, Euler(), get_timesteps=lambda n, device: range(n))()
+
+
+def test_a_zero_last_layer_is_an_error_not_a_guess():
+    pipe = build(sd15)
+    torch.nn.init.zeros_(pipe.unet.conv_out.weight)
+    with pytest.raises(ValueError, match="can't tell conditional"):
+        run(pipe)
+
+
+def test_two_denoisers_have_long_names():
+    pipe = build(sd15)
+    hooked = HookedDiffusionModel.from_pipeline(pipe)
+    hooked.denoisers = {"unet": pipe.unet, "unet_2": tiny_unet()}
+    assert hooked.hook_names(f"unet_2.{HOOK}") == [f"unet_2.{HOOK}"]
