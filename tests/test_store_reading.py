@@ -1,0 +1,181 @@
+"""Reading activation files: what is refused, the split by prompt, and the seeded shuffle that starts anywhere."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import store
+from store import Activations, checksum, newest_activations, open_activations, open_file
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(store, "HELD_OUT", dict(share=0.1, at_least=0, at_most=10**9))
+    monkeypatch.setattr(store, "BLOCK_BYTES", 64)
+
+
+def numbered(path, shape=(20, 3, 8), dtype=np.float32, first=0):
+    """A file whose vectors are (number, number), counted through the file; returns its path."""
+    numbers = first + np.arange(np.prod(shape), dtype=np.float64).reshape(shape)
+    np.save(path, np.stack([numbers, numbers], -1).astype(dtype))
+    return path
+
+
+def describe(path, **meta):
+    meta = {"format": 1, "hook_name": "mid_block", "side": "output", "rows": "cond", "stream": "image", **meta}
+    path.with_suffix(".json").write_text(json.dumps(meta | {"checksum": checksum(meta)}))
+
+
+def ids(tensors):
+    return torch.cat(list(tensors))[:, 0].long()
+
+
+def test_split_is_by_prompt_and_loses_nothing(tmp_path):
+    data = Activations([numbered(tmp_path / "a.npy")])
+    held_out, training = ids(data.held_out()), ids(data.batches(7, data.num_training))
+    assert (len(held_out), len(training)) == (data.num_held_out, data.num_training) == (48, 432)  # 2 prompts of 20
+    assert sorted(held_out.tolist() + training.tolist()) == list(range(480))
+    prompts = lambda numbers: set((numbers // 24).tolist())
+    assert not prompts(held_out) & prompts(training)
+    assert prompts(ids(data.sample(300)[None])) <= prompts(training)
+    assert len(ids(data.sample(300)[None]).unique()) == 300
+    other = Activations(data.paths, seed=1)
+    assert prompts(ids(other.held_out())) != prompts(held_out)
+
+
+def test_how_much_is_held_out(tmp_path, monkeypatch):
+    path = numbered(tmp_path / "a.npy", (100, 4))
+    held_out = lambda **limits: (monkeypatch.setattr(store, "HELD_OUT", limits), Activations([path]).num_held_out)[1]
+    assert held_out(share=0.1, at_least=0, at_most=10**6) == 40
+    assert held_out(share=0.1, at_least=70, at_most=10**6) == 72  # whole prompts
+    assert held_out(share=0.1, at_least=300, at_most=10**6) == 100  # but no more than a quarter
+    assert held_out(share=0.1, at_least=0, at_most=12) == 12
+
+
+@pytest.mark.parametrize("shape", [(500,), (1, 500), (1, 10, 50)])
+def test_one_prompt_or_none_is_split_into_contiguous_pieces(tmp_path, shape):
+    data = Activations([numbered(tmp_path / "a.npy", shape)])
+    held_out = ids(data.held_out())
+    assert sorted(held_out.tolist() + ids(data.batches(64, data.num_training)).tolist()) == list(range(500))
+    assert (held_out.diff() != 1).sum() < 4
+
+
+@pytest.mark.parametrize("buffer_rows", [50, 10_000])
+def test_shuffle_starts_anywhere_and_repeats_every_epoch(tmp_path, buffer_rows):
+    data = Activations([numbered(tmp_path / "a.npy")])
+    options = dict(seed=3, buffer_gb=buffer_rows * 8 / 2**30)
+    stop = 2 * data.num_training + 100
+    order = ids(data.batches(32, stop, **options))
+    assert len(order) == stop and len(order[:432].unique()) == len(order[432:864].unique()) == 432
+    assert not torch.equal(order[:432], order[432:864])
+    sizes = [len(batch) for batch in data.batches(32, stop, **options)]
+    assert set(sizes[:-1]) == {32} and sizes[-1] == stop % 32
+    for start in (32, 416, 448, 864):
+        assert torch.equal(ids(data.batches(32, stop, start, **options)), order[start:])
+    assert not torch.equal(ids(data.batches(32, stop, seed=4, buffer_gb=options["buffer_gb"])), order)
+
+
+def test_batches_are_shuffled_by_vector_not_by_image(tmp_path):
+    data = Activations([numbered(tmp_path / "a.npy", (60, 2, 16))])
+    batch = next(data.batches(64, 64))[:, 0].long() // 16  # which image of 16 tokens
+    assert len(batch.unique()) > 40  # whole images would be 4; 64 draws from 108 images give 48
+
+
+def test_several_files_are_one_data_set(tmp_path):
+    a, b = numbered(tmp_path / "a.npy", (10, 5)), numbered(tmp_path / "b.npy", (12, 5), first=50)
+    (data,) = open_activations([tmp_path / "*.npy", a])
+    assert data.paths == [str(a), str(b)] and data.num_vectors == 110
+    assert sorted(ids(data.held_out()).tolist() + ids(data.batches(9, data.num_training)).tolist()) == list(range(110))
+
+
+def test_each_hook_name_is_a_data_set(tmp_path):
+    for name, meta in {"m": {}, "n": {}, "m.uncond": {"rows": "uncond"}, "u": {"hook_name": "up"}}.items():
+        describe(numbered(tmp_path / f"{name}.npy"), **meta)
+    numbered(tmp_path / "samples.npy")  # no description
+    sets = open_activations([tmp_path])
+    names = [[path[len(str(tmp_path)) + 1 :] for path in s.paths] for s in sets]
+    assert names == [["m.npy", "n.npy"], ["m.uncond.npy"], ["u.npy"]]
+    assert sets[2].hook_name == "up"
+
+
+def test_newest(tmp_path):
+    with pytest.raises(ValueError, match="collect.py first"):
+        newest_activations(tmp_path)
+    describe(numbered(tmp_path / "a.npy"))
+    numbered(tmp_path / "samples.npy")
+    assert newest_activations(tmp_path).name == "a.npy"
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_dtypes(tmp_path, dtype):
+    data = Activations([numbered(tmp_path / "a.npy", (30, 10), dtype)])
+    assert data.sample(9).dtype == torch.float32
+    assert next(data.batches(4, 4)).dtype == torch.from_numpy(np.empty(0, dtype)).dtype
+
+
+def test_bfloat16_needs_its_description(tmp_path):
+    values = torch.randn(10, 4, 3).bfloat16()
+    np.save(tmp_path / "a.npy", values.view(torch.uint16).numpy())
+    with pytest.raises(ValueError, match="uint16"):
+        open_file(tmp_path / "a.npy")
+    describe(tmp_path / "a.npy", dtype="bfloat16", shape=[10, 4, 3])
+    data = Activations([tmp_path / "a.npy"])
+    rows = torch.cat([*data.held_out(), *data.batches(5, data.num_training)])
+    assert rows.dtype == torch.bfloat16
+    assert sorted(map(tuple, rows.tolist())) == sorted(map(tuple, values.flatten(0, 1).tolist()))
+
+
+def bad_files(folder):
+    good = numbered(folder / "good.npy").read_bytes()
+    np.save(folder / "integers.npy", np.zeros((4, 4), np.int64))
+    np.save(folder / "complex.npy", np.zeros((4, 4), np.complex64))
+    np.save(folder / "big endian.npy", np.zeros((4, 4), ">f4"))
+    np.save(folder / "vector.npy", np.zeros(4, np.float32))
+    np.save(folder / "single.npy", np.zeros((1, 4), np.float32))
+    np.save(folder / "no rows.npy", np.zeros((0, 4), np.float32))
+    np.save(folder / "columns.npy", np.asfortranarray(np.zeros((4, 5), np.float32)))
+    np.save(folder / "objects.npy", np.array([[{}, {}]], object), allow_pickle=True)
+    (folder / "truncated.npy").write_bytes(good[:-8])
+    (folder / "header.npy").write_bytes(good[:50])
+    (folder / "empty.npy").write_bytes(b"")
+    (folder / "text.npy").write_text("hello")
+    (folder / "unfinished.npy.partial").write_bytes(good)
+    return sorted(path for path in folder.iterdir() if path.name != "good.npy")
+
+
+def test_bad_files_are_refused_by_name(tmp_path):
+    files = bad_files(tmp_path)
+    assert len(files) == 13
+    for path in files:
+        with pytest.raises(ValueError) as caught:
+            open_activations([path])
+        assert path.name in str(caught.value)
+    with pytest.raises(OSError, match="no such file"):
+        open_activations([tmp_path / "missing.npy"])
+    with pytest.raises(ValueError, match="no .npy file"):
+        open_activations([tmp_path / "missing*.npy"])
+
+
+def test_files_that_do_not_fit_together(tmp_path):
+    numbered(tmp_path / "a.npy")
+    np.save(tmp_path / "b.npy", np.zeros((5, 3), np.float32))
+    with pytest.raises(ValueError, match="width 3"):
+        open_activations([tmp_path / "?.npy"])
+
+
+def test_damaged_description(tmp_path):
+    path = numbered(tmp_path / "a.npy")
+    describe(path, shape=[20, 3, 8, 2])
+    open_file(path)
+    text = path.with_suffix(".json").read_text()
+    path.with_suffix(".json").write_text(text.replace("mid_block", "mid_blocK"))
+    with pytest.raises(ValueError, match="checksum"):
+        open_file(path)
+    path.with_suffix(".json").write_text(text[:30])
+    with pytest.raises(ValueError, match="a.json"):
+        open_file(path)
+    describe(path, shape=[21, 3, 8, 2])
+    with pytest.raises(ValueError, match="its .json says"):
+        open_file(path)
