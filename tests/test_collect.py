@@ -1,0 +1,237 @@
+"""Files that collect.py writes: what is in them, and that no interruption changes a byte."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import build, generate_options, sd15
+
+import collect
+import store
+from collect import Config
+from hook import HookedDiffusionModel
+from store import checksum
+
+HOOKS = ["up_blocks.0.attentions.1", "mid_block"]
+
+
+@pytest.fixture
+def config(model_folder, tmp_path):
+    return Config(
+        hook_names=HOOKS,
+        model_name=str(model_folder),
+        out_dir=str(tmp_path / "acts"),
+        num_inference_steps=3,
+        batch_size=5,
+        max_num_examples=8,
+        device="cpu",
+    )
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in sorted(Path(folder).iterdir())}
+
+
+def test_the_files_hold_what_the_modules_computed(config, model_folder):
+    collect.main(replace(config, rows="both", store_dtype="float32"))
+    out = Path(config.out_dir)
+    prompts = [json.loads(line) for line in (out / "prompts.jsonl").read_text().splitlines()]
+    assert [p["prompt"] for p in prompts] == [f"a picture of {i}" for i in range(8)]
+    assert [(p["id"], p["seed"], p["colour"]) for p in prompts[:3]] == [(0, 0, "0"), (1, 1, "1"), (2, 2, "2")]
+
+    pipe = HookedDiffusionModel.from_pretrained(model_folder)
+    for first, last in ((0, 5), (5, 8)):  # in the batches it fixed
+        options = dict(num_inference_steps=3, guidance_scale=7.5, output_type="latent")
+        seeds = [torch.Generator().manual_seed(i) for i in range(first, last)]
+        text = [p["prompt"] for p in prompts[first:last]]
+        output, cache = pipe.run_with_cache(HOOKS, text, rows="both", generator=seeds, **options)
+        for name in HOOKS:
+            for key, end in (("output", ""), ("output_uncond", ".uncond")):
+                array = np.load(out / f"{name}{end}.npy", mmap_mode="r")
+                assert array.dtype == np.float32 and array.shape == (8, 3, 64, 16)
+                assert np.array_equal(array[first:last], cache[key][name].numpy())
+        samples = np.load(out / "samples.npy")
+        assert np.array_equal(samples[first:last], output.images.half().numpy())
+
+    record = json.loads((out / "mid_block.uncond.json").read_text())
+    array = np.load(out / "mid_block.uncond.npy").astype(np.float64)
+    assert record["checksum"] == checksum(record)
+    assert record["shape"] == [8, 3, 64, 16] and record["rows"] == "uncond" and record["grid"] == [8, 8]
+    assert record["timesteps"] == [667.0, 334.0, 1.0] and len(record["sigmas"]) == 3
+    assert record["mean_norm"] == pytest.approx(np.linalg.norm(array, axis=-1).mean((0, 2)).tolist(), rel=1e-5)
+    assert record["guidance_scale"] == 7.5 and record["pipeline_kwargs"]["num_inference_steps"] == 3
+
+
+@pytest.mark.parametrize("side", ["input", "diff"])
+def test_sides(config, side):
+    collect.main(replace(config, store_dtype="float32"))
+    collect.main(replace(config, store_dtype="float32", side=side, out_dir=config.out_dir + side))
+    collect.main(replace(config, store_dtype="float32", side="input", out_dir=config.out_dir + "x"))
+    read = lambda folder, name: np.load(Path(config.out_dir + folder) / name)
+    name = HOOKS[0]
+    output, before = read("", f"{name}.npy"), read("x", f"{name}.input.npy")
+    expected = before if side == "input" else output - before
+    assert np.array_equal(read(side, f"{name}.{side}.npy"), expected)
+
+
+def test_images_steps_and_negative_prompts(config, tmp_path):
+    table = tmp_path / "p.jsonl"
+    table.write_text('{"caption": "a dog", "avoid": "rain", "n": 4}\n{"caption": "a cat", "avoid": "", "n": 5}\n')
+    options = dict(dataset_name=str(table), num_images_per_prompt=2, cache_every_n_timesteps=2, negative_prompt="avoid")
+    collect.main(replace(config, **options))
+    out = Path(config.out_dir)
+    rows = [json.loads(line) for line in (out / "prompts.jsonl").read_text().splitlines()]
+    assert [(r["id"], r["seed"], r["prompt"], r["negative_prompt"], r["n"]) for r in rows] == [
+        (0, 0, "a dog", "rain", 4),
+        (0, 1, "a dog", "rain", 4),
+        (1, 2, "a cat", "", 5),
+        (1, 3, "a cat", "", 5),
+    ]
+    assert np.load(out / "mid_block.npy").shape == (4, 2, 64, 16)
+    assert json.loads((out / "mid_block.json").read_text())["timesteps"] == [667.0, 1.0]
+
+
+def test_bfloat16_is_stored_as_its_bits(config):
+    collect.main(replace(config, store_dtype="bfloat16"))
+    collect.main(replace(config, store_dtype="float32", out_dir=config.out_dir + "32"))
+    bits, full = (np.load(Path(d) / "mid_block.npy") for d in (config.out_dir, config.out_dir + "32"))
+    assert bits.dtype == np.uint16
+    assert json.loads((Path(config.out_dir) / "mid_block.json").read_text())["dtype"] == "bfloat16"
+    assert torch.equal(torch.from_numpy(bits).view(torch.bfloat16), torch.from_numpy(full).bfloat16())
+
+
+@pytest.mark.parametrize("moment", range(4))
+def test_a_run_that_stops_anywhere_goes_on_to_the_same_bytes(config, monkeypatch, moment):
+    """Stopped before any write, between two arrays of a batch, before the flag that vouches for it, while finishing."""
+    collect.main(replace(config, out_dir=config.out_dir + "-undisturbed"))
+    with monkeypatch.context() as patch:
+        real, calls = store.write_all, []
+
+        def stop(*args):
+            calls.append(args)
+            if len(calls) == (1, 5, 9, None)[moment]:
+                raise KeyboardInterrupt
+            return real(*args)
+
+        patch.setattr(store, "write_all", stop)
+        if moment == 3:
+            patch.setattr(store.Collection, "finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            collect.main(config)
+    assert not (Path(config.out_dir) / "mid_block.npy").exists()
+    collect.main(config)
+    assert contents(config.out_dir) == contents(config.out_dir + "-undisturbed")
+
+
+def test_kill_9(config):
+    """The real thing, in a process of its own."""
+    options = ["--hook_names", *HOOKS, "--num_inference_steps", "3", "--batch_size", "1", "--max_num_examples", "12"]
+    command = [sys.executable, "collect.py", *options, "--model_name", config.model_name, "--out_dir", config.out_dir]
+    process = subprocess.Popen(command, cwd=Path(collect.__file__).parent, stderr=subprocess.DEVNULL)
+    progress = Path(config.out_dir) / "progress.npy"
+    deadline = time.time() + 120
+    while not (progress.exists() and np.load(progress)[:, 0].sum() >= 2):
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    done = np.load(progress)[:, 0].sum()
+    assert 2 <= done < 12 and not (Path(config.out_dir) / "mid_block.npy").exists()
+    full = replace(config, batch_size=1, max_num_examples=12)
+    collect.main(full)
+    collect.main(replace(full, out_dir=config.out_dir + "-undisturbed"))
+    assert contents(config.out_dir) == contents(config.out_dir + "-undisturbed")
+
+
+def test_a_larger_number_extends(config):
+    collect.main(config)
+    collect.main(replace(config, max_num_examples=12))
+    collect.main(replace(config, max_num_examples=12, out_dir=config.out_dir + "-at-once"))
+    assert contents(config.out_dir) == contents(config.out_dir + "-at-once")
+    before = contents(config.out_dir)
+    collect.main(replace(config, max_num_examples=12))  # nothing to do
+    assert contents(config.out_dir) == before
+
+
+def test_other_settings_are_refused(config):
+    collect.main(config)
+    before = contents(config.out_dir)
+    for option in (
+        dict(seed=1),
+        dict(guidance_scale=3.0),
+        dict(batch_size=4),
+        dict(rows="uncond"),
+        dict(hook_names=["mid_block"]),
+        dict(dataset_name="another prompt"),
+        dict(max_num_examples=4),
+        dict(pipeline_kwargs='{"eta": 0.5}'),
+    ):
+        with pytest.raises(ValueError, match="holds"):
+            collect.main(replace(config, **option))
+    assert contents(config.out_dir) == before
+
+
+def test_fp16_overflow_names_the_option(config, model_folder, tmp_path):
+    pipe = build(sd15)
+    pipe.unet.mid_block.resnets[-1].conv2.weight.data.mul_(1e6)
+    pipe.save_pretrained(tmp_path / "loud")
+    loud = replace(
+        config, model_name=str(tmp_path / "loud"), dataset_name="a loud picture", hook_names=["mid_block.resnets.1"]
+    )
+    with pytest.raises(ValueError, match="--store_dtype"):
+        collect.main(loud)
+    collect.main(replace(loud, store_dtype="float32", out_dir=config.out_dir + "32"))
+
+
+def test_space_is_checked_before_anything_is_written(config, monkeypatch):
+    usage = type("Usage", (), {"free": 10_000})
+    monkeypatch.setattr(collect.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(ValueError, match="do not fit"):
+        collect.main(config)
+    assert not Path(config.out_dir).exists()
+
+
+def test_a_full_disk_stops_with_an_os_error_and_goes_on_later(config, monkeypatch):
+    def full(fd, offset, length):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(OSError, match="No space"):
+            collect.main(config)
+        assert not list(Path(config.out_dir).glob("*.partial"))
+    collect.main(config)
+    collect.main(replace(config, out_dir=config.out_dir + "-undisturbed"))
+    assert contents(config.out_dir) == contents(config.out_dir + "-undisturbed")
+
+
+def test_truncated_files_are_not_filled_with_zeros(config, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(store.Collection, "finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            collect.main(config)
+    partial = Path(config.out_dir) / "mid_block.npy.partial"
+    os.truncate(partial, partial.stat().st_size // 2)
+    with pytest.raises(ValueError, match="missing or damaged"):
+        collect.main(config)
+
+
+def test_pipeline_arguments_fill_in_defaults():
+    hooked = HookedDiffusionModel.from_pipeline(build(sd15))
+    assert hooked.arguments(num_inference_steps=None, guidance_scale=None, height=None) == dict(
+        num_inference_steps=50, guidance_scale=7.5
+    )
+    options = hooked.arguments(2, '{"eta": 1.0}', guidance_scale=3.0)
+    assert options == dict(guidance_scale=3.0, num_images_per_prompt=2, eta=1.0)
+    for wrong in ('{"etta": 1}', "[1]", "{"):
+        with pytest.raises(ValueError, match="--"):
+            hooked.arguments(1, wrong)
+    assert generate_options(1)["num_inference_steps"] == 2
