@@ -1,0 +1,36 @@
+"""The fast parts of a sparse autoencoder: one operation a file, a Triton kernel beside its torch twin.
+
+    encode(x, W_enc, b_enc, b_dec, k)                 -> top_acts, top_indices
+    decode(top_acts, top_indices, W_dec, b_dec)       -> x_hat
+    sum_by_latent(weights, top_indices, x, M)         -> dW, db       (the weight gradient of both)
+
+Tensors on CUDA go through Triton, all others, and all where Triton is not installed, through torch. Both give every
+gradient, accumulate in float32 and use no atomics, so the same input gives the same bits.
+"""
+
+import sys
+from importlib.machinery import PathFinder
+from importlib.util import module_from_spec
+from pathlib import Path
+
+# Hugging Face's package `kernels` has this name too, and transformers imports from it where it is installed. From a
+# checkout it would find this folder instead and fail, so whatever is not here is looked up there.
+_namesake = PathFinder.find_spec(
+    "kernels", [p for p in sys.path if Path(p).resolve() != Path(__file__).resolve().parents[1]]
+)
+if _namesake is not None:
+    __path__ += _namesake.submodule_search_locations or []
+
+from kernels.decode import decode  # noqa: E402
+from kernels.encode import encode  # noqa: E402
+from kernels.grad import sum_by_latent  # noqa: E402
+
+__all__ = ["decode", "encode", "sum_by_latent"]
+
+
+def __getattr__(name):
+    if _namesake is None or _namesake.loader is None or name.startswith("__"):
+        raise AttributeError(f"module 'kernels' has no attribute {name!r}")
+    module = module_from_spec(_namesake)
+    _namesake.loader.exec_module(module)
+    return getattr(module, name)

@@ -1,0 +1,126 @@
+"""decode: each vector's reconstruction from the k rows of W_dec that it uses, and its backward.
+
+    forward     x_hat[n]       = sum_j top_acts[n, j] * W_dec[top_indices[n, j]] + b_dec      (N, d)
+    backward    d_top_acts[n, j] = g[n] . W_dec[top_indices[n, j]]                            (N, k)
+                dW_dec           = sum_by_latent(top_acts, top_indices, g)                    (M, d), kernels/grad.py
+                db_dec           = sum_n g[n]                                                 (d,)
+
+The dense expression is S @ W_dec + b_dec with S (N, M) holding the activations: M / k = 640 times the products at
+M = 20480, k = 32. In both kernels a program has one vector and gathers k rows, BLOCK_K at a time.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from kernels.grad import sum_by_latent
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # macOS, Windows: the torch twins do the work
+    triton = None
+
+
+if triton is not None:
+
+    @triton.jit
+    def gather_sum_kernel(weights, top_indices, W, out, d, k, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
+        """Program (n, c): columns c * BLOCK_D + [0, BLOCK_D) of out[n]."""
+        n = tl.program_id(0).to(tl.int64)
+        cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        row = tl.zeros((BLOCK_D,), tl.float32)
+        for j in range(0, k, BLOCK_K):
+            at = j + tl.arange(0, BLOCK_K)
+            latent = tl.load(top_indices + n * k + at, mask=at < k, other=0).to(tl.int64)
+            weight = tl.load(weights + n * k + at, mask=at < k, other=0.0).to(tl.float32)
+            inside = (at < k)[:, None] & (cols < d)[None, :]
+            tile = tl.load(W + latent[:, None] * d + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+            row += tl.sum(weight[:, None] * tile, 0)
+        tl.store(out + n * d + cols, row, mask=cols < d)
+
+    @triton.jit
+    def gather_dot_kernel(x, top_indices, W, out, d, k, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
+        """Program (n, c): out[n, j] for BLOCK_K values of j, from c * BLOCK_K on."""
+        n = tl.program_id(0).to(tl.int64)
+        at = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+        latent = tl.load(top_indices + n * k + at, mask=at < k, other=0).to(tl.int64)
+        dots = tl.zeros((BLOCK_K,), tl.float32)
+        for c in range(0, d, BLOCK_D):
+            cols = c + tl.arange(0, BLOCK_D)
+            piece = tl.load(x + n * d + cols, mask=cols < d, other=0.0).to(tl.float32)
+            inside = (at < k)[:, None] & (cols < d)[None, :]
+            tile = tl.load(W + latent[:, None] * d + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+            dots += tl.sum(piece[None, :] * tile, 1)
+        tl.store(out + n * k + at, dots, mask=at < k)
+
+
+def triton_gather_sum(weights, top_indices, W):
+    (N, k), d = top_indices.shape, W.shape[1]
+    out = W.new_empty(N, d)
+    BLOCK_D = min(256, triton.next_power_of_2(d))
+    grid = (N, triton.cdiv(d, BLOCK_D))
+    weights, top_indices, W = weights.contiguous(), top_indices.contiguous(), W.contiguous()
+    gather_sum_kernel[grid](weights, top_indices, W, out, d, k, BLOCK_K=8, BLOCK_D=BLOCK_D)
+    return out
+
+
+def triton_gather_dot(x, top_indices, W):
+    (N, k), d = top_indices.shape, W.shape[1]
+    out = x.new_empty(N, k)
+    BLOCK_D = min(128, triton.next_power_of_2(d))
+    grid = (N, triton.cdiv(k, 16))
+    x, top_indices, W = x.contiguous(), top_indices.contiguous(), W.contiguous()
+    gather_dot_kernel[grid](x, top_indices, W, out, d, k, BLOCK_K=16, BLOCK_D=BLOCK_D)
+    return out
+
+
+def torch_gather_sum(weights, top_indices, W):
+    return F.embedding_bag(top_indices, W, mode="sum", per_sample_weights=weights.to(W.dtype))
+
+
+def torch_gather_dot(x, top_indices, W):
+    # The backward of embedding_bag for its weights, called by name: 4 ms where gather and bmm take 47
+    # (N = 1024, d = 640, k = 32 on a CPU), and nothing of size (N, k, d) is made.
+    N, k = top_indices.shape
+    starts = torch.arange(0, N * k, k, device=x.device)
+    vectors = torch.arange(N, device=x.device).repeat_interleave(k)
+    dots = torch.ops.aten._embedding_bag_per_sample_weights_backward
+    return dots(x.to(W.dtype).contiguous(), W, top_indices.flatten(), starts, vectors, 0).view(N, k).to(x.dtype)
+
+
+def gather_sum(weights, top_indices, W):
+    """sum_j weights[n, j] * W[top_indices[n, j]]: (N, d), in the dtype of W."""
+    return (triton_gather_sum if triton is not None and W.is_cuda else torch_gather_sum)(weights, top_indices, W)
+
+
+def gather_dot(x, top_indices, W):
+    """x[n] . W[top_indices[n, j]]: (N, k), in the dtype of x."""
+    return (triton_gather_dot if triton is not None and W.is_cuda else torch_gather_dot)(x, top_indices, W)
+
+
+class Decode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, top_acts, top_indices, W_dec, b_dec):
+        ctx.save_for_backward(top_acts, top_indices, W_dec)
+        return gather_sum(top_acts, top_indices, W_dec) + b_dec
+
+    @staticmethod
+    def backward(ctx, g):
+        top_acts, top_indices, W_dec = ctx.saved_tensors
+        d_acts = dW_dec = db_dec = None
+        if ctx.needs_input_grad[0]:
+            d_acts = gather_dot(g, top_indices, W_dec).to(top_acts.dtype)
+        if ctx.needs_input_grad[2]:
+            dW_dec, _ = sum_by_latent(top_acts, top_indices, g, len(W_dec))
+        if ctx.needs_input_grad[3]:
+            db_dec = g.sum(0)
+        return d_acts, None, dW_dec, db_dec
+
+
+def decode(top_acts, top_indices, W_dec, b_dec):
+    """x_hat = top_acts . W_dec[top_indices] + b_dec, with gradients for top_acts, W_dec and b_dec.
+
+    top_acts (N, k), W_dec (M, d), b_dec (d,): fp32, bf16 or fp16; top_indices (N, k): int64, below M, repeats allowed.
+    Returns x_hat (N, d) in the dtype of W_dec.
+    """
+    return Decode.apply(top_acts, top_indices, W_dec, b_dec)

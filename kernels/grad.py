@@ -1,0 +1,78 @@
+"""sum_by_latent: the gradient of a weight matrix of which each vector touched only k rows.
+
+    dW[m] = sum over pairs (n, j) with top_indices[n, j] = m of weights[n, j] * x[n]          dW (M, d)
+    db[m] = the same sum of weights[n, j]                                                     db (M,)
+
+With (weights, x) = (top_acts, grad of x_hat) this is the gradient of W_dec; with (grad of top_acts, x - b_dec) it is
+that of W_enc and b_enc. The dense expression is S.T @ x with S (N, M) holding the weights, 0.3 % of it nonzero.
+
+The N*k pairs are sorted by latent; then each latent's row is summed by one program, in the order of the vectors.
+Nothing is written twice, so there are no atomics and the same input gives the same bits.
+"""
+
+import torch
+import torch.nn.functional as F
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # macOS, Windows: the torch twin does the work
+    triton = None
+
+
+def sort_pairs(top_indices, num_latents):
+    """Pairs by latent: `order` (N*k,), and `ends` (M + 1,) so that latent m owns order[ends[m]:ends[m + 1]]."""
+    latents, order = torch.sort(top_indices.flatten(), stable=True)
+    ends = torch.searchsorted(latents, torch.arange(num_latents + 1, device=latents.device, dtype=latents.dtype))
+    return order, ends
+
+
+if triton is not None:
+
+    @triton.jit
+    def sum_kernel(weights, order, ends, x, dW, db, d, k, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
+        """Program (m, c): columns c * BLOCK_D + [0, BLOCK_D) of dW[m], over the pairs of latent m, BLOCK_P at a time."""
+        m = tl.program_id(0).to(tl.int64)
+        cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        start, end = tl.load(ends + m), tl.load(ends + m + 1)
+        row = tl.zeros((BLOCK_D,), tl.float32)
+        total = tl.zeros((BLOCK_P,), tl.float32)
+        for p in range(start, end, BLOCK_P):
+            at = p + tl.arange(0, BLOCK_P)
+            pair = tl.load(order + at, mask=at < end, other=0)
+            weight = tl.load(weights + pair, mask=at < end, other=0.0).to(tl.float32)
+            inside = (at < end)[:, None] & (cols < d)[None, :]
+            tile = tl.load(x + (pair // k)[:, None] * d + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+            row += tl.sum(weight[:, None] * tile, 0)
+            total += weight
+        tl.store(dW + m * d + cols, row, mask=cols < d)
+        tl.store(db + m, tl.sum(total, 0), mask=tl.program_id(1) == 0)
+
+
+def triton_sum_by_latent(weights, top_indices, x, num_latents):
+    k, d = top_indices.shape[1], x.shape[1]
+    order, ends = sort_pairs(top_indices, num_latents)
+    dW, db = x.new_empty(num_latents, d), x.new_empty(num_latents)
+    BLOCK_D = min(256, triton.next_power_of_2(d))
+    grid = (num_latents, triton.cdiv(d, BLOCK_D))
+    sum_kernel[grid](weights.contiguous(), order, ends, x.contiguous(), dW, db, d, k, BLOCK_P=8, BLOCK_D=BLOCK_D)
+    return dW, db
+
+
+def torch_sum_by_latent(weights, top_indices, x, num_latents):
+    order, ends = sort_pairs(top_indices, num_latents)
+    weights = weights.to(x.dtype).flatten()[order]
+    rows = order // top_indices.shape[1]
+    dW = F.embedding_bag(rows, x, ends, mode="sum", per_sample_weights=weights, include_last_offset=True)
+    db = torch.zeros_like(dW[:, 0]).index_add_(0, top_indices.flatten()[order], weights)
+    return dW, db
+
+
+def sum_by_latent(weights, top_indices, x, num_latents):
+    """Sum `weights[n, j] * x[n]` over all pairs whose `top_indices[n, j]` is m, for every latent m.
+
+    weights (N, k) and x (N, d): fp32, bf16 or fp16; top_indices (N, k): int64, below num_latents.
+    Returns dW (num_latents, d) and db (num_latents,) in the dtype of x; rows of latents that nobody chose are zero.
+    """
+    sums = triton_sum_by_latent if triton is not None and x.is_cuda else torch_sum_by_latent
+    return sums(weights, top_indices, x, num_latents)
