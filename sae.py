@@ -1,0 +1,193 @@
+"""The dictionary: the SAE module, its folder on disk, and every number said about it.
+
+    pre_acts = relu((x - b_dec) W_enc^T + b_enc);   top-k;   x_hat = top_acts . W_dec[top_indices] + b_dec
+
+N vectors of width d, M latents, k of them active. A folder holds `cfg.json` and `sae.safetensors` with the keys
+`encoder.weight (M, d)`, `encoder.bias (M,)`, `W_dec (M, d)`, `b_dec (d,)`: the layout of EleutherAI's sparsify, whose
+TopK SAEs load here as ours load there.
+
+Sources: TopK SAEs, Gao et al. 2024 (arXiv 2406.04093); the folder, https://github.com/EleutherAI/sparsify.
+"""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from kernels import decode, encode
+
+
+class EncoderOutput(NamedTuple):
+    top_acts: torch.Tensor
+    """(N, k): the activations of the selected latents, unordered; a zero is not an activation."""
+
+    top_indices: torch.Tensor
+    """(N, k): which latents those are, int64."""
+
+
+class Sae(nn.Module):
+    """A TopK sparse autoencoder of `num_latents` latents, `k` active, on vectors of width `d_in`.
+
+    Starts with random unit decoder rows, drawn from `seed`, and the encoder as the decoder's transpose. `cfg` is what
+    `cfg.json` says beside these three: training options, final numbers, provenance.
+    """
+
+    def __init__(self, d_in, num_latents, k, cfg=None, seed=0):
+        super().__init__()
+        if not 1 <= k <= num_latents:
+            raise ValueError(f"k is {k}, expected 1 to num_latents = {num_latents}")
+        self.d_in, self.num_latents, self.k = d_in, num_latents, k
+        self.cfg = {**(cfg or {}), "activation": "topk", "d_in": d_in, "num_latents": num_latents, "k": k}
+        W_dec = torch.randn(num_latents, d_in, generator=torch.Generator().manual_seed(seed))
+        self.W_dec = nn.Parameter(W_dec / W_dec.norm(dim=1, keepdim=True))
+        self.b_dec = nn.Parameter(torch.zeros(d_in))
+        self.encoder = nn.Linear(d_in, num_latents)
+        with torch.no_grad():
+            self.encoder.weight.copy_(self.W_dec)
+            self.encoder.bias.zero_()
+
+    def encode(self, x, dtype=None):
+        """The k largest pre_acts of each vector: x (N, d) -> EncoderOutput. `dtype`: of the product, if another."""
+        x = x.to(self.W_dec.dtype)
+        return EncoderOutput(*encode(x, self.encoder.weight, self.encoder.bias, self.b_dec, self.k, dtype))
+
+    def decode(self, top_acts, top_indices):
+        """top_acts . W_dec[top_indices] + b_dec: (N, K), (N, K) -> x_hat (N, d)."""
+        return decode(top_acts, top_indices, self.W_dec, self.b_dec)
+
+    def forward(self, x):
+        return self.decode(*self.encode(x))
+
+    @torch.no_grad()
+    def scale_inputs(self, scale):
+        """Make this the SAE of `x` that it now is of `scale * x`; exact where scale is a power of two."""
+        self.encoder.bias.div_(scale)
+        self.b_dec.div_(scale)
+
+    @torch.no_grad()
+    def normalize_decoder(self):
+        """Give every row of W_dec unit norm."""
+        self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp_min(torch.finfo(self.W_dec.dtype).tiny))
+
+    @torch.no_grad()
+    def remove_parallel_gradient(self):
+        """Take from the gradient of each row of W_dec what lies along the row: normalising would undo it anyway."""
+        W, g = self.W_dec, self.W_dec.grad
+        g.sub_((g * W).sum(1, keepdim=True) * W)
+
+    def save_to_disk(self, path):
+        """Write `cfg.json` and `sae.safetensors` into the folder `path`, each swapped in whole."""
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        weights, cfg = path / "sae.safetensors", path / "cfg.json"
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        save_file(state, weights.with_suffix(".partial"), {"format": "pt"})
+        weights.with_suffix(".partial").replace(weights)
+        cfg.with_suffix(".partial").write_text(json.dumps(self.cfg, indent=1) + "\n")
+        cfg.with_suffix(".partial").replace(cfg)
+
+    @staticmethod
+    def load_from_disk(path, device="cpu"):
+        """Read an SAE folder of ours, of sparsify or of universal-diffsae; weights come as float32.
+
+        Raises ValueError for one that computes something else (transcoders, groupmax, skip connections, variants that
+        this version does not know), OSError where a file is not there.
+        """
+        path = Path(path)
+        try:
+            cfg = json.loads((path / "cfg.json").read_text())
+            state = {name: tensor.float() for name, tensor in load_file(path / "sae.safetensors").items()}
+        except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+            raise ValueError(f"{path} is not a readable SAE folder: {error}") from None
+        if not isinstance(cfg, dict):
+            raise ValueError(f"{path / 'cfg.json'}: expected a JSON object")
+        for key in ("transcode", "skip_connection"):
+            if cfg.get(key):
+                raise ValueError(f"{path / 'cfg.json'} says {key}; only plain autoencoders can be loaded")
+        if cfg.get("activation", "topk") != "topk":
+            raise ValueError(f"{path / 'cfg.json'} says activation {cfg['activation']!r}; only 'topk' can be loaded")
+        M, d = state["W_dec"].shape if "W_dec" in state and state["W_dec"].ndim == 2 else (0, 0)
+        expected = {"encoder.weight": (M, d), "encoder.bias": (M,), "W_dec": (M, d), "b_dec": (d,)}
+        if {name: tuple(tensor.shape) for name, tensor in state.items()} != expected or cfg.get("d_in", d) != d:
+            names = ", ".join(expected)
+            raise ValueError(f"{path / 'sae.safetensors'}: expected {names} of shapes (M, d), (M,), (M, d), (d,)")
+        k = cfg.get("k")
+        if not isinstance(k, int) or isinstance(k, bool):
+            raise ValueError(f"{path / 'cfg.json'}: k is {k!r}, expected an integer")
+        sae = Sae(d, M, k, cfg)
+        sae.load_state_dict(state)
+        return sae.to(device)
+
+
+# ------------------------------------------------------------------------------------------------------------- numbers
+
+
+def count_active(top_acts, top_indices, num_latents):
+    """How many vectors each latent is active on: (N, K), (N, K) -> int64 (M,). A zero activation is never active."""
+    active = torch.where(top_acts > 0, top_indices, num_latents).flatten()  # zeros go to one bin more, thrown away
+    counts = active.new_zeros(num_latents + 1)  # bincount would make a GPU wait
+    return counts.scatter_add_(0, active, torch.ones_like(active))[:num_latents]
+
+
+class Metrics:
+    """FVU, L0 and dead share of a set of vectors that comes in chunks; the one definition of each, everywhere.
+
+        fvu  = sum |x - x_hat|^2 / sum |x - mean(x)|^2      both sums over the whole set
+        l0   = mean number of nonzero top_acts of a vector, after the selection
+        dead = share of the M latents that are active on no vector of the set
+
+    Sums are kept in float64; the variance is merged chunk by chunk about their own means (Chan et al. 1979), so that
+    a mean far from zero costs no digits.
+    """
+
+    def __init__(self, num_latents):
+        self.n, self.mean, self.variance, self.error = 0, 0.0, 0.0, 0.0
+        self.counts = torch.zeros(num_latents, dtype=torch.int64)  # vectors on which each latent is active
+
+    @torch.no_grad()
+    def update(self, x, x_hat, top_acts, top_indices):
+        """Add a chunk: x, x_hat (N, d); top_acts, top_indices (N, K)."""
+        self.counts = self.counts.to(x.device) + count_active(top_acts, top_indices, len(self.counts))
+        wide = torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no float64
+        x, x_hat = x.to(wide), x_hat.to(wide)
+        n, mean = len(x), x.mean(0)
+        between = (mean - self.mean).square().sum().item() * self.n * n / (self.n + n)
+        self.variance += (x - mean).square().sum().item() + between
+        self.error += (x - x_hat).square().sum().item()
+        self.mean = self.mean + (mean - self.mean) * (n / (self.n + n))
+        self.n += n
+
+    @property
+    def fvu(self):
+        return self.error / self.variance if self.variance else float(self.error > 0)
+
+    @property
+    def l0(self):
+        return self.counts.sum().item() / self.n
+
+    @property
+    def dead(self):
+        return (self.counts == 0).double().mean().item()
+
+
+def geometric_median(x, iterations=100, tolerance=1e-5):
+    """The point with the least sum of distances to the vectors of x: (N, d) -> (d,), by Weiszfeld's iteration (1937).
+
+    Unlike the mean it is not dragged along by a few huge vectors. Stops when a step is below `tolerance` of the mean
+    distance to the vectors.
+    """
+    median = x.mean(0)
+    for _ in range(iterations):
+        distance = (x - median).norm(dim=1)
+        scale = distance.mean()
+        if scale == 0:  # all vectors are equal
+            break
+        nearness = scale / distance.clamp_min(1e-6 * scale)
+        previous, median = median, nearness @ x / nearness.sum()
+        if (median - previous).norm() <= tolerance * scale:
+            break
+    return median

@@ -1,0 +1,185 @@
+"""The SAE against float64 references, its folder against eai-sparsify itself, each metric against answers by hand."""
+
+import json
+
+import pytest
+import torch
+
+from sae import Metrics, Sae, count_active, geometric_median
+
+X = torch.randn(50, 12, generator=torch.Generator().manual_seed(1)) + 3
+
+
+def make_sae(k=4):
+    sae = Sae(12, 30, k, seed=2)
+    with torch.no_grad():
+        for p in sae.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(3)))
+        sae.b_dec.add_(3)
+    return sae
+
+
+def test_encode_and_decode_against_float64():
+    sae = make_sae()
+    parameters = (sae.encoder.weight, sae.encoder.bias, sae.W_dec, sae.b_dec)
+    W_enc, b_enc, W_dec, b_dec = (p.detach().double() for p in parameters)
+    pre_acts = torch.relu((X.double() - b_dec) @ W_enc.T + b_enc)
+    threshold = pre_acts.topk(4).values[:, -1:]
+    codes = pre_acts * (pre_acts >= threshold)  # (N, M)
+    top_acts, top_indices = sae.encode(X)
+    mine = torch.zeros(50, 30).scatter(1, top_indices, top_acts)
+    torch.testing.assert_close(mine.double(), codes, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sae(X).double(), codes @ W_dec + b_dec, rtol=1e-5, atol=1e-5)
+    assert top_acts.shape == top_indices.shape == (50, 4)
+
+
+def test_starts_with_unit_decoder_rows_and_the_encoder_as_their_transpose():
+    sae = Sae(12, 30, 4)
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(30))
+    assert torch.equal(sae.encoder.weight, sae.W_dec) and not sae.encoder.bias.any()
+    assert torch.equal(sae.W_dec, Sae(12, 30, 4).W_dec) and not torch.equal(sae.W_dec, Sae(12, 30, 4, seed=1).W_dec)
+    with pytest.raises(ValueError, match="k is 31"):
+        Sae(12, 30, 31)
+
+
+def test_half_precision_vectors_are_taken():
+    assert make_sae()(X.half()).dtype == torch.float32
+
+
+def test_folding_a_power_of_two_is_exact():
+    sae, raw = make_sae(), make_sae()
+    raw.scale_inputs(2.0**-5)
+    acts, indices = sae.encode(X * 2.0**-5)
+    raw_acts, raw_indices = raw.encode(X)
+    assert torch.equal(raw_acts, acts * 2.0**5) and torch.equal(raw_indices, indices)
+    assert torch.equal(raw(X), sae(X * 2.0**-5) * 2.0**5)
+    assert torch.equal(raw.W_dec, sae.W_dec)
+
+
+def test_decoder_rows():
+    sae = make_sae()
+    sae.W_dec.grad = torch.randn(30, 12)
+    sae.normalize_decoder()
+    sae.remove_parallel_gradient()
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(30))
+    torch.testing.assert_close((sae.W_dec.grad * sae.W_dec).sum(1), torch.zeros(30), atol=1e-6, rtol=0)
+
+
+# --------------------------------------------------------------------------------------------------------- the folder
+
+
+def test_save_and_load_give_the_same_bits(tmp_path):
+    sae = make_sae()
+    sae.cfg["fvu"] = 0.125
+    sae.save_to_disk(tmp_path / "a")
+    again = Sae.load_from_disk(tmp_path / "a")
+    assert torch.equal(again(X), sae(X)) and again.cfg == sae.cfg and again.k == 4
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["cfg.json", "sae.safetensors"]
+
+
+@pytest.fixture
+def sparsify(monkeypatch):
+    monkeypatch.setenv("SPARSIFY_DISABLE_TRITON", "1")  # without it sparsify wants a GPU
+    return pytest.importorskip("sparsify")
+
+
+def test_sparsify_reads_ours(sparsify, tmp_path):
+    sae = make_sae()
+    sae.save_to_disk(tmp_path)
+    theirs = sparsify.SparseCoder.load_from_disk(tmp_path)
+    torch.testing.assert_close(theirs(X).sae_out, sae(X), rtol=1e-6, atol=1e-6)
+    assert torch.equal(theirs.encode(X).top_indices.sort().values, sae.encode(X).top_indices.sort().values)
+
+
+@pytest.mark.parametrize("size", [{"expansion_factor": 3}, {"num_latents": 31}])
+def test_we_read_sparsify_s(sparsify, tmp_path, size):
+    theirs = sparsify.SparseCoder(12, sparsify.SparseCoderConfig(k=5, **size))
+    torch.nn.init.normal_(theirs.b_dec)
+    torch.nn.init.normal_(theirs.encoder.bias)
+    theirs.save_to_disk(tmp_path)
+    sae = Sae.load_from_disk(tmp_path)
+    assert sae.k == 5 and sae.num_latents == theirs.num_latents
+    torch.testing.assert_close(sae(X), theirs(X).sae_out, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"transcode": True}, "transcode"),
+        ({"skip_connection": True}, "skip_connection"),
+        ({"activation": "groupmax"}, "groupmax"),
+        ({"activation": "batchtopk"}, "batchtopk"),
+        ({"k": None}, "k is None"),
+        ({"k": 31}, "k is 31"),
+        ({"d_in": 13}, "shapes"),
+    ],
+)
+def test_refuses_what_it_would_get_wrong(tmp_path, change, message):
+    make_sae().save_to_disk(tmp_path)
+    cfg = json.loads((tmp_path / "cfg.json").read_text())
+    (tmp_path / "cfg.json").write_text(json.dumps(cfg | change))
+    with pytest.raises(ValueError, match=message):
+        Sae.load_from_disk(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["cfg.json", "sae.safetensors"])
+def test_damaged_and_missing_files(tmp_path, name):
+    make_sae().save_to_disk(tmp_path)
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:40])
+    with pytest.raises(ValueError, match="not a readable SAE folder"):
+        Sae.load_from_disk(tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(OSError):
+        Sae.load_from_disk(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------------- numbers
+
+
+def test_fvu_by_hand_and_not_a_mean_of_ratios():
+    # mean (1, 0); sum |x - mean|^2 = 100 + 100 + 0.01 + 0.01; sum |x - x_hat|^2 = 1 + 1 + 1 + 1
+    x = torch.tensor([[11.0, 0], [-9, 0], [1, 0.1], [1, -0.1]])
+    x_hat = x + torch.tensor([[1.0, 0], [0, 1], [-1, 0], [0, -1]])
+    metrics = Metrics(3)
+    metrics.update(x, x_hat, torch.ones(4, 1), torch.zeros(4, 1, dtype=torch.int64))
+    assert metrics.fvu == pytest.approx(4 / 200.02, rel=1e-6)  # the mean of the ratios would be 50
+
+
+def test_l0_and_dead_by_hand():
+    top_acts = torch.tensor([[1.0, 0.0, 2.0], [0.5, 0.0, 0.0]])  # a zero is not an activation
+    top_indices = torch.tensor([[0, 1, 4], [4, 2, 3]])
+    metrics = Metrics(5)
+    metrics.update(X[:2], X[:2], top_acts, top_indices)
+    assert count_active(top_acts, top_indices, 5).tolist() == [1, 0, 0, 0, 2]
+    assert (metrics.l0, metrics.dead, metrics.fvu) == (1.5, 0.6, 0.0)
+
+
+def test_l0_counts_after_the_selection():
+    sae = make_sae()
+    with torch.no_grad():
+        sae.encoder.bias.fill_(100)  # every pre_act is positive
+    metrics = Metrics(30)
+    metrics.update(X, sae(X), *sae.encode(X))
+    assert metrics.l0 == 4
+
+
+def test_chunks_give_what_the_whole_gives_far_from_zero():
+    sae, x = make_sae(), X.double() * 1e-3 + 1e4
+    x_hat = x + 1e-5
+    whole, chunked = Metrics(30), Metrics(30)
+    whole.update(x, x_hat, *sae.encode(X))
+    for rows in torch.arange(50).split(7):
+        chunked.update(x[rows], x_hat[rows], *sae.encode(X[rows]))
+    expected = ((x - x_hat) ** 2).sum() / ((x - x.mean(0)) ** 2).sum()
+    assert whole.fvu == pytest.approx(expected.item(), rel=1e-6) == pytest.approx(chunked.fvu, rel=1e-6)
+    assert (whole.l0, whole.dead, whole.n) == (chunked.l0, chunked.dead, chunked.n)
+
+
+def test_geometric_median():
+    line = torch.tensor([[0.0], [1], [2], [3], [1000]])
+    assert geometric_median(line).item() == pytest.approx(2, abs=0.05)  # on a line it is the median
+    triangle = torch.tensor([[0.0, 0], [4, 0], [2, 3**0.5 * 2]])  # equilateral: its centre
+    torch.testing.assert_close(geometric_median(triangle), torch.tensor([2, 2 / 3**0.5]), atol=1e-3, rtol=0)
+    cloud = torch.randn(999, 8, generator=torch.Generator().manual_seed(0))
+    assert geometric_median(torch.cat([cloud, torch.full((1, 8), 1e5)])).norm() < 0.2  # the mean has norm 283
+    assert torch.equal(geometric_median(torch.ones(5, 3)), torch.ones(3))
