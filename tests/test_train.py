@@ -1,0 +1,299 @@
+"""Training: its gradients against a dense float64 reference, resuming to the bit, and every way to refuse."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import cli
+import store
+import train
+from sae import Sae, geometric_median
+from store import Activations
+from train import Config, auxk_loss, backward, evaluate, lr_at, main, prepare
+
+ROOT = Path(train.__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(store, "HELD_OUT", dict(share=0.1, at_least=0, at_most=10**9))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """8000 vectors of width 16, each of 3 of 24 directions, off centre: (40 prompts, 2 steps, 100 tokens, 16)."""
+    rng = np.random.default_rng(0)
+    atoms = rng.standard_normal((24, 16)) / 4
+    codes = np.where(rng.random((8000, 24)) < 1 / 8, rng.gamma(3, 1, (8000, 24)), 0)
+    x = codes @ atoms + 0.02 * rng.standard_normal((8000, 16)) + 5
+    path = tmp_path_factory.mktemp("data") / "acts.npy"
+    np.save(path, x.astype(np.float32).reshape(40, 2, 100, 16))
+    return path
+
+
+def config(data, out_dir, **options):
+    defaults = dict(num_latents=48, k=3, effective_batch_size=100, lr=3e-3, lr_warmup_steps=5, save_every=20)
+    defaults |= dict(data=[str(data)], out_dir=str(out_dir), run_name="run", device="cpu")
+    return Config(**(defaults | options))
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+# ------------------------------------------------------------------------------------------------------- one run
+
+
+def test_a_run_ends_with_true_numbers(data, tmp_path, capsys):
+    main(config(data, tmp_path, num_epochs=3))
+    folder = tmp_path / "run"
+    names = ["cfg.json", "metrics.jsonl", "sae.safetensors", "train.png"]
+    assert sorted(path.name for path in folder.iterdir()) == names and str(folder) in capsys.readouterr().out
+    cfg, sae = json.loads((folder / "cfg.json").read_text()), Sae.load_from_disk(folder)
+    assert (cfg["d_in"], cfg["num_latents"], cfg["k"], cfg["training"]["num_epochs"]) == (16, 48, 3, 3)
+
+    x = torch.cat(list(Activations([data]).held_out())).double()  # as it is in the file: the scale is folded in
+    x_hat = sae(x).double()
+    top_acts, top_indices = sae.encode(x)
+    assert len(x) == cfg["num_held_out"] == 800
+    assert cfg["fvu"] == pytest.approx((((x - x_hat) ** 2).sum() / ((x - x.mean(0)) ** 2).sum()).item(), rel=1e-5)
+    assert cfg["l0"] == (top_acts > 0).sum().item() / 800
+    assert cfg["dead"] == pytest.approx(1 - len(top_indices[top_acts > 0].unique()) / 48)
+    assert cfg["fvu"] < 0.3 and 2 < cfg["l0"] <= 3
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(48))
+    assert rows(folder)[-1]["vectors"] == cfg["num_training"] == 3 * 7200
+    assert all(row["l0"] <= 3 for row in rows(folder))
+
+
+def test_a_finished_run_is_left_alone(data, tmp_path, capsys):
+    main(config(data, tmp_path, max_examples=500))
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "run").iterdir()}
+    capsys.readouterr()
+    main(config(data, tmp_path, max_examples=500))
+    assert "run is finished" in capsys.readouterr().out
+    assert before == {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "run").iterdir()}
+
+
+def test_each_hook_name_gets_an_sae(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        np.save(tmp_path / f"{name}.npy", np.random.default_rng(0).standard_normal((20, 30, 6), np.float32))
+        meta = {"hook_name": name}
+        (tmp_path / f"{name}.json").write_text(json.dumps(meta | {"checksum": store.checksum(meta)}))
+    monkeypatch.chdir(tmp_path)
+    main(Config(data=["."], k=2, expansion_factor=2, max_examples=64))
+    assert sorted(path.name for path in Path("saes").iterdir()) == ["a_k2_M12", "b_k2_M12"]
+    assert Sae.load_from_disk("saes/b_k2_M12").cfg["hook_name"] == "b"
+
+
+# ------------------------------------------------------------------------------------------------------ the gradient
+
+
+def dense_reference(sae, x, dead, alpha, variance):
+    """The loss by plain dense autograd in float64, and its gradients: sparse codes as (N, M) matrices."""
+    W_enc, b_enc, W_dec, b_dec = params = [
+        p.detach().double().requires_grad_() for p in (sae.encoder.weight, sae.encoder.bias, sae.W_dec, sae.b_dec)
+    ]
+    top = lambda a, k: a * (a >= a.topk(k).values[:, -1:]) if k < a.shape[1] else a
+    x = x.double()
+    pre_acts = torch.relu((x - b_dec) @ W_enc.T + b_enc)
+    e = x - (top(pre_acts, sae.k) @ W_dec + b_dec)
+    e_hat = top(pre_acts[:, dead], x.shape[1] // 2) @ W_dec[dead]
+    loss = (e.square().sum() + alpha * bool(len(dead)) * (e.detach() - e_hat).square().sum()) / (len(x) * variance)
+    loss.backward()
+    return loss.detach(), [p.grad for p in params]
+
+
+@pytest.mark.parametrize("num_dead", [0, 3, 20])  # k_aux is 8
+def test_gradients_against_dense_float64(num_dead):
+    x = torch.randn(60, 16, generator=torch.Generator().manual_seed(0)) + 1
+    sae = Sae(16, 40, 5)
+    sae.b_dec.data.copy_(torch.linspace(-1, 1, 16))
+    dead = torch.arange(40)[2 : 2 + num_dead]
+    loss = backward(sae, x, len(x), 7.0, dead, 0.5, None)[0]
+    expected, gradients = dense_reference(sae, x, dead, 0.5, 7.0)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    for p, g in zip((sae.encoder.weight, sae.encoder.bias, sae.W_dec, sae.b_dec), gradients):
+        assert (p.grad - g).norm() <= 1e-5 * g.norm()
+
+
+def test_auxk_predicts_the_residual_with_dead_latents_alone():
+    """By hand: the one dead latent points along the residual, so the loss is 0 there, and only it has a gradient."""
+    sae = Sae(2, 3, 1)
+    with torch.no_grad():
+        sae.W_dec.copy_(torch.tensor([[1.0, 0], [0, 1], [-1, 0]]))
+        sae.encoder.weight.copy_(sae.W_dec)
+        sae.b_dec.fill_(10)
+    x = torch.tensor([[13.0, 11.0]])  # b_dec + (3, 1): latent 0 takes the 3, the residual is +(0, 1)
+    x_hat = sae(x)
+    dead = torch.tensor([1])
+    assert auxk_loss(sae, x, x_hat, dead).item() == 0
+    sae.b_dec.data[1] -= 1  # now latent 1 says 2, and the residual is (0, 2)
+    assert auxk_loss(sae, x, sae(x), dead).item() == 0
+    with torch.no_grad():
+        sae.W_dec[1] *= 1.5
+    auxk_loss(sae, x, sae(x), dead).backward()
+    assert sae.W_dec.grad[1].any() and not sae.W_dec.grad[[0, 2]].any()
+    assert sae.encoder.weight.grad[1].any() and not sae.encoder.weight.grad[[0, 2]].any()
+
+
+def test_parts_add_up_to_the_whole_update(data, tmp_path):
+    one = dict(max_examples=1000, auxk_alpha=1.0, dead_feature_threshold=200)
+    main(config(data, tmp_path / "a", **one))
+    main(config(data, tmp_path / "b", grad_acc_steps=2, micro_acc_steps=3, **one))
+    a, b = (load_file(tmp_path / name / "run" / "sae.safetensors") for name in "ab")
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-4)
+
+
+def test_bf16_product_changes_little(data, tmp_path):
+    for precision in ("no", "bf16"):
+        main(config(data, tmp_path / precision, mixed_precision=precision))
+    fvu = [Sae.load_from_disk(tmp_path / precision / "run").cfg["fvu"] for precision in ("no", "bf16")]
+    assert fvu[1] == pytest.approx(fvu[0], rel=0.2)
+
+
+# ------------------------------------------------------------------------------------------------ starting and dying
+
+
+def test_b_dec_starts_at_the_geometric_median_of_all_prompts(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "SAMPLE", 500)
+    x = np.random.default_rng(0).standard_normal((50, 40, 4), np.float32) + np.arange(50)[:, None, None].astype("f4")
+    x[:, 0] = 1e4  # one vector in 40 is an outlier
+    np.save(tmp_path / "a.npy", x)
+    activations = Activations([tmp_path / "a.npy"])
+    sae, scale, variance = prepare(activations, config("", "", k=2), torch.device("cpu"), 8)
+    whole = geometric_median(torch.from_numpy(x.reshape(-1, 4)))
+    assert (sae.b_dec / scale - whole).norm() < 5  # a batch of one prompt would be up to 50 off, the mean 500
+    assert np.log2(scale) == round(np.log2(scale))
+    assert variance == pytest.approx(x.reshape(-1, 4).var(0).sum() * scale**2, rel=0.3)
+
+
+@pytest.mark.parametrize("options", [{}, {"effective_batch_size": 50}, {"grad_acc_steps": 4, "micro_acc_steps": 5}])
+def test_dead_feature_threshold_counts_vectors(data, tmp_path, options):
+    """At a learning rate of 0 and k = 1 some latents never fire: they are dead from vector 600 on, in any batches."""
+    options = dict(lr=0.0, k=1, num_latents=300, dead_feature_threshold=600, log_every=1, max_examples=1000) | options
+    main(config(data, tmp_path, **options))
+    assert min(row["vectors"] for row in rows(tmp_path / "run") if row["dead"] > 0) == 600
+
+
+def test_learning_rate():
+    cfg = Config(lr_warmup_steps=3, lr_scheduler="linear")
+    rates = [lr_at(i, 100, cfg, 2**14) / 2e-4 for i in range(100)]
+    assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1, 1])
+    assert rates[80] == pytest.approx(1) and rates[90] == pytest.approx(0.5) and rates[99] == pytest.approx(0.05)
+    assert lr_at(50, 100, Config(lr=0.5, lr_scheduler="constant"), 1) == pytest.approx(0.5 * 51 / 101)
+    assert lr_at(50, 100, cfg, 2**16) == pytest.approx(1e-4)
+
+
+def test_device_of_the_evaluation_is_chunked_alike(data):
+    sae, activations = Sae(16, 20, 3), Activations([data])
+    a, b = evaluate(sae, activations, 7, torch.device("cpu")), evaluate(sae, activations, 10**6, torch.device("cpu"))
+    assert (a.l0, a.dead, a.n) == (b.l0, b.dead, b.n) and a.fvu == pytest.approx(b.fvu, rel=1e-9)
+
+
+# -------------------------------------------------------------------------------------------------------------- resuming
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed")
+    command(data, out)
+    return out / "run"
+
+
+def command(data, out, stop=None):
+    """Run train.py as a user would; `stop` is the signal to send once some rows are there. Returns its status."""
+    options = "--num_latents 48 --k 3 --effective_batch_size 50 --save_every 30 --log_every 1 --num_epochs 20 --lr 3e-3"
+    options += " --dead_feature_threshold 500 --run_name run --max_examples 25000"
+    arguments = [sys.executable, str(ROOT / "train.py"), "--data", str(data), "--out_dir", str(out), *options.split()]
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    metrics = out / "run" / "metrics.jsonl"
+    while stop and process.poll() is None:
+        if metrics.exists() and metrics.read_text().count("\n") > 100:
+            process.send_signal(stop)
+            break
+        time.sleep(0.01)
+    return process.wait(60)
+
+
+@pytest.mark.parametrize("stop, status", [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
+def test_stopped_and_resumed_is_the_same_to_the_bit(data, tmp_path, undisturbed, stop, status):
+    assert command(data, tmp_path, stop) == status
+    assert not (tmp_path / "run" / "cfg.json").exists()
+    assert command(data, tmp_path) == 0
+    assert (tmp_path / "run" / "sae.safetensors").read_bytes() == (undisturbed / "sae.safetensors").read_bytes()
+    timeless = lambda folder: [{k: v for k, v in row.items() if k != "seconds"} for row in rows(folder)]
+    assert timeless(tmp_path / "run") == timeless(undisturbed)
+
+
+# --------------------------------------------------------------------------------------------------------- bad input
+
+
+def one_line_error(cfg, capsys, monkeypatch, *arguments):
+    """What a shell user sees: exit status 2 and one line on stderr."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    monkeypatch.setattr(sys.modules["__main__"], "__doc__", "", raising=False)
+    with pytest.raises(SystemExit) as caught:
+        cli.run(lambda _: main(cfg), Config)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert caught.value.code == 2 and "error" in lines[-1]
+    return lines[-1]
+
+
+def test_bad_inputs_end_in_one_line(data, tmp_path, capsys, monkeypatch):
+    say = lambda cfg: one_line_error(cfg, capsys, monkeypatch)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "bad.npy").write_bytes(data.read_bytes()[:-100])
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "run").mkdir()
+    (tmp_path / "foreign" / "run" / "thesis.txt").write_text("mine")
+    x = np.load(data)
+    x[:, :, ::2, 3] = np.nan
+    np.save(tmp_path / "nan.npy", x)
+    np.save(tmp_path / "same.npy", np.ones((9, 9), np.float32))
+    assert "--k 49" in say(config(data, tmp_path, k=49))
+    assert "--k 0" in say(config(data, tmp_path, k=0))
+    assert "bad.npy" in say(config(tmp_path / "bad.npy", tmp_path))
+    assert "no such file" in say(config(tmp_path / "missing.npy", tmp_path))
+    assert "NaN or inf" in say(config(tmp_path / "nan.npy", tmp_path))
+    assert "equal" in say(config(tmp_path / "same.npy", tmp_path))
+    assert "file" in say(config(data, tmp_path / "file" / "below"))
+    assert "something else" in say(config(data, tmp_path / "foreign"))
+    assert "not available" in say(config(data, tmp_path, device="cuda")) or torch.cuda.is_available()
+    assert "effective_batch_size" in say(config(data, tmp_path, effective_batch_size=0))
+    assert not (tmp_path / "run").exists()
+    main(config(data, tmp_path, max_examples=200))
+    assert "--k 3, not 4" in say(config(data, tmp_path, max_examples=200, k=4))
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "run").mkdir()
+    (tmp_path / "half" / "run" / "checkpoint.safetensors").write_bytes(b"half a file")
+    assert "damaged" in say(config(data, tmp_path / "half"))
+    np.save(tmp_path / "other.npy", x[:, :, 1::2])
+    assert "other data" in say(config(tmp_path / "other.npy", tmp_path, max_examples=200))
+
+
+def test_nan_met_later_keeps_the_last_good_checkpoint(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "SAMPLE", 50)
+    x = np.load(data)
+    x[20, 1, 50] = np.inf
+    np.save(tmp_path / "inf.npy", x)
+    with pytest.raises(ValueError, match="NaN or inf in the data.*last good checkpoint"):
+        main(config(tmp_path / "inf.npy", tmp_path, save_every=1, log_every=1000))
+    tensors = load_file(tmp_path / "run" / "checkpoint.safetensors")
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+    assert not (tmp_path / "run" / "cfg.json").exists()
+
+
+def test_trains_where_triton_is_absent(data, tmp_path):
+    code = "import sys; sys.modules['triton'] = None; from train import Config, main; "
+    code += f"main(Config(data=[{str(data)!r}], out_dir={str(tmp_path)!r}, k=2, max_examples=300))"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+    assert (tmp_path / "acts_k2_M256" / "cfg.json").exists()
