@@ -1,0 +1,228 @@
+"""Stage 1: which layer? Disable hook points one at a time and see what the pictures lose.
+
+    python ablate.py                                                       # the toy's attention blocks, skipped
+    python ablate.py --model_name sd-legacy/stable-diffusion-v1-5 --dataset_name "a cat on a chair" --num_inference_steps 20
+    python ablate.py --hook_names "up_blocks.*.attentions.*" mid_block --mode mean --max_num_examples 16
+
+Three ways (`--mode`): skip makes the module's output its input, zero makes it 0, mean makes it its mean over the prompts
+(each row of the guidance on its own), so that what the prompt and the seed decided there is gone and the rest stays.
+
+Reads   a diffusers folder or hub id, and prompts, as collect.py does.
+Writes  <out_dir>/ablate.png (rows: hook names, the first untouched; columns: prompts), ablate_ranking.png, ablate.json.
+
+Distances are to the untouched run with the same seeds: |a - b| / |b| of the final latents, and the root mean square over
+pixels and channels of the pictures in [0, 1]. It does not search for combinations of layers.
+"""
+
+import json
+import textwrap
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tqdm import tqdm
+
+from cli import resolve_device, resolve_dtype, run
+from hook import HookedDiffusionModel, find_model
+from rows import first_tensor, with_first_tensor
+from store import default_dataset, load_prompts, write_atomically
+
+
+@dataclass
+class Config:
+    hook_names: list[str] = field(default_factory=lambda: ["**.attentions.*"])  # modules of the denoiser; globs
+    mode: Literal["skip", "zero", "mean"] = "skip"  # what becomes of the module's output
+    model_name: str = "toy"  # a diffusers folder or hub id
+    variant: str | None = None  # of the weights, such as fp16
+    revision: str | None = None  # of the hub repository
+    dataset_name: str | None = None  # prompt file, hub data set or one prompt (None: the model folder's prompts.csv)
+    split: str = "train"  # of a hub data set
+    column: str | None = None  # that holds the prompt (None: prompt, caption or text)
+    negative_prompt: str | None = None  # a text for all prompts, or the column that holds each one's
+    out_dir: str = "ablate"  # folder for the pictures and the numbers
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = (
+        "auto"  # of the model (auto: float32 on a CPU, else 16 bits)
+    )
+    num_inference_steps: int | None = None  # None: the pipeline's own default, as for the next three
+    guidance_scale: float | None = None  # classifier-free guidance
+    height: int | None = None  # pixels
+    width: int | None = None  # pixels
+    pipeline_kwargs: str = "{}"  # JSON object: anything else that the pipeline takes
+    cpu_offload: bool = False  # keep only the running component on the GPU
+    seed: int = 0  # prompt i is generated with seed + i
+    max_num_examples: int = 8  # prompts, all in one batch: the columns of the picture
+    device: str = "auto"  # auto (cuda, else mps, else cpu), cuda:1, ...
+
+
+def edit(mode, R):
+    """The hook of a mode. R rows are one chunk of the guidance, and each chunk has its own mean."""
+
+    def hook(module, input, output):
+        x = first_tensor(output)
+        if mode == "skip":
+            x = first_tensor(input)
+        elif mode == "zero":
+            x = torch.zeros_like(x)
+        else:
+            chunks = x.unflatten(0, (-1, R))  # (chunks, R, ...)
+            x = chunks.mean(1, keepdim=True).expand_as(chunks).flatten(0, 1)
+        return with_first_tensor(output, x)
+
+    return hook
+
+
+def generate(hooked, hooks, prompts, seed, options):
+    """Final latents (R, ...) and pictures (R, 3, H, W) in [0, 1], float32 on the CPU, of the same seeds every time."""
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
+    with hooked.watch() as sampling:
+        output = hooked.run_with_hooks(hooks, prompts, generator=generators, **options)
+    images = first_tensor(output)
+    if images.ndim == 5:  # video: the frame in the middle
+        images = images[:, images.shape[1] // 2]
+    return sampling.sample.float().cpu(), images.float().cpu()
+
+
+def distances(a, b):
+    """|a - b| / |b| of latents and root mean square difference of pictures, each the mean over the R prompts."""
+    (latents, images), (latents_0, images_0) = a, b
+    relative = (latents - latents_0).flatten(1).norm(dim=1) / latents_0.flatten(1).norm(dim=1)
+    return relative.mean().item(), (images - images_0).square().flatten(1).mean(1).sqrt().mean().item()
+
+
+def picture_grid(path, rows, prompts):
+    """One row of pictures for each (label, (R, 3, H, W)); the prompts stand above the columns."""
+    import matplotlib
+
+    matplotlib.use("Agg", force=False)
+    import matplotlib.pyplot as plt
+
+    R = len(prompts)
+    left, top = 2.6, 0.9  # inches
+    fig = plt.figure(figsize=(left + 1.25 * R, top + 1.25 * len(rows)), facecolor="white")
+    W, H = fig.get_size_inches()
+    for r, (label, images) in enumerate(rows):
+        for c in range(R):
+            ax = fig.add_axes(((left + 1.25 * c) / W, 1 - (top + 1.25 * (r + 1) - 0.05) / H, 1.2 / W, 1.2 / H))
+            ax.imshow(images[c].permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
+            ax.set_axis_off()
+        y = 1 - (top + 1.25 * r + 0.6) / H
+        fig.text((left - 0.12) / W, y, label, ha="right", va="center", fontsize=8)
+    for c, prompt in enumerate(prompts):
+        text = "\n".join(textwrap.wrap(prompt, 20, max_lines=4, placeholder=" …"))
+        fig.text((left + 1.25 * c + 0.6) / W, 1 - (top - 0.06) / H, text, ha="center", va="bottom", fontsize=6.5)
+    fig.savefig(path, dpi=150)
+    plt.close(fig)
+
+
+def ranking(path, hooks, title):
+    """Bars of both distances, the largest first."""
+    import matplotlib
+
+    matplotlib.use("Agg", force=False)
+    import matplotlib.pyplot as plt
+
+    fig, axes = plt.subplots(1, 2, figsize=(10, 1.3 + 0.3 * len(hooks)), sharey=True, layout="constrained")
+    fig.suptitle(title, fontsize=10)
+    names = [h["hook_name"] for h in hooks][::-1]
+    for ax, key, label in zip(axes, ("latents", "images"), ("latents: |a - b| / |b|", "pictures: root mean square")):
+        bars = ax.barh(names, [h[key] for h in hooks][::-1], color="#2f6db5", height=0.7)
+        ax.bar_label(bars, fmt="%.3f", padding=3, fontsize=8)
+        ax.set_xlabel("distance to the untouched " + label, fontsize=9)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.tick_params(labelsize=8)
+        ax.margins(x=0.12)
+    fig.savefig(path, dpi=130)
+    plt.close(fig)
+
+
+def main(cfg):
+    # 1. what to generate
+    dataset_name = cfg.dataset_name or default_dataset(find_model(cfg.model_name))
+    rows = load_prompts(dataset_name, cfg.split, cfg.column, cfg.negative_prompt, cfg.max_num_examples)
+    prompts = [r["prompt"] for r in rows]
+    if cfg.mode == "mean" and len(prompts) < 2:
+        raise ValueError("--mode mean needs two prompts or more to take the mean over; raise --max_num_examples")
+    out_dir = Path(cfg.out_dir)
+    settings = {k: v for k, v in vars(cfg).items() if k not in ("out_dir", "device", "cpu_offload")}
+    if (out_dir / "ablate.json").exists():
+        there = json.loads((out_dir / "ablate.json").read_text())["options"]
+        if other := [k for k in settings if there.get(k) != settings[k]]:
+            raise ValueError(f"{out_dir} holds a run with {other[0]} {there.get(other[0])!r}; choose another --out_dir")
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out_dir {out_dir} can't be made: {error.strerror}") from None
+
+    # 2. the model, and the shapes of what its layers take and give
+    device = resolve_device(cfg.device)
+    weights = {k: v for k in ("variant", "revision") if (v := getattr(cfg, k)) is not None}
+    dtype = resolve_dtype(cfg.dtype, device)
+    hooked = HookedDiffusionModel.from_pretrained(cfg.model_name, dtype, None if cfg.cpu_offload else device, **weights)
+    if cfg.cpu_offload:
+        hooked.pipe.enable_model_cpu_offload(device=device)
+    hooked.pipe.set_progress_bar_config(disable=True)
+    options = {name: getattr(cfg, name) for name in ("num_inference_steps", "guidance_scale", "height", "width")}
+    options = hooked.arguments(1, cfg.pipeline_kwargs, **options) | {"output_type": "pt"}
+    if "negative_prompt" in rows[0]:
+        options["negative_prompt"] = [r["negative_prompt"] for r in rows]
+    step = hooked.first_step(cfg.hook_names, prompts, save_input=True, **options)
+
+    # 3. one run untouched, then one a hook point
+    bar = tqdm(total=1 + len(step["grid"]), unit="run", desc="ablating")
+    untouched = generate(hooked, {}, prompts, cfg.seed, options)
+    bar.update()
+    done, failed, pictures = [], [], {}
+    for name, grid in step["grid"].items():
+        before, after = step["input"][name], step["output"][name]
+        megabytes = step["num_steps"] * after[0, 0].numel() * 2 / 1e6
+        record = {
+            "hook_name": name,
+            "mode": cfg.mode,
+            "grid": grid,
+            "tokens": after.shape[2],
+            "d": after.shape[3],
+            "mb_per_prompt": megabytes,
+        }
+        if cfg.mode == "skip" and before.shape != after.shape:
+            failed.append(
+                record
+                | {"error": f"can't be skipped: it turns {tuple(before.shape[2:])} into {tuple(after.shape[2:])}"}
+            )
+        else:
+            made = generate(hooked, {name: edit(cfg.mode, len(prompts))}, prompts, cfg.seed, options)
+            record["latents"], record["images"] = distances(made, untouched)
+            done.append(record)
+            pictures[name] = made[1]
+        bar.update()
+    bar.close()
+    done.sort(key=lambda h: -h["latents"])
+
+    # 4. the table, the numbers and the pictures
+    print(f"{'hook name':48} {'latents':>8} {'pictures':>9} {'tokens x d':>12} {'MB a prompt':>12}")
+    for h in done:
+        shape = f"{h['tokens']} x {h['d']}"
+        print(f"{h['hook_name']:48} {h['latents']:8.3f} {h['images']:9.3f} {shape:>12} {h['mb_per_prompt']:12.1f}")
+    for h in failed:
+        print(f"{h['hook_name']:48} {h['error']}")
+    seeds = [cfg.seed + i for i in range(len(prompts))]
+    report = {"options": settings, "prompts": prompts, "seeds": seeds, "hooks": done + failed}
+    write_atomically(out_dir / "ablate.json", (json.dumps(report, indent=1) + "\n").encode())
+    labels = [
+        ("untouched", untouched[1]),
+        *((f"{h['hook_name']}\n{h['latents']:.3f}", pictures[h["hook_name"]]) for h in done),
+    ]
+    picture_grid(out_dir / "ablate.png", labels, prompts)
+    if done:
+        ranking(
+            out_dir / "ablate_ranking.png",
+            done,
+            f"{cfg.mode}: what each hook point does, mean over {len(prompts)} prompts",
+        )
+    print(
+        f"pictures in {out_dir / 'ablate.png'} and {out_dir / 'ablate_ranking.png'}, numbers in {out_dir / 'ablate.json'}"
+    )
+
+
+if __name__ == "__main__" and "get_ipython" not in globals():
+    run(main, Config)

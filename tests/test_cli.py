@@ -1,0 +1,248 @@
+"""What a user can do wrong ends in one line and status 2; scripts can be pasted into a notebook."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+
+import collect
+import train
+from cli import HERE, gather_lists, resolve_device, resolve_dtype, run
+
+SCRIPTS = ["ablate", "collect", "train", "toy"]
+
+
+def command_line(monkeypatch, capsys, script, *options):
+    """Run a script's options as its command line would: (exit status, what it printed to stderr)."""
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, options)])
+    with pytest.raises(SystemExit) as stop:
+        run(script.main, script.Config)
+    return stop.value.code, capsys.readouterr().err
+
+
+@dataclass
+class Lists:
+    k: list[int] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    n: int = 0
+
+
+def test_lists_are_space_separated_and_repeating_appends():
+    args = "--k 16 --n 3 --names a b --k 32 64 --names=c".split()
+    assert gather_lists(args, Lists) == "--k 16 32 64 --n 3 --names a b c".split()
+    assert gather_lists(["draw", "--n", "1", "--n", "2"], Lists) == ["draw", "--n", "1", "--n", "2"]
+
+
+def test_devices_and_dtypes():
+    assert resolve_device("cpu") == torch.device("cpu")
+    assert resolve_dtype("auto", torch.device("cpu")) == torch.float32
+    assert resolve_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
+    for wrong in ("gpu", "", "cuda:99" if not torch.cuda.is_available() else "mps"):
+        with pytest.raises(ValueError, match="--device"):
+            resolve_device(wrong)
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    def main(cfg):
+        np.zeros(3).reshape(2, 2)
+
+    monkeypatch.setattr(sys, "argv", ["x.py"])
+    with pytest.raises(ValueError, match="cannot reshape"):
+        run(main, Lists)
+
+
+def mistakes(tmp_path, model_folder):
+    """(what, script, options, what the line says)"""
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "some.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "file").write_text("")
+    x = np.random.default_rng(0).normal(size=(400, 8)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    np.save(tmp_path / "int.npy", x.astype(np.int32))
+    np.save(tmp_path / "object.npy", np.array([{}, None]), allow_pickle=True)
+    (tmp_path / "short.npy").write_bytes((tmp_path / "x.npy").read_bytes()[:5000])
+    np.save(tmp_path / "nan.npy", np.where(np.arange(400)[:, None] == 7, np.nan, x))
+    np.save(tmp_path / "inf.npy", np.where(np.arange(400)[:, None] == 7, np.inf, x))
+    np.save(tmp_path / "flat.npy", x[:, 0])
+    model = [
+        "--model_name",
+        model_folder,
+        "--out_dir",
+        tmp_path / "a",
+        "--num_inference_steps",
+        2,
+        "--max_num_examples",
+        2,
+    ]
+    saes = ["--out_dir", tmp_path / "s", "--device", "cpu"]
+    return [
+        ("unknown hook name", collect, [*model, "--hook_names", "up_blocks.0.attention.1"], "up_blocks.0.attentions.1"),
+        ("unknown glob", collect, [*model, "--hook_names", "up_blocks.*.attn"], "no module matches"),
+        ("missing model folder", collect, ["--model_name", tmp_path / "none"], "no folder"),
+        (
+            "a folder that is no model",
+            collect,
+            ["--model_name", tmp_path, "--dataset_name", "a cat"],
+            "model_index.json",
+        ),
+        ("empty prompt file", collect, [*model, "--dataset_name", tmp_path / "empty.txt"], "no prompts"),
+        ("missing prompt file", collect, [*model, "--dataset_name", tmp_path / "none.txt"], "no prompt file"),
+        ("missing column", collect, [*model, "--dataset_name", tmp_path / "some.csv", "--column", "c"], "from: a, b"),
+        (
+            "out_dir below a file",
+            collect,
+            [*model, "--hook_names", "mid_block", "--out_dir", tmp_path / "file" / "a"],
+            "can't be made",
+        ),
+        ("no such device", collect, [*model, "--device", "tpu"], "--device"),
+        (
+            "bad pipeline_kwargs",
+            collect,
+            [*model, "--hook_names", "mid_block", "--pipeline_kwargs", "{"],
+            "--pipeline_kwargs",
+        ),
+        (
+            "no guidance",
+            collect,
+            [*model, "--hook_names", "mid_block", "--rows", "uncond", "--guidance_scale", 1],
+            "guidance",
+        ),
+        ("missing data", train, [*saes, "--data", tmp_path / "none.npy"], "none.npy"),
+        ("integers", train, [*saes, "--data", tmp_path / "int.npy"], "int32"),
+        ("objects", train, [*saes, "--data", tmp_path / "object.npy"], "object.npy"),
+        ("truncated", train, [*saes, "--data", tmp_path / "short.npy"], "short.npy"),
+        ("one axis", train, [*saes, "--data", tmp_path / "flat.npy"], "shape"),
+        ("NaN", train, [*saes, "--data", tmp_path / "nan.npy"], "NaN"),
+        ("inf", train, [*saes, "--data", tmp_path / "inf.npy"], "inf"),
+        ("k > num_latents", train, [*saes, "--data", tmp_path / "x.npy", "--k", 9, "--num_latents", 8], "9"),
+        ("saes below a file", train, ["--data", tmp_path / "x.npy", "--out_dir", tmp_path / "file" / "s"], "file"),
+    ]
+
+
+def test_mistakes_end_with_one_line_and_status_2(monkeypatch, capsys, tmp_path, model_folder):
+    for what, script, options, said in mistakes(tmp_path, model_folder):
+        before = sorted(p for p in tmp_path.rglob("*"))
+        capsys.readouterr()
+        status, err = command_line(monkeypatch, capsys, script, *options)
+        lines = [line for line in err.splitlines() if line.startswith(f"{script.__name__}.py: error: ")]
+        assert status == 2, (what, err)
+        assert len(lines) == 1 and err.rstrip().endswith(lines[0]) and said in lines[0], (what, err)
+        assert "Traceback" not in err, what
+        made = [p for p in tmp_path.rglob("*") if p not in before and p.is_file()]
+        assert not made, (what, made)
+
+
+def test_no_free_space(monkeypatch, capsys, tmp_path, model_folder):
+    monkeypatch.setattr(collect.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    options = [
+        "--model_name",
+        model_folder,
+        "--hook_names",
+        "mid_block",
+        "--out_dir",
+        tmp_path / "a",
+        "--num_inference_steps",
+        2,
+    ]
+    status, err = command_line(monkeypatch, capsys, collect, *options)
+    assert status == 2 and "do not fit" in err and not (tmp_path / "a").exists()
+
+
+def test_other_settings(monkeypatch, capsys, tmp_path, model_folder):
+    options = [
+        "--model_name",
+        model_folder,
+        "--hook_names",
+        "mid_block",
+        "--out_dir",
+        tmp_path / "a",
+        "--num_inference_steps",
+        2,
+    ]
+    monkeypatch.setattr(sys, "argv", ["collect.py", *map(str, options)])
+    run(collect.main, collect.Config)
+    before = {p: p.read_bytes() for p in (tmp_path / "a").iterdir()}
+    status, err = command_line(monkeypatch, capsys, collect, *options, "--seed", 5)
+    assert status == 2 and "another --out_dir" in err
+    assert {p: p.read_bytes() for p in (tmp_path / "a").iterdir()} == before
+
+
+def test_a_real_command_line_has_no_traceback(tmp_path):
+    """One of them in a process of its own: the guard, the status and stderr."""
+    done = subprocess.run(
+        [sys.executable, HERE / "train.py", "--data", str(tmp_path / "none.npy")],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("train.py: error: ") and "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_names_every_option(script):
+    done = subprocess.run([sys.executable, HERE / f"{script}.py", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    module = __import__(script)
+    for name in module.Config.__dataclass_fields__:
+        if name != "command":
+            assert f"--{name}" in done.stdout, name
+    assert module.__doc__.splitlines()[0] in " ".join(done.stdout.split())
+
+
+@pytest.fixture
+def shell(monkeypatch, tmp_path):
+    from IPython.core.interactiveshell import InteractiveShell
+
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    monkeypatch.chdir(HERE)
+    InteractiveShell.clear_instance()
+    yield InteractiveShell.instance()
+    InteractiveShell.clear_instance()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_pasted_into_a_notebook_defines_its_names_and_runs_nothing(shell, script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
+    shell.run_cell((HERE / f"{script}.py").read_text()).raise_error()
+    assert shell.user_ns["__name__"] == "__main__" and shell.user_ns["Config"].__dataclass_fields__
+    assert callable(shell.user_ns["main"]) and capsys.readouterr().out == ""
+
+
+def test_main_works_from_a_notebook(shell, tmp_path, model_folder):
+    shell.run_cell((HERE / "collect.py").read_text()).raise_error()
+    out = tmp_path / "acts"
+    options = dict(model_name=str(model_folder), hook_names=["mid_block"], out_dir=str(out), num_inference_steps=2)
+    cell = f"main(Config(**{options}, max_num_examples=3))"
+    shell.run_cell(cell).raise_error()
+    assert np.load(out / "mid_block.npy").shape == (3, 2, 64, 16)
+
+
+def test_percent_run_does_run(shell, capsys):
+    shell.run_cell("%run collect.py --help")
+    assert "--hook_names" in capsys.readouterr().out
+
+
+def test_the_folder_kernels_gets_on_with_the_package_of_that_name(tmp_path):
+    """transformers imports from Hugging Face's `kernels` where its metadata says that a fitting version is installed."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("from .layer import Mode\nfrom kernels.layer import other\n")
+    (tmp_path / "kernels" / "layer.py").write_text("class Mode: pass\nother = 7\n")
+    code = (
+        "import sae; from kernels import Mode, other, decode; from kernels.layer import Mode as same; "
+        "from kernels.decode import decode as ours; assert other == 7 and decode is ours is sae.decode"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=HERE,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
