@@ -1,0 +1,87 @@
+"""The embedded model is what toy.py says: a diffusers folder that loads with no network and draws what it is asked."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+
+import toy
+from cli import HERE
+
+TOY = HERE / "toy"
+
+
+def test_drawings_are_seeded_and_labelled():
+    pixels, attributes = toy.draw_many(6, 3)
+    again, _ = toy.draw_many(6, 3)
+    assert pixels.shape == (6, 3, 64, 64) and torch.equal(pixels, again)
+    assert {a["object"] for a in attributes} <= set(toy.OBJECTS)
+    assert all(a["colour"] in " ".join(toy.captions(a)) for a in attributes)
+
+
+def test_every_word_of_a_caption_is_one_token():
+    tokenizer = toy.build_tokenizer()
+    for a in toy.draw_many(50, 0)[1]:
+        for caption in toy.captions(a):
+            words = caption.replace(",", " ,").split()
+            assert len(tokenizer(caption).input_ids) == len(words) + 2 <= tokenizer.model_max_length
+
+
+def test_training_goes_on_where_it_stopped(tmp_path):
+    """Six iterations at once, and four with a stop after which the last checkpoint is gone on from, give the same weights."""
+
+    def fit(folder, stop_at=None):
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(3, 2)
+
+        def loss(i, generator):
+            if i == stop_at:
+                raise KeyboardInterrupt
+            return layer(torch.randn(4, 3, generator=generator)).square().sum()
+
+        folder.mkdir(exist_ok=True)
+        cfg = toy.Config("train", work_dir=str(folder), save_every=3)
+        toy.fit("layer", {"layer": layer}, loss, 6, 0.1, cfg, torch.device("cpu"))
+        return layer.weight.detach()
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "in-parts", stop_at=4)
+    assert torch.equal(fit(tmp_path / "in-parts"), fit(tmp_path / "at-once"))
+
+
+def test_the_folder_is_small_and_complete():
+    assert sum(p.stat().st_size for p in TOY.rglob("*") if p.is_file()) <= 20e6
+    assert not [p for p in TOY.rglob("*") if p.suffix in (".bin", ".pt", ".pkl", ".ckpt")]
+    with open(TOY / "prompts.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    assert len(rows) == len({r["prompt"] for r in rows}) == 8 * 6 * 6 * 4
+
+
+def test_the_classifier_knows_the_drawings():
+    pixels, attributes = toy.draw_many(600, 77)
+    seen = toy.Classifier.load(TOY).predict(toy.to_model(pixels))
+    for name in ("object", "style", "colour"):
+        assert np.mean([s[name] == a[name] for s, a in zip(seen, attributes)]) >= 0.99, name
+
+
+def test_it_draws_what_it_is_asked():
+    """A small part of `toy.py check`: 24 prompts, 20 steps."""
+    from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained(TOY, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    assert type(pipe).__name__ == "StableDiffusionPipeline" and type(pipe.scheduler).__name__ == "DDIMScheduler"
+    assert "up_blocks.1.attentions.1" in dict(pipe.unet.named_modules())
+    with open(TOY / "prompts.csv", newline="") as f:
+        rows = list(csv.DictReader(f))[-24:]
+    generators = [torch.Generator().manual_seed(i) for i in range(24)]
+    options = dict(num_inference_steps=20, guidance_scale=5.0, generator=generators, output_type="pt")
+    seen = toy.Classifier.load(TOY).predict(2 * pipe([r["prompt"] for r in rows], **options).images - 1)
+    for name, at_least in (("object", 0.8), ("style", 0.8), ("colour", 0.85)):
+        assert np.mean([s[name] == r[name] for s, r in zip(seen, rows)]) >= at_least, name
+
+
+def test_draw(tmp_path):
+    toy.main(toy.Config("draw", folder=str(tmp_path)))
+    assert (tmp_path / "drawings.png").stat().st_size > 10_000
