@@ -270,11 +270,8 @@ def patched(cls, name, make):
 
 # ------------------------------------------------------------------------------------------------------------ recording
 
-ROLES = {
-    "cond": {"": "cond"},
-    "uncond": {"": "uncond"},
-    "both": {"": "cond", "_uncond": "uncond"},
-}  # suffix of the key: role
+# What `rows` asks for: the role of the rows under each suffix of the cache's keys.
+ROLES = {"cond": {"": "cond"}, "uncond": {"": "uncond"}, "both": {"": "cond", "_uncond": "uncond"}}
 NEVER_RAN = "never ran in a forward of the denoiser; is it compiled, or are its projections fused?"
 
 
@@ -295,20 +292,18 @@ class Recorder:
 
         def before(key):
             def hook(module, args, kwargs):
-                spatial[key] = next(
-                    (x.shape[2:] for x in (*args, *kwargs.values()) if torch.is_tensor(x) and x.ndim in (4, 5)), None
-                )
+                maps = (x for x in (*args, *kwargs.values()) if torch.is_tensor(x) and x.ndim in (4, 5))
+                spatial[key] = next((x.shape[2:] for x in maps), None)
 
             return hook
 
         def capture(name, side, above):
             def hook(module, args, kwargs, output=None):
-                if sampling.current is None:
+                if sampling.current is None or sampling.index % self.every:
                     return
                 seen = sampling.current.captured
-                seen[side, name] = (
-                    None if (side, name) in seen else self._copy(output if side == "output" else (args, kwargs))
-                )
+                x = None if (side, name) in seen else first_tensor(output if side == "output" else (args, kwargs))
+                seen[side, name] = None if x is None else x.detach().clone()  # some models go on in place
                 seen["grids", name] = [s for key in above if (s := spatial.get(key)) is not None]
 
             return hook
@@ -316,24 +311,16 @@ class Recorder:
         for name, (denoiser, module) in self.targets.items():
             root = unwrap(denoisers[denoiser])
             path = next(n for n, m in root.named_modules() if m is module).split(".")
-            above = [
-                (denoiser, ".".join(path[:i])) for i in range(len(path), -1, -1)
-            ]  # nearest first, the module itself included
+            above = [(denoiser, ".".join(path[:i])) for i in range(len(path), -1, -1)]  # itself, then its ancestors
             for key in above:
                 if key not in spatial:
                     spatial[key] = None
-                    stack.callback(
-                        root.get_submodule(key[1]).register_forward_pre_hook(before(key), with_kwargs=True).remove
-                    )
+                    handle = root.get_submodule(key[1]).register_forward_pre_hook(before(key), with_kwargs=True)
+                    stack.callback(handle.remove)
             if "input" in self.sides:
                 stack.callback(module.register_forward_pre_hook(capture(name, "input", above), with_kwargs=True).remove)
             if "output" in self.sides:
                 stack.callback(module.register_forward_hook(capture(name, "output", above), with_kwargs=True).remove)
-
-    @staticmethod
-    def _copy(value):
-        x = first_tensor(value)
-        return None if x is None else x.detach().clone()  # some models go on in place
 
     def on_step(self, step):
         if step.index % self.every:
@@ -375,10 +362,9 @@ class Recorder:
                 self.failed[name] = NEVER_RAN
             elif name not in self.failed and missing:
                 self.failed[name] = f"has no {missing[0]}itional rows in this generation; is guidance off?"
-        if errors := [
-            f"{n}: {why}" for n, why in self.failed.items() if n in explicit or len(self.failed) == len(self.targets)
-        ]:
-            raise ValueError(errors[0])
+        for name, why in self.failed.items():
+            if name in explicit or len(self.failed) == len(self.targets):
+                raise ValueError(f"{name}: {why}")
         for (side, name), steps in self.kept.items():
             if name not in self.failed:
                 cache.setdefault(side, {})[name] = torch.stack(steps, 1)  # (prompts, steps, tokens, d)

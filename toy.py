@@ -1,8 +1,8 @@
 """Draw, train and check the toy: a real Stable Diffusion pipeline of 5.4 M parameters, small enough to ship.
 
-    python toy.py draw      # a grid of the drawings it learns from
-    python toy.py train     # reproduce toy/ from nothing; goes on where it stopped
-    python toy.py check     # what its pictures show, against what the prompts asked
+    python toy.py draw                    # a grid of the drawings it learns from
+    python toy.py train --folder mine     # such a model from nothing; goes on where it stopped
+    python toy.py check                   # what its pictures show, against what the prompts asked
 
 Every drawing is one object in one style and one colour on a background, 64 x 64 RGB, at a random place, size and tilt.
 `train` fits, in this order, a classifier of (object, style, colour), an AutoencoderKL (64 x 64 x 3 -> 32 x 32 x 4) and
@@ -47,6 +47,7 @@ COLOURS = {
     "purple": (145, 50, 190),
 }
 BACKGROUNDS = {"white": (245, 245, 245), "gray": (140, 140, 140), "black": (15, 15, 15), "pink": (250, 195, 210)}
+CONCEPTS = {"object": OBJECTS, "style": STYLES, "colour": tuple(COLOURS)}  # what the classifier tells
 
 
 @dataclass
@@ -88,41 +89,23 @@ def contours(name, radius, tilt):
         return [polar(turn(10), 1.2 * radius * np.where(np.arange(10) % 2, 0.45, 1.0))]
     if name == "cross":
         a, b = 0.36, 1.05
-        return [
-            radius
-            * np.array(
-                [
-                    (-a, -b),
-                    (a, -b),
-                    (a, -a),
-                    (b, -a),
-                    (b, a),
-                    (a, a),
-                    (a, b),
-                    (-a, b),
-                    (-a, a),
-                    (-b, a),
-                    (-b, -a),
-                    (-a, -a),
-                ]
-            )
-            @ rotate
-        ]
+        arm = np.array([(-a, -b), (a, -b), (a, -a)])
+        quarter = np.array([(0, 1), (-1, 0)])
+        return [radius * np.concatenate([arm @ np.linalg.matrix_power(quarter, i) for i in range(4)]) @ rotate]
     if name == "heart":
         s = 2 * math.pi * np.arange(64) / 64
         y = 13 * np.cos(s) - 5 * np.cos(2 * s) - 2 * np.cos(3 * s) - np.cos(4 * s)
         return [radius / 15 * np.stack([16 * np.sin(s) ** 3, -y - 2], 1) @ rotate]
     # moon: an outer arc of 260 degrees, closed by the arc of a second circle that cuts into it
+    circle = lambda angle: np.stack([np.cos(angle), np.sin(angle)], 1)
     outer = np.radians(np.linspace(50, 310, 48))
-    ends = np.stack([np.cos(outer[[0, -1]]), np.sin(outer[[0, -1]])], 1)
+    ends = circle(outer[[0, -1]])
     centre = np.array([0.75, 0.0])
     r = np.linalg.norm(ends[0] - centre)
     first = math.atan2(*(ends[1] - centre)[::-1]) % (2 * math.pi)
     last = math.atan2(*(ends[0] - centre)[::-1]) % (2 * math.pi)
     inner = np.linspace(first, last, 32)[1:-1]
-    points = np.concatenate(
-        [np.stack([np.cos(outer), np.sin(outer)], 1), centre + r * np.stack([np.cos(inner), np.sin(inner)], 1)]
-    )
+    points = np.concatenate([circle(outer), centre + r * circle(inner)])
     return [1.1 * radius * (points - [-0.15, 0]) @ rotate]
 
 
@@ -170,12 +153,8 @@ def draw(attributes, rng):
 
 def sample_attributes(rng):
     pick = lambda names, p=None: str(rng.choice(list(names), p=p))
-    return {
-        "object": pick(OBJECTS),
-        "style": pick(STYLES),
-        "colour": pick(COLOURS),
-        "background": pick(BACKGROUNDS),
-        "size": pick(("small", "", "large"), (0.3, 0.4, 0.3)),
+    return {n: pick(v) for n, v in (CONCEPTS | {"background": BACKGROUNDS}).items()} | {
+        "size": pick(("small", "", "large"), (0.3, 0.4, 0.3))
     }
 
 
@@ -219,12 +198,7 @@ class Classifier(nn.Module):
         widths = (3, 32, 64, 128, 128)
         self.convs = nn.ModuleList(nn.Conv2d(i, o, 3, stride=2, padding=1) for i, o in itertools.pairwise(widths))
         self.norms = nn.ModuleList(nn.GroupNorm(8, o) for o in widths[1:])
-        self.heads = nn.ModuleDict(
-            {
-                n: nn.Linear(2 * widths[-1], len(c))
-                for n, c in zip(("object", "style", "colour"), (OBJECTS, STYLES, COLOURS))
-            }
-        )
+        self.heads = nn.ModuleDict({n: nn.Linear(2 * widths[-1], len(names)) for n, names in CONCEPTS.items()})
 
     def forward(self, x):
         for conv, norm in zip(self.convs, self.norms):
@@ -235,9 +209,8 @@ class Classifier(nn.Module):
     @torch.no_grad()
     def predict(self, x):
         """Names, a list of {"object", "style", "colour"}, one a picture."""
-        names = {"object": OBJECTS, "style": STYLES, "colour": tuple(COLOURS)}
-        best = {name: logits.argmax(1).tolist() for name, logits in self(x).items()}
-        return [{n: names[n][best[n][i]] for n in names} for i in range(len(x))]
+        best = {n: logits.argmax(1).tolist() for n, logits in self(x).items()}
+        return [{n: CONCEPTS[n][best[n][i]] for n in CONCEPTS} for i in range(len(x))]
 
     @classmethod
     def load(cls, folder):
@@ -246,21 +219,20 @@ class Classifier(nn.Module):
         return model.eval().requires_grad_(False)
 
 
-def labels_of(attributes):
-    names = {"object": OBJECTS, "style": STYLES, "colour": tuple(COLOURS)}
-    return {n: torch.tensor([names[n].index(a[n]) for a in attributes]) for n in names}
+def shares(seen, wanted):
+    """Share of pictures in which each of object, style and colour is what was wanted: two lists of dict -> dict."""
+    return {n: sum(s[n] == w[n] for s, w in zip(seen, wanted)) / len(seen) for n in CONCEPTS}
 
 
 def build_tokenizer():
     """A CLIPTokenizer whose merges make each word of the captions one token (byte-pair merges learnt from those words)."""
     from transformers import CLIPTokenizer
 
-    text = " ".join(
-        c
-        for o, s, k, b, z in itertools.product(OBJECTS, STYLES, COLOURS, BACKGROUNDS, ("small", "large"))
-        for c in captions({"object": o, "style": s, "colour": k, "background": b, "size": z})
-    )
-    words = sorted({w.strip(",") for w in text.split()})
+    values = CONCEPTS | {"background": tuple(BACKGROUNDS), "size": ("small", "large")}
+    said = [
+        captions({n: v[i % len(v)] for n, v in values.items()}) for i in range(len(OBJECTS))
+    ]  # each value at least once
+    words = sorted({word.strip(",") for texts in said for text in texts for word in text.split()})
     letters = [chr(c) for c in range(33, 127)]
     pieces, merges = [[*w[:-1], w[-1] + "</w>"] for w in words], []
     while pairs := [p for w in pieces for p in itertools.pairwise(w)]:
@@ -272,17 +244,10 @@ def build_tokenizer():
                 if (w[i], w[i + 1]) == best:
                     w[i : i + 2] = [w[i] + w[i + 1]]
                 i += 1
-    tokens = [
-        "<|startoftext|>",
-        "<|endoftext|>",
-        *letters,
-        *(c + "</w>" for c in letters),
-        *("".join(m) for m in merges),
-    ]
+    special = ["<|startoftext|>", "<|endoftext|>"]
+    tokens = [*special, *letters, *(c + "</w>" for c in letters), *("".join(m) for m in merges)]
     vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
-    return CLIPTokenizer(
-        vocab=vocab, merges=merges, unk_token="<|endoftext|>", pad_token="<|endoftext|>", model_max_length=24
-    )
+    return CLIPTokenizer(vocab=vocab, merges=merges, unk_token=special[1], pad_token=special[1], model_max_length=24)
 
 
 def build_vae():
@@ -349,10 +314,14 @@ def build_scheduler():
 # ------------------------------------------------------------------------------------------------------------ training
 
 
-def fit(name, modules, loss_of, iterations, lr, cfg, device, ema=False):
-    """Adam on `loss_of(iteration, generator)`, checkpointed to <work_dir>/<name>.safetensors; resumes from it.
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's
 
-    Every iteration seeds its own generator, so that an interrupted run goes on as if nothing had happened.
+
+def fit(name, modules, loss_of, iterations, lr, cfg, device):
+    """Adam on `loss_of(generator)`, checkpointed to <work_dir>/<name>.safetensors and resumed from it.
+
+    Every iteration seeds its own generator, so that an interrupted run goes on as if nothing had happened. The modules
+    are left with the moving average of their weights.
     """
     path = Path(cfg.work_dir) / f"{name}.safetensors"
     params = {f"{m}.{n}": p for m, module in modules.items() for n, p in module.to(device).named_parameters()}
@@ -366,39 +335,33 @@ def fit(name, modules, loss_of, iterations, lr, cfg, device, ema=False):
             p.data.copy_(state[f"param.{n}"])
             average[n] = state[f"average.{n}"].to(device)
             if done < iterations:
-                optimizer.state[p] = {
-                    "step": torch.tensor(float(done)),
-                    **{s: state[f"{s}.{n}"].to(device) for s in ("exp_avg", "exp_avg_sq")},
-                }
+                moments = {m: state[f"{m}.{n}"].to(device) for m in MOMENTS}
+                optimizer.state[p] = {"step": torch.tensor(float(done)), **moments}
     with tqdm(total=iterations, initial=done, desc=name) as bar:
         while done < iterations:
             rate = lr * min(1, (done + 1) / 100, max(0.02, 3 * (1 - done / iterations)))
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            loss = loss_of(done, torch.Generator().manual_seed(cfg.seed * 1_000_003 + done))
+            loss = loss_of(torch.Generator().manual_seed(cfg.seed * 1_000_003 + done))
             loss.backward()
             nn.utils.clip_grad_norm_(params.values(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
             done += 1
-            torch._foreach_lerp_(
-                list(average.values()), [p.data for p in params.values()], 1 - min(0.999, (done + 1) / (done + 10))
-            )
+            for n, p in params.items():
+                average[n].lerp_(p.data, 1 - min(0.999, (done + 1) / (done + 10)))
             bar.update()
             if done % 25 == 0:
                 bar.set_postfix(loss=f"{loss.item():.4f}")
             if done % cfg.save_every == 0 or done == iterations:
                 state = {"done": torch.tensor(done)}
                 for n, p in params.items():
-                    state |= {
-                        f"param.{n}": p.data,
-                        f"average.{n}": average[n],
-                        **{f"{s}.{n}": optimizer.state[p][s] for s in ("exp_avg", "exp_avg_sq")},
-                    }
+                    state |= {f"param.{n}": p.data, f"average.{n}": average[n]}
+                    state |= {f"{m}.{n}": optimizer.state[p][m] for m in MOMENTS}
                 save_file({k: v.contiguous() for k, v in state.items()}, path.with_suffix(".partial"))
                 path.with_suffix(".partial").replace(path)
     for n, p in params.items():
-        p.data.copy_(average[n] if ema else p.data)
+        p.data.copy_(average[n])
     for module in modules.values():
         module.eval().requires_grad_(False)
 
@@ -407,41 +370,27 @@ def train(cfg, device):
     from diffusers import StableDiffusionPipeline
 
     folder, work = Path(cfg.folder), Path(cfg.work_dir)
-    for d in (folder, work):
-        d.mkdir(parents=True, exist_ok=True)
+    if (folder / "model_index.json").exists():
+        raise ValueError(f"{folder} holds a trained model; name another --folder")
+    work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(cfg.seed)
-    classifier, vae, unet, tokenizer, scheduler = (
-        Classifier(),
-        build_vae(),
-        build_unet(),
-        build_tokenizer(),
-        build_scheduler(),
-    )
+    classifier, vae, unet = Classifier(), build_vae(), build_unet()
+    tokenizer, scheduler = build_tokenizer(), build_scheduler()
     text_encoder = build_text_encoder(tokenizer)
     pixels, attributes = draw_many(cfg.num_drawings, cfg.seed, "drawing")
-    labels = labels_of(attributes)
+    labels = {n: torch.tensor([names.index(a[n]) for a in attributes]) for n, names in CONCEPTS.items()}
     autocast = lambda: torch.autocast(device.type, torch.bfloat16)
 
-    def classifier_loss(_, generator):
+    def classifier_loss(generator):
         i = torch.randint(len(pixels), (64,), generator=generator)
         x = to_model(pixels[i])
         x = x + 0.15 * torch.rand(64, 1, 1, 1, generator=generator) * torch.randn(x.shape, generator=generator)
         logits = classifier(x.to(device))
         return sum(F.cross_entropy(logits[n], labels[n][i].to(device)) for n in logits)
 
-    fit(
-        "classifier",
-        {"classifier": classifier},
-        classifier_loss,
-        cfg.classifier_iterations,
-        1e-3,
-        cfg,
-        device,
-        ema=True,
-    )
-    save_file(classifier.state_dict(), folder / "classifier.safetensors")
+    fit("classifier", {"classifier": classifier}, classifier_loss, cfg.classifier_iterations, 1e-3, cfg, device)
 
-    def vae_loss(_, generator):
+    def vae_loss(generator):
         x = to_model(pixels[torch.randint(len(pixels), (32,), generator=generator)]).to(device)
         with autocast():
             posterior = vae.encode(x).latent_dist
@@ -451,7 +400,7 @@ def train(cfg, device):
         return (x_hat.float() - x).abs().mean() + (x_hat.float() - x).pow(2).mean() + 1e-4 * kl
 
     vae.to(memory_format=torch.channels_last)
-    fit("vae", {"vae": vae}, vae_loss, cfg.vae_iterations, 1e-3, cfg, device, ema=True)
+    fit("vae", {"vae": vae}, vae_loss, cfg.vae_iterations, 1e-3, cfg, device)
     encoded = work / "latents.safetensors"
     if not encoded.exists():
         with torch.no_grad():
@@ -461,17 +410,10 @@ def train(cfg, device):
     latents = load_file(encoded)["latents"]
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
     latents = (latents * vae.config.scaling_factor).contiguous(memory_format=torch.channels_last)
-    pixels = None
+    tokenize = lambda texts: tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
+    ids, empty = torch.stack([tokenize(captions(a)) for a in tqdm(attributes, "tokens")]), tokenize("")[0]
 
-    ids = torch.stack(
-        [
-            tokenizer(captions(a), padding="max_length", truncation=True, return_tensors="pt").input_ids
-            for a in tqdm(attributes, "tokens")
-        ]
-    )
-    empty = tokenizer("", padding="max_length", return_tensors="pt").input_ids[0]
-
-    def unet_loss(_, generator):
+    def unet_loss(generator):
         B = cfg.batch_size
         i = torch.randint(len(latents), (B,), generator=generator)
         x0 = latents[i].to(device)
@@ -484,30 +426,21 @@ def train(cfg, device):
         return F.mse_loss(v.float(), scheduler.get_velocity(x0, noise, t))
 
     unet.to(memory_format=torch.channels_last)
-    fit(
-        "unet",
-        {"unet": unet, "text_encoder": text_encoder},
-        unet_loss,
-        cfg.unet_iterations,
-        cfg.lr,
-        cfg,
-        device,
-        ema=True,
-    )
+    fit("unet", {"unet": unet, "text_encoder": text_encoder}, unet_loss, cfg.unet_iterations, cfg.lr, cfg, device)
 
-    pipe = StableDiffusionPipeline(
-        vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
-    )
-    pipe.to("cpu", torch.float16).save_pretrained(folder)
-    write_prompts(folder / "prompts.csv", cfg.seed)
+    pipe = StableDiffusionPipeline(vae, text_encoder, tokenizer, unet, scheduler, None, None, False)
+    partial = folder.with_name(folder.name + ".partial")
+    pipe.to(device, torch.float16).save_pretrained(partial)
+    save_file(classifier.state_dict(), partial / "classifier.safetensors")
+    write_prompts(partial / "prompts.csv", cfg.seed)
+    partial.replace(folder)
+    print(f"the model is in {folder}; next: python toy.py check --folder {folder}")
 
 
 def write_prompts(path, seed):
     """Every object, style, colour and background once, in random order, with its attributes as columns."""
-    rows = [
-        dict(zip(("object", "style", "colour", "background"), c))
-        for c in itertools.product(OBJECTS, STYLES, COLOURS, BACKGROUNDS)
-    ]
+    values = CONCEPTS | {"background": BACKGROUNDS}
+    rows = [dict(zip(values, combination)) for combination in itertools.product(*values.values())]
     order = np.random.default_rng(seed).permutation(len(rows))
     with open(path, "w", newline="") as f:
         writer = csv.DictWriter(f, ["prompt", *rows[0]])
@@ -533,44 +466,37 @@ def grid(pixels, columns, scale=2):
 def check(cfg, device):
     from diffusers import DiffusionPipeline
 
-    classifier = Classifier.load(cfg.folder).to(device)
+    folder = Path(cfg.folder)
+    classifier = Classifier.load(folder).to(device)
+    see = lambda pixels: [p for x in pixels.split(200) for p in classifier.predict(to_model(x).to(device))]
     pixels, attributes = draw_many(4000, cfg.seed + 1, "drawing")
-    seen = [p for batch in pixels.split(200) for p in classifier.predict(to_model(batch).to(device))]
-    report = {"drawings": {n: float(np.mean([s[n] == a[n] for s, a in zip(seen, attributes)])) for n in seen[0]}}
+    report = {"drawings": shares(see(pixels), attributes)}
 
-    pipe = DiffusionPipeline.from_pretrained(cfg.folder, torch_dtype=torch.float32).to(device)
+    pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32).to(device)
     pipe.set_progress_bar_config(disable=True)
-    with open(Path(cfg.folder) / "prompts.csv", newline="") as f:
+    with open(folder / "prompts.csv", newline="") as f:
         rows = list(csv.DictReader(f))[: cfg.num_prompts]
+    options = dict(num_inference_steps=cfg.num_inference_steps, guidance_scale=cfg.guidance_scale, output_type="pt")
     made = []
     for start in tqdm(range(0, len(rows), 48), "generating"):
-        batch = rows[start : start + 48]
-        out = pipe(
-            [r["prompt"] for r in batch],
-            num_inference_steps=cfg.num_inference_steps,
-            guidance_scale=cfg.guidance_scale,
-            generator=[torch.Generator().manual_seed(cfg.seed + start + i) for i in range(len(batch))],
-            output_type="pt",
-        ).images
-        made.append((out.cpu() * 255).round().to(torch.uint8))
+        prompts = [r["prompt"] for r in rows[start : start + 48]]
+        generators = [torch.Generator().manual_seed(cfg.seed + start + i) for i in range(len(prompts))]
+        made.append((pipe(prompts, generator=generators, **options).images.cpu() * 255).round().to(torch.uint8))
     made = torch.cat(made)
-    seen = [p for batch in made.split(200) for p in classifier.predict(to_model(batch).to(device))]
-    report["generated"] = {n: float(np.mean([s[n] == r[n] for s, r in zip(seen, rows)])) for n in seen[0]}
-    for attribute, names in (("object", OBJECTS), ("style", STYLES), ("colour", COLOURS)):
-        report[attribute] = {
-            v: float(np.mean([s[attribute] == v for s, r in zip(seen, rows) if r[attribute] == v])) for v in names
-        }
+    seen = see(made)
+    report["generated"] = shares(seen, rows)
+    for name, values in CONCEPTS.items():
+        pairs = {v: [(s, r) for s, r in zip(seen, rows) if r[name] == v] for v in values}
+        report[name] = {v: shares(*zip(*pairs[v]))[name] for v in values if pairs[v]}
     report["options"] = {n: getattr(cfg, n) for n in ("num_prompts", "num_inference_steps", "guidance_scale", "seed")}
 
     print(f"{'':12}{'object':>8}{'style':>8}{'colour':>8}")
     for what, n in (("drawings", len(pixels)), ("generated", len(made))):
-        print(f"{what:12}" + "".join(f"{report[what][a]:8.1%}" for a in ("object", "style", "colour")) + f"   of {n}")
-    order = sorted(
-        range(min(96, len(rows))), key=lambda i: (STYLES.index(rows[i]["style"]), OBJECTS.index(rows[i]["object"]))
-    )
-    grid(made[order], 16).save(Path(cfg.folder) / "check.png")
-    (Path(cfg.folder) / "check.json").write_text(json.dumps(report, indent=1) + "\n")
-    print(f"pictures in {Path(cfg.folder) / 'check.png'}, numbers in {Path(cfg.folder) / 'check.json'}")
+        print(f"{what:12}" + "".join(f"{share:8.1%}" for share in report[what].values()) + f"   of {n}")
+    where = lambda i: (STYLES.index(rows[i]["style"]), OBJECTS.index(rows[i]["object"]))
+    grid(made[sorted(range(min(96, len(rows))), key=where)], 16).save(folder / "check.png")
+    (folder / "check.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(f"pictures in {folder / 'check.png'}, numbers in {folder / 'check.json'}")
 
 
 def main(cfg):
@@ -579,23 +505,11 @@ def main(cfg):
         return train(cfg, device)
     if cfg.command == "check":
         return check(cfg, device)
-    rng = np.random.default_rng(cfg.seed)
-    each = [
-        {
-            "object": o,
-            "style": s,
-            "colour": str(rng.choice(list(COLOURS))),
-            "background": str(rng.choice(list(BACKGROUNDS))),
-            "size": "",
-        }
-        for s in STYLES
-        for o in OBJECTS
-    ]
-    Path(cfg.folder).mkdir(parents=True, exist_ok=True)
-    grid(torch.from_numpy(np.stack([draw(a, rng) for a in each])).permute(0, 3, 1, 2), len(OBJECTS)).save(
-        Path(cfg.folder) / "drawings.png"
-    )
-    print(f"one drawing of each object and style in {Path(cfg.folder) / 'drawings.png'}")
+    path, rng = Path(cfg.folder) / "drawings.png", np.random.default_rng(cfg.seed)
+    each = [sample_attributes(rng) | {"style": s, "object": o} for s in STYLES for o in OBJECTS]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    grid(torch.from_numpy(np.stack([draw(a, rng) for a in each])).permute(0, 3, 1, 2), len(OBJECTS)).save(path)
+    print(f"one drawing of each object and style in {path}")
 
 
 if __name__ == "__main__" and "get_ipython" not in globals():

@@ -176,6 +176,8 @@ def test_other_settings_are_refused(config):
     ):
         with pytest.raises(ValueError, match="holds"):
             collect.main(replace(config, **option))
+    with pytest.raises(ValueError, match="other prompts"):
+        collect.main(replace(config, negative_prompt="rain"))
     assert contents(config.out_dir) == before
 
 
@@ -213,8 +215,19 @@ def test_a_full_disk_stops_with_an_os_error_and_goes_on_later(config, monkeypatc
     assert contents(config.out_dir) == contents(config.out_dir + "-undisturbed")
 
 
-def test_truncated_files_are_not_filled_with_zeros(config, monkeypatch):
+@pytest.mark.parametrize("calls", [1, None])
+def test_truncated_files_are_not_filled_with_zeros(config, monkeypatch, calls):
+    """Cut while there is more to write, and cut when there is nothing left to do but to finish."""
     with monkeypatch.context() as patch:
+        real, batches = store.Collection.write, []
+
+        def write(self, batch, *rest):
+            batches.append(batch)
+            if calls and len(batches) > calls:
+                raise KeyboardInterrupt
+            real(self, batch, *rest)
+
+        patch.setattr(store.Collection, "write", write)
         patch.setattr(store.Collection, "finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             collect.main(config)
@@ -222,6 +235,7 @@ def test_truncated_files_are_not_filled_with_zeros(config, monkeypatch):
     os.truncate(partial, partial.stat().st_size // 2)
     with pytest.raises(ValueError, match="missing or damaged"):
         collect.main(config)
+    assert partial.stat().st_size < 8 * 3 * 64 * 16 * 2
 
 
 def test_pipeline_arguments_fill_in_defaults():

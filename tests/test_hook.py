@@ -112,6 +112,23 @@ def test_the_first_step_leaves_no_trace(pipe):
     assert torch.equal(step["output"][HOOK][:, 0], cache["output"][HOOK][:, 0])
 
 
+def test_the_first_step_puts_generators_back(pipe):
+    hooked, options = HookedDiffusionModel.from_pipeline(pipe), generate_options(2)
+    expected = hooked(PROMPTS[:2], **generate_options(2)).images
+    hooked.first_step(HOOK, PROMPTS[:2], **options)
+    assert torch.equal(hooked(PROMPTS[:2], **options).images, expected)
+
+
+def test_an_inherited_step_is_not_left_on_the_subclass():
+    from diffusers import DDIMScheduler
+
+    class Mine(DDIMScheduler):
+        pass
+
+    run(build(sd15, scheduler=Mine(clip_sample=False, steps_offset=1)))
+    assert not {"step", "set_timesteps"} & set(vars(Mine))
+
+
 def test_nothing_is_left_behind(pipe):
     """Hooks and class patches are gone afterwards, also after an exception, and the sample is the untouched one."""
     before = hooks_and_patches(pipe)
