@@ -5,7 +5,9 @@
     python ablate.py --hook_names "up_blocks.*.attentions.*" mid_block --mode mean --max_num_examples 16
 
 Three ways (`--mode`): skip makes the module's output its input, zero makes it 0, mean makes it its mean over the prompts
-(each row of the guidance on its own), so that what the prompt and the seed decided there is gone and the rest stays.
+(each half of the guidance on its own), so that what the prompt and the seed decided there is gone and the rest stays.
+All rows are edited, conditional and unconditional. Of a module that returns several tensors only the first is: the skip
+connections of a UNet's down block stay.
 
 Reads   a diffusers folder or hub id, and prompts, as collect.py does.
 Writes  <out_dir>/ablate.png (rows: hook names, the first untouched; columns: prompts), ablate_ranking.png, ablate.json.
@@ -21,17 +23,22 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from cli import resolve_device, resolve_dtype, run
+from cli import check_positive, parse_object, resolve_device, resolve_dtype, run
 from hook import HookedDiffusionModel, find_model
+from prompts import default_dataset, load_prompts
 from rows import first_tensor, with_first_tensor
-from store import default_dataset, load_prompts, write_atomically
+from store import read_json, write_atomically
+
+Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+SHOWN = 40  # rows of pictures at most, and bars: the hook points that matter most
 
 
 @dataclass
 class Config:
-    hook_names: list[str] = field(default_factory=lambda: ["**.attentions.*"])  # modules of the denoiser; globs
+    hook_names: list[str] = field(default_factory=lambda: ["**.attentions.*"])  # modules of the denoiser, or globs
     mode: Literal["skip", "zero", "mean"] = "skip"  # what becomes of the module's output
     model_name: str = "toy"  # a diffusers folder or hub id
     variant: str | None = None  # of the weights, such as fp16
@@ -41,9 +48,7 @@ class Config:
     column: str | None = None  # that holds the prompt (None: prompt, caption or text)
     negative_prompt: str | None = None  # a text for all prompts, or the column that holds each one's
     out_dir: str = "ablate"  # folder for the pictures and the numbers
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = (
-        "auto"  # of the model (auto: float32 on a CPU, else 16 bits)
-    )
+    dtype: Dtype = "auto"  # of the model (auto: float32 on a CPU, else 16 bits)
     num_inference_steps: int | None = None  # None: the pipeline's own default, as for the next three
     guidance_scale: float | None = None  # classifier-free guidance
     height: int | None = None  # pixels
@@ -92,14 +97,9 @@ def distances(a, b):
 
 def picture_grid(path, rows, prompts):
     """One row of pictures for each (label, (R, 3, H, W)); the prompts stand above the columns."""
-    import matplotlib
-
-    matplotlib.use("Agg", force=False)
-    import matplotlib.pyplot as plt
-
     R = len(prompts)
     left, top = 2.6, 0.9  # inches
-    fig = plt.figure(figsize=(left + 1.25 * R, top + 1.25 * len(rows)), facecolor="white")
+    fig = Figure(figsize=(left + 1.25 * R, top + 1.25 * len(rows)), facecolor="white")
     W, H = fig.get_size_inches()
     for r, (label, images) in enumerate(rows):
         for c in range(R):
@@ -107,22 +107,19 @@ def picture_grid(path, rows, prompts):
             ax.imshow(images[c].permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
             ax.set_axis_off()
         y = 1 - (top + 1.25 * r + 0.6) / H
-        fig.text((left - 0.12) / W, y, label, ha="right", va="center", fontsize=8)
+        fig.text((left - 0.12) / W, y, label, ha="right", va="center", fontsize=8, parse_math=False)
     for c, prompt in enumerate(prompts):
         text = "\n".join(textwrap.wrap(prompt, 20, max_lines=4, placeholder=" …"))
-        fig.text((left + 1.25 * c + 0.6) / W, 1 - (top - 0.06) / H, text, ha="center", va="bottom", fontsize=6.5)
+        fig.text(
+            (left + 1.25 * c + 0.6) / W, 1 - (top - 0.06) / H, text, ha="center", va="bottom", fontsize=6.5, parse_math=False
+        )
     fig.savefig(path, dpi=150)
-    plt.close(fig)
 
 
 def ranking(path, hooks, title):
     """Bars of both distances, the largest first."""
-    import matplotlib
-
-    matplotlib.use("Agg", force=False)
-    import matplotlib.pyplot as plt
-
-    fig, axes = plt.subplots(1, 2, figsize=(10, 1.3 + 0.3 * len(hooks)), sharey=True, layout="constrained")
+    fig = Figure(figsize=(10, 1.3 + 0.3 * len(hooks)), layout="constrained")
+    axes = fig.subplots(1, 2, sharey=True)
     fig.suptitle(title, fontsize=10)
     names = [h["hook_name"] for h in hooks][::-1]
     for ax, key, label in zip(axes, ("latents", "images"), ("latents: |a - b| / |b|", "pictures: root mean square")):
@@ -133,11 +130,11 @@ def ranking(path, hooks, title):
         ax.tick_params(labelsize=8)
         ax.margins(x=0.12)
     fig.savefig(path, dpi=130)
-    plt.close(fig)
 
 
 def main(cfg):
-    # 1. what to generate
+    # 1. What to generate
+    check_positive(cfg, "max_num_examples", "num_inference_steps")
     dataset_name = cfg.dataset_name or default_dataset(find_model(cfg.model_name))
     rows = load_prompts(dataset_name, cfg.split, cfg.column, cfg.negative_prompt, cfg.max_num_examples)
     prompts = [r["prompt"] for r in rows]
@@ -146,59 +143,53 @@ def main(cfg):
     out_dir = Path(cfg.out_dir)
     settings = {k: v for k, v in vars(cfg).items() if k not in ("out_dir", "device", "cpu_offload")}
     if (out_dir / "ablate.json").exists():
-        there = json.loads((out_dir / "ablate.json").read_text())["options"]
+        there = read_json(out_dir / "ablate.json").get("options") or {}
         if other := [k for k in settings if there.get(k) != settings[k]]:
             raise ValueError(f"{out_dir} holds a run with {other[0]} {there.get(other[0])!r}; choose another --out_dir")
+
+    # 2. The model, and the shapes of what its layers take and give
+    device = resolve_device(cfg.device)
+    hooked = HookedDiffusionModel.from_pretrained(
+        cfg.model_name, resolve_dtype(cfg.dtype, device), device, cfg.cpu_offload, variant=cfg.variant, revision=cfg.revision
+    )
+    hooked.pipe.set_progress_bar_config(disable=True)
+    options = {name: getattr(cfg, name) for name in ("num_inference_steps", "guidance_scale", "height", "width")}
+    options = hooked.arguments(1, "pt", parse_object(cfg.pipeline_kwargs, "--pipeline_kwargs"), **options)
+    if "negative_prompt" in rows[0]:
+        options["negative_prompt"] = [r["negative_prompt"] for r in rows]
+    dry = hooked.first_step(cfg.hook_names, prompts, save_input=True, **options)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--out_dir {out_dir} can't be made: {error.strerror}") from None
 
-    # 2. the model, and the shapes of what its layers take and give
-    device = resolve_device(cfg.device)
-    weights = {k: v for k in ("variant", "revision") if (v := getattr(cfg, k)) is not None}
-    dtype = resolve_dtype(cfg.dtype, device)
-    hooked = HookedDiffusionModel.from_pretrained(cfg.model_name, dtype, None if cfg.cpu_offload else device, **weights)
-    if cfg.cpu_offload:
-        hooked.pipe.enable_model_cpu_offload(device=device)
-    hooked.pipe.set_progress_bar_config(disable=True)
-    options = {name: getattr(cfg, name) for name in ("num_inference_steps", "guidance_scale", "height", "width")}
-    options = hooked.arguments(1, cfg.pipeline_kwargs, **options) | {"output_type": "pt"}
-    if "negative_prompt" in rows[0]:
-        options["negative_prompt"] = [r["negative_prompt"] for r in rows]
-    step = hooked.first_step(cfg.hook_names, prompts, save_input=True, **options)
-
-    # 3. one run untouched, then one a hook point
-    bar = tqdm(total=1 + len(step["grid"]), unit="run", desc="ablating")
-    untouched = generate(hooked, {}, prompts, cfg.seed, options)
-    bar.update()
+    # 3. One run untouched, then one a hook point
     done, failed, pictures = [], [], {}
-    for name, grid in step["grid"].items():
-        before, after = step["input"][name], step["output"][name]
-        megabytes = step["num_steps"] * after[0, 0].numel() * 2 / 1e6
-        record = {
-            "hook_name": name,
-            "mode": cfg.mode,
-            "grid": grid,
-            "tokens": after.shape[2],
-            "d": after.shape[3],
-            "mb_per_prompt": megabytes,
-        }
-        if cfg.mode == "skip" and before.shape != after.shape:
-            failed.append(
-                record
-                | {"error": f"can't be skipped: it turns {tuple(before.shape[2:])} into {tuple(after.shape[2:])}"}
-            )
-        else:
-            made = generate(hooked, {name: edit(cfg.mode, len(prompts))}, prompts, cfg.seed, options)
-            record["latents"], record["images"] = distances(made, untouched)
-            done.append(record)
-            pictures[name] = made[1]
+    with tqdm(total=1 + len(dry["grid"]), unit="run", desc="ablating") as bar:
+        untouched = generate(hooked, {}, prompts, cfg.seed, options)
         bar.update()
-    bar.close()
+        for name, grid in dry["grid"].items():
+            before, after = (tuple(dry[side][name].shape[2:]) for side in ("input", "output"))
+            megabytes = dry["num_steps"] * after[0] * after[1] * 2 / 1e6
+            record = {
+                "hook_name": name,
+                "mode": cfg.mode,
+                "grid": grid,
+                "tokens": after[0],
+                "d": after[1],
+                "mb_per_prompt": megabytes,
+            }
+            if cfg.mode == "skip" and before != after:
+                failed.append(record | {"error": f"can't be skipped: it turns {before} into {after}"})
+            else:
+                made = generate(hooked, {name: edit(cfg.mode, len(prompts))}, prompts, cfg.seed, options)
+                record["latents"], record["images"] = distances(made, untouched)
+                done.append(record)
+                pictures[name] = made[1]
+            bar.update()
     done.sort(key=lambda h: -h["latents"])
 
-    # 4. the table, the numbers and the pictures
+    # 4. The table, the numbers and the pictures
     print(f"{'hook name':48} {'latents':>8} {'pictures':>9} {'tokens x d':>12} {'MB a prompt':>12}")
     for h in done:
         shape = f"{h['tokens']} x {h['d']}"
@@ -208,20 +199,13 @@ def main(cfg):
     seeds = [cfg.seed + i for i in range(len(prompts))]
     report = {"options": settings, "prompts": prompts, "seeds": seeds, "hooks": done + failed}
     write_atomically(out_dir / "ablate.json", (json.dumps(report, indent=1) + "\n").encode())
-    labels = [
-        ("untouched", untouched[1]),
-        *((f"{h['hook_name']}\n{h['latents']:.3f}", pictures[h["hook_name"]]) for h in done),
-    ]
-    picture_grid(out_dir / "ablate.png", labels, prompts)
+    labels = [(f"{h['hook_name']}\n{h['latents']:.3f}", pictures[h["hook_name"]]) for h in done[:SHOWN]]
+    picture_grid(out_dir / "ablate.png", [("untouched", untouched[1]), *labels], prompts)
+    written = [out_dir / "ablate.png"]
     if done:
-        ranking(
-            out_dir / "ablate_ranking.png",
-            done,
-            f"{cfg.mode}: what each hook point does, mean over {len(prompts)} prompts",
-        )
-    print(
-        f"pictures in {out_dir / 'ablate.png'} and {out_dir / 'ablate_ranking.png'}, numbers in {out_dir / 'ablate.json'}"
-    )
+        written.append(out_dir / "ablate_ranking.png")
+        ranking(written[1], done[:SHOWN], f"{cfg.mode}: what each hook point does, mean over {len(prompts)} prompts")
+    print(f"pictures in {' and '.join(map(str, written))}, numbers in {out_dir / 'ablate.json'}")
 
 
 if __name__ == "__main__" and "get_ipython" not in globals():

@@ -1,12 +1,14 @@
 """The edge every script shares: parse the options, turn a user's mistake into one line and status 2, resolve the device."""
 
 import dataclasses
+import json
 import os
 import sys
 import traceback
 from pathlib import Path
 
 import torch
+import tyro
 
 HERE = Path(__file__).resolve().parent
 
@@ -17,21 +19,17 @@ def run(main, Config):
     A ValueError that this project's own code raises, and any OSError, is the user's to mend: one line on stderr, exit
     status 2, no traceback. Anything else is a bug and keeps its traceback. Ctrl-C exits with 130.
     """
-    import tyro  # here, so that a script pasted into a notebook runs without it
-
-    os.environ.setdefault(
-        "TRANSFORMERS_VERBOSITY", "error"
-    )  # before it is imported: it complains of absent torchvision
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before it is imported: it complains of absent torchvision
     args = gather_lists(sys.argv[1:], Config)
     cfg = tyro.cli(Config, args=args, description=sys.modules["__main__"].__doc__, use_underscores=True)
     try:
         main(cfg)
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on", file=sys.stderr)
+        print("\ninterrupted", file=sys.stderr)
         raise SystemExit(130) from None
     except (ValueError, OSError) as error:
         origin = traceback.extract_tb(error.__traceback__)[-1]
-        ours = HERE in Path(origin.filename).resolve().parents and origin.line.startswith("raise ")
+        ours = Path(origin.filename).resolve().parent in (HERE, HERE / "kernels") and origin.line.startswith("raise ")
         if isinstance(error, ValueError) and not ours:
             raise
         print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -40,9 +38,7 @@ def run(main, Config):
 
 def gather_lists(args, Config):
     """`--k 16 --k 32` as `--k 16 32`, for options that are lists: repeating one appends."""
-    lists = {
-        f.name for f in dataclasses.fields(Config) if str(f.type).removeprefix("typing.").lower().startswith("list")
-    }
+    lists = {f.name for f in dataclasses.fields(Config) if str(f.type).removeprefix("typing.").lower().startswith("list")}
     groups, last = {"": []}, ""  # in order: everything up to the next option belongs to the one before
     for i, arg in enumerate(args):
         name, equals, value = arg.partition("=") if arg.startswith("--") else ("", "", "")
@@ -58,17 +54,14 @@ def gather_lists(args, Config):
 
 
 def resolve_device(device="auto"):
-    """`auto` is CUDA, else MPS, else the CPU; anything else is taken at its word. Raises ValueError if it is not there."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    """`auto` is CUDA, else MPS, else the CPU; else what is named. Raises ValueError for a device that can't be used."""
     if device == "auto":
-        return torch.device(next(name for name, there in available.items() if there))
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        resolved = torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"--device {device}: expected auto, cuda, cuda:N, mps or cpu") from None
-    if not available.get(resolved.type, True):
-        raise ValueError(f"--device {device}: not available on this machine; use --device cpu")
-    return resolved
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ValueError(f"--device {device}: not to be had on this machine; expected auto, cuda, cuda:N, mps or cpu") from None
+    return torch.device(device)
 
 
 def resolve_dtype(dtype, device):
@@ -77,4 +70,22 @@ def resolve_dtype(dtype, device):
         return getattr(torch, dtype)
     if device.type == "cpu":
         return torch.float32
-    return torch.bfloat16 if device.type != "cuda" or torch.cuda.is_bf16_supported() else torch.float16
+    return torch.bfloat16 if device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def parse_object(text, option):
+    """A JSON object given on the command line; ValueError if it is none."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{option} is no JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{option}: expected a JSON object, got {text}")
+    return value
+
+
+def check_positive(cfg, *names):
+    """ValueError for an option below 1; None is left alone."""
+    for name in names:
+        if (value := getattr(cfg, name)) is not None and value < 1:
+            raise ValueError(f"--{name} {value}: expected at least 1")

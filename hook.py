@@ -11,7 +11,6 @@ The user's own pipeline runs as it is. `rows.py` watches its denoiser and its sc
 
 import difflib
 import inspect
-import json
 import re
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -19,7 +18,9 @@ from types import SimpleNamespace
 
 import torch
 
-from rows import ROLES, Recorder, Sampling, first_tensor, time_parameter, unwrap
+from rows import Recorder, Sampling, first_tensor, time_parameter, unwrap
+
+OURS = ("self", "prompt", "negative_prompt", "generator", "output_type")  # pipeline arguments with options of their own
 
 
 class HookedDiffusionModel:
@@ -44,25 +45,31 @@ class HookedDiffusionModel:
         modules = {n: m for n, m in pipe.components.items() if isinstance(m, torch.nn.Module)}
         denoisers = {n: m for n, m in modules.items() if time_parameter(m) and not hasattr(unwrap(m), "decode")}
         if not denoisers:
-            raise ValueError(
-                f"{type(pipe).__name__} has no component whose forward takes a timestep: {sorted(modules)}"
-            )
+            raise ValueError(f"{type(pipe).__name__} has no component whose forward takes a timestep: {sorted(modules)}")
         hooked = cls(None, pipe.scheduler, vae=modules.get("vae"))
         hooked.pipe, hooked.denoisers = pipe, denoisers
         return hooked
 
     @classmethod
-    def from_pretrained(cls, model_name, dtype=None, device=None, **kwargs):
-        """Load a diffusers folder or hub id; kwargs go to `DiffusionPipeline.from_pretrained`.
+    def from_pretrained(cls, model_name, dtype=None, device=None, cpu_offload=False, **kwargs):
+        """Load a diffusers folder or hub id; kwargs that are not None go to `DiffusionPipeline.from_pretrained`.
 
-        dtype None is float32. Raises ValueError for a name that is no folder and can't be a hub id.
+        dtype None is float32. `cpu_offload` keeps only the running component on `device`. Raises ValueError for a name that
+        is no folder and can't be a hub id, and for weights that are not there.
         """
         from diffusers import DiffusionPipeline
 
-        pipe = DiffusionPipeline.from_pretrained(find_model(model_name), dtype=dtype or torch.float32, **kwargs)
-        return cls.from_pipeline(pipe if device is None else pipe.to(device))
-
-    # ------------------------------------------------------------------------------------------------------- names
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}
+        name = find_model(model_name)
+        try:
+            pipe = DiffusionPipeline.from_pretrained(name, dtype=dtype or torch.float32, **kwargs)
+        except ValueError as error:
+            raise ValueError(f"{model_name} can't be loaded: {error}") from error
+        if cpu_offload:
+            pipe.enable_model_cpu_offload(device=device)
+        elif device is not None:
+            pipe.to(device)
+        return cls.from_pipeline(pipe)
 
     def modules(self):
         """{hook_name: (denoiser name, module)} of every module that can run; long names where there are several denoisers."""
@@ -88,7 +95,11 @@ class HookedDiffusionModel:
             raise ValueError(f"no module is named {pattern!r}; the nearest names are {', '.join(near)}")
         token = {"**": ".*", "*": "[^.]*", "?": "[^.]"}
         parts = re.split(r"(\*\*|\*|\?|\[[^\]]+\])", pattern)
-        regex = re.compile("".join(p if p[:1] == "[" else token.get(p) or re.escape(p) for p in parts))
+        parts = [p.replace("[!", "[^", 1) if p[:1] == "[" else token.get(p) or re.escape(p) for p in parts]
+        try:
+            regex = re.compile("".join(parts))
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is no pattern: {error}") from None
         short = "." not in pattern
         found = [n for n in names if regex.fullmatch(n.rpartition(".")[2] if short else n)]
         found += [n for full, n in long.items() if not short and regex.fullmatch(full) and n not in found]
@@ -106,31 +117,29 @@ class HookedDiffusionModel:
             explicit |= set() if set(position) & set("*?[") else set(names)
         return targets, explicit
 
-    # --------------------------------------------------------------------------------------------------- generating
-
-    def arguments(self, num_images_per_prompt=1, pipeline_kwargs="{}", **options):
+    def arguments(self, num_images_per_prompt=1, output_type=None, extra=None, **options):
         """Keyword arguments for the pipeline: options that are None take the pipeline's own default, so that all are known.
 
-        pipeline_kwargs: a JSON object of anything else. Raises ValueError for what the pipeline does not take.
+        `output_type` is left out where the pipeline has none; `extra` is a dict of anything else. Raises ValueError for
+        what the pipeline does not take, and for what is given twice.
         """
         pipeline, takes = type(self.pipe).__name__, inspect.signature(type(self.pipe).__call__).parameters
-        try:
-            extra = json.loads(pipeline_kwargs)
-        except ValueError as error:
-            raise ValueError(f"--pipeline_kwargs is no JSON: {error}") from None
-        if not isinstance(extra, dict):
-            raise ValueError(f"--pipeline_kwargs: expected a JSON object, got {pipeline_kwargs}")
-        if num_images_per_prompt > 1:
-            name = next(
-                (p for p in takes if p.startswith("num_") and p.endswith("_per_prompt")), "num_images_per_prompt"
-            )
-            options[name] = num_images_per_prompt
-        for name in [name for name, value in options.items() if value is None]:
+        for name in options:
             default = takes[name].default if name in takes else None
-            options[name] = None if default is inspect.Parameter.empty else default
-        options = {name: value for name, value in options.items() if value is not None} | extra
+            if options[name] is None and default is not inspect.Parameter.empty:
+                options[name] = default
+        options = {name: value for name, value in options.items() if value is not None}
+        if num_images_per_prompt > 1:
+            name = next((p for p in takes if p.startswith("num_") and p.endswith("_per_prompt")), "num_images_per_prompt")
+            options[name] = num_images_per_prompt
+        if output_type is not None and "output_type" in takes:
+            options["output_type"] = output_type
+        for name in extra or {}:
+            if name in OURS or name.startswith("num_") and name.endswith("_per_prompt"):
+                raise ValueError(f"{name} is set by an option of its own")
+        options |= extra or {}
         if unknown := [name for name in options if name not in takes]:
-            raise ValueError(f"--{unknown[0]}: {pipeline} takes no such argument")
+            raise ValueError(f"{pipeline} takes no argument {unknown[0]!r}")
         return options
 
     def __call__(self, prompt=None, **kwargs):
@@ -173,9 +182,7 @@ class HookedDiffusionModel:
         if latents is None:
             from diffusers.utils.torch_utils import randn_tensor
 
-            latents = randn_tensor(
-                (n, *self._sample_shape()), generator=generator, device=weight.device, dtype=weight.dtype
-            )
+            latents = randn_tensor((n, *self._sample_shape()), generator=generator, device=weight.device, dtype=weight.dtype)
             latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
         for t in timesteps:
             x = torch.cat([latents] * 2) if guided else latents
@@ -202,8 +209,6 @@ class HookedDiffusionModel:
                 "the sample's shape is unknown: the model has no config.in_channels and sample_size; pass sample_shape"
             )
         return (channels, size, size) if isinstance(size, int) else (channels, *size)
-
-    # ------------------------------------------------------------------------------------------------------ caching
 
     def run_with_cache(
         self,
@@ -248,24 +253,15 @@ class HookedDiffusionModel:
         Raises ValueError where a named module does not run exactly once a forward (one found by a glob is left out), where
         what it returns has no batch axis, and where unconditional rows are asked for and there are none.
         """
-        if rows not in ROLES:
-            raise ValueError(f"rows: expected cond, uncond or both, got {rows!r}")
-        if stream != "image":
-            raise ValueError(f"stream: expected image, got {stream!r}; text tokens of joint blocks can't be cached yet")
-        sides = [side for side, wanted in (("input", save_input), ("output", save_output)) if wanted]
-        if not sides:
-            raise ValueError("nothing to keep: save_input and save_output are both off")
         targets, explicit = self._expand(positions_to_cache)
-        recorder = Recorder(targets, n_prompts, sides, ROLES[rows], cache_every_n_timesteps, dtype)
+        recorder = Recorder(targets, n_prompts, save_input, save_output, rows, stream, cache_every_n_timesteps, dtype)
         cache = {}
         with self.watch(n_prompts, recorder.on_step) as sampling, ExitStack() as stack:
             recorder.listen(stack, sampling, self.denoisers)
             yield cache
         cache |= recorder.result(explicit)
 
-    def first_step(
-        self, positions, prompt=None, *, save_input=False, save_output=True, rows="cond", stream="image", **kwargs
-    ):
+    def first_step(self, positions, prompt=None, *, save_input=False, save_output=True, rows="cond", stream="image", **kwargs):
         """The cache of one step, which is thrown away with every random state put back, and in `cache["num_steps"]` how many
         steps the whole sampling has.
         """
@@ -279,8 +275,7 @@ class HookedDiffusionModel:
             raise Enough
 
         targets, explicit = self._expand(positions)
-        sides = [side for side, wanted in (("input", save_input), ("output", save_output)) if wanted]
-        recorder = Recorder(targets, count_rows(prompt, kwargs), sides, ROLES[rows])
+        recorder = Recorder(targets, count_rows(prompt, kwargs), save_input, save_output, rows, stream)
         with (
             undisturbed(self.pipe, kwargs),
             suppress(Enough),
@@ -294,8 +289,9 @@ class HookedDiffusionModel:
     def run_with_hooks(self, position_hook_dict, prompt=None, **kwargs):
         """Generate with edits: {hook_name: fn or [fn]}, `fn(module, input, output) -> new output or None`, as in PyTorch.
 
-        `input` is the tuple of positional arguments, or of the keyword ones where the module gets only those. Raises
-        ValueError if a named module never ran. Hooks are removed afterwards, also after an exception.
+        `input` is the tuple of positional arguments, or of the keyword ones where the module gets only those. The function
+        sees the whole batch, conditional and unconditional rows alike. Raises ValueError if a named module never ran. Hooks
+        are removed afterwards, also after an exception.
         """
         ran = dict.fromkeys(n for p in position_hook_dict for n in self.hook_names(p))
         modules = self.modules()
@@ -317,7 +313,9 @@ class HookedDiffusionModel:
     def watch(self, R=1, on_step=None):
         """Context in which every scheduler step of R rows is reported to `on_step`; yields a `Sampling`."""
         components = [self.scheduler] if self.pipe is None else [self.pipe.scheduler, *self.pipe.components.values()]
-        classes = {type(c) for c in components if callable(getattr(c, "step", None))}
+        classes = {type(c) for c in components if callable(getattr(type(c), "step", None))}
+        if not classes:
+            raise ValueError("the scheduler's class has no method `step(model_output, timestep, sample)`")
         return Sampling(self.denoisers, classes, R, on_step).watch()
 
 
@@ -341,17 +339,19 @@ def count_rows(prompt, kwargs):
 @contextmanager
 def undisturbed(pipe, kwargs):
     """Leave no trace of a generation: random states and the generators in `kwargs` are put back, no progress bar is shown."""
-    generators = [
-        g for v in kwargs.values() for g in (v if isinstance(v, list) else [v]) if isinstance(g, torch.Generator)
-    ]
+    generators = [g for v in kwargs.values() for g in (v if isinstance(v, list) else [v]) if isinstance(g, torch.Generator)]
     states = [g.get_state() for g in generators]
     bar = vars(pipe).get("_progress_bar_config") if pipe is not None else None
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    cuda = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
+    with torch.random.fork_rng(devices=cuda):
         try:
             if pipe is not None:
                 pipe._progress_bar_config = (bar or {}) | {"disable": True}
             yield
         finally:
+            if mps is not None:
+                torch.mps.set_rng_state(mps)
             for g, state in zip(generators, states):
                 g.set_state(state)
             if bar is not None:

@@ -123,7 +123,11 @@ def guidance_weights(chunks, model_output):
 
 
 def assign_roles(forwards, model_output, R):
-    """Fill `roles` of every forward of one step; `R` rows make a chunk. Raises ValueError where rows can't be told."""
+    """Fill `roles` of every forward of one step; `R` rows make a chunk. Raises ValueError where rows can't be told.
+
+    In this order: the name of the context a forward ran in; a single chunk is conditional; a chunk whose conditioning is
+    the same for all rows, where another's is not, is unconditional; the chunk of the largest weight is conditional.
+    """
     chunks = []
     for f in forwards:
         if f.rows % R:
@@ -133,26 +137,30 @@ def assign_roles(forwards, model_output, R):
             )
         f.roles = ["other"] * (f.rows // R)
         chunks += [(f, c) for c in range(f.rows // R)]
-    named = [(f, c, CONTEXTS[f.context]) for f, c in chunks if f.context in CONTEXTS and len(f.roles) == 1]
-    if len(named) == len(chunks):
-        for f, c, role in named:
-            f.roles[c] = role
+    if all(f.context in CONTEXTS and len(f.roles) == 1 for f in forwards):
+        for f in forwards:
+            f.roles = [CONTEXTS[f.context]]
         return
-    best = len(chunks) - 1
-    if len(chunks) > 1:
-        rows = lambda x, c: x[c * R : (c + 1) * R]
-        weights = None
-        if all(f.output is not None for f in forwards):
-            weights = guidance_weights([rows(f.output, c) for f, c in chunks], model_output)
+    part = lambda x, c: x[c * R : (c + 1) * R]
+    inputs = [[part(x, c) for x in f.conditioning] for f, c in chunks]
+    varying = [i for i, tensors in enumerate(inputs) if any((x != x[:1]).any() for x in tensors)]
+    candidates = varying or list(range(len(chunks)))
+    best = candidates[-1]
+    if len(candidates) > 1:
+        outputs = [part(f.output, c) for f, c in chunks] if all(f.output is not None for f in forwards) else []
+        weights = guidance_weights(outputs, model_output) if outputs else None
         if weights is not None:
-            best = max(range(len(weights)), key=lambda i: abs(weights[i]))
-        else:  # an empty prompt has the rows of the empty negative prompt, and then any label is right
-            inputs = [[rows(x, c) for x in f.conditioning] for f, c in chunks]
-            if not all(len(i) == len(inputs[0]) and all(map(torch.equal, i, inputs[0])) for i in inputs):
+            if len(weights) == 2 and min(weights) > 0.01:
                 raise ValueError(
-                    "can't tell conditional from unconditional rows: the denoiser predicts the same for both "
-                    "(is its last layer still zero?)"
+                    f"can't tell conditional from unconditional rows at a guidance scale between 0 and 1 ({max(weights):.2f}): "
+                    "use two prompts or more"
                 )
+            best = max(candidates, key=lambda i: abs(weights[i]))
+        elif not all(len(i) == len(inputs[0]) and all(map(torch.equal, i, inputs[0])) for i in inputs):
+            raise ValueError(  # an empty prompt has the rows of the empty negative prompt, and then any label is right
+                "can't tell conditional from unconditional rows: the denoiser predicts the same for both "
+                "(is its last layer still zero?)"
+            )
     for i, (f, c) in enumerate(chunks):
         f.roles[c] = "cond" if i == best else "uncond" if len(chunks) == 2 else "other"
 
@@ -254,7 +262,7 @@ class Sampling:
 @contextmanager
 def patched(cls, name, make):
     """Replace the class attribute by `make(original)`, signature kept, and put things back exactly as they were."""
-    own, original = name in vars(cls), getattr(cls, name)
+    own, original = vars(cls).get(name), getattr(cls, name)
     replacement = make(original)
     replacement.__signature__ = inspect.signature(original)
     replacement.__wrapped__ = original
@@ -262,13 +270,11 @@ def patched(cls, name, make):
     try:
         yield
     finally:
-        if own:
-            setattr(cls, name, original)
+        if own is not None:
+            setattr(cls, name, own)
         else:
             delattr(cls, name)
 
-
-# ------------------------------------------------------------------------------------------------------------ recording
 
 # What `rows` asks for: the role of the rows under each suffix of the cache's keys.
 ROLES = {"cond": {"": "cond"}, "uncond": {"": "uncond"}, "both": {"": "cond", "_uncond": "uncond"}}
@@ -278,13 +284,21 @@ NEVER_RAN = "never ran in a forward of the denoiser; is it compiled, or are its 
 class Recorder:
     """Gathers, step by step, the rows of the wanted roles from what the target modules saw.
 
-    targets: {hook_name: (denoiser, module)}; R: rows a chunk; sides: of "input", "output"; roles: {suffix: role}.
+    targets: {hook_name: (denoiser, module)}; R: rows a chunk; the rest as in `HookedDiffusionModel.cache`.
     """
 
-    def __init__(self, targets, R, sides, roles, every=1, dtype=None):
-        self.targets, self.R, self.sides, self.roles, self.every, self.dtype = targets, R, sides, roles, every, dtype
+    def __init__(self, targets, R, save_input=False, save_output=True, rows="cond", stream="image", every=1, dtype=None):
+        if rows not in ROLES:
+            raise ValueError(f"rows: expected cond, uncond or both, got {rows!r}")
+        if stream != "image":
+            raise ValueError(f"stream: expected image, got {stream!r}; text tokens of joint blocks can't be cached yet")
+        if not (save_input or save_output):
+            raise ValueError("nothing to keep: save_input and save_output are both off")
+        self.targets, self.R, self.roles, self.every, self.dtype = targets, R, ROLES[rows], every, dtype
+        self.sides = ["input"] * save_input + ["output"] * save_output
         self.kept = {}  # {(side + suffix, hook_name): [(prompts, tokens, d), one a step]}
-        self.timesteps, self.grids, self.sigmas, self.failed = {}, {}, {}, {}
+        self.times = {}  # the same keys: [(timestep, sigma), one a step]
+        self.ran, self.grids, self.failed = set(), {}, {}
 
     def listen(self, stack, sampling, denoisers):
         """Register the hooks; `stack` removes them."""
@@ -325,18 +339,17 @@ class Recorder:
     def on_step(self, step):
         if step.index % self.every:
             return
+        at = (float(step.timestep), step.sigma())
         for name, (denoiser, _) in self.targets.items():
             forwards = [f for f in step.forwards if f.denoiser == denoiser]
             for suffix, role in self.roles.items():
                 place = next(((f, c) for f in forwards for c, r in enumerate(f.roles) if r == role), None)
-                if place is None or name in self.failed:
-                    continue
-                for side in self.sides:
+                for side in self.sides if place and name not in self.failed else ():
                     if (x := self._rows(*place, side, name)) is not None:
                         self.kept.setdefault((side + suffix, name), []).append(x)
+                        self.times.setdefault((side + suffix, name), []).append(at)
             if forwards:
-                self.timesteps.setdefault(name, []).append(float(step.timestep))
-                self.sigmas.setdefault(name, []).append(step.sigma())
+                self.ran.add(name)
 
     def _rows(self, forward, chunk, side, name):
         """(R, tokens, d) on the CPU, or None and an entry in `failed`."""
@@ -351,27 +364,31 @@ class Recorder:
             self.failed[name] = f"{side} has shape {tuple(x.shape)}, with no batch axis of {forward.rows} rows"
             return None
         x, self.grids[name] = to_tokens(x[chunk * self.R : (chunk + 1) * self.R], forward.captured["grids", name])
-        return x.to("cpu", self.dtype or x.dtype)
+        return x.to("cpu", self.dtype or x.dtype, copy=True)  # a view would keep the other chunks alive
 
     def result(self, explicit):
         """The cache; raises ValueError for modules that failed, unless a glob found them among others."""
-        cache = {"timesteps": {}, "sigmas": {}, "grid": {}}
         for name in self.targets:
-            missing = [role for suffix, role in self.roles.items() if (self.sides[0] + suffix, name) not in self.kept]
-            if name not in self.timesteps:
+            times = [self.times.get((side + suffix, name)) for side in self.sides for suffix in self.roles]
+            if name not in self.ran:
                 self.failed[name] = NEVER_RAN
-            elif name not in self.failed and missing:
-                self.failed[name] = f"has no {missing[0]}itional rows in this generation; is guidance off?"
+            elif name not in self.failed and None in times:
+                role = list(self.roles.values())[times.index(None) % len(self.roles)]
+                self.failed[name] = f"has no {role}itional rows in this generation; is guidance off?"
+            elif name not in self.failed and times.count(times[0]) < len(times):
+                self.failed[name] = "has unconditional rows in part of the steps; ask for cond and uncond one after the other"
         for name, why in self.failed.items():
             if name in explicit or len(self.failed) == len(self.targets):
                 raise ValueError(f"{name}: {why}")
+        cache = {"timesteps": {}, "sigmas": {}, "grid": {}}
         for (side, name), steps in self.kept.items():
             if name not in self.failed:
                 cache.setdefault(side, {})[name] = torch.stack(steps, 1)  # (prompts, steps, tokens, d)
-                cache["timesteps"][name] = torch.tensor(self.timesteps[name], dtype=torch.float64)
+                timesteps, sigmas = zip(*self.times[side, name])
+                cache["timesteps"][name] = torch.tensor(timesteps, dtype=torch.float64)
                 cache["grid"][name] = self.grids[name]
-                if None not in self.sigmas[name]:
-                    cache["sigmas"][name] = torch.tensor(self.sigmas[name], dtype=torch.float64)
+                if None not in sigmas:
+                    cache["sigmas"][name] = torch.tensor(sigmas, dtype=torch.float64)
         return cache
 
 

@@ -1,10 +1,9 @@
-"""The file side: prompts in; activation files created, resumed, written, described; vectors read back shuffled.
+"""The file side: activation files created, resumed, written and described; vectors read back shuffled.
 
 An activation file is a plain NumPy array (prompts, steps, tokens, d) that `np.load(path, mmap_mode="r")` opens anywhere,
 with a `.json` beside it that says what it holds. No pickle is read or written.
 """
 
-import csv
 import glob
 import hashlib
 import json
@@ -14,94 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-
-# ------------------------------------------------------------------------------------------------------------ prompts
-
-TABLES = (".txt", ".csv", ".jsonl", ".parquet")
-
-
-def load_prompts(dataset_name, split="train", column=None, negative_prompt=None, max_num_examples=None):
-    """Prompts from a .txt (one a line), .csv, .jsonl or .parquet file, a hub data set, or one literal prompt.
-
-    Returns a list of {"prompt", and "negative_prompt" where given, ...the other plain columns}. `column` holds the prompt
-    (default: the first of prompt, caption, text, or the only one); `negative_prompt` is a column's name or a text for all.
-    Raises ValueError for a file or column that is not there and for a data set without prompts.
-    """
-    path = Path(dataset_name)
-    if path.suffix in TABLES:
-        if not path.is_file():
-            raise ValueError(f"no prompt file {path}")
-        rows = read_table(path)
-    elif len(parts := dataset_name.split("/")) == 2 and all(p and not any(c.isspace() for c in p) for p in parts):
-        try:
-            from datasets import load_dataset
-        except ImportError:
-            raise ValueError(f"{dataset_name} looks like a hub data set: pip install datasets to read it") from None
-        rows = load_dataset(dataset_name, split=split, streaming=True)
-        rows = rows.take(max_num_examples) if max_num_examples else rows
-    else:
-        rows = [{"prompt": dataset_name}] if dataset_name.strip() else []
-
-    prompts = []
-    for row in rows:
-        if not prompts:
-            text = [c for c in row if isinstance(row[c], str)]
-            column = column or next((c for c in ("prompt", "caption", "text") if c in text), None)
-            column = column or (text[0] if len(text) == 1 else None)
-            if column not in row:
-                choice = ", ".join(row)
-                raise ValueError(
-                    f"{dataset_name} has no column {column or 'prompt'!r}; choose with --column from: {choice}"
-                )
-            negative_column = negative_prompt if negative_prompt in row else None
-        if not isinstance(row[column], str):
-            raise ValueError(f"{dataset_name}, row {len(prompts)}: column {column!r} is no text: {row[column]!r}")
-        kept = {c: v for c, v in row.items() if c != column and isinstance(v, (str, int, float, bool))}
-        negative = row[negative_column] if negative_column else negative_prompt
-        prompts.append(
-            {"prompt": row[column]} | kept | ({} if negative is None else {"negative_prompt": negative or ""})
-        )
-        if len(prompts) == max_num_examples:
-            break
-    if not prompts:
-        raise ValueError(f"{dataset_name or 'the data set'} has no prompts")
-    return prompts
-
-
-def default_dataset(model_folder):
-    """The prompts that a model folder carries, `prompts.csv` in it; ValueError where there are none."""
-    path = Path(model_folder) / "prompts.csv"
-    if not path.is_file():
-        raise ValueError(
-            "which prompts? --dataset_name takes a .txt, .csv, .jsonl or .parquet file, a hub data set or a prompt"
-        )
-    return str(path)
-
-
-def read_table(path):
-    """Rows of a .txt, .csv, .jsonl or .parquet file as dicts."""
-    try:
-        if path.suffix == ".txt":
-            return [{"prompt": line.strip()} for line in path.read_text("utf-8").splitlines() if line.strip()]
-        if path.suffix == ".csv":
-            with open(path, newline="", encoding="utf-8") as f:
-                return list(csv.DictReader(f, strict=True))
-        if path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
-            if not all(isinstance(row, dict) for row in rows):
-                raise ValueError("expected one object a line")
-            return rows
-        import pyarrow.parquet  # comes with `datasets`
-
-        return pyarrow.parquet.read_table(path).to_pylist()
-    except ImportError:
-        raise ValueError(f"{path}: pip install pyarrow to read parquet files") from None
-    except (ValueError, csv.Error, OSError) as error:
-        raise ValueError(f"{path} can't be read as {path.suffix[1:]}: {error}") from None
-
-
-# ------------------------------------------------------------------------------------------------------------- writing
-
 
 HEADER = 128  # bytes
 
@@ -124,7 +35,16 @@ def write_atomically(path, data):
         f.write(data)
         f.flush()
         os.fsync(f.fileno())
-    partial.replace(path)
+    rename(partial, path)
+
+
+def rename(old, new):
+    """Rename, and make the folder remember it."""
+    os.replace(old, new)
+    if os.name == "posix":
+        folder = os.open(new.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
 
 
 def checksum(meta):
@@ -137,73 +57,65 @@ class Collection:
     """The files of one collection in `out_dir`, written batch by batch in any order; what is on disk is gone on with.
 
     settings: a JSON object of all that decides the bytes. prompts: list of dicts, one for each row of the arrays, whose
-    `batch_size` consecutive rows are written together. While it runs, `<name>.npy.partial` are the arrays;
-    `progress.npy` (batches, 1 + sums) says which batches are safe, and what each adds to the sums of the descriptions.
-    `collect.json` (the settings) and `prompts.jsonl` are there from the start.
+    `batch_size` consecutive rows are written together. `collect.json` (settings, and the facts that `write` was given)
+    and `prompts.jsonl` are there from the start. While it runs, the arrays are `<name>.npy.partial`, and `progress.npy`
+    (batches, 1 + sums) says how many rows of each batch are safe, and what it adds to the sums of the descriptions.
 
-    Raises ValueError for a folder made with other settings, other prompts or another program.
+    Raises ValueError for a folder with batches of other settings or prompts, or with files of another program.
     """
 
     def __init__(self, out_dir, settings, prompts, batch_size):
         self.out_dir, self.prompts, self.batch_size = Path(out_dir), prompts, batch_size
-        self.num_batches = -(-len(prompts) // batch_size)
-        self.files, self.progress = {}, None
-        settings = json.loads(json.dumps(settings))
-        lines = [json.dumps(p, ensure_ascii=False) for p in prompts]
+        self.sizes = np.diff([*range(0, len(prompts), batch_size), len(prompts)])  # rows of each batch
+        self.files, self.facts = {}, None
+        self.settings = json.loads(json.dumps(settings))
+        lines = [json.dumps(p) for p in prompts]
         try:
             self.out_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"--out_dir {out_dir} can't be made: {error.strerror}") from None
-        record, self.settings, self.facts = self.out_dir / "collect.json", settings, None
-        if record.exists():
-            there, self.facts = (read_json(record).get(k) for k in ("settings", "facts"))
-            if other := [k for k in {**there, **settings} if there.get(k) != settings.get(k)]:
-                k = other[0]
-                raise ValueError(
-                    f"{out_dir} holds a collection made with {k} {there.get(k)!r}, not {settings.get(k)!r}: "
-                    "use the same options to go on with it, or another --out_dir"
-                )
-            old = (self.out_dir / "prompts.jsonl").read_text("utf-8").splitlines()
-            if old[: len(lines)] != lines[: len(old)]:
-                raise ValueError(f"{out_dir} holds a collection of other prompts; use another --out_dir")
-            if len(old) > len(lines):
-                raise ValueError(
-                    f"{out_dir} holds or has begun {len(old)} prompts, more than {len(lines)}; nothing to do"
-                )
-        else:
-            if taken := [p.name for p in self.out_dir.iterdir() if p.name.endswith((".npy", ".npy.partial", ".jsonl"))]:
-                raise ValueError(f"{out_dir} has files of another origin ({taken[0]}); use another --out_dir")
-            old = []
-        if len(lines) > len(old):
-            self._extend(len(old))
-            write_atomically(self.out_dir / "prompts.jsonl", "".join(line + "\n" for line in lines).encode())
-        if not record.exists():
-            self._record()
-        if (self.out_dir / "progress.npy").exists():
-            self.progress = np.load(self.out_dir / "progress.npy", allow_pickle=False)
+        record, listing, progress = (self.out_dir / n for n in ("collect.json", "prompts.jsonl", "progress.npy"))
+        suffixes = (".npy",) if record.exists() else (".npy", ".npy.partial", ".jsonl")
+        if not progress.exists() and (taken := [p.name for p in self.out_dir.iterdir() if p.name.endswith(suffixes)]):
+            raise ValueError(f"{out_dir} has files of another origin ({taken[0]}); use another --out_dir")
+        self.progress = np.load(progress, allow_pickle=False) if progress.exists() else np.zeros((0, 1))
+        old = listing.read_text("utf-8").split("\n")[:-1] if listing.exists() else []
+        if self.progress[:, 0].any():
+            self._compare(read_json(record), old, lines)
+        else:  # nothing is safe yet: begin anew
+            for path in self.out_dir.glob("*.npy.partial"):
+                path.unlink()
+            self.progress, old = np.zeros((0, 1)), []
+        self._record()
+        if old != lines:
+            write_atomically(listing, "".join(line + "\n" for line in lines).encode())
+        self.progress = np.pad(self.progress, ((0, len(self.sizes) - len(self.progress)), (0, 0)))
+
+    def _compare(self, there, old, lines):
+        """What is there must be the beginning of what is asked for."""
+        settings, self.facts = there.get("settings") or {}, there.get("facts")
+        if other := [k for k in {**settings, **self.settings} if settings.get(k) != self.settings.get(k)]:
+            k = other[0]
+            raise ValueError(
+                f"{self.out_dir} holds a collection made with {k} {settings.get(k)!r}, not {self.settings.get(k)!r}: "
+                "use the same options to go on with it, or another --out_dir"
+            )
+        if old[: len(lines)] != lines[: len(old)]:
+            raise ValueError(f"{self.out_dir} holds a collection of other prompts; use another --out_dir")
+        if len(old) > len(lines):
+            raise ValueError(f"{self.out_dir} holds or has begun {len(old)} prompts, more than {len(lines)}; nothing to do")
 
     def _record(self):
         text = json.dumps({"settings": self.settings, "facts": self.facts}, indent=1)
         write_atomically(self.out_dir / "collect.json", f"{text}\n".encode())
-
-    def _extend(self, num_old):
-        """Make room for more batches; the last one is done again if it was not full (bits depend on the batch)."""
-        path = self.out_dir / "progress.npy"
-        if path.exists():
-            progress = np.load(path, allow_pickle=False)
-            progress[num_old // self.batch_size :, 0] = 0
-            grown = np.zeros((self.num_batches, progress.shape[1]))
-            grown[: len(progress)] = progress
-            write_atomically(path, npy_header(grown.shape, grown.dtype) + grown.tobytes())
 
     def rows_of(self, batch):
         """The prompts of one batch."""
         return self.prompts[batch * self.batch_size : (batch + 1) * self.batch_size]
 
     def pending(self):
-        """Indices of the batches that are not safely on disk."""
-        done = np.zeros(self.num_batches) if self.progress is None else self.progress[:, 0]
-        return [int(b) for b in np.flatnonzero(done == 0)]
+        """Indices of the batches that are not safe; one that has grown is done again, since bits depend on the batch."""
+        return [int(b) for b in np.flatnonzero(self.progress[:, 0] != self.sizes)]
 
     def write(self, batch, arrays, sums, facts):
         """Write one batch: {name: CPU tensor (rows, ...)}, a vector of numbers to be summed over all batches, and facts
@@ -217,23 +129,26 @@ class Collection:
             self._record()
         if facts != self.facts:
             raise ValueError(f"batch {batch} ran other steps or tokens than the ones before it; collect it on its own")
-        if self.progress is None:
-            self.progress = np.zeros((self.num_batches, 1 + len(sums)))
-            write_atomically(
-                self.out_dir / "progress.npy", npy_header(self.progress.shape, np.float64) + self.progress.tobytes()
-            )
+        for name, x in arrays.items():
+            if len(x) != self.sizes[batch]:
+                raise ValueError(f"{name}: got {len(x)} rows for {self.sizes[batch]}; collect one image a prompt")
         for name, x in arrays.items():
             data = as_numpy(x)
             if name not in self.files:
                 self.files[name] = self._open(name, data)
             write_all(self.files[name], data, HEADER + batch * self.batch_size * data[0].nbytes)
             os.fsync(self.files[name])
+        path = self.out_dir / "progress.npy"
+        shape = (len(self.sizes), 1 + len(sums))
+        if self.progress.shape != shape or not path.exists() or check_size(path) != shape:
+            self.progress = np.pad(self.progress, ((0, 0), (0, shape[1] - self.progress.shape[1])))
+            write_atomically(path, npy_header(shape, np.float64) + self.progress.tobytes())
         row = self.progress[batch]
-        row[0], row[1:] = 1, sums
-        fd = os.open(self.out_dir / "progress.npy", os.O_WRONLY)
+        row[0], row[1:] = self.sizes[batch], sums
+        fd = os.open(path, os.O_WRONLY)
         try:
             write_all(fd, row[1:], HEADER + batch * row.nbytes + 8)
-            os.fsync(fd)  # the sums before the flag that vouches for them
+            os.fsync(fd)  # the sums before the count that vouches for them
             write_all(fd, row[:1], HEADER + batch * row.nbytes)
             os.fsync(fd)
         finally:
@@ -242,15 +157,15 @@ class Collection:
     def _open(self, name, data):
         """File descriptor of `<name>.npy.partial`, of full size: a new file, or the one that is there, grown if need be."""
         final, partial = self.out_dir / f"{name}.npy", self.out_dir / f"{name}.npy.partial"
+        fresh = not (final.exists() or partial.exists())
+        if fresh and self.progress[:, 0].any():
+            raise ValueError(f"{final} is missing; move its folder away and collect again")
+        if not fresh:
+            check_size(final if final.exists() else partial)
         if final.exists():
             final.with_suffix(".json").unlink(missing_ok=True)
-            final.replace(partial)
-        fresh = not partial.exists()
-        if not fresh:
-            check_size(partial)
-        path = (
-            self.out_dir / f"{name}.npy.new" if fresh else partial
-        )  # a file without its header is nobody's to go on with
+            rename(final, partial)
+        path = self.out_dir / f"{name}.npy.new" if fresh else partial  # a file without its header can't be gone on with
         fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             size = HEADER + len(self.prompts) * data[0].nbytes
@@ -259,41 +174,42 @@ class Collection:
             else:
                 os.ftruncate(fd, size)
             write_all(fd, npy_header((len(self.prompts), *data.shape[1:]), data.dtype), 0)
+            os.fsync(fd)
         except OSError:
             os.close(fd)
             if fresh:
                 path.unlink()
             raise
-        path.replace(partial)
+        rename(path, partial)
         return fd
 
     def sums(self):
         """Sums over all batches of the numbers given to `write`."""
         return self.progress[:, 1:].sum(0)
 
-    def has(self, name):
-        return any((self.out_dir / f"{name}.npy{end}").exists() for end in ("", ".partial"))
-
     def shape(self, name):
-        """Of the file `<name>.npy`, finished or not."""
-        partial = self.out_dir / f"{name}.npy.partial"
-        return list(check_size(partial if partial.exists() else self.out_dir / f"{name}.npy"))
+        """Of the file `<name>.npy`, finished or not; None where there is none."""
+        paths = [self.out_dir / f"{name}.npy{end}" for end in (".partial", "")]
+        return next((list(check_size(path)) for path in paths if path.exists()), None)
+
+    def close(self):
+        while self.files:
+            os.close(self.files.popitem()[1])
 
     def finish(self, descriptions):
-        """Give the files their final names and write `<name>.json` for {name: description or None}. Every batch must be done."""
+        """Give the files their final names and write `<name>.json` for {name: description or None}. Every batch must be
+        done.
+        """
         assert not self.pending()
-        for fd in self.files.values():
-            os.close(fd)
-        self.files = {}
+        self.close()
         for name, record in descriptions.items():
             final, partial = self.out_dir / f"{name}.npy", self.out_dir / f"{name}.npy.partial"
             if partial.exists():
-                partial.replace(final)
+                rename(partial, final)
             check_size(final)
-            if record is None:
-                continue
-            record = record | {"checksum": checksum(record)}
-            write_atomically(self.out_dir / f"{name}.json", (json.dumps(record, indent=1) + "\n").encode())
+            if record is not None:
+                text = json.dumps(record | {"checksum": checksum(record)}, indent=1)
+                write_atomically(self.out_dir / f"{name}.json", f"{text}\n".encode())
 
 
 def write_all(fd, data, offset):
@@ -323,8 +239,6 @@ def read_json(path):
         raise ValueError(f"{path}: expected a JSON object")
     return record
 
-
-# ------------------------------------------------------------------------------------------------------------- reading
 
 HELD_OUT = dict(share=0.1, at_least=100_000, at_most=1_000_000)  # vectors kept from training, in whole prompts
 BLOCK_BYTES = 1 << 20  # read at once: large enough for a sequential read's speed, small enough to mix prompts
@@ -379,41 +293,61 @@ def newest_activations(folder="activations"):
 
 
 def open_activations(data):
-    """Open files, folders and globs as data sets, one a hook name (side, rows and stream): a list of Activations.
+    """Open files, folders and globs as data sets, one a model and hook name (side, rows, stream): a list of Activations.
 
-    Files without a description are one data set together. Raises ValueError where a glob or folder has no file, OSError
-    where a file is not there.
+    Files without a description are one data set together, and a file that is named twice is read once. Raises ValueError
+    where a glob or folder has no file, OSError where a file is not there.
     """
-    paths = []
+    paths = {}
     for item in map(str, data):
         found = [item]
-        if Path(item).is_dir():
-            found = [str(path) for path in Path(item).glob("*.npy") if path.with_suffix(".json").exists()]
-        elif not Path(item).exists() and glob.has_magic(item):
-            found = [path for path in glob.glob(item) if not path.endswith((".tokens.npy", ".timesteps.npy"))]
+        if Path(item).is_dir() or not Path(item).exists() and glob.has_magic(item):
+            found = Path(item).glob("*.npy") if Path(item).is_dir() else map(Path, glob.glob(item))
+            found = sorted(str(path) for path in found if holds_activations(path))
         if not found:
             raise ValueError(f"{item}: no .npy file there")
-        paths += sorted(found)
+        for path in found:
+            paths.setdefault(os.path.realpath(path), path)
     sets = {}
-    for path in dict.fromkeys(paths):
+    for path in paths.values():
         meta = read_description(path)
-        sets.setdefault(tuple(meta.get(key) for key in ("hook_name", "side", "rows", "stream")), []).append(path)
+        sets.setdefault(tuple(meta.get(key) for key in ("model", "hook_name", "side", "rows", "stream")), []).append(path)
     return [Activations(paths) for paths in sets.values()]
+
+
+def holds_activations(path):
+    """Whether a file that was found is meant: collect.py describes its activations, and not samples.npy or progress.npy."""
+    side_file = path.name.endswith((".tokens.npy", ".timesteps.npy"))
+    return not side_file and (path.with_suffix(".json").exists() or not (path.parent / "collect.json").exists())
+
+
+def prompts_of(path, array, meta):
+    """What says which prompt each row of the file's first axis is of: its text in prompts.jsonl, or else a number."""
+    listing, n = Path(path).with_name("prompts.jsonl"), int(meta.get("num_images_per_prompt", 1))
+    if meta and listing.exists():
+        try:
+            texts = [json.loads(line).get("prompt") for line in listing.read_text("utf-8").splitlines()]
+        except (ValueError, AttributeError):
+            raise ValueError(f"{listing} can't be read; collect again, or move it away") from None
+        if len(texts) == len(array) and None not in texts and len(set(texts)) > 1:
+            return texts
+    return [(path, row // n) for row in range(len(array))]
 
 
 class Activations:
     """The vectors of one hook point, in one or several files, split into training and held-out prompts.
 
-    A unit of the split is a prompt (the first axis of an N-D file); a file of two axes or a single prompt is cut into
-    32 contiguous pieces instead. Held out is a seeded choice of HELD_OUT["share"] of the units, more where that is
-    below `at_least` vectors (up to a quarter), fewer where it is above `at_most`.
+    The split is by prompt: all images of one (the first axis of an N-D file), and of its namesakes, fall on one side. A
+    file of two axes or a single prompt is cut into 32 contiguous pieces instead. Held out is a seeded choice of
+    HELD_OUT["share"] of the vectors in whole prompts, more where that is below `at_least` (up to a quarter and the rest
+    of a prompt, never more than half), fewer where it is above `at_most`.
 
     Attributes: paths; hook_name ("" for plain files); d; num_vectors = num_training + num_held_out.
     """
 
     def __init__(self, paths, seed=0):
         self.paths, self.rows = [str(path) for path in paths], []
-        units = []  # (file, first row, end row)
+        units, prompts = [], []  # (file, first row, end row), and which prompt that is of
         for file, path in enumerate(self.paths):
             array, meta = open_file(path)
             rows = array.reshape(-1, array.shape[-1])
@@ -423,26 +357,36 @@ class Activations:
             if (rows.shape[1], rows.dtype) != (self.d, self.dtype):
                 here, there = f"width {rows.shape[1]}, {rows.dtype}", f"width {self.d}, {self.dtype}"
                 raise ValueError(f"{path} holds vectors of {here}, {self.paths[0]} of {there}")
-            pieces = len(array) if array.ndim > 2 and len(array) > 1 else min(32, len(rows))
-            cuts = np.arange(pieces + 1) * len(rows) // pieces
-            units.append(np.stack([np.full(pieces, file), cuts[:-1], cuts[1:]], 1))
-        units = np.concatenate(units)
-        if len(units) < 2:
+            names = prompts_of(path, array, meta) if array.ndim > 2 else []
+            if len(set(names)) < 2:
+                names = [(path, piece) for piece in range(min(32, len(rows)))]
+            cuts = np.arange(len(names) + 1) * len(rows) // len(names)
+            units.append(np.stack([np.full(len(names), file), cuts[:-1], cuts[1:]], 1))
+            prompts += names
+        units, numbers = np.concatenate(units), {}
+        prompts = np.array([numbers.setdefault(name, len(numbers)) for name in prompts])
+        if len(numbers) < 2:
             raise ValueError(f"{self.paths[0]} holds a single vector; there is nothing to train on")
-        sizes = units[:, 2] - units[:, 1]
+        sizes = np.bincount(prompts, units[:, 2] - units[:, 1])
         self.num_vectors = int(sizes.sum())
-        order = np.random.default_rng([seed, 0]).permutation(len(units))
+        order = np.random.default_rng([seed, 0]).permutation(len(sizes))
         wanted = max(HELD_OUT["share"] * self.num_vectors, min(HELD_OUT["at_least"], self.num_vectors / 4))
         enough = np.searchsorted(np.cumsum(sizes[order]), min(wanted, HELD_OUT["at_most"])) + 1
-        enough = min(enough, len(units) - 1)
-        self.held_out_units, self.training_units = units[np.sort(order[:enough])], units[np.sort(order[enough:])]
+        chosen = order[: min(enough, len(order) - 1)]
+        held_out = np.isin(prompts, chosen)
+        if 2 * sizes[chosen].sum() > self.num_vectors:  # few prompts of very different sizes
+            held_out = ~held_out
+        self.held_out_units, self.training_units = units[held_out], units[~held_out]
         self.num_held_out = int((self.held_out_units[:, 2] - self.held_out_units[:, 1]).sum())
         self.num_training = self.num_vectors - self.num_held_out
 
     def read(self, pieces):
-        """Copy rows into one tensor (n, d) of the file's dtype: `pieces` (many, 3) are (file, first row, end row)."""
+        """Copy rows into one tensor (n, d) of the file's dtype (float32 for float64, which MPS can't hold).
+
+        pieces (many, 3): file, first row, end row.
+        """
         ends = np.cumsum(pieces[:, 2] - pieces[:, 1])
-        out = np.empty((ends[-1], self.d), self.dtype)
+        out = np.empty((ends[-1], self.d), np.float32 if self.dtype == np.float64 else self.dtype)
         for (file, first, end), at in zip(pieces.tolist(), ends.tolist()):
             out[at - (end - first) : at] = self.rows[file][first:end]
         tensor = torch.from_numpy(out)
@@ -470,6 +414,8 @@ class Activations:
         order depends on the seed and the buffer's size alone: starting at any position gives what would have come.
         """
         parts, wanted = [], min(batch_size, stop - start)
+        if wanted < 1:
+            return
         for buffer, order in self.buffers(start, seed, buffer_gb):
             while len(order) and wanted:
                 take, order = order[:wanted], order[wanted:]
@@ -482,9 +428,13 @@ class Activations:
                     wanted = min(batch_size, stop - start)
             if not wanted:
                 return
+            del buffer  # before the next is read, or there would be two in memory
 
     def buffers(self, start, seed, buffer_gb):
-        """Endless (vectors, order) from position `start` on: an epoch's blocks in random order, buffer by buffer."""
+        """Endless (vectors, order) from position `start` on: an epoch's blocks in random order, buffer by buffer.
+
+        A buffer that holds all vectors is read once and shuffled anew every epoch.
+        """
         row_bytes = self.d * self.dtype.itemsize
         blocks = []
         for file, first, end in self.training_units.tolist():
@@ -493,6 +443,11 @@ class Activations:
         blocks = np.concatenate(blocks)
         count = max(1, -int(-self.num_training * row_bytes // (buffer_gb * 2**30)))
         epoch, skip = divmod(start, self.num_training)
+        whole = self.read(blocks) if count == 1 else None
+        while whole is not None:
+            order = np.random.default_rng([seed, 3, epoch]).permutation(self.num_training)
+            yield whole, torch.from_numpy(order[skip:])
+            epoch, skip = epoch + 1, 0
         while True:
             shuffled = np.random.default_rng([seed, 2, epoch]).permutation(blocks)
             ends = np.cumsum(shuffled[:, 2] - shuffled[:, 1])

@@ -69,9 +69,6 @@ class Config:
     device: str = "auto"  # auto, cuda, mps, cpu
 
 
-# ---------------------------------------------------------------------------------------------------------- drawings
-
-
 def contours(name, radius, tilt):
     """Closed outlines of an object round the origin: a list of (points, 2) float arrays, the outer one first."""
     turn = lambda n, start=0.0: tilt + math.radians(start) + 2 * math.pi * np.arange(n) / n
@@ -187,9 +184,6 @@ def to_model(pixels):
     return pixels.float() / 127.5 - 1
 
 
-# --------------------------------------------------------------------------------------------------------- the models
-
-
 class Classifier(nn.Module):
     """Pictures (N, 3, 64, 64) in [-1, 1] -> logits of object (N, 8), style (N, 6), colour (N, 6)."""
 
@@ -229,9 +223,7 @@ def build_tokenizer():
     from transformers import CLIPTokenizer
 
     values = CONCEPTS | {"background": tuple(BACKGROUNDS), "size": ("small", "large")}
-    said = [
-        captions({n: v[i % len(v)] for n, v in values.items()}) for i in range(len(OBJECTS))
-    ]  # each value at least once
+    said = [captions({n: v[i % len(v)] for n, v in values.items()}) for i in range(len(OBJECTS))]  # each value at least once
     words = sorted({word.strip(",") for texts in said for text in texts for word in text.split()})
     letters = [chr(c) for c in range(33, 127)]
     pieces, merges = [[*w[:-1], w[-1] + "</w>"] for w in words], []
@@ -311,9 +303,7 @@ def build_scheduler():
     )
 
 
-# ------------------------------------------------------------------------------------------------------------ training
-
-
+UNCHECKED = ("command", "folder", "work_dir", "save_every", "device", "num_prompts", "num_inference_steps", "guidance_scale")
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's
 
 
@@ -336,7 +326,7 @@ def fit(name, modules, loss_of, iterations, lr, cfg, device):
             average[n] = state[f"average.{n}"].to(device)
             if done < iterations:
                 moments = {m: state[f"{m}.{n}"].to(device) for m in MOMENTS}
-                optimizer.state[p] = {"step": torch.tensor(float(done)), **moments}
+                optimizer.state[p] = {"step": torch.tensor(float(done), device=device), **moments}
     with tqdm(total=iterations, initial=done, desc=name) as bar:
         while done < iterations:
             rate = lr * min(1, (done + 1) / 100, max(0.02, 3 * (1 - done / iterations)))
@@ -373,6 +363,11 @@ def train(cfg, device):
     if (folder / "model_index.json").exists():
         raise ValueError(f"{folder} holds a trained model; name another --folder")
     work.mkdir(parents=True, exist_ok=True)
+    made_with = json.dumps({n: v for n, v in vars(cfg).items() if n not in UNCHECKED}, indent=1)
+    record = work / "settings.json"
+    if record.exists() and record.read_text() != made_with:
+        raise ValueError(f"{work} holds checkpoints made with other options; name another --work_dir")
+    record.write_text(made_with)
     torch.manual_seed(cfg.seed)
     classifier, vae, unet = Classifier(), build_vae(), build_unet()
     tokenizer, scheduler = build_tokenizer(), build_scheduler()
@@ -406,7 +401,8 @@ def train(cfg, device):
         with torch.no_grad():
             batches = tqdm(pixels.split(128), "encoding")
             latents = torch.cat([vae.encode(to_model(p).to(device)).latent_dist.mean.cpu() for p in batches])
-        save_file({"latents": latents.contiguous()}, encoded)
+        save_file({"latents": latents.contiguous()}, encoded.with_suffix(".partial"))
+        encoded.with_suffix(".partial").replace(encoded)
     latents = load_file(encoded)["latents"]
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
     latents = (latents * vae.config.scaling_factor).contiguous(memory_format=torch.channels_last)
@@ -446,9 +442,6 @@ def write_prompts(path, seed):
         writer = csv.DictWriter(f, ["prompt", *rows[0]])
         writer.writeheader()
         writer.writerows({"prompt": captions(rows[i] | {"size": ""})[0], **rows[i]} for i in order)
-
-
-# ------------------------------------------------------------------------------------------------------------ checking
 
 
 def grid(pixels, columns, scale=2):

@@ -125,10 +125,7 @@ def pipe(request):
 def generate_options(n, **options):
     """Arguments of a short, seeded generation of n rows."""
     seeds = [torch.Generator().manual_seed(i) for i in range(n)]
-    return (
-        dict(generator=seeds, num_inference_steps=2, guidance_scale=5.0, output_type="latent", height=32, width=32)
-        | options
-    )
+    return dict(generator=seeds, num_inference_steps=2, guidance_scale=5.0, output_type="latent", height=32, width=32) | options
 
 
 @pytest.fixture(scope="session")

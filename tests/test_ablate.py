@@ -33,9 +33,7 @@ def test_what_each_mode_puts_in_place():
     assert ablate.edit("skip", 3)(None, (x,), (y, "rest"))[1] == "rest"
     assert not ablate.edit("zero", 3)(None, (x,), y).any()
     mean = ablate.edit("mean", 3)(None, (x,), y)
-    assert torch.equal(mean[0], y[:3].mean(0)) and torch.equal(
-        mean[2], mean[0]
-    )  # each chunk of the guidance has its own
+    assert torch.equal(mean[0], y[:3].mean(0)) and torch.equal(mean[2], mean[0])  # each chunk of the guidance has its own
     assert torch.equal(mean[5], y[3:].mean(0))
 
 

@@ -1,5 +1,6 @@
 """What a user can do wrong ends in one line and status 2; scripts can be pasted into a notebook."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -98,6 +99,14 @@ def mistakes(tmp_path, model_folder):
             [*model, "--hook_names", "mid_block", "--out_dir", tmp_path / "file" / "a"],
             "can't be made",
         ),
+        ("a table of another kind", collect, [*model, "--dataset_name", tmp_path / "x.npy"], "no prompt file"),
+        ("batches of none", collect, [*model, "--batch_size", 0], "--batch_size 0"),
+        ("no examples", collect, [*model, "--max_num_examples", 0], "--max_num_examples 0"),
+        ("a bad pattern", collect, [*model, "--hook_names", "attn[z-a]"], "no pattern"),
+        ("a missing variant", collect, [*model, "--variant", "fp16"], "can't be loaded"),
+        ("text tokens", collect, [*model, "--hook_names", "mid_block", "--stream", "text"], "stream"),
+        ("other shapes", collect, [*model, "--hook_names", "down_blocks.0", "--side", "diff"], "--side diff"),
+        ("an option in the JSON", collect, [*model, "--pipeline_kwargs", '{"generator": 1}'], "generator"),
         ("no such device", collect, [*model, "--device", "tpu"], "--device"),
         (
             "bad pipeline_kwargs",
@@ -189,9 +198,10 @@ def test_help_names_every_option(script):
     done = subprocess.run([sys.executable, HERE / f"{script}.py", "--help"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     module = __import__(script)
+    lines = inspect.getsource(module.Config).splitlines()
     for name in module.Config.__dataclass_fields__:
-        if name != "command":
-            assert f"--{name}" in done.stdout, name
+        assert name == "command" or f"--{name}" in done.stdout, name
+        assert any(line.startswith(f"    {name}: ") and "  # " in line for line in lines), f"{name} is not explained on its line"
     assert module.__doc__.splitlines()[0] in " ".join(done.stdout.split())
 
 

@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,7 +61,7 @@ def test_the_files_hold_what_the_modules_computed(config, model_folder):
                 assert array.dtype == np.float32 and array.shape == (8, 3, 64, 16)
                 assert np.array_equal(array[first:last], cache[key][name].numpy())
         samples = np.load(out / "samples.npy")
-        assert np.array_equal(samples[first:last], output.images.half().numpy())
+        assert np.array_equal(samples[first:last], output.images.numpy())
 
     record = json.loads((out / "mid_block.uncond.json").read_text())
     array = np.load(out / "mid_block.uncond.npy").astype(np.float64)
@@ -99,6 +101,22 @@ def test_images_steps_and_negative_prompts(config, tmp_path):
     assert json.loads((out / "mid_block.json").read_text())["timesteps"] == [667.0, 1.0]
 
 
+def test_odd_prompts_and_columns_named_like_ours(config, tmp_path):
+    """Line separators of Unicode, columns called id and seed, an empty negative prompt: resumable, and ours stay ours."""
+    table = tmp_path / "p.jsonl"
+    rows = [{"prompt": "a\u2028b\u0085c", "seed": 7, "id": 9, "no": None}, {"prompt": "d\n\x00e", "seed": 7, "id": 9, "no": "f"}]
+    table.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), "utf-8")
+    config = replace(config, dataset_name=str(table), num_images_per_prompt=2, negative_prompt="no")
+    for _ in range(2):
+        collect.main(config)
+    lines = (Path(config.out_dir) / "prompts.jsonl").read_text().split("\n")[:-1]
+    found = [json.loads(line) for line in lines]
+    assert [(p["id"], p["seed"], p["negative_prompt"]) for p in found] == [(0, 0, ""), (0, 1, ""), (1, 2, "f"), (1, 3, "f")]
+    assert [p["prompt"] for p in found[::2]] == [r["prompt"] for r in rows]
+    samples = np.load(Path(config.out_dir) / "samples.npy")
+    assert not np.array_equal(samples[0], samples[1])
+
+
 def test_bfloat16_is_stored_as_its_bits(config):
     collect.main(replace(config, store_dtype="bfloat16"))
     collect.main(replace(config, store_dtype="float32", out_dir=config.out_dir + "32"))
@@ -108,27 +126,49 @@ def test_bfloat16_is_stored_as_its_bits(config):
     assert torch.equal(torch.from_numpy(bits).view(torch.bfloat16), torch.from_numpy(full).bfloat16())
 
 
-@pytest.mark.parametrize("moment", range(4))
-def test_a_run_that_stops_anywhere_goes_on_to_the_same_bytes(config, monkeypatch, moment):
-    """Stopped before any write, between two arrays of a batch, before the flag that vouches for it, while finishing."""
-    collect.main(replace(config, out_dir=config.out_dir + "-undisturbed"))
-    with monkeypatch.context() as patch:
-        real, calls = store.write_all, []
+CALLS = [(os, "pwrite"), (os, "fsync"), (os, "replace"), (os, "unlink"), (os, "posix_fallocate"), (os, "open")]
 
-        def stop(*args):
-            calls.append(args)
-            if len(calls) == (1, 5, 9, None)[moment]:
+
+def crash_at(patch, moment):
+    """Let the system call number `moment` of those that write, and all after it, raise; the list that counts them."""
+    made = []
+
+    def crashing(real):
+        def call(*args, **kwargs):
+            made.append(real)
+            if len(made) > moment:
                 raise KeyboardInterrupt
-            return real(*args)
+            return real(*args, **kwargs)
 
-        patch.setattr(store, "write_all", stop)
-        if moment == 3:
-            patch.setattr(store.Collection, "finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            collect.main(config)
-    assert not (Path(config.out_dir) / "mid_block.npy").exists()
-    collect.main(config)
-    assert contents(config.out_dir) == contents(config.out_dir + "-undisturbed")
+        return call
+
+    for module, name in CALLS:
+        patch.setattr(module, name, crashing(getattr(module, name)))
+    return made
+
+
+@pytest.mark.parametrize("extend", [False, True], ids=["fresh", "extending"])
+def test_a_crash_at_any_system_call_costs_no_byte(config, monkeypatch, extend):
+    """Power cuts between any two writes, syncs and renames: the same command then gives the files of an undisturbed run."""
+    config = replace(config, hook_names=["mid_block"], num_inference_steps=1, batch_size=3, max_num_examples=5)
+    collect.main(replace(config, out_dir=config.out_dir + "-undisturbed"))
+    expected = contents(config.out_dir + "-undisturbed")
+    started = Path(config.out_dir + "-started")
+    if extend:
+        collect.main(replace(config, max_num_examples=4, out_dir=str(started)))
+    for moment in range(200):
+        shutil.rmtree(config.out_dir, ignore_errors=True)
+        if extend:
+            shutil.copytree(started, config.out_dir)
+        with monkeypatch.context() as patch:
+            made = crash_at(patch, moment)
+            with suppress(KeyboardInterrupt):
+                collect.main(config)
+        if len(made) <= moment:
+            break
+        collect.main(config)
+        assert contents(config.out_dir) == expected, moment
+    assert 20 < moment < 200
 
 
 def test_kill_9(config):
@@ -185,12 +225,10 @@ def test_fp16_overflow_names_the_option(config, model_folder, tmp_path):
     pipe = build(sd15)
     pipe.unet.mid_block.resnets[-1].conv2.weight.data.mul_(1e6)
     pipe.save_pretrained(tmp_path / "loud")
-    loud = replace(
-        config, model_name=str(tmp_path / "loud"), dataset_name="a loud picture", hook_names=["mid_block.resnets.1"]
-    )
+    loud = replace(config, model_name=str(tmp_path / "loud"), dataset_name="a loud picture", hook_names=["mid_block.resnets.1"])
     with pytest.raises(ValueError, match="--store_dtype"):
         collect.main(loud)
-    collect.main(replace(loud, store_dtype="float32", out_dir=config.out_dir + "32"))
+    collect.main(replace(loud, store_dtype="float32"))  # in the same folder: nothing was safe in it yet
 
 
 def test_space_is_checked_before_anything_is_written(config, monkeypatch):
@@ -213,6 +251,14 @@ def test_a_full_disk_stops_with_an_os_error_and_goes_on_later(config, monkeypatc
     collect.main(config)
     collect.main(replace(config, out_dir=config.out_dir + "-undisturbed"))
     assert contents(config.out_dir) == contents(config.out_dir + "-undisturbed")
+
+
+def test_a_deleted_file_is_not_made_anew_with_zeros(config):
+    collect.main(config)
+    (Path(config.out_dir) / "mid_block.npy").unlink()
+    for number in (8, 12):
+        with pytest.raises(ValueError, match="missing"):
+            collect.main(replace(config, max_num_examples=number))
 
 
 @pytest.mark.parametrize("calls", [1, None])
@@ -243,9 +289,9 @@ def test_pipeline_arguments_fill_in_defaults():
     assert hooked.arguments(num_inference_steps=None, guidance_scale=None, height=None) == dict(
         num_inference_steps=50, guidance_scale=7.5
     )
-    options = hooked.arguments(2, '{"eta": 1.0}', guidance_scale=3.0)
-    assert options == dict(guidance_scale=3.0, num_images_per_prompt=2, eta=1.0)
-    for wrong in ('{"etta": 1}', "[1]", "{"):
-        with pytest.raises(ValueError, match="--"):
-            hooked.arguments(1, wrong)
+    options = hooked.arguments(2, "latent", {"eta": 1.0}, guidance_scale=3.0)
+    assert options == dict(guidance_scale=3.0, num_images_per_prompt=2, output_type="latent", eta=1.0)
+    for wrong in ("etta", "prompt", "generator", "num_images_per_prompt"):
+        with pytest.raises(ValueError, match=wrong):
+            hooked.arguments(extra={wrong: 2})
     assert generate_options(1)["num_inference_steps"] == 2

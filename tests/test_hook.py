@@ -14,9 +14,7 @@ def run(pipe, prompts=PROMPTS[:2], hook_names=HOOK, rows="both", n=1, **options)
     hooked = HookedDiffusionModel.from_pipeline(pipe)
     extra = {"num_images_per_prompt": n} if n > 1 else {}
     keep = {k: options.pop(k) for k in ("save_input", "cache_every_n_timesteps", "dtype") if k in options}
-    return hooked.run_with_cache(
-        hook_names, prompts, rows=rows, **keep, **generate_options(len(prompts) * n, **options), **extra
-    )
+    return hooked.run_with_cache(hook_names, prompts, rows=rows, **keep, **generate_options(len(prompts) * n, **options), **extra)
 
 
 def test_rows_equal_a_hand_written_hook(pipe):
@@ -59,9 +57,7 @@ def test_one_row_a_prompt_and_image(pipe):
     repeated = [p for p in PROMPTS[:2] for _ in range(2)]
     _, four = run(pipe, repeated)
     assert two["output"][HOOK].shape[0] == 4
-    assert torch.allclose(
-        two["output"][HOOK], four["output"][HOOK], rtol=1e-3, atol=1e-3
-    )  # prompts are encoded 2 or 4 at once
+    assert torch.allclose(two["output"][HOOK], four["output"][HOOK], rtol=1e-3, atol=1e-3)  # prompts are encoded 2 or 4 at once
 
 
 def test_options_of_the_cache(pipe):
@@ -93,9 +89,9 @@ def test_a_step_is_a_call_of_the_scheduler():
     assert cache["output"][HOOK].shape[1] == 9
     assert cache["timesteps"][HOOK].tolist() == [float(t) for t in pipe.scheduler.timesteps]
     assert (
-        HookedDiffusionModel.from_pipeline(pipe).first_step(
-            HOOK, PROMPTS[:2], **generate_options(2, num_inference_steps=5)
-        )["num_steps"]
+        HookedDiffusionModel.from_pipeline(pipe).first_step(HOOK, PROMPTS[:2], **generate_options(2, num_inference_steps=5))[
+            "num_steps"
+        ]
         == 9
     )
 
@@ -193,9 +189,7 @@ def test_modules_that_never_run_are_refused(pipe):
     with pytest.raises(ValueError, match="never ran"):
         run(pipe, hook_names="spare")
     with pytest.raises(ValueError, match="never ran"):
-        HookedDiffusionModel.from_pipeline(pipe).run_with_hooks(
-            {"spare": lambda m, i, o: o}, PROMPTS[:1], **generate_options(1)
-        )
+        HookedDiffusionModel.from_pipeline(pipe).run_with_hooks({"spare": lambda m, i, o: o}, PROMPTS[:1], **generate_options(1))
 
 
 def test_guidance_weights_are_exact():
@@ -283,12 +277,8 @@ def test_a_denoiser_without_prompts():
     unet = torch.nn.Module()
     unet = type("Plain", (torch.nn.Module,), {"forward": lambda self, x, t: self.conv(x)})()
     unet.conv = torch.nn.Conv2d(3, 3, 1)
-    hooked = HookedDiffusionModel(
-        unet, Euler(), get_timesteps=lambda n, device: range(n, 0, -1), sample_shape=(3, 4, 4)
-    )
-    output, cache = hooked.run_with_cache(
-        "conv", num_inference_steps=4, batch_size=2, generator=torch.Generator().manual_seed(0)
-    )
+    hooked = HookedDiffusionModel(unet, Euler(), get_timesteps=lambda n, device: range(n, 0, -1), sample_shape=(3, 4, 4))
+    output, cache = hooked.run_with_cache("conv", num_inference_steps=4, batch_size=2, generator=torch.Generator().manual_seed(0))
     assert output.images.shape == (2, 3, 4, 4) and cache["output"]["conv"].shape == (2, 4, 16, 3)
     with pytest.raises(ValueError, match="sample_shape"):
         HookedDiffusionModel(unet, Euler(), get_timesteps=lambda n, device: range(n))()
@@ -298,7 +288,49 @@ def test_a_zero_last_layer_is_an_error_not_a_guess():
     pipe = build(sd15)
     torch.nn.init.zeros_(pipe.unet.conv_out.weight)
     with pytest.raises(ValueError, match="can't tell conditional"):
-        run(pipe)
+        run(pipe, PROMPTS[:1])
+    _, cache = run(pipe)  # with two prompts the conditioning tells: the unconditional one is the same for both
+    _, after = run(pipe, [PROMPTS[0], PROMPTS[2]])
+    assert torch.equal(cache["output_uncond"][HOOK], after["output_uncond"][HOOK])
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.3, 1.0])
+def test_weak_guidance_is_labelled_by_the_conditioning(scale):
+    torch.manual_seed(0)
+    model, x = Denoiser(), torch.randn(2, 3, 4, 5)
+    text = torch.cat([torch.zeros(2, 5), torch.randn(2, 5)])
+
+    def sample(n):
+        with torch.no_grad(), HookedDiffusionModel(model, Euler()).cache("out", n) as cache:
+            uncond, cond = model(torch.cat([x[:n], x[:n]]), 1.0, torch.cat([text[:n], text[2 : 2 + n]])).chunk(2)
+            Euler().step(uncond + scale * (cond - uncond), 1.0, x[:n])
+        return cache["output"]["out"], cond
+
+    kept, cond = sample(2)
+    assert torch.equal(kept[:, 0], cond.flatten(2).transpose(1, 2))
+    if scale == 0.3:
+        with pytest.raises(ValueError, match="between 0 and 1"):
+            sample(1)
+
+
+def test_unconditional_rows_in_part_of_the_steps_have_their_own_timesteps():
+    torch.manual_seed(0)
+    model, x = Denoiser(), torch.randn(2, 3, 4, 5)
+    text = torch.cat([torch.zeros(2, 5), torch.randn(2, 5)])
+
+    def sample(rows):
+        with torch.no_grad(), HookedDiffusionModel(model, Euler()).cache("out", 2, rows=rows) as cache:
+            for t in (9.0, 5.0, 1.0):
+                both = t < 9
+                out = model(torch.cat([x, x]) if both else x, t, text if both else text[2:])
+                Euler().step(out[:2] + 4 * (out[2:] - out[:2]) if both else out, t, x)
+        return cache
+
+    assert sample("cond")["timesteps"]["out"].tolist() == [9.0, 5.0, 1.0]
+    uncond = sample("uncond")
+    assert uncond["timesteps"]["out"].tolist() == [5.0, 1.0] and uncond["output"]["out"].shape[1] == 2
+    with pytest.raises(ValueError, match="part of the steps"):
+        sample("both")
 
 
 def test_two_denoisers_have_long_names():

@@ -7,7 +7,8 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
-from store import Collection, load_prompts, npy_header, read_json
+from prompts import load_prompts
+from store import Collection, npy_header, read_json
 
 
 @pytest.mark.parametrize("suffix", ["txt", "csv", "jsonl", "parquet"])
