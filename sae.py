@@ -10,6 +10,7 @@ Sources: TopK SAEs, Gao et al. 2024 (arXiv 2406.04093); the folder, https://gith
 """
 
 import json
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,7 +46,7 @@ class Sae(nn.Module):
         W_dec = torch.randn(num_latents, d_in, generator=torch.Generator().manual_seed(seed))
         self.W_dec = nn.Parameter(W_dec / W_dec.norm(dim=1, keepdim=True))
         self.b_dec = nn.Parameter(torch.zeros(d_in))
-        self.encoder = nn.Linear(d_in, num_latents)
+        self.encoder = nn.utils.skip_init(nn.Linear, d_in, num_latents)  # leaves the user's random state alone
         with torch.no_grad():
             self.encoder.weight.copy_(self.W_dec)
             self.encoder.bias.zero_()
@@ -83,19 +84,18 @@ class Sae(nn.Module):
         """Write `cfg.json` and `sae.safetensors` into the folder `path`, each swapped in whole."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
-        weights, cfg = path / "sae.safetensors", path / "cfg.json"
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        save_file(state, weights.with_suffix(".partial"), {"format": "pt"})
-        weights.with_suffix(".partial").replace(weights)
-        cfg.with_suffix(".partial").write_text(json.dumps(self.cfg, indent=1) + "\n")
-        cfg.with_suffix(".partial").replace(cfg)
+        save_tensors(path / "sae.safetensors", self.state_dict(), {"format": "pt"})
+        partial = path / "cfg.json.partial"
+        partial.write_text(json.dumps(self.cfg, indent=1) + "\n")
+        swap_in(partial, path / "cfg.json")
 
     @staticmethod
     def load_from_disk(path, device="cpu"):
         """Read an SAE folder of ours, of sparsify or of universal-diffsae; weights come as float32.
 
-        Raises ValueError for one that computes something else (transcoders, groupmax, skip connections, variants that
-        this version does not know), OSError where a file is not there.
+        Raises ValueError for one that computes something else (transcoders, groupmax, skip connections, the ancestor's
+        batch_topk, sample_topk and input_unit_norm, variants that this version does not know), OSError where a file is
+        not there.
         """
         path = Path(path)
         try:
@@ -105,9 +105,9 @@ class Sae(nn.Module):
             raise ValueError(f"{path} is not a readable SAE folder: {error}") from None
         if not isinstance(cfg, dict):
             raise ValueError(f"{path / 'cfg.json'}: expected a JSON object")
-        for key in ("transcode", "skip_connection"):
+        for key in ("transcode", "skip_connection", "batch_topk", "sample_topk", "input_unit_norm"):
             if cfg.get(key):
-                raise ValueError(f"{path / 'cfg.json'} says {key}; only plain autoencoders can be loaded")
+                raise ValueError(f"{path / 'cfg.json'} says {key}; only plain TopK autoencoders can be loaded")
         if cfg.get("activation", "topk") != "topk":
             raise ValueError(f"{path / 'cfg.json'} says activation {cfg['activation']!r}; only 'topk' can be loaded")
         M, d = state["W_dec"].shape if "W_dec" in state and state["W_dec"].ndim == 2 else (0, 0)
@@ -123,7 +123,22 @@ class Sae(nn.Module):
         return sae.to(device)
 
 
-# ------------------------------------------------------------------------------------------------------------- numbers
+def save_tensors(path, tensors, metadata):
+    """Write a safetensors file; `path` has its old content or all of the new. Raises OSError, as on a full disk."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, partial, metadata)
+    except SafetensorError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(f"{path} can't be written: {error}") from None
+    swap_in(partial, path)
+
+
+def swap_in(partial, path):
+    """Give a finished file its final name, in this order also after a power cut."""
+    with open(partial, "rb+") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
 
 
 def count_active(top_acts, top_indices, num_latents):
@@ -171,7 +186,19 @@ class Metrics:
 
     @property
     def dead(self):
-        return (self.counts == 0).double().mean().item()
+        return (self.counts == 0).cpu().double().mean().item()
+
+
+@torch.no_grad()
+def evaluate(sae, tensors, batch_size):
+    """Metrics of the SAE over an iterable of tensors (any, d), `batch_size` vectors at a time."""
+    metrics, device = Metrics(sae.num_latents), sae.W_dec.device
+    for tensor in tensors:
+        for x in tensor.split(batch_size):
+            x = x.to(device).float()
+            codes = sae.encode(x)
+            metrics.update(x, sae.decode(*codes), *codes)
+    return metrics
 
 
 def geometric_median(x, iterations=100, tolerance=1e-5):

@@ -90,9 +90,7 @@ def check_decode(shape, dtype, backend):
     expected = dense(acts, indices, len(W)) @ W + b
     expected.backward(g.double())
     names = ("d top_acts", "d W_dec", "d b_dec")
-    return {"x_hat": error(x_hat, expected)} | {
-        name: error(t.grad, r.grad) for name, t, r in zip(names, inputs, (acts, W, b))
-    }
+    return {"x_hat": error(x_hat, expected)} | {name: error(t.grad, r.grad) for name, t, r in zip(names, inputs, (acts, W, b))}
 
 
 def check_encode(shape, dtype, backend):
@@ -133,6 +131,15 @@ def cases():
 def test_kernel(name, backend, shape, dtype):
     errors = CHECKS[name](SHAPES[shape], dtype, backend)
     assert all(value <= tolerance(name, dtype) for value in errors.values()), errors
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_many_pairs_of_one_latent_are_added_in_float32(backend, dtype):
+    x = torch.ones(4100, 3, dtype=dtype, device="cuda" if backend == "triton" and torch.cuda.is_available() else "cpu")
+    dW, db = CHOSEN["sum_by_latent", backend](x[:, :1], x[:, :1].long(), x, 2)
+    expected = torch.tensor([0, 4100], device=x.device)  # in bfloat16 a sum of ones ends at 256, in float16 at 2048
+    assert torch.equal(db, expected.to(dtype)) and torch.equal(dW, expected.to(dtype)[:, None].expand(2, 3))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

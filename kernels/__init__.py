@@ -15,9 +15,7 @@ from pathlib import Path
 
 # Hugging Face's package `kernels` has this name too, and transformers imports from it where it is installed. From a
 # checkout it would find this folder instead and fail, so whatever is not here is looked up there.
-_namesake = PathFinder.find_spec(
-    "kernels", [p for p in sys.path if Path(p).resolve() != Path(__file__).resolve().parents[1]]
-)
+_namesake = PathFinder.find_spec("kernels", [p for p in sys.path if Path(p).resolve() != Path(__file__).resolve().parents[1]])
 if _namesake is not None:
     __path__ += _namesake.submodule_search_locations or []
 

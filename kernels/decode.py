@@ -60,7 +60,8 @@ def triton_gather_sum(weights, top_indices, W):
     BLOCK_D = min(256, triton.next_power_of_2(d))
     grid = (N, triton.cdiv(d, BLOCK_D))
     weights, top_indices, W = weights.contiguous(), top_indices.contiguous(), W.contiguous()
-    gather_sum_kernel[grid](weights, top_indices, W, out, d, k, BLOCK_K=8, BLOCK_D=BLOCK_D)
+    with torch.cuda.device_of(W):  # Triton launches on the current device
+        gather_sum_kernel[grid](weights, top_indices, W, out, d, k, BLOCK_K=8, BLOCK_D=BLOCK_D)
     return out
 
 
@@ -70,7 +71,8 @@ def triton_gather_dot(x, top_indices, W):
     BLOCK_D = min(128, triton.next_power_of_2(d))
     grid = (N, triton.cdiv(k, 16))
     x, top_indices, W = x.contiguous(), top_indices.contiguous(), W.contiguous()
-    gather_dot_kernel[grid](x, top_indices, W, out, d, k, BLOCK_K=16, BLOCK_D=BLOCK_D)
+    with torch.cuda.device_of(W):
+        gather_dot_kernel[grid](x, top_indices, W, out, d, k, BLOCK_K=16, BLOCK_D=BLOCK_D)
     return out
 
 

@@ -55,17 +55,17 @@ def triton_sum_by_latent(weights, top_indices, x, num_latents):
     dW, db = x.new_empty(num_latents, d), x.new_empty(num_latents)
     BLOCK_D = min(256, triton.next_power_of_2(d))
     grid = (num_latents, triton.cdiv(d, BLOCK_D))
-    sum_kernel[grid](weights.contiguous(), order, ends, x.contiguous(), dW, db, d, k, BLOCK_P=8, BLOCK_D=BLOCK_D)
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        sum_kernel[grid](weights.contiguous(), order, ends, x.contiguous(), dW, db, d, k, BLOCK_P=8, BLOCK_D=BLOCK_D)
     return dW, db
 
 
 def torch_sum_by_latent(weights, top_indices, x, num_latents):
     order, ends = sort_pairs(top_indices, num_latents)
     weights = weights.to(x.dtype).flatten()[order]
-    rows = order // top_indices.shape[1]
-    dW = F.embedding_bag(rows, x, ends, mode="sum", per_sample_weights=weights, include_last_offset=True)
-    db = torch.zeros_like(dW[:, 0]).index_add_(0, top_indices.flatten()[order], weights)
-    return dW, db
+    add_up = lambda rows, x: F.embedding_bag(rows, x, ends, mode="sum", per_sample_weights=weights, include_last_offset=True)
+    # db is the same sum over a column of ones: index_add_ would add in the input's dtype, and with atomics on CUDA
+    return add_up(order // top_indices.shape[1], x), add_up(order * 0, x.new_ones(1, 1)).flatten()
 
 
 def sum_by_latent(weights, top_indices, x, num_latents):

@@ -1,11 +1,13 @@
 """The SAE against float64 references, its folder against eai-sparsify itself, each metric against answers by hand."""
 
 import json
+import os
+import resource
 
 import pytest
 import torch
 
-from sae import Metrics, Sae, count_active, geometric_median
+from sae import Metrics, Sae, count_active, geometric_median, save_tensors
 
 X = torch.randn(50, 12, generator=torch.Generator().manual_seed(1)) + 3
 
@@ -42,6 +44,14 @@ def test_starts_with_unit_decoder_rows_and_the_encoder_as_their_transpose():
         Sae(12, 30, 31)
 
 
+def test_making_one_leaves_the_random_state_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    make_sae()
+    assert torch.equal(torch.rand(3), expected)
+
+
 def test_half_precision_vectors_are_taken():
     assert make_sae()(X.half()).dtype == torch.float32
 
@@ -65,9 +75,6 @@ def test_decoder_rows():
     torch.testing.assert_close((sae.W_dec.grad * sae.W_dec).sum(1), torch.zeros(30), atol=1e-6, rtol=0)
 
 
-# --------------------------------------------------------------------------------------------------------- the folder
-
-
 def test_save_and_load_give_the_same_bits(tmp_path):
     sae = make_sae()
     sae.cfg["fvu"] = 0.125
@@ -75,6 +82,24 @@ def test_save_and_load_give_the_same_bits(tmp_path):
     again = Sae.load_from_disk(tmp_path / "a")
     assert torch.equal(again(X), sae(X)) and again.cfg == sae.cfg and again.k == 4
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["cfg.json", "sae.safetensors"]
+
+
+def test_a_file_is_swapped_in_and_a_full_disk_leaves_the_old_one(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_tensors(path, {"x": X}, {})
+    os.link(path, tmp_path / "old")
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OSError, match="a.safetensors can't be written"):
+            save_tensors(path, {"x": X + 1}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
+    save_tensors(path, {"x": X + 1}, {})
+    assert path.read_bytes() != before == (tmp_path / "old").read_bytes()  # another file, not the old one written over
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "old"]
 
 
 @pytest.fixture
@@ -107,6 +132,9 @@ def test_we_read_sparsify_s(sparsify, tmp_path, size):
     [
         ({"transcode": True}, "transcode"),
         ({"skip_connection": True}, "skip_connection"),
+        ({"batch_topk": True}, "batch_topk"),
+        ({"sample_topk": True}, "sample_topk"),
+        ({"input_unit_norm": True}, "input_unit_norm"),
         ({"activation": "groupmax"}, "groupmax"),
         ({"activation": "batchtopk"}, "batchtopk"),
         ({"k": None}, "k is None"),
@@ -122,6 +150,13 @@ def test_refuses_what_it_would_get_wrong(tmp_path, change, message):
         Sae.load_from_disk(tmp_path)
 
 
+def test_loads_what_only_changes_training(tmp_path):
+    make_sae().save_to_disk(tmp_path)
+    cfg = json.loads((tmp_path / "cfg.json").read_text())
+    (tmp_path / "cfg.json").write_text(json.dumps(cfg | {"multi_topk": True, "batch_topk": False, "input_unit_norm": False}))
+    assert torch.equal(Sae.load_from_disk(tmp_path)(X), make_sae()(X))
+
+
 @pytest.mark.parametrize("name", ["cfg.json", "sae.safetensors"])
 def test_damaged_and_missing_files(tmp_path, name):
     make_sae().save_to_disk(tmp_path)
@@ -131,9 +166,6 @@ def test_damaged_and_missing_files(tmp_path, name):
     (tmp_path / name).unlink()
     with pytest.raises(OSError):
         Sae.load_from_disk(tmp_path)
-
-
-# ----------------------------------------------------------------------------------------------------------- numbers
 
 
 def test_fvu_by_hand_and_not_a_mean_of_ratios():

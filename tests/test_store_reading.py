@@ -1,6 +1,7 @@
 """Reading activation files: what is refused, the split by prompt, and the seeded shuffle that starts anywhere."""
 
 import json
+import weakref
 
 import numpy as np
 import pytest
@@ -45,12 +46,51 @@ def test_split_is_by_prompt_and_loses_nothing(tmp_path):
     assert prompts(ids(other.held_out())) != prompts(held_out)
 
 
+def sides(data):
+    """Sets of the units of 5 vectors, numbered from 0, that are held out and trained on."""
+    return [set((ids(x) // 5).tolist()) for x in (data.held_out(), data.batches(100, data.num_training))]
+
+
+def test_all_images_of_a_prompt_are_on_one_side(tmp_path):
+    describe(numbered(tmp_path / "a.npy", (40, 1, 5)), num_images_per_prompt=4)
+    held_out, training = sides(Activations([tmp_path / "a.npy"]))
+    assert len(held_out) == 4 and held_out | training == set(range(40))
+    assert not {row // 4 for row in held_out} & {row // 4 for row in training}
+
+
+def test_equal_prompts_are_on_one_side_in_all_files(tmp_path):
+    rng, texts = np.random.default_rng(0), []
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        describe(numbered(tmp_path / name / "m.npy", (40, 1, 5), first=200 * len(texts) // 40))
+        mine = [f"prompt {i}" for i in rng.integers(0, 15, 40)]
+        (tmp_path / name / "prompts.jsonl").write_text("".join(json.dumps({"prompt": t}) + "\n" for t in mine))
+        texts += mine
+    held_out, training = sides(Activations([tmp_path / "a" / "m.npy", tmp_path / "b" / "m.npy"]))
+    assert held_out and training and held_out | training == set(range(80))
+    assert not {texts[row] for row in held_out} & {texts[row] for row in training}
+    (tmp_path / "a" / "prompts.jsonl").write_text("x")
+    with pytest.raises(ValueError, match="prompts.jsonl"):
+        Activations([tmp_path / "a" / "m.npy"])
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_never_more_than_half_is_held_out(tmp_path, seed):
+    describe(numbered(tmp_path / "a.npy", (40, 1, 5)))
+    texts = ["a"] * 30 + ["b"] * 10
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": t}) + "\n" for t in texts))
+    assert Activations([tmp_path / "a.npy"], seed).num_held_out == 50
+    texts = ["a"] * 40  # one prompt, 40 seeds
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": t}) + "\n" for t in texts))
+    assert Activations([tmp_path / "a.npy"], seed).num_held_out == 20
+
+
 def test_how_much_is_held_out(tmp_path, monkeypatch):
     path = numbered(tmp_path / "a.npy", (100, 4))
     held_out = lambda **limits: (monkeypatch.setattr(store, "HELD_OUT", limits), Activations([path]).num_held_out)[1]
     assert held_out(share=0.1, at_least=0, at_most=10**6) == 40
     assert held_out(share=0.1, at_least=70, at_most=10**6) == 72  # whole prompts
-    assert held_out(share=0.1, at_least=300, at_most=10**6) == 100  # but no more than a quarter
+    assert held_out(share=0.1, at_least=300, at_most=10**6) == 100  # but only up to a quarter
     assert held_out(share=0.1, at_least=0, at_most=12) == 12
 
 
@@ -75,6 +115,40 @@ def test_shuffle_starts_anywhere_and_repeats_every_epoch(tmp_path, buffer_rows):
     for start in (32, 416, 448, 864):
         assert torch.equal(ids(data.batches(32, stop, start, **options)), order[start:])
     assert not torch.equal(ids(data.batches(32, stop, seed=4, buffer_gb=options["buffer_gb"])), order)
+    first = order[:40].sort().values  # of one buffer where they are small: from all over the file, and others next time
+    assert first[-4] > 300
+    assert not torch.equal(first, order[432:472].sort().values)
+
+
+def test_one_buffer_is_in_memory_and_one_that_holds_all_is_read_once(tmp_path, monkeypatch):
+    data, buffers = Activations([numbered(tmp_path / "a.npy")]), []
+    read = Activations.read
+
+    def counting(self, pieces):
+        assert all(buffer() is None for buffer in buffers)
+        out = read(self, pieces)
+        buffers.append(weakref.ref(out))
+        return out
+
+    monkeypatch.setattr(Activations, "read", counting)
+    for _ in data.batches(10, 800, buffer_gb=100 * 8 / 2**30):
+        pass
+    assert len(buffers) == 10  # 432 vectors in 5 buffers, nearly twice
+    buffers.clear()
+    for _ in data.batches(10, 3 * 432):
+        pass
+    assert len(buffers) == 1
+    assert list(data.batches(10, 50, 50)) == []
+
+
+def test_sample_is_drawn_alike_from_files_of_two_lengths(tmp_path):
+    a, b = numbered(tmp_path / "a.npy", (10, 1, 5)), numbered(tmp_path / "b.npy", (30, 1, 20), first=50)
+    data = Activations([a, b])
+    training = ids(data.batches(99, data.num_training)).sort().values
+    assert torch.equal(data.sample(10**6)[:, 0].long(), training)
+    some = data.sample(300)[:, 0].long()
+    assert (some < 50).double().mean().item() == pytest.approx((training < 50).double().mean().item(), abs=0.05)
+    assert set(some.tolist()) <= set(training.tolist()) and len(some.unique()) == 300
 
 
 def test_batches_are_shuffled_by_vector_not_by_image(tmp_path):
@@ -91,13 +165,23 @@ def test_several_files_are_one_data_set(tmp_path):
 
 
 def test_each_hook_name_is_a_data_set(tmp_path):
-    for name, meta in {"m": {}, "n": {}, "m.uncond": {"rows": "uncond"}, "u": {"hook_name": "up"}}.items():
+    metas = {"m": {}, "n": {}, "m.uncond": {"rows": "uncond"}, "other": {"model": "other"}, "u": {"hook_name": "up"}}
+    for name, meta in metas.items():
         describe(numbered(tmp_path / f"{name}.npy"), **meta)
-    numbered(tmp_path / "samples.npy")  # no description
-    sets = open_activations([tmp_path])
-    names = [[path[len(str(tmp_path)) + 1 :] for path in s.paths] for s in sets]
-    assert names == [["m.npy", "n.npy"], ["m.uncond.npy"], ["u.npy"]]
-    assert sets[2].hook_name == "up"
+    for name in ("samples", "progress", "m.tokens"):
+        numbered(tmp_path / f"{name}.npy")
+    (tmp_path / "collect.json").write_text("{}")
+    for data in ([tmp_path], [tmp_path / "*.npy"], [tmp_path, tmp_path / "m.npy", tmp_path / ".." / tmp_path.name / "?.npy"]):
+        sets = open_activations(data)
+        names = [[path[len(str(tmp_path)) + 1 :] for path in s.paths] for s in sets]
+        assert names == [["m.npy", "n.npy"], ["m.uncond.npy"], ["other.npy"], ["u.npy"]]
+        assert sets[3].hook_name == "up"
+    assert [data.paths for data in open_activations([tmp_path / "samples.npy"])] == [[str(tmp_path / "samples.npy")]]
+
+
+def test_a_folder_of_plain_files_is_one_data_set(tmp_path):
+    paths = [str(numbered(tmp_path / f"{name}.npy")) for name in "ab"]
+    assert [data.paths for data in open_activations([tmp_path])] == [paths]
 
 
 def test_newest(tmp_path):
@@ -112,7 +196,7 @@ def test_newest(tmp_path):
 def test_dtypes(tmp_path, dtype):
     data = Activations([numbered(tmp_path / "a.npy", (30, 10), dtype)])
     assert data.sample(9).dtype == torch.float32
-    assert next(data.batches(4, 4)).dtype == torch.from_numpy(np.empty(0, dtype)).dtype
+    assert next(data.batches(4, 4)).dtype == (torch.float16 if dtype == np.float16 else torch.float32)
 
 
 def test_bfloat16_needs_its_description(tmp_path):

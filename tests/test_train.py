@@ -10,14 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 import cli
 import store
 import train
-from sae import Sae, geometric_median
+from sae import Sae, evaluate, geometric_median
 from store import Activations
-from train import Config, auxk_loss, backward, evaluate, lr_at, main, prepare
+from train import Config, auxk_loss, backward, lr_at, main, prepare
 
 ROOT = Path(train.__file__).parent
 
@@ -47,9 +48,6 @@ def config(data, out_dir, **options):
 
 def rows(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-# ------------------------------------------------------------------------------------------------------- one run
 
 
 def test_a_run_ends_with_true_numbers(data, tmp_path, capsys):
@@ -93,22 +91,21 @@ def test_each_hook_name_gets_an_sae(tmp_path, monkeypatch):
     assert Sae.load_from_disk("saes/b_k2_M12").cfg["hook_name"] == "b"
 
 
-# ------------------------------------------------------------------------------------------------------ the gradient
-
-
-def dense_reference(sae, x, dead, alpha, variance):
-    """The loss by plain dense autograd in float64, and its gradients: sparse codes as (N, M) matrices."""
+def dense_reference(sae, x, dead, alpha, variance, residual):
+    """The loss by plain dense autograd in float64, its gradients, and the codes (N, M) with their zeros."""
     W_enc, b_enc, W_dec, b_dec = params = [
         p.detach().double().requires_grad_() for p in (sae.encoder.weight, sae.encoder.bias, sae.W_dec, sae.b_dec)
     ]
     top = lambda a, k: a * (a >= a.topk(k).values[:, -1:]) if k < a.shape[1] else a
     x = x.double()
     pre_acts = torch.relu((x - b_dec) @ W_enc.T + b_enc)
-    e = x - (top(pre_acts, sae.k) @ W_dec + b_dec)
+    codes = top(pre_acts, sae.k)
+    e = x - (codes @ W_dec + b_dec)
     e_hat = top(pre_acts[:, dead], x.shape[1] // 2) @ W_dec[dead]
-    loss = (e.square().sum() + alpha * bool(len(dead)) * (e.detach() - e_hat).square().sum()) / (len(x) * variance)
+    auxk = bool(len(dead)) * (e.detach() - e_hat).square().sum() / residual
+    loss = (e.square().sum() / variance + alpha * auxk) / len(x)
     loss.backward()
-    return loss.detach(), [p.grad for p in params]
+    return loss.detach(), [p.grad for p in params], codes.detach(), e.detach()
 
 
 @pytest.mark.parametrize("num_dead", [0, 3, 20])  # k_aux is 8
@@ -117,11 +114,47 @@ def test_gradients_against_dense_float64(num_dead):
     sae = Sae(16, 40, 5)
     sae.b_dec.data.copy_(torch.linspace(-1, 1, 16))
     dead = torch.arange(40)[2 : 2 + num_dead]
-    loss = backward(sae, x, len(x), 7.0, dead, 0.5, None)[0]
-    expected, gradients = dense_reference(sae, x, dead, 0.5, 7.0)
+    loss = backward(sae, x, len(x), 7.0, 3.0, dead, 0.5, None)[0]
+    expected, gradients, *_ = dense_reference(sae, x, dead, 0.5, 7.0, 3.0)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
     for p, g in zip((sae.encoder.weight, sae.encoder.bias, sae.W_dec, sae.b_dec), gradients):
         assert (p.grad - g).norm() <= 1e-5 * g.norm()
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_updates_against_float64_autograd_and_torch_adam(data, tmp_path, normalize):
+    """Six updates of `train`: the gradient, what is projected and clipped, the learning rate, Adam, who is dead."""
+    cfg = config(data, tmp_path, max_examples=600, lr=0.01, lr_warmup_steps=1, auxk_alpha=20.0, dead_feature_threshold=200)
+    cfg.normalize_decoder = normalize
+    main(cfg)
+    activations = Activations([data])
+    sae, scale, variance = prepare(activations, cfg, torch.device("cpu"), 48)
+    sae, start = sae.double(), sae.W_dec.detach().clone()
+    params = [sae.encoder.weight, sae.encoder.bias, sae.W_dec, sae.b_dec]
+    optimizer = torch.optim.Adam(params, betas=(0.9, 0.999), eps=6.25e-10)
+    silent, residual, norms, dead_at_some_time = torch.zeros(48), 1.0, [], 0
+    for batch, rate in zip(activations.batches(100, 600), (0.005, 0.01, 0.01, 0.01, 0.01, 0.01 * 5 / 6)):
+        dead = (silent >= 200).nonzero().flatten()
+        dead_at_some_time += len(dead)
+        _, grads, codes, e = dense_reference(sae, batch * scale, dead, 20.0, variance, residual)
+        if normalize:
+            W = sae.W_dec.detach()
+            grads[2] = grads[2] - (grads[2] * W).sum(1, keepdim=True) * W
+        norms.append(sum(g.square().sum() for g in grads).sqrt().item())
+        for p, g in zip(params, grads):
+            p.grad = g / max(1, norms[-1])
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+        if normalize:
+            sae.W_dec.data /= sae.W_dec.data.norm(dim=1, keepdim=True)
+        silent = torch.where((codes > 0).any(0), 0, silent + 100)
+        residual = e.square().sum() / 100
+    assert max(norms) > 1.2 and dead_at_some_time
+    mine = load_file(tmp_path / "run" / "sae.safetensors")
+    mine["encoder.bias"] *= scale
+    mine["b_dec"] *= scale
+    for p, name in zip(params, ("encoder.weight", "encoder.bias", "W_dec", "b_dec")):
+        assert (mine[name] - p).norm() <= 1e-4 * (sae.W_dec - start).norm(), name
 
 
 def test_auxk_predicts_the_residual_with_dead_latents_alone():
@@ -150,17 +183,17 @@ def test_parts_add_up_to_the_whole_update(data, tmp_path):
     main(config(data, tmp_path / "b", grad_acc_steps=2, micro_acc_steps=3, **one))
     a, b = (load_file(tmp_path / name / "run" / "sae.safetensors") for name in "ab")
     for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-5)
 
 
 def test_bf16_product_changes_little(data, tmp_path):
-    for precision in ("no", "bf16"):
+    saes = {}
+    for precision in ("no", "bf16", "fp16", "auto"):
         main(config(data, tmp_path / precision, mixed_precision=precision))
-    fvu = [Sae.load_from_disk(tmp_path / precision / "run").cfg["fvu"] for precision in ("no", "bf16")]
-    assert fvu[1] == pytest.approx(fvu[0], rel=0.2)
-
-
-# ------------------------------------------------------------------------------------------------ starting and dying
+        saes[precision] = Sae.load_from_disk(tmp_path / precision / "run")
+        assert saes[precision].cfg["fvu"] == pytest.approx(saes["no"].cfg["fvu"], rel=0.2)
+    same = lambda a, b: torch.equal(saes[a].W_dec, saes[b].W_dec)
+    assert same("auto", "no") and not same("bf16", "no") and not same("fp16", "no") and not same("fp16", "bf16")
 
 
 def test_b_dec_starts_at_the_geometric_median_of_all_prompts(tmp_path, monkeypatch):
@@ -178,10 +211,24 @@ def test_b_dec_starts_at_the_geometric_median_of_all_prompts(tmp_path, monkeypat
 
 @pytest.mark.parametrize("options", [{}, {"effective_batch_size": 50}, {"grad_acc_steps": 4, "micro_acc_steps": 5}])
 def test_dead_feature_threshold_counts_vectors(data, tmp_path, options):
-    """At a learning rate of 0 and k = 1 some latents never fire: they are dead from vector 600 on, in any batches."""
-    options = dict(lr=0.0, k=1, num_latents=300, dead_feature_threshold=600, log_every=1, max_examples=1000) | options
+    """Without learning and k = 1 some latents never fire: they are dead from vector 600 on, in any batches."""
+    options = dict(lr=1e-30, k=1, num_latents=300, dead_feature_threshold=600, log_every=1, max_examples=1000) | options
     main(config(data, tmp_path, **options))
     assert min(row["vectors"] for row in rows(tmp_path / "run") if row["dead"] > 0) == 600
+
+
+def test_auxk_revives_latents_that_started_badly(data, tmp_path, monkeypatch):
+    def badly(*args):
+        sae, scale, variance = prepare(*args)
+        sae.encoder.weight.data[12:] *= 0.05  # three quarters of the latents never come among the k largest
+        return sae, scale, variance
+
+    monkeypatch.setattr(train, "prepare", badly)
+    dead = {}
+    for alpha in (0, 1 / 32):
+        main(config(data, tmp_path / str(alpha), auxk_alpha=alpha, dead_feature_threshold=1000, num_epochs=3))
+        dead[alpha] = Sae.load_from_disk(tmp_path / str(alpha) / "run").cfg["dead"]
+    assert dead[0] > 0.6 and dead[1 / 32] < dead[0] / 2
 
 
 def test_learning_rate():
@@ -189,17 +236,16 @@ def test_learning_rate():
     rates = [lr_at(i, 100, cfg, 2**14) / 2e-4 for i in range(100)]
     assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1, 1])
     assert rates[80] == pytest.approx(1) and rates[90] == pytest.approx(0.5) and rates[99] == pytest.approx(0.05)
-    assert lr_at(50, 100, Config(lr=0.5, lr_scheduler="constant"), 1) == pytest.approx(0.5 * 51 / 101)
+    constant = Config(lr=0.5, lr_scheduler="constant", lr_warmup_steps=100)
+    assert lr_at(50, 1000, constant, 1) == pytest.approx(0.5 * 51 / 101)
+    assert [lr_at(i, 10, constant, 1) for i in range(4)] == pytest.approx([0.5 / 3, 1 / 3, 0.5, 0.5])  # at most a fifth
     assert lr_at(50, 100, cfg, 2**16) == pytest.approx(1e-4)
 
 
 def test_device_of_the_evaluation_is_chunked_alike(data):
     sae, activations = Sae(16, 20, 3), Activations([data])
-    a, b = evaluate(sae, activations, 7, torch.device("cpu")), evaluate(sae, activations, 10**6, torch.device("cpu"))
+    a, b = evaluate(sae, activations.held_out(), 7), evaluate(sae, activations.held_out(), 10**6)
     assert (a.l0, a.dead, a.n) == (b.l0, b.dead, b.n) and a.fvu == pytest.approx(b.fvu, rel=1e-9)
-
-
-# -------------------------------------------------------------------------------------------------------------- resuming
 
 
 @pytest.fixture(scope="module")
@@ -207,6 +253,11 @@ def undisturbed(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("undisturbed")
     command(data, out)
     return out / "run"
+
+
+def saved_state(out):
+    with safe_open(out / "run" / "checkpoint.safetensors", "pt") as file:
+        return json.loads(file.metadata()["state"])
 
 
 def command(data, out, stop=None):
@@ -228,13 +279,14 @@ def command(data, out, stop=None):
 def test_stopped_and_resumed_is_the_same_to_the_bit(data, tmp_path, undisturbed, stop, status):
     assert command(data, tmp_path, stop) == status
     assert not (tmp_path / "run" / "cfg.json").exists()
+    if stop == signal.SIGINT:
+        assert saved_state(tmp_path)["iteration"] == rows(tmp_path / "run")[-1]["iteration"]
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"iteration": 1')  # torn
     assert command(data, tmp_path) == 0
     assert (tmp_path / "run" / "sae.safetensors").read_bytes() == (undisturbed / "sae.safetensors").read_bytes()
     timeless = lambda folder: [{k: v for k, v in row.items() if k != "seconds"} for row in rows(folder)]
     assert timeless(tmp_path / "run") == timeless(undisturbed)
-
-
-# --------------------------------------------------------------------------------------------------------- bad input
 
 
 def one_line_error(cfg, capsys, monkeypatch, *arguments):
@@ -267,8 +319,14 @@ def test_bad_inputs_end_in_one_line(data, tmp_path, capsys, monkeypatch):
     assert "equal" in say(config(tmp_path / "same.npy", tmp_path))
     assert "file" in say(config(data, tmp_path / "file" / "below"))
     assert "something else" in say(config(data, tmp_path / "foreign"))
-    assert "not available" in say(config(data, tmp_path, device="cuda")) or torch.cuda.is_available()
-    assert "effective_batch_size" in say(config(data, tmp_path, effective_batch_size=0))
+    assert "--device cuda" in say(config(data, tmp_path, device="cuda")) or torch.cuda.is_available()
+    zeros = "effective_batch_size num_epochs max_examples grad_acc_steps micro_acc_steps log_every save_every buffer_gb lr"
+    for name in zeros.split():
+        assert f"--{name} 0: expected" in say(config(data, tmp_path, **{name: 0}))
+    for name, value in dict(lr=float("nan"), lr_warmup_steps=-1, auxk_alpha=-0.1, buffer_gb=float("nan")).items():
+        assert f"--{name} {value}: expected" in say(config(data, tmp_path, **{name: value}))
+    np.save(tmp_path / "huge.npy", x[:, :, 1::2] * np.float32(1e30))
+    assert "too large" in say(config(tmp_path / "huge.npy", tmp_path))
     assert not (tmp_path / "run").exists()
     main(config(data, tmp_path, max_examples=200))
     assert "--k 3, not 4" in say(config(data, tmp_path, max_examples=200, k=4))
@@ -285,15 +343,96 @@ def test_nan_met_later_keeps_the_last_good_checkpoint(data, tmp_path, monkeypatc
     x = np.load(data)
     x[20, 1, 50] = np.inf
     np.save(tmp_path / "inf.npy", x)
-    with pytest.raises(ValueError, match="NaN or inf in the data.*last good checkpoint"):
+    with pytest.raises(ValueError, match="NaN or inf in the data.*last good"):
         main(config(tmp_path / "inf.npy", tmp_path, save_every=1, log_every=1000))
     tensors = load_file(tmp_path / "run" / "checkpoint.safetensors")
     assert all(tensor.isfinite().all() for tensor in tensors.values())
     assert not (tmp_path / "run" / "cfg.json").exists()
 
 
+def test_nan_in_held_out_vectors_is_no_result(data, tmp_path):
+    """All of the training is kept: with the checkpoint of the last iteration, the same command fails at once."""
+    x = np.load(data)
+    x.reshape(-1, 16)[Activations([data]).held_out_units[0, 1]] = np.nan
+    np.save(tmp_path / "nan.npy", x)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="held-out"):
+            main(config(tmp_path / "nan.npy", tmp_path, max_examples=1234, save_every=10**6))
+        assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoint.safetensors", "metrics.jsonl"]
+        assert saved_state(tmp_path)["iteration"] == rows(tmp_path / "run")[-1]["iteration"] == 13
+
+
+def test_a_leftover_checkpoint_goes(data, tmp_path):
+    main(config(data, tmp_path, max_examples=200))
+    (tmp_path / "run" / "checkpoint.safetensors").write_bytes(b"")
+    main(config(data, tmp_path, max_examples=200))
+    assert not (tmp_path / "run" / "checkpoint.safetensors").exists()
+
+
+class FakeTracker:
+    """Stands for the modules wandb and trackio, and for tensorboard's SummaryWriter."""
+
+    def __init__(self):
+        self.started, self.rows, self.finished = [], [], 0
+
+    def init(self, **options):
+        self.started.append(options)
+
+    def log(self, row, step):
+        self.rows.append(row | {"step": step})
+
+    def SummaryWriter(self, folder, purge_step):
+        self.started.append({"folder": folder, "purge_step": purge_step})
+        return self
+
+    def add_scalar(self, name, value, step):
+        if name == "fvu":
+            self.rows.append({"step": step, "fvu": value})
+
+    def finish(self):
+        self.finished += 1
+
+    close = finish
+
+
+@pytest.mark.parametrize("log_to", ["wandb", "trackio", "tensorboard"])
+def test_log_to(data, tmp_path, monkeypatch, log_to):
+    fake, calls = FakeTracker(), []
+    monkeypatch.setitem(sys.modules, {"tensorboard": "torch.utils.tensorboard"}.get(log_to, log_to), fake)
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return backward(*args)
+
+    monkeypatch.setattr(train, "backward", interrupted)
+    options = dict(max_examples=600, log_every=1, save_every=2, log_to=log_to)
+    with pytest.raises(KeyboardInterrupt):
+        main(config(data, tmp_path, **options))
+    assert fake.finished == 1 and [row["step"] for row in fake.rows] == [1, 2, 3]
+    main(config(data, tmp_path, **options))
+    assert fake.finished == 2 and [row["step"] for row in fake.rows] == [1, 2, 3, 3, 4, 5, 6]
+    assert [row["fvu"] for row in fake.rows[3:]] == [row["fvu"] for row in rows(tmp_path / "run")[2:]]
+    main(config(data, tmp_path / "another", **options))
+    first, resumed, other = fake.started
+    if log_to == "tensorboard":
+        assert [start["purge_step"] for start in fake.started] == [1, 3, 1]
+    else:
+        same = "id" if log_to == "wandb" else "name"
+        assert first == resumed and first["resume"] == "allow" and first["project"] == "diffusion-saes"
+        assert first[same] != other[same]
+
+
+def test_a_tracker_that_is_not_there_is_said_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    with pytest.raises(ValueError, match="pip install trackio"):
+        main(config(tmp_path / "missing.npy", tmp_path / "out", log_to="trackio"))
+
+
 def test_trains_where_triton_is_absent(data, tmp_path):
     code = "import sys; sys.modules['triton'] = None; from train import Config, main; "
-    code += f"main(Config(data=[{str(data)!r}], out_dir={str(tmp_path)!r}, k=2, max_examples=300))"
+    code += f"main(Config(data=[{str(data)!r}], out_dir={str(tmp_path)!r}, k=2, max_examples=300)); "
+    code += "assert 'matplotlib.pyplot' not in sys.modules"  # a notebook's backend stays as it is
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
     assert (tmp_path / "acts_k2_M256" / "cfg.json").exists()
