@@ -98,7 +98,8 @@ def distances(a, b):
 def picture_grid(path, rows, prompts):
     """One row of pictures for each (label, (R, 3, H, W)); the prompts stand above the columns."""
     R = len(prompts)
-    left, top = 2.6, 0.9  # inches
+    texts = [textwrap.wrap(prompt, 20, max_lines=4, placeholder=" …") for prompt in prompts]
+    left, top = 2.6, 0.2 + 0.14 * max(map(len, texts))  # inches
     fig = Figure(figsize=(left + 1.25 * R, top + 1.25 * len(rows)), facecolor="white")
     W, H = fig.get_size_inches()
     for r, (label, images) in enumerate(rows):
@@ -108,8 +109,7 @@ def picture_grid(path, rows, prompts):
             ax.set_axis_off()
         y = 1 - (top + 1.25 * r + 0.6) / H
         fig.text((left - 0.12) / W, y, label, ha="right", va="center", fontsize=8, parse_math=False)
-    for c, prompt in enumerate(prompts):
-        text = "\n".join(textwrap.wrap(prompt, 20, max_lines=4, placeholder=" …"))
+    for c, text in enumerate("\n".join(lines) for lines in texts):
         fig.text(
             (left + 1.25 * c + 0.6) / W, 1 - (top - 0.06) / H, text, ha="center", va="bottom", fontsize=6.5, parse_math=False
         )

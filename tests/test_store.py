@@ -72,6 +72,18 @@ def test_a_missing_file_and_a_missing_package(tmp_path, monkeypatch):
         load_prompts("guangyil/laion-coco-aesthetic")
 
 
+def test_a_hub_data_set_is_streamed(monkeypatch):
+    import datasets
+
+    rows = [{"image": b"", "caption": f"number {i}", "score": i / 2} for i in range(5)]
+    made = datasets.IterableDataset.from_generator(lambda: iter(rows))
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: asked.append((args, kwargs)) or made)
+    found = load_prompts("guangyil/laion-coco-aesthetic", "train", max_num_examples=3)
+    assert found == [{"prompt": f"number {i}", "score": i / 2} for i in range(3)]
+    assert asked == [(("guangyil/laion-coco-aesthetic",), {"split": "train", "streaming": True})]
+
+
 def test_headers_are_numpys(tmp_path):
     for shape in ((3,), (2, 3, 4), (10**9, 50, 4096, 5120)):
         assert len(npy_header(shape, np.float16)) == 128
