@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROMPTS, build, generate_options, sd15
 from PIL import Image
+from tiny import PROMPTS, build, generate_options, sd15
 
 import ablate
 from hook import HookedDiffusionModel

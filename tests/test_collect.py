@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import build, generate_options, sd15
+from tiny import build, generate_options, sd15
 
 import collect
 import store

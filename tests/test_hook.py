@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import PROMPTS, build, generate_options, sd15, tiny_unet
+from tiny import PROMPTS, build, generate_options, sd15, tiny_unet
 
 from hook import HookedDiffusionModel
 from rows import guidance_weights, to_tokens
