@@ -145,37 +145,24 @@ def test_mistakes_end_with_one_line_and_status_2(monkeypatch, capsys, tmp_path, 
         assert not made, (what, made)
 
 
-def test_no_free_space(monkeypatch, capsys, tmp_path, model_folder):
+@pytest.fixture
+def short(model_folder, tmp_path):
+    """Options of a short collection into tmp_path/a."""
+    what = ["--model_name", model_folder, "--hook_names", "mid_block", "--num_inference_steps", 2]
+    return [*what, "--out_dir", tmp_path / "a"]
+
+
+def test_no_free_space(monkeypatch, capsys, tmp_path, short):
     monkeypatch.setattr(collect.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
-    options = [
-        "--model_name",
-        model_folder,
-        "--hook_names",
-        "mid_block",
-        "--out_dir",
-        tmp_path / "a",
-        "--num_inference_steps",
-        2,
-    ]
-    status, err = command_line(monkeypatch, capsys, collect, *options)
+    status, err = command_line(monkeypatch, capsys, collect, *short)
     assert status == 2 and "do not fit" in err and not (tmp_path / "a").exists()
 
 
-def test_other_settings(monkeypatch, capsys, tmp_path, model_folder):
-    options = [
-        "--model_name",
-        model_folder,
-        "--hook_names",
-        "mid_block",
-        "--out_dir",
-        tmp_path / "a",
-        "--num_inference_steps",
-        2,
-    ]
-    monkeypatch.setattr(sys, "argv", ["collect.py", *map(str, options)])
+def test_other_settings(monkeypatch, capsys, tmp_path, short):
+    monkeypatch.setattr(sys, "argv", ["collect.py", *map(str, short)])
     run(collect.main, collect.Config)
     before = {p: p.read_bytes() for p in (tmp_path / "a").iterdir()}
-    status, err = command_line(monkeypatch, capsys, collect, *options, "--seed", 5)
+    status, err = command_line(monkeypatch, capsys, collect, *short, "--seed", 5)
     assert status == 2 and "another --out_dir" in err
     assert {p: p.read_bytes() for p in (tmp_path / "a").iterdir()} == before
 
