@@ -6,8 +6,8 @@
 
 Three ways (`--mode`): skip makes the module's output its input, zero makes it 0, mean makes it its mean over the prompts
 (each half of the guidance on its own), so that what the prompt and the seed decided there is gone and the rest stays.
-All rows are edited, conditional and unconditional. Of a module that returns several tensors only the first is: the skip
-connections of a UNet's down block stay.
+All rows are edited, conditional and unconditional, but of each only the image tokens: text of a joint block stays, and so do
+the skip connections of a UNet's down block.
 
 Reads   a diffusers folder or hub id, and prompts, as collect.py does.
 Writes  <out_dir>/ablate.png (rows: hook names, the first untouched; columns: prompts), ablate_ranking.png, ablate.json.
@@ -27,9 +27,9 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from cli import check_positive, parse_object, resolve_device, resolve_dtype, run
-from hook import HookedDiffusionModel, find_model
+from hook import Edit, HookedDiffusionModel, find_model
 from prompts import default_dataset, load_prompts
-from rows import first_tensor, with_first_tensor
+from rows import tensors
 from store import read_json, write_atomically
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
@@ -60,21 +60,11 @@ class Config:
     device: str = "auto"  # auto (cuda, else mps, else cpu), cuda:1, ...
 
 
-def edit(mode, R):
-    """The hook of a mode. R rows are one chunk of the guidance, and each chunk has its own mean."""
-
-    def hook(module, input, output):
-        x = first_tensor(output)
-        if mode == "skip":
-            x = first_tensor(input)
-        elif mode == "zero":
-            x = torch.zeros_like(x)
-        else:
-            chunks = x.unflatten(0, (-1, R))  # (chunks, R, ...)
-            x = chunks.mean(1, keepdim=True).expand_as(chunks).flatten(0, 1)
-        return with_first_tensor(output, x)
-
-    return hook
+EDITS = {
+    "skip": Edit(lambda x, before: before, rows="all", with_input=True),
+    "zero": Edit(torch.zeros_like, rows="all"),
+    "mean": Edit(lambda x: x.mean(0, keepdim=True).expand_as(x), rows="all"),
+}
 
 
 def generate(hooked, hooks, prompts, seed, options):
@@ -82,7 +72,7 @@ def generate(hooked, hooks, prompts, seed, options):
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
     with hooked.watch() as sampling:
         output = hooked.run_with_hooks(hooks, prompts, generator=generators, **options)
-    images = first_tensor(output)
+    images = tensors(output)[0]
     if images.ndim == 5:  # video: the frame in the middle
         images = images[:, images.shape[1] // 2]
     return sampling.sample.float().cpu(), images.float().cpu()
@@ -182,7 +172,7 @@ def main(cfg):
             if cfg.mode == "skip" and before != after:
                 failed.append(record | {"error": f"can't be skipped: it turns {before} into {after}"})
             else:
-                made = generate(hooked, {name: edit(cfg.mode, len(prompts))}, prompts, cfg.seed, options)
+                made = generate(hooked, {name: EDITS[cfg.mode]}, prompts, cfg.seed, options)
                 record["latents"], record["images"] = distances(made, untouched)
                 done.append(record)
                 pictures[name] = made[1]

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from cli import check_positive, parse_object, resolve_device, resolve_dtype, run
 from hook import HookedDiffusionModel, find_model
 from prompts import default_dataset, load_prompts
-from rows import first_tensor, unwrap
+from rows import tensors, unwrap
 from store import Collection
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
@@ -92,7 +92,7 @@ def batch_arrays(output, cache, places, cfg, store_dtype):
             x = x.float() - cache["input" + suffix].pop(name).float()
         norms.append(x.float().norm(dim=-1).sum((0, 2), dtype=torch.float64))
         arrays[stem] = to_store(x, store_dtype, name)
-    if (sample := first_tensor(output)) is not None:
+    for sample in tensors(output)[:1]:
         half = torch.float16 if store_dtype == torch.float16 else torch.float32
         arrays["samples"] = to_store(sample.cpu(), half, "the final samples")
     return arrays, torch.cat(norms).numpy()

@@ -6,20 +6,25 @@
     cache["output"]["up_blocks.1.attentions.1"]                          # (prompts, steps, tokens, d), conditional rows
     model.run_with_hooks({"mid_block": lambda module, input, output: 0 * output}, "a red star")
 
-The user's own pipeline runs as it is. `rows.py` watches its denoiser and its scheduler to tell which rows are whose.
+The user's own pipeline runs as it is, whatever its family. `rows.py` watches its denoiser and its scheduler to tell which rows
+are whose, `tokens.py` finds where the image's tokens are, and `capture.py` keeps or edits them.
 """
 
 import difflib
 import inspect
 import re
+from collections import Counter
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
-from rows import Recorder, Sampling, first_tensor, time_parameter, unwrap
+from capture import Edit, Recorder
+from loop import Loop
+from rows import Sampling, time_parameter, unwrap
+from tokens import NEVER_RAN, find_layouts, same_random_numbers
 
+__all__ = ["Edit", "HookedDiffusionModel"]
 OURS = ("self", "prompt", "negative_prompt", "generator", "output_type")  # pipeline arguments with options of their own
 
 
@@ -34,21 +39,26 @@ class HookedDiffusionModel:
     """
 
     def __init__(self, model, scheduler, encode_prompt=None, get_timesteps=None, vae=None, *, sample_shape=None):
-        self.pipe = None
-        self.denoisers = {"model": model}
-        self.scheduler, self.encode_prompt, self.get_timesteps, self.vae = scheduler, encode_prompt, get_timesteps, vae
-        self.sample_shape = sample_shape
+        self._hook(Loop(model, scheduler, encode_prompt, get_timesteps, vae, sample_shape), {"model": model}, [scheduler])
 
     @classmethod
     def from_pipeline(cls, pipe):
-        """Hook a diffusers pipeline: its denoisers are the components whose `forward` takes a time and that do not decode."""
+        """Hook a diffusers pipeline. Its denoisers are the components whose `forward` takes a time and that do not decode;
+        one whose output does not reach the scheduler, a network that only conditions another, is left out when it runs.
+        """
         modules = {n: m for n, m in pipe.components.items() if isinstance(m, torch.nn.Module)}
         denoisers = {n: m for n, m in modules.items() if time_parameter(m) and not hasattr(unwrap(m), "decode")}
         if not denoisers:
             raise ValueError(f"{type(pipe).__name__} has no component whose forward takes a timestep: {sorted(modules)}")
-        hooked = cls(None, pipe.scheduler, vae=modules.get("vae"))
-        hooked.pipe, hooked.denoisers = pipe, denoisers
+        hooked = cls.__new__(cls)
+        hooked._hook(pipe, denoisers, [c for c in pipe.components.values() if callable(getattr(type(c), "step", None))])
         return hooked
+
+    def _hook(self, pipe, denoisers, schedulers):
+        if not all(callable(getattr(type(s), "step", None)) for s in schedulers) or not schedulers:
+            raise ValueError("the scheduler's class has no method `step(model_output, timestep, sample)`")
+        self.pipe, self.denoisers, self.schedulers = pipe, denoisers, schedulers
+        self._known, self._watching = {}, []  # layouts found by probes; samplings being watched
 
     @classmethod
     def from_pretrained(cls, model_name, dtype=None, device=None, cpu_offload=False, **kwargs):
@@ -72,13 +82,15 @@ class HookedDiffusionModel:
         return cls.from_pipeline(pipe)
 
     def modules(self):
-        """{hook_name: (denoiser name, module)} of every module that can run; long names where there are several denoisers."""
-        found = {}
-        for denoiser, root in self.denoisers.items():
-            for name, module in unwrap(root).named_modules():
-                if name and type(module).forward is not torch.nn.Module.forward:
-                    found[name if len(self.denoisers) == 1 else f"{denoiser}.{name}"] = (denoiser, module)
-        return found
+        """{hook_name: (denoiser name, module)} of every module that can run; names that several denoisers have are long."""
+        found = [
+            (denoiser, name, module)
+            for denoiser, root in self.denoisers.items()
+            for name, module in unwrap(root).named_modules()
+            if name and type(module).forward is not torch.nn.Module.forward
+        ]
+        shared = Counter(name for _, name, _ in found)
+        return {name if shared[name] == 1 else f"{denoiser}.{name}": (denoiser, module) for denoiser, name, module in found}
 
     def hook_names(self, pattern="*"):
         """Module names that match a glob. `*` stays within one part of the dotted name and `**` does not; a pattern without
@@ -86,11 +98,14 @@ class HookedDiffusionModel:
 
         Raises ValueError, with the nearest names, if none does.
         """
-        names = list(self.modules())
-        long = {f"{denoiser}.{name}": name for denoiser in self.denoisers for name in names}
+        modules = self.modules()
+        names = list(modules)
+        long = {f"{denoiser}.{name}": name for name, (denoiser, _) in modules.items()}
         if not re.search(r"[*?\[]", pattern):
             if (exact := pattern if pattern in names else long.get(pattern)) is not None:
                 return [exact]
+            if of := [n for n in names if n.partition(".")[2] == pattern]:
+                raise ValueError(f"{pattern!r} is a module of several denoisers; say {' or '.join(of)}")
             near = difflib.get_close_matches(pattern, names, 3, 0.5) or sorted(names)[:3]
             raise ValueError(f"no module is named {pattern!r}; the nearest names are {', '.join(near)}")
         token = {"**": ".*", "*": "[^.]*", "?": "[^.]"}
@@ -115,6 +130,11 @@ class HookedDiffusionModel:
             names = self.hook_names(position)
             targets |= {name: modules[name] for name in names}
             explicit |= set() if set(position) & set("*?[") else set(names)
+        for name, root in {denoiser: self.denoisers[denoiser] for denoiser, _ in targets.values()}.items():
+            if root is not unwrap(root) and hasattr(root, "_orig_mod") or any(m._compiled_call_impl for m in root.modules()):
+                raise ValueError(f"{name} is compiled, and hooks inside it would not run: use it uncompiled")
+            if getattr(unwrap(root), "is_cache_enabled", False):
+                raise ValueError(f"{name} has a block cache, which repeats stale values: call its disable_cache() first")
         return targets, explicit
 
     def arguments(self, num_images_per_prompt=1, output_type=None, extra=None, **options):
@@ -143,72 +163,24 @@ class HookedDiffusionModel:
         return options
 
     def __call__(self, prompt=None, **kwargs):
-        """Generate. kwargs go to the pipeline; for a denoiser of one's own they are those of `sample`."""
-        with torch.no_grad():
-            if self.pipe is None:
-                return self.sample(prompt, **kwargs)
-            return self.pipe(**({} if prompt is None else {"prompt": prompt}), **kwargs)
-
-    def sample(
-        self,
-        prompt=None,
-        *,
-        num_inference_steps=50,
-        guidance_scale=7.5,
-        negative_prompt=None,
-        num_images_per_prompt=1,
-        batch_size=1,
-        generator=None,
-        latents=None,
-        output_type="pt",
-    ):
-        """The built-in loop for a denoiser of one's own, with guidance if `guidance_scale > 1` and prompts can be encoded.
-
-        Returns an object with `images`: decoded to [0, 1] by the VAE if there is one and `output_type` is not "latent".
+        """Generate. kwargs go to the pipeline, or to `loop.Loop` for a denoiser of one's own. Where a pipeline takes no
+        prompt, it gets class numbers written as text, or only as many samples as there are prompts.
         """
-        model = self.denoisers["model"]
-        weight = next(model.parameters())
-        n = num_images_per_prompt * (batch_size if prompt is None or isinstance(prompt, str) else len(prompt))
-        guided, embeds = False, []
-        if self.encode_prompt is not None:
-            guided = guidance_scale > 1
-            cond, uncond = self.encode_prompt(prompt, weight.device, num_images_per_prompt, guided, negative_prompt)
-            embeds = [torch.cat([uncond, cond]) if guided else cond]
-        if self.get_timesteps is not None:
-            timesteps = self.get_timesteps(num_inference_steps, weight.device)
-        else:
-            self.scheduler.set_timesteps(num_inference_steps, device=weight.device)
-            timesteps = self.scheduler.timesteps
-        if latents is None:
-            from diffusers.utils.torch_utils import randn_tensor
-
-            latents = randn_tensor((n, *self._sample_shape()), generator=generator, device=weight.device, dtype=weight.dtype)
-            latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
-        for t in timesteps:
-            x = torch.cat([latents] * 2) if guided else latents
-            if hasattr(self.scheduler, "scale_model_input"):
-                x = self.scheduler.scale_model_input(x, t)
-            prediction = first_tensor(model(x, t, *embeds))
-            if guided:
-                uncond, cond = prediction.chunk(2)
-                prediction = uncond + guidance_scale * (cond - uncond)
-            latents = first_tensor(self.scheduler.step(prediction, t, latents))
-        if self.vae is None or output_type == "latent":
-            return SimpleNamespace(images=latents)
-        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
-        images = first_tensor(self.vae.decode(latents / self.vae.config.scaling_factor + shift))
-        return SimpleNamespace(images=(images / 2 + 0.5).clamp(0, 1))
-
-    def _sample_shape(self):
-        if self.sample_shape is not None:
-            return tuple(self.sample_shape)
-        config = getattr(self.denoisers["model"], "config", None)
-        channels, size = getattr(config, "in_channels", None), getattr(config, "sample_size", None)
-        if channels is None or size is None:
-            raise ValueError(
-                "the sample's shape is unknown: the model has no config.in_channels and sample_size; pass sample_shape"
-            )
-        return (channels, size, size) if isinstance(size, int) else (channels, *size)
+        takes = inspect.signature(self.pipe.__call__).parameters
+        given = {} if prompt is None else {"prompt": prompt}
+        if prompt is not None and "prompt" not in takes:
+            texts = [prompt] if isinstance(prompt, str) else list(prompt)
+            if "class_labels" in takes:
+                if wrong := [t for t in texts if not str(t).strip().isdigit()]:
+                    raise ValueError(f"{type(self.pipe).__name__} takes class numbers as prompts, got {wrong[0]!r}")
+                given = {"class_labels": [int(t) for t in texts]}
+            elif "batch_size" in takes:
+                given = {"batch_size": len(texts)}
+            else:
+                raise ValueError(f"{type(self.pipe).__name__} takes no prompt; it takes {', '.join(takes)}")
+        own = {k: list(v) if isinstance(v, list) else v for k, v in (given | kwargs).items()}  # some pipelines write into lists
+        with torch.no_grad():
+            return self.pipe(**own)
 
     def run_with_cache(
         self,
@@ -226,7 +198,7 @@ class HookedDiffusionModel:
         """Generate, and keep what the named modules computed: (output, cache), see `cache`."""
         options = dict(save_input=save_input, save_output=save_output, rows=rows, stream=stream)
         options |= dict(cache_every_n_timesteps=cache_every_n_timesteps, dtype=dtype)
-        with self.cache(positions_to_cache, count_rows(prompt, kwargs), **options) as cache:
+        with self.cache(positions_to_cache, *count_prompts(prompt, kwargs), **options) as cache:
             output = self(prompt, **kwargs)
         return output, cache
 
@@ -235,6 +207,7 @@ class HookedDiffusionModel:
         self,
         positions_to_cache,
         n_prompts,
+        num_images_per_prompt=1,
         *,
         save_input=False,
         save_output=True,
@@ -248,75 +221,148 @@ class HookedDiffusionModel:
         Yields a dict that is complete when the context ends. `cache["output"][hook_name]` and, with `save_input`,
         `cache["input"][hook_name]` are CPU tensors (prompts, steps, tokens, d) of `dtype` (default: the model's own), with
         `rows="both"` also `cache["output_uncond"]`. `cache["timesteps"][hook_name]` (steps,) float64,
-        `cache["grid"][hook_name]` a tuple whose product is `tokens`, `cache["sigmas"]` as `timesteps`, where known.
+        `cache["grid"][hook_name]` a tuple whose product is `tokens`, `cache["sigmas"]` as `timesteps`, where known. With
+        `stream="text"` tokens are those of the text, padded with zeros, and `cache["lengths"][hook_name]` (prompts,) says how
+        many there are, `cache["lengths_uncond"]` for the unconditional rows.
 
         Raises ValueError where a named module does not run exactly once a forward (one found by a glob is left out), where
-        what it returns has no batch axis, and where unconditional rows are asked for and there are none.
+        what it takes or returns has no batch axis or no such tokens, and where unconditional rows are asked for and there
+        are none.
         """
         targets, explicit = self._expand(positions_to_cache)
-        recorder = Recorder(targets, n_prompts, save_input, save_output, rows, stream, cache_every_n_timesteps, dtype)
+        recorder = Recorder(targets, self._known, save_input, save_output, rows, stream, cache_every_n_timesteps, dtype)
         cache = {}
-        with self.watch(n_prompts, recorder.on_step) as sampling, ExitStack() as stack:
-            recorder.listen(stack, sampling, self.denoisers)
+        with ExitStack() as stack:
+            watching = self.watch(n_prompts, num_images_per_prompt, recorder.on_forward, recorder.on_step)
+            recorder.listen(stack, stack.enter_context(watching))
             yield cache
         cache |= recorder.result(explicit)
 
     def first_step(self, positions, prompt=None, *, save_input=False, save_output=True, rows="cond", stream="image", **kwargs):
         """The cache of one step, which is thrown away with every random state put back, and in `cache["num_steps"]` how many
-        steps the whole sampling has.
+        steps the whole sampling has. Where denoisers take turns it goes on until each of those named has run.
+        """
+        targets, explicit = self._expand(positions)
+        recorder = Recorder(targets, self._known, save_input, save_output, rows, stream)
+        denoisers = {denoiser for denoiser, _ in targets.values()}
+        sampling = self._rehearse(denoisers, prompt, kwargs, recorder.on_forward, recorder.on_step, recorder.listen)
+        return recorder.result(explicit) | {"num_steps": sampling.num_steps}
+
+    def layouts(self, positions="*", prompt=None, *, stream="image", **kwargs):
+        """Where the tokens are in what modules return, from one step that is thrown away.
+
+        Returns ({hook_name: `tokens.Layout`, or a str that says why there is none}, number of steps of the whole sampling).
+        """
+        targets, _ = self._expand(positions)
+        places, found = {("output", name, stream): target for name, target in targets.items()}, {}
+
+        def on_forward(forward, root, args, kwargs):
+            find_layouts(forward, unwrap(root), args, kwargs, places, self._known)
+            found.update({name: layout for (_, name, _), layout in forward.layouts.items() if name not in found})
+
+        sampling = self._rehearse({denoiser for denoiser, _ in targets.values()}, prompt, kwargs, on_forward)
+        return {name: found.get(name, NEVER_RAN) for name in targets}, sampling.num_steps
+
+    def _rehearse(self, denoisers, prompt, kwargs, on_forward=None, on_step=None, listen=None):
+        """Sample until each of `denoisers` has run in a step, then put everything back; the `Sampling`, with `num_steps`.
+
+        on_step gets the first step of each denoiser only.
         """
 
         class Enough(Exception):
             pass
 
-        def on_step(step):
-            recorder.on_step(step)
-            recorder.num_steps = len(getattr(step.scheduler, "timesteps", ())) or None
-            raise Enough
+        before = set()
 
-        targets, explicit = self._expand(positions)
-        recorder = Recorder(targets, count_rows(prompt, kwargs), save_input, save_output, rows, stream)
-        with (
-            undisturbed(self.pipe, kwargs),
-            suppress(Enough),
-            self.watch(recorder.R, on_step) as sampling,
-            ExitStack() as stack,
-        ):
-            recorder.listen(stack, sampling, self.denoisers)
-            self(prompt, **kwargs)
-        return recorder.result(explicit) | {"num_steps": recorder.num_steps}
+        def stop(step):
+            sampling.num_steps = len(getattr(step.scheduler, "timesteps", ())) or None
+            if on_step is not None and sampling.called - before:
+                on_step(step)
+            before.update(sampling.called)
+            if denoisers <= before:
+                raise Enough
+
+        with undisturbed(self.pipe, self.schedulers, kwargs), ExitStack() as stack:
+            for other in self._watching:
+                other.paused = True
+                stack.callback(setattr, other, "paused", False)
+            sampling = stack.enter_context(self.watch(*count_prompts(prompt, kwargs), on_forward, stop))
+            if listen is not None:
+                listen(stack, sampling)
+            with suppress(Enough):
+                self(prompt, **kwargs)
+            if not before:
+                raise ValueError("the denoiser ran, or not even that, but its scheduler never made a step")
+        return sampling
 
     def run_with_hooks(self, position_hook_dict, prompt=None, **kwargs):
-        """Generate with edits: {hook_name: fn or [fn]}, `fn(module, input, output) -> new output or None`, as in PyTorch.
+        """Generate with edits: {hook_name: fn or [fn]}, where fn is an `Edit`, or a function as in PyTorch.
 
-        `input` is the tuple of positional arguments, or of the keyword ones where the module gets only those. The function
-        sees the whole batch, conditional and unconditional rows alike. Raises ValueError if a named module never ran. Hooks
-        are removed afterwards, also after an exception.
+        `fn(module, input, output) -> new output or None` sees the whole batch, conditional and unconditional rows alike;
+        `input` is the tuple of positional arguments, or of the keyword ones where the module gets only those. An `Edit` needs
+        to know which rows are conditional before the scheduler is called: one step is run first, unedited, and thrown away,
+        and the plan found there is checked against every step. Hooks are removed afterwards, also after an exception.
+
+        Raises ValueError if a named module never ran, or no edit of it took place, if unconditional rows are to be edited
+        and there are none, and if a step does not fit the plan.
         """
-        ran = dict.fromkeys(n for p in position_hook_dict for n in self.hook_names(p))
-        modules = self.modules()
+        hooks = {}
+        for position, functions in position_hook_dict.items():
+            for name in self.hook_names(position):
+                hooks.setdefault(name, []).extend(functions if isinstance(functions, (list, tuple)) else [functions])
+        targets, _ = self._expand(list(hooks))
+        edits = {name: [f for f in hooks[name] if isinstance(f, Edit)] for name in hooks}
+        (P, n), plan = count_prompts(prompt, kwargs), None
+        if wanted := {edit.rows for found in edits.values() for edit in found} - {"all"}:
+            first = self._rehearse(set(), prompt, kwargs)
+            plan, n = first.known, first.R // P
+            there = {role for roles in plan.values() for of_forward in roles for role in of_forward}
+            if missing := wanted - there:
+                raise ValueError(f"there are no {missing.pop()}itional rows to edit in this generation; is guidance off?")
+
+        places = {
+            (side, name, edit.stream): targets[name] for name, found in edits.items() for edit in found for side in edit.sides
+        }
+
+        def on_forward(forward, root, args, kwargs):
+            find_layouts(forward, unwrap(root), args, kwargs, places, self._known)
+
+        idle = dict.fromkeys(targets, "never ran")  # until it has been edited
         with ExitStack() as stack:
-            for position, functions in position_hook_dict.items():
-                for name in self.hook_names(position):
-                    for fn in functions if isinstance(functions, (list, tuple)) else [functions]:
-
-                        def hook(module, args, kwargs, output, fn=fn, name=name):
-                            ran[name] = True
-                            return fn(module, args or tuple(kwargs.values()), output)
-
-                        stack.callback(modules[name][1].register_forward_hook(hook, with_kwargs=True).remove)
+            sampling = stack.enter_context(self.watch(P, n, on_forward, plan=plan)) if places else None
+            for name, (_, module) in targets.items():
+                for function in hooks[name]:
+                    if isinstance(function, Edit):
+                        before, after = function.hook(name, sampling, idle)
+                        stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+                    else:
+                        after = raw(function, name, idle)
+                    stack.callback(module.register_forward_hook(after, with_kwargs=True).remove)
             output = self(prompt, **kwargs)
-        if idle := [name for name in ran if not ran[name]]:
-            raise ValueError(f"never ran, so nothing was edited there: {', '.join(idle)}")
+        if why := [f"{name}: {reason}" for name, reason in idle.items() if reason]:
+            raise ValueError("nothing was edited at " + "; ".join(why))
         return output
 
-    def watch(self, R=1, on_step=None):
-        """Context in which every scheduler step of R rows is reported to `on_step`; yields a `Sampling`."""
-        components = [self.scheduler] if self.pipe is None else [self.pipe.scheduler, *self.pipe.components.values()]
-        classes = {type(c) for c in components if callable(getattr(type(c), "step", None))}
-        if not classes:
-            raise ValueError("the scheduler's class has no method `step(model_output, timestep, sample)`")
-        return Sampling(self.denoisers, classes, R, on_step).watch()
+    @contextmanager
+    def watch(self, P=1, n=1, on_forward=None, on_step=None, plan=None):
+        """Context in which a sampling of P prompts x n images is followed, see `rows.Sampling`, which it yields."""
+        sampling = Sampling(self.denoisers, {type(s) for s in self.schedulers}, P, n, on_forward, on_step, plan)
+        self._watching.append(sampling)
+        try:
+            with sampling.watch():
+                yield sampling
+        finally:
+            self._watching.remove(sampling)
+
+
+def raw(function, name, idle):
+    """A user's function (module, input, output) as a forward hook that notes in `idle` that it ran."""
+
+    def hook(module, args, kwargs, output):
+        idle[name] = None
+        return function(module, args or tuple(kwargs.values()), output)
+
+    return hook
 
 
 def find_model(model_name):
@@ -329,32 +375,28 @@ def find_model(model_name):
     return str(model_name)
 
 
-def count_rows(prompt, kwargs):
-    """Rows of one chunk: prompts x images per prompt, from the arguments of a generation."""
+def count_prompts(prompt, kwargs):
+    """Prompts and images per prompt, from the arguments of a generation."""
     sized = (prompt, *(kwargs.get(name) for name in ("prompt_embeds", "class_labels")))
-    n = next((1 if isinstance(v, str) else len(v) for v in sized if v is not None), kwargs.get("batch_size", 1))
-    return n * next((v for k, v in kwargs.items() if k.startswith("num_") and k.endswith("_per_prompt")), 1)
+    P = next((1 if isinstance(v, str) else len(v) for v in sized if v is not None), kwargs.get("batch_size", 1))
+    return P, next((v for k, v in kwargs.items() if k.startswith("num_") and k.endswith("_per_prompt")), 1)
 
 
 @contextmanager
-def undisturbed(pipe, kwargs):
-    """Leave no trace of a generation: random states and the generators in `kwargs` are put back, no progress bar is shown."""
+def undisturbed(pipe, schedulers, kwargs):
+    """Leave no trace of a generation: random states, the generators in `kwargs`, and what the pipeline and its schedulers
+    note of themselves are put back, and no progress bar is shown.
+    """
     generators = [g for v in kwargs.values() for g in (v if isinstance(v, list) else [v]) if isinstance(g, torch.Generator)]
     states = [g.get_state() for g in generators]
-    bar = vars(pipe).get("_progress_bar_config") if pipe is not None else None
-    cuda = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
-    with torch.random.fork_rng(devices=cuda):
+    notes = [(o, {k: list(v) if isinstance(v, list) else v for k, v in vars(o).items()}) for o in (pipe, *schedulers)]
+    with same_random_numbers():
         try:
-            if pipe is not None:
-                pipe._progress_bar_config = (bar or {}) | {"disable": True}
+            vars(pipe)["_progress_bar_config"] = vars(pipe).get("_progress_bar_config", {}) | {"disable": True}
             yield
         finally:
-            if mps is not None:
-                torch.mps.set_rng_state(mps)
+            for o, before in notes:
+                vars(o).clear()
+                vars(o).update(before)
             for g, state in zip(generators, states):
                 g.set_state(state)
-            if bar is not None:
-                pipe._progress_bar_config = bar
-            elif pipe is not None:
-                vars(pipe).pop("_progress_bar_config", None)

@@ -3,8 +3,9 @@
 A *step* is one call of the scheduler's `step`; every denoiser forward since the last one belongs to it. Where several
 chunks of rows (unconditional, conditional, ...) reach one step, guidance has mixed them linearly into the scheduler's
 `model_output`, s c + (1 - s) u, so least squares over the denoiser's own output chunks gives the weights back, and
-the conditional chunk is the one of the largest weight. Nothing is assumed about a model but a time parameter in the
-signature of its `forward`, and nothing about a scheduler but `step(model_output, timestep, sample)`.
+the conditional chunk is the one of the largest weight. What has no weight is no denoiser. Nothing is assumed
+about a model but a time parameter in the signature of its `forward` and a batch-first sample before it, and nothing about
+a scheduler but `step(model_output, timestep, sample)`.
 """
 
 import inspect
@@ -42,47 +43,39 @@ def time_parameter(module):
     return next((name for name in TIME_NAMES if name in names), None)
 
 
-def first_tensor(value):
-    """The first tensor in a (nested) tuple, list or dict, or None."""
+def tensors(value):
+    """The tensors in a (nested) tuple, list or dict, in order."""
     if torch.is_tensor(value):
-        return value
+        return [value]
     values = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
-    return next((t for t in map(first_tensor, values) if t is not None), None)
+    return [t for v in values for t in tensors(v)]
 
 
-def with_first_tensor(value, x):
-    """`value` with its first tensor replaced by x, in a structure of the same types."""
-    if torch.is_tensor(value):
-        return x
-    items = list(value.items() if isinstance(value, dict) else enumerate(value))
-    at = next(key for key, item in items if first_tensor(item) is not None)
-    new = {key: with_first_tensor(item, x) if key == at else item for key, item in items}
-    if isinstance(value, dict):
-        return type(value)(**new)
-    return type(value)(*new.values()) if hasattr(value, "_fields") else type(value)(new.values())
-
-
-@dataclass
+@dataclass(eq=False)
 class Forward:
     """One call of a denoiser."""
 
     denoiser: str  # component name
     rows: int  # of the batch: chunks x prompts
     context: str | None  # name of the `cache_context` it ran in
-    conditioning: list = field(default_factory=list)  # tensors with one row a batch row, other than sample and time
+    arguments: dict  # by name, all but `self`
+    sample: Any  # its first argument: a tensor, or a list with one a row
+    conditioning: list  # what else has one entry a row, other than the time: tensors, or lists of tensors
+    roles: list | None = None  # "cond", "uncond" or "other", one a chunk; while it runs, those of the plan if there is one
     output: torch.Tensor | None = None  # the prediction, (rows, ...)
+    layouts: dict = field(default_factory=dict)  # where the wanted tokens are, see tokens.py
     captured: dict = field(default_factory=dict)  # what hooks left here
-    roles: list = field(default_factory=list)  # "cond", "uncond" or "other", one a chunk
 
 
-@dataclass
+@dataclass(eq=False)
 class Step:
     """What one call of `scheduler.step` consumed."""
 
-    index: int
+    index: int  # in its loop
     timestep: Any  # as the scheduler got it
     forwards: list
     scheduler: Any
+    R: int  # rows a chunk: prompts x images per prompt
 
     def sigma(self):
         """The scheduler's sigma at this step (noise over signal for variance-preserving schedules), or None."""
@@ -98,37 +91,58 @@ class Step:
 
 
 def guidance_weights(chunks, model_output):
-    """Weight of each chunk in `model_output ~ sum_i w_i chunk_i`, by least squares in float64.
+    """Weight of each chunk in `model_output ~ sum_i w_i chunk_i`, by least squares in float64: (weights, certain).
 
-    chunks: list of (R, ...) tensors, model_output: (R, ...). Returns a list of floats, or None where the chunks are
-    linearly dependent (identical predictions) or of another shape. Channels past the shorter one's (a learned variance)
-    are left out.
+    chunks: list of (R, ...) tensors, model_output: (R, ...). weights: list of floats, 0 for a chunk that is smaller than the
+    model output. certain: list of bool, False where other chunks could take a chunk's place (identical predictions), which
+    then share its weight. What a chunk has past the model output's shape (a learned variance, tokens of a reference image)
+    is left out.
     """
-    columns = []
-    for chunk in chunks:
-        a, b = chunk.detach().cpu().double(), model_output.detach().cpu().double()
-        if a.numel() != b.numel():
-            if a.ndim != b.ndim:
-                return None
-            shared = tuple(slice(0, min(m, n)) for m, n in zip(a.shape, b.shape))
-            a, b = a[shared], b[shared]
-        columns.append(a.flatten())
-    if len({c.numel() for c in columns}) > 1:
-        return None
-    A = torch.stack(columns, 1)
-    scale = A.norm(dim=0)
-    if (scale == 0).any() or torch.linalg.matrix_rank(A / scale, rtol=1e-6) < A.shape[1]:
-        return None
-    return torch.linalg.lstsq(A, b.flatten()[:, None], driver="gelsd").solution[:, 0].tolist()
+    target = model_output.detach().cpu().double()
+    columns = torch.zeros(len(chunks), target.numel(), dtype=torch.float64)
+    for i, chunk in enumerate(chunks):
+        a, b = chunk.detach().cpu().double(), target[: len(chunk)]
+        if a.numel() != b.numel() and a.ndim == b.ndim and all(m >= n for m, n in zip(a.shape, b.shape)):
+            a = a[tuple(slice(n) for n in b.shape)]
+        if a.numel() == b.numel():
+            columns[i, : a.numel()] = a.flatten()
+    sizes = columns.norm(dim=1).clamp_min(1e-300)
+    A = (columns / sizes[:, None]).T
+    inverse = torch.linalg.pinv(A, rtol=1e-6)
+    certain = (inverse @ A).diagonal() > 1 - 1e-6
+    return (inverse @ target.flatten() / sizes).tolist(), certain.tolist()
+
+
+def same(a, b):
+    """Whether two lists of tensors, or of lists of tensors, are equal in every number."""
+    if torch.is_tensor(a) and torch.is_tensor(b):
+        return torch.equal(a, b)
+    return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
 
 
 def assign_roles(forwards, model_output, R):
-    """Fill `roles` of every forward of one step; `R` rows make a chunk. Raises ValueError where rows can't be told.
+    """Fill `roles` of every forward of one step, `R` rows a chunk. Returns the forwards that took part in the prediction.
 
     In this order: the name of the context a forward ran in; a single chunk is conditional; a chunk whose conditioning is
-    the same for all rows, where another's is not, is unconditional; the chunk of the largest weight is conditional.
+    the same for all rows, where another's is not, is unconditional; the chunk of the largest weight is conditional. Of
+    several others, one with the conditional chunk's own conditioning is a perturbed pass ("other"), and the unconditional
+    one is all zeros wherever it differs from the rest. Raises ValueError where rows can't be told.
     """
-    chunks = []
+    if all(f.context in CONTEXTS and f.rows == R for f in forwards):
+        for f in forwards:
+            f.roles = [CONTEXTS[f.context]]
+        return forwards
+    part = lambda x, c: x[c * R : (c + 1) * R]
+    chunks = [(f, c) for f in forwards for c in range(f.rows // R)]
+    known = len(chunks) > 1 and all(f.output is not None for f, _ in chunks)
+    outputs = [part(f.output, c) for f, c in chunks] if known else []
+    weights, certain = guidance_weights(outputs, model_output) if known else ([], [False])
+    if known and len({f.denoiser for f in forwards}) > 1:
+        sizes = [abs(w) * x.norm().item() for w, x in zip(weights, outputs)]
+        used = {f.denoiser for s, (f, _) in zip(sizes, chunks) if s >= 1e-3 * max(sizes)}
+        weights, certain = zip(*(wc for *wc, (f, _) in zip(weights, certain, chunks) if f.denoiser in used))
+        forwards = [f for f in forwards if f.denoiser in used]
+        chunks = [(f, c) for f, c in chunks if f.denoiser in used]
     for f in forwards:
         if f.rows % R:
             raise ValueError(
@@ -136,48 +150,55 @@ def assign_roles(forwards, model_output, R):
                 "say how many prompts there are"
             )
         f.roles = ["other"] * (f.rows // R)
-        chunks += [(f, c) for c in range(f.rows // R)]
-    if all(f.context in CONTEXTS and len(f.roles) == 1 for f in forwards):
-        for f in forwards:
-            f.roles = [CONTEXTS[f.context]]
-        return
-    part = lambda x, c: x[c * R : (c + 1) * R]
     inputs = [[part(x, c) for x in f.conditioning] for f, c in chunks]
-    varying = [i for i, tensors in enumerate(inputs) if any((x != x[:1]).any() for x in tensors)]
+    varying = [i for i, parts in enumerate(inputs) if any(not same(x[:1], x[r : r + 1]) for x in parts for r in range(1, R))]
     candidates = varying or list(range(len(chunks)))
     best = candidates[-1]
     if len(candidates) > 1:
-        outputs = [part(f.output, c) for f, c in chunks] if all(f.output is not None for f in forwards) else []
-        weights = guidance_weights(outputs, model_output) if outputs else None
-        if weights is not None:
+        if all(certain):
             if len(weights) == 2 and min(weights) > 0.01:
                 raise ValueError(
                     f"can't tell conditional from unconditional rows at a guidance scale between 0 and 1 ({max(weights):.2f}): "
                     "use two prompts or more"
                 )
             best = max(candidates, key=lambda i: abs(weights[i]))
-        elif not all(len(i) == len(inputs[0]) and all(map(torch.equal, i, inputs[0])) for i in inputs):
+        elif not all(same(i, inputs[0]) for i in inputs):
             raise ValueError(  # an empty prompt has the rows of the empty negative prompt, and then any label is right
                 "can't tell conditional from unconditional rows: the denoiser predicts the same for both "
                 "(is its last layer still zero?)"
             )
+    rest = [i for i in range(len(chunks)) if i != best]
+    rest = [i for i in rest if not same(inputs[i], inputs[best])] or rest
+    if len(rest) > 1:
+        whole = [[part(f.sample, c), *inputs[i]] for i, (f, c) in enumerate(chunks)]
+        rest = [i for i in rest if all(is_less(whole[i], whole[j]) for j in rest if j != i)]
     for i, (f, c) in enumerate(chunks):
-        f.roles[c] = "cond" if i == best else "uncond" if len(chunks) == 2 else "other"
+        f.roles[c] = "cond" if i == best else "uncond" if rest == [i] else "other"
+    return forwards
+
+
+def is_less(a, b):
+    """Whether inputs `a` are zero wherever they differ from inputs `b`, and somewhere differ."""
+    pairs = [(x, y) for x, y in zip(tensors(a), tensors(b)) if not torch.equal(x, y)]
+    return bool(pairs) and all(x.shape == y.shape and not x[x != y].any() for x, y in pairs)
 
 
 class Sampling:
-    """Watches one sampling of `R` rows a step and calls `on_step(step)` with its forwards labelled.
+    """Watches a sampling of P prompts with n images each, and labels the forwards of every step.
 
-    denoisers: {name: module}; scheduler_classes: patched for as long as the context lasts, since some pipelines copy
-    their scheduler. While a denoiser runs, `current` is its `Forward`: hooks below it leave in `captured` what they see.
-    Labels are computed once for each pattern of forwards in a step (which denoisers, how many rows, which context).
-    `sample` is what the last step returned.
+    denoisers: {name: module}, or what may be one; scheduler_classes: patched for as long as the context lasts, since some
+    pipelines copy their scheduler. on_forward(forward, module, args, kwargs) runs before a denoiser does, on_step(step)
+    when the scheduler is called. While a denoiser runs, `current` is its `Forward`: hooks below it leave in `captured`
+    what they see. Labels are computed once for each pattern of forwards in a step (how many rows, which context), and kept
+    in `known`; a `plan` is another sampling's `known`, from which forwards have their roles while they run. `sample` is
+    what the last step returned, and `called` names the denoisers that ran so far. Nothing is noticed while `paused`.
     """
 
-    def __init__(self, denoisers, scheduler_classes, R, on_step: Callable[[Step], None] | None):
-        self.denoisers, self.scheduler_classes, self.R, self.on_step = denoisers, set(scheduler_classes), R, on_step
-        self.current, self.open, self.index, self.sample = None, [], 0, None
-        self.context, self.known = {}, {}
+    def __init__(self, denoisers, scheduler_classes, P=1, n=1, on_forward=None, on_step: Callable | None = None, plan=None):
+        self.denoisers, self.scheduler_classes = denoisers, set(scheduler_classes)
+        self.P, self.R, self.on_forward, self.on_step = P, P * n, on_forward, on_step
+        self.current, self.open, self.index, self.sample, self.paused = None, [], 0, None, False
+        self.contexts, self.plan, self.known, self.called = {}, plan, dict(plan or {}), set()
 
     @contextmanager
     def watch(self):
@@ -195,39 +216,61 @@ class Sampling:
             yield self
 
     def _before(self, name, module):
-        signature, time = forward_signature(module), time_parameter(module)
-        this, first = list(signature.parameters)[:2]
+        signature = forward_signature(module)
+        this, first, *rest = signature.parameters
+        time = time_parameter(module) or next(iter(rest), None)
 
         def hook(module, args, kwargs):
-            bound = signature.bind_partial(module, *args, **kwargs).arguments
-            rows = len(bound[first])
-            others = [v for k, v in bound.items() if k not in (this, first, time) and torch.is_tensor(v)]
-            conditioning = [v for v in others if v.ndim and len(v) == rows]
-            self.current = Forward(name, rows, self.context.get(id(unwrap(module))), conditioning)
+            if self.paused:
+                return
+            arguments = dict(signature.bind_partial(module, *args, **kwargs).arguments)
+            del arguments[this]
+            sample = arguments[first]
+            others = [v for k, v in arguments.items() if k not in (first, time)]
+            rows, context = len(sample), self.contexts.get(id(unwrap(module)))
+            conditioning = row_wise(others, rows, listed=isinstance(sample, (list, tuple)))
+            forward = Forward(name, rows, context, arguments, sample, conditioning)
+            if self.plan is not None:
+                forward.roles = self._planned(forward)
+            if self.on_forward is not None:
+                self.on_forward(forward, module, args, kwargs)
+            self.current = forward
 
         return hook
 
     def _after(self, module, args, output):
         forward, self.current = self.current, None
         if forward is not None and output is not None:
-            forward.output = first_tensor(output)
+            forward.output = prediction(output, forward.rows)
             self.open.append(forward)
+
+    def _planned(self, forward):
+        """Roles of a forward that has not run, from the plan; `_close` compares them with what they turn out to be."""
+        if forward.context in CONTEXTS and forward.rows == self.R:
+            return [CONTEXTS[forward.context]]
+        so_far = pattern_of([*self.open, forward])
+        nameless = lambda pattern: [f[1:] for f in pattern[: len(so_far)]]
+        for pattern, roles in sorted(self.plan.items(), key=lambda item: item[0][: len(so_far)] != so_far):  # its own first
+            if nameless(pattern) == nameless(so_far):
+                return roles[len(so_far) - 1]
+        return ["cond"] if forward.rows == self.R and not self.open else ["other"] * (forward.rows // self.R)
 
     def _cache_context(self, original):
         @contextmanager
         def cache_context(module, name, *args, **kwargs):
-            before, self.context[id(module)] = self.context.get(id(module)), name
+            before, self.contexts[id(module)] = self.contexts.get(id(module)), name
             try:
                 with original(module, name, *args, **kwargs) as value:
                     yield value
             finally:
-                self.context[id(module)] = before
+                self.contexts[id(module)] = before
 
         return cache_context
 
     def _set_timesteps(self, original):
         def set_timesteps(scheduler, *args, **kwargs):
-            self.open = []  # forwards that no step has used belong to no step of the loop that begins
+            if not self.paused:
+                self.open, self.index = [], 0  # a loop begins; forwards that no step has used belong to none
             return original(scheduler, *args, **kwargs)
 
         return set_timesteps
@@ -236,27 +279,69 @@ class Sampling:
         signature = inspect.signature(original)
 
         def step(scheduler, *args, **kwargs):
-            bound = signature.bind_partial(scheduler, *args, **kwargs).arguments
-            names = list(bound)  # scheduler, model output, timestep: by place, whatever their names
+            if self.paused:
+                return original(scheduler, *args, **kwargs)
+            # scheduler, model output, timestep, sample: by place, whatever their names
+            values = list(signature.bind_partial(scheduler, *args, **kwargs).arguments.values())
             forwards, self.open = self.open, []
-            if forwards and self.on_step is not None:
-                self._close(Step(self.index, bound[names[2]], forwards, scheduler), bound[names[1]])
+            if forwards:
+                self.called |= {f.denoiser for f in forwards}
+                if self.on_step is not None or self.plan is not None:
+                    self._close(forwards, scheduler, *values[1:4])
                 self.index += 1
             result = original(scheduler, *args, **kwargs)
-            self.sample = first_tensor(result)
+            self.sample = (tensors(result) or [None])[0]
             return result
 
         return step
 
-    def _close(self, step, model_output):
-        pattern = tuple((f.denoiser, f.rows, f.context) for f in step.forwards)
+    def _close(self, forwards, scheduler, model_output, timestep, sample=None):
+        rows = len(sample) if torch.is_tensor(sample) else self.R
+        fewer = rows < self.R and rows % self.P == 0  # some pipelines ignore the number of images per prompt
+        more = rows > self.R and any(f.rows % rows == 0 and f.rows > rows for f in forwards)  # and some add to it
+        if fewer or more:
+            self.R = rows
+        pattern, expected = pattern_of(forwards), [f.roles for f in forwards]
         if pattern in self.known:
-            for f, roles in zip(step.forwards, self.known[pattern]):
+            for f, roles in zip(forwards, self.known[pattern]):
                 f.roles = roles
         else:
-            assign_roles(step.forwards, model_output, self.R)
-            self.known[pattern] = [f.roles for f in step.forwards]
-        self.on_step(step)
+            used = assign_roles(forwards, model_output, self.R)
+            for f in forwards:
+                f.roles = f.roles if f in used else []
+            self.known[pattern] = [f.roles for f in forwards]
+        if self.plan is not None and [f.roles for f in forwards if f.roles] != [e for e, f in zip(expected, forwards) if f.roles]:
+            raise ValueError(
+                f"the passes of step {self.index} are not those of the first step, so an edit may have met the wrong rows: "
+                "use rows='all', or limit it to earlier steps"
+            )
+        if self.on_step is not None:
+            self.on_step(Step(self.index, timestep, [f for f in forwards if f.roles], scheduler, self.R))
+
+
+def pattern_of(forwards):
+    return tuple((f.denoiser, f.rows, f.context) for f in forwards)
+
+
+def row_wise(values, rows, listed):
+    """Of (nested) arguments, those with an entry a row: tensors (rows, ...), or lists of as many tensors if `listed`."""
+    found = []
+    for value in values:
+        if torch.is_tensor(value):
+            found += [value] if value.ndim and len(value) == rows else []
+        elif listed and isinstance(value, (list, tuple)) and len(value) == rows and all(map(torch.is_tensor, value)):
+            found.append(list(value))
+        elif isinstance(value, (dict, list, tuple)):
+            found += row_wise(value.values() if isinstance(value, dict) else value, rows, listed)
+    return found
+
+
+def prediction(output, rows):
+    """The first tensor (rows, ...) of what a denoiser returned, or the first `rows` tensors as one; None if there is none."""
+    found = tensors(output)
+    if found and found[0].ndim and len(found[0]) != rows and len(found) >= rows and len({x.shape for x in found[:rows]}) == 1:
+        return torch.stack(found[:rows])
+    return found[0] if found and found[0].ndim else None
 
 
 @contextmanager
@@ -274,131 +359,3 @@ def patched(cls, name, make):
             setattr(cls, name, own)
         else:
             delattr(cls, name)
-
-
-# What `rows` asks for: the role of the rows under each suffix of the cache's keys.
-ROLES = {"cond": {"": "cond"}, "uncond": {"": "uncond"}, "both": {"": "cond", "_uncond": "uncond"}}
-NEVER_RAN = "never ran in a forward of the denoiser; is it compiled, or are its projections fused?"
-
-
-class Recorder:
-    """Gathers, step by step, the rows of the wanted roles from what the target modules saw.
-
-    targets: {hook_name: (denoiser, module)}; R: rows a chunk; the rest as in `HookedDiffusionModel.cache`.
-    """
-
-    def __init__(self, targets, R, save_input=False, save_output=True, rows="cond", stream="image", every=1, dtype=None):
-        if rows not in ROLES:
-            raise ValueError(f"rows: expected cond, uncond or both, got {rows!r}")
-        if stream != "image":
-            raise ValueError(f"stream: expected image, got {stream!r}; text tokens of joint blocks can't be cached yet")
-        if not (save_input or save_output):
-            raise ValueError("nothing to keep: save_input and save_output are both off")
-        self.targets, self.R, self.roles, self.every, self.dtype = targets, R, ROLES[rows], every, dtype
-        self.sides = ["input"] * save_input + ["output"] * save_output
-        self.kept = {}  # {(side + suffix, hook_name): [(prompts, tokens, d), one a step]}
-        self.times = {}  # the same keys: [(timestep, sigma), one a step]
-        self.ran, self.grids, self.failed = set(), {}, {}
-
-    def listen(self, stack, sampling, denoisers):
-        """Register the hooks; `stack` removes them."""
-        spatial = {}  # of each module above a target: the spatial shape of its input in the running forward
-
-        def before(key):
-            def hook(module, args, kwargs):
-                maps = (x for x in (*args, *kwargs.values()) if torch.is_tensor(x) and x.ndim in (4, 5))
-                spatial[key] = next((x.shape[2:] for x in maps), None)
-
-            return hook
-
-        def capture(name, side, above):
-            def hook(module, args, kwargs, output=None):
-                if sampling.current is None or sampling.index % self.every:
-                    return
-                seen = sampling.current.captured
-                x = None if (side, name) in seen else first_tensor(output if side == "output" else (args, kwargs))
-                seen[side, name] = None if x is None else x.detach().clone()  # some models go on in place
-                seen["grids", name] = [s for key in above if (s := spatial.get(key)) is not None]
-
-            return hook
-
-        for name, (denoiser, module) in self.targets.items():
-            root = unwrap(denoisers[denoiser])
-            path = next(n for n, m in root.named_modules() if m is module).split(".")
-            above = [(denoiser, ".".join(path[:i])) for i in range(len(path), -1, -1)]  # itself, then its ancestors
-            for key in above:
-                if key not in spatial:
-                    spatial[key] = None
-                    handle = root.get_submodule(key[1]).register_forward_pre_hook(before(key), with_kwargs=True)
-                    stack.callback(handle.remove)
-            if "input" in self.sides:
-                stack.callback(module.register_forward_pre_hook(capture(name, "input", above), with_kwargs=True).remove)
-            if "output" in self.sides:
-                stack.callback(module.register_forward_hook(capture(name, "output", above), with_kwargs=True).remove)
-
-    def on_step(self, step):
-        if step.index % self.every:
-            return
-        at = (float(step.timestep), step.sigma())
-        for name, (denoiser, _) in self.targets.items():
-            forwards = [f for f in step.forwards if f.denoiser == denoiser]
-            for suffix, role in self.roles.items():
-                place = next(((f, c) for f in forwards for c, r in enumerate(f.roles) if r == role), None)
-                for side in self.sides if place and name not in self.failed else ():
-                    if (x := self._rows(*place, side, name)) is not None:
-                        self.kept.setdefault((side + suffix, name), []).append(x)
-                        self.times.setdefault((side + suffix, name), []).append(at)
-            if forwards:
-                self.ran.add(name)
-
-    def _rows(self, forward, chunk, side, name):
-        """(R, tokens, d) on the CPU, or None and an entry in `failed`."""
-        if (side, name) not in forward.captured:
-            self.failed[name] = NEVER_RAN
-            return None
-        x = forward.captured[side, name]
-        if x is None:
-            self.failed[name] = "ran several times in one forward of the denoiser, or returned no tensor"
-            return None
-        if x.ndim < 2 or len(x) != forward.rows:
-            self.failed[name] = f"{side} has shape {tuple(x.shape)}, with no batch axis of {forward.rows} rows"
-            return None
-        x, self.grids[name] = to_tokens(x[chunk * self.R : (chunk + 1) * self.R], forward.captured["grids", name])
-        return x.to("cpu", self.dtype or x.dtype, copy=True)  # a view would keep the other chunks alive
-
-    def result(self, explicit):
-        """The cache; raises ValueError for modules that failed, unless a glob found them among others."""
-        for name in self.targets:
-            times = [self.times.get((side + suffix, name)) for side in self.sides for suffix in self.roles]
-            if name not in self.ran:
-                self.failed[name] = NEVER_RAN
-            elif name not in self.failed and None in times:
-                role = list(self.roles.values())[times.index(None) % len(self.roles)]
-                self.failed[name] = f"has no {role}itional rows in this generation; is guidance off?"
-            elif name not in self.failed and times.count(times[0]) < len(times):
-                self.failed[name] = "has unconditional rows in part of the steps; ask for cond and uncond one after the other"
-        for name, why in self.failed.items():
-            if name in explicit or len(self.failed) == len(self.targets):
-                raise ValueError(f"{name}: {why}")
-        cache = {"timesteps": {}, "sigmas": {}, "grid": {}}
-        for (side, name), steps in self.kept.items():
-            if name not in self.failed:
-                cache.setdefault(side, {})[name] = torch.stack(steps, 1)  # (prompts, steps, tokens, d)
-                timesteps, sigmas = zip(*self.times[side, name])
-                cache["timesteps"][name] = torch.tensor(timesteps, dtype=torch.float64)
-                cache["grid"][name] = self.grids[name]
-                if None not in sigmas:
-                    cache["sigmas"][name] = torch.tensor(sigmas, dtype=torch.float64)
-        return cache
-
-
-def to_tokens(x, spatial):
-    """(R, d), (R, tokens, d), (R, d, H, W) or (R, d, F, H, W) -> (R, tokens, d) in raster order, and the token grid.
-
-    spatial: shapes of the feature maps that the modules above got, nearest first; a token axis takes the first that fits.
-    """
-    if x.ndim == 2:
-        return x[:, None], (1,)
-    if x.ndim >= 4:
-        return x.flatten(2).transpose(1, 2), tuple(x.shape[2:])
-    return x, next((tuple(s) for s in spatial if math.prod(s) == x.shape[1]), (x.shape[1],))

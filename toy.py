@@ -57,6 +57,7 @@ class Config:
     command: Annotated[Literal["draw", "train", "check"], tyro.conf.Positional]  # what to do
     folder: str = str(HERE / "toy")  # the diffusers folder
     work_dir: str = str(HERE / "toy.work")  # checkpoints of `train`; may be deleted afterwards
+    start_from: str | None = None  # train: the UNet goes on from this folder's weights; its classifier and autoencoder are kept
     num_drawings: int = 32_000  # drawings the autoencoder and the UNet see
     classifier_iterations: int = 2500  # batches of 64 drawings
     vae_iterations: int = 1200  # batches of 32 drawings
@@ -374,6 +375,10 @@ def train(cfg, device):
     classifier, vae, unet = Classifier(), build_vae(), build_unet()
     tokenizer, scheduler = build_tokenizer(), build_scheduler()
     text_encoder = build_text_encoder(tokenizer)
+    if cfg.start_from is not None:
+        before = StableDiffusionPipeline.from_pretrained(cfg.start_from, dtype=torch.float32)
+        classifier, vae = Classifier.load(cfg.start_from), before.vae.eval().requires_grad_(False).to(device)
+        unet, text_encoder = before.unet.train(), before.text_encoder.train()
     pixels, attributes = draw_many(cfg.num_drawings, cfg.seed, "drawing")
     labels = {n: torch.tensor([names.index(a[n]) for a in attributes]) for n, names in CONCEPTS.items()}
     autocast = lambda: torch.autocast(device.type, torch.bfloat16)
@@ -385,7 +390,8 @@ def train(cfg, device):
         logits = classifier(x.to(device))
         return sum(F.cross_entropy(logits[n], labels[n][i].to(device)) for n in logits)
 
-    fit("classifier", {"classifier": classifier}, classifier_loss, cfg.classifier_iterations, 1e-3, cfg, device)
+    if cfg.start_from is None:
+        fit("classifier", {"classifier": classifier}, classifier_loss, cfg.classifier_iterations, 1e-3, cfg, device)
 
     def vae_loss(generator):
         x = to_model(pixels[torch.randint(len(pixels), (32,), generator=generator)]).to(device)
@@ -397,7 +403,8 @@ def train(cfg, device):
         return (x_hat.float() - x).abs().mean() + (x_hat.float() - x).pow(2).mean() + 1e-4 * kl
 
     vae.to(memory_format=torch.channels_last)
-    fit("vae", {"vae": vae}, vae_loss, cfg.vae_iterations, 1e-3, cfg, device)
+    if cfg.start_from is None:
+        fit("vae", {"vae": vae}, vae_loss, cfg.vae_iterations, 1e-3, cfg, device)
     encoded = work / "latents.safetensors"
     if not encoded.exists():
         with torch.no_grad():

@@ -27,14 +27,19 @@ def config(model_folder, tmp_path):
     )
 
 
-def test_what_each_mode_puts_in_place():
-    x, y = torch.randn(6, 4, 2, 2), torch.randn(6, 4, 2, 2)
-    assert torch.equal(ablate.edit("skip", 3)(None, (x,), (y, "rest"))[0], x)
-    assert ablate.edit("skip", 3)(None, (x,), (y, "rest"))[1] == "rest"
-    assert not ablate.edit("zero", 3)(None, (x,), y).any()
-    mean = ablate.edit("mean", 3)(None, (x,), y)
-    assert torch.equal(mean[0], y[:3].mean(0)) and torch.equal(mean[2], mean[0])  # each chunk of the guidance has its own
-    assert torch.equal(mean[5], y[3:].mean(0))
+@pytest.mark.parametrize("mode", ablate.EDITS)
+def test_what_each_mode_puts_in_place(mode):
+    pipe, seen = build(sd15), []
+    module, follower = (pipe.unet.get_submodule("mid_block." + name) for name in ("attentions.0", "resnets.1"))
+    module.register_forward_hook(lambda module, args, output: seen.append((args[0], output[0])))
+    follower.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    hooked = HookedDiffusionModel.from_pipeline(pipe)
+    hooked.run_with_hooks({"mid_block.attentions.0": ablate.EDITS[mode]}, PROMPTS, **generate_options(3))
+    (before, after), edited = seen[-2:]
+    chunks = after.unflatten(0, (2, 3))  # unconditional and conditional rows each have their own mean
+    mean = chunks.mean(1, keepdim=True).expand_as(chunks).flatten(0, 1)
+    expected = {"skip": before, "zero": torch.zeros_like(after), "mean": mean}[mode]
+    assert torch.allclose(edited, expected, atol=1e-6) and (mode == "mean" or torch.equal(edited, expected))
 
 
 def test_distances_by_hand():

@@ -104,7 +104,7 @@ def mistakes(tmp_path, model_folder):
         ("no examples", collect, [*model, "--max_num_examples", 0], "--max_num_examples 0"),
         ("a bad pattern", collect, [*model, "--hook_names", "attn[z-a]"], "no pattern"),
         ("a missing variant", collect, [*model, "--variant", "fp16"], "can't be loaded"),
-        ("text tokens", collect, [*model, "--hook_names", "mid_block", "--stream", "text"], "stream"),
+        ("text tokens", collect, [*model, "--hook_names", "mid_block", "--stream", "text"], "no text tokens"),
         ("other shapes", collect, [*model, "--hook_names", "down_blocks.0", "--side", "diff"], "--side diff"),
         ("an option in the JSON", collect, [*model, "--pipeline_kwargs", '{"generator": 1}'], "generator"),
         ("no such device", collect, [*model, "--device", "tpu"], "--device"),

@@ -5,7 +5,8 @@ import torch
 from tiny import PROMPTS, build, generate_options, sd15, tiny_unet
 
 from hook import HookedDiffusionModel
-from rows import guidance_weights, to_tokens
+from rows import guidance_weights
+from tokens import by_token
 
 HOOK = "up_blocks.0.attentions.1"
 
@@ -194,19 +195,30 @@ def test_modules_that_never_run_are_refused(pipe):
 
 def test_guidance_weights_are_exact():
     g = torch.Generator().manual_seed(0)
-    u, c = torch.randn(2, 3, 8, 8, 8, generator=g)
-    assert guidance_weights([u, c], u + 5 * (c - u)) == pytest.approx([-4, 5], abs=1e-6)
-    assert guidance_weights([c, u], -(u + 5 * (c - u))) == pytest.approx([-5, 4], abs=1e-6)
-    assert guidance_weights([u, u], u) is None
-    assert guidance_weights([u, c], (u + 5 * (c - u))[:, :4]) == pytest.approx([-4, 5], abs=1e-6)
+    u, c, other = torch.randn(3, 3, 8, 8, 8, generator=g)
+
+    def check(chunks, model_output, expected, certain=None):
+        weights, found = guidance_weights(chunks, model_output)
+        assert weights == pytest.approx(expected, abs=1e-6) and found == (certain or [True] * len(chunks))
+
+    check([u, c], u + 5 * (c - u), [-4, 5])
+    check([c, u], -(u + 5 * (c - u)), [-5, 4])
+    check([u, c], (u + 5 * (c - u))[:, :4], [-4, 5])
+    check([u, u], u, [0.5, 0.5], [False, False])
+    check([other, other, u, c], u + 5 * (c - u), [0, 0, -4, 5], [False, False, True, True])
+    check([other[:, :4], u], u, [0, 1], [False, True])
 
 
 def test_tokens_are_in_raster_order():
     x = torch.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5)
-    tokens, grid = to_tokens(x, ())
-    assert grid == (4, 5) and tokens[1, 2 * 5 + 3].tolist() == x[1, :, 2, 3].tolist()
-    assert to_tokens(tokens, [(2, 2), (4, 5)])[1] == (4, 5)
-    assert to_tokens(tokens, [])[1] == (20,)
+    assert by_token(x, 2, "map")[1, 2 * 5 + 3].tolist() == x[1, :, 2, 3].tolist()
+    frames = torch.arange(6 * 3 * 4 * 5).reshape(6, 3, 4, 5)  # 2 rows of 3 frames
+    assert by_token(frames, 2, "map")[1, (2 * 4 + 1) * 5 + 4].tolist() == frames[5, :, 1, 4].tolist()
+    over_time = torch.arange(2 * 20 * 3 * 7).reshape(40, 3, 7)  # 2 rows of 4 x 5 places, each with 3 frames
+    assert by_token(over_time, 2, "frames")[1, (2 * 4 + 1) * 5 + 4].tolist() == over_time[20 + 9, 2].tolist()
+    heads = torch.arange(2 * 5 * 3 * 4).reshape(2, 5, 3, 4)
+    assert by_token(heads, 2, "heads")[1, 2].tolist() == heads[1, 2].flatten().tolist()
+    assert torch.equal(by_token(heads.transpose(1, 2), 2, "heads first"), by_token(heads, 2, "heads"))
 
 
 # ------------------------------------------------------------------------------------------- a denoiser of one's own

@@ -1,0 +1,188 @@
+"""What hooks on modules do while a denoiser runs: keep the tokens of some rows, or put others in their place."""
+
+from collections.abc import Callable, Container
+from dataclasses import dataclass
+
+import torch
+
+from rows import unwrap
+from tokens import NEVER_RAN, find_layouts
+
+# What `rows` asks for: the role of the rows under each suffix of the cache's keys.
+ROLES = {"cond": {"": "cond"}, "uncond": {"": "uncond"}, "both": {"": "cond", "_uncond": "uncond"}}
+STREAMS = ("image", "text")
+
+
+def check_choice(name, value, choices):
+    if value not in choices:
+        raise ValueError(f"{name}: expected {', '.join(choices)}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Edit:
+    """An edit of some rows' tokens of one stream, for `HookedDiffusionModel.run_with_hooks`.
+
+    fn(x) gets the tokens (prompts, tokens, d) of what a module returns, text padded with zeros, and returns those to take
+    their place, or None to leave them. With `with_input` it is fn(x, before), `before` being the same tokens of what the
+    module takes. rows: cond, uncond, or all, of which `fn` gets each chunk of the guidance on its own. stream: image or text.
+    steps: the steps to edit in, such as range(10); None is all.
+    """
+
+    fn: Callable
+    rows: str = "cond"
+    stream: str = "image"
+    steps: Container[int] | None = None
+    with_input: bool = False
+
+    def __post_init__(self):
+        check_choice("rows", self.rows, ("cond", "uncond", "all"))
+        check_choice("stream", self.stream, STREAMS)
+
+    @property
+    def sides(self):
+        return ("output", "input") if self.with_input else ("output",)
+
+    def hook(self, name, sampling, idle):
+        """A forward hook for the module `name`, and one before it; `idle[name]` is why it has not edited, None once it has."""
+        inputs = {}
+
+        def before(module, args, kwargs):
+            inputs[name] = (args, kwargs)
+
+        def after(module, args, kwargs, output):
+            forward, value = sampling.current, output
+            if forward is None or (self.steps is not None and sampling.index not in self.steps):
+                return None
+            rows, R = forward.rows, sampling.R
+            for chunk, role in enumerate(forward.roles or ["all"] * (rows // R)):
+                if self.rows not in ("all", role):
+                    continue
+                layouts = [forward.layouts[side, name, self.stream] for side in self.sides]
+                if why := next((layout for layout in layouts if isinstance(layout, str)), None):
+                    if self.rows == "all":  # the text of one chunk may be empty
+                        idle[name] = idle[name] and why
+                        continue
+                    raise ValueError(f"{name}: {why}")
+                here = slice(chunk * R, (chunk + 1) * R)
+                x, *rest = (layout.take(v, rows)[here].clone() for layout, v in zip(layouts, (output, inputs.get(name))))
+                new = self.fn(x, *rest)
+                if new is not None and (not torch.is_tensor(new) or new.shape != x.shape):
+                    got = tuple(new.shape) if torch.is_tensor(new) else type(new).__name__
+                    raise ValueError(f"{name}: an edit must return {tuple(x.shape)} or None, got {got}")
+                value = value if new is None else layouts[0].put(value, rows, here.start, new)
+                idle[name] = None
+            return value
+
+        return before, after
+
+
+class Recorder:
+    """Gathers, step by step, the wanted stream's tokens of the wanted rows from what the target modules saw.
+
+    targets: {hook_name: (denoiser, module)}; known: layouts found so far, see tokens.py; the rest as in
+    `HookedDiffusionModel.cache`.
+    """
+
+    def __init__(self, targets, known, save_input=False, save_output=True, rows="cond", stream="image", every=1, dtype=None):
+        check_choice("rows", rows, ROLES)
+        check_choice("stream", stream, STREAMS)
+        if not (save_input or save_output):
+            raise ValueError("nothing to keep: save_input and save_output are both off")
+        self.targets, self.known, self.stream, self.every, self.dtype = targets, known, stream, every, dtype
+        self.roles, self.sides = ROLES[rows], ["input"] * save_input + ["output"] * save_output
+        self.places = {(side, name, stream): target for side in self.sides for name, target in targets.items()}
+        self.kept = {}  # {(side + suffix, hook_name): [(prompts, tokens, d), one a step]}
+        self.times = {}  # the same keys: [(timestep, sigma), one a step]
+        self.lengths = {}  # {(suffix, hook_name): tokens of each prompt}
+        self.called, self.stepped = set(), set()  # denoisers that ran, and those whose output reached the scheduler
+        self.grids, self.failed = {}, {}  # {(side, hook_name): grid}, {hook_name: why}
+
+    def listen(self, stack, sampling):
+        """Register the hooks; `stack` removes them."""
+        self.sampling = sampling
+
+        def capture(name, side):
+            def hook(module, args, kwargs, output=None):
+                forward = sampling.current
+                layout = None if forward is None else forward.layouts.get((side, name, self.stream))
+                if layout is None or isinstance(layout, str):
+                    return
+                if (side, name) in forward.captured:
+                    forward.captured[side, name] = None
+                else:
+                    x = layout.take(output if side == "output" else (args, kwargs), forward.rows)
+                    forward.captured[side, name] = x.clone()  # the model may go on in place
+
+            return hook
+
+        for (side, name, _), (_, module) in self.places.items():
+            register = module.register_forward_pre_hook if side == "input" else module.register_forward_hook
+            stack.callback(register(capture(name, side), with_kwargs=True).remove)
+
+    def on_forward(self, forward, module, args, kwargs):
+        self.called.add(forward.denoiser)
+        if self.sampling.index % self.every == 0:
+            find_layouts(forward, unwrap(module), args, kwargs, self.places, self.known)
+
+    def on_step(self, step):
+        if step.index % self.every:
+            return
+        at = (float(step.timestep), step.sigma())
+        self.stepped |= {f.denoiser for f in step.forwards}
+        for name, (denoiser, _) in self.targets.items():
+            forwards = [f for f in step.forwards if f.denoiser == denoiser]
+            for suffix, role in self.roles.items():
+                forward, chunk = next(((f, c) for f in forwards for c, r in enumerate(f.roles) if r == role), (None, 0))
+                for side in self.sides if forward and name not in self.failed else ():
+                    self._keep(name, side, suffix, forward, slice(chunk * step.R, (chunk + 1) * step.R))
+                    self.times.setdefault((side + suffix, name), []).append(at)
+
+    def _keep(self, name, side, suffix, forward, rows):
+        layout = forward.layouts[side, name, self.stream]
+        if isinstance(layout, str):
+            self.failed[name] = layout
+        elif (side, name) not in forward.captured:
+            self.failed[name] = NEVER_RAN
+        elif (x := forward.captured[side, name]) is None:
+            self.failed[name] = "runs several times in one forward of the denoiser"
+        elif self.stream == "image" and self.grids.setdefault((side, name), layout.grid) != layout.grid:
+            self.failed[name] = f"has tokens on the grid {self.grids[side, name]}, then on {layout.grid}"
+        else:
+            self.grids[side, name] = max(self.grids.get((side, name), layout.grid), layout.grid)  # of text: the longest
+            self.lengths[suffix, name] = layout.counts[rows]
+            kept = self.kept.setdefault((side + suffix, name), [])
+            kept.append(x[rows].to("cpu", self.dtype or x.dtype, copy=True))  # a view would keep the other chunks alive
+
+    def result(self, explicit):
+        """The cache; raises ValueError for modules that failed, unless a glob found them among others."""
+        for name, (denoiser, _) in self.targets.items():
+            times = [self.times.get((side + suffix, name)) for side in self.sides for suffix in self.roles]
+            if name in self.failed:
+                continue
+            if denoiser not in self.stepped:
+                unused = f"is part of {denoiser}, whose output does not reach the scheduler"
+                self.failed[name] = unused if denoiser in self.called else NEVER_RAN
+            elif None in times:
+                role = list(self.roles.values())[times.index(None) % len(self.roles)]
+                self.failed[name] = f"has no {role}itional rows in this generation; is guidance off?"
+            elif times.count(times[0]) < len(times):
+                self.failed[name] = "has unconditional rows in part of the steps; ask for cond and uncond one after the other"
+        for name, why in self.failed.items():
+            if name in explicit or len(self.failed) == len(self.targets):
+                raise ValueError(f"{name}: {why}")
+        cache = {"timesteps": {}, "sigmas": {}, "grid": {}}
+        for (key, name), steps in self.kept.items():
+            if name not in self.failed:
+                n = max(x.shape[1] for x in steps)  # of text, tokens may come and go
+                steps = [torch.nn.functional.pad(x, (0, 0, 0, n - x.shape[1])) for x in steps]
+                cache.setdefault(key, {})[name] = torch.stack(steps, 1)  # (prompts, steps, tokens, d)
+                timesteps, sigmas = zip(*self.times[key, name])
+                cache["timesteps"][name] = torch.tensor(timesteps, dtype=torch.float64)
+                cache["grid"][name] = self.grids[self.sides[-1], name] if self.stream == "image" else (n,)
+                if None not in sigmas:
+                    cache["sigmas"][name] = torch.tensor(sigmas, dtype=torch.float64)
+        if self.stream == "text":
+            for (suffix, name), lengths in self.lengths.items():
+                if name not in self.failed:
+                    cache.setdefault("lengths" + suffix, {})[name] = torch.tensor(lengths)
+        return cache
