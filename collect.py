@@ -3,11 +3,18 @@
     python collect.py                                                        # the toy, 128 of its prompts
     python collect.py --model_name sd-legacy/stable-diffusion-v1-5 --dataset_name prompts.txt --max_num_examples 2000
     python collect.py --hook_names "up_blocks.1.attentions.*" mid_block --rows both --cache_every_n_timesteps 5
+    python collect.py --list_hooks                                           # what can be hooked, and what it would store
+    python collect.py --images photos --timesteps_per_image 4                # of real pictures, without generating
 
-Reads   a diffusers folder or hub id, and prompts: a .txt, .csv, .jsonl or .parquet file, a hub data set, or one prompt.
-Writes  <out_dir>/<hook_name>[.uncond][.input|.diff].npy, (prompts, steps, tokens, d), with a .json that describes it,
-        prompts.jsonl (line p describes row p), samples.npy (the final latents, float16 or float32), and for the next
-        start collect.json and progress.npy.
+Reads   a diffusers folder or hub id, and prompts: a .txt, .csv, .jsonl or .parquet file, a hub data set, or one prompt;
+        or pictures, a folder or a column of such a data set.
+Writes  <out_dir>/<hook_name>[.uncond][.input|.diff][.text].npy, (prompts, steps, tokens, d), with a .json that describes
+        it, prompts.jsonl (line p describes row p), samples.npy (the final latents, float16 or float32), and for the next
+        start collect.json and progress.npy. Of text also <name>.lengths.npy (prompts,): tokens that are no padding; of
+        pictures also <name>.timesteps.npy (prompts, steps).
+
+Pictures go through the VAE, get the noise of timesteps spread over the schedule, and through the denoiser once for each,
+without guidance. The pipeline samples for this, its sample being replaced after each step, see images.py.
 
 Interrupted, the same command goes on, and the files have the bytes of an undisturbed run; a larger --max_num_examples
 extends a finished collection. It does not decode pictures, shuffle, or keep anything that was not asked for.
@@ -15,7 +22,8 @@ extends a finished collection. It does not decode pictures, shuffle, or keep any
 
 import shutil
 import time
-from contextlib import closing
+from collections import Counter
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -27,17 +35,20 @@ from tqdm import tqdm
 
 from cli import check_positive, parse_object, resolve_device, resolve_dtype, run
 from hook import HookedDiffusionModel, find_model
-from prompts import default_dataset, load_prompts
+from images import Pictures, seeded
+from prompts import default_dataset, load_pictures, load_prompts
 from rows import tensors, unwrap
 from store import Collection
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+DEFAULT_HOOK_NAMES = ("up_blocks.1.attentions.1",)
 FACTS = ("timesteps", "sigmas", "grid")  # of a hook point, the same for every prompt
 
 
 @dataclass
 class Config:
-    hook_names: list[str] = field(default_factory=lambda: ["up_blocks.1.attentions.1"])  # modules of the denoiser, or globs
+    hook_names: list[str] = field(default_factory=lambda: list(DEFAULT_HOOK_NAMES))  # modules of the denoiser, or globs
+    list_hooks: bool = False  # print what can be hooked (of --hook_names, if given), with shapes and sizes, and stop
     model_name: str = "toy"  # a diffusers folder or hub id
     variant: str | None = None  # of the weights, such as fp16
     revision: str | None = None  # of the hub repository
@@ -53,6 +64,8 @@ class Config:
     height: int | None = None  # pixels
     width: int | None = None  # pixels
     num_images_per_prompt: int = 1  # rows a prompt; each with its own seed
+    images: str | None = None  # a folder of pictures, or the column of --dataset_name that holds them, instead of generating
+    timesteps_per_image: int = 4  # noise levels of each picture, spread over the schedule
     pipeline_kwargs: str = "{}"  # JSON object: anything else that the pipeline takes
     cpu_offload: bool = False  # keep only the running component on the GPU
     seed: int = 0  # row i is generated with seed + i
@@ -61,13 +74,14 @@ class Config:
     cache_every_n_timesteps: int = 1  # keep steps 0, n, 2n, ...
     rows: Literal["cond", "uncond", "both"] = "cond"  # of the guidance
     side: Literal["output", "input", "diff"] = "output"  # of the module (diff: output - input)
-    stream: Literal["image", "text"] = "image"  # tokens of a joint block (text: not yet)
+    stream: Literal["image", "text"] = "image"  # tokens of a joint block
+    text_tokens: int | None = None  # of --stream text: room for this many (None: as many as the first batch has)
     device: str = "auto"  # auto (cuda, else mps, else cpu), cuda:1, ...
 
 
 def batch_options(prompts, n):
     """Texts, negative prompts and generators of consecutive rows, `n` of them a prompt."""
-    options = {"generator": [torch.Generator().manual_seed(p["seed"]) for p in prompts]}
+    options = {"generator": seeded(p["seed"] for p in prompts)}
     if "negative_prompt" in prompts[0]:
         options["negative_prompt"] = [p["negative_prompt"] for p in prompts[::n]]
     return [p["prompt"] for p in prompts[::n]], options
@@ -83,7 +97,7 @@ def to_store(x, dtype, name):
     raise ValueError(f"{name}: the model computed NaN or infinity; try another --dtype")
 
 
-def batch_arrays(output, cache, places, cfg, store_dtype):
+def batch_arrays(output, cache, places, cfg, store_dtype, text_tokens):
     """What a batch adds to each file, {name: (rows, ...)}, and the sums over it of |x|, one a step and file: float64."""
     arrays, norms = {}, []
     for name, suffix, stem in places:
@@ -91,6 +105,14 @@ def batch_arrays(output, cache, places, cfg, store_dtype):
         if cfg.side == "diff":
             x = x.float() - cache["input" + suffix].pop(name).float()
         norms.append(x.float().norm(dim=-1).sum((0, 2), dtype=torch.float64))
+        if text_tokens:
+            if x.shape[2] > text_tokens[name]:
+                here = f"{x.shape[2]} text tokens, and the file has room for {text_tokens[name]}"
+                raise ValueError(f"{name}: a prompt has {here}; collect again with a larger --text_tokens")
+            x = torch.nn.functional.pad(x, (0, 0, 0, text_tokens[name] - x.shape[2]))
+            arrays[f"{stem}.lengths"] = cache["lengths" + suffix][name]
+        if cfg.images is not None:
+            arrays[f"{stem}.timesteps"] = cache["timesteps"][name].repeat(len(x), 1)
         arrays[stem] = to_store(x, store_dtype, name)
     for sample in tensors(output)[:1]:
         half = torch.float16 if store_dtype == torch.float16 else torch.float32
@@ -98,13 +120,43 @@ def batch_arrays(output, cache, places, cfg, store_dtype):
     return arrays, torch.cat(norms).numpy()
 
 
+def without_first_step(cache):
+    """A sampling begins with noise alone, in which there is no picture yet."""
+    for side in {"input", "output", "timesteps", "sigmas"} & set(cache):
+        for name, x in cache[side].items():
+            cache[side][name] = x[1:] if x.ndim == 1 else x[:, 1:].contiguous()
+
+
+def list_hooks(hooked, hook_names, prompts, options, cfg, bytes_each):
+    """Print the tree of modules that can be hooked, with what they return and the MB a prompt that a file would take."""
+    layouts, num_steps = hooked.layouts(hook_names, prompts, stream=cfg.stream, **options)
+    steps = -(-(num_steps or options["num_inference_steps"]) // cfg.cache_every_n_timesteps)
+    found = {name: layout for name, layout in layouts.items() if not isinstance(layout, str)}
+    parts = {name: name.split(".") for name in found}
+    depth = {name: sum(".".join(p[:i]) in found for i in range(1, len(p))) for name, p in parts.items()}
+    width = max((2 * depth[name] + len(name) for name in found), default=20)
+    print(f"{'hook name':{width}} {'tokens x d':>14}  {'grid':12} {'MB a prompt':>11}")
+    for name, layout in found.items():
+        tokens, grid = max(layout.counts), " x ".join(map(str, layout.grid))
+        megabytes = steps * tokens * layout.d * bytes_each * cfg.num_images_per_prompt / 1e6
+        print(f"{'  ' * depth[name] + name:{width}} {f'{tokens} x {layout.d}':>14}  {grid:12} {megabytes:11.2f}")
+    reasons = Counter(layout.partition(";")[0] for layout in layouts.values() if isinstance(layout, str))
+    for reason, count in reasons.most_common():
+        print(f"{count} more can't be hooked: {reason}")
+    print(f"{steps} steps of {cfg.stream} tokens, {bytes_each} bytes a number; --rows both stores twice as much")
+
+
 def main(cfg):
     # 1. Prompts: one row of every file for each prompt and image
-    check_positive(
-        cfg, "batch_size", "num_images_per_prompt", "cache_every_n_timesteps", "max_num_examples", "num_inference_steps"
-    )
-    dataset_name = cfg.dataset_name or default_dataset(find_model(cfg.model_name))
-    texts = load_prompts(dataset_name, cfg.split, cfg.column, cfg.negative_prompt, cfg.max_num_examples)
+    check_positive(cfg, "batch_size", "num_images_per_prompt", "cache_every_n_timesteps", "max_num_examples", "text_tokens")
+    check_positive(cfg, "num_inference_steps", "timesteps_per_image", "height", "width")
+    if cfg.images is None:
+        dataset_name = cfg.dataset_name or default_dataset(find_model(cfg.model_name))
+        texts = load_prompts(dataset_name, cfg.split, cfg.column, cfg.negative_prompt, cfg.max_num_examples)
+    else:
+        if cfg.num_inference_steps is not None or cfg.cache_every_n_timesteps > 1 or cfg.negative_prompt is not None:
+            raise ValueError("--images takes --timesteps_per_image, and no steps or negative prompts of a generation")
+        texts, sources = load_pictures(cfg.images, cfg.dataset_name, cfg.split, cfg.column, cfg.max_num_examples)
     n = cfg.num_images_per_prompt
     prompts = [{"id": i, **t, "seed": cfg.seed + i * n + j} for i, t in enumerate(texts) for j in range(n)]
 
@@ -118,10 +170,17 @@ def main(cfg):
     )
     hooked.pipe.set_progress_bar_config(disable=True)
     options = {name: getattr(cfg, name) for name in ("num_inference_steps", "guidance_scale", "height", "width")}
+    if cfg.images is not None:
+        options["num_inference_steps"] = 1 + cfg.timesteps_per_image  # of which the first is not kept
+        options["guidance_scale"] = cfg.guidance_scale or hooked.accepts(guidance_scale=1.0).get("guidance_scale")
     extra = parse_object(cfg.pipeline_kwargs, "--pipeline_kwargs")
     options = hooked.arguments(n, "latent", extra, **options)  # latent: decoding would cost time and is not asked for
     sides = dict(save_input=cfg.side != "output", save_output=cfg.side != "input", rows=cfg.rows, stream=cfg.stream)
     text, batch = batch_options(prompts[: cfg.batch_size * n], n)
+    if cfg.list_hooks:
+        names = ["**"] if cfg.hook_names == list(DEFAULT_HOOK_NAMES) else cfg.hook_names
+        return list_hooks(hooked, names, text, options | batch, cfg, store_dtype.itemsize)
+    pictures = None if cfg.images is None else Pictures(hooked, text[0], options, cfg.width, cfg.height)
     dry = hooked.first_step(cfg.hook_names, text, **sides, **options, **batch)
     hook_names = list(dry["grid"])
     if cfg.side == "diff":
@@ -130,20 +189,22 @@ def main(cfg):
         for name in set(shapes) - set(hook_names):
             if name in cfg.hook_names or not hook_names:
                 raise ValueError(f"--side diff: {name} turns {shapes[name][0]} into {shapes[name][1]}")
+    side = "input" if cfg.side == "input" else "output"
+    text_tokens = {name: cfg.text_tokens or dry[side][name].shape[2] for name in hook_names if cfg.stream == "text"}
 
     # 3. Room on the disk, before anything is written
     suffixes = {"cond": ("",), "uncond": ("",), "both": ("", "_uncond")}[cfg.rows]
-    end = {"output": "", "input": ".input", "diff": ".diff"}[cfg.side]
+    end = {"output": "", "input": ".input", "diff": ".diff"}[cfg.side] + {"image": "", "text": ".text"}[cfg.stream]
     uncond = {"": ".uncond" if cfg.rows == "uncond" else "", "_uncond": ".uncond"}
     places = [(name, suffix, name + uncond[suffix] + end) for name in hook_names for suffix in suffixes]
-    num_steps = -(-(dry["num_steps"] or options["num_inference_steps"]) // cfg.cache_every_n_timesteps)
-    vectors = {name: dry["input" if cfg.side == "input" else "output"][name][0, 0].numel() for name in hook_names}
+    num_steps = -(-(dry["num_steps"] or options["num_inference_steps"]) // cfg.cache_every_n_timesteps) - (pictures is not None)
+    vectors = {name: text_tokens.get(name, x.shape[2]) * x.shape[3] for name, x in dry[side].items()}
     need = len(prompts) * num_steps * sum(vectors[name] for name, _, _ in places) * store_dtype.itemsize
     out_dir = Path(cfg.out_dir)
     there = sum(f.stat().st_size for f in out_dir.glob("*.npy*")) if out_dir.is_dir() else 0
     free = shutil.disk_usage(next(p for p in (out_dir.absolute(), *out_dir.absolute().parents) if p.is_dir())).free
     print(
-        f"{len(texts)} prompts x {num_steps} steps of {', '.join(hook_names)}: "
+        f"{len(texts)} {'pictures' if pictures else 'prompts'} x {num_steps} steps of {', '.join(hook_names)}: "
         f"{need / 1e6:,.0f} MB in {out_dir}/ ({free / 1e9:,.0f} GB free)"
     )
     if need - there > 0.98 * free:
@@ -157,17 +218,24 @@ def main(cfg):
     settings |= {"pipeline": type(hooked.pipe).__name__, "hook_names": hook_names, "rows": cfg.rows, "side": cfg.side}
     settings |= {"stream": cfg.stream, "cache_every_n_timesteps": cfg.cache_every_n_timesteps, "batch_size": cfg.batch_size}
     settings |= {"seed": cfg.seed, "dtype": str(store_dtype)[6:], "model_dtype": str(dtype)[6:], "device": device.type}
-    settings |= {"num_images_per_prompt": n, "pipeline_kwargs": options}
+    settings |= {"num_images_per_prompt": n, "pipeline_kwargs": options, "images": cfg.images, "text_tokens": text_tokens}
     collection = Collection(out_dir, settings, prompts, cfg.batch_size * n)
     pending, written, started = collection.pending(), 0, time.time()
     todo = sum(len(collection.rows_of(b)) for b in pending) // n
     bar = tqdm(total=len(texts), initial=len(texts) - todo, unit="prompt", desc="collecting")
     with closing(collection), bar:
         for b in pending:
-            text, batch = batch_options(collection.rows_of(b), n)
-            every = cfg.cache_every_n_timesteps
-            output, cache = hooked.run_with_cache(hook_names, text, cache_every_n_timesteps=every, **sides, **options, **batch)
-            arrays, norms = batch_arrays(output, cache, places, cfg, store_dtype)
+            rows, every = collection.rows_of(b), cfg.cache_every_n_timesteps
+            text, batch = batch_options(rows, n)
+            shown = pictures and pictures.in_place([sources[r["id"]] for r in rows], [r["seed"] for r in rows])
+            with shown or nullcontext():
+                output, cache = hooked.run_with_cache(
+                    hook_names, text, cache_every_n_timesteps=every, **sides, **options, **batch
+                )
+            if pictures:
+                without_first_step(cache)
+            cache["grid"] |= {name: (tokens,) for name, tokens in text_tokens.items()}
+            arrays, norms = batch_arrays(output, cache, places, cfg, store_dtype, text_tokens)
             facts = {
                 name: {k: torch.as_tensor(cache[k][name]).tolist() for k in FACTS if name in cache[k]} for name in hook_names
             }
@@ -187,6 +255,7 @@ def main(cfg):
         record = settings | {"hook_name": name, "denoiser": type(unwrap(denoiser)).__name__, **collection.facts[name]}
         record |= {"rows": "uncond" if uncond[suffix] else "cond", "guidance_scale": options.get("guidance_scale")}
         record |= {"shape": shape, "num_prompts": len(texts), "mean_norm": (norms / (shape[0] * shape[2])).tolist()}
+        descriptions |= {f"{stem}.{extra}": None for extra in ("lengths", "timesteps") if collection.shape(f"{stem}.{extra}")}
         descriptions[stem] = record | {"versions": {p: version(p) for p in ("torch", "diffusers", "transformers", "numpy")}}
     collection.finish(descriptions)
     for stem in (stem for _, _, stem in places):

@@ -137,6 +137,11 @@ class HookedDiffusionModel:
                 raise ValueError(f"{name} has a block cache, which repeats stale values: call its disable_cache() first")
         return targets, explicit
 
+    def accepts(self, **options):
+        """Those of the options that the pipeline takes."""
+        takes = inspect.signature(type(self.pipe).__call__).parameters
+        return {name: value for name, value in options.items() if name in takes}
+
     def arguments(self, num_images_per_prompt=1, output_type=None, extra=None, **options):
         """Keyword arguments for the pipeline: options that are None take the pipeline's own default, so that all are known.
 
@@ -248,6 +253,12 @@ class HookedDiffusionModel:
         sampling = self._rehearse(denoisers, prompt, kwargs, recorder.on_forward, recorder.on_step, recorder.listen)
         return recorder.result(explicit) | {"num_steps": sampling.num_steps}
 
+    def first_sample(self, prompt=None, **kwargs):
+        """What the first step of the scheduler gets as its sample: (R, ...), the noise that a sampling begins with."""
+        found = []
+        self._rehearse(set(), prompt, kwargs, on_step=lambda step: found.append(step.sample))
+        return found[0]
+
     def layouts(self, positions="*", prompt=None, *, stream="image", **kwargs):
         """Where the tokens are in what modules return, from one step that is thrown away.
 
@@ -261,7 +272,7 @@ class HookedDiffusionModel:
             found.update({name: layout for (_, name, _), layout in forward.layouts.items() if name not in found})
 
         sampling = self._rehearse({denoiser for denoiser, _ in targets.values()}, prompt, kwargs, on_forward)
-        return {name: found.get(name, NEVER_RAN) for name in targets}, sampling.num_steps
+        return {name: found.get(name, NEVER_RAN) for name in self.modules() if name in targets}, sampling.num_steps
 
     def _rehearse(self, denoisers, prompt, kwargs, on_forward=None, on_step=None, listen=None):
         """Sample until each of `denoisers` has run in a step, then put everything back; the `Sampling`, with `num_steps`.
@@ -344,9 +355,9 @@ class HookedDiffusionModel:
         return output
 
     @contextmanager
-    def watch(self, P=1, n=1, on_forward=None, on_step=None, plan=None):
+    def watch(self, P=1, n=1, on_forward=None, on_step=None, plan=None, replace=None):
         """Context in which a sampling of P prompts x n images is followed, see `rows.Sampling`, which it yields."""
-        sampling = Sampling(self.denoisers, {type(s) for s in self.schedulers}, P, n, on_forward, on_step, plan)
+        sampling = Sampling(self.denoisers, {type(s) for s in self.schedulers}, P, n, on_forward, on_step, plan, replace)
         self._watching.append(sampling)
         try:
             with sampling.watch():

@@ -1,10 +1,11 @@
-"""Prompts in: from a file of any common kind, a hub data set, a model folder, or the command line itself."""
+"""Prompts and pictures in: from a file of any common kind, a hub data set, a model folder, or the command line itself."""
 
 import csv
 import json
 from pathlib import Path
 
 TABLES = (".txt", ".csv", ".jsonl", ".parquet")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 KINDS = "a .txt, .csv, .jsonl or .parquet file, a hub data set (owner/name) or a prompt"
 OURS = ("id", "prompt", "negative_prompt", "seed")  # keys of prompts.jsonl that a column of the data set must not fill
 
@@ -39,6 +40,44 @@ def load_prompts(dataset_name, split="train", column=None, negative_prompt=None,
     if not prompts:
         raise ValueError(f"{dataset_name or 'the data set'} has no prompts")
     return prompts
+
+
+def load_pictures(images, dataset_name=None, split="train", column=None, max_num_examples=None):
+    """Pictures of a folder, in the order of their names, or of a data set's column `images`.
+
+    Returns (prompts, sources): a list of {"prompt", "image", ...}, with the captions of the data set's `column` or an empty
+    text, and as many paths, bytes or PIL images. Raises ValueError for a folder or column without pictures.
+    """
+    if Path(images).is_dir():
+        found = sorted(p for p in Path(images).rglob("*") if p.suffix.lower() in PICTURES)[:max_num_examples]
+        if not found:
+            raise ValueError(f"--images {images}: no picture there ({', '.join(PICTURES)})")
+        return [{"prompt": "", "image": str(p.relative_to(images))} for p in found], [str(p) for p in found]
+    if dataset_name is None:
+        raise ValueError(f"--images {images}: no such folder; a column of pictures needs --dataset_name")
+    rows = read_rows(dataset_name, split, max_num_examples)
+    if hasattr(rows, "cast_column"):  # of a hub data set: as files, which take less memory than pixels
+        from datasets import Image
+
+        rows = rows.cast_column(images, Image(decode=False))
+    prompts, sources = [], []
+    for row in rows:
+        if images not in row or column is not None and column not in row:
+            missing = images if images not in row else column
+            raise ValueError(f"{dataset_name} has no column {missing!r}; there are {', '.join(row)}")
+        value, caption = row[images], column or next((c for c in ("prompt", "caption", "text") if c in row), None)
+        if isinstance(value, dict):
+            value = value.get("bytes") or value.get("path")
+        if isinstance(value, str) and not Path(value).exists():
+            value = str(Path(dataset_name).parent / value)
+        plain = {c: v for c, v in row.items() if c not in (caption, *OURS) and isinstance(v, (str, int, float, bool))}
+        prompts.append({"prompt": str(row.get(caption) or ""), **plain})
+        sources.append(value)
+        if len(prompts) == max_num_examples:
+            break
+    if not prompts:
+        raise ValueError(f"{dataset_name} has no rows")
+    return prompts, sources
 
 
 def default_dataset(model_folder):

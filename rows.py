@@ -10,7 +10,6 @@ a scheduler but `step(model_output, timestep, sample)`.
 
 import inspect
 import math
-from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,6 +50,21 @@ def tensors(value):
     return [t for v in values for t in tensors(v)]
 
 
+def with_tensor(value, index, x):
+    """`value`, a nested structure of tensors, with the tensor at `index` of `tensors(value)` replaced by x."""
+    if torch.is_tensor(value):
+        return x if index == 0 else value
+    if not isinstance(value, (dict, list, tuple)):
+        return value
+    new = {}
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        new[key] = with_tensor(item, index, x)
+        index -= len(tensors(item))
+    if isinstance(value, dict):
+        return type(value)(**new)
+    return type(value)(*new.values()) if hasattr(value, "_fields") else type(value)(new.values())
+
+
 @dataclass(eq=False)
 class Forward:
     """One call of a denoiser."""
@@ -76,6 +90,7 @@ class Step:
     forwards: list
     scheduler: Any
     R: int  # rows a chunk: prompts x images per prompt
+    sample: Any  # what is stepped, (R, ...)
 
     def sigma(self):
         """The scheduler's sigma at this step (noise over signal for variance-preserving schedules), or None."""
@@ -188,14 +203,15 @@ class Sampling:
 
     denoisers: {name: module}, or what may be one; scheduler_classes: patched for as long as the context lasts, since some
     pipelines copy their scheduler. on_forward(forward, module, args, kwargs) runs before a denoiser does, on_step(step)
-    when the scheduler is called. While a denoiser runs, `current` is its `Forward`: hooks below it leave in `captured`
-    what they see. Labels are computed once for each pattern of forwards in a step (how many rows, which context), and kept
-    in `known`; a `plan` is another sampling's `known`, from which forwards have their roles while they run. `sample` is
-    what the last step returned, and `called` names the denoisers that ran so far. Nothing is noticed while `paused`.
+    when the scheduler is called, and replace(index, scheduler) returns what takes the place of its result. While a
+    denoiser runs, `current` is its `Forward`: hooks below it leave in `captured` what they see. Labels are computed once for
+    each pattern of forwards in a step (how many rows, which context), and kept in `known`; a `plan` is another sampling's
+    `known`, from which forwards have their roles while they run. `sample` is what the last step returned, and `called` names
+    the denoisers that ran so far. Nothing is noticed while `paused`.
     """
 
-    def __init__(self, denoisers, scheduler_classes, P=1, n=1, on_forward=None, on_step: Callable | None = None, plan=None):
-        self.denoisers, self.scheduler_classes = denoisers, set(scheduler_classes)
+    def __init__(self, denoisers, scheduler_classes, P=1, n=1, on_forward=None, on_step=None, plan=None, replace=None):
+        self.denoisers, self.scheduler_classes, self.replace = denoisers, set(scheduler_classes), replace
         self.P, self.R, self.on_forward, self.on_step = P, P * n, on_forward, on_step
         self.current, self.open, self.index, self.sample, self.paused = None, [], 0, None, False
         self.contexts, self.plan, self.known, self.called = {}, plan, dict(plan or {}), set()
@@ -290,6 +306,10 @@ class Sampling:
                     self._close(forwards, scheduler, *values[1:4])
                 self.index += 1
             result = original(scheduler, *args, **kwargs)
+            if self.replace is not None and forwards:
+                new = self.replace(self.index - 1, scheduler)
+                n = len(tensors(result)[0]) // len(new)  # some pipelines step the chunks of the guidance too
+                result = with_tensor(result, 0, torch.cat([new] * n))
             self.sample = (tensors(result) or [None])[0]
             return result
 
@@ -316,7 +336,7 @@ class Sampling:
                 "use rows='all', or limit it to earlier steps"
             )
         if self.on_step is not None:
-            self.on_step(Step(self.index, timestep, [f for f in forwards if f.roles], scheduler, self.R))
+            self.on_step(Step(self.index, timestep, [f for f in forwards if f.roles], scheduler, self.R, sample))
 
 
 def pattern_of(forwards):

@@ -317,7 +317,7 @@ def open_activations(data):
 
 def holds_activations(path):
     """Whether a file that was found is meant: collect.py describes its activations, and not samples.npy or progress.npy."""
-    side_file = path.name.endswith((".tokens.npy", ".timesteps.npy"))
+    side_file = path.name.endswith((".tokens.npy", ".timesteps.npy", ".lengths.npy"))
     return not side_file and (path.with_suffix(".json").exists() or not (path.parent / "collect.json").exists())
 
 
@@ -332,6 +332,14 @@ def prompts_of(path, array, meta):
         if len(texts) == len(array) and None not in texts and len(set(texts)) > 1:
             return texts
     return [(path, row // n) for row in range(len(array))]
+
+
+def read_lengths(path, array):
+    """Tokens of each prompt (prompts,) that are no padding, of a file of text tokens."""
+    path = Path(path).with_suffix(".lengths.npy")
+    if check_size(path) != array.shape[:1]:
+        raise ValueError(f"{path} is of another collection: {check_size(path)} for {array.shape[:1]}")
+    return np.load(path, allow_pickle=False).clip(0, array.shape[2])
 
 
 class Activations:
@@ -361,7 +369,12 @@ class Activations:
             if len(set(names)) < 2:
                 names = [(path, piece) for piece in range(min(32, len(rows)))]
             cuts = np.arange(len(names) + 1) * len(rows) // len(names)
-            units.append(np.stack([np.full(len(names), file), cuts[:-1], cuts[1:]], 1))
+            first, end = cuts[:-1], cuts[1:]
+            if meta.get("stream") == "text" and len(names) == len(array):  # without the padding of each prompt's steps
+                first = np.arange(0, len(rows), array.shape[2])
+                names = [name for name in names for _ in range(array.shape[1])]
+                end = first + read_lengths(path, array).repeat(array.shape[1])
+            units.append(np.stack([np.full(len(names), file), first, end], 1))
             prompts += names
         units, numbers = np.concatenate(units), {}
         prompts = np.array([numbers.setdefault(name, len(numbers)) for name in prompts])

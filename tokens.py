@@ -16,24 +16,9 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from rows import forward_signature, tensors, time_parameter
+from rows import forward_signature, tensors, time_parameter, with_tensor
 
 NEVER_RAN = "never ran in a forward of the denoiser; is it compiled, or are its projections fused?"
-
-
-def with_tensor(value, index, x):
-    """`value`, a nested structure of tensors, with the tensor at `index` of `tensors(value)` replaced by x."""
-    if torch.is_tensor(value):
-        return x if index == 0 else value
-    if not isinstance(value, (dict, list, tuple)):
-        return value
-    new = {}
-    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-        new[key] = with_tensor(item, index, x)
-        index -= len(tensors(item))
-    if isinstance(value, dict):
-        return type(value)(**new)
-    return type(value)(*new.values()) if hasattr(value, "_fields") else type(value)(new.values())
 
 
 def row_view(x, rows, form):

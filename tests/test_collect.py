@@ -14,9 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from families import flux, zimage
+from PIL import Image
 from tiny import build, generate_options, sd15
 
 import collect
+import images
 import store
 from collect import Config
 from hook import HookedDiffusionModel
@@ -295,3 +298,114 @@ def test_pipeline_arguments_fill_in_defaults():
         with pytest.raises(ValueError, match=wrong):
             hooked.arguments(extra={wrong: 2})
     assert generate_options(1)["num_inference_steps"] == 2
+
+
+# ----------------------------------------------------------------------------------------------- text, pictures, the listing
+
+
+def test_text_tokens_are_padded_to_one_length_and_not_trained_on(tmp_path):
+    folder, prompts = tmp_path / "zimage", ["a red fox", "blue ocean waves at night", "three"]
+    build(zimage).save_pretrained(folder)
+    (tmp_path / "p.txt").write_text("\n".join(prompts))
+    options = dict(
+        model_name=str(folder), dataset_name=str(tmp_path / "p.txt"), num_inference_steps=2, batch_size=1, device="cpu"
+    )
+    options |= dict(hook_names=["layers.1"], stream="text", height=24, width=32, out_dir=str(tmp_path / "out"))
+    with pytest.raises(ValueError, match="larger --text_tokens"):  # the first batch, of one prompt, is shorter
+        collect.main(Config(**options))
+    options |= dict(out_dir=str(tmp_path / "acts"), text_tokens=40, store_dtype="float32")
+    collect.main(Config(**options))
+    path = tmp_path / "acts" / "layers.1.text.npy"
+    x, lengths = np.load(path), np.load(tmp_path / "acts" / "layers.1.text.lengths.npy")
+    assert x.shape == (3, 2, 40, 32) and lengths.tolist() == [len(p) + 2 for p in prompts]
+    for row, n in zip(x, lengths):
+        assert row[:, :n].any(-1).all() and not row[:, n:].any()
+    data = store.Activations([path])
+    vectors = torch.cat([*data.held_out(), *data.batches(64, data.num_training)])
+    assert len(vectors) == data.num_vectors == 2 * lengths.sum() and vectors.any(-1).all()
+    assert [s.paths for s in store.open_activations([path.parent])] == [[str(path)]]
+
+
+def photos(folder, n, size=(40, 30)):
+    folder.mkdir()
+    for i in range(n):
+        Image.effect_mandelbrot(size, (-2, -1, 1, 1), 5 + 9 * i).convert("RGB").save(folder / f"{i}.png")
+    return folder
+
+
+def test_real_pictures_are_encoded_noised_and_run_once_at_each_timestep(config, model_folder, tmp_path):
+    """Against the same by hand: the VAE, `add_noise` and one forward of the UNet with the empty prompt."""
+    folder = photos(tmp_path / "photos", 7, (64, 64))
+    options = dict(num_inference_steps=None, images=str(folder), timesteps_per_image=3, store_dtype="float32", batch_size=4)
+    collect.main(replace(config, **options))
+    out, name = Path(config.out_dir), HOOKS[0]
+    x, times = np.load(out / f"{name}.npy"), np.load(out / f"{name}.timesteps.npy")
+    assert x.shape == (7, 3, 64, 16) and (times == times[0]).all()
+    lines = [json.loads(line) for line in (out / "prompts.jsonl").read_text().splitlines()]
+    assert [(line["image"], line["prompt"], line["seed"]) for line in lines] == [(f"{i}.png", "", i) for i in range(7)]
+
+    pipe, seen = HookedDiffusionModel.from_pretrained(model_folder).pipe, []
+    pipe.unet.get_submodule(name).register_forward_hook(lambda m, i, o: seen.append(o[0].flatten(2).transpose(1, 2)))
+    pictures = [Image.open(folder / f"{i}.png") for i in range(4)]
+    pictures = [p.resize((32, 32), Image.Resampling.LANCZOS) for p in pictures]
+    pixels = torch.from_numpy(np.stack([np.array(p) for p in pictures])).permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.no_grad():
+        z = pipe.vae.encode(pixels).latent_dist.mode() * pipe.vae.config.scaling_factor
+        noise = torch.cat([torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(i)) for i in range(4)])
+        text, _ = pipe.encode_prompt([""] * 4, "cpu", 1, False)
+        for t in times[0]:
+            t = torch.tensor(int(t))
+            pipe.unet(pipe.scheduler.add_noise(z, noise, t.repeat(4)), t, encoder_hidden_states=text)
+    by_hand = torch.stack(seen, 1).numpy()
+    assert np.abs(x[:4] - by_hand).max() < 1e-4 * np.abs(by_hand).max()
+    assert np.allclose(np.load(out / "samples.npy")[:4], z.numpy(), atol=1e-5)
+    assert json.loads((out / f"{name}.json").read_text())["timesteps"] == times[0].tolist()
+    before = contents(out)
+    collect.main(replace(config, **options))  # finished: nothing changes
+    assert contents(out) == before
+
+
+def test_pictures_go_where_a_packed_sample_has_them(tmp_path):
+    """Of a family that packs latents: as its own packing does, noised as its own scheduler does."""
+    pipe, folder = build(flux), photos(tmp_path / "photos", 2)
+    hooked, seen = HookedDiffusionModel.from_pipeline(pipe), []
+    options = dict(num_inference_steps=4, output_type="latent", height=12, width=16, max_sequence_length=32)
+    pictures = images.Pictures(hooked, "", options, 16, 12)
+    pipe.transformer.register_forward_pre_hook(lambda m, a, k: seen.append((k["hidden_states"], k["timestep"])), with_kwargs=True)
+    with pictures.in_place([str(folder / "0.png"), str(folder / "1.png")], [3, 4]):
+        clean = hooked(["", ""], generator=images.seeded([3, 4]), **options).images
+    read = [images.read_picture(str(folder / f"{i}.png"), 16, 12) for i in range(2)]  # cropped: they are 4 x 3
+    with torch.no_grad():
+        z = pipe.vae.encode(torch.stack(read)).latent_dist.mode() * pipe.vae.config.scaling_factor
+    packed = pipe._pack_latents(z, 2, 4, 6, 8)
+    assert torch.equal(clean, packed)
+    noise = torch.stack([torch.randn(12, 16, generator=torch.Generator().manual_seed(i)) for i in (3, 4)])
+    for sample, t in seen[1:]:
+        assert torch.allclose(sample, (1 - t[0]) * packed + t[0] * noise, atol=1e-5)
+
+
+def test_pictures_of_a_data_set(config, tmp_path):
+    folder = photos(tmp_path / "photos", 3)
+    (folder / "p.csv").write_text("file,caption,kind\n" + "".join(f"{i}.png,a picture,{i}\n" for i in range(3)))
+    options = dict(num_inference_steps=None, images="file", dataset_name=str(folder / "p.csv"), timesteps_per_image=1)
+    collect.main(replace(config, **options))
+    out = Path(config.out_dir)
+    lines = [json.loads(line) for line in (out / "prompts.jsonl").read_text().splitlines()]
+    assert [(line["file"], line["prompt"], line["kind"]) for line in lines] == [
+        (f"{i}.png", "a picture", str(i)) for i in range(3)
+    ]
+    collect.main(replace(config, **options | dict(dataset_name=None, images=str(folder), out_dir=config.out_dir + "2")))
+    samples = [np.load(Path(d) / "samples.npy") for d in (out, config.out_dir + "2")]
+    assert np.array_equal(*samples)
+
+
+def test_the_listing_says_what_a_file_would_take(config, capsys):
+    collect.main(replace(config, list_hooks=True, hook_names=["mid_block.**", "mid_block"], store_dtype="float32"))
+    printed = capsys.readouterr().out
+    line = next(line for line in printed.splitlines() if line.startswith("mid_block "))
+    assert line.split() == ["mid_block", "64", "x", "16", "8", "x", "8", f"{3 * 64 * 16 * 4 / 1e6:.2f}"]
+    assert "\n  mid_block.attentions.0 " in printed and "several times in one forward" in printed
+    assert not Path(config.out_dir).exists()
+    collect.main(replace(config, hook_names=["mid_block"], store_dtype="float32", max_num_examples=1))
+    size = (Path(config.out_dir) / "mid_block.npy").stat().st_size
+    assert size == 3 * 64 * 16 * 4 + 128

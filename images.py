@@ -1,0 +1,126 @@
+"""Real pictures in a sampling: while a pipeline samples, noised latents of pictures take the place of its own sample.
+
+After each step of the scheduler the sample becomes the pictures' latents with the noise of the next timestep, so that the
+pipeline itself does all the rest, and its denoiser sees real pictures at every timestep but the first. How latents are
+packed into a sample is read off the first noise, which can be made again from its seeds: where each number went.
+"""
+
+import copy
+import io
+import math
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from rows import tensors
+
+ROWS = 4  # noises that are compared to find the order: in 16 bits many numbers of one noise are the same
+
+
+def read_picture(source, width, height):
+    """Path, bytes or PIL image, cropped round its centre: float32 (3, height, width) in [-1, 1]. ValueError if it is none."""
+    try:
+        if not isinstance(source, Image.Image):
+            source = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        picture = ImageOps.fit(ImageOps.exif_transpose(source).convert("RGB"), (width, height), Image.Resampling.LANCZOS)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{source if isinstance(source, str) else 'a picture'} can't be read: {error}") from None
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def first_weight(vae):
+    """Of its first convolution over pictures or frames, (width, colours, ...); None where it has none."""
+    return next((p for p in vae.parameters() if p.ndim > 3), None)
+
+
+@torch.no_grad()
+def encode(vae, pixels):
+    """Pictures (N, 3, H, W) in [-1, 1] -> latents (N, C, h, w), scaled as the denoiser expects them; (N, C, 1, h, w) of video."""
+    config, weight = vae.config, first_weight(vae)
+    if getattr(config, "force_upcast", False) and weight.dtype != torch.float32:
+        vae.to(torch.float32)
+    x = pixels if weight.ndim == 4 else pixels[:, :, None]
+    found = vae.encode(x.to(getattr(vae, "device", weight.device), weight.dtype))
+    z = found.latent_dist.mode() if hasattr(found, "latent_dist") else tensors(found)[0]
+    broadcast = lambda values: torch.tensor(values, dtype=z.dtype, device=z.device).view(-1, *[1] * (z.ndim - 2))
+    if getattr(config, "latents_mean", None) is not None:
+        z = (z - broadcast(config.latents_mean)) / broadcast(config.latents_std)
+    z = z - (getattr(config, "shift_factor", None) or 0.0)
+    return z * (getattr(config, "scaling_factor", None) or 1.0)
+
+
+def add_noise(scheduler, x, noise, timestep):
+    """x at a timestep of the scheduler's present schedule, as its own steps would meet it there."""
+    scheduler = copy.copy(scheduler)  # for the look-up by time: the original has its place in the schedule
+    for place in ("_step_index", "_begin_index"):
+        if hasattr(scheduler, place):
+            setattr(scheduler, place, None)
+    t = timestep.reshape(1).to(x.device).expand(len(x))
+    if hasattr(scheduler, "scale_noise"):
+        return scheduler.scale_noise(x, t, noise).to(x.dtype)
+    return scheduler.add_noise(x, noise, t).to(x.dtype)
+
+
+class Pictures:
+    """Puts pictures in the place of what a pipeline samples.
+
+    hooked: a HookedDiffusionModel whose pipeline has a VAE. prompt, options: of any generation with it, as short as can be.
+    width, height: of the pictures, or None for the pipeline's own size, which is square. Raises ValueError for a pipeline
+    without a VAE or a scheduler that adds noise, and where its sample is no rearrangement of the VAE's latents.
+    """
+
+    def __init__(self, hooked, prompt, options, width=None, height=None):
+        pipe, name = hooked.pipe, type(hooked.pipe).__name__
+        self.hooked, self.vae = hooked, getattr(pipe, "vae", None)
+        weight = None if self.vae is None else first_weight(self.vae)
+        if weight is None or weight.shape[1] != 3 or not hasattr(self.vae, "encode"):
+            raise ValueError(f"--images: {name} has no VAE that encodes pictures")
+        if not any(hasattr(s, "add_noise") or hasattr(s, "scale_noise") for s in hooked.schedulers):
+            raise ValueError(f"--images: {name} has a scheduler that adds no noise")
+        sample = hooked.first_sample([prompt] * ROWS, generator=seeded(range(ROWS)), **options).cpu()
+        size = sample[0].numel()
+        noises = torch.stack([torch.randn(size, generator=g, dtype=sample.dtype) for g in seeded(range(ROWS))]).double()
+        there = sample.flatten(1).double()
+        ours, theirs = (np.lexsort(x.numpy()) for x in (noises, there))
+        scale = there.norm() / noises.norm()
+        if not torch.allclose(there[:, theirs], scale * noises[:, ours], rtol=0.02, atol=1e-3 * scale.item()):
+            raise ValueError(
+                f"--images: the sample of {name} is no rearrangement of noise on latents, so pictures can't be put in"
+            )
+        order = torch.empty(size, dtype=torch.long)
+        order[torch.from_numpy(theirs)] = torch.from_numpy(ours)
+        self.order, self.shape, self.dtype = order, sample.shape[1:], sample.dtype
+        shapes = encode(self.vae, torch.zeros(1, 3, 64, 64)).shape
+        self.shrinks = 64 // shapes[-1]
+        side = math.isqrt(size // shapes[1]) * self.shrinks
+        self.width, self.height = width or side, height or side
+        here = (self.width // self.shrinks) * (self.height // self.shrinks) * shapes[1]
+        if here != size:
+            raise ValueError(
+                f"--images: a picture of {self.width} x {self.height} has {here} latents, and {name} samples {size}: "
+                """give --width and --height, and for video --pipeline_kwargs '{"num_frames": 1}'"""
+            )
+
+    def latents(self, sources):
+        """Clean samples (R, ...) of the pictures, packed as the scheduler steps them, on the VAE's device."""
+        z = encode(self.vae, torch.stack([read_picture(s, self.width, self.height) for s in sources]))
+        return z.flatten(1)[:, self.order.to(z.device)].view(len(z), *self.shape).to(self.dtype)
+
+    @contextmanager
+    def in_place(self, sources, seeds):
+        """Context in which the pipeline samples these pictures, one a row, with noise of the seeds; it returns the clean ones."""
+        x = self.latents(sources)
+        noise = torch.stack([torch.randn(self.shape, generator=g, dtype=x.dtype) for g in seeded(seeds)]).to(x.device)
+
+        def replace(index, scheduler):
+            last = index + 1 >= len(scheduler.timesteps)
+            return x if last else add_noise(scheduler, x, noise, scheduler.timesteps[index + 1])
+
+        with self.hooked.watch(replace=replace):
+            yield
+
+
+def seeded(seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
