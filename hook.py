@@ -130,16 +130,13 @@ class HookedDiffusionModel:
             names = self.hook_names(position)
             targets |= {name: modules[name] for name in names}
             explicit |= set() if set(position) & set("*?[") else set(names)
-        for name, root in {denoiser: self.denoisers[denoiser] for denoiser, _ in targets.values()}.items():
-            if root is not unwrap(root) and hasattr(root, "_orig_mod") or any(m._compiled_call_impl for m in root.modules()):
-                raise ValueError(f"{name} is compiled, and hooks inside it would not run: use it uncompiled")
-            if getattr(unwrap(root), "is_cache_enabled", False):
-                raise ValueError(f"{name} has a block cache, which repeats stale values: call its disable_cache() first")
+        for denoiser in {denoiser for denoiser, _ in targets.values()}:
+            check_hookable(denoiser, self.denoisers[denoiser])
         return targets, explicit
 
     def accepts(self, **options):
         """Those of the options that the pipeline takes."""
-        takes = inspect.signature(type(self.pipe).__call__).parameters
+        takes = inspect.signature(self.pipe).parameters
         return {name: value for name, value in options.items() if name in takes}
 
     def arguments(self, num_images_per_prompt=1, output_type=None, extra=None, **options):
@@ -148,7 +145,7 @@ class HookedDiffusionModel:
         `output_type` is left out where the pipeline has none; `extra` is a dict of anything else. Raises ValueError for
         what the pipeline does not take, and for what is given twice.
         """
-        pipeline, takes = type(self.pipe).__name__, inspect.signature(type(self.pipe).__call__).parameters
+        pipeline, takes = type(self.pipe).__name__, inspect.signature(self.pipe).parameters
         for name in options:
             default = takes[name].default if name in takes else None
             if options[name] is None and default is not inspect.Parameter.empty:
@@ -171,7 +168,7 @@ class HookedDiffusionModel:
         """Generate. kwargs go to the pipeline, or to `loop.Loop` for a denoiser of one's own. Where a pipeline takes no
         prompt, it gets class numbers written as text, or only as many samples as there are prompts.
         """
-        takes = inspect.signature(self.pipe.__call__).parameters
+        takes = inspect.signature(self.pipe).parameters
         given = {} if prompt is None else {"prompt": prompt}
         if prompt is not None and "prompt" not in takes:
             texts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -364,6 +361,16 @@ class HookedDiffusionModel:
                 yield sampling
         finally:
             self._watching.remove(sampling)
+
+
+def check_hookable(name, root):
+    """ValueError for a denoiser in which hooks would not run, or would see what an earlier step computed."""
+    modules = list(root.modules())
+    if any(hasattr(m, "_orig_mod") or m._compiled_call_impl for m in modules):
+        raise ValueError(f"{name} is compiled, and hooks inside it would not run: use it uncompiled")
+    installed = [hook for m in modules if hasattr(m, "_diffusers_hook") for hook in m._diffusers_hook.hooks.values()]
+    if getattr(unwrap(root), "is_cache_enabled", False) or any(getattr(hook, "_is_stateful", False) for hook in installed):
+        raise ValueError(f"{name} caches what blocks compute and repeats it in other steps: switch that off first")
 
 
 def raw(function, name, idle):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import PROMPTS, build, generate_options, sd15, tiny_unet
 
-from hook import HookedDiffusionModel
+from hook import Edit, HookedDiffusionModel
 from rows import guidance_weights
 from tokens import by_token
 
@@ -191,6 +191,115 @@ def test_modules_that_never_run_are_refused(pipe):
         run(pipe, hook_names="spare")
     with pytest.raises(ValueError, match="never ran"):
         HookedDiffusionModel.from_pipeline(pipe).run_with_hooks({"spare": lambda m, i, o: o}, PROMPTS[:1], **generate_options(1))
+
+
+def compiled(unet):
+    return torch.compile(unet)
+
+
+def compiled_in_place(unet):
+    unet.compile()
+
+
+def compiled_in_part(unet):
+    unet.mid_block.compile()
+
+
+@pytest.mark.parametrize("compile", [compiled, compiled_in_place, compiled_in_part], ids=lambda f: f.__name__)
+def test_a_compiled_denoiser_is_refused(compile):
+    pipe = build(sd15)
+    if (unet := compile(pipe.unet)) is not None:
+        pipe.unet = unet
+    hooked = HookedDiffusionModel.from_pipeline(pipe)
+    assert HOOK in hooked.hook_names()
+    for attempt in (
+        lambda: hooked.run_with_cache(HOOK, PROMPTS[:1], **generate_options(1)),
+        lambda: hooked.run_with_hooks({HOOK: lambda m, i, o: o}, PROMPTS[:1], **generate_options(1)),
+        lambda: hooked.layouts(HOOK, PROMPTS[:1], **generate_options(1)),
+    ):
+        with pytest.raises(ValueError, match="compiled"):
+            attempt()
+
+
+def test_fused_projections_never_run(pipe):
+    pipe.unet.fuse_qkv_projections()
+    name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    with pytest.raises(ValueError, match="never ran.* fused"):
+        run(pipe, hook_names=name)
+    run(pipe, hook_names="mid_block.attentions.0.transformer_blocks.0.attn1")
+
+
+@pytest.mark.parametrize("applied", ["to the model", "by its method"])
+def test_block_caches_are_refused(applied):
+    from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache
+    from families import flux
+
+    pipe = build(flux)
+    config = FirstBlockCacheConfig(threshold=0.1)
+    if applied == "to the model":
+        apply_first_block_cache(pipe.transformer, config)
+    else:
+        pipe.transformer.enable_cache(config)
+    with pytest.raises(ValueError, match="caches what blocks compute"):
+        HookedDiffusionModel.from_pipeline(pipe).run_with_cache("transformer_blocks.0", PROMPTS[:1])
+
+
+def test_wrong_requests_are_refused(pipe):
+    hooked, options = HookedDiffusionModel.from_pipeline(pipe), generate_options(2)
+    ask = lambda **more: hooked.run_with_cache(HOOK, PROMPTS[:2], **more, **options)
+    with pytest.raises(ValueError, match="stream: expected image, text, got 'audio'"):
+        ask(stream="audio")
+    with pytest.raises(ValueError, match="rows: expected cond, uncond, both, got 'all'"):
+        ask(rows="all")
+    with pytest.raises(ValueError, match="both off"):
+        ask(save_output=False)
+    with pytest.raises(ValueError, match="holds no image tokens"):
+        hooked.run_with_cache("time_embedding", PROMPTS[:2], **options)
+    with pytest.raises(ValueError, match="rows: expected cond, uncond, all"):
+        Edit(torch.zeros_like, rows="both")
+    with pytest.raises(ValueError, match=r"must return \(2, 64, 16\) or None, got \(2, 64, 1\)"):
+        hooked.run_with_hooks({HOOK: Edit(lambda x: x[..., :1])}, PROMPTS[:2], **options)
+    with pytest.raises(ValueError, match="no unconditional rows to edit"):
+        hooked.run_with_hooks({HOOK: Edit(torch.zeros_like, rows="uncond")}, PROMPTS[:2], **options | {"guidance_scale": 1.0})
+
+
+def test_a_module_without_the_rows_of_the_batch_is_refused():
+    class Positions(Denoiser):
+        def __init__(self):
+            super().__init__()
+            self.positions = torch.nn.Linear(3, 6)
+
+        def forward(self, x, t, text):
+            return super().forward(x, t, text) + self.positions(torch.ones(5, 3)).mean()
+
+    torch.manual_seed(0)
+    model, x = Positions(), torch.randn(2, 3, 4, 5)
+    with pytest.raises(ValueError, match=r"no batch axis of 2 rows; the shape is \(5, 6\)"), torch.no_grad():  # noqa: SIM117
+        with HookedDiffusionModel(model, Euler()).cache("positions", 2):
+            Euler().step(model(x, 1.0, torch.randn(2, 5)), 1.0, x)
+
+
+def test_a_step_that_does_not_fit_the_plan_is_an_error():
+    """Edits of conditional rows where guidance sets in after the first step."""
+
+    torch.manual_seed(0)
+    model, scheduler = Denoiser(), Euler()
+    hooked = HookedDiffusionModel(model, scheduler)
+    x0, text = torch.randn(2, 3, 4, 5), torch.randn(2, 5)
+
+    def late_guidance(prompt=None):
+        x = x0
+        for t in (9.0, 5.0):
+            if t == 9.0:
+                x = scheduler.step(model(x, t, text), t, x)
+            else:
+                uncond, cond = model(torch.cat([x, x]), t, torch.cat([0 * text, text])).chunk(2)
+                x = scheduler.step(uncond + 4 * (cond - uncond), t, x)
+
+    hooked.pipe = late_guidance
+    with pytest.raises(ValueError, match="step 1 are not those of the first"):
+        hooked.run_with_hooks({"mix": Edit(lambda x: 2 * x)}, ["a", "b"])
+    hooked.run_with_hooks({"mix": Edit(lambda x: 2 * x, rows="all")}, ["a", "b"])
 
 
 def test_guidance_weights_are_exact():
