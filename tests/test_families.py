@@ -324,6 +324,28 @@ def test_frames_that_are_rows_inside(recipe):
     assert torch.equal(cache["output"][name][:, 0], by_hand[1])
 
 
+def test_tokens_of_layers_over_time_are_in_raster_order():
+    """Inside a temporal layer the places are rows and the frames are tokens: (rows H W, frames, d)."""
+    case, seen = Case(animatediff), []
+    name = "up_blocks.0.motion_modules.0.transformer_blocks.0"
+    case.pipe.unet.get_submodule(name).register_forward_hook(lambda m, i, o: seen.append(o.clone()))
+    _, cache = case.cache(name)
+    H, W = cache["grid"][name][1:]
+    by_hand = seen[0].unflatten(0, (2, 3, H * W)).transpose(2, 3).flatten(2, 3)  # chunk, prompt, frame and place, d
+    assert cache["grid"][name] == (3, H, W) and seen[0].shape[:2] == (6 * H * W, 3)
+    assert torch.equal(cache["output"][name][:, 0], by_hand[1])
+
+
+def test_names_of_contexts_tell_where_predictions_do_not():
+    """One prompt, and a last layer of zeros: conditional and unconditional predictions are the same."""
+    case = Case(next(recipe for recipe in RECIPES if recipe.__name__ == "wan"))
+    torch.nn.init.zeros_(case.pipe.transformer.proj_out.weight)
+    _, cache = case.cache("blocks.1", n=1, keep=dict(rows="both"))
+    expected = case.seen_by_hand(case.by_hand.image, n=1)
+    check(cache["output"]["blocks.1"], expected["c"])
+    check(cache["output_uncond"]["blocks.1"], expected["u"])
+
+
 # -------------------------------------------------------------------------------------------------------- no family by name
 
 

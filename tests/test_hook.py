@@ -279,6 +279,36 @@ def test_a_module_without_the_rows_of_the_batch_is_refused():
             Euler().step(model(x, 1.0, torch.randn(2, 5)), 1.0, x)
 
 
+class Joint(torch.nn.Module):
+    """Six text tokens, three places that a mask sets to zero, an image of 4 x 5 patches; attention written out."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.qkv, self.out = torch.nn.Linear(3, 8), torch.nn.Linear(8, 24), torch.nn.Linear(8, 3)
+        self.block = torch.nn.Identity()
+
+    def forward(self, x, t, text):
+        image = self.embed(x.flatten(2).transpose(1, 2)) + t / 10
+        tokens = torch.cat([text, text[:, :3], image], 1)
+        q, k, v = self.qkv(tokens).chunk(3, -1)
+        tokens = tokens + (q @ k.transpose(1, 2) / 8**0.5).softmax(-1) @ v
+        keep = torch.ones(29).index_fill(0, torch.arange(6, 9), 0)
+        tokens = self.block(tokens * keep[:, None])  # 0 or -0
+        return self.out(tokens[:, 9:]).transpose(1, 2).unflatten(2, (4, 5))
+
+
+@pytest.mark.parametrize("stream, first, grid", [("image", 9, (4, 5)), ("text", 0, (6,))])
+def test_streams_of_attention_that_is_written_out(stream, first, grid):
+    torch.manual_seed(0)
+    model, x, text, seen = Joint(), torch.randn(2, 3, 4, 5), torch.randn(2, 6, 8), []
+    model.block.register_forward_hook(lambda module, input, output: seen.append(output))
+    with torch.no_grad(), HookedDiffusionModel(model, Euler()).cache("block", 2, stream=stream) as cache:
+        Euler().step(model(x, 1.0, text), 1.0, x)
+    n = torch.Size(grid).numel()
+    assert cache["grid"]["block"] == grid
+    assert torch.equal(cache["output"]["block"][:, 0], seen[-1][:, first : first + n])
+
+
 def test_a_step_that_does_not_fit_the_plan_is_an_error():
     """Edits of conditional rows where guidance sets in after the first step."""
 
