@@ -30,14 +30,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import nn
 from tqdm import tqdm
 
 from cli import check_positive, resolve_device, resolve_dtype, run
-from sae import Metrics, Sae, count_active, evaluate, geometric_median, save_tensors
+from sae import Metrics, Sae, evaluate, geometric_median, save_tensors
+from step import Step
 from store import newest_activations, open_activations, read_json, write_atomically
 
 
@@ -97,40 +96,6 @@ def lr_at(iteration, iterations, cfg, num_latents):
     fall = {"constant": 1.0, "linear": min(1.0, 5 * left), "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}
     rise = min(1.0, (iteration + 1) / (min(cfg.lr_warmup_steps, iterations // 5) + 1))
     return peak * rise * fall[cfg.lr_scheduler]
-
-
-def auxk_loss(sae, x, x_hat, dead):
-    """How badly the dead latents predict what the others leave over: sum of |e - e_hat|^2, a scalar.
-
-        e     = x - x_hat, a constant
-        e_hat = the k_aux largest activations among the dead latents, times their rows of W_dec; b_dec is in x_hat
-
-    x, x_hat (N, d); dead (n_dead,) indices; k_aux = d / 2. Gao et al. 2024, section A.2; sparsify's min(n_dead / k_aux, 1)
-    is not in it, nor of use: a dead latent has no other gradient, and Adam rescales it. The products are dense, but over
-    the dead latents only: at k_aux = d / 2 gathering rows would be dearer.
-    """
-    k_aux = max(1, x.shape[1] // 2)
-    W_enc, b_enc, W_dec = (p.index_select(0, dead) for p in (sae.encoder.weight, sae.encoder.bias, sae.W_dec))
-    acts = F.relu(F.linear(x - sae.b_dec, W_enc, b_enc))  # (N, n_dead)
-    if len(dead) > k_aux:
-        acts = acts * (acts >= acts.topk(k_aux).values[:, -1:])
-    return (x - x_hat).detach().sub(acts @ W_dec).square().sum()
-
-
-def backward(sae, x, n, variance, residual, dead, alpha, dtype):
-    """Add the gradient of (|x - x_hat|^2 / variance + alpha * AuxK / residual) / n, one part of the loss, to `.grad`.
-
-    x (N, d) is part of an update's n vectors, `residual` the mean |x - x_hat|^2 of the update before. So divided, AuxK is
-    1 where the dead latents predict nothing, as in openai/sparse_autoencoder; with the variance, as in sparsify, 25 % of
-    256 badly started latents stayed dead, not 1 %. Returns the loss and x_hat, top_acts, top_indices, all detached.
-    """
-    top_acts, top_indices = sae.encode(x, dtype)
-    x_hat = sae.decode(top_acts, top_indices)
-    loss = (x - x_hat).square().sum() / (n * variance)
-    if len(dead) and alpha:
-        loss = loss + alpha * auxk_loss(sae, x, x_hat, dead) / (n * residual)
-    loss.backward()
-    return loss.detach(), x_hat.detach(), top_acts.detach(), top_indices
 
 
 def prepare(activations, cfg, device, num_latents):
@@ -283,65 +248,47 @@ def train(cfg, activations, folder, device):
     else:
         sae = Sae(activations.d, num_latents, cfg.k).to(device)
         print(f"going on at iteration {state['iteration']} of {folder}")
-    optimizer = torch.optim.Adam(sae.parameters(), fused=True, betas=(0.9, 0.999), eps=6.25e-10)  # Gao et al. 2024, A.3
-    silent_for = torch.zeros(num_latents, dtype=torch.int64, device=device)  # vectors since a latent was last active
-    residual = torch.ones((), device=device)  # mean |x - x_hat|^2 of the last update
-    tensors = {"silent_for": silent_for, "residual": residual, **sae.state_dict()}  # all that updates change, in place
-    for name, p in sae.named_parameters():
-        optimizer.state[p] = {"step": torch.zeros((), device=device)}
-        optimizer.state[p] |= {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-        tensors |= {f"{name}.{key}": tensor for key, tensor in optimizer.state[p].items()}
-    save_checkpoint = lambda: save_tensors(checkpoint, tensors, {"state": json.dumps(state)})
+    dtypes = {"auto": resolve_dtype("auto", device), "no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    step = Step(
+        sae,
+        state["variance"],
+        auxk_alpha=cfg.auxk_alpha,
+        dead_feature_threshold=cfg.dead_feature_threshold,
+        normalize_decoder=cfg.normalize_decoder,
+        dtype=dtypes[cfg.mixed_precision],
+    )
+    save_checkpoint = lambda: save_tensors(checkpoint, step.state, {"state": json.dumps(state)})
     if found == "nothing":
         folder.mkdir(parents=True, exist_ok=True)
         save_checkpoint()
     else:
-        for name, tensor in load_file(checkpoint).items():
-            tensors[name].copy_(tensor)
+        step.load(load_file(checkpoint))
 
     # 3. Training
     total = min(cfg.max_examples or math.inf, cfg.num_epochs * activations.num_training)
     iterations = -(-total // cfg.effective_batch_size)
     parts = cfg.grad_acc_steps * cfg.micro_acc_steps
-    dtypes = {"auto": resolve_dtype("auto", device), "no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    dtype = dtypes[cfg.mixed_precision]
-    scale, variance, start = state["scale"], state["variance"], time.perf_counter() - state["seconds"]
+    scale, start = state["scale"], time.perf_counter() - state["seconds"]
     batches = activations.batches(cfg.effective_batch_size, total, state["vectors"], cfg.seed, cfg.buffer_gb)
     bar = tqdm(total=total, initial=state["vectors"], unit="vec", unit_scale=True, dynamic_ncols=True, desc=folder.name)
     with open_log(cfg, folder, state) as log, bar, interrupt_later() as pressed:
         for batch in batches:
-            n, iteration = len(batch), state["iteration"]
-            dead = (silent_for >= cfg.dead_feature_threshold).nonzero().flatten()
+            iteration = state["iteration"]
             last = iteration + 1 == iterations
-            log_it = (iteration + 1) % cfg.log_every == 0 or last
-            metrics, counts, loss, error = Metrics(num_latents), torch.zeros_like(silent_for), 0.0, 0.0
-            for x in batch.chunk(parts):
-                x = x.to(device).float() * scale
-                part_loss, x_hat, *codes = backward(sae, x, n, variance, residual, dead, cfg.auxk_alpha, dtype)
-                loss += part_loss
-                error += (x - x_hat).square().sum()
-                counts += count_active(*codes, num_latents)
-                if log_it:
-                    metrics.update(x, x_hat, *codes)
-            if cfg.normalize_decoder:
-                sae.remove_parallel_gradient()
-            norm = nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
-            optimizer.param_groups[0]["lr"] = lr = lr_at(iteration, iterations, cfg, num_latents)
-            optimizer.step()
-            optimizer.zero_grad()
-            if cfg.normalize_decoder:
-                sae.normalize_decoder()
-            silent_for.add_(n).masked_fill_(counts > 0, 0)
-            residual.copy_(error / n).clamp_(min=1e-6 * variance)
+            x, lr = batch.to(device).float() * scale, lr_at(iteration, iterations, cfg, num_latents)
+            loss, norm, *found = step(x, lr, parts)
             seconds = round(time.perf_counter() - start, 2)
-            state |= {"iteration": iteration + 1, "vectors": state["vectors"] + n, "seconds": seconds}
-            bar.update(n)
+            state |= {"iteration": iteration + 1, "vectors": state["vectors"] + len(x), "seconds": seconds}
+            bar.update(len(x))
+            log_it = state["iteration"] % cfg.log_every == 0 or last
             save = state["iteration"] % cfg.save_every == 0 or last or pressed
             if (log_it or save) and not math.isfinite(loss + norm):  # it stays so once the weights are; asking makes a GPU wait
                 raise ValueError(f"NaN or inf in the data or the loss by iteration {iteration}; {checkpoint} is the last good")
             if log_it:  # the numbers of this batch, by the weights that it found
+                metrics = Metrics(num_latents)
+                metrics.update(x, *found)
                 row = {name: state[name] for name in ("iteration", "vectors", "seconds")} | {"fvu": metrics.fvu, "l0": metrics.l0}
-                row["dead"] = (silent_for >= cfg.dead_feature_threshold).float().mean().item()
+                row["dead"] = (step.state["silent_for"] >= cfg.dead_feature_threshold).float().mean().item()
                 log(row | {"loss": loss.item(), "lr": lr})
                 bar.set_postfix(fvu=f"{row['fvu']:.3f}", l0=f"{row['l0']:.1f}", dead=f"{row['dead']:.1%}")
             if save:

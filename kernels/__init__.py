@@ -1,8 +1,10 @@
 """The fast parts of a sparse autoencoder: one operation a file, a Triton kernel beside its torch twin.
 
+    topk(pre_acts, k)                                 -> top_acts, top_indices
     encode(x, W_enc, b_enc, b_dec, k)                 -> top_acts, top_indices
     decode(top_acts, top_indices, W_dec, b_dec)       -> x_hat
     sum_by_latent(weights, top_indices, x, M)         -> dW, db       (the weight gradient of both)
+    update(W, gradient, ...)                          clips, projects, Adam, unit norm, in place
 
 Tensors on CUDA go through Triton, all others, and all where Triton is not installed, through torch. Both give every
 gradient, accumulate in float32 and use no atomics, so the same input gives the same bits.
@@ -19,11 +21,16 @@ _namesake = PathFinder.find_spec("kernels", [p for p in sys.path if Path(p).reso
 if _namesake is not None:
     __path__ += _namesake.submodule_search_locations or []
 
-from kernels.decode import decode  # noqa: E402
-from kernels.encode import encode  # noqa: E402
-from kernels.grad import sum_by_latent  # noqa: E402
+from kernels.adam import adam, squared_norm, update  # noqa: E402
+from kernels.decode import decode, decode_error  # noqa: E402
+from kernels.encode import Selector, encode  # noqa: E402
+from kernels.grad import Gradient, sort_pairs, sum_by_latent  # noqa: E402
+from kernels.topk import topk  # noqa: E402
 
-__all__ = ["decode", "encode", "sum_by_latent"]
+__all__ = [
+    "Gradient", "Selector", "adam", "decode", "decode_error", "encode", "sort_pairs", "squared_norm", "sum_by_latent", "topk",
+    "update",
+]  # fmt: skip
 
 
 def __getattr__(name):

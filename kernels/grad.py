@@ -10,6 +10,8 @@ The N*k pairs are sorted by latent; then each latent's row is summed by one prog
 Nothing is written twice, so there are no atomics and the same input gives the same bits.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
@@ -25,6 +27,33 @@ def sort_pairs(top_indices, num_latents):
     latents, order = torch.sort(top_indices.flatten(), stable=True)
     ends = torch.searchsorted(latents, torch.arange(num_latents + 1, device=latents.device, dtype=latents.dtype))
     return order, ends
+
+
+class Gradient(NamedTuple):
+    """The gradient of a weight matrix (M, d), unmade: sums over pairs, sorted by latent, and some rows more.
+
+    gradient[m] = sum of weights x[vectors] over the pairs ends[m] to ends[m + 1],   + dense[i] where rows[i] = m
+    """
+
+    weights: torch.Tensor  # (P,)
+    vectors: torch.Tensor  # (P,): which row of x
+    ends: torch.Tensor  # (M + 1,)
+    x: torch.Tensor  # (N, d)
+    rows: torch.Tensor | None = None  # (C,), rising
+    dense: torch.Tensor | None = None  # (C, d)
+
+    def block(self, start, stop):
+        """Rows start to stop of the matrix."""
+        ends = self.ends[start : stop + 1]
+        first, last = int(ends[0]), int(ends[-1])
+        out = F.embedding_bag(
+            self.vectors[first:last], self.x, ends - first, mode="sum",
+            per_sample_weights=self.weights[first:last], include_last_offset=True,
+        )  # fmt: skip
+        if self.rows is not None:
+            a, b = torch.searchsorted(self.rows, torch.tensor([start, stop], device=self.rows.device)).tolist()
+            out.index_add_(0, self.rows[a:b] - start, self.dense[a:b])
+        return out
 
 
 if triton is not None:

@@ -18,7 +18,7 @@ import store
 import train
 from sae import Sae, evaluate, geometric_median
 from store import Activations
-from train import Config, auxk_loss, backward, lr_at, main, prepare
+from train import Config, lr_at, main, prepare
 
 ROOT = Path(train.__file__).parent
 
@@ -108,19 +108,6 @@ def dense_reference(sae, x, dead, alpha, variance, residual):
     return loss.detach(), [p.grad for p in params], codes.detach(), e.detach()
 
 
-@pytest.mark.parametrize("num_dead", [0, 3, 20])  # k_aux is 8
-def test_gradients_against_dense_float64(num_dead):
-    x = torch.randn(60, 16, generator=torch.Generator().manual_seed(0)) + 1
-    sae = Sae(16, 40, 5)
-    sae.b_dec.data.copy_(torch.linspace(-1, 1, 16))
-    dead = torch.arange(40)[2 : 2 + num_dead]
-    loss = backward(sae, x, len(x), 7.0, 3.0, dead, 0.5, None)[0]
-    expected, gradients, *_ = dense_reference(sae, x, dead, 0.5, 7.0, 3.0)
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
-    for p, g in zip((sae.encoder.weight, sae.encoder.bias, sae.W_dec, sae.b_dec), gradients):
-        assert (p.grad - g).norm() <= 1e-5 * g.norm()
-
-
 @pytest.mark.parametrize("normalize", [True, False])
 def test_updates_against_float64_autograd_and_torch_adam(data, tmp_path, normalize):
     """Six updates of `train`: the gradient, what is projected and clipped, the learning rate, Adam, who is dead."""
@@ -155,26 +142,6 @@ def test_updates_against_float64_autograd_and_torch_adam(data, tmp_path, normali
     mine["b_dec"] *= scale
     for p, name in zip(params, ("encoder.weight", "encoder.bias", "W_dec", "b_dec")):
         assert (mine[name] - p).norm() <= 1e-4 * (sae.W_dec - start).norm(), name
-
-
-def test_auxk_predicts_the_residual_with_dead_latents_alone():
-    """By hand: the one dead latent points along the residual, so the loss is 0 there, and only it has a gradient."""
-    sae = Sae(2, 3, 1)
-    with torch.no_grad():
-        sae.W_dec.copy_(torch.tensor([[1.0, 0], [0, 1], [-1, 0]]))
-        sae.encoder.weight.copy_(sae.W_dec)
-        sae.b_dec.fill_(10)
-    x = torch.tensor([[13.0, 11.0]])  # b_dec + (3, 1): latent 0 takes the 3, the residual is +(0, 1)
-    x_hat = sae(x)
-    dead = torch.tensor([1])
-    assert auxk_loss(sae, x, x_hat, dead).item() == 0
-    sae.b_dec.data[1] -= 1  # now latent 1 says 2, and the residual is (0, 2)
-    assert auxk_loss(sae, x, sae(x), dead).item() == 0
-    with torch.no_grad():
-        sae.W_dec[1] *= 1.5
-    auxk_loss(sae, x, sae(x), dead).backward()
-    assert sae.W_dec.grad[1].any() and not sae.W_dec.grad[[0, 2]].any()
-    assert sae.encoder.weight.grad[1].any() and not sae.encoder.weight.grad[[0, 2]].any()
 
 
 def test_parts_add_up_to_the_whole_update(data, tmp_path):
@@ -397,16 +364,16 @@ class FakeTracker:
 
 @pytest.mark.parametrize("log_to", ["wandb", "trackio", "tensorboard"])
 def test_log_to(data, tmp_path, monkeypatch, log_to):
-    fake, calls = FakeTracker(), []
+    fake, calls, update = FakeTracker(), [], train.Step.__call__
     monkeypatch.setitem(sys.modules, {"tensorboard": "torch.utils.tensorboard"}.get(log_to, log_to), fake)
 
     def interrupted(*args):
         calls.append(args)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return backward(*args)
+        return update(*args)
 
-    monkeypatch.setattr(train, "backward", interrupted)
+    monkeypatch.setattr(train.Step, "__call__", interrupted)
     options = dict(max_examples=600, log_every=1, save_every=2, log_to=log_to)
     with pytest.raises(KeyboardInterrupt):
         main(config(data, tmp_path, **options))

@@ -1,0 +1,180 @@
+"""The training step against plain dense autograd in float64 and torch.optim.Adam, and AuxK by hand."""
+
+import itertools
+import sys
+
+import pytest
+import torch
+
+from kernels import Gradient, encode, sort_pairs, squared_norm
+from kernels.topk import torch_topk
+from sae import Sae
+from step import Step
+
+NAMES = ("encoder.weight", "encoder.bias", "W_dec", "b_dec")
+EPS = 6.25e-10
+
+
+def make(d=24, M=96, k=5, seed=0, **options):
+    g = torch.Generator().manual_seed(seed)
+    sae = Sae(d, M, k, seed=seed)
+    sae.b_dec.data.copy_(torch.randn(d, generator=g))
+    sae.encoder.weight.data.add_(0.1 * torch.randn(M, d, generator=g))
+    sae.encoder.bias.data.copy_(0.1 * torch.randn(M, generator=g))
+    return sae, Step(sae, variance=7.0, **options)
+
+
+def top(a, k):
+    return a * (a >= a.topk(k).values[:, -1:]) if k < a.shape[1] else a
+
+
+def dense_loss(params, x, k, variance, alpha=0.0, residual=1.0, dead=(), multi_topk=False):
+    """The loss of step.py's first line by dense autograd: what it is, the codes (N, M) and the error (N, d)."""
+    W_enc, b_enc, W_dec, b_dec = params
+    pre_acts = torch.relu((x - b_dec) @ W_enc.T + b_enc)
+    codes = top(pre_acts, k)
+    e = codes @ W_dec + b_dec - x
+    loss = e.square().sum() / variance
+    if len(dead) and alpha:
+        e_hat = top(pre_acts[:, dead], max(1, x.shape[1] // 2)) @ W_dec[dead]
+        loss = loss + alpha * (-e.detach() - e_hat).square().sum() / residual
+    if multi_topk:
+        loss = loss + (top(pre_acts, 4 * k) @ W_dec + b_dec - x).square().sum() / (8 * variance)
+    return loss / len(x), codes.detach(), e.detach()
+
+
+OPTIONS = list(itertools.product([0.0, 5.0], [False, True], [False, True], [700.0, 0.07]))
+
+
+@pytest.mark.parametrize("alpha, multi_topk, unit_norm, variance", OPTIONS)
+def test_twenty_steps_against_float64(alpha, multi_topk, unit_norm, variance):
+    """AuxK, Multi-TopK and unit norm on and off; a variance so small that every gradient is clipped, and a large one."""
+    sae, step = make(auxk_alpha=alpha, multi_topk=multi_topk, normalize_decoder=unit_norm, dead_feature_threshold=100)
+    step.variance = variance
+    params = [sae.get_parameter(name).detach().double().requires_grad_() for name in NAMES]
+    optimizer = torch.optim.Adam(params, lr=1e-3, betas=(0.9, 0.999), eps=EPS)
+    silent, residual, norms, auxk_ran = torch.zeros(96), 1.0, [], 0
+    g = torch.Generator().manual_seed(1)
+    for _ in range(20):
+        x = torch.randn(40, 24, generator=g)
+        dead = (silent >= 100).nonzero().flatten()
+        auxk_ran += bool(len(dead))
+        loss, codes, e = dense_loss(params, x.double(), 5, variance, alpha, residual, dead, multi_topk)
+        optimizer.zero_grad()
+        loss.backward()
+        W = params[2].detach()
+        if unit_norm:
+            params[2].grad -= (params[2].grad * W).sum(1, keepdim=True) * W
+        norms.append(torch.nn.utils.clip_grad_norm_(params, 1.0).item())
+        optimizer.step()
+        if unit_norm:
+            W /= W.norm(dim=1, keepdim=True)
+        silent = torch.where((codes > 0).any(0), 0, silent + 40)
+        residual = e.square().sum() / 40
+
+        result = step(x, 1e-3)
+        torch.testing.assert_close(result.loss.double(), loss.detach(), rtol=1e-5, atol=0)
+        torch.testing.assert_close(result.norm.double().item(), norms[-1], rtol=1e-4, atol=0)
+        torch.testing.assert_close((result.x_hat - x).double(), e, rtol=1e-4, atol=1e-5)
+    assert auxk_ran > 3 and (min(norms) > 1 if variance < 1 else max(norms) < 1 or alpha)
+    for name, p in zip(NAMES, params):
+        mine = sae.get_parameter(name).double()
+        assert (mine - p).norm() <= 1e-5 * p.norm(), (name, ((mine - p).norm() / p.norm()).item())
+    assert step.state["silent_for"].tolist() == silent.tolist()
+
+
+def test_parts_are_the_whole():
+    runs = {}
+    for parts in (1, 3):
+        sae, step = make(auxk_alpha=1.0, dead_feature_threshold=60)
+        for seed in range(4):
+            step(torch.randn(40, 24, generator=torch.Generator().manual_seed(seed)), 1e-3, parts)
+        runs[parts] = step.state
+    for name in runs[1]:
+        torch.testing.assert_close(runs[1][name], runs[3][name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_saved_state_goes_on_to_the_same_bits():
+    batches = [torch.randn(40, 24, generator=torch.Generator().manual_seed(seed)) for seed in range(6)]
+    for dtype in (None, torch.bfloat16):
+        _, whole = make(dtype=dtype, dead_feature_threshold=60)
+        _, first = make(dtype=dtype, dead_feature_threshold=60)
+        _, second = make(dtype=dtype, dead_feature_threshold=60, seed=1)
+        for x in batches:
+            whole(x, 1e-3)
+        for x in batches[:3]:
+            first(x, 1e-3)
+        second.load(first.state)
+        for x in batches[3:]:
+            second(x, 1e-3)
+        assert all(torch.equal(whole.state[name], second.state[name]) for name in whole.state)
+
+
+def test_auxk_predicts_the_residual_with_dead_latents_alone():
+    """By hand: the one dead latent points along the residual, so the loss is 0 there, and only it has a gradient."""
+    sae = Sae(2, 3, 1)
+    with torch.no_grad():
+        sae.W_dec.copy_(torch.tensor([[1.0, 0], [0, 1], [-1, 0]]))
+        sae.encoder.weight.copy_(sae.W_dec)
+        sae.b_dec.fill_(10)
+    step = Step(sae, variance=1.0, auxk_alpha=1.0)
+    x, dead = torch.tensor([[13.0, 11.0]]), torch.tensor([1])  # b_dec + (3, 1): latent 0 takes the 3, the residual is +(0, 1)
+    auxk = lambda: step.auxk(x - sae.b_dec.data, sae(x).detach() - x, dead, 1)
+    loss, dW_enc, db_enc, dW_dec, along = auxk()
+    assert loss == 0 and not dW_enc.any() and not dW_dec.any() and not db_enc.any()
+    sae.W_dec.data[1] *= 1.5
+    loss, dW_enc, db_enc, dW_dec, along = auxk()  # it says 1.5 where 1 is left over
+    assert loss.item() == pytest.approx(0.25) and db_enc.tolist() == pytest.approx([1.5])
+    assert dW_dec.tolist() == [pytest.approx([0, 1])] and dW_enc.tolist() == [pytest.approx([4.5, 1.5])]
+    assert along.tolist() == pytest.approx([1.5])
+
+
+def test_zero_activations_move_nothing():
+    sae, step = make(auxk_alpha=0.0)
+    sae.encoder.bias.data.fill_(-100)
+    before = {name: sae.get_parameter(name).clone() for name in NAMES}
+    result = step(torch.randn(40, 24), 1e-3)
+    assert not result.top_acts.any() and (step.state["silent_for"] == 40).all()
+    for name in NAMES[:3]:
+        torch.testing.assert_close(sae.get_parameter(name), before[name], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("N, M, k", [(7, 50, 5), (1, 33, 33), (5, 40, 1), (9, 64, 63)])
+def test_topk_is_exact_and_ties_go_to_the_lower_index(dtype, N, M, k):
+    g = torch.Generator().manual_seed(0)
+    for x in (torch.randn(N, M, generator=g), torch.randint(-2, 3, (N, M), generator=g).float(), -torch.rand(N, M, generator=g)):
+        x = x.to(dtype)
+        acts, indices = torch_topk(x, k)
+        expected = x.relu().sort(dim=1, descending=True, stable=True)
+        by_value = acts.sort(dim=1, descending=True).values
+        assert acts.dtype == dtype and torch.equal(by_value, expected.values[:, :k])
+        assert torch.equal(x.relu().gather(1, indices)[acts > 0], acts[acts > 0])
+        for row in range(N):
+            positive = expected.values[row, :k] > 0
+            assert set(indices[row][acts[row] > 0].tolist()) == set(expected.indices[row, :k][positive].tolist())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_of_columns_choose_as_the_whole_does(monkeypatch, dtype):
+    g = torch.Generator().manual_seed(0)
+    x, W, b, b_dec = (torch.randint(-2, 3, size, generator=g).float() for size in ((9, 6), (53, 6), (53,), (6,)))  # many ties
+    whole = encode(x, W, b, b_dec, 7, dtype)
+    monkeypatch.setattr(sys.modules["kernels.encode"], "PRE_ACTS", 9 * 11)
+    parts = encode(x, W, b, b_dec, 7, dtype)
+    as_sets = lambda acts, indices: [{(i, a) for i, a in zip(*row) if a > 0} for row in zip(indices.tolist(), acts.tolist())]
+    assert as_sets(*whole) == as_sets(*parts)
+
+
+@pytest.mark.parametrize("block", [4, 1000])
+def test_gradients_by_blocks_of_rows(monkeypatch, block):
+    monkeypatch.setattr(sys.modules["kernels.adam"], "BLOCK", block)
+    g = torch.Generator().manual_seed(0)
+    weights, indices, x = torch.randn(6, 3, generator=g), torch.randint(9, (6, 3), generator=g), torch.randn(6, 5, generator=g)
+    order, ends = sort_pairs(indices, 9)
+    rows, dense = torch.tensor([0, 3, 8]), torch.randn(3, 5, generator=g)
+    gradient = Gradient(weights.flatten()[order], order // 3, ends, x, rows, dense)
+    expected = torch.zeros(6, 9).scatter_add(1, indices, weights).T @ x
+    expected[rows] += dense
+    torch.testing.assert_close(torch.cat([gradient.block(a, min(a + 4, 9)) for a in (0, 4, 8)]), expected)
+    assert squared_norm(gradient).item() == pytest.approx(expected.square().sum().item(), rel=1e-5)
