@@ -7,9 +7,9 @@
     dW_dec[m] = sum of top_acts g over the pairs (vector, place) of latent m;     db_dec    = sum of g - db_enc W_enc
     dW_enc[m] = sum of d_acts (x - b_dec) over the same pairs;                    db_enc[m] = sum of d_acts
 
-Nothing of size (n, M) is made but the product that latents are chosen from, and that by blocks. The gradients of the two
-matrices are never whole: their rows are sums over a few pairs each, so cheap that they are made twice, once for the norm
-that clips them and once where Adam uses them (kernels/adam.py).
+Nothing of size (n, M) is made but the product that latents are chosen from, and that by blocks. The rows of the two
+matrices' gradients are sums over a few pairs each, so cheap that large ones are made twice, block by block, once for the
+norm that clips them and once where Adam uses them (kernels/adam.py), and never exist as a whole.
 
 Sources: TopK, AuxK and Multi-TopK, Gao et al. 2024 (arXiv 2406.04093), sections 2.3, 2.4, A.2 and A.3.
 """
@@ -123,8 +123,8 @@ class Step:
         vectors, acts, d_acts = order // indices.shape[1], acts.flatten()[order], d_acts.flatten()[order]
         dW_enc, dW_dec = Gradient(d_acts, vectors, ends, xs), Gradient(acts, vectors, ends, gs)
         ones, nobody = acts.new_ones(1, 1), torch.zeros_like(vectors)
-        db_enc = Gradient(d_acts, nobody, ends, ones).block(0, len(W_dec))[:, 0]
-        along = Gradient(acts * d_acts, nobody, ends, ones).block(0, len(W_dec))[:, 0]  # dW_dec[m] . W_dec[m]
+        total = lambda weights: Gradient(weights, nobody, ends, ones).block(0, len(W_dec))[:, 0]
+        db_enc, along = total(d_acts), total(acts * d_acts)  # along[m] = dW_dec[m] . W_dec[m]
         dead = (self.state["silent_for"] >= self.dead_feature_threshold).nonzero().flatten()
         if self.auxk_alpha and len(dead):
             aux, dense_enc, db, dense_dec, along_dead = self.auxk(centred, e, dead, n)
@@ -136,6 +136,7 @@ class Step:
             db_enc, along = db_enc.index_add(0, dead, db), along.index_add(0, dead, along_dead)
         db_dec = g.sum(0) - db_enc @ W_enc
         along = along if self.normalize_decoder else None
+        dW_enc, dW_dec = dW_enc.keep(), dW_dec.keep()
 
         # 3. Clip and Adam
         norm = (squared_norm(dW_enc) + squared_norm(dW_dec, along) + db_enc.square().sum() + db_dec.square().sum()).sqrt()

@@ -29,8 +29,11 @@ def sort_pairs(top_indices, num_latents):
     return order, ends
 
 
+KEPT = 1 << 27  # numbers of a gradient that is kept for its second use, 0.5 GB; a larger one is made twice, block by block
+
+
 class Gradient(NamedTuple):
-    """The gradient of a weight matrix (M, d), unmade: sums over pairs, sorted by latent, and some rows more.
+    """The gradient of a weight matrix (M, d): sums over pairs, sorted by latent, and some rows more.
 
     gradient[m] = sum of weights x[vectors] over the pairs ends[m] to ends[m + 1],   + dense[i] where rows[i] = m
     """
@@ -41,9 +44,17 @@ class Gradient(NamedTuple):
     x: torch.Tensor  # (N, d)
     rows: torch.Tensor | None = None  # (C,), rising
     dense: torch.Tensor | None = None  # (C, d)
+    made: torch.Tensor | None = None  # (M, d): the matrix, if it is kept
+
+    def keep(self):
+        """The same, made once and for all if it is not too large."""
+        M = len(self.ends) - 1
+        return self._replace(made=self.block(0, M)) if M * self.x.shape[1] <= KEPT else self
 
     def block(self, start, stop):
         """Rows start to stop of the matrix."""
+        if self.made is not None:
+            return self.made[start:stop]
         ends = self.ends[start : stop + 1]
         first, last = int(ends[0]), int(ends[-1])
         out = F.embedding_bag(

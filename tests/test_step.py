@@ -140,7 +140,7 @@ def test_zero_activations_move_nothing():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("N, M, k", [(7, 50, 5), (1, 33, 33), (5, 40, 1), (9, 64, 63)])
+@pytest.mark.parametrize("N, M, k", [(7, 50, 5), (1, 33, 33), (5, 40, 1), (9, 64, 63), (6, 512, 3), (3, 513, 3)])
 def test_topk_is_exact_and_ties_go_to_the_lower_index(dtype, N, M, k):
     g = torch.Generator().manual_seed(0)
     for x in (torch.randn(N, M, generator=g), torch.randint(-2, 3, (N, M), generator=g).float(), -torch.rand(N, M, generator=g)):
@@ -160,20 +160,23 @@ def test_blocks_of_columns_choose_as_the_whole_does(monkeypatch, dtype):
     g = torch.Generator().manual_seed(0)
     x, W, b, b_dec = (torch.randint(-2, 3, size, generator=g).float() for size in ((9, 6), (53, 6), (53,), (6,)))  # many ties
     whole = encode(x, W, b, b_dec, 7, dtype)
-    monkeypatch.setattr(sys.modules["kernels.encode"], "PRE_ACTS", 9 * 11)
+    monkeypatch.setattr(sys.modules["kernels.encode"], "COLUMNS", 11)
+    monkeypatch.setattr(sys.modules["kernels.encode"], "ROWS", 4)
     parts = encode(x, W, b, b_dec, 7, dtype)
     as_sets = lambda acts, indices: [{(i, a) for i, a in zip(*row) if a > 0} for row in zip(indices.tolist(), acts.tolist())]
     assert as_sets(*whole) == as_sets(*parts)
 
 
 @pytest.mark.parametrize("block", [4, 1000])
-def test_gradients_by_blocks_of_rows(monkeypatch, block):
+@pytest.mark.parametrize("kept", [0, 1000])
+def test_gradients_by_blocks_of_rows(monkeypatch, block, kept):
+    monkeypatch.setattr(sys.modules["kernels.grad"], "KEPT", kept)
     monkeypatch.setattr(sys.modules["kernels.adam"], "BLOCK", block)
     g = torch.Generator().manual_seed(0)
     weights, indices, x = torch.randn(6, 3, generator=g), torch.randint(9, (6, 3), generator=g), torch.randn(6, 5, generator=g)
     order, ends = sort_pairs(indices, 9)
     rows, dense = torch.tensor([0, 3, 8]), torch.randn(3, 5, generator=g)
-    gradient = Gradient(weights.flatten()[order], order // 3, ends, x, rows, dense)
+    gradient = Gradient(weights.flatten()[order], order // 3, ends, x, rows, dense).keep()
     expected = torch.zeros(6, 9).scatter_add(1, indices, weights).T @ x
     expected[rows] += dense
     torch.testing.assert_close(torch.cat([gradient.block(a, min(a + 4, 9)) for a in (0, 4, 8)]), expected)
