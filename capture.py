@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from probe import NEVER_RAN, find_layouts
 from rows import unwrap
-from tokens import NEVER_RAN, find_layouts
 
 # What `rows` asks for: the role of the rows under each suffix of the cache's keys.
 ROLES = {"cond": {"": "cond"}, "uncond": {"": "uncond"}, "both": {"": "cond", "_uncond": "uncond"}}
@@ -37,13 +37,18 @@ class Edit:
     def __post_init__(self):
         check_choice("rows", self.rows, ("cond", "uncond", "all"))
         check_choice("stream", self.stream, STREAMS)
+        if self.steps is not None and not hasattr(self.steps, "__contains__"):
+            raise ValueError(f"steps: expected a range or a list, got {self.steps!r}")
 
     @property
     def sides(self):
         return ("output", "input") if self.with_input else ("output",)
 
-    def hook(self, name, sampling, idle):
-        """A forward hook for the module `name`, and one before it; `idle[name]` is why it has not edited, None once it has."""
+    def hook(self, name, sampling, idle, explicit):
+        """A forward hook for the module `name`, and one before it; `idle[name]` is why it has not edited, None once it has.
+
+        Where there are no such tokens it is an error if the name was given, and passed over if a glob found it.
+        """
         inputs = {}
 
         def before(module, args, kwargs):
@@ -52,6 +57,7 @@ class Edit:
         def after(module, args, kwargs, output):
             forward, value = sampling.current, output
             if forward is None or (self.steps is not None and sampling.index not in self.steps):
+                idle[name] = idle[name] and "ran, but in none of the steps to edit"
                 return None
             rows, R = forward.rows, sampling.R
             for chunk, role in enumerate(forward.roles or ["all"] * (rows // R)):
@@ -59,10 +65,10 @@ class Edit:
                     continue
                 layouts = [forward.layouts[side, name, self.stream] for side in self.sides]
                 if why := next((layout for layout in layouts if isinstance(layout, str)), None):
-                    if self.rows == "all":  # the text of one chunk may be empty
-                        idle[name] = idle[name] and why
-                        continue
-                    raise ValueError(f"{name}: {why}")
+                    idle[name] = idle[name] and why
+                    if self.rows != "all" and explicit:  # of all chunks, the text of one may be empty
+                        raise ValueError(f"{name}: {why}")
+                    continue
                 here = slice(chunk * R, (chunk + 1) * R)
                 x, *rest = (layout.take(v, rows)[here].clone() for layout, v in zip(layouts, (output, inputs.get(name))))
                 new = self.fn(x, *rest)
@@ -88,6 +94,8 @@ class Recorder:
         check_choice("stream", stream, STREAMS)
         if not (save_input or save_output):
             raise ValueError("nothing to keep: save_input and save_output are both off")
+        if every < 1:
+            raise ValueError(f"cache_every_n_timesteps: expected at least 1, got {every}")
         self.targets, self.known, self.stream, self.every, self.dtype = targets, known, stream, every, dtype
         self.roles, self.sides = ROLES[rows], ["input"] * save_input + ["output"] * save_output
         self.places = {(side, name, stream): target for side in self.sides for name, target in targets.items()}
@@ -111,7 +119,7 @@ class Recorder:
                     forward.captured[side, name] = None
                 else:
                     x = layout.take(output if side == "output" else (args, kwargs), forward.rows)
-                    forward.captured[side, name] = x.clone()  # the model may go on in place
+                    forward.captured[side, name] = x.detach().clone()  # the model may go on in place
 
             return hook
 
@@ -127,8 +135,11 @@ class Recorder:
     def on_step(self, step):
         if step.index % self.every:
             return
-        at = (float(step.timestep), step.sigma())
-        self.stepped |= {f.denoiser for f in step.forwards}
+        at = (step.time(), step.sigma())
+        here = {f.denoiser for f in step.forwards}
+        if again := here & self.stepped if step.index == 0 else None:
+            raise ValueError(f"a second sampling by {again.pop()} began inside one cache: give each its own")
+        self.stepped |= here
         for name, (denoiser, _) in self.targets.items():
             forwards = [f for f in step.forwards if f.denoiser == denoiser]
             for suffix, role in self.roles.items():

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from cli import check_positive, parse_object, resolve_device, resolve_dtype, run
 from hook import HookedDiffusionModel, find_model
-from images import Pictures, seeded
+from images import Pictures, open_picture, seeded
 from prompts import default_dataset, load_pictures, load_prompts
 from rows import tensors, unwrap
 from store import Collection
@@ -121,10 +121,12 @@ def batch_arrays(output, cache, places, cfg, store_dtype, text_tokens):
 
 
 def without_first_step(cache):
-    """A sampling begins with noise alone, in which there is no picture yet."""
-    for side in {"input", "output", "timesteps", "sigmas"} & set(cache):
-        for name, x in cache[side].items():
-            cache[side][name] = x[1:] if x.ndim == 1 else x[:, 1:].contiguous()
+    """A sampling begins with noise alone, in which there is no picture; and a timestep that is met twice is kept once."""
+    times = cache["timesteps"]
+    kept = {name: [i for i in range(1, len(t)) if t[i] != t[i - 1]] for name, t in times.items()}
+    for key in [key for key in cache if key.startswith(("input", "output", "timesteps", "sigmas"))]:
+        for name, x in cache[key].items():
+            cache[key][name] = x[kept[name]] if x.ndim == 1 else x[:, kept[name]]
 
 
 def list_hooks(hooked, hook_names, prompts, options, cfg, bytes_each):
@@ -172,7 +174,8 @@ def main(cfg):
     options = {name: getattr(cfg, name) for name in ("num_inference_steps", "guidance_scale", "height", "width")}
     if cfg.images is not None:
         options["num_inference_steps"] = 1 + cfg.timesteps_per_image  # of which the first is not kept
-        options["guidance_scale"] = cfg.guidance_scale or hooked.accepts(guidance_scale=1.0).get("guidance_scale")
+        if cfg.guidance_scale is None:
+            options |= hooked.accepts(guidance_scale=1.0)
     extra = parse_object(cfg.pipeline_kwargs, "--pipeline_kwargs")
     options = hooked.arguments(n, "latent", extra, **options)  # latent: decoding would cost time and is not asked for
     sides = dict(save_input=cfg.side != "output", save_output=cfg.side != "input", rows=cfg.rows, stream=cfg.stream)
@@ -180,7 +183,11 @@ def main(cfg):
     if cfg.list_hooks:
         names = ["**"] if cfg.hook_names == list(DEFAULT_HOOK_NAMES) else cfg.hook_names
         return list_hooks(hooked, names, text, options | batch, cfg, store_dtype.itemsize)
-    pictures = None if cfg.images is None else Pictures(hooked, text[0], options, cfg.width, cfg.height)
+    pictures = None
+    if cfg.images is not None:
+        pictures = Pictures(hooked, text[0], options, cfg.width, cfg.height)
+        for source in tqdm(sources, "reading", unit="picture"):  # all can be read, before anything is written
+            open_picture(source)
     dry = hooked.first_step(cfg.hook_names, text, **sides, **options, **batch)
     hook_names = list(dry["grid"])
     if cfg.side == "diff":

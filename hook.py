@@ -14,15 +14,15 @@ import difflib
 import inspect
 import re
 from collections import Counter
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 
 from capture import Edit, Recorder
 from loop import Loop
-from rows import Sampling, time_parameter, unwrap
-from tokens import NEVER_RAN, find_layouts, same_random_numbers
+from probe import NEVER_RAN, find_layouts, same_random_numbers
+from rows import Sampling, sample_name, time_parameter, unwrap
 
 __all__ = ["Edit", "HookedDiffusionModel"]
 OURS = ("self", "prompt", "negative_prompt", "generator", "output_type")  # pipeline arguments with options of their own
@@ -57,6 +57,8 @@ class HookedDiffusionModel:
     def _hook(self, pipe, denoisers, schedulers):
         if not all(callable(getattr(type(s), "step", None)) for s in schedulers) or not schedulers:
             raise ValueError("the scheduler's class has no method `step(model_output, timestep, sample)`")
+        for denoiser in denoisers.values():
+            sample_name(denoiser)
         self.pipe, self.denoisers, self.schedulers = pipe, denoisers, schedulers
         self._known, self._watching = {}, []  # layouts found by probes; samplings being watched
 
@@ -231,6 +233,8 @@ class HookedDiffusionModel:
         what it takes or returns has no batch axis or no such tokens, and where unconditional rows are asked for and there
         are none.
         """
+        if n_prompts is not None and not (isinstance(n_prompts, int) and n_prompts > 0):
+            raise ValueError(f"n_prompts: expected how many there are, got {n_prompts!r}")
         targets, explicit = self._expand(positions_to_cache)
         recorder = Recorder(targets, self._known, save_input, save_output, rows, stream, cache_every_n_timesteps, dtype)
         cache = {}
@@ -290,15 +294,19 @@ class HookedDiffusionModel:
             if denoisers <= before:
                 raise Enough
 
-        with undisturbed(self.pipe, self.schedulers, kwargs), ExitStack() as stack:
+        with undisturbed(self.pipe, self.schedulers, self.denoisers, kwargs), ExitStack() as stack:
             for other in self._watching:
                 other.paused = True
                 stack.callback(setattr, other, "paused", False)
             sampling = stack.enter_context(self.watch(*count_prompts(prompt, kwargs), on_forward, stop))
             if listen is not None:
                 listen(stack, sampling)
-            with suppress(Enough):
+            try:
                 self(prompt, **kwargs)
+            except Enough:
+                pass
+            except ValueError as error:  # what a pipeline says of its arguments is the user's to mend
+                raise ValueError(f"{error}") from error
             if not before:
                 raise ValueError("the denoiser ran, or not even that, but its scheduler never made a step")
         return sampling
@@ -319,15 +327,15 @@ class HookedDiffusionModel:
             for name in self.hook_names(position):
                 hooks.setdefault(name, []).extend(functions if isinstance(functions, (list, tuple)) else [functions])
         targets, _ = self._expand(list(hooks))
+        explicit = {name for name in hooks if any(p in (name, f"{targets[name][0]}.{name}") for p in position_hook_dict)}
         edits = {name: [f for f in hooks[name] if isinstance(f, Edit)] for name in hooks}
         (P, n), plan = count_prompts(prompt, kwargs), None
-        if wanted := {edit.rows for found in edits.values() for edit in found} - {"all"}:
+        if wanted := {edit.rows for found in edits.values() for edit in found}:
             first = self._rehearse(set(), prompt, kwargs)
-            plan, n = first.known, first.R // P
-            there = {role for roles in plan.values() for of_forward in roles for role in of_forward}
-            if missing := wanted - there:
+            plan, P, n = first.known if wanted != {"all"} else None, first.P, first.R // first.P
+            there = {role for roles in first.known.values() for of_forward in roles for role in of_forward}
+            if missing := wanted - there - {"all"}:
                 raise ValueError(f"there are no {missing.pop()}itional rows to edit in this generation; is guidance off?")
-
         places = {
             (side, name, edit.stream): targets[name] for name, found in edits.items() for edit in found for side in edit.sides
         }
@@ -341,20 +349,20 @@ class HookedDiffusionModel:
             for name, (_, module) in targets.items():
                 for function in hooks[name]:
                     if isinstance(function, Edit):
-                        before, after = function.hook(name, sampling, idle)
+                        before, after = function.hook(name, sampling, idle, name in explicit)
                         stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
                     else:
                         after = raw(function, name, idle)
                     stack.callback(module.register_forward_hook(after, with_kwargs=True).remove)
             output = self(prompt, **kwargs)
-        if why := [f"{name}: {reason}" for name, reason in idle.items() if reason]:
+        if why := [f"{name}: {reason}" for name, reason in idle.items() if reason and (name in explicit or all(idle.values()))]:
             raise ValueError("nothing was edited at " + "; ".join(why))
         return output
 
     @contextmanager
     def watch(self, P=1, n=1, on_forward=None, on_step=None, plan=None, replace=None):
         """Context in which a sampling of P prompts x n images is followed, see `rows.Sampling`, which it yields."""
-        sampling = Sampling(self.denoisers, {type(s) for s in self.schedulers}, P, n, on_forward, on_step, plan, replace)
+        sampling = Sampling(self.denoisers, self.schedulers, P, n, on_forward, on_step, plan, replace)
         self._watching.append(sampling)
         try:
             with sampling.watch():
@@ -394,17 +402,18 @@ def find_model(model_name):
 
 
 def count_prompts(prompt, kwargs):
-    """Prompts and images per prompt, from the arguments of a generation."""
+    """Prompts, None if that can't be seen, and images per prompt, from the arguments of a generation."""
     sized = (prompt, *(kwargs.get(name) for name in ("prompt_embeds", "class_labels")))
-    P = next((1 if isinstance(v, str) else len(v) for v in sized if v is not None), kwargs.get("batch_size", 1))
+    P = next((1 if isinstance(v, str) else len(v) for v in sized if v is not None), kwargs.get("batch_size"))
     return P, next((v for k, v in kwargs.items() if k.startswith("num_") and k.endswith("_per_prompt")), 1)
 
 
 @contextmanager
-def undisturbed(pipe, schedulers, kwargs):
-    """Leave no trace of a generation: random states, the generators in `kwargs`, and what the pipeline and its schedulers
-    note of themselves are put back, and no progress bar is shown.
+def undisturbed(pipe, schedulers, denoisers, kwargs):
+    """Leave no trace of a generation: random states, the generators in `kwargs`, what the pipeline and its schedulers note of
+    themselves and the attention processors that it sets are put back, and no progress bar is shown.
     """
+    processors = {m: dict(m.attn_processors) for m in map(unwrap, denoisers.values()) if hasattr(m, "set_attn_processor")}
     generators = [g for v in kwargs.values() for g in (v if isinstance(v, list) else [v]) if isinstance(g, torch.Generator)]
     states = [g.get_state() for g in generators]
     notes = [(o, {k: list(v) if isinstance(v, list) else v for k, v in vars(o).items()}) for o in (pipe, *schedulers)]
@@ -416,5 +425,7 @@ def undisturbed(pipe, schedulers, kwargs):
             for o, before in notes:
                 vars(o).clear()
                 vars(o).update(before)
+            for module, before in processors.items():
+                module.set_attn_processor(before)
             for g, state in zip(generators, states):
                 g.set_state(state)

@@ -19,14 +19,28 @@ from rows import tensors
 ROWS = 4  # noises that are compared to find the order: in 16 bits many numbers of one noise are the same
 
 
-def read_picture(source, width, height):
-    """Path, bytes or PIL image, cropped round its centre: float32 (3, height, width) in [-1, 1]. ValueError if it is none."""
+def open_picture(source):
+    """Path, bytes or PIL image -> RGB, the right way up, over white where it is transparent. Raises ValueError if it is none."""
+    name = source if isinstance(source, str) else "a picture"
     try:
+        picture = source
         if not isinstance(source, Image.Image):
-            source = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-        picture = ImageOps.fit(ImageOps.exif_transpose(source).convert("RGB"), (width, height), Image.Resampling.LANCZOS)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{source if isinstance(source, str) else 'a picture'} can't be read: {error}") from None
+            picture = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        picture = ImageOps.exif_transpose(picture)
+        if picture.mode.startswith(("I", "F")):  # 16 bits: convert() would clip them
+            levels = np.asarray(picture, np.float32)
+            picture = Image.fromarray((levels / (65535 if levels.max() > 1 else 1) * 255).round().astype(np.uint8))
+        if picture.has_transparency_data:
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        return picture.convert("RGB")
+    except (OSError, SyntaxError, ValueError, AttributeError, Image.DecompressionBombError) as error:
+        raise ValueError(f"--images: {name} can't be read: {error}") from None
+
+
+def read_picture(source, width, height):
+    """A picture cropped round its centre: float32 (3, height, width) in [-1, 1]."""
+    picture = ImageOps.fit(open_picture(source), (width, height), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
 
 
@@ -79,6 +93,9 @@ class Pictures:
             raise ValueError(f"--images: {name} has no VAE that encodes pictures")
         if not any(hasattr(s, "add_noise") or hasattr(s, "scale_noise") for s in hooked.schedulers):
             raise ValueError(f"--images: {name} has a scheduler that adds no noise")
+        if any(getattr(s, "order", 1) > 1 for s in hooked.schedulers):
+            raise ValueError(f"--images: {name} has a scheduler that evaluates twice a step; choose another")
+        options = {k: v for k, v in options.items() if not k.endswith("_per_prompt")}
         sample = hooked.first_sample([prompt] * ROWS, generator=seeded(range(ROWS)), **options).cpu()
         size = sample[0].numel()
         noises = torch.stack([torch.randn(size, generator=g, dtype=sample.dtype) for g in seeded(range(ROWS))]).double()

@@ -34,16 +34,20 @@ class Loop:
 
         Returns an object with `images`: decoded to [0, 1] by the VAE if there is one and `output_type` is not "latent".
         """
-        weight = next(self.model.parameters())
+        weight = next(self.model.parameters(), torch.empty(0))
         n = num_images_per_prompt * (batch_size if prompt is None or isinstance(prompt, str) else len(prompt))
         guided, embeds = False, []
         if self.encode_prompt is not None:
+            if prompt is None:
+                raise ValueError("a model with `encode_prompt` needs a prompt")
             guided = guidance_scale > 1
             cond, uncond = self.encode_prompt(prompt, weight.device, num_images_per_prompt, guided, negative_prompt)
             embeds = [torch.cat([uncond, cond]) if guided else cond]
         if self.get_timesteps is not None:
             timesteps = self.get_timesteps(num_inference_steps, weight.device)
         else:
+            if not hasattr(self.scheduler, "set_timesteps"):
+                raise ValueError("the scheduler has no set_timesteps(); pass get_timesteps(num_inference_steps, device)")
             self.scheduler.set_timesteps(num_inference_steps, device=weight.device)
             timesteps = self.scheduler.timesteps
         if latents is None:

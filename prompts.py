@@ -70,6 +70,8 @@ def load_pictures(images, dataset_name=None, split="train", column=None, max_num
             value = value.get("bytes") or value.get("path")
         if isinstance(value, str) and not Path(value).exists():
             value = str(Path(dataset_name).parent / value)
+        if not isinstance(value, (str, bytes)) and not hasattr(value, "convert"):
+            raise ValueError(f"{dataset_name}, row {len(prompts)}: column {images!r} is no picture: {value!r}")
         plain = {c: v for c, v in row.items() if c not in (caption, *OURS) and isinstance(v, (str, int, float, bool))}
         prompts.append({"prompt": str(row.get(caption) or ""), **plain})
         sources.append(value)

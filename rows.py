@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 TIME_NAMES = ("timestep", "timesteps", "timestep_ratio", "sigma", "sigmas", "t", "time", "noise_level", "noise_labels")
+LIVE = []  # the samplings that are being watched
 CONTEXTS = {"cond": "cond", "pred_cond": "cond", "uncond": "uncond", "pred_uncond": "uncond"}  # names of cache_context
 
 
@@ -40,6 +41,19 @@ def time_parameter(module):
     """Name of the parameter of `module.forward` that carries the time, or None."""
     names = list(forward_signature(module).parameters)
     return next((name for name in TIME_NAMES if name in names), None)
+
+
+def sample_name(module):
+    """Name of the parameter of `module.forward` that carries the sample: the first that is not the time.
+
+    Raises ValueError where it takes anything, as a wrapper does.
+    """
+    parameters = list(forward_signature(module).parameters.values())[1:]
+    time = time_parameter(module) or (parameters[1].name if len(parameters) > 1 else None)
+    first = next((p for p in parameters if p.name != time), None)
+    if first is None or first.kind in (first.VAR_POSITIONAL, first.VAR_KEYWORD):
+        raise ValueError(f"{type(unwrap(module)).__name__}.forward does not say what it takes; hook the module that it wraps")
+    return first.name
 
 
 def tensors(value):
@@ -92,15 +106,22 @@ class Step:
     R: int  # rows a chunk: prompts x images per prompt
     sample: Any  # what is stepped, (R, ...)
 
+    def time(self):
+        """The timestep as a number; ValueError where rows have their own."""
+        values = torch.as_tensor(self.timestep).flatten()
+        if len(values) > 1 and not (values == values[0]).all():
+            raise ValueError("each row has a timestep of its own, and a step has one")
+        return float(values[0])
+
     def sigma(self):
         """The scheduler's sigma at this step (noise over signal for variance-preserving schedules), or None."""
         timesteps, sigmas = getattr(self.scheduler, "timesteps", None), getattr(self.scheduler, "sigmas", None)
         if torch.is_tensor(timesteps) and torch.is_tensor(sigmas) and len(sigmas) >= len(timesteps):
-            at = (timesteps.cpu() == float(self.timestep)).nonzero()
+            at = (timesteps.cpu() == self.time()).nonzero()
             return float(sigmas[at[0, 0]]) if len(at) else None
         alphas = getattr(self.scheduler, "alphas_cumprod", None)
-        if torch.is_tensor(alphas) and float(self.timestep) in range(len(alphas)):
-            alpha = float(alphas[int(self.timestep)])
+        if torch.is_tensor(alphas) and self.time() in range(len(alphas)):
+            alpha = float(alphas[int(self.time())])
             return math.sqrt((1 - alpha) / alpha) if alpha > 0 else None
         return None
 
@@ -138,10 +159,11 @@ def same(a, b):
 def assign_roles(forwards, model_output, R):
     """Fill `roles` of every forward of one step, `R` rows a chunk. Returns the forwards that took part in the prediction.
 
-    In this order: the name of the context a forward ran in; a single chunk is conditional; a chunk whose conditioning is
-    the same for all rows, where another's is not, is unconditional; the chunk of the largest weight is conditional. Of
-    several others, one with the conditional chunk's own conditioning is a perturbed pass ("other"), and the unconditional
-    one is all zeros wherever it differs from the rest. Raises ValueError where rows can't be told.
+    In this order: the name of the context a forward ran in; a single chunk is conditional; one that guidance subtracts is
+    not; where the conditioning of one chunk is the same for all rows and another's is not, the latter is; then the chunk of
+    the largest weight is. Of several others, one with the conditional chunk's own conditioning is a perturbed pass
+    ("other"), and the unconditional one is all zeros wherever it differs from the rest. Raises ValueError where rows can't
+    be told.
     """
     if all(f.context in CONTEXTS and f.rows == R for f in forwards):
         for f in forwards:
@@ -167,7 +189,9 @@ def assign_roles(forwards, model_output, R):
         f.roles = ["other"] * (f.rows // R)
     inputs = [[part(x, c) for x in f.conditioning] for f, c in chunks]
     varying = [i for i, parts in enumerate(inputs) if any(not same(x[:1], x[r : r + 1]) for x in parts for r in range(1, R))]
-    candidates = varying or list(range(len(chunks)))
+    negative = {i for i, w in enumerate(weights) if w * sum(weights) < -1e-3} if all(certain) else set()  # never conditional
+    kept = [i for i in range(len(chunks)) if i not in negative]
+    candidates = [i for i in varying if i in kept] or kept
     best = candidates[-1]
     if len(candidates) > 1:
         if all(certain):
@@ -183,7 +207,8 @@ def assign_roles(forwards, model_output, R):
                 "(is its last layer still zero?)"
             )
     rest = [i for i in range(len(chunks)) if i != best]
-    rest = [i for i in rest if not same(inputs[i], inputs[best])] or rest
+    if not all(same(i, inputs[0]) for i in inputs):  # of what the conditional chunk gets too, a pass was perturbed on purpose
+        rest = [i for i in rest if not same(inputs[i], inputs[best])]
     if len(rest) > 1:
         whole = [[part(f.sample, c), *inputs[i]] for i, (f, c) in enumerate(chunks)]
         rest = [i for i in rest if all(is_less(whole[i], whole[j]) for j in rest if j != i)]
@@ -201,20 +226,21 @@ def is_less(a, b):
 class Sampling:
     """Watches a sampling of P prompts with n images each, and labels the forwards of every step.
 
-    denoisers: {name: module}, or what may be one; scheduler_classes: patched for as long as the context lasts, since some
-    pipelines copy their scheduler. on_forward(forward, module, args, kwargs) runs before a denoiser does, on_step(step)
-    when the scheduler is called, and replace(index, scheduler) returns what takes the place of its result. While a
-    denoiser runs, `current` is its `Forward`: hooks below it leave in `captured` what they see. Labels are computed once for
-    each pattern of forwards in a step (how many rows, which context), and kept in `known`; a `plan` is another sampling's
-    `known`, from which forwards have their roles while they run. `sample` is what the last step returned, and `called` names
-    the denoisers that ran so far. Nothing is noticed while `paused`.
+    P may be None where nothing tells it: then the scheduler's sample does. denoisers: {name: module}, or what may be one;
+    schedulers, whose classes are patched for as long as the context lasts, since some pipelines step a copy.
+    on_forward(forward, module, args, kwargs) runs before a denoiser does, on_step(step) when the scheduler is called, and
+    replace(index, scheduler) returns what takes the place of its result. While a denoiser runs, `current` is its `Forward`:
+    hooks below it leave in `captured` what they see. Labels are computed once for each pattern of forwards in a step (how
+    many rows, which context), and kept in `known`; a `plan` is another sampling's `known`, from which forwards have their
+    roles while they run. `sample` is what the last step returned, and `called` names the denoisers that ran so far. Nothing
+    is noticed while `paused`.
     """
 
-    def __init__(self, denoisers, scheduler_classes, P=1, n=1, on_forward=None, on_step=None, plan=None, replace=None):
-        self.denoisers, self.scheduler_classes, self.replace = denoisers, set(scheduler_classes), replace
-        self.P, self.R, self.on_forward, self.on_step = P, P * n, on_forward, on_step
+    def __init__(self, denoisers, schedulers, P=1, n=1, on_forward=None, on_step=None, plan=None, replace=None):
+        self.denoisers, self.schedulers, self.scheduler, self.replace = denoisers, list(schedulers), None, replace
+        self.P, self.R, self.on_forward, self.on_step = P, P and P * n, on_forward, on_step
         self.current, self.open, self.index, self.sample, self.paused = None, [], 0, None, False
-        self.contexts, self.plan, self.known, self.called = {}, plan, dict(plan or {}), set()
+        self.contexts, self.plan, self.known, self.called, self.fresh = {}, plan, dict(plan or {}), set(), []
 
     @contextmanager
     def watch(self):
@@ -225,16 +251,18 @@ class Sampling:
                 stack.callback(module.register_forward_hook(self._after, always_call=True).remove)
             for cls in {type(unwrap(m)) for m in self.denoisers.values() if hasattr(unwrap(m), "cache_context")}:
                 stack.enter_context(patched(cls, "cache_context", self._cache_context))
-            for cls in self.scheduler_classes:
+            LIVE.append(self)
+            stack.callback(LIVE.remove, self)
+            for cls in {type(scheduler) for scheduler in self.schedulers}:
                 stack.enter_context(patched(cls, "step", self._step))
                 if hasattr(cls, "set_timesteps"):
                     stack.enter_context(patched(cls, "set_timesteps", self._set_timesteps))
             yield self
 
     def _before(self, name, module):
-        signature = forward_signature(module)
-        this, first, *rest = signature.parameters
-        time = time_parameter(module) or next(iter(rest), None)
+        signature, first = forward_signature(module), sample_name(module)
+        this, *names = signature.parameters
+        time = time_parameter(module) or next((n for n in names if n != first), None)
 
         def hook(module, args, kwargs):
             if self.paused:
@@ -257,7 +285,7 @@ class Sampling:
     def _after(self, module, args, output):
         forward, self.current = self.current, None
         if forward is not None and output is not None:
-            forward.output = prediction(output, forward.rows)
+            forward.output = prediction(output, forward)
             self.open.append(forward)
 
     def _planned(self, forward):
@@ -286,7 +314,9 @@ class Sampling:
     def _set_timesteps(self, original):
         def set_timesteps(scheduler, *args, **kwargs):
             if not self.paused:
-                self.open, self.index = [], 0  # a loop begins; forwards that no step has used belong to none
+                self.fresh.append(scheduler)  # its next step begins a loop
+                if self.scheduler in (None, scheduler):
+                    self.open = []  # forwards that no step has used belong to none
             return original(scheduler, *args, **kwargs)
 
         return set_timesteps
@@ -295,18 +325,23 @@ class Sampling:
         signature = inspect.signature(original)
 
         def step(scheduler, *args, **kwargs):
-            if self.paused:
+            anothers = any(scheduler in other.schedulers for other in LIVE if other is not self)
+            if self.paused or not self.open or (anothers and scheduler not in self.schedulers):
                 return original(scheduler, *args, **kwargs)
             # scheduler, model output, timestep, sample: by place, whatever their names
-            values = list(signature.bind_partial(scheduler, *args, **kwargs).arguments.values())
+            values = []
+            for name, value in signature.bind_partial(scheduler, *args, **kwargs).arguments.items():
+                kind = signature.parameters[name].kind
+                values += value if kind is inspect.Parameter.VAR_POSITIONAL else [value]
+            self.scheduler = scheduler
+            if any(scheduler is fresh for fresh in self.fresh):
+                self.fresh, self.index = [fresh for fresh in self.fresh if fresh is not scheduler], 0
             forwards, self.open = self.open, []
-            if forwards:
-                self.called |= {f.denoiser for f in forwards}
-                if self.on_step is not None or self.plan is not None:
-                    self._close(forwards, scheduler, *values[1:4])
-                self.index += 1
+            self.called |= {f.denoiser for f in forwards}
+            self._close(forwards, scheduler, *values[1:4])
+            self.index += 1
             result = original(scheduler, *args, **kwargs)
-            if self.replace is not None and forwards:
+            if self.replace is not None:
                 new = self.replace(self.index - 1, scheduler)
                 n = len(tensors(result)[0]) // len(new)  # some pipelines step the chunks of the guidance too
                 result = with_tensor(result, 0, torch.cat([new] * n))
@@ -317,10 +352,17 @@ class Sampling:
 
     def _close(self, forwards, scheduler, model_output, timestep, sample=None):
         rows = len(sample) if torch.is_tensor(sample) else self.R
+        if self.R is None:
+            self.P = self.R = rows
         fewer = rows < self.R and rows % self.P == 0  # some pipelines ignore the number of images per prompt
         more = rows > self.R and any(f.rows % rows == 0 and f.rows > rows for f in forwards)  # and some add to it
         if fewer or more:
             self.R = rows
+        if self.on_step is None and self.plan is None:
+            return
+        doubled = rows == 2 * self.R and torch.equal(*sample.chunk(2))  # both chunks of the guidance are stepped
+        if rows != self.R and not doubled:
+            raise ValueError(f"{rows} rows are sampled, not {self.R}: say how many prompts there are, and images of each")
         pattern, expected = pattern_of(forwards), [f.roles for f in forwards]
         if pattern in self.known:
             for f, roles in zip(forwards, self.known[pattern]):
@@ -356,12 +398,14 @@ def row_wise(values, rows, listed):
     return found
 
 
-def prediction(output, rows):
-    """The first tensor (rows, ...) of what a denoiser returned, or the first `rows` tensors as one; None if there is none."""
+def prediction(output, forward):
+    """The first tensor of what a denoiser returned, or the first `rows` as one if its sample is a list; None if there is none."""
     found = tensors(output)
-    if found and found[0].ndim and len(found[0]) != rows and len(found) >= rows and len({x.shape for x in found[:rows]}) == 1:
-        return torch.stack(found[:rows])
-    return found[0] if found and found[0].ndim else None
+    if isinstance(forward.sample, (list, tuple)) and len({x.shape for x in found[: forward.rows]}) == 1 <= forward.rows <= len(
+        found
+    ):
+        return torch.stack(found[: forward.rows]).detach()
+    return found[0].detach() if found and found[0].ndim else None
 
 
 @contextmanager
