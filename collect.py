@@ -10,7 +10,7 @@ Reads   a diffusers folder or hub id, and prompts: a .txt, .csv, .jsonl or .parq
         or pictures, a folder or a column of such a data set.
 Writes  <out_dir>/<hook_name>[.uncond][.input|.diff][.text].npy, (prompts, steps, tokens, d), with a .json that describes
         it, prompts.jsonl (line p describes row p), samples.npy (the final latents, float16 or float32), and for the next
-        start collect.json and progress.npy. Of text also <name>.lengths.npy (prompts,): tokens that are no padding; of
+        start collect.json and progress.npy. Of text also <name>.lengths.npy (prompts,), each one's tokens; of
         pictures also <name>.timesteps.npy (prompts, steps).
 
 Pictures go through the VAE, get the noise of timesteps spread over the schedule, and through the denoiser once for each,

@@ -6,8 +6,8 @@
     cache["output"]["up_blocks.1.attentions.1"]                          # (prompts, steps, tokens, d), conditional rows
     model.run_with_hooks({"mid_block": lambda module, input, output: 0 * output}, "a red star")
 
-The user's own pipeline runs as it is, whatever its family. `rows.py` watches its denoiser and its scheduler to tell which rows
-are whose, `tokens.py` finds where the image's tokens are, and `capture.py` keeps or edits them.
+The user's own pipeline runs as it is, whatever its family. `sampling.py` watches its denoiser and its scheduler, `rows.py` tells
+which rows are conditional, `probe.py` finds where the image's tokens are, and `capture.py` keeps or edits them.
 """
 
 import difflib
@@ -21,8 +21,9 @@ import torch
 
 from capture import Edit, Recorder
 from loop import Loop
-from probe import NEVER_RAN, find_layouts, same_random_numbers
-from rows import Sampling, sample_name, time_parameter, unwrap
+from probe import NEVER_RAN, find_layouts
+from rows import sample_name, time_parameter, unwrap
+from sampling import Sampling, undisturbed
 
 __all__ = ["Edit", "HookedDiffusionModel"]
 OURS = ("self", "prompt", "negative_prompt", "generator", "output_type")  # pipeline arguments with options of their own
@@ -406,26 +407,3 @@ def count_prompts(prompt, kwargs):
     sized = (prompt, *(kwargs.get(name) for name in ("prompt_embeds", "class_labels")))
     P = next((1 if isinstance(v, str) else len(v) for v in sized if v is not None), kwargs.get("batch_size"))
     return P, next((v for k, v in kwargs.items() if k.startswith("num_") and k.endswith("_per_prompt")), 1)
-
-
-@contextmanager
-def undisturbed(pipe, schedulers, denoisers, kwargs):
-    """Leave no trace of a generation: random states, the generators in `kwargs`, what the pipeline and its schedulers note of
-    themselves and the attention processors that it sets are put back, and no progress bar is shown.
-    """
-    processors = {m: dict(m.attn_processors) for m in map(unwrap, denoisers.values()) if hasattr(m, "set_attn_processor")}
-    generators = [g for v in kwargs.values() for g in (v if isinstance(v, list) else [v]) if isinstance(g, torch.Generator)]
-    states = [g.get_state() for g in generators]
-    notes = [(o, {k: list(v) if isinstance(v, list) else v for k, v in vars(o).items()}) for o in (pipe, *schedulers)]
-    with same_random_numbers():
-        try:
-            vars(pipe)["_progress_bar_config"] = vars(pipe).get("_progress_bar_config", {}) | {"disable": True}
-            yield
-        finally:
-            for o, before in notes:
-                vars(o).clear()
-                vars(o).update(before)
-            for module, before in processors.items():
-                module.set_attn_processor(before)
-            for g, state in zip(generators, states):
-                g.set_state(state)

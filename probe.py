@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from rows import forward_signature, sample_name, tensors, time_parameter
+from sampling import same_random_numbers
 from tokens import Layout, by_token, sample_grid, spatial_shape
 
 NEVER_RAN = "never ran in a forward of the denoiser; is it compiled, or are its projections fused?"
@@ -57,19 +58,6 @@ def bare(root):
     finally:
         for module, kind, hooks in kept:
             setattr(module, kind, hooks)
-
-
-@contextmanager
-def same_random_numbers():
-    """Random states are those of the beginning again when the context ends."""
-    cuda = range(torch.cuda.device_count())  # a seed is set on all of them
-    mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
-    with torch.random.fork_rng(devices=cuda):
-        try:
-            yield
-        finally:
-            if mps is not None:
-                torch.mps.set_rng_state(mps)
 
 
 def fingerprint(x):

@@ -79,11 +79,16 @@ def mistakes(tmp_path, model_folder):
         "--max_num_examples",
         2,
     ]
+    (tmp_path / "some.jsonl").write_text('{"a": "text", "b": 2}\n')
+    for folder in ("none", "broken"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "broken" / "0.png").write_bytes(b"\x89PNG")
+    pictures, one_hook = [*model[:4]], ["--hook_names", "mid_block"]
     saes = ["--out_dir", tmp_path / "s", "--device", "cpu"]
     return [
         ("unknown hook name", collect, [*model, "--hook_names", "up_blocks.0.attention.1"], "up_blocks.0.attentions.1"),
         ("unknown glob", collect, [*model, "--hook_names", "up_blocks.*.attn"], "no module matches"),
-        ("missing model folder", collect, ["--model_name", tmp_path / "none"], "no folder"),
+        ("missing model folder", collect, ["--model_name", tmp_path / "nothing"], "no folder"),
         (
             "a folder that is no model",
             collect,
@@ -119,6 +124,22 @@ def mistakes(tmp_path, model_folder):
             collect,
             [*model, "--hook_names", "mid_block", "--rows", "uncond", "--guidance_scale", 1],
             "guidance",
+        ),
+        ("no pictures", collect, [*pictures, *one_hook, "--images", tmp_path / "none"], "no picture there"),
+        ("a column of pictures", collect, [*pictures, *one_hook, "--images", "nowhere"], "no such folder"),
+        ("a broken picture", collect, [*pictures, *one_hook, "--images", tmp_path / "broken"], "0.png can't be read"),
+        (
+            "no picture in a row",
+            collect,
+            [*pictures, "--images", "b", "--dataset_name", tmp_path / "some.jsonl"],
+            "no picture: 2",
+        ),
+        ("steps and pictures", collect, [*model, "--images", tmp_path / "broken"], "--timesteps_per_image"),
+        (
+            "what the pipeline refuses",
+            collect,
+            [*model, *one_hook, "--pipeline_kwargs", '{"callback_on_step_end_tensor_inputs": ["x"]}'],
+            "has to be in",
         ),
         ("missing data", train, [*saes, "--data", tmp_path / "none.npy"], "none.npy"),
         ("integers", train, [*saes, "--data", tmp_path / "int.npy"], "int32"),

@@ -399,6 +399,40 @@ def test_pictures_of_a_data_set(config, tmp_path):
     assert np.array_equal(*samples)
 
 
+def test_pictures_with_guidance_have_as_many_steps_in_both_files(config, tmp_path):
+    folder = photos(tmp_path / "photos", 3)
+    options = dict(num_inference_steps=None, images=str(folder), guidance_scale=5.0, rows="both", hook_names=["mid_block"])
+    collect.main(replace(config, **options, num_images_per_prompt=2))
+    shapes = [np.load(Path(config.out_dir) / f"mid_block{end}.npy").shape for end in ("", ".uncond", ".timesteps")]
+    assert shapes == [(6, 4, 64, 16), (6, 4, 64, 16), (6, 4)]
+
+
+def test_pictures_of_every_kind(tmp_path):
+    levels = np.linspace(0, 65535, 30, dtype=np.uint16).repeat(40).reshape(30, 40)
+    grey = Image.fromarray(levels)
+    clear = Image.new("RGBA", (40, 30), (255, 0, 0, 0))
+    turned = Image.new("RGB", (30, 40))
+    exif = turned.getexif()
+    exif[274] = 6
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    read = lambda source: images.read_picture(source, 40, 30)
+    assert torch.allclose(read(grey)[0, :, 0], torch.linspace(-1, 1, 30), atol=0.02)
+    assert torch.equal(read(clear), torch.ones(3, 30, 40))  # what is transparent is white
+    assert images.open_picture(str(tmp_path / "turned.jpg")).size == (40, 30)
+    assert read(Image.new("P", (1, 1))).shape == (3, 30, 40)
+    (tmp_path / "broken.png").write_bytes(photos(tmp_path / "p", 1).joinpath("0.png").read_bytes()[:300])
+    with pytest.raises(ValueError, match="broken.png can't be read"):
+        read(str(tmp_path / "broken.png"))
+
+
+def test_a_timestep_that_a_scheduler_meets_twice_is_kept_once():
+    times = torch.tensor([9.0, 6.0, 6.0, 3.0])
+    cache = {"timesteps": {"a": times}, "output_uncond": {"a": torch.arange(8).view(1, 4, 2, 1)}}
+    collect.without_first_step(cache)
+    assert cache["timesteps"]["a"].tolist() == [6, 3]
+    assert cache["output_uncond"]["a"].flatten().tolist() == [2, 3, 6, 7]
+
+
 def test_the_listing_says_what_a_file_would_take(config, capsys):
     collect.main(replace(config, list_hooks=True, hook_names=["mid_block.**", "mid_block"], store_dtype="float32"))
     printed = capsys.readouterr().out

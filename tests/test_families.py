@@ -358,7 +358,9 @@ def test_nothing_knows_a_family():
     """hook.py and what it imports name no pipeline, model class or family of diffusers."""
     import diffusers
 
-    sources = [FOLDER / f for f in ("hook.py", "rows.py", "tokens.py", "probe.py", "capture.py", "loop.py", "images.py")]
+    sources = [
+        FOLDER / f for f in ("hook.py", "sampling.py", "rows.py", "tokens.py", "probe.py", "capture.py", "loop.py", "images.py")
+    ]
     imported = set(re.findall(r"^\s*(?:from|import) (\w+)", "".join(f.read_text() for f in sources), re.M))
     ours = {f"{name}.py" for name in imported if (FOLDER / f"{name}.py").exists()}
     assert ours | {"hook.py", "images.py"} == {f.name for f in sources}

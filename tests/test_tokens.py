@@ -1,0 +1,122 @@
+"""Which axis is the width, and which tokens are whose, in modules of every kind."""
+
+import pytest
+import torch
+from families import EXTRAS, RECIPES
+from test_families import Case
+from test_hook import Euler
+from torch import nn
+
+from hook import HookedDiffusionModel
+
+
+@pytest.mark.parametrize("recipe", [*RECIPES, *EXTRAS], ids=lambda recipe: recipe.__name__)
+def test_the_width_of_each_layer_is_its_own(recipe):
+    """d of a layer's output is what the layer itself says: channels of a convolution, features of a linear layer."""
+    case, checked = Case(recipe), 0
+    prompt, options = case.arguments(2)
+    layouts, _ = case.hooked.layouts("**", prompt, **options)
+    modules = case.hooked.modules()
+    for name, layout in layouts.items():
+        module = modules[name][1]
+        width = {nn.Linear: "out_features", nn.GroupNorm: "num_channels", nn.LayerNorm: "normalized_shape"}.get(type(module))
+        width = "out_channels" if isinstance(module, nn.modules.conv._ConvNd) else width
+        if width and not isinstance(layout, str) and not layout.form.startswith("heads"):
+            value = getattr(module, width)
+            assert layout.d == (value[-1] if isinstance(value, tuple) else value), (name, layout)
+            checked += 1
+    assert checked > 5
+
+
+class Wave(nn.Module):
+    """Channels first, over 40 samples of a wave."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.act, self.out = nn.Conv1d(3, 16, 3, padding=1), nn.SiLU(), nn.Conv1d(16, 3, 3, padding=1)
+
+    def forward(self, x, t):
+        return self.out(self.act(self.conv(x)) + t / 10)
+
+
+class Last(nn.Module):
+    """Channels last, over 6 x 8 places."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.act, self.out = nn.Linear(3, 16), nn.SiLU(), nn.Linear(16, 3)
+
+    def forward(self, x, t):
+        return self.out(self.act(self.conv(x.movedim(1, -1))) + t / 10).movedim(-1, 1)
+
+
+@pytest.mark.parametrize("model, size, grid", [(Wave, (3, 40), (40,)), (Last, (3, 6, 8), (6, 8))])
+def test_channels_first_and_last(model, size, grid):
+    torch.manual_seed(0)
+    model, x, seen = model(), torch.randn(2, *size), {}
+    for name in ("conv", "act"):
+        model.get_submodule(name).register_forward_hook(lambda m, i, o, name=name: seen.__setitem__(name, o))
+    with torch.no_grad(), HookedDiffusionModel(model, Euler()).cache(["conv", "act"], 2, save_input=True) as cache:
+        Euler().step(model(x, 1.0), 1.0, x)
+    for name, output in seen.items():
+        by_hand = output.flatten(2).transpose(1, 2) if isinstance(model, Wave) else output.flatten(1, 2)
+        assert cache["grid"][name] == grid and torch.equal(cache["output"][name][:, 0], by_hand)
+    assert torch.equal(cache["input"]["act"], cache["output"]["conv"])
+    assert torch.equal(cache["input"]["conv"][:, 0], x.flatten(2).transpose(1, 2))
+
+
+class Pooled(nn.Module):
+    """Text is pooled by an attention whose output has another width than its query."""
+
+    def __init__(self):
+        super().__init__()
+        self.pool, self.out = nn.MultiheadAttention(8, 2, batch_first=True), nn.Conv2d(3, 3, 1)
+        self.pool.out_proj = nn.modules.linear.NonDynamicallyQuantizableLinear(8, 3)
+
+    def forward(self, x, t, text):
+        w = self.pool
+        q, k = text.mean(1, keepdim=True).transpose(0, 1), text.transpose(0, 1)
+        pooled, _ = nn.functional.multi_head_attention_forward(
+            q, k, k, 8, 2, w.in_proj_weight, w.in_proj_bias, None, None, False, 0.0, w.out_proj.weight, w.out_proj.bias,
+            training=False, need_weights=False,
+        )  # fmt: skip
+        return self.out(x + pooled[0][:, :, None, None]) * (1 + t / 10)
+
+
+def test_attention_that_pools_to_another_width():
+    torch.manual_seed(0)
+    model, x = Pooled(), torch.randn(2, 3, 4, 5)
+    with torch.no_grad(), HookedDiffusionModel(model, Euler()).cache("out", 2) as cache:
+        Euler().step(model(x, 1.0, torch.randn(2, 6, 8)), 1.0, x)
+    assert cache["grid"]["out"] == (4, 5)
+
+
+class Packed(nn.Module):
+    """Valid text, then the image, then padding: where the image is depends on the mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.block, self.out = nn.Linear(3, 8), nn.Identity(), nn.Linear(8, 3)
+
+    def forward(self, x, t, text, mask):
+        image, rows = self.embed(x.flatten(2).transpose(1, 2)) + t / 10, []
+        for row, tokens, keep in zip(image, text, mask.bool()):
+            rows.append(torch.cat([tokens[keep], row, 0 * tokens[~keep]]))
+        tokens = self.block(nn.functional.scaled_dot_product_attention(*[torch.stack(rows)] * 3))
+        starts = mask.sum(1).int().tolist()
+        image = torch.stack([row[s : s + 20] for row, s in zip(tokens, starts)])
+        return self.out(image).transpose(1, 2).unflatten(2, (4, 5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_mask_of_any_dtype_moves_the_image(dtype):
+    torch.manual_seed(0)
+    model, x, seen = Packed().to(dtype), torch.randn(2, 3, 4, 5).to(dtype), []
+    model.block.register_forward_hook(lambda module, input, output: seen.append(output.clone()))
+    hooked, text = HookedDiffusionModel(model, Euler()), torch.randn(2, 6, 8).to(dtype)
+    for lengths in ((5, 4), (2, 3)):
+        mask = (torch.arange(6) < torch.tensor(lengths)[:, None]).to(dtype)
+        with torch.no_grad(), hooked.cache("block", 2) as cache:
+            Euler().step(model(x, 1.0, text, mask), 1.0, x)
+        by_hand = torch.stack([row[n : n + 20] for row, n in zip(seen[-1], lengths)])
+        assert torch.equal(cache["output"]["block"][:, 0], by_hand)
