@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from kernels import Gradient, Selector, adam, decode_error, sort_pairs, squared_norm, update
+from kernels import Gradient, Selector, adam, decode_error, sort_pairs, squared_norm, totals, update
 from sae import count_active
 
 MATRICES = ("encoder.weight", "W_dec")
@@ -122,9 +122,7 @@ class Step:
         order, ends = sort_pairs(indices, len(W_dec))
         vectors, acts, d_acts = order // indices.shape[1], acts.flatten()[order], d_acts.flatten()[order]
         dW_enc, dW_dec = Gradient(d_acts, vectors, ends, xs), Gradient(acts, vectors, ends, gs)
-        ones, nobody = acts.new_ones(1, 1), torch.zeros_like(vectors)
-        total = lambda weights: Gradient(weights, nobody, ends, ones).block(0, len(W_dec))[:, 0]
-        db_enc, along = total(d_acts), total(acts * d_acts)  # along[m] = dW_dec[m] . W_dec[m]
+        db_enc, along = totals(d_acts, ends), totals(acts * d_acts, ends)  # along[m] = dW_dec[m] . W_dec[m]
         dead = (self.state["silent_for"] >= self.dead_feature_threshold).nonzero().flatten()
         if self.auxk_alpha and len(dead):
             aux, dense_enc, db, dense_dec, along_dead = self.auxk(centred, e, dead, n)

@@ -22,7 +22,7 @@ import pytest
 
 from kernels import decode, encode, sum_by_latent
 
-DECODE, ENCODE, GRAD = (sys.modules[f"kernels.{name}"] for name in ("decode", "encode", "grad"))
+ADAM, DECODE, ENCODE, GRAD, TOPK = (sys.modules[f"kernels.{name}"] for name in ("adam", "decode", "encode", "grad", "topk"))
 BACKENDS = ["torch"] + ["triton"] * (GRAD.triton is not None)
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # of the largest element: rounding twice
 SHAPES = {  # N, d, M, k
@@ -32,6 +32,7 @@ SHAPES = {  # N, d, M, k
     "one past the blocks": (9, 257, 40, 5),
     "k past one block": (3, 19, 70, 37),
     "repeated latents": (13, 24, 3, 6),
+    "many columns": (2, 20, 4500, 3),
 }
 
 
@@ -39,15 +40,18 @@ SHAPES = {  # N, d, M, k
 def using(backend):
     """Both backends on any machine, where the public functions choose by device; new tensors are full of NaN."""
     own = lambda module, *names: patch.multiple(module, **{n: CHOSEN[n, backend] for n in names})
-    fill = lambda t: float("nan") if t.is_floating_point() else 0
-    new_nan = lambda self, *shape, **options: self.new_full(shape, fill(self), **options)
+    fill = lambda dtype: float("nan") if dtype.is_floating_point else 0
+    new_nan = lambda self, *shape, **options: self.new_full(shape, fill(options.get("dtype", self.dtype)), **options)
     decoder = own(DECODE, "gather_sum", "gather_dot", "sum_by_latent")
-    encoder = own(ENCODE, "gather_sum", "sum_by_latent")
+    encoder = own(ENCODE, "gather_sum", "sum_by_latent", "topk")
     with decoder, encoder, patch.object(torch.Tensor, "new_empty", new_nan):
         yield
 
 
 CHOSEN = {(n, b): getattr(DECODE, f"{b}_{n}") for n in ("gather_sum", "gather_dot") for b in BACKENDS}
+CHOSEN |= {("decode_error", b): getattr(DECODE, f"{b}_decode_error") for b in BACKENDS}
+CHOSEN |= {("topk", b): getattr(TOPK, f"{b}_topk") for b in BACKENDS}
+CHOSEN |= {(n, b): getattr(ADAM, f"{b}_{n}") for n in ("squared_norm", "update") for b in BACKENDS}
 CHOSEN |= {("sum_by_latent", b): getattr(GRAD, f"{b}_sum_by_latent") for b in BACKENDS}
 
 
@@ -112,10 +116,83 @@ def check_encode(shape, dtype, backend):
     return errors | {name: error(t.grad, r.grad) for name, t, r in zip(names, inputs, (x, W, b_enc, b_dec))}
 
 
-CHECKS = {"sum_by_latent": check_sum_by_latent, "decode": check_decode, "encode": check_encode}
+def check_topk(shape, dtype, backend):
+    """The numbers, and which of equal ones: in random rows, in rows of few values, and in rows with too few positive ones."""
+    N, _, M, k = shape
+    k, g = min(k, M), torch.Generator().manual_seed(0)
+    device = random_problem(shape, dtype, backend)[0].device
+    kinds = torch.randn(N, M, generator=g), torch.randint(-2, 3, (N, M), generator=g).float(), torch.randn(N, M, generator=g) - 2
+    worst = 0.0
+    for rows in (*kinds, -torch.rand(N, M, generator=g)):
+        rows = rows.to(device, dtype)
+        with using(backend):
+            top_acts, top_indices = CHOSEN["topk", backend](rows, k)
+        expected = rows.double().relu().sort(dim=1, descending=True, stable=True)
+        values, order = top_acts.double().sort(dim=1, descending=True, stable=True)
+        worst = max(worst, (values - expected.values[:, :k]).abs().max().item())
+        active = torch.zeros(N, M, dtype=torch.bool, device=device).scatter(1, top_indices, top_acts > 0)
+        should = torch.zeros_like(active).scatter(1, expected.indices[:, :k], expected.values[:, :k] > 0)
+        right = torch.equal(active, should) and len(top_indices[top_acts > 0]) == int(should.sum())
+        worst = max(worst, 0.0 if right else float("inf"))
+    return {"top_acts": worst}
+
+
+def check_decode_error(shape, dtype, backend):
+    x, W, b, acts, indices = random_problem(shape, dtype, backend)
+    acts = acts.relu()
+    with using(backend):
+        e, d_acts = CHOSEN["decode_error", backend](x, acts, indices, W, b)
+    x, W, b, acts = (t.double() for t in (x, W, b, acts))
+    expected = dense(acts, indices, len(W)) @ W + b - x
+    dots = (expected @ W.T).gather(1, indices) * (acts > 0)
+    return {"e": error(e, expected), "d_acts": error(d_acts, dots)}
+
+
+def check_adam(shape, dtype, backend):
+    """Two steps, the second without pairs that are not dense; the copy is in `dtype`."""
+    x, W, _, weights, indices = random_problem(shape, torch.float32, backend)
+    M, k, rows = len(W), indices.shape[1], torch.arange(len(W), device=W.device)[::3]
+    W = W / W.norm(dim=1, keepdim=True)
+    order, ends = GRAD.sort_pairs(indices, M)
+    gradient = GRAD.Gradient(weights.flatten()[order], order // k, ends, x, rows, W[rows] + 1)
+    full = dense(weights.double(), indices, M).T @ x.double()
+    full[rows] += W[rows].double() + 1
+    errors = {}
+    for unit in (False, True):
+        mine, copy, m, v = W.clone(), W.to(dtype, copy=True), torch.zeros_like(W), torch.zeros_like(W)
+        w, first, second = W.double(), torch.zeros_like(full), torch.zeros_like(full)
+        for step in (1, 2):
+            along = (full * mine.double()).sum(1) if unit else None
+            clip, t = torch.tensor(1.5, device=W.device), torch.tensor(float(step), device=W.device)
+            given = None if along is None else along.float()
+            with using(backend):
+                norm = CHOSEN["squared_norm", backend](gradient, given)
+                CHOSEN["update", backend](mine, gradient, m, v, t, 0.01, clip, given, copy)
+            g = full if along is None else full - along[:, None] * w
+            errors["norm"] = max(errors.get("norm", 0.0), error(norm, g.square().sum()))
+            g = g / 1.5
+            first, second = 0.9 * first + 0.1 * g, 0.999 * second + 0.001 * g * g
+            w = w - 0.01 * (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + ADAM.EPS)
+            w = w / w.norm(dim=1, keepdim=True) if unit else w
+        for name, a, b in (("W", mine, w), ("exp_avg", m, first), ("exp_avg_sq", v, second)):
+            errors[name] = max(errors.get(name, 0.0), error(a, b))
+        errors["copy"] = max(errors.get("copy", 0.0), error(copy, w) / (1 if dtype == torch.float32 else TOLERANCE[dtype] / 2e-5))
+    return errors
+
+
+CHECKS = {
+    "topk": check_topk,
+    "decode_error": check_decode_error,
+    "adam": check_adam,
+    "sum_by_latent": check_sum_by_latent,
+    "decode": check_decode,
+    "encode": check_encode,
+}
 
 
 def tolerance(name, dtype):
+    if name in ("topk", "adam"):  # exact; and float32 but for the copy
+        return {"topk": 0.0, "adam": 2e-5}[name]
     return TOLERANCE[dtype] * (4 if name == "encode" and dtype != torch.float32 else 1)  # x - b_dec is rounded first
 
 
@@ -124,7 +201,8 @@ def cases():
         for backend in BACKENDS:
             for shape in SHAPES:
                 for dtype in TOLERANCE:
-                    yield name, backend, shape, dtype
+                    if name == "topk" or shape != "many columns":  # a program a column is slow in the interpreter
+                        yield name, backend, shape, dtype
 
 
 @pytest.mark.parametrize("name, backend, shape, dtype", cases(), ids=lambda v: str(v).removeprefix("torch."))

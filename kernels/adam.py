@@ -6,13 +6,22 @@
     W[m]  = W[m] - lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
     W[m]  = W[m] / |W[m]|  (unit norm only);    copy[m] = W[m] in 16 bits
 
-A row's gradient is made from its pairs where it is used (kernels/grad.py), so no matrix of gradients is written and read
-again: a block of rows stays in the cache from its gradient to its copy.
+A row's gradient is made from its pairs where it is used (kernels/grad.py). In Triton a program has one row, in registers from
+its gradient to its copy; weights and moments are read and written once, 28 to 32 bytes a number, which is what the step costs
+at the least on a GPU. In torch a block of rows stays in the cache.
 
 Source: Kingma & Ba 2015 (arXiv 1412.6980), algorithm 1.
 """
 
 import torch
+
+from kernels.grad import gather_row
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # macOS, Windows: the torch twins do the work
+    triton = None
 
 BLOCK = 1024  # rows: at d = 640 weight, gradient and both moments take 10 MB
 BETAS, EPS = (0.9, 0.999), 6.25e-10  # Gao et al. 2024, A.3
@@ -30,17 +39,83 @@ def blocks(M):
     return ((start, min(start + BLOCK, M)) for start in range(0, M, BLOCK))
 
 
-def squared_norm(gradient, along=None):
-    """|gradient|^2, a scalar; where `along` (M,) is given, of what is left without it: |g - (g.w) w|^2 = |g|^2 - (g.w)^2."""
+if triton is not None:
+
+    @triton.jit
+    def squared_norm_kernel(
+        weights, vectors, ends, x, dense_at, dense, out, d, DENSE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr
+    ):
+        """Program m: |gradient[m]|^2."""
+        m = tl.program_id(0).to(tl.int64)
+        g = gather_row(m, weights, vectors, ends, x, dense_at, dense, d, DENSE, BLOCK_P, BLOCK_D)
+        tl.store(out + m, tl.sum(g * g, 0))
+
+    @triton.jit
+    def update_kernel(
+        W, exp_avg, exp_avg_sq, copy, along, hyper, weights, vectors, ends, x, dense_at, dense, d, beta1, beta2, eps,
+        DENSE: tl.constexpr, UNIT: tl.constexpr, COPY: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+    ):  # fmt: skip
+        """Program m: row m of everything. hyper: lr / (1 - beta1^t), 1 / (1 - beta2^t), 1 / clip."""
+        m = tl.program_id(0).to(tl.int64)
+        cols = tl.arange(0, BLOCK_D)
+        inside, at = cols < d, m * d + cols
+        g = gather_row(m, weights, vectors, ends, x, dense_at, dense, d, DENSE, BLOCK_P, BLOCK_D)
+        w = tl.load(W + at, mask=inside, other=0.0)
+        if UNIT:
+            g -= tl.load(along + m) * w
+        g *= tl.load(hyper + 2)
+        first = beta1 * tl.load(exp_avg + at, mask=inside, other=0.0) + (1 - beta1) * g
+        second = beta2 * tl.load(exp_avg_sq + at, mask=inside, other=0.0) + (1 - beta2) * g * g
+        w -= tl.load(hyper) * first / (tl.sqrt(second * tl.load(hyper + 1)) + eps)
+        if UNIT:
+            w = tl.where(inside, w, 0.0)
+            w /= tl.maximum(tl.sqrt(tl.sum(w * w, 0)), 1e-38)
+        tl.store(exp_avg + at, first, mask=inside)
+        tl.store(exp_avg_sq + at, second, mask=inside)
+        tl.store(W + at, w, mask=inside)
+        if COPY:
+            tl.store(copy + at, w, mask=inside)
+
+
+def launch(kernel, gradient, W, *args, **options):
+    """One program a row; a row of up to 8192 numbers fits in the registers of 8 warps."""
+    M, d = len(gradient.ends) - 1, gradient.x.shape[1]
+    BLOCK_D = max(16, triton.next_power_of_2(d))
+    if BLOCK_D > 8192:
+        raise ValueError(f"rows of {d} numbers: the kernels take up to 8192")
+    pairs = (gradient.weights, gradient.vectors, gradient.ends, gradient.x.contiguous())
+    dense_at, dense = gradient.ends, gradient.x  # where there are none, anything
+    if gradient.rows is not None:
+        dense_at = torch.full((M,), -1, device=W.device).index_copy(
+            0, gradient.rows, torch.arange(len(gradient.rows), device=W.device)
+        )
+        dense = gradient.dense.contiguous()
+    blocks = dict(DENSE=gradient.rows is not None, BLOCK_P=max(1, 2048 // BLOCK_D), BLOCK_D=BLOCK_D)
+    with torch.cuda.device_of(W):  # Triton launches on the current device
+        kernel[(M,)](
+            *args[0], *pairs, dense_at, dense, *args[1], d, *args[2:], **blocks, **options, num_warps=8 if BLOCK_D > 512 else 4
+        )
+
+
+def triton_squared_norm(gradient, along=None):
+    out = gradient.x.new_empty(len(gradient.ends) - 1)
+    launch(squared_norm_kernel, gradient, gradient.x, (), (out,))
+    return out.sum() if along is None else out.sum() - along.square().sum()
+
+
+def triton_update(W, gradient, exp_avg, exp_avg_sq, step, lr, clip, along=None, copy=None):
+    corrections = 1 - torch.tensor(BETAS, device=W.device) ** step
+    hyper = torch.stack([lr / corrections[0], 1 / corrections[1], 1 / clip])
+    tensors = (W, exp_avg, exp_avg_sq, W if copy is None else copy, W if along is None else along, hyper)
+    launch(update_kernel, gradient, W, tensors, (), *BETAS, EPS, UNIT=along is not None, COPY=copy is not None)
+
+
+def torch_squared_norm(gradient, along=None):
     total = sum(torch.linalg.vector_norm(gradient.block(*rows)).square() for rows in blocks(len(gradient.ends) - 1))
     return total if along is None else total - along.square().sum()
 
 
-def update(W, gradient, exp_avg, exp_avg_sq, step, lr, clip, along=None, copy=None):
-    """One step of Adam for a matrix W (M, d) and its moments, in place; `gradient` is a kernels.Gradient.
-
-    along (M,): gradient[m] . W[m]; given, rows are projected and keep unit norm. copy: a 16-bit W to keep up to date.
-    """
+def torch_update(W, gradient, exp_avg, exp_avg_sq, step, lr, clip, along=None, copy=None):
     for start, stop in blocks(len(W)):
         rows, g = W[start:stop], gradient.block(start, stop)
         if along is not None:
@@ -50,3 +125,18 @@ def update(W, gradient, exp_avg, exp_avg_sq, step, lr, clip, along=None, copy=No
             rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min_(torch.finfo(W.dtype).tiny))
         if copy is not None:
             copy[start:stop] = rows
+
+
+def squared_norm(gradient, along=None):
+    """|gradient|^2, a scalar; where `along` (M,) is given, of what is left without it: |g - (g.w) w|^2 = |g|^2 - (g.w)^2."""
+    return (triton_squared_norm if triton is not None and gradient.x.is_cuda else torch_squared_norm)(gradient, along)
+
+
+def update(W, gradient, exp_avg, exp_avg_sq, step, lr, clip, along=None, copy=None):
+    """One step of Adam for a matrix W (M, d) and its moments, fp32, in place; `gradient` is a kernels.Gradient.
+
+    step (): counted from 1. clip (): divides the gradient. along (M,): gradient[m] . W[m]; given, rows are projected and keep
+    unit norm. copy: a 16-bit W to keep up to date.
+    """
+    twin = triton_update if triton is not None and W.is_cuda else torch_update
+    twin(W, gradient, exp_avg, exp_avg_sq, step, lr, clip, along, copy)

@@ -58,6 +58,32 @@ if triton is not None:
             dots += tl.sum(piece[None, :] * tile, 1)
         tl.store(out + n * k + at, dots, mask=at < k)
 
+    @triton.jit
+    def decode_error_kernel(
+        x, top_acts, top_indices, W, b, e, d_acts, d, k, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr
+    ):  # fmt: skip
+        """Program n: the whole of e[n] = x_hat[n] - x[n] in registers, and its products with the k rows that made it."""
+        n = tl.program_id(0).to(tl.int64)
+        cols = tl.arange(0, BLOCK_D)
+        row = tl.load(b + cols, mask=cols < d, other=0.0).to(tl.float32)
+        for j in range(0, k, BLOCK_K):
+            at = j + tl.arange(0, BLOCK_K)
+            latent = tl.load(top_indices + n * k + at, mask=at < k, other=0).to(tl.int64)
+            weight = tl.load(top_acts + n * k + at, mask=at < k, other=0.0).to(tl.float32)
+            inside = (at < k)[:, None] & (cols < d)[None, :]
+            tile = tl.load(W + latent[:, None] * d + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+            row += tl.sum(weight[:, None] * tile, 0)
+        row = tl.where(cols < d, row - tl.load(x + n * d + cols, mask=cols < d, other=0.0).to(tl.float32), 0.0)
+        tl.store(e + n * d + cols, row, mask=cols < d)
+        for j in range(0, k, BLOCK_K):
+            at = j + tl.arange(0, BLOCK_K)
+            latent = tl.load(top_indices + n * k + at, mask=at < k, other=0).to(tl.int64)
+            weight = tl.load(top_acts + n * k + at, mask=at < k, other=0.0)
+            inside = (at < k)[:, None] & (cols < d)[None, :]
+            tile = tl.load(W + latent[:, None] * d + cols[None, :], mask=inside, other=0.0).to(tl.float32)  # from the cache
+            dots = tl.sum(row[None, :] * tile, 1)
+            tl.store(d_acts + n * k + at, tl.where(weight > 0, dots, 0.0), mask=at < k)
+
 
 def triton_gather_sum(weights, top_indices, W):
     (N, k), d = top_indices.shape, W.shape[1]
@@ -109,10 +135,29 @@ def gather_dot(x, top_indices, W):
     return (triton_gather_dot if triton is not None and W.is_cuda else torch_gather_dot)(x, top_indices, W)
 
 
-def decode_error(x, top_acts, top_indices, W_dec, b_dec):
-    """e = x_hat - x (N, d), and e[n] . W_dec[top_indices[n, j]] where top_acts is not zero (N, k): a loss's two gradients."""
+def triton_decode_error(x, top_acts, top_indices, W_dec, b_dec):
+    (N, k), d = top_indices.shape, W_dec.shape[1]
+    BLOCK_D = max(16, triton.next_power_of_2(d))
+    if BLOCK_D > 8192:  # a row that does not fit in the registers
+        return torch_decode_error(x, top_acts, top_indices, W_dec, b_dec)
+    e, d_acts = x.new_empty(N, d), x.new_empty(N, k)
+    inputs = (t.contiguous() for t in (x, top_acts, top_indices, W_dec, b_dec))
+    with torch.cuda.device_of(x):
+        decode_error_kernel[(N,)](
+            *inputs, e, d_acts, d, k, BLOCK_K=max(1, 4096 // BLOCK_D), BLOCK_D=BLOCK_D, num_warps=8 if BLOCK_D > 512 else 4
+        )  # fmt: skip
+    return e, d_acts
+
+
+def torch_decode_error(x, top_acts, top_indices, W_dec, b_dec):
     e = gather_sum(top_acts, top_indices, W_dec).add_(b_dec).sub_(x)
     return e, gather_dot(e, top_indices, W_dec).mul_(top_acts > 0)
+
+
+def decode_error(x, top_acts, top_indices, W_dec, b_dec):
+    """e = x_hat - x (N, d), and e[n] . W_dec[top_indices[n, j]] where top_acts is not zero (N, k): a loss's two gradients."""
+    twin = triton_decode_error if triton is not None and x.is_cuda else torch_decode_error
+    return twin(x, top_acts, top_indices, W_dec, b_dec)
 
 
 class Decode(torch.autograd.Function):

@@ -19,7 +19,7 @@ try:
     import triton
     import triton.language as tl
 except ImportError:  # macOS, Windows: the torch twin does the work
-    triton = None
+    triton = gather_row = None
 
 
 def sort_pairs(top_indices, num_latents):
@@ -47,9 +47,9 @@ class Gradient(NamedTuple):
     made: torch.Tensor | None = None  # (M, d): the matrix, if it is kept
 
     def keep(self):
-        """The same, made once and for all if it is not too large."""
+        """The same, made once and for all on a CPU if it is not too large."""
         M = len(self.ends) - 1
-        return self._replace(made=self.block(0, M)) if M * self.x.shape[1] <= KEPT else self
+        return self._replace(made=self.block(0, M)) if M * self.x.shape[1] <= KEPT and not self.x.is_cuda else self
 
     def block(self, start, stop):
         """Rows start to stop of the matrix."""
@@ -87,6 +87,39 @@ if triton is not None:
             total += weight
         tl.store(dW + m * d + cols, row, mask=cols < d)
         tl.store(db + m, tl.sum(total, 0), mask=tl.program_id(1) == 0)
+
+    @triton.jit
+    def gather_row(
+        m, weights, vectors, ends, x, dense_at, dense, d, DENSE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr
+    ):
+        """Row m of a `Gradient`, whole: (BLOCK_D,) float32, 0 past d."""
+        cols = tl.arange(0, BLOCK_D)
+        start, end = tl.load(ends + m), tl.load(ends + m + 1)
+        row = tl.zeros((BLOCK_D,), tl.float32)
+        for p in range(start, end, BLOCK_P):
+            at = p + tl.arange(0, BLOCK_P)
+            vector = tl.load(vectors + at, mask=at < end, other=0)
+            weight = tl.load(weights + at, mask=at < end, other=0.0).to(tl.float32)
+            inside = (at < end)[:, None] & (cols < d)[None, :]
+            tile = tl.load(x + vector[:, None] * d + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+            row += tl.sum(weight[:, None] * tile, 0)
+        if DENSE:
+            i = tl.load(dense_at + m).to(tl.int64)
+            row += tl.load(dense + i * d + cols, mask=cols < tl.where(i >= 0, d, 0), other=0.0).to(tl.float32)
+        return row
+
+
+def totals(weights, ends):
+    """Sum of the weights (P,) of each latent's pairs, in their order: (M,)."""
+    M, ones = len(ends) - 1, weights.new_ones(1, 1)
+    if triton is None or not weights.is_cuda:
+        none = torch.zeros(len(weights), dtype=torch.int64, device=weights.device)
+        return Gradient(weights, none, ends, ones).block(0, M)[:, 0]
+    P = len(weights)
+    order, out, db = torch.arange(P, device=weights.device), weights.new_empty(M, 1), weights.new_empty(M)
+    with torch.cuda.device_of(weights):  # of all pairs the vector is the one in `ones`
+        sum_kernel[(M, 1)](weights, order, ends, ones, out, db, 1, P + 1, BLOCK_P=32, BLOCK_D=16)
+    return db
 
 
 def triton_sum_by_latent(weights, top_indices, x, num_latents):
