@@ -15,7 +15,7 @@ Source: Kingma & Ba 2015 (arXiv 1412.6980), algorithm 1.
 
 import torch
 
-from kernels.grad import gather_row
+from kernels.grad import WIDEST, gather_row, warps_for
 
 try:
     import triton
@@ -77,12 +77,14 @@ if triton is not None:
             tl.store(copy + at, w, mask=inside)
 
 
-def launch(kernel, gradient, W, *args, **options):
-    """One program a row; a row of up to 8192 numbers fits in the registers of 8 warps."""
-    M, d = len(gradient.ends) - 1, gradient.x.shape[1]
+def row_blocks(d):
     BLOCK_D = max(16, triton.next_power_of_2(d))
-    if BLOCK_D > 8192:
-        raise ValueError(f"rows of {d} numbers: the kernels take up to 8192")
+    return dict(BLOCK_P=max(1, 2048 // BLOCK_D), BLOCK_D=BLOCK_D, num_warps=warps_for(BLOCK_D))
+
+
+def launch(kernel, gradient, W, *args, **options):
+    """One program a row, which fits in registers."""
+    M, d = len(gradient.ends) - 1, gradient.x.shape[1]
     pairs = (gradient.weights, gradient.vectors, gradient.ends, gradient.x.contiguous())
     dense_at, dense = gradient.ends, gradient.x  # where there are none, anything
     if gradient.rows is not None:
@@ -90,11 +92,9 @@ def launch(kernel, gradient, W, *args, **options):
             0, gradient.rows, torch.arange(len(gradient.rows), device=W.device)
         )
         dense = gradient.dense.contiguous()
-    blocks = dict(DENSE=gradient.rows is not None, BLOCK_P=max(1, 2048 // BLOCK_D), BLOCK_D=BLOCK_D)
+    options |= dict(DENSE=gradient.rows is not None, **row_blocks(d))
     with torch.cuda.device_of(W):  # Triton launches on the current device
-        kernel[(M,)](
-            *args[0], *pairs, dense_at, dense, *args[1], d, *args[2:], **blocks, **options, num_warps=8 if BLOCK_D > 512 else 4
-        )
+        kernel[(M,)](*args[0], *pairs, dense_at, dense, *args[1], d, *args[2:], **options)
 
 
 def triton_squared_norm(gradient, along=None):
@@ -127,9 +127,13 @@ def torch_update(W, gradient, exp_avg, exp_avg_sq, step, lr, clip, along=None, c
             copy[start:stop] = rows
 
 
+def in_triton(W):
+    return triton is not None and W.is_cuda and W.shape[1] <= WIDEST
+
+
 def squared_norm(gradient, along=None):
     """|gradient|^2, a scalar; where `along` (M,) is given, of what is left without it: |g - (g.w) w|^2 = |g|^2 - (g.w)^2."""
-    return (triton_squared_norm if triton is not None and gradient.x.is_cuda else torch_squared_norm)(gradient, along)
+    return (triton_squared_norm if in_triton(gradient.x) else torch_squared_norm)(gradient, along)
 
 
 def update(W, gradient, exp_avg, exp_avg_sq, step, lr, clip, along=None, copy=None):
@@ -138,5 +142,5 @@ def update(W, gradient, exp_avg, exp_avg_sq, step, lr, clip, along=None, copy=No
     step (): counted from 1. clip (): divides the gradient. along (M,): gradient[m] . W[m]; given, rows are projected and keep
     unit norm. copy: a 16-bit W to keep up to date.
     """
-    twin = triton_update if triton is not None and W.is_cuda else torch_update
+    twin = triton_update if in_triton(W) else torch_update
     twin(W, gradient, exp_avg, exp_avg_sq, step, lr, clip, along, copy)

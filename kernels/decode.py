@@ -14,7 +14,7 @@ import warnings
 import torch
 import torch.nn.functional as F
 
-from kernels.grad import sum_by_latent
+from kernels.grad import WIDEST, sum_by_latent, warps_for
 
 try:
     import triton
@@ -85,25 +85,38 @@ if triton is not None:
             tl.store(d_acts + n * k + at, tl.where(weight > 0, dots, 0.0), mask=at < k)
 
 
+GATHER_SUM = dict(BLOCK_K=8)
+GATHER_DOT = dict(BLOCK_K=16)
+
+
+def blocks_of(d, most):
+    return min(most, max(16, triton.next_power_of_2(d)))
+
+
+def decode_error_blocks(d):
+    BLOCK_D = blocks_of(d, 1 << 30)
+    return dict(BLOCK_K=max(1, 4096 // BLOCK_D), BLOCK_D=BLOCK_D, num_warps=warps_for(BLOCK_D))
+
+
 def triton_gather_sum(weights, top_indices, W):
     (N, k), d = top_indices.shape, W.shape[1]
     out = W.new_empty(N, d)
-    BLOCK_D = min(256, triton.next_power_of_2(d))
+    BLOCK_D = blocks_of(d, 256)
     grid = (N, triton.cdiv(d, BLOCK_D))
     weights, top_indices, W = weights.contiguous(), top_indices.contiguous(), W.contiguous()
     with torch.cuda.device_of(W):  # Triton launches on the current device
-        gather_sum_kernel[grid](weights, top_indices, W, out, d, k, BLOCK_K=8, BLOCK_D=BLOCK_D)
+        gather_sum_kernel[grid](weights, top_indices, W, out, d, k, **GATHER_SUM, BLOCK_D=BLOCK_D)
     return out
 
 
 def triton_gather_dot(x, top_indices, W):
     (N, k), d = top_indices.shape, W.shape[1]
     out = x.new_empty(N, k)
-    BLOCK_D = min(128, triton.next_power_of_2(d))
-    grid = (N, triton.cdiv(k, 16))
+    BLOCK_D = blocks_of(d, 128)
+    grid = (N, triton.cdiv(k, GATHER_DOT["BLOCK_K"]))
     x, top_indices, W = x.contiguous(), top_indices.contiguous(), W.contiguous()
     with torch.cuda.device_of(W):
-        gather_dot_kernel[grid](x, top_indices, W, out, d, k, BLOCK_K=16, BLOCK_D=BLOCK_D)
+        gather_dot_kernel[grid](x, top_indices, W, out, d, k, **GATHER_DOT, BLOCK_D=BLOCK_D)
     return out
 
 
@@ -137,15 +150,10 @@ def gather_dot(x, top_indices, W):
 
 def triton_decode_error(x, top_acts, top_indices, W_dec, b_dec):
     (N, k), d = top_indices.shape, W_dec.shape[1]
-    BLOCK_D = max(16, triton.next_power_of_2(d))
-    if BLOCK_D > 8192:  # a row that does not fit in the registers
-        return torch_decode_error(x, top_acts, top_indices, W_dec, b_dec)
     e, d_acts = x.new_empty(N, d), x.new_empty(N, k)
     inputs = (t.contiguous() for t in (x, top_acts, top_indices, W_dec, b_dec))
     with torch.cuda.device_of(x):
-        decode_error_kernel[(N,)](
-            *inputs, e, d_acts, d, k, BLOCK_K=max(1, 4096 // BLOCK_D), BLOCK_D=BLOCK_D, num_warps=8 if BLOCK_D > 512 else 4
-        )  # fmt: skip
+        decode_error_kernel[(N,)](*inputs, e, d_acts, d, k, **decode_error_blocks(d))
     return e, d_acts
 
 
@@ -156,7 +164,7 @@ def torch_decode_error(x, top_acts, top_indices, W_dec, b_dec):
 
 def decode_error(x, top_acts, top_indices, W_dec, b_dec):
     """e = x_hat - x (N, d), and e[n] . W_dec[top_indices[n, j]] where top_acts is not zero (N, k): a loss's two gradients."""
-    twin = triton_decode_error if triton is not None and x.is_cuda else torch_decode_error
+    twin = triton_decode_error if triton is not None and x.is_cuda and x.shape[1] <= WIDEST else torch_decode_error
     return twin(x, top_acts, top_indices, W_dec, b_dec)
 
 

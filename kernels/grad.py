@@ -22,6 +22,14 @@ except ImportError:  # macOS, Windows: the torch twin does the work
     triton = gather_row = None
 
 
+WIDEST = 4096  # of a row that a program holds in registers; wider ones go through torch
+
+
+def warps_for(BLOCK_D):
+    """Of a program that holds a whole row."""
+    return 8 if BLOCK_D > 512 else 4
+
+
 def sort_pairs(top_indices, num_latents):
     """Pairs by latent: `order` (N*k,), and `ends` (M + 1,) so that latent m owns order[ends[m]:ends[m + 1]]."""
     latents, order = torch.sort(top_indices.flatten(), stable=True)

@@ -104,12 +104,16 @@ if triton is not None:
             left -= tl.sum(equal * chosen, 0)
 
 
+def topk_blocks(M):
+    BLOCK = min(4096, max(16, triton.next_power_of_2(M)))
+    return dict(BLOCK=BLOCK, num_warps=8 if BLOCK > 1024 else 4)
+
+
 def triton_topk(pre_acts, k, keys=None):
     N, M = pre_acts.shape
     top_acts, top_indices = pre_acts.new_empty(N, k), pre_acts.new_empty(N, k, dtype=torch.int64)
-    BLOCK = min(4096, max(16, triton.next_power_of_2(M)))
     with torch.cuda.device_of(pre_acts):  # Triton launches on the current device
-        topk_kernel[(N,)](pre_acts.contiguous(), top_acts, top_indices, M, k, BLOCK=BLOCK, num_warps=8 if BLOCK > 1024 else 4)
+        topk_kernel[(N,)](pre_acts.contiguous(), top_acts, top_indices, M, k, **topk_blocks(M))
     return top_acts, top_indices
 
 
