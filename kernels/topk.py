@@ -106,7 +106,7 @@ if triton is not None:
 
 def topk_blocks(M):
     BLOCK = min(4096, max(16, triton.next_power_of_2(M)))
-    return dict(BLOCK=BLOCK, num_warps=8 if BLOCK > 1024 else 4)
+    return dict(BLOCK=BLOCK, num_warps=8 if BLOCK > 512 else 4)
 
 
 def triton_topk(pre_acts, k, keys=None):
