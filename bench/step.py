@@ -11,6 +11,7 @@ Times are medians, `ratio` the median of the paired ratios to `ours`. `dense` is
 
 import csv
 import importlib.util
+import os
 import statistics
 import subprocess
 import time
@@ -76,6 +77,8 @@ def dense(cfg, device, x):
 
 
 def eai_sparsify(cfg, device, x):
+    if device.type != "cuda":
+        os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")  # or it asks for a GPU
     from sparsify import SparseCoder, SparseCoderConfig
 
     sae = SparseCoder(cfg.d, SparseCoderConfig(num_latents=cfg.M, k=cfg.k), device=device, dtype=torch.float32)
