@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from kernels import Gradient, Selector, adam, decode_error, sort_pairs, squared_norm, totals, update
+from kernels import KEPT, Gradient, Selector, adam, decode_error, sort_pairs, squared_norm, totals, update
 from sae import count_active
 
 MATRICES = ("encoder.weight", "W_dec")
@@ -78,6 +78,8 @@ class Step:
             self.state |= {f"{name}.exp_avg": torch.zeros_like(p), f"{name}.exp_avg_sq": torch.zeros_like(p)}
         self.select = Selector()
         W = self.params["encoder.weight"]
+        kept = device.type == "cpu" and W.numel() <= KEPT
+        self.memory = [torch.empty_like(W), torch.empty_like(W)] if kept else [None, None]  # for the gradients of both matrices
         self.copy = None if dtype in (None, W.dtype) else W.to(dtype)  # what the product multiplies by
 
     def load(self, tensors):
@@ -134,7 +136,7 @@ class Step:
             db_enc, along = db_enc.index_add(0, dead, db), along.index_add(0, dead, along_dead)
         db_dec = g.sum(0) - db_enc @ W_enc
         along = along if self.normalize_decoder else None
-        dW_enc, dW_dec = dW_enc.keep(), dW_dec.keep()
+        dW_enc, dW_dec = (gradient.keep(memory) for gradient, memory in zip((dW_enc, dW_dec), self.memory))
 
         # 3. Clip and Adam
         norm = (squared_norm(dW_enc) + squared_norm(dW_dec, along) + db_enc.square().sum() + db_dec.square().sum()).sqrt()

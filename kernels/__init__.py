@@ -24,12 +24,12 @@ if _namesake is not None:
 from kernels.adam import adam, squared_norm, update  # noqa: E402
 from kernels.decode import decode, decode_error  # noqa: E402
 from kernels.encode import Selector, encode  # noqa: E402
-from kernels.grad import Gradient, sort_pairs, sum_by_latent, totals  # noqa: E402
+from kernels.grad import KEPT, Gradient, sort_pairs, sum_by_latent, totals  # noqa: E402
 from kernels.topk import topk  # noqa: E402
 
 __all__ = [
-    "Gradient", "Selector", "adam", "decode", "decode_error", "encode", "sort_pairs", "squared_norm", "sum_by_latent", "topk",
-    "totals", "update",
+    "KEPT", "Gradient", "Selector", "adam", "decode", "decode_error", "encode", "sort_pairs", "squared_norm", "sum_by_latent",
+    "topk", "totals", "update",
 ]  # fmt: skip
 
 

@@ -15,7 +15,7 @@ Source: Kingma & Ba 2015 (arXiv 1412.6980), algorithm 1.
 
 import torch
 
-from kernels.grad import WIDEST, gather_row, warps_for
+from kernels.grad import BLOCK, WIDEST, gather_row, warps_for
 
 try:
     import triton
@@ -23,7 +23,6 @@ try:
 except ImportError:  # macOS, Windows: the torch twins do the work
     triton = None
 
-BLOCK = 1024  # rows: at d = 640 weight, gradient and both moments take 10 MB
 BETAS, EPS = (0.9, 0.999), 6.25e-10  # Gao et al. 2024, A.3
 
 
@@ -111,7 +110,9 @@ def triton_update(W, gradient, exp_avg, exp_avg_sq, step, lr, clip, along=None, 
 
 
 def torch_squared_norm(gradient, along=None):
-    total = sum(torch.linalg.vector_norm(gradient.block(*rows)).square() for rows in blocks(len(gradient.ends) - 1))
+    total = gradient.norm
+    if total is None:
+        total = sum(torch.linalg.vector_norm(gradient.block(*rows)).square() for rows in blocks(len(gradient.ends) - 1))
     return total if along is None else total - along.square().sum()
 
 
