@@ -102,3 +102,11 @@ def test_training_from_nothing_ends_with_a_model_that_loads_and_is_never_overwri
         toy.main(cfg)
     with pytest.raises(ValueError, match="other options"):
         toy.main(toy.Config("train", folder=str(tmp_path / "other"), work_dir=cfg.work_dir, seed=1, **small))
+
+
+def test_training_that_goes_on_from_a_folder_keeps_its_classifier_and_autoencoder(tmp_path):
+    small = dict(num_drawings=48, unet_iterations=2, batch_size=4, start_from=str(TOY), device="cpu")
+    toy.main(toy.Config("train", folder=str(tmp_path / "mine"), work_dir=str(tmp_path / "work"), **small))
+    same = lambda path: (TOY / path).read_bytes() == (tmp_path / "mine" / path).read_bytes()
+    assert same("classifier.safetensors") and same("vae/diffusion_pytorch_model.safetensors")
+    assert not same("unet/diffusion_pytorch_model.safetensors") and not same("text_encoder/model.safetensors")
