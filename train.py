@@ -59,7 +59,7 @@ class Config:
     dead_feature_threshold: int = 100_000  # a latent is dead after this many vectors without a nonzero activation
     grad_acc_steps: int = 1  # an update goes through in this many parts, to save memory
     micro_acc_steps: int = 1  # and each of these in this many; the result is the same
-    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"  # of the encoder's product; auto: 16 bits on a GPU
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"  # of the encoder's product; auto: 16 bits where they are fast
     buffer_gb: float = 2.0  # memory of the shuffle buffer; a file that fits is shuffled perfectly
     seed: int = 0  # of the weights and the order of the vectors; the held-out prompts are the same for every seed
     device: str = "auto"  # auto, cuda, cuda:N, mps, cpu
@@ -87,6 +87,15 @@ def check_options(cfg):
         if not fine:
             raise ValueError(f"--{name} {getattr(cfg, name)}: expected {expected}")
     import_tracker(cfg.log_to)
+
+
+def product_dtype(choice, device):
+    """Of the encoder's product: auto is 16 bits on a GPU, and bfloat16 on a CPU that multiplies it by itself."""
+    if choice == "auto" and device.type == "cpu":
+        native = [getattr(torch.cpu, f"_is_{name}_supported", lambda: False)() for name in ("avx512_bf16", "amx_tile")]
+        return torch.bfloat16 if any(native) else torch.float32
+    named = {"auto": resolve_dtype("auto", device), "no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return named[choice]
 
 
 def lr_at(iteration, iterations, cfg, num_latents):
@@ -248,14 +257,15 @@ def train(cfg, activations, folder, device):
     else:
         sae = Sae(activations.d, num_latents, cfg.k).to(device)
         print(f"going on at iteration {state['iteration']} of {folder}")
-    dtypes = {"auto": resolve_dtype("auto", device), "no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    dtype = getattr(torch, state.setdefault("product", str(product_dtype(cfg.mixed_precision, device))[6:]))
+    print(f"{folder.name}: the encoder's product in {state['product']}, the rest in float32")
     step = Step(
         sae,
         state["variance"],
         auxk_alpha=cfg.auxk_alpha,
         dead_feature_threshold=cfg.dead_feature_threshold,
         normalize_decoder=cfg.normalize_decoder,
-        dtype=dtypes[cfg.mixed_precision],
+        dtype=dtype,
     )
     save_checkpoint = lambda: save_tensors(checkpoint, step.state, {"state": json.dumps(state)})
     if found == "nothing":
