@@ -132,10 +132,6 @@ def main(cfg):
         raise ValueError("--mode mean needs two prompts or more to take the mean over; raise --max_num_examples")
     out_dir = Path(cfg.out_dir)
     settings = {k: v for k, v in vars(cfg).items() if k not in ("out_dir", "device", "cpu_offload")}
-    if (out_dir / "ablate.json").exists():
-        there = read_json(out_dir / "ablate.json").get("options") or {}
-        if other := [k for k in settings if there.get(k) != settings[k]]:
-            raise ValueError(f"{out_dir} holds a run with {other[0]} {there.get(other[0])!r}; choose another --out_dir")
 
     # 2. The model, and the shapes of what its layers take and give
     device = resolve_device(cfg.device)
@@ -148,6 +144,11 @@ def main(cfg):
     if "negative_prompt" in rows[0]:
         options["negative_prompt"] = [r["negative_prompt"] for r in rows]
     dry = hooked.first_step(cfg.hook_names, prompts, save_input=True, **options)
+    if (out_dir / "ablate.json").exists():
+        there = read_json(out_dir / "ablate.json").get("options") or {}
+        if other := [k for k in settings if there.get(k) != settings[k]]:
+            told = ", ".join(f"{k} {there.get(k)!r}" for k in other)
+            raise ValueError(f"{out_dir} holds a run with {told}; choose another --out_dir")
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

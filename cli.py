@@ -21,7 +21,8 @@ def run(main, Config):
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before it is imported: it complains of absent torchvision
     args = gather_lists(sys.argv[1:], Config)
-    cfg = tyro.cli(Config, args=args, description=sys.modules["__main__"].__doc__, use_underscores=True)
+    program = Path(sys.argv[0]).name
+    cfg = tyro.cli(Config, args=args, prog=program, description=sys.modules["__main__"].__doc__, use_underscores=True)
     try:
         main(cfg)
     except KeyboardInterrupt:
@@ -32,7 +33,7 @@ def run(main, Config):
         ours = Path(origin.filename).resolve().parent in (HERE, HERE / "kernels") and origin.line.startswith("raise ")
         if isinstance(error, ValueError) and not ours:
             raise
-        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

@@ -267,7 +267,9 @@ def main(cfg):
     collection.finish(descriptions)
     for stem in (stem for _, _, stem in places):
         print(f"{out_dir / stem}.npy  {tuple(descriptions[stem]['shape'])} {descriptions[stem]['dtype']}")
-    print(f"prompts in {out_dir / 'prompts.jsonl'}, final samples in {out_dir / 'samples.npy'}; next: python train.py")
+    what = "pictures" if pictures else "prompts"
+    where = "" if cfg.out_dir == Config().out_dir else f" --data {cfg.out_dir}"
+    print(f"{what} in {out_dir / 'prompts.jsonl'}, final samples in {out_dir / 'samples.npy'}; next: python train.py{where}")
 
 
 if __name__ == "__main__" and "get_ipython" not in globals():

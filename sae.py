@@ -131,6 +131,9 @@ def save_tensors(path, tensors, metadata):
     except SafetensorError as error:
         partial.unlink(missing_ok=True)
         raise OSError(f"{path} can't be written: {error}") from None
+    mask = os.umask(0)  # it can only be read by setting it
+    os.umask(mask)
+    partial.chmod(0o666 & ~mask)  # safetensors makes its files private
     swap_in(partial, path)
 
 

@@ -95,9 +95,13 @@ class Collection:
         """What is there must be the beginning of what is asked for."""
         settings, self.facts = there.get("settings") or {}, there.get("facts")
         if other := [k for k in {**settings, **self.settings} if settings.get(k) != self.settings.get(k)]:
-            k = other[0]
+            k = "images" if "images" in other else other[0]
+            before, now = settings.get(k), self.settings.get(k)
+            if isinstance(before, dict) and isinstance(now, dict):
+                k = next(name for name in {**before, **now} if before.get(name) != now.get(name))
+                before, now = before.get(k), now.get(k)
             raise ValueError(
-                f"{self.out_dir} holds a collection made with {k} {settings.get(k)!r}, not {self.settings.get(k)!r}: "
+                f"{self.out_dir} holds a collection made with {k} {before!r}, not {now!r}: "
                 "use the same options to go on with it, or another --out_dir"
             )
         if old[: len(lines)] != lines[: len(old)]:
@@ -350,11 +354,12 @@ class Activations:
     HELD_OUT["share"] of the vectors in whole prompts, more where that is below `at_least` (up to a quarter and the rest
     of a prompt, never more than half), fewer where it is above `at_most`.
 
-    Attributes: paths; hook_name ("" for plain files); d; num_vectors = num_training + num_held_out.
+    Attributes: paths; hook_name ("" for plain files); d; num_vectors = num_training + num_held_out; whole_prompts, False where
+    there were none to hold out.
     """
 
     def __init__(self, paths, seed=0):
-        self.paths, self.rows = [str(path) for path in paths], []
+        self.paths, self.rows, self.whole_prompts = [str(path) for path in paths], [], True
         units, prompts = [], []  # (file, first row, end row), and which prompt that is of
         for file, path in enumerate(self.paths):
             array, meta = open_file(path)
@@ -367,7 +372,7 @@ class Activations:
                 raise ValueError(f"{path} holds vectors of {here}, {self.paths[0]} of {there}")
             names = prompts_of(path, array, meta) if array.ndim > 2 else []
             if len(set(names)) < 2:
-                names = [(path, piece) for piece in range(min(32, len(rows)))]
+                names, self.whole_prompts = [(path, piece) for piece in range(min(32, len(rows)))], False
             cuts = np.arange(len(names) + 1) * len(rows) // len(names)
             first, end = cuts[:-1], cuts[1:]
             if meta.get("stream") == "text" and len(names) == len(array):  # without the padding of each prompt's steps

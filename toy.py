@@ -13,7 +13,8 @@ The weights that ship had 6000 updates in several sessions, of which the first 2
 logit-normal, and then `python toy.py train --start_from toy --unet_iterations 13000 --seed 2`, 104 minutes on one core.
 
 Reads   nothing; the drawings are made here.
-Writes  draw: <folder>/drawings.png. train: <folder>/ and checkpoints in <work_dir>/. check: <folder>/check.png, check.json.
+Writes  draw: <folder>/drawings.png. train: <folder>/ and checkpoints in <work_dir>/. check: check.png and check.json in
+        <out_dir>/, else <folder>/.
 Does not download anything, and does not try to be a good image model: it is a model whose every concept is known.
 
 Sources: v-prediction, Salimans & Ho 2022 (arXiv 2202.00512); cosine betas, Nichol & Dhariwal 2021 (arXiv 2102.09672);
@@ -37,7 +38,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
-from cli import HERE, resolve_device, run
+from cli import HERE, check_positive, resolve_device, run
 
 SIZE = 64  # pixels a side
 OBJECTS = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "moon")
@@ -67,6 +68,7 @@ class Config:
     batch_size: int = 16  # latents a UNet update: many small ones learn shapes sooner than few large ones
     lr: float = 5e-4  # Adam's, for the UNet and the text encoder; decays over the last third
     save_every: int = 250  # iterations between checkpoints
+    out_dir: str | None = None  # check: where its report goes (None: into the folder)
     num_prompts: int = 576  # check: pictures to generate
     num_inference_steps: int = 20  # check: sampling steps
     guidance_scale: float = 5.0  # check: classifier-free guidance
@@ -308,7 +310,17 @@ def build_scheduler():
     )
 
 
-UNCHECKED = ("command", "folder", "work_dir", "save_every", "device", "num_prompts", "num_inference_steps", "guidance_scale")
+UNCHECKED = (
+    "command",
+    "folder",
+    "work_dir",
+    "out_dir",
+    "save_every",
+    "device",
+    "num_prompts",
+    "num_inference_steps",
+    "guidance_scale",
+)
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's
 
 
@@ -470,9 +482,13 @@ def grid(pixels, columns, scale=2):
 def check(cfg, device):
     from diffusers import DiffusionPipeline
 
-    folder = Path(cfg.folder)
+    folder, out_dir = Path(cfg.folder), Path(cfg.out_dir or cfg.folder)
+    options = {n: getattr(cfg, n) for n in ("num_prompts", "num_inference_steps", "guidance_scale", "seed")}
+    if (out_dir / "check.json").exists() and json.loads((out_dir / "check.json").read_text()).get("options") != options:
+        raise ValueError(f"{out_dir} holds a report made with other options; name another --out_dir")
     classifier = Classifier.load(folder).to(device)
     see = lambda pixels: [p for x in pixels.split(200) for p in classifier.predict(to_model(x).to(device))]
+    out_dir.mkdir(parents=True, exist_ok=True)
     pixels, attributes = draw_many(4000, cfg.seed + 1, "drawing")
     report = {"drawings": shares(see(pixels), attributes)}
 
@@ -480,30 +496,32 @@ def check(cfg, device):
     pipe.set_progress_bar_config(disable=True)
     with open(folder / "prompts.csv", newline="") as f:
         rows = list(csv.DictReader(f))[: cfg.num_prompts]
-    options = dict(num_inference_steps=cfg.num_inference_steps, guidance_scale=cfg.guidance_scale, output_type="pt")
+    sampling = dict(num_inference_steps=cfg.num_inference_steps, guidance_scale=cfg.guidance_scale, output_type="pt")
     made = []
     for start in tqdm(range(0, len(rows), 48), "generating"):
         prompts = [r["prompt"] for r in rows[start : start + 48]]
         generators = [torch.Generator().manual_seed(cfg.seed + start + i) for i in range(len(prompts))]
-        made.append((pipe(prompts, generator=generators, **options).images.cpu() * 255).round().to(torch.uint8))
+        made.append((pipe(prompts, generator=generators, **sampling).images.cpu() * 255).round().to(torch.uint8))
     made = torch.cat(made)
     seen = see(made)
     report["generated"] = shares(seen, rows)
     for name, values in CONCEPTS.items():
         pairs = {v: [(s, r) for s, r in zip(seen, rows) if r[name] == v] for v in values}
         report[name] = {v: shares(*zip(*pairs[v]))[name] for v in values if pairs[v]}
-    report["options"] = {n: getattr(cfg, n) for n in ("num_prompts", "num_inference_steps", "guidance_scale", "seed")}
+    report["options"] = options
 
     print(f"{'':12}{'object':>8}{'style':>8}{'colour':>8}")
     for what, n in (("drawings", len(pixels)), ("generated", len(made))):
         print(f"{what:12}" + "".join(f"{share:8.1%}" for share in report[what].values()) + f"   of {n}")
     where = lambda i: (STYLES.index(rows[i]["style"]), OBJECTS.index(rows[i]["object"]))
-    grid(made[sorted(range(min(96, len(rows))), key=where)], 16).save(folder / "check.png")
-    (folder / "check.json").write_text(json.dumps(report, indent=1) + "\n")
-    print(f"pictures in {folder / 'check.png'}, numbers in {folder / 'check.json'}")
+    grid(made[sorted(range(min(96, len(rows))), key=where)], 16).save(out_dir / "check.png")
+    (out_dir / "check.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(f"pictures in {out_dir / 'check.png'}, numbers in {out_dir / 'check.json'}")
 
 
 def main(cfg):
+    check_positive(cfg, "num_drawings", "classifier_iterations", "vae_iterations", "unet_iterations", "batch_size", "save_every")
+    check_positive(cfg, "num_prompts", "num_inference_steps")
     device = resolve_device(cfg.device)
     if cfg.command == "train":
         return train(cfg, device)

@@ -214,13 +214,18 @@ def plot(path, rows, held_out, title):
     fig = Figure(figsize=(13, 3.9), layout="constrained")
     fig.suptitle(f"{title}: held-out FVU {held_out.fvu:.3f}, L0 {held_out.l0:.1f}, dead {held_out.dead:.1%}")
     left, middle, right = axes = fig.subplots(1, 3)
+    most = max(row["vectors"] for row in rows)
+    unit, word = (1e6, "millions") if most >= 1e6 else (1e3, "thousands") if most >= 1e4 else (1, "")
     for ax, name, heading in ((left, "fvu", "Variance not explained (FVU)"), (middle, "dead", "Dead latents")):
-        ax.plot([row["vectors"] / 1e6 for row in rows], [row[name] for row in rows], **blue, label="in training")
+        dots = dict(marker="o", ms=4) if len(rows) < 12 else {}
+        ax.plot([row["vectors"] / unit for row in rows], [row[name] for row in rows], **blue, **dots, label="in training")
         ax.axhline(getattr(held_out, name), **orange, label="held out, at the end")
-        ax.set(title=heading, xlabel="training vectors, millions", xlim=(0, None))
-    left.set_yscale("log", subs=[])
-    left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    left.yaxis.set_major_formatter("{x:.2g}")
+        ax.set(title=heading, xlabel=f"training vectors{', ' * bool(word)}{word}", xlim=(0, 1.03 * most / unit))
+    values = [held_out.fvu, *(row["fvu"] for row in rows)]
+    if max(values) > 3 * min(values) > 0:
+        left.set_yscale("log", subs=[])
+        left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        left.yaxis.set_major_formatter("{x:.2g}")
     middle.set_ylim(0, 1.1 * max(0.1, held_out.dead, *(row["dead"] for row in rows)))
     middle.yaxis.set_major_formatter("{x:.0%}")
     often = held_out.counts.cpu().double() / held_out.n
@@ -315,6 +320,7 @@ def train(cfg, activations, folder, device):
     sae.cfg |= {
         "normalize_decoder": cfg.normalize_decoder, "hook_name": activations.hook_name, "data": activations.paths,
         "fvu": held_out.fvu, "l0": held_out.l0, "dead": held_out.dead, "num_held_out": held_out.n,
+        "held_out_whole_prompts": activations.whole_prompts,
         "num_training": state["vectors"], "training": settings,
     }  # fmt: skip
 
@@ -325,6 +331,10 @@ def train(cfg, activations, folder, device):
     vectors, seconds = state["vectors"], max(state["seconds"], 0.01)
     print(f"trained:  {vectors:,} vectors in {seconds:.0f} s ({vectors / seconds:,.0f}/s); {num_latents} latents, k = {cfg.k}")
     print(f"held out: {held_out.n:,} vectors   fvu {held_out.fvu:.4f}   l0 {held_out.l0:.2f}   dead {held_out.dead:.2%}")
+    if not activations.whole_prompts:
+        print("note: there are no prompts to hold out whole, so held-out vectors are of the same samples as the others")
+    if held_out.fvu >= 1:
+        print(f"note: an fvu of 1 is what the mean alone gives; {iterations} updates are few: more prompts, or --num_epochs")
     print(f"saved in  {folder}/: cfg.json, sae.safetensors, metrics.jsonl, train.png")
     return sae
 
@@ -337,6 +347,8 @@ def main(cfg):
         print("training on the CPU: many PyTorch versions lack embedding_bag's gradients on MPS; --device mps tries them")
     for activations in (sets := open_activations(cfg.data or [newest_activations()])):
         stem = Path(activations.paths[0]).stem
+        if cfg.run_name and (Path(cfg.run_name).is_absolute() or ".." in Path(cfg.run_name).parts):
+            raise ValueError(f"--run_name {cfg.run_name}: expected a name inside --out_dir")
         name = cfg.run_name or f"{stem}_k{cfg.k}_M{cfg.num_latents or cfg.expansion_factor * activations.d}"
         folder = Path(cfg.out_dir) / name / (stem if cfg.run_name and len(sets) > 1 else "")
         train(cfg, activations, folder, device)

@@ -98,6 +98,8 @@ def test_training_from_nothing_ends_with_a_model_that_loads_and_is_never_overwri
     toy.main(toy.Config("check", folder=cfg.folder, num_prompts=3, num_inference_steps=2, device="cpu"))
     report = json.loads((tmp_path / "mine" / "check.json").read_text())
     assert set(report["generated"]) == {"object", "style", "colour"} and (tmp_path / "mine" / "check.png").exists()
+    with pytest.raises(ValueError, match="report made with other options"):
+        toy.main(toy.Config("check", folder=cfg.folder, num_prompts=4, num_inference_steps=2, device="cpu"))
     with pytest.raises(ValueError, match="holds a trained model"):
         toy.main(cfg)
     with pytest.raises(ValueError, match="other options"):

@@ -71,6 +71,24 @@ def test_a_run_ends_with_true_numbers(data, tmp_path, capsys):
     assert all(row["l0"] <= 3 for row in rows(folder))
 
 
+def test_a_poor_or_unfair_number_is_said_to_be_one(tmp_path, capsys):
+    """FVU above 1, and held-out vectors that are of the one prompt that there is."""
+    np.save(tmp_path / "a.npy", np.random.default_rng(0).standard_normal((1, 4, 30, 6), np.float32))
+    main(config(tmp_path / "a.npy", tmp_path, k=2, num_latents=8, max_examples=10, lr=0.5))
+    printed = capsys.readouterr().out
+    assert "no prompts to hold out whole" in printed and "an fvu of 1 is what the mean alone gives" in printed
+    assert json.loads((tmp_path / "run" / "cfg.json").read_text())["held_out_whole_prompts"] is False
+
+
+def test_a_run_stays_in_its_folder_and_can_be_read_by_others(data, tmp_path):
+    for name in ("../x", str(tmp_path / "y")):
+        with pytest.raises(ValueError, match="inside --out_dir"):
+            main(config(data, tmp_path / "saes", run_name=name))
+    main(config(data, tmp_path, max_examples=200))
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "run").iterdir()}
+    assert modes["sae.safetensors"] == modes["cfg.json"]
+
+
 def test_a_finished_run_is_left_alone(data, tmp_path, capsys):
     main(config(data, tmp_path, max_examples=500))
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "run").iterdir()}
