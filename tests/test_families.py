@@ -295,6 +295,10 @@ def test_a_denoiser_that_runs_in_part_of_the_steps_has_that_many():
     prompt, options = case.arguments(3)
     dry = case.hooked.first_step(names, prompt, **options)
     assert set(dry["grid"]) == set(names)
+    with case.hooked.cache(names, 3) as around:  # which sees nothing of the dry steps
+        case.hooked.first_step(names, prompt, **options)
+        case.hooked(prompt, **options)
+    assert sum(around["output"][name].shape[1] for name in names) == 2
     plain = case.sample()
     for name in names:
         assert torch.equal(case.sample({name: Edit(lambda x: x.clone())}), plain)
