@@ -261,7 +261,8 @@ def main(cfg):
         denoiser = hooked.denoisers[hooked.modules()[name][0]]
         record = settings | {"hook_name": name, "denoiser": type(unwrap(denoiser)).__name__, **collection.facts[name]}
         record |= {"rows": "uncond" if uncond[suffix] else "cond", "guidance_scale": options.get("guidance_scale")}
-        record |= {"shape": shape, "num_prompts": len(texts), "mean_norm": (norms / (shape[0] * shape[2])).tolist()}
+        tokens = collection.read(f"{stem}.lengths").sum() if text_tokens else shape[0] * shape[2]  # of all prompts
+        record |= {"shape": shape, "num_prompts": len(texts), "mean_norm": (norms / tokens).tolist()}
         descriptions |= {f"{stem}.{extra}": None for extra in ("lengths", "timesteps") if collection.shape(f"{stem}.{extra}")}
         descriptions[stem] = record | {"versions": {p: version(p) for p in ("torch", "diffusers", "transformers", "numpy")}}
     collection.finish(descriptions)

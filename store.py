@@ -191,10 +191,19 @@ class Collection:
         """Sums over all batches of the numbers given to `write`."""
         return self.progress[:, 1:].sum(0)
 
-    def shape(self, name):
+    def path(self, name):
         """Of the file `<name>.npy`, finished or not; None where there is none."""
         paths = [self.out_dir / f"{name}.npy{end}" for end in (".partial", "")]
-        return next((list(check_size(path)) for path in paths if path.exists()), None)
+        return next((path for path in paths if path.exists()), None)
+
+    def shape(self, name):
+        """Of the array in `<name>.npy`, finished or not; None where there is none."""
+        path = self.path(name)
+        return None if path is None else list(check_size(path))
+
+    def read(self, name):
+        """The small array in `<name>.npy`, finished or not."""
+        return np.load(self.path(name), allow_pickle=False)
 
     def close(self):
         while self.files:

@@ -320,6 +320,8 @@ def test_text_tokens_are_padded_to_one_length_and_not_trained_on(tmp_path):
     assert x.shape == (3, 2, 40, 32) and lengths.tolist() == [len(p) + 2 for p in prompts]
     for row, n in zip(x, lengths):
         assert row[:, :n].any(-1).all() and not row[:, n:].any()
+    norms = np.linalg.norm(x, axis=-1).sum((0, 2)) / lengths.sum()  # of what is no padding
+    assert json.loads(path.with_suffix(".json").read_text())["mean_norm"] == pytest.approx(norms.tolist(), rel=1e-5)
     data = store.Activations([path])
     vectors = torch.cat([*data.held_out(), *data.batches(64, data.num_training)])
     assert len(vectors) == data.num_vectors == 2 * lengths.sum() and vectors.any(-1).all()
