@@ -34,10 +34,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from tqdm import tqdm
 
+from activations import newest_activations, open_activations
 from cli import check_positive, resolve_device, resolve_dtype, run
 from sae import Metrics, Sae, evaluate, geometric_median, save_tensors
 from step import Step
-from store import newest_activations, open_activations, read_json, write_atomically
+from store import read_json, write_atomically
 
 
 @dataclass

@@ -18,6 +18,7 @@ from families import flux, zimage
 from PIL import Image
 from tiny import build, generate_options, sd15
 
+import activations
 import collect
 import images
 import store
@@ -322,10 +323,10 @@ def test_text_tokens_are_padded_to_one_length_and_not_trained_on(tmp_path):
         assert row[:, :n].any(-1).all() and not row[:, n:].any()
     norms = np.linalg.norm(x, axis=-1).sum((0, 2)) / lengths.sum()  # of what is no padding
     assert json.loads(path.with_suffix(".json").read_text())["mean_norm"] == pytest.approx(norms.tolist(), rel=1e-5)
-    data = store.Activations([path])
+    data = activations.Activations([path])
     vectors = torch.cat([*data.held_out(), *data.batches(64, data.num_training)])
     assert len(vectors) == data.num_vectors == 2 * lengths.sum() and vectors.any(-1).all()
-    assert [s.paths for s in store.open_activations([path.parent])] == [[str(path)]]
+    assert [s.paths for s in activations.open_activations([path.parent])] == [[str(path)]]
 
 
 def photos(folder, n, size=(40, 30)):

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 import cli
 import store
 import train
+from activations import Activations
 from sae import Sae, evaluate, geometric_median
-from store import Activations
 from train import Config, lr_at, main, prepare
 
 ROOT = Path(train.__file__).parent
@@ -25,7 +25,7 @@ ROOT = Path(train.__file__).parent
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(store, "HELD_OUT", dict(share=0.1, at_least=0, at_most=10**9))
+    monkeypatch.setattr("activations.HELD_OUT", dict(share=0.1, at_least=0, at_most=10**9))
 
 
 @pytest.fixture(scope="module")

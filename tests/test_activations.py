@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-import store
-from store import Activations, checksum, newest_activations, open_activations, open_file
+import activations
+from activations import Activations, newest_activations, open_activations, open_file
+from store import checksum
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(store, "HELD_OUT", dict(share=0.1, at_least=0, at_most=10**9))
-    monkeypatch.setattr(store, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(activations, "HELD_OUT", dict(share=0.1, at_least=0, at_most=10**9))
+    monkeypatch.setattr(activations, "BLOCK_BYTES", 64)
 
 
 def numbered(path, shape=(20, 3, 8), dtype=np.float32, first=0):
@@ -87,7 +88,7 @@ def test_never_more_than_half_is_held_out(tmp_path, seed):
 
 def test_how_much_is_held_out(tmp_path, monkeypatch):
     path = numbered(tmp_path / "a.npy", (100, 4))
-    held_out = lambda **limits: (monkeypatch.setattr(store, "HELD_OUT", limits), Activations([path]).num_held_out)[1]
+    held_out = lambda **limits: (monkeypatch.setattr(activations, "HELD_OUT", limits), Activations([path]).num_held_out)[1]
     assert held_out(share=0.1, at_least=0, at_most=10**6) == 40
     assert held_out(share=0.1, at_least=70, at_most=10**6) == 72  # whole prompts
     assert held_out(share=0.1, at_least=300, at_most=10**6) == 100  # but only up to a quarter
@@ -263,3 +264,23 @@ def test_damaged_description(tmp_path):
     describe(path, shape=[21, 3, 8, 2])
     with pytest.raises(ValueError, match="its .json says"):
         open_file(path)
+
+
+def test_batches_hold_every_step_alike(tmp_path):
+    describe(numbered(tmp_path / "a.npy", (20, 5, 8)), timesteps=[900, 700, 500, 300, 100], shape=[20, 5, 8, 2])
+    data = Activations([tmp_path / "a.npy"])
+    assert data.timesteps == [900, 700, 500, 300, 100]
+    numbers = torch.cat(list(data.batches(50, 2 * data.num_training)))[:, 0].long()
+    assert sorted(numbers[: data.num_training].tolist()) == sorted(numbers[data.num_training :].tolist())
+    steps = numbers // 8 % 5
+    counts = torch.stack([batch.bincount(minlength=5) for batch in steps[:700].split(50)])
+    assert counts.min() >= 8 and counts.max() <= 12  # by chance they would run from 4 to 18
+    pieces = data.draw(100)
+    assert (data.read(pieces)[:, 0].long() // 8 % 5).tolist() == data.steps_of(pieces).tolist()
+
+
+def test_files_whose_timesteps_differ_have_none(tmp_path):
+    for name, times in ("a", [3, 2, 1]), ("b", [3, 2, 0]):
+        describe(numbered(tmp_path / f"{name}.npy"), timesteps=times, shape=[20, 3, 8, 2])
+    assert Activations([tmp_path / "a.npy"]).timesteps == [3, 2, 1]
+    assert Activations([tmp_path / "a.npy", tmp_path / "b.npy"]).timesteps == []
