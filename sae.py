@@ -2,11 +2,21 @@
 
     pre_acts = relu((x - b_dec) W_enc^T + b_enc);   top-k;   x_hat = top_acts . W_dec[top_indices] + b_dec
 
-N vectors of width d, M latents, k of them active. A folder holds `cfg.json` and `sae.safetensors` with the keys
-`encoder.weight (M, d)`, `encoder.bias (M,)`, `W_dec (M, d)`, `b_dec (d,)`: the layout of EleutherAI's sparsify, whose
-TopK SAEs load here as ours load there.
+N vectors of width d, M latents, k of them active. Which of the pre_acts stay, `activation`:
 
-Sources: TopK SAEs, Gao et al. 2024 (arXiv 2406.04093); the folder, https://github.com/EleutherAI/sparsify.
+    topk        the k largest of each vector
+    batchtopk   the k N largest of a batch in training, those of at least `threshold` in use; at most MOST k of a vector
+    sampletopk  the k largest of a sample, that is of all tokens of one step of one prompt, as many as they are
+    jumprelu    those above the latent's own threshold (only loaded, from other packages' files)
+
+With `input_unit_norm` a vector is first given mean 0 and variance 1 over its d numbers, and x_hat gets them back.
+
+A folder holds `cfg.json` and `sae.safetensors` with the keys `encoder.weight (M, d)`, `encoder.bias (M,)`, `W_dec (M, d)`,
+`b_dec (d,)`, and `threshold ()` or `(M,)` where there is one: the layout of EleutherAI's sparsify, whose TopK SAEs load here as
+ours load there.
+
+Sources: TopK SAEs, Gao et al. 2024 (arXiv 2406.04093); BatchTopK, Bussmann et al. 2024 (arXiv 2412.06410); sample-topk and
+input_unit_norm, SAeUron (arXiv 2501.18052); the folder, https://github.com/EleutherAI/sparsify.
 """
 
 import json
@@ -19,7 +29,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from kernels import decode, encode
+from kernels import decode, encode, keep_largest, topk
+
+ACTIVATIONS = ("topk", "batchtopk", "sampletopk", "jumprelu")
+UNIT_NORM = "_unitnorm"  # at the end of a file's "activation", so that sparsify refuses what it would get wrong
+MOST = 8  # times k active latents that a vector can have where their number varies
 
 
 class EncoderOutput(NamedTuple):
@@ -30,35 +44,100 @@ class EncoderOutput(NamedTuple):
     """(N, k): which latents those are, int64."""
 
 
+class UnitNormOutput(NamedTuple):
+    """What `encode` gives with input_unit_norm: `EncoderOutput`, and what it takes to undo the normalisation."""
+
+    top_acts: torch.Tensor
+    top_indices: torch.Tensor
+
+    mean: torch.Tensor
+    """(N, 1): of each vector's numbers."""
+
+    std: torch.Tensor
+    """(N, 1)"""
+
+
 class Sae(nn.Module):
-    """A TopK sparse autoencoder of `num_latents` latents, `k` active, on vectors of width `d_in`.
+    """A sparse autoencoder of `num_latents` latents, `k` active, on vectors of width `d_in`.
 
     Starts with random unit decoder rows, drawn from `seed`, and the encoder as the decoder's transpose. `cfg` is what
-    `cfg.json` says beside these three: training options, final numbers, provenance.
+    `cfg.json` says beside these three: "activation" and "input_unit_norm", training options, final numbers, provenance.
     """
 
     def __init__(self, d_in, num_latents, k, cfg=None, seed=0):
         super().__init__()
-        if not 1 <= k <= num_latents:
+        most = k if (cfg or {}).get("activation", "topk").startswith("sampletopk") else num_latents
+        if not 1 <= k <= most:
             raise ValueError(f"k is {k}, expected 1 to num_latents = {num_latents}")
         self.d_in, self.num_latents, self.k = d_in, num_latents, k
-        self.cfg = {**(cfg or {}), "activation": "topk", "d_in": d_in, "num_latents": num_latents, "k": k}
+        self.cfg = {"activation": "topk", **(cfg or {}), "d_in": d_in, "num_latents": num_latents, "k": k}
+        self.input_unit_norm = bool(self.cfg.get("input_unit_norm"))
+        self.activation = self.cfg["activation"].removesuffix(UNIT_NORM)
+        self.cfg["activation"] = self.activation + UNIT_NORM * self.input_unit_norm
         W_dec = torch.randn(num_latents, d_in, generator=torch.Generator().manual_seed(seed))
         self.W_dec = nn.Parameter(W_dec / W_dec.norm(dim=1, keepdim=True))
         self.b_dec = nn.Parameter(torch.zeros(d_in))
         self.encoder = nn.utils.skip_init(nn.Linear, d_in, num_latents)  # leaves the user's random state alone
+        if self.activation in ("batchtopk", "jumprelu"):
+            self.register_buffer("threshold", torch.zeros((num_latents,) if self.activation == "jumprelu" else ()))
         with torch.no_grad():
             self.encoder.weight.copy_(self.W_dec)
             self.encoder.bias.zero_()
 
-    def encode(self, x, dtype=None):
-        """The k largest pre_acts of each vector: x (N, d) -> EncoderOutput. `dtype`: of the product, if another."""
-        x = x.to(self.W_dec.dtype)
-        return EncoderOutput(*encode(x, self.encoder.weight, self.encoder.bias, self.b_dec, self.k, dtype))
+    def standardize(self, x):
+        """x (..., d), and the mean and std (..., 1) that were taken out of it; None where input_unit_norm is off."""
+        if not self.input_unit_norm:
+            return x, None, None
+        mean = x.mean(-1, keepdim=True)
+        std = (x - mean).square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
+        return (x - mean) / std, mean, std
 
-    def decode(self, top_acts, top_indices):
-        """top_acts . W_dec[top_indices] + b_dec: (N, K), (N, K) -> x_hat (N, d)."""
-        return decode(top_acts, top_indices, self.W_dec, self.b_dec)
+    def width(self, tokens):
+        """How many of a vector's largest pre_acts are looked at; `tokens`: vectors of a sample."""
+        each = {"topk": self.k, "sampletopk": MOST * -(-self.k // tokens)}.get(self.activation, MOST * self.k)
+        return min(each, self.num_latents)
+
+    def keep(self, acts, tokens):
+        """Training's choice among each vector's largest (N, K): the others are set to 0; and the smallest that stayed, ()."""
+        if self.activation == "batchtopk":
+            return keep_largest(acts, self.k * len(acts))
+        if self.activation == "sampletopk":
+            samples = acts.reshape(-1, tokens * acts.shape[1])
+            values, places = topk(samples, min(self.k, samples.shape[1]))
+            return torch.zeros_like(samples).scatter(1, places, values).view_as(acts), None
+        return acts, None
+
+    def encode(self, x, dtype=None):
+        """Which latents are active on each vector, and how much: x (N, d) -> EncoderOutput. `dtype`: of the product, if another.
+
+        With sample_topk, x is (samples, tokens, d) and so are the outputs (samples, tokens, K). K is k, or, where the number of
+        active latents varies, that of the vector with the most; with input_unit_norm, a UnitNormOutput. Differentiable.
+        """
+        if x.ndim != (ndim := 3 if self.activation == "sampletopk" else 2):
+            shape = "(samples, tokens, d)" if ndim == 3 else "(N, d)"
+            raise ValueError(f"{self.activation} expects x {shape}, got {tuple(x.shape)}")
+        x, *stats = self.standardize(x.to(self.W_dec.dtype))
+        weights, tokens = (self.encoder.weight, self.encoder.bias, self.b_dec), x.shape[-2]
+        if self.activation == "jumprelu":
+            pre_acts = torch.nn.functional.linear(x - self.b_dec, *weights[:2])
+            top_acts, top_indices = longest(torch.relu(pre_acts) * (pre_acts > self.threshold))
+        else:
+            top_acts, top_indices = encode(x.flatten(0, -2), *weights, self.width(tokens), dtype)
+            if self.activation == "batchtopk":
+                top_acts = top_acts * (top_acts >= self.threshold)
+            elif self.activation == "sampletopk":
+                top_acts = top_acts * (self.keep(top_acts.detach(), tokens)[0] > 0)
+            if self.activation != "topk":
+                top_acts, places = longest(top_acts)
+                top_indices = top_indices.gather(1, places)
+        codes = (codes.unflatten(0, x.shape[:-1]) for codes in (top_acts, top_indices))
+        return UnitNormOutput(*codes, *stats) if self.input_unit_norm else EncoderOutput(*codes)
+
+    def decode(self, top_acts, top_indices, mean=None, std=None):
+        """top_acts . W_dec[top_indices] + b_dec: (..., K), (..., K) -> x_hat (..., d); mean, std: see UnitNormOutput."""
+        x_hat = decode(top_acts.flatten(0, -2), top_indices.flatten(0, -2), self.W_dec, self.b_dec)
+        x_hat = x_hat.unflatten(0, top_acts.shape[:-1])
+        return x_hat if mean is None else x_hat * std + mean
 
     def forward(self, x):
         return self.decode(*self.encode(x))
@@ -66,8 +145,8 @@ class Sae(nn.Module):
     @torch.no_grad()
     def scale_inputs(self, scale):
         """Make this the SAE of `x` that it now is of `scale * x`; exact where scale is a power of two."""
-        self.encoder.bias.div_(scale)
-        self.b_dec.div_(scale)
+        for tensor in (self.encoder.bias, self.b_dec, *self.buffers()):
+            tensor.div_(scale)
 
     @torch.no_grad()
     def normalize_decoder(self):
@@ -94,8 +173,8 @@ class Sae(nn.Module):
         """Read an SAE folder of ours, of sparsify or of universal-diffsae; weights come as float32.
 
         Raises ValueError for one that computes something else (transcoders, groupmax, skip connections, the ancestor's
-        batch_topk, sample_topk and input_unit_norm, variants that this version does not know), OSError where a file is
-        not there.
+        batch_topk, sample_topk and input_unit_norm, which it did not save whole, variants that this version does not know),
+        OSError where a file is not there.
         """
         path = Path(path)
         try:
@@ -105,16 +184,20 @@ class Sae(nn.Module):
             raise ValueError(f"{path} is not a readable SAE folder: {error}") from None
         if not isinstance(cfg, dict):
             raise ValueError(f"{path / 'cfg.json'}: expected a JSON object")
-        for key in ("transcode", "skip_connection", "batch_topk", "sample_topk", "input_unit_norm"):
+        activation = str(cfg.get("activation", "topk"))
+        unit_norm = "input_unit_norm" if activation.endswith(UNIT_NORM) else ""
+        for key in sorted({"transcode", "skip_connection", "batch_topk", "sample_topk", "input_unit_norm"} - {unit_norm}):
             if cfg.get(key):
-                raise ValueError(f"{path / 'cfg.json'} says {key}; only plain TopK autoencoders can be loaded")
-        if cfg.get("activation", "topk") != "topk":
-            raise ValueError(f"{path / 'cfg.json'} says activation {cfg['activation']!r}; only 'topk' can be loaded")
+                raise ValueError(f"{path / 'cfg.json'} says {key}, which no file of this project does; it can't be loaded")
+        activation = activation.removesuffix(UNIT_NORM)
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"{path / 'cfg.json'} says activation {activation!r}; expected {', '.join(ACTIVATIONS)}")
         M, d = state["W_dec"].shape if "W_dec" in state and state["W_dec"].ndim == 2 else (0, 0)
         expected = {"encoder.weight": (M, d), "encoder.bias": (M,), "W_dec": (M, d), "b_dec": (d,)}
+        expected |= {"batchtopk": {"threshold": ()}, "jumprelu": {"threshold": (M,)}}.get(activation, {})
         if {name: tuple(tensor.shape) for name, tensor in state.items()} != expected or cfg.get("d_in", d) != d:
-            names = ", ".join(expected)
-            raise ValueError(f"{path / 'sae.safetensors'}: expected {names} of shapes (M, d), (M,), (M, d), (d,)")
+            shapes = ", ".join(f"{name} {shape}" for name, shape in expected.items())
+            raise ValueError(f"{path / 'sae.safetensors'}: expected {shapes}")
         k = cfg.get("k")
         if not isinstance(k, int) or isinstance(k, bool):
             raise ValueError(f"{path / 'cfg.json'}: k is {k!r}, expected an integer")
@@ -142,6 +225,11 @@ def swap_in(partial, path):
     with open(partial, "rb+") as file:
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def longest(acts):
+    """acts (N, M), mostly 0: each vector's nonzero numbers first and their places, both as wide as the most that one has."""
+    return acts.topk(max(1, int((acts > 0).sum(1).max())), dim=1)
 
 
 def count_active(top_acts, top_indices, num_latents):
@@ -200,7 +288,7 @@ def evaluate(sae, tensors, batch_size):
         for x in tensor.split(batch_size):
             x = x.to(device).float()
             codes = sae.encode(x)
-            metrics.update(x, sae.decode(*codes), *codes)
+            metrics.update(x, sae.decode(*codes), *codes[:2])
     return metrics
 
 

@@ -2,16 +2,18 @@
 
     loss      = (|x - x_hat|^2 / variance + auxk_alpha * AuxK / residual) / n            summed over the update's n vectors
     x_hat     = top_acts . W_dec[top_indices] + b_dec
-    g         = 2 (x_hat - x) / (n variance)                                      d loss / d x_hat      (n, d)
-    d_acts    = g . W_dec[top_indices] where top_acts > 0                         d loss / d top_acts   (n, k)
-    dW_dec[m] = sum of top_acts g over the pairs (vector, place) of latent m;     db_dec    = sum of g - db_enc W_enc
+    e         = x_hat - x;   s = 2 / (n variance)                                 s e = d loss / d x_hat (n, d)
+    d_acts    = s e . W_dec[top_indices] where top_acts > 0                       d loss / d top_acts    (n, K)
+    dW_dec[m] = sum of s top_acts e over the pairs (vector, place) of latent m;   db_dec    = sum of s e - db_enc W_enc
     dW_enc[m] = sum of d_acts (x - b_dec) over the same pairs;                    db_enc[m] = sum of d_acts
 
-Nothing of size (n, M) is made but the product that latents are chosen from, and that by blocks. The rows of the two
-matrices' gradients are sums over a few pairs each, so cheap that large ones are made twice, block by block, once for the
-norm that clips them and once where Adam uses them (kernels/adam.py), and never exist as a whole.
+Several reconstructions of a vector (Multi-TopK, Matryoshka) are so many times as many pairs. Nothing of size (n, M) is made but
+the product that latents are chosen from, and that by blocks. The rows of the two matrices' gradients are sums over a few
+pairs each, so cheap that large ones are made twice, block by block, once for the norm that clips them and once where Adam
+uses them (kernels/adam.py), and never exist as a whole. Nothing waits for the device but `list_dead`, now and then.
 
-Sources: TopK, AuxK and Multi-TopK, Gao et al. 2024 (arXiv 2406.04093), sections 2.3, 2.4, A.2 and A.3.
+Sources: TopK, AuxK and Multi-TopK, Gao et al. 2024 (arXiv 2406.04093), sections 2.3, 2.4, A.2 and A.3; BatchTopK, Bussmann et
+al. 2024 (arXiv 2412.06410); Matryoshka SAEs, Bussmann et al. 2025 (arXiv 2503.17547).
 """
 
 from typing import NamedTuple
@@ -19,10 +21,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from kernels import KEPT, Gradient, Selector, adam, decode_error, sort_pairs, squared_norm, totals, update
+from kernels import KEPT, Gradient, Selector, adam, decode_error, sort_pairs, squared_norm, topk, totals, update, weighted_sum
 from sae import count_active
 
-MATRICES = ("encoder.weight", "W_dec")
+REFRESH = 16  # updates between two looks at which latents are dead
+WINDOW = 100  # updates over which BatchTopK's threshold is averaged
 
 
 class Result(NamedTuple):
@@ -32,26 +35,28 @@ class Result(NamedTuple):
     norm: torch.Tensor
     """(): of all gradients together, before they are clipped to 1."""
 
-    x_hat: torch.Tensor
-    """(n, d)"""
+    e: torch.Tensor
+    """(n, d): x_hat - x"""
 
     top_acts: torch.Tensor
-    """(n, k)"""
+    """(n, K): zeros are not active"""
 
     top_indices: torch.Tensor
-    """(n, k) int64"""
+    """(n, K) int64"""
 
 
 class Step:
     """Updates an SAE, in place.
 
     variance: of the vectors, what the error is measured against. auxk_alpha: weight of AuxK, by which latents that were not
-    active in the last `dead_feature_threshold` vectors learn to predict what the others leave over. normalize_decoder: rows
-    of W_dec keep unit norm. multi_topk: 4 k latents are to reconstruct as well, with an eighth of the weight. dtype: of the
-    product that chooses latents.
+    active in the last `dead_feature_threshold` vectors learn to predict what the others leave over; which they are is looked
+    at every REFRESH updates. normalize_decoder: rows of W_dec keep unit norm. multi_topk: 4 k latents are to reconstruct as
+    well, with an eighth of the weight. matryoshka: numbers of latents; the first so many are to reconstruct as well, all with
+    the same weight. dtype: of the product that chooses latents.
 
-    `state` holds all tensors that updates change, by name: the SAE's own, Adam's moments and step, `silent_for` (vectors
-    since each latent was last active), `residual` (mean |x - x_hat|^2 of the last update).
+    `state` holds all tensors that updates change, by name: the SAE's own, Adam's moments and step, `silent_for` (vectors since
+    each latent was last active), `dead` (which were when last looked at), `residual` (mean |x - x_hat|^2 of the last update).
+    Raises ValueError for variants that do not go together.
     """
 
     def __init__(
@@ -62,20 +67,31 @@ class Step:
         dead_feature_threshold=100_000,
         normalize_decoder=True,
         multi_topk=False,
+        matryoshka=(),
         dtype=None,
     ):
+        M, device = sae.num_latents, sae.W_dec.device
+        if multi_topk and (matryoshka or sae.activation != "topk"):
+            raise ValueError("multi_topk goes with plain top-k alone, not with matryoshka, batch_topk or sample_topk")
+        if wrong := [m for m in matryoshka if not 1 <= m <= M]:
+            raise ValueError(f"matryoshka {wrong[0]}: expected 1 to num_latents = {M}")
         self.sae, self.variance, self.auxk_alpha, self.multi_topk = sae, variance, auxk_alpha, multi_topk
         self.dead_feature_threshold, self.normalize_decoder = dead_feature_threshold, normalize_decoder
+        self.prefixes = sorted({*matryoshka, M})
         self.params = {name: p.data for name, p in sae.named_parameters()}
-        device = sae.W_dec.device
         self.state = {
-            "silent_for": torch.zeros(sae.num_latents, dtype=torch.int64, device=device),
+            "silent_for": torch.zeros(M, dtype=torch.int64, device=device),
+            "dead": torch.zeros(M, dtype=torch.bool, device=device),
             "residual": torch.ones((), device=device),
             "step": torch.zeros((), device=device),
             **self.params,
+            **dict(sae.named_buffers()),
         }
         for name, p in self.params.items():
             self.state |= {f"{name}.exp_avg": torch.zeros_like(p), f"{name}.exp_avg_sq": torch.zeros_like(p)}
+        self.iteration, self.lr = 0, torch.zeros((), device=device)
+        self.padded = device.type == "cuda"  # the list of dead latents has one of a few lengths, for CUDA graphs
+        self.dead = torch.zeros(0, dtype=torch.int64, device=device)
         self.select = Selector()
         W = self.params["encoder.weight"]
         kept = device.type == "cpu" and W.numel() <= KEPT
@@ -86,55 +102,82 @@ class Step:
         """Take over a saved `state`."""
         for name, tensor in tensors.items():
             self.state[name].copy_(tensor)
+        self.iteration = int(self.state["step"])
+        self.list_dead()
         if self.copy is not None:
             self.copy.copy_(self.params["encoder.weight"])
 
+    def list_dead(self):
+        """Indices of the dead latents, rising; `padded` with num_latents to a power of two."""
+        self.dead = self.state["dead"].nonzero().flatten()
+        if self.padded and len(self.dead):
+            full = self.dead.new_full((1 << (len(self.dead) - 1).bit_length(),), self.sae.num_latents)
+            full[: len(self.dead)] = self.dead
+            self.dead = full
+
     @torch.no_grad()
-    def __call__(self, x, lr, parts=1):
-        """One update by the vectors x (n, d), whose product is made in so many parts: a Result."""
-        n, k = len(x), self.sae.k
+    def __call__(self, x, lr, weights=None, parts=1):
+        """One update by the vectors x (n, d), or whole samples (samples, tokens, d) for sample_topk: a Result.
+
+        weights (n,): of each vector's error in the loss (None: 1). parts: the product is made in so many, to save memory.
+        """
+        self.lr.fill_(lr)
+        if self.auxk_alpha and self.iteration % REFRESH == 0:
+            torch.ge(self.state["silent_for"], self.dead_feature_threshold, out=self.state["dead"])
+            self.list_dead()
+        self.iteration += 1
+        return self.update(x, weights, parts)
+
+    def update(self, x, weights=None, parts=1):
+        """All that a step does on the device, with no wait for it and the same shapes each time: what a CUDA graph captures."""
         W_enc, b_enc, W_dec, b_dec = (self.params[name] for name in ("encoder.weight", "encoder.bias", "W_dec", "b_dec"))
+        x, _, std = self.sae.standardize(x)
+        tokens, x = x.shape[-2], x.flatten(0, -2)
+        n, M, k = len(x), len(W_dec), self.sae.k
         centred = x - b_dec
 
-        # 1. Forward, and the gradient of x_hat and of the activations
+        # 1. Latents, and the errors of one or several reconstructions: (their weight, top_acts, top_indices) of each
         W = W_enc if self.copy is None else self.copy
-        wanted = min(4 * k, len(W)) if self.multi_topk else k
-        chosen = [self.select(part.to(W.dtype), W, b_enc.to(W.dtype), wanted) for part in centred.chunk(parts)]
-        all_acts, all_indices = (torch.cat(found) if parts > 1 else found[0] for found in zip(*chosen))
-        all_acts = all_acts.to(x.dtype)
-        top_acts, top_indices = all_acts, all_indices
+        width = min(4 * k, M) if self.multi_topk else self.sae.width(tokens)
+        chosen = [self.select(part, W, b_enc.to(W.dtype), width) for part in centred.to(W.dtype).chunk(parts)]
+        acts, indices = (torch.cat(found) if parts > 1 else found[0] for found in zip(*chosen))
+        acts = acts.to(x.dtype)
+        step = self.state["step"].add_(1)
         if self.multi_topk:
-            top_acts, places = all_acts.topk(k)
-            top_indices = all_indices.gather(1, places)
-        e, d_acts = decode_error(x, top_acts, top_indices, W_dec, b_dec)
-        error = e.square().sum()
-        scale = 2 / (n * self.variance)
-        loss, g, d_acts = error / (n * self.variance), e * scale, d_acts * scale
-        acts, indices, gs, xs = top_acts, top_indices, g, centred
-        if self.multi_topk:
-            e_all, d_all = decode_error(x, all_acts, all_indices, W_dec, b_dec)
-            loss = loss + e_all.square().sum() / (8 * n * self.variance)
-            g_all = e_all * (scale / 8)
-            pad = (0, wanted - k)  # of another latent's pair with no weight
-            acts, indices = torch.cat([F.pad(top_acts, pad), all_acts]), torch.cat([F.pad(top_indices, pad), all_indices])
-            d_acts, gs, xs = torch.cat([F.pad(d_acts, pad), d_all * (scale / 8)]), torch.cat([g, g_all]), torch.cat([centred] * 2)
-            g = g + g_all
+            top_acts, places = topk(acts, k)
+            terms = [(1 / 8, acts, indices), (1, top_acts, indices.gather(1, places))]
+        else:
+            acts, least = self.sae.keep(acts, tokens)
+            if least is not None:
+                self.sae.threshold.lerp_(least.to(x.dtype), (1 / step).clamp(min=1 / WINDOW))
+            share = 1 / len(self.prefixes)
+            terms = [(share, acts * (indices < m) if m < M else acts, indices) for m in self.prefixes]
+        errors = [decode_error(x, acts, indices, W_dec, b_dec) for _, acts, indices in terms]
+        each = torch.full((n, 1), 2 / (n * self.variance), device=x.device)
+        if weights is not None:
+            each = each * weights[:, None]
+        squares = [torch.linalg.vector_norm(e, dim=1).square() @ each[:, 0] / 2 for e, _ in errors]
+        loss = sum(share * square for (share, _, _), square in zip(terms, squares))
+        e, (_, top_acts, top_indices) = errors[-1][0], terms[-1]
 
-        # 2. Gradients of the parameters, as sums over pairs
-        order, ends = sort_pairs(indices, len(W_dec))
-        vectors, acts, d_acts = order // indices.shape[1], acts.flatten()[order], d_acts.flatten()[order]
-        dW_enc, dW_dec = Gradient(d_acts, vectors, ends, xs), Gradient(acts, vectors, ends, gs)
-        db_enc, along = totals(d_acts, ends), totals(acts * d_acts, ends)  # along[m] = dW_dec[m] . W_dec[m]
-        dead = (self.state["silent_for"] >= self.dead_feature_threshold).nonzero().flatten()
-        if self.auxk_alpha and len(dead):
-            aux, dense_enc, db, dense_dec, along_dead = self.auxk(centred, e, dead, n)
-            loss, dW_enc, dW_dec = (
-                loss + aux,
-                dW_enc._replace(rows=dead, dense=dense_enc),
-                dW_dec._replace(rows=dead, dense=dense_dec),
-            )
-            db_enc, along = db_enc.index_add(0, dead, db), along.index_add(0, dead, along_dead)
-        db_dec = g.sum(0) - db_enc @ W_enc
+        # 2. Gradients of the parameters, as sums over pairs; those of latents that are not active come last, and count nowhere
+        join = lambda parts: torch.cat([F.pad(p, (0, width - p.shape[1])) for p in parts]) if len(parts) > 1 else parts[0]
+        order, ends = sort_pairs(join([torch.where(acts > 0, indices, M) for _, acts, indices in terms]), M)
+        in_order = lambda parts: join(parts).flatten()[order]
+        scaled = in_order([acts * (share * each) for share, acts, _ in terms])
+        d_acts = in_order([d * (share * each) for (share, _, _), (_, d) in zip(terms, errors)])
+        along = in_order([acts for _, acts, _ in terms]) * d_acts
+        pairs = order // width  # which row of which reconstruction
+        dW_enc = Gradient(d_acts, pairs % n if len(terms) > 1 else pairs, ends, centred)
+        dW_dec = Gradient(scaled, pairs, ends, torch.cat([e for e, _ in errors]) if len(terms) > 1 else e)
+        db_enc, along = totals(d_acts, ends), totals(along, ends)  # along[m] = dW_dec[m] . W_dec[m]
+        db_dec = sum((share * each[:, 0]) @ e for (share, _, _), (e, _) in zip(terms, errors))
+        if len(self.dead):
+            aux, rows, db, dense_enc, dense_dec, along_dead = self.auxk(centred, e, self.dead, n)
+            loss, db_enc, along = loss + aux, db_enc.index_add(0, rows, db), along.index_add(0, rows, along_dead)
+            dW_enc = dW_enc._replace(rows=self.dead, dense=dense_enc)
+            dW_dec = dW_dec._replace(rows=self.dead, dense=dense_dec)
+        db_dec = db_dec - weighted_sum(db_enc, W_enc)
         along = along if self.normalize_decoder else None
         dW_enc, dW_dec = (gradient.keep(memory) for gradient, memory in zip((dW_enc, dW_dec), self.memory))
 
@@ -142,36 +185,39 @@ class Step:
         norm = (squared_norm(dW_enc) + squared_norm(dW_dec, along) + db_enc.square().sum() + db_dec.square().sum()).sqrt()
         clip = norm.clamp(min=1.0)
         moments = lambda name: (self.state[f"{name}.exp_avg"], self.state[f"{name}.exp_avg_sq"])
-        step = self.state["step"].add_(1)
-        update(W_enc, dW_enc, *moments("encoder.weight"), step, lr, clip, copy=self.copy)
-        update(W_dec, dW_dec, *moments("W_dec"), step, lr, clip, along)
+        update(W_enc, dW_enc, *moments("encoder.weight"), step, self.lr, clip, copy=self.copy)
+        update(W_dec, dW_dec, *moments("W_dec"), step, self.lr, clip, along)
         for name, b, db in (("encoder.bias", b_enc, db_enc), ("b_dec", b_dec, db_dec)):
-            adam([b], [db], *([moment] for moment in moments(name)), step, lr, clip)
+            adam([b], [db / clip], *([moment] for moment in moments(name)), step, self.lr)
 
         # 4. Who was active, and how much is left over
-        active = count_active(top_acts, top_indices, len(W_dec)) > 0
+        active = count_active(top_acts, top_indices, M) > 0
         self.state["silent_for"].add_(n).masked_fill_(active, 0)
-        self.state["residual"].copy_(error / n).clamp_(min=1e-6 * self.variance)
-        return Result(loss, norm, x + e, top_acts, top_indices)
+        self.state["residual"].copy_(squares[-1] * self.variance).clamp_(min=1e-6 * self.variance)
+        return Result(loss, norm, e if std is None else e * std.flatten()[:, None], top_acts, top_indices)
 
     def auxk(self, x, e, dead, n):
         """How badly the dead latents predict what the others leave over, and what that adds to their gradients.
 
             e_hat = the k_aux largest activations among the dead latents, times their rows of W_dec;   AuxK = sum |-e - e_hat|^2
 
-        x (n, d), less b_dec; e = x_hat - x (n, d), a constant; dead (C,) indices; k_aux = d / 2. Divided by the residual, AuxK
-        is 1 where the dead latents predict nothing, as in openai/sparse_autoencoder; with the variance, as in sparsify, 25 % of
-        256 badly started latents stayed dead, not 1 %. sparsify's min(C / k_aux, 1) is not in it, nor of use: a dead latent has
-        no other gradient, and Adam rescales it. The products are dense, but over the dead latents alone: at k_aux = d / 2
-        gathering rows would be dearer. Returns the loss and the gradients of W_enc, b_enc, W_dec, and dW_dec[m] . W_dec[m].
+        x (n, d), less b_dec; e = x_hat - x (n, d), a constant; dead (C,) indices, num_latents where there is none; k_aux = d / 2.
+        Divided by the residual, AuxK is 1 where the dead latents predict nothing, as in openai/sparse_autoencoder; with the
+        variance, as in sparsify, 25 % of 256 badly started latents stayed dead, not 1 %. sparsify's min(C / k_aux, 1) is not in
+        it, nor of use: a dead latent has no other gradient, and Adam rescales it. The products are dense, but over the dead
+        latents alone: at k_aux = d / 2 gathering rows would be dearer. Returns the loss, the latents' indices, the gradients of
+        b_enc, W_enc, W_dec, and dW_dec[m] . W_dec[m].
         """
         k_aux = max(1, x.shape[1] // 2)
-        W_enc, b_enc, W_dec = (self.params[name][dead] for name in ("encoder.weight", "encoder.bias", "W_dec"))
+        rows = dead.clamp(max=self.sae.num_latents - 1)
+        W_enc, b_enc, W_dec = (self.params[name][rows] for name in ("encoder.weight", "encoder.bias", "W_dec"))
         acts = torch.addmm(b_enc, x, W_enc.T).relu_()  # (n, C)
+        if self.padded:
+            acts *= dead < self.sae.num_latents
         if len(dead) > k_aux:
-            acts *= acts >= acts.topk(k_aux).values[:, -1:]
+            acts *= acts >= topk(acts, k_aux)[0].amin(1, keepdim=True)
         left = torch.addmm(e, acts, W_dec)  # e + e_hat
         scale = self.auxk_alpha / (n * self.state["residual"])
         g = left * (2 * scale)
         d_acts = (g @ W_dec.T) * (acts > 0)
-        return left.square().sum() * scale, d_acts.T @ x, d_acts.sum(0), acts.T @ g, (acts * d_acts).sum(0)
+        return left.square().sum() * scale, rows, d_acts.sum(0), d_acts.T @ x, acts.T @ g, (acts * d_acts).sum(0)

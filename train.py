@@ -292,7 +292,7 @@ def train(cfg, activations, folder, device):
             iteration = state["iteration"]
             last = iteration + 1 == iterations
             x, lr = batch.to(device).float() * scale, lr_at(iteration, iterations, cfg, num_latents)
-            loss, norm, *found = step(x, lr, parts)
+            loss, norm, e, *found = step(x, lr, parts=parts)
             seconds = round(time.perf_counter() - start, 2)
             state |= {"iteration": iteration + 1, "vectors": state["vectors"] + len(x), "seconds": seconds}
             bar.update(len(x))
@@ -302,7 +302,7 @@ def train(cfg, activations, folder, device):
                 raise ValueError(f"NaN or inf in the data or the loss by iteration {iteration}; {checkpoint} is the last good")
             if log_it:  # the numbers of this batch, by the weights that it found
                 metrics = Metrics(num_latents)
-                metrics.update(x, *found)
+                metrics.update(x, x + e, *found)
                 row = {name: state[name] for name in ("iteration", "vectors", "seconds")} | {"fvu": metrics.fvu, "l0": metrics.l0}
                 row["dead"] = (step.state["silent_for"] >= cfg.dead_feature_threshold).float().mean().item()
                 log(row | {"loss": loss.item(), "lr": lr})

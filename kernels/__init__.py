@@ -24,12 +24,13 @@ if _namesake is not None:
 from kernels.adam import adam, squared_norm, update  # noqa: E402
 from kernels.decode import decode, decode_error  # noqa: E402
 from kernels.encode import Selector, encode  # noqa: E402
-from kernels.grad import KEPT, Gradient, sort_pairs, sum_by_latent, totals  # noqa: E402
+from kernels.grad import KEPT, Gradient, sort_pairs, sum_by_latent, totals, weighted_sum  # noqa: E402
+from kernels.threshold import keep_largest  # noqa: E402
 from kernels.topk import topk  # noqa: E402
 
 __all__ = [
-    "KEPT", "Gradient", "Selector", "adam", "decode", "decode_error", "encode", "sort_pairs", "squared_norm", "sum_by_latent",
-    "topk", "totals", "update",
+    "KEPT", "Gradient", "Selector", "adam", "decode", "decode_error", "encode", "keep_largest", "sort_pairs", "squared_norm",
+    "sum_by_latent", "topk", "totals", "update", "weighted_sum",
 ]  # fmt: skip
 
 

@@ -26,11 +26,11 @@ except ImportError:  # macOS, Windows: the torch twins do the work
 BETAS, EPS = (0.9, 0.999), 6.25e-10  # Gao et al. 2024, A.3
 
 
-def adam(params, gradients, exp_avg, exp_avg_sq, step, lr, clip):
-    """Adam on lists of tensors, in place. step () counts from 1, clip () divides the gradients, which are overwritten."""
+def adam(params, gradients, exp_avg, exp_avg_sq, step, lr):
+    """Adam on lists of tensors, in place. step () counts from 1; lr () or a number."""
     torch._fused_adam_(
         params, gradients, exp_avg, exp_avg_sq, [], [step] * len(params), lr=lr, beta1=BETAS[0], beta2=BETAS[1],
-        weight_decay=0.0, eps=EPS, amsgrad=False, maximize=False, grad_scale=clip,
+        weight_decay=0.0, eps=EPS, amsgrad=False, maximize=False,
     )  # fmt: skip
 
 
@@ -87,9 +87,8 @@ def launch(kernel, gradient, W, *args, **options):
     pairs = (gradient.weights, gradient.vectors, gradient.ends, gradient.x.contiguous())
     dense_at, dense = gradient.ends, gradient.x  # where there are none, anything
     if gradient.rows is not None:
-        dense_at = torch.full((M,), -1, device=W.device).index_copy(
-            0, gradient.rows, torch.arange(len(gradient.rows), device=W.device)
-        )
+        places = torch.arange(len(gradient.rows), device=W.device)
+        dense_at = torch.full((M + 1,), -1, device=W.device).index_copy(0, gradient.rows, places)
         dense = gradient.dense.contiguous()
     options |= dict(DENSE=gradient.rows is not None, **row_blocks(d))
     with torch.cuda.device_of(W):  # Triton launches on the current device
@@ -103,8 +102,7 @@ def triton_squared_norm(gradient, along=None):
 
 
 def triton_update(W, gradient, exp_avg, exp_avg_sq, step, lr, clip, along=None, copy=None):
-    corrections = 1 - torch.tensor(BETAS, device=W.device) ** step
-    hyper = torch.stack([lr / corrections[0], 1 / corrections[1], 1 / clip])
+    hyper = torch.stack([lr / (1 - BETAS[0] ** step), 1 / (1 - BETAS[1] ** step), 1 / clip])
     tensors = (W, exp_avg, exp_avg_sq, W if copy is None else copy, W if along is None else along, hyper)
     launch(update_kernel, gradient, W, tensors, (), *BETAS, EPS, UNIT=along is not None, COPY=copy is not None)
 
@@ -117,11 +115,11 @@ def torch_squared_norm(gradient, along=None):
 
 
 def torch_update(W, gradient, exp_avg, exp_avg_sq, step, lr, clip, along=None, copy=None):
-    for start, stop in blocks(len(W)):
-        rows, g = W[start:stop], gradient.block(start, stop)
+    for start, stop in reversed([*blocks(len(W))]):  # what was made last is in the cache still
+        rows, g = W[start:stop], gradient.block(start, stop) / clip  # a gradient that is kept is not written again
         if along is not None:
-            g.addcmul_(along[start:stop, None], rows, value=-1)
-        adam([rows], [g], [exp_avg[start:stop]], [exp_avg_sq[start:stop]], step, lr, clip)
+            g.addcmul_(along[start:stop, None] / clip, rows, value=-1)
+        adam([rows], [g], [exp_avg[start:stop]], [exp_avg_sq[start:stop]], step, lr)
         if along is not None:
             rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min_(torch.finfo(W.dtype).tiny))
         if copy is not None:
@@ -140,8 +138,8 @@ def squared_norm(gradient, along=None):
 def update(W, gradient, exp_avg, exp_avg_sq, step, lr, clip, along=None, copy=None):
     """One step of Adam for a matrix W (M, d) and its moments, fp32, in place; `gradient` is a kernels.Gradient.
 
-    step (): counted from 1. clip (): divides the gradient. along (M,): gradient[m] . W[m]; given, rows are projected and keep
-    unit norm. copy: a 16-bit W to keep up to date.
+    step (): counted from 1. lr (): the learning rate. clip (): divides the gradient. along (M,): gradient[m] . W[m]; given, rows
+    are projected and keep unit norm. copy: a 16-bit W to keep up to date.
     """
     twin = triton_update if in_triton(W) else torch_update
     twin(W, gradient, exp_avg, exp_avg_sq, step, lr, clip, along, copy)

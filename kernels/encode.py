@@ -28,7 +28,7 @@ class Selector:
     """
 
     def __init__(self):
-        self.pre_acts, self.keys = torch.empty(0), torch.empty(0, dtype=torch.int32)
+        self.pre_acts = torch.empty(0)
 
     def __call__(self, x, W, b, k):
         """x (N, d), W (M, d), b (M,) of one dtype -> top_acts (N, k) of it, top_indices (N, k) int64."""
@@ -36,7 +36,6 @@ class Selector:
         height, width = min(N, ROWS if x.device.type == "cpu" else N), min(M, max(k, COLUMNS))
         if self.pre_acts.numel() < height * width or (self.pre_acts.dtype, self.pre_acts.device) != (x.dtype, x.device):
             self.pre_acts = x.new_empty(height * width)
-            self.keys = torch.empty(height * width if x.itemsize == 2 else 0, dtype=torch.int32, device=x.device)
         found = [self.of_rows(rows, W, b, k, width) for rows in x.split(height)]
         return tuple(torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*found))
 
@@ -44,10 +43,9 @@ class Selector:
         found = []
         for start in range(0, len(W), width):
             shape = len(x), min(width, len(W) - start)
-            size = shape[0] * shape[1]
-            pre_acts, keys = self.pre_acts[:size].view(shape), self.keys[:size].view(shape) if len(self.keys) else None
+            pre_acts = self.pre_acts[: shape[0] * shape[1]].view(shape)
             torch.addmm(b[start : start + width], x, W[start : start + width].T, out=pre_acts)
-            top_acts, top_indices = topk(pre_acts, min(k, shape[1]), keys)
+            top_acts, top_indices = topk(pre_acts, min(k, shape[1]))
             found.append((top_acts, top_indices + start))
         if len(found) == 1:
             return found[0]

@@ -52,7 +52,7 @@ class Gradient(NamedTuple):
     vectors: torch.Tensor  # (P,): which row of x
     ends: torch.Tensor  # (M + 1,)
     x: torch.Tensor  # (N, d)
-    rows: torch.Tensor | None = None  # (C,), rising
+    rows: torch.Tensor | None = None  # (C,), rising; M or more: of no row
     dense: torch.Tensor | None = None  # (C, d)
     made: torch.Tensor | None = None  # (M, d): the matrix, if it is kept,
     norm: torch.Tensor | None = None  # and the square of its norm
@@ -137,6 +137,15 @@ def totals(weights, ends):
     with torch.cuda.device_of(weights):  # of all pairs the vector is the one in `ones`
         sum_kernel[(M, 1)](weights, order, ends, ones, out, db, 1, P + 1, BLOCK_P=32, BLOCK_D=16)
     return db
+
+
+def weighted_sum(weights, W):
+    """weights W = sum of weights[m] W[m]: (M,), (M, d) -> (d,)."""
+    M = len(weights)
+    if W.device.type != "cpu" or M % 16:
+        return weights @ W
+    rows = torch.arange(M).view(16, -1)  # 0.44 ms where a product by a vector takes 1.05 (M = 10240, d = 640, two CPU cores)
+    return F.embedding_bag(rows, W, mode="sum", per_sample_weights=weights.view(16, -1)).sum(0)
 
 
 def triton_sum_by_latent(weights, top_indices, x, num_latents):

@@ -9,9 +9,10 @@ On a GPU a program has one row. The bits of positive floats are in their order, 
 the bits: each count reads the row again, from the cache but for the first time, and it stops where a count is k. One more pass
 writes what is above, in the order of the columns: no sort, no atomics.
 
-In torch: the k largest of a row lie in those k groups of its columns whose largest numbers are largest, since whatever lies
-elsewhere has k larger ones above it. So one pass writes the largest of each group, and only M / GROUP + k GROUP numbers are
-selected from.
+On a CPU: the k largest of a row lie in those k groups of its columns whose largest numbers are largest, since whatever lies
+elsewhere has k larger ones above it. So one pass writes the largest of each group of 16, the groups are selected from, then
+their members. The selection is NumPy's, whose partition is 5 times as fast as torch.topk: 1.1 ms for 512 rows of 10240 bfloat16
+numbers and k = 32, where torch.topk takes 3.6 (two CPU cores with AVX-512).
 """
 
 import torch
@@ -24,39 +25,51 @@ except ImportError:  # macOS, Windows: the torch twin does the work
     triton = None
 
 GROUP = 16  # columns whose largest is looked at first
+SPARE = 48  # groups more than k, so that numbers equal to the k-th are mostly among the chosen
 
 
-def largest(x, k):
-    """The k largest of each row, as they come: values and indices. Which of equal ones is left open."""
-    M = x.shape[1]
-    if M % GROUP or M < 4 * k * GROUP:
-        return x.topk(k, sorted=False)
-    groups = x.view(len(x), GROUP, M // GROUP).amax(1).topk(k, sorted=False).indices  # of every M / GROUP-th column
-    columns = (groups[:, :, None] + torch.arange(0, M, M // GROUP, device=x.device)).flatten(1)
-    values, places = x.gather(1, columns).topk(k, sorted=False)
-    return values, columns.gather(1, places)
+def largest(keys, k):
+    """The k largest of each row of integers (N, M), as they come. NumPy does in 0.2 ms what torch.topk does in 0.95."""
+    k = min(k, keys.shape[1])
+    keys = keys.numpy()
+    keys.partition(keys.shape[1] - k, axis=1)
+    return torch.from_numpy(keys[:, keys.shape[1] - k :])
 
 
-def torch_topk(pre_acts, k, keys=None):
-    """keys: int32 (N, M), where 16-bit numbers are made comparable; memory that is new each time costs 20 ms."""
-    N, M = pre_acts.shape
-    if pre_acts.dtype in (torch.bfloat16, torch.float16) and M <= 1 << 16:
-        # In 16 bits the k-th place is tied in most rows. The bits of positive floats are in their order, so one integer
-        # holds the number and, below it, how far from the last column it is: no two are alike.
-        keys = torch.empty(N, M, dtype=torch.int32, device=pre_acts.device) if keys is None else keys
-        keys.copy_(pre_acts.view(torch.int16)).mul_(1 << 16)
-        keys.add_(torch.arange(M - 1, -1, -1, dtype=torch.int32, device=keys.device))
-        best, _ = largest(keys, k)
-        return F.relu((best >> 16).to(torch.int16).view(pre_acts.dtype)), M - 1 - (best & 0xFFFF).long()
-    values, indices = largest(pre_acts, min(k + 1, M))  # one more than asked for shows whether the last place is tied
-    if k < M:
-        values, order = values.sort(1, descending=True)
-        tied = (values[:, k - 1] == values[:, k]) & (values[:, k] > 0)
-        values, indices = values[:, :k], indices.gather(1, order[:, :k])
-        if tied.any():
-            whole = pre_acts[tied].sort(dim=1, descending=True, stable=True)
-            values[tied], indices[tied] = whole.values[:, :k], whole.indices[:, :k]
-    return F.relu(values), indices
+def choose(bits, k, spare=SPARE):
+    """The k largest of each row of integers (N, M), and their columns; of equal ones those of the lowest columns."""
+    (N, M), n = bits.shape, bits.shape[1] // GROUP
+    wide, shift = (torch.int32, 16) if bits.dtype == torch.int16 and M <= 1 << 16 else (torch.int64, 32)
+    low = (1 << shift) - 1  # a key is a number and, in its lower bits, where it stood: no two are alike
+    columns, least = torch.arange(M, dtype=wide).expand(N, M), None
+    grouped = 4 * (k + spare) < 3 * n
+    if grouped:
+        groups = bits[:, : n * GROUP].unflatten(1, (GROUP, n)).amax(1).to(wide) << shift
+        groups = largest(groups.add_(torch.arange(n, dtype=wide)), k + spare)
+        least = (groups >> shift).amin(1)  # the smallest of the largest numbers of the groups that are chosen
+        members = torch.arange(0, n * GROUP, n, dtype=wide)  # columns that are n apart are a group
+        columns = ((groups & low)[:, None] + members[:, None]).flatten(1)
+        if n * GROUP < M:
+            columns = torch.cat([columns, torch.arange(n * GROUP, M, dtype=wide).expand(N, -1)], 1)
+    keys = (bits.gather(1, columns.long()) if grouped else bits).to(wide) << shift
+    keys = largest(keys.add_(low - columns), k)
+    values, columns = keys >> shift, low - (keys & low).long()
+    if grouped:
+        last = values.amin(1)
+        tied = ((least >= last) & (last > 0)).nonzero().flatten()  # an equal one may be in another group: look at more of them
+        if len(tied):
+            again = choose(bits[tied], k, 4 * spare)
+            values[tied], columns[tied] = again[0].to(wide), again[1]
+    return values.to(bits.dtype), columns
+
+
+def torch_topk(pre_acts, k):
+    if pre_acts.device.type != "cpu":
+        values, indices = pre_acts.relu().sort(dim=1, descending=True, stable=True)
+        return values[:, :k], indices[:, :k]
+    # Bits of positive floats are in the order of the numbers. As integers they are compared faster than 16-bit floats.
+    values, indices = choose(pre_acts.view({2: torch.int16, 4: torch.int32}[pre_acts.itemsize]), k)
+    return F.relu(values.view(pre_acts.dtype)), indices
 
 
 if triton is not None:
@@ -109,7 +122,7 @@ def topk_blocks(M):
     return dict(BLOCK=BLOCK, num_warps=8 if BLOCK > 512 else 4)
 
 
-def triton_topk(pre_acts, k, keys=None):
+def triton_topk(pre_acts, k):
     N, M = pre_acts.shape
     top_acts, top_indices = pre_acts.new_empty(N, k), pre_acts.new_empty(N, k, dtype=torch.int64)
     with torch.cuda.device_of(pre_acts):  # Triton launches on the current device
@@ -117,9 +130,6 @@ def triton_topk(pre_acts, k, keys=None):
     return top_acts, top_indices
 
 
-def topk(pre_acts, k, keys=None):
-    """The k largest of relu(pre_acts) in each row: pre_acts (N, M) fp32, bf16 or fp16 -> (N, k) of its dtype, (N, k) int64.
-
-    keys: memory that the torch twin may use, see there.
-    """
-    return (triton_topk if triton is not None and pre_acts.is_cuda else torch_topk)(pre_acts, k, keys)
+def topk(pre_acts, k):
+    """The k largest of relu(pre_acts) in each row: pre_acts (N, M) fp32, bf16 or fp16 -> (N, k) of its dtype, (N, k) int64."""
+    return (triton_topk if triton is not None and pre_acts.is_cuda else torch_topk)(pre_acts, k)

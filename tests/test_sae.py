@@ -12,8 +12,8 @@ from sae import Metrics, Sae, count_active, geometric_median, save_tensors
 X = torch.randn(50, 12, generator=torch.Generator().manual_seed(1)) + 3
 
 
-def make_sae(k=4):
-    sae = Sae(12, 30, k, seed=2)
+def make_sae(k=4, cfg=None):
+    sae = Sae(12, 30, k, cfg, seed=2)
     with torch.no_grad():
         for p in sae.parameters():
             p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(3)))
@@ -136,10 +136,11 @@ def test_we_read_sparsify_s(sparsify, tmp_path, size):
         ({"sample_topk": True}, "sample_topk"),
         ({"input_unit_norm": True}, "input_unit_norm"),
         ({"activation": "groupmax"}, "groupmax"),
-        ({"activation": "batchtopk"}, "batchtopk"),
+        ({"activation": "batchtopk"}, "threshold"),
+        ({"activation": "topk_unitnorm", "batch_topk": True}, "batch_topk"),
         ({"k": None}, "k is None"),
         ({"k": 31}, "k is 31"),
-        ({"d_in": 13}, "shapes"),
+        ({"d_in": 13}, "expected encoder.weight"),
     ],
 )
 def test_refuses_what_it_would_get_wrong(tmp_path, change, message):
@@ -215,3 +216,54 @@ def test_geometric_median():
     cloud = torch.randn(999, 8, generator=torch.Generator().manual_seed(0))
     assert geometric_median(torch.cat([cloud, torch.full((1, 8), 1e5)])).norm() < 0.2  # the mean has norm 283
     assert torch.equal(geometric_median(torch.ones(5, 3)), torch.ones(3))
+
+
+VARIANTS = [dict(activation="batchtopk"), dict(activation="sampletopk"), dict(input_unit_norm=True)]
+
+
+@pytest.mark.parametrize("cfg", VARIANTS, ids=str)
+def test_variants_come_back_as_they_were(tmp_path, cfg):
+    sae = make_sae(cfg=cfg)
+    x = X.view(2, -1, X.shape[1]) if sae.activation == "sampletopk" else X
+    if sae.activation == "batchtopk":
+        sae.threshold.fill_(0.8)
+    sae.save_to_disk(tmp_path)
+    again = Sae.load_from_disk(tmp_path)
+    assert again.cfg == sae.cfg and again.activation == sae.activation and torch.equal(again(x), sae(x))
+    assert all(torch.equal(a, b) for a, b in zip(again.encode(x), sae.encode(x)))
+    said = json.loads((tmp_path / "cfg.json").read_text())["activation"]
+    assert said not in ("topk", "groupmax")  # all that sparsify takes
+
+
+def test_batchtopk_in_use_keeps_what_reaches_the_threshold():
+    sae = make_sae(cfg=dict(activation="batchtopk"))
+    sae.threshold.fill_(0.5)
+    pre_acts = torch.relu((X - sae.b_dec) @ sae.encoder.weight.T + sae.encoder.bias)
+    top_acts, top_indices = sae.encode(X)
+    assert top_acts.shape[1] == (pre_acts >= 0.5).sum(1).max() <= 8 * sae.k
+    dense = torch.zeros_like(pre_acts).scatter(1, top_indices, top_acts)
+    torch.testing.assert_close(dense, pre_acts * (pre_acts >= 0.5))
+    sae.scale_inputs(4.0)  # a power of two: now the SAE of X / 4 that it was of X
+    torch.testing.assert_close(sae(X / 4), sae.decode(top_acts / 4, top_indices))
+
+
+def test_sampletopk_shares_k_out_over_the_tokens():
+    sae = make_sae(cfg=dict(activation="sampletopk"))
+    x = X.view(2, -1, X.shape[1])
+    pre_acts = torch.relu((x - sae.b_dec) @ sae.encoder.weight.T + sae.encoder.bias)
+    top_acts, top_indices = sae.encode(x)
+    assert (top_acts > 0).sum((1, 2)).tolist() == [sae.k, sae.k]
+    dense = torch.zeros_like(pre_acts).scatter(2, top_indices, top_acts)
+    least = pre_acts.flatten(1).topk(sae.k).values[:, -1]
+    torch.testing.assert_close(dense, pre_acts * (pre_acts >= least[:, None, None]))
+    with pytest.raises(ValueError, match="samples, tokens, d"):
+        sae.encode(X)
+
+
+def test_input_unit_norm_gives_back_what_it_took():
+    sae, plain = make_sae(cfg=dict(input_unit_norm=True)), make_sae()
+    z = (X - X.mean(1, keepdim=True)) / X.std(1, correction=0, keepdim=True)
+    codes = sae.encode(X)
+    torch.testing.assert_close(codes.top_acts, plain.encode(z).top_acts)
+    torch.testing.assert_close(sae(X), plain(z) * codes.std + codes.mean)
+    torch.testing.assert_close(sae(1000 * X + 7), 1000 * sae(X) + 7, rtol=1e-4, atol=1e-2)

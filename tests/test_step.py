@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+import step as step_module
 from kernels import Gradient, encode, sort_pairs, squared_norm
 from kernels.topk import torch_topk
 from sae import Sae
@@ -15,9 +16,9 @@ NAMES = ("encoder.weight", "encoder.bias", "W_dec", "b_dec")
 EPS = 6.25e-10
 
 
-def make(d=24, M=96, k=5, seed=0, **options):
+def make(d=24, M=96, k=5, seed=0, cfg=None, **options):
     g = torch.Generator().manual_seed(seed)
-    sae = Sae(d, M, k, seed=seed)
+    sae = Sae(d, M, k, cfg, seed=seed)
     sae.b_dec.data.copy_(torch.randn(d, generator=g))
     sae.encoder.weight.data.add_(0.1 * torch.randn(M, d, generator=g))
     sae.encoder.bias.data.copy_(0.1 * torch.randn(M, generator=g))
@@ -25,41 +26,72 @@ def make(d=24, M=96, k=5, seed=0, **options):
 
 
 def top(a, k):
+    """All but the k largest numbers of each row set to 0."""
     return a * (a >= a.topk(k).values[:, -1:]) if k < a.shape[1] else a
 
 
-def dense_loss(params, x, k, variance, alpha=0.0, residual=1.0, dead=(), multi_topk=False):
-    """The loss of step.py's first line by dense autograd: what it is, the codes (N, M) and the error (N, d)."""
+def select(pre_acts, k, activation):
+    """What the variant keeps of (N, M), in blocks of 10 vectors where these are a sample."""
+    N, M = pre_acts.shape
+    if activation == "topk":
+        return top(pre_acts, k)
+    rows = {"batchtopk": (1, k * N), "sampletopk": (N // 10, k)}[activation]
+    return top(pre_acts.reshape(rows[0], -1), rows[1]).view(N, M)
+
+
+def dense_loss(params, x, variance, dead, residual, weights, alpha, multi_topk, prefixes, k, activation):
+    """The loss of step.py's first lines by dense autograd: what it is, the codes (N, M) and the error (N, d)."""
     W_enc, b_enc, W_dec, b_dec = params
     pre_acts = torch.relu((x - b_dec) @ W_enc.T + b_enc)
-    codes = top(pre_acts, k)
-    e = codes @ W_dec + b_dec - x
-    loss = e.square().sum() / variance
+    codes = select(pre_acts, k, activation)
+    error = lambda codes: weights * (codes @ W_dec + b_dec - x).square().sum(1)
+    loss = sum(error(codes * (torch.arange(len(b_enc)) < m)) for m in prefixes).sum() / (len(prefixes) * variance)
+    e = (codes @ W_dec + b_dec - x).detach()
     if len(dead) and alpha:
         e_hat = top(pre_acts[:, dead], max(1, x.shape[1] // 2)) @ W_dec[dead]
-        loss = loss + alpha * (-e.detach() - e_hat).square().sum() / residual
+        loss = loss + alpha * (-e - e_hat).square().sum() / residual
     if multi_topk:
-        loss = loss + (top(pre_acts, 4 * k) @ W_dec + b_dec - x).square().sum() / (8 * variance)
-    return loss / len(x), codes.detach(), e.detach()
+        loss = loss + error(top(pre_acts, 4 * k)).sum() / (8 * variance)
+    return loss / len(x), codes.detach(), e
 
 
-OPTIONS = list(itertools.product([0.0, 5.0], [False, True], [False, True], [700.0, 0.07]))
+OPTIONS = [  # alpha, multi_topk, unit_norm, variance, more
+    *((*options, {}) for options in itertools.product([0.0, 5.0], [False, True], [False, True], [700.0, 0.07])),
+    *((5.0, False, True, variance, dict(activation="batchtopk")) for variance in (700.0, 0.07)),
+    *((5.0, False, True, variance, dict(activation="sampletopk", k=30)) for variance in (700.0, 0.07)),
+    *((5.0, False, unit, 700.0, dict(matryoshka=[10, 40])) for unit in (False, True)),
+    (5.0, False, True, 0.07, dict(matryoshka=[40], activation="batchtopk", weighted=True)),
+    (0.0, False, True, 700.0, dict(weighted=True)),
+    (5.0, True, True, 0.07, dict(weighted=True)),
+    (5.0, False, True, 0.07, dict(input_unit_norm=True)),
+    (5.0, False, True, 0.07, dict(padded=True)),
+]
 
 
-@pytest.mark.parametrize("alpha, multi_topk, unit_norm, variance", OPTIONS)
-def test_twenty_steps_against_float64(alpha, multi_topk, unit_norm, variance):
-    """AuxK, Multi-TopK and unit norm on and off; a variance so small that every gradient is clipped, and a large one."""
-    sae, step = make(auxk_alpha=alpha, multi_topk=multi_topk, normalize_decoder=unit_norm, dead_feature_threshold=100)
-    step.variance = variance
+@pytest.mark.parametrize("alpha, multi_topk, unit_norm, variance, more", OPTIONS)
+def test_twenty_steps_against_float64(monkeypatch, alpha, multi_topk, unit_norm, variance, more):
+    """Every variant; AuxK, Multi-TopK and unit norm on and off; a variance so small that every gradient is clipped, and a large
+    one. Dead latents are looked up every third step."""
+    monkeypatch.setattr(step_module, "REFRESH", 3)
+    more = dict(activation="topk", k=5, matryoshka=[], weighted=False, input_unit_norm=False, padded=False) | more
+    cfg = {name: more[name] for name in ("activation", "input_unit_norm")}
+    options = dict(auxk_alpha=alpha, multi_topk=multi_topk, normalize_decoder=unit_norm, matryoshka=more["matryoshka"])
+    sae, step = make(k=more["k"], cfg=cfg, dead_feature_threshold=100, **options)
+    step.variance, step.padded = variance, more["padded"]
     params = [sae.get_parameter(name).detach().double().requires_grad_() for name in NAMES]
     optimizer = torch.optim.Adam(params, lr=1e-3, betas=(0.9, 0.999), eps=EPS)
-    silent, residual, norms, auxk_ran = torch.zeros(96), 1.0, [], 0
+    silent, residual, norms, auxk_ran, dead, least = torch.zeros(96), 1.0, [], 0, [], 0.0
     g = torch.Generator().manual_seed(1)
-    for _ in range(20):
-        x = torch.randn(40, 24, generator=g)
-        dead = (silent >= 100).nonzero().flatten()
+    for iteration in range(20):
+        x = given = torch.randn(40, 24, generator=g)
+        weights = torch.rand(40, generator=g) if more["weighted"] else torch.ones(40)
+        if more["input_unit_norm"]:
+            given = x * 3 + 1
+            x = (given - given.mean(1, keepdim=True)) / given.std(1, correction=0, keepdim=True)
+        dead = (silent >= 100).nonzero().flatten() if iteration % 3 == 0 else dead
         auxk_ran += bool(len(dead))
-        loss, codes, e = dense_loss(params, x.double(), 5, variance, alpha, residual, dead, multi_topk)
+        rest = alpha, multi_topk, [*more["matryoshka"], 96], more["k"], more["activation"]
+        loss, codes, e = dense_loss(params, x.double(), variance, dead, residual, weights, *rest)
         optimizer.zero_grad()
         loss.backward()
         W = params[2].detach()
@@ -70,17 +102,24 @@ def test_twenty_steps_against_float64(alpha, multi_topk, unit_norm, variance):
         if unit_norm:
             W /= W.norm(dim=1, keepdim=True)
         silent = torch.where((codes > 0).any(0), 0, silent + 40)
-        residual = e.square().sum() / 40
+        residual = (weights[:, None] * e.square()).sum() / 40
+        least += (codes[codes > 0].min() - least) / (iteration + 1)
 
-        result = step(x, 1e-3)
+        sample = given.view(4, 10, 24) if more["activation"] == "sampletopk" else given
+        result = step(sample, 1e-3, weights if more["weighted"] else None)
         torch.testing.assert_close(result.loss.double(), loss.detach(), rtol=1e-5, atol=0)
         torch.testing.assert_close(result.norm.double().item(), norms[-1], rtol=1e-4, atol=0)
-        torch.testing.assert_close((result.x_hat - x).double(), e, rtol=1e-4, atol=1e-5)
-    assert auxk_ran > 3 and (min(norms) > 1 if variance < 1 else max(norms) < 1 or alpha)
+        spread = given.std(1, correction=0, keepdim=True) if more["input_unit_norm"] else 1
+        dense = torch.zeros(40, 96).scatter(1, result.top_indices, result.top_acts)
+        for mine, expected in ((result.e, e * spread), (dense, codes)):
+            assert (mine.double() - expected).norm() <= 1e-5 * expected.norm()
+    assert (auxk_ran > 3 or more["activation"] == "sampletopk") and (min(norms) > 1 if variance < 1 else max(norms) < 1 or alpha)
     for name, p in zip(NAMES, params):
         mine = sae.get_parameter(name).double()
         assert (mine - p).norm() <= 1e-5 * p.norm(), (name, ((mine - p).norm() / p.norm()).item())
     assert step.state["silent_for"].tolist() == silent.tolist()
+    if more["activation"] == "batchtopk":
+        assert sae.threshold.item() == pytest.approx(least.item(), rel=1e-4)
 
 
 def test_a_gradient_that_is_not_kept_gives_the_same_bits():
@@ -99,7 +138,7 @@ def test_parts_are_the_whole():
     for parts in (1, 3):
         sae, step = make(auxk_alpha=1.0, dead_feature_threshold=60)
         for seed in range(4):
-            step(torch.randn(40, 24, generator=torch.Generator().manual_seed(seed)), 1e-3, parts)
+            step(torch.randn(40, 24, generator=torch.Generator().manual_seed(seed)), 1e-3, parts=parts)
         runs[parts] = step.state
     for name in runs[1]:
         torch.testing.assert_close(runs[1][name], runs[3][name], rtol=1e-5, atol=1e-6)
@@ -131,10 +170,10 @@ def test_auxk_predicts_the_residual_with_dead_latents_alone():
     step = Step(sae, variance=1.0, auxk_alpha=1.0)
     x, dead = torch.tensor([[13.0, 11.0]]), torch.tensor([1])  # b_dec + (3, 1): latent 0 takes the 3, the residual is +(0, 1)
     auxk = lambda: step.auxk(x - sae.b_dec.data, sae(x).detach() - x, dead, 1)
-    loss, dW_enc, db_enc, dW_dec, along = auxk()
+    loss, _, db_enc, dW_enc, dW_dec, along = auxk()
     assert loss == 0 and not dW_enc.any() and not dW_dec.any() and not db_enc.any()
     sae.W_dec.data[1] *= 1.5
-    loss, dW_enc, db_enc, dW_dec, along = auxk()  # it says 1.5 where 1 is left over
+    loss, _, db_enc, dW_enc, dW_dec, along = auxk()  # it says 1.5 where 1 is left over
     assert loss.item() == pytest.approx(0.25) and db_enc.tolist() == pytest.approx([1.5])
     assert dW_dec.tolist() == [pytest.approx([0, 1])] and dW_enc.tolist() == [pytest.approx([4.5, 1.5])]
     assert along.tolist() == pytest.approx([1.5])

@@ -127,8 +127,9 @@ def dense_reference(sae, x, dead, alpha, variance, residual):
 
 
 @pytest.mark.parametrize("normalize", [True, False])
-def test_updates_against_float64_autograd_and_torch_adam(data, tmp_path, normalize):
+def test_updates_against_float64_autograd_and_torch_adam(data, tmp_path, normalize, monkeypatch):
     """Six updates of `train`: the gradient, what is projected and clipped, the learning rate, Adam, who is dead."""
+    monkeypatch.setattr("step.REFRESH", 1)
     cfg = config(data, tmp_path, max_examples=600, lr=0.01, lr_warmup_steps=1, auxk_alpha=20.0, dead_feature_threshold=200)
     cfg.normalize_decoder = normalize
     main(cfg)
@@ -391,11 +392,11 @@ def test_log_to(data, tmp_path, monkeypatch, log_to):
     fake, calls, update = FakeTracker(), [], train.Step.__call__
     monkeypatch.setitem(sys.modules, {"tensorboard": "torch.utils.tensorboard"}.get(log_to, log_to), fake)
 
-    def interrupted(*args):
+    def interrupted(*args, **options):
         calls.append(args)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return update(*args)
+        return update(*args, **options)
 
     monkeypatch.setattr(train.Step, "__call__", interrupted)
     options = dict(max_examples=600, log_every=1, save_every=2, log_to=log_to)
