@@ -190,8 +190,9 @@ class Activations:
         return tensor.view(torch.bfloat16) if out.dtype == np.uint16 else tensor
 
     def steps_of(self, pieces):
-        """The step of each row that `read` gives for the same pieces: int64 (n,), an index of `timesteps`."""
-        steps = [np.arange(first, end) // self.tokens[file] % len(self.timesteps) for file, first, end in pieces.tolist()]
+        """The step of each row that `read` gives for the same pieces: int64 (n,), an index of `timesteps`; 0 without any."""
+        count = max(1, len(self.timesteps))
+        steps = [np.arange(first, end) // self.tokens[file] % count for file, first, end in pieces.tolist()]
         return np.concatenate(steps)
 
     def draw(self, n, seed=0):
@@ -208,53 +209,64 @@ class Activations:
         """The same vectors: float32 (n, d)."""
         return self.read(self.draw(n, seed)).float()
 
+    def sample_tokens(self):
+        """Vectors of one (prompt, step). Raises ValueError where the files do not hold whole samples of one size."""
+        units = np.concatenate([self.training_units, self.held_out_units])
+        if not self.whole_prompts or len(set(self.tokens)) > 1 or ((units[:, 2] - units[:, 1]) % self.tokens[0]).any():
+            raise ValueError(
+                f"{self.paths[0]}: sample_topk needs files of whole samples, (prompts, steps, tokens, d) of one size"
+            )
+        return self.tokens[0]
+
     def held_out(self):
         """The held-out vectors, one prompt after another in the order of the files: tensors (rows, d)."""
         for unit in self.held_out_units:
             yield self.read(unit[None])
 
-    def batches(self, batch_size, stop, start=0, seed=0, buffer_gb=2.0):
-        """Training vectors `start` to `stop` of an endless seeded shuffle: tensors (batch_size, d), the last shorter.
+    def batches(self, batch_size, stop, start=0, seed=0, buffer_gb=2.0, tokens=1):
+        """Training vectors `start` to `stop` of an endless seeded shuffle: (x (batch_size, d), step (batch_size,)), the last
+        shorter. step: index of `timesteps`, None where there are none.
 
         Every vector comes once an epoch of `num_training`; a batch may span two epochs, so nothing is dropped. Where the
-        files have timesteps, each stretch of a buffer holds the same share of every step. The order depends on the seed and
-        the buffer's size alone: starting at any position gives what would have come.
+        files have timesteps, each stretch of a buffer holds the same share of every step. tokens: so many consecutive vectors
+        stay together; all sizes are multiples of it. The order depends on the seed, the buffer's size and tokens alone:
+        starting at any position gives what would have come.
         """
         parts, wanted = [], min(batch_size, stop - start)
         if wanted < 1:
             return
-        for buffer, order in self.buffers(start, seed, buffer_gb):
+        for buffer, steps, order in self.buffers(start, seed, buffer_gb, tokens):
             while len(order) and wanted:
                 take, order = order[:wanted], order[wanted:]
-                parts.append(buffer.index_select(0, take))  # 3 times as fast as NumPy's indexing
+                parts.append((buffer.index_select(0, take), steps[take]))  # 3 times as fast as NumPy's indexing
                 wanted -= len(take)
                 if not wanted:
-                    batch = parts[0] if len(parts) == 1 else torch.cat(parts)
-                    yield batch
-                    start, parts = start + len(batch), []
+                    x, step = (found[0] if len(parts) == 1 else torch.cat(found) for found in zip(*parts))
+                    yield x, step if self.timesteps else None
+                    start, parts = start + len(x), []
                     wanted = min(batch_size, stop - start)
             if not wanted:
                 return
             del buffer  # before the next is read, or there would be two in memory
 
-    def buffers(self, start, seed, buffer_gb):
-        """Endless (vectors, order) from position `start` on: an epoch's blocks in random order, buffer by buffer.
+    def buffers(self, start, seed, buffer_gb, tokens):
+        """Endless (vectors, their steps, order) from position `start` on: an epoch's blocks in random order, by buffers.
 
         A buffer that holds all vectors is read once and shuffled anew every epoch.
         """
         row_bytes = self.d * self.dtype.itemsize
         blocks = []
         for file, first, end in self.training_units.tolist():
-            cuts = np.append(np.arange(first, end, max(1, BLOCK_BYTES // row_bytes)), end)
+            cuts = np.append(np.arange(first, end, max(1, BLOCK_BYTES // (row_bytes * tokens)) * tokens), end)
             blocks.append(np.stack([np.full(len(cuts) - 1, file), cuts[:-1], cuts[1:]], 1))
         blocks = np.concatenate(blocks)
         count = max(1, -int(-self.num_training * row_bytes // (buffer_gb * 2**30)))
         epoch, skip = divmod(start, self.num_training)
-        whole = self.read(blocks) if count == 1 else None
-        while whole is not None:
-            order = self.shuffle(blocks, [seed, 3, epoch])
-            yield whole, torch.from_numpy(order[skip:])
-            epoch, skip = epoch + 1, 0
+        if count == 1:
+            whole, steps = self.read(blocks), self.steps_of(blocks)
+            while True:
+                yield whole, torch.from_numpy(steps), shuffle(steps, tokens, [seed, 3, epoch])[skip:]
+                epoch, skip = epoch + 1, 0
         while True:
             shuffled = np.random.default_rng([seed, 2, epoch]).permutation(blocks)
             ends = np.cumsum(shuffled[:, 2] - shuffled[:, 1])
@@ -262,19 +274,18 @@ class Activations:
             for number, pieces in enumerate(np.split(shuffled, cuts)):
                 n = int((pieces[:, 2] - pieces[:, 1]).sum())
                 if skip < n:
-                    order = self.shuffle(pieces, [seed, 3, epoch, number])
-                    yield self.read(pieces), torch.from_numpy(order[skip:])
+                    steps = self.steps_of(pieces)
+                    yield self.read(pieces), torch.from_numpy(steps), shuffle(steps, tokens, [seed, 3, epoch, number])[skip:]
                 skip = max(0, skip - n)
             epoch += 1
 
-    def shuffle(self, pieces, seed):
-        """A random order (n,) of the rows of `pieces`, in which the steps, if they are known, take turns."""
-        rng = np.random.default_rng(seed)
-        order = rng.permutation(int((pieces[:, 2] - pieces[:, 1]).sum()))
-        if len(self.timesteps) < 2:
-            return order
-        step = self.steps_of(pieces)[order]
-        counts = np.bincount(step, minlength=len(self.timesteps))
-        by_step = np.argsort(step, kind="stable")
+
+def shuffle(steps, tokens, seed):
+    """A random order (n,) of vectors of these steps (n,): `tokens` consecutive ones stay together, and the steps take turns."""
+    rng, steps = np.random.default_rng(seed), steps[::tokens]
+    order = rng.permutation(len(steps))
+    if len(counts := np.bincount(steps)) > 1:
+        by_step = np.argsort(steps[order], kind="stable")
         place = np.concatenate([(np.arange(count) + rng.random(count)) / max(count, 1) for count in counts])
-        return order[by_step[np.argsort(place)]]
+        order = order[by_step[np.argsort(place)]]
+    return torch.from_numpy((order[:, None] * tokens + np.arange(tokens)).reshape(-1))

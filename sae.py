@@ -5,7 +5,8 @@
 N vectors of width d, M latents, k of them active. Which of the pre_acts stay, `activation`:
 
     topk        the k largest of each vector
-    batchtopk   the k N largest of a batch in training, those of at least `threshold` in use; at most MOST k of a vector
+    batchtopk   the k N largest of a batch in training; in use those of at least `threshold`, a running mean of the smallest
+                that a batch kept, set anew at the end of training; at most MOST k of a vector
     sampletopk  the k largest of a sample, that is of all tokens of one step of one prompt, as many as they are
     jumprelu    those above the latent's own threshold (only loaded, from other packages' files)
 
@@ -106,6 +107,14 @@ class Sae(nn.Module):
             values, places = topk(samples, min(self.k, samples.shape[1]))
             return torch.zeros_like(samples).scatter(1, places, values).view_as(acts), None
         return acts, None
+
+    @torch.no_grad()
+    def calibrate(self, x):
+        """Set the threshold of a batchtopk SAE so that the vectors x (N, d) have k active latents on average."""
+        weights = self.encoder.weight, self.encoder.bias, self.b_dec
+        parts = self.standardize(x)[0].split(4096)
+        acts = torch.cat([encode(part, *weights, self.width(1))[0] for part in parts])
+        self.threshold.copy_(keep_largest(acts, self.k * len(x))[1])
 
     def encode(self, x, dtype=None):
         """Which latents are active on each vector, and how much: x (N, d) -> EncoderOutput. `dtype`: of the product, if another.
@@ -230,82 +239,3 @@ def swap_in(partial, path):
 def longest(acts):
     """acts (N, M), mostly 0: each vector's nonzero numbers first and their places, both as wide as the most that one has."""
     return acts.topk(max(1, int((acts > 0).sum(1).max())), dim=1)
-
-
-def count_active(top_acts, top_indices, num_latents):
-    """How many vectors each latent is active on: (N, K), (N, K) -> int64 (M,). A zero activation is never active."""
-    active = torch.where(top_acts > 0, top_indices, num_latents).flatten()  # zeros go to one bin more, thrown away
-    counts = active.new_zeros(num_latents + 1)  # bincount would make a GPU wait
-    return counts.scatter_add_(0, active, torch.ones_like(active))[:num_latents]
-
-
-class Metrics:
-    """FVU, L0 and dead share of a set of vectors that comes in chunks; the one definition of each, everywhere.
-
-        fvu  = sum |x - x_hat|^2 / sum |x - mean(x)|^2      both sums over the whole set
-        l0   = mean number of nonzero top_acts of a vector, after the selection
-        dead = share of the M latents that are active on no vector of the set
-
-    Sums are kept in float64; the variance is merged chunk by chunk about their own means (Chan et al. 1979), so that
-    a mean far from zero costs no digits.
-    """
-
-    def __init__(self, num_latents):
-        self.n, self.mean, self.variance, self.error = 0, 0.0, 0.0, 0.0
-        self.counts = torch.zeros(num_latents, dtype=torch.int64)  # vectors on which each latent is active
-
-    @torch.no_grad()
-    def update(self, x, x_hat, top_acts, top_indices):
-        """Add a chunk: x, x_hat (N, d); top_acts, top_indices (N, K)."""
-        self.counts = self.counts.to(x.device) + count_active(top_acts, top_indices, len(self.counts))
-        wide = torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no float64
-        x, x_hat = x.to(wide), x_hat.to(wide)
-        n, mean = len(x), x.mean(0)
-        between = (mean - self.mean).square().sum().item() * self.n * n / (self.n + n)
-        self.variance += (x - mean).square().sum().item() + between
-        self.error += (x - x_hat).square().sum().item()
-        self.mean = self.mean + (mean - self.mean) * (n / (self.n + n))
-        self.n += n
-
-    @property
-    def fvu(self):
-        return self.error / self.variance if self.variance else float(self.error > 0)
-
-    @property
-    def l0(self):
-        return self.counts.sum().item() / self.n
-
-    @property
-    def dead(self):
-        return (self.counts == 0).cpu().double().mean().item()
-
-
-@torch.no_grad()
-def evaluate(sae, tensors, batch_size):
-    """Metrics of the SAE over an iterable of tensors (any, d), `batch_size` vectors at a time."""
-    metrics, device = Metrics(sae.num_latents), sae.W_dec.device
-    for tensor in tensors:
-        for x in tensor.split(batch_size):
-            x = x.to(device).float()
-            codes = sae.encode(x)
-            metrics.update(x, sae.decode(*codes), *codes[:2])
-    return metrics
-
-
-def geometric_median(x, iterations=100, tolerance=1e-5):
-    """The point with the least sum of distances to the vectors of x: (N, d) -> (d,), by Weiszfeld's iteration (1937).
-
-    Unlike the mean it is not dragged along by a few huge vectors. Stops when a step is below `tolerance` of the mean
-    distance to the vectors.
-    """
-    median = x.mean(0)
-    for _ in range(iterations):
-        distance = (x - median).norm(dim=1)
-        scale = distance.mean()
-        if scale == 0:  # all vectors are equal
-            break
-        nearness = scale / distance.clamp_min(1e-6 * scale)
-        previous, median = median, nearness @ x / nearness.sum()
-        if (median - previous).norm() <= tolerance * scale:
-            break
-    return median

@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 
 from kernels import KEPT, Gradient, Selector, adam, decode_error, sort_pairs, squared_norm, topk, totals, update, weighted_sum
-from sae import count_active
+from metrics import count_active
 
 REFRESH = 16  # updates between two looks at which latents are dead
-WINDOW = 100  # updates over which BatchTopK's threshold is averaged
+WINDOW = 10  # updates over which BatchTopK's threshold is averaged
 
 
 class Result(NamedTuple):

@@ -31,7 +31,8 @@ def describe(path, **meta):
 
 
 def ids(tensors):
-    return torch.cat(list(tensors))[:, 0].long()
+    """Numbers of vectors, from tensors or from batches of them with their steps."""
+    return torch.cat([x[0] if isinstance(x, tuple) else x for x in tensors])[:, 0].long()
 
 
 def test_split_is_by_prompt_and_loses_nothing(tmp_path):
@@ -111,7 +112,7 @@ def test_shuffle_starts_anywhere_and_repeats_every_epoch(tmp_path, buffer_rows):
     order = ids(data.batches(32, stop, **options))
     assert len(order) == stop and len(order[:432].unique()) == len(order[432:864].unique()) == 432
     assert not torch.equal(order[:432], order[432:864])
-    sizes = [len(batch) for batch in data.batches(32, stop, **options)]
+    sizes = [len(x) for x, _ in data.batches(32, stop, **options)]
     assert set(sizes[:-1]) == {32} and sizes[-1] == stop % 32
     for start in (32, 416, 448, 864):
         assert torch.equal(ids(data.batches(32, stop, start, **options)), order[start:])
@@ -154,7 +155,7 @@ def test_sample_is_drawn_alike_from_files_of_two_lengths(tmp_path):
 
 def test_batches_are_shuffled_by_vector_not_by_image(tmp_path):
     data = Activations([numbered(tmp_path / "a.npy", (60, 2, 16))])
-    batch = next(data.batches(64, 64))[:, 0].long() // 16  # which image of 16 tokens
+    batch = next(data.batches(64, 64))[0][:, 0].long() // 16  # which image of 16 tokens
     assert len(batch.unique()) > 40  # whole images would be 4; 64 draws from 108 images give 48
 
 
@@ -197,7 +198,7 @@ def test_newest(tmp_path):
 def test_dtypes(tmp_path, dtype):
     data = Activations([numbered(tmp_path / "a.npy", (30, 10), dtype)])
     assert data.sample(9).dtype == torch.float32
-    assert next(data.batches(4, 4)).dtype == (torch.float16 if dtype == np.float16 else torch.float32)
+    assert next(data.batches(4, 4))[0].dtype == (torch.float16 if dtype == np.float16 else torch.float32)
 
 
 def test_bfloat16_needs_its_description(tmp_path):
@@ -207,7 +208,7 @@ def test_bfloat16_needs_its_description(tmp_path):
         open_file(tmp_path / "a.npy")
     describe(tmp_path / "a.npy", dtype="bfloat16", shape=[10, 4, 3])
     data = Activations([tmp_path / "a.npy"])
-    rows = torch.cat([*data.held_out(), *data.batches(5, data.num_training)])
+    rows = torch.cat([*data.held_out(), *(x for x, _ in data.batches(5, data.num_training))])
     assert rows.dtype == torch.bfloat16
     assert sorted(map(tuple, rows.tolist())) == sorted(map(tuple, values.flatten(0, 1).tolist()))
 
@@ -270,9 +271,11 @@ def test_batches_hold_every_step_alike(tmp_path):
     describe(numbered(tmp_path / "a.npy", (20, 5, 8)), timesteps=[900, 700, 500, 300, 100], shape=[20, 5, 8, 2])
     data = Activations([tmp_path / "a.npy"])
     assert data.timesteps == [900, 700, 500, 300, 100]
-    numbers = torch.cat(list(data.batches(50, 2 * data.num_training)))[:, 0].long()
+    found = list(data.batches(50, 2 * data.num_training))
+    numbers = ids(found)
     assert sorted(numbers[: data.num_training].tolist()) == sorted(numbers[data.num_training :].tolist())
     steps = numbers // 8 % 5
+    assert torch.equal(torch.cat([step for _, step in found]), steps)
     counts = torch.stack([batch.bincount(minlength=5) for batch in steps[:700].split(50)])
     assert counts.min() >= 8 and counts.max() <= 12  # by chance they would run from 4 to 18
     pieces = data.draw(100)
@@ -284,3 +287,20 @@ def test_files_whose_timesteps_differ_have_none(tmp_path):
         describe(numbered(tmp_path / f"{name}.npy"), timesteps=times, shape=[20, 3, 8, 2])
     assert Activations([tmp_path / "a.npy"]).timesteps == [3, 2, 1]
     assert Activations([tmp_path / "a.npy", tmp_path / "b.npy"]).timesteps == []
+
+
+def test_whole_samples_stay_together(tmp_path):
+    describe(numbered(tmp_path / "a.npy", (20, 5, 8)), timesteps=[900, 700, 500, 300, 100], shape=[20, 5, 8, 2])
+    data = Activations([tmp_path / "a.npy"])
+    assert data.sample_tokens() == 8
+    for buffer_gb in (1, 2e-6):
+        whole = ids(data.batches(40, data.num_training, buffer_gb=buffer_gb, tokens=8))
+        samples = whole.view(-1, 8)
+        assert sorted(whole.tolist()) == sorted(ids(data.batches(40, data.num_training)).tolist())
+        assert (samples[:, 0] % 8 == 0).all() and (samples - samples[:, :1] == torch.arange(8)).all()
+        assert (samples[:, 0] // 8).diff().ne(1).float().mean() > 0.8
+        again = ids(data.batches(40, data.num_training, 240, buffer_gb=buffer_gb, tokens=8))
+        assert torch.equal(again, whole[240:])
+    np.save(tmp_path / "flat.npy", np.zeros((100, 2), np.float32))
+    with pytest.raises(ValueError, match="whole samples"):
+        Activations([tmp_path / "flat.npy"]).sample_tokens()

@@ -324,7 +324,7 @@ def test_text_tokens_are_padded_to_one_length_and_not_trained_on(tmp_path):
     norms = np.linalg.norm(x, axis=-1).sum((0, 2)) / lengths.sum()  # of what is no padding
     assert json.loads(path.with_suffix(".json").read_text())["mean_norm"] == pytest.approx(norms.tolist(), rel=1e-5)
     data = activations.Activations([path])
-    vectors = torch.cat([*data.held_out(), *data.batches(64, data.num_training)])
+    vectors = torch.cat([*data.held_out(), *(x for x, _ in data.batches(64, data.num_training))])
     assert len(vectors) == data.num_vectors == 2 * lengths.sum() and vectors.any(-1).all()
     assert [s.paths for s in activations.open_activations([path.parent])] == [[str(path)]]
 

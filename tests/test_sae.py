@@ -7,7 +7,8 @@ import resource
 import pytest
 import torch
 
-from sae import Metrics, Sae, count_active, geometric_median, save_tensors
+from metrics import Metrics, count_active, geometric_median
+from sae import Sae, save_tensors
 
 X = torch.randn(50, 12, generator=torch.Generator().manual_seed(1)) + 3
 

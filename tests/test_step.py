@@ -103,7 +103,7 @@ def test_twenty_steps_against_float64(monkeypatch, alpha, multi_topk, unit_norm,
             W /= W.norm(dim=1, keepdim=True)
         silent = torch.where((codes > 0).any(0), 0, silent + 40)
         residual = (weights[:, None] * e.square()).sum() / 40
-        least += (codes[codes > 0].min() - least) / (iteration + 1)
+        least += (codes[codes > 0].min() - least) / min(iteration + 1, 10)
 
         sample = given.view(4, 10, 24) if more["activation"] == "sampletopk" else given
         result = step(sample, 1e-3, weights if more["weighted"] else None)

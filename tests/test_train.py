@@ -14,11 +14,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import cli
+import jobs
 import store
 import train
 from activations import Activations
-from sae import Sae, evaluate, geometric_median
-from train import Config, lr_at, main, prepare
+from jobs import lr_at, measure
+from metrics import evaluate, geometric_median, total
+from sae import Sae
+from train import Config, main
 
 ROOT = Path(train.__file__).parent
 
@@ -43,7 +46,10 @@ def data(tmp_path_factory):
 def config(data, out_dir, **options):
     defaults = dict(num_latents=48, k=3, effective_batch_size=100, lr=3e-3, lr_warmup_steps=5, save_every=20)
     defaults |= dict(data=[str(data)], out_dir=str(out_dir), run_name="run", device="cpu", mixed_precision="no")
-    return Config(**(defaults | options))
+    options = defaults | options
+    for name in ("k", "num_latents"):
+        options[name] = options[name] if isinstance(options[name], list) else [options[name]]
+    return Config(**options)
 
 
 def rows(folder):
@@ -53,7 +59,7 @@ def rows(folder):
 def test_a_run_ends_with_true_numbers(data, tmp_path, capsys):
     main(config(data, tmp_path, num_epochs=3))
     folder = tmp_path / "run"
-    names = ["cfg.json", "metrics.jsonl", "sae.safetensors", "train.png"]
+    names = ["cfg.json", "evaluate.png", "metrics.jsonl", "sae.safetensors", "train.png"]
     assert sorted(path.name for path in folder.iterdir()) == names and str(folder) in capsys.readouterr().out
     cfg, sae = json.loads((folder / "cfg.json").read_text()), Sae.load_from_disk(folder)
     assert (cfg["d_in"], cfg["num_latents"], cfg["k"], cfg["training"]["num_epochs"]) == (16, 48, 3, 3)
@@ -104,7 +110,7 @@ def test_each_hook_name_gets_an_sae(tmp_path, monkeypatch):
         meta = {"hook_name": name}
         (tmp_path / f"{name}.json").write_text(json.dumps(meta | {"checksum": store.checksum(meta)}))
     monkeypatch.chdir(tmp_path)
-    main(Config(data=["."], k=2, expansion_factor=2, max_examples=64))
+    main(Config(data=["."], k=[2], expansion_factor=[2], max_examples=64))
     assert sorted(path.name for path in Path("saes").iterdir()) == ["a_k2_M12", "b_k2_M12"]
     assert Sae.load_from_disk("saes/b_k2_M12").cfg["hook_name"] == "b"
 
@@ -134,12 +140,14 @@ def test_updates_against_float64_autograd_and_torch_adam(data, tmp_path, normali
     cfg.normalize_decoder = normalize
     main(cfg)
     activations = Activations([data])
-    sae, scale, variance = prepare(activations, cfg, torch.device("cpu"), 48)
+    scale, center, variance, _ = measure(activations, cfg, torch.device("cpu"))
+    sae = Sae(16, 48, 3)
+    sae.b_dec.data.copy_(center)
     sae, start = sae.double(), sae.W_dec.detach().clone()
     params = [sae.encoder.weight, sae.encoder.bias, sae.W_dec, sae.b_dec]
     optimizer = torch.optim.Adam(params, betas=(0.9, 0.999), eps=6.25e-10)
     silent, residual, norms, dead_at_some_time = torch.zeros(48), 1.0, [], 0
-    for batch, rate in zip(activations.batches(100, 600), (0.005, 0.01, 0.01, 0.01, 0.01, 0.01 * 5 / 6)):
+    for (batch, _), rate in zip(activations.batches(100, 600), (0.005, 0.01, 0.01, 0.01, 0.01, 0.01 * 5 / 6)):
         dead = (silent >= 200).nonzero().flatten()
         dead_at_some_time += len(dead)
         _, grads, codes, e = dense_reference(sae, batch * scale, dead, 20.0, variance, residual)
@@ -179,7 +187,7 @@ def test_bf16_product_changes_little(data, tmp_path):
         saes[precision] = Sae.load_from_disk(tmp_path / precision / "run")
         assert saes[precision].cfg["fvu"] == pytest.approx(saes["no"].cfg["fvu"], rel=0.2)
     same = lambda a, b: torch.equal(saes[a].W_dec, saes[b].W_dec)
-    here = train.product_dtype("auto", torch.device("cpu"))  # what this CPU is fast at
+    here = jobs.product_dtype("auto", torch.device("cpu"))  # what this CPU is fast at
     assert (
         same("auto", {torch.float32: "no", torch.bfloat16: "bf16"}[here])
         and not same("bf16", "no")
@@ -189,14 +197,14 @@ def test_bf16_product_changes_little(data, tmp_path):
 
 
 def test_b_dec_starts_at_the_geometric_median_of_all_prompts(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "SAMPLE", 500)
+    monkeypatch.setattr(jobs, "SAMPLE", 500)
     x = np.random.default_rng(0).standard_normal((50, 40, 4), np.float32) + np.arange(50)[:, None, None].astype("f4")
     x[:, 0] = 1e4  # one vector in 40 is an outlier
     np.save(tmp_path / "a.npy", x)
     activations = Activations([tmp_path / "a.npy"])
-    sae, scale, variance = prepare(activations, config("", "", k=2), torch.device("cpu"), 8)
+    scale, center, variance, _ = measure(activations, config("", "", k=2), torch.device("cpu"))
     whole = geometric_median(torch.from_numpy(x.reshape(-1, 4)))
-    assert (sae.b_dec / scale - whole).norm() < 5  # a batch of one prompt would be up to 50 off, the mean 500
+    assert (center / scale - whole).norm() < 5  # a batch of one prompt would be up to 50 off, the mean 500
     assert np.log2(scale) == round(np.log2(scale))
     assert variance == pytest.approx(x.reshape(-1, 4).var(0).sum() * scale**2, rel=0.3)
 
@@ -210,12 +218,12 @@ def test_dead_feature_threshold_counts_vectors(data, tmp_path, options):
 
 
 def test_auxk_revives_latents_that_started_badly(data, tmp_path, monkeypatch):
-    def badly(*args):
-        sae, scale, variance = prepare(*args)
-        sae.encoder.weight.data[12:] *= 0.05  # three quarters of the latents never come among the k largest
-        return sae, scale, variance
+    class Badly(Sae):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.encoder.weight.data[12:] *= 0.05  # three quarters of the latents never come among the k largest
 
-    monkeypatch.setattr(train, "prepare", badly)
+    monkeypatch.setattr(jobs, "Sae", Badly)
     dead = {}
     for alpha in (0, 1 / 32):
         main(config(data, tmp_path / str(alpha), auxk_alpha=alpha, dead_feature_threshold=1000, num_epochs=3))
@@ -236,7 +244,7 @@ def test_learning_rate():
 
 def test_device_of_the_evaluation_is_chunked_alike(data):
     sae, activations = Sae(16, 20, 3), Activations([data])
-    a, b = evaluate(sae, activations.held_out(), 7), evaluate(sae, activations.held_out(), 10**6)
+    a, b = (total(evaluate([sae], activations, size)[0]) for size in (7, 10**6))
     assert (a.l0, a.dead, a.n) == (b.l0, b.dead, b.n) and a.fvu == pytest.approx(b.fvu, rel=1e-9)
 
 
@@ -331,7 +339,7 @@ def test_bad_inputs_end_in_one_line(data, tmp_path, capsys, monkeypatch):
 
 
 def test_nan_met_later_keeps_the_last_good_checkpoint(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "SAMPLE", 50)
+    monkeypatch.setattr(jobs, "SAMPLE", 50)
     x = np.load(data)
     x[20, 1, 50] = np.inf
     np.save(tmp_path / "inf.npy", x)
@@ -351,7 +359,8 @@ def test_nan_in_held_out_vectors_is_no_result(data, tmp_path):
         with pytest.raises(ValueError, match="held-out"):
             main(config(tmp_path / "nan.npy", tmp_path, max_examples=1234, save_every=10**6))
         assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoint.safetensors", "metrics.jsonl"]
-        assert saved_state(tmp_path)["iteration"] == rows(tmp_path / "run")[-1]["iteration"] == 13
+        state = saved_state(tmp_path)
+        assert state["iteration"] == state["row"]["iteration"] == 13 and rows(tmp_path / "run")[-1]["iteration"] == 10
 
 
 def test_a_leftover_checkpoint_goes(data, tmp_path):
@@ -389,7 +398,7 @@ class FakeTracker:
 
 @pytest.mark.parametrize("log_to", ["wandb", "trackio", "tensorboard"])
 def test_log_to(data, tmp_path, monkeypatch, log_to):
-    fake, calls, update = FakeTracker(), [], train.Step.__call__
+    fake, calls, update = FakeTracker(), [], jobs.Step.__call__
     monkeypatch.setitem(sys.modules, {"tensorboard": "torch.utils.tensorboard"}.get(log_to, log_to), fake)
 
     def interrupted(*args, **options):
@@ -398,7 +407,7 @@ def test_log_to(data, tmp_path, monkeypatch, log_to):
             raise KeyboardInterrupt
         return update(*args, **options)
 
-    monkeypatch.setattr(train.Step, "__call__", interrupted)
+    monkeypatch.setattr(jobs.Step, "__call__", interrupted)
     options = dict(max_examples=600, log_every=1, save_every=2, log_to=log_to)
     with pytest.raises(KeyboardInterrupt):
         main(config(data, tmp_path, **options))
@@ -424,7 +433,7 @@ def test_a_tracker_that_is_not_there_is_said_before_any_work(tmp_path, monkeypat
 
 def test_trains_where_triton_is_absent(data, tmp_path):
     code = "import sys; sys.modules['triton'] = None; from train import Config, main; "
-    code += f"main(Config(data=[{str(data)!r}], out_dir={str(tmp_path)!r}, k=2, max_examples=300)); "
+    code += f"main(Config(data=[{str(data)!r}], out_dir={str(tmp_path)!r}, k=[2], max_examples=300)); "
     code += "assert 'matplotlib.pyplot' not in sys.modules"  # a notebook's backend stays as it is
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
     assert (tmp_path / "acts_k2_M256" / "cfg.json").exists()

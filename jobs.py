@@ -1,0 +1,209 @@
+"""One SAE in training and its folder: begun, updated, saved, resumed and finished. train.py feeds several of them at once."""
+
+import hashlib
+import json
+import math
+import secrets
+import time
+from dataclasses import asdict
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+from cli import resolve_dtype
+from log import plot_training, read_rows
+from metrics import Metrics, geometric_median, plot_evaluation, total
+from sae import Sae, save_tensors
+from step import Step
+from store import read_json
+
+# options that a resumed run may change (whether the data are the same is seen from a sample), and those that name SAEs
+FREE = ("data", "out_dir", "run_name", "device", "log_every", "save_every", "log_to", "wandb_project", "memory_gb")
+EACH = ("k", "num_latents", "expansion_factor", "seeds")
+SAMPLE = 32_768  # vectors that are checked, and that b_dec and the scale come from
+
+
+def product_dtype(choice, device):
+    """Of the encoder's product: auto is 16 bits on a GPU, and bfloat16 on a CPU that multiplies it by itself."""
+    if choice == "auto" and device.type == "cpu":
+        native = [getattr(torch.cpu, f"_is_{name}_supported", lambda: False)() for name in ("avx512_bf16", "amx_tile")]
+        return torch.bfloat16 if any(native) else torch.float32
+    named = {"auto": resolve_dtype("auto", device), "no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return named[choice]
+
+
+def lr_at(iteration, iterations, cfg, num_latents):
+    """The learning rate of an iteration, counted from 0."""
+    peak = 2e-4 / math.sqrt(num_latents / 2**14) if cfg.lr is None else cfg.lr
+    left = 1 - iteration / iterations
+    fall = {"constant": 1.0, "linear": min(1.0, 5 * left), "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}
+    rise = min(1.0, (iteration + 1) / (min(cfg.lr_warmup_steps, iterations // 5) + 1))
+    return peak * rise * fall[cfg.lr_scheduler]
+
+
+class Inputs(NamedTuple):
+    """What a data set is to its SAEs: the trained one sees scale * x."""
+
+    scale: float
+    """a power of two, so that folding it into the biases is exact"""
+
+    center: torch.Tensor
+    """(d,): where b_dec starts, of scaled vectors"""
+
+    variance: float
+    """mean |x - mean(x)|^2 of scaled vectors"""
+
+    weights: list[float] | None
+    """of the error at each timestep; None: 1"""
+
+
+def measure(activations, cfg, device):
+    """The Inputs of a data set, from a sample, which is checked for NaN and inf."""
+    name, pieces = activations.paths[0], activations.draw(SAMPLE, cfg.data_seed)
+    sample = activations.read(pieces).float().to(device)
+    if bad := len(sample) - int(sample.isfinite().all(1).sum()):
+        raise ValueError(f"{name}: {bad} of {len(sample)} sampled vectors hold NaN or inf; collect it again")
+    if cfg.input_unit_norm:
+        sample = Sae(activations.d, 1, 1, {"input_unit_norm": True}).standardize(sample)[0]
+    center = {"median": geometric_median, "mean": lambda x: x.mean(0), "none": lambda x: torch.zeros_like(x[0])}[cfg.center](
+        sample
+    )
+    spread = (sample - center).square().mean().sqrt().item()
+    if not 0 < spread < math.inf:
+        raise ValueError(f"{name}: the sampled vectors are all equal or too large (spread {spread}); nothing can be learned")
+    scale = 1.0 if cfg.input_unit_norm else 2.0 ** -round(math.log2(spread))
+    variance, weights = scale**2 * (sample - sample.mean(0)).square().sum(1).mean().item(), None
+    if cfg.loss_weight == "per_step":
+        if not activations.timesteps:
+            raise ValueError(f"{name} has no timesteps; --loss_weight per_step needs a file of collect.py")
+        square, step = (sample - center).square().mean(1).cpu(), torch.from_numpy(activations.steps_of(pieces))
+        weights = [(square.mean() / square[step == s].mean()).item() for s in range(len(activations.timesteps))]
+    return Inputs(scale, center * scale, variance, weights)
+
+
+def find_run(folder, settings):
+    """What `folder` holds of this run: "nothing", "checkpoint" or "finished", and the state that was saved with it.
+
+    Raises ValueError where it holds anything else: another run, or files that are not ours.
+    """
+    cfg, checkpoint = folder / "cfg.json", folder / "checkpoint.safetensors"
+    if cfg.exists():
+        found, state = "finished", read_json(cfg)
+    elif checkpoint.exists():
+        try:
+            with safe_open(checkpoint, "pt") as file:
+                found, state = "checkpoint", json.loads(file.metadata()["state"])
+        except (SafetensorError, ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{checkpoint} is damaged ({error}); remove its folder to start again") from None
+    elif folder.exists() and any(path.name != f"{checkpoint.name}.partial" for path in folder.iterdir()):
+        raise ValueError(f"{folder} holds something else; choose another --run_name or --out_dir")
+    else:
+        return "nothing", None
+    theirs = state.get("training") if isinstance(state.get("training"), dict) else {}
+    for name in settings:
+        if name not in theirs or theirs[name] != settings[name]:
+            known = name in theirs and name not in ("num_vectors", "d_in", "digest")
+            what = f"--{name} {theirs[name]}, not {settings[name]}" if known else "other data or by another program"
+            raise ValueError(f"{folder} was made with {what}; choose another --run_name or --out_dir")
+    return found, state
+
+
+class Job:
+    """One SAE in training and its folder. `state` is what the checkpoint says beside the tensors."""
+
+    def __init__(self, cfg, activations, folder, k, num_latents, seed):
+        self.cfg, self.activations, self.folder, self.seed = cfg, activations, folder, seed
+        self.k, self.num_latents, self.checkpoint = k, num_latents, folder / "checkpoint.safetensors"
+        if k > num_latents and not cfg.sample_topk:
+            raise ValueError(f"--k {k}: expected 1 to num_latents = {num_latents}")
+        if wrong := [m for m in cfg.matryoshka if m > num_latents]:
+            raise ValueError(f"--matryoshka {wrong[0]}: expected at most num_latents = {num_latents}")
+        settings = {name: value for name, value in asdict(cfg).items() if name not in FREE + EACH}
+        digest = hashlib.sha256(activations.sample(1024).numpy().tobytes()).hexdigest()[:16]
+        settings |= {"k": k, "num_latents": num_latents, "seed": seed}
+        self.settings = settings | {"d_in": activations.d, "num_vectors": activations.num_vectors, "digest": digest}
+        self.found, self.state = find_run(folder, self.settings)
+
+    def start(self, inputs, device):
+        """Make the SAE and the optimizer, new or as they were left."""
+        cfg = self.cfg
+        activation = "batchtopk" if cfg.batch_topk else "sampletopk" if cfg.sample_topk else "topk"
+        variant = {"activation": activation, "input_unit_norm": cfg.input_unit_norm}
+        self.sae = Sae(self.activations.d, self.num_latents, self.k, variant, self.seed).to(device)
+        if self.found == "nothing":
+            self.state = {"iteration": 0, "vectors": 0, "seconds": 0.0, "run_id": secrets.token_hex(4), "training": self.settings}
+            self.state |= {"scale": inputs.scale, "variance": inputs.variance, "weights": inputs.weights}
+            self.state["product"] = str(product_dtype(cfg.mixed_precision, device))[6:]
+            self.sae.b_dec.data.copy_(inputs.center)
+        self.weights = self.state["weights"] and torch.tensor(self.state["weights"], device=device)
+        self.step = Step(
+            self.sae,
+            self.state["variance"],
+            auxk_alpha=cfg.auxk_alpha,
+            dead_feature_threshold=cfg.dead_feature_threshold,
+            normalize_decoder=cfg.normalize_decoder,
+            multi_topk=cfg.multi_topk,
+            matryoshka=cfg.matryoshka,
+            dtype=getattr(torch, self.state["product"]),
+        )
+        if self.found == "nothing":
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.save()
+        else:
+            self.step.load(load_file(self.checkpoint))
+            print(f"going on at iteration {self.state['iteration']} of {self.folder}")
+
+    def save(self):
+        save_tensors(self.checkpoint, self.step.state, {"state": json.dumps(self.state)})
+
+    def update(self, x, step, tokens, iterations, save, log):
+        """One iteration with the vectors x (n, d) of timesteps step (n,); its row, where one is due, and whether it was saved."""
+        state, cfg, started = self.state, self.cfg, time.perf_counter()
+        iteration = state["iteration"]
+        lr = lr_at(iteration, iterations, cfg, self.num_latents)
+        x = x * state["scale"]
+        given = x.unflatten(0, (-1, tokens)) if cfg.sample_topk else x
+        weights = None if self.weights is None else self.weights[step]
+        loss, norm, e, *found = self.step(given, lr, weights, cfg.grad_acc_steps * cfg.micro_acc_steps)
+        state["iteration"], state["vectors"] = iteration + 1, state["vectors"] + len(x)
+        last, row = iteration + 1 == iterations, None
+        due, save = (iteration + 1) % cfg.log_every == 0 or last, (iteration + 1) % cfg.save_every == 0 or last or save
+        if (due or save) and not math.isfinite(loss + norm):  # it stays so once the weights are; asking makes a GPU wait
+            raise ValueError(f"NaN or inf in the data or the loss by iteration {iteration}; {self.checkpoint} is the last good")
+        state["seconds"] = round(state["seconds"] + time.perf_counter() - started, 4)
+        if due:  # the numbers of this batch, by the weights that it found
+            metrics = Metrics(self.num_latents)
+            metrics.update(x, x + e, *found)
+            row = {name: state[name] for name in ("iteration", "vectors", "seconds")} | {"fvu": metrics.fvu, "l0": metrics.l0}
+            row["dead"] = (self.step.state["silent_for"] >= cfg.dead_feature_threshold).float().mean().item()
+            row |= {"loss": loss.item(), "lr": lr}
+            if last:
+                state["row"] = row  # waits for the held-out numbers
+            else:
+                log(row)
+        if save:
+            self.save()
+        return row
+
+    def finish(self, by_step, log):
+        """Write the files of an SAE that takes activations as they are; cfg.json last: it says that the run is finished."""
+        held_out, activations, state = total(by_step), self.activations, self.state
+        if not math.isfinite(held_out.fvu):
+            raise ValueError(
+                f"{activations.paths[0]}: NaN or inf in held-out vectors; collect it again. {self.checkpoint} is kept"
+            )
+        numbers = held_out.summary()
+        log(state["row"] | {f"held_out_{name}": value for name, value in numbers.items() if name != "vectors"})
+        by_timestep = [{"timestep": t, **m.summary()} for t, m in zip(activations.timesteps, by_step)]
+        self.sae.cfg |= {
+            "normalize_decoder": self.cfg.normalize_decoder, "hook_name": activations.hook_name, "data": activations.paths,
+            "num_held_out": numbers.pop("vectors"), **numbers, "held_out_whole_prompts": activations.whole_prompts,
+            "by_timestep": by_timestep, "num_training": state["vectors"], "training": self.settings,
+        }  # fmt: skip
+        plot_training(self.folder / "train.png", read_rows(self.folder / "metrics.jsonl"), held_out, self.folder.name)
+        plot_evaluation(self.folder / "evaluate.png", by_step, activations.timesteps, self.folder.name)
+        self.sae.save_to_disk(self.folder)
+        self.checkpoint.unlink()
+        self.found = "finished"

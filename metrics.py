@@ -1,0 +1,184 @@
+"""Every number said about an SAE, each defined once: Metrics, and what is measured on held-out vectors.
+
+    fvu       = sum |x - x_hat|^2 / sum |x - mean(x)|^2      both sums over the whole set; explained variance is 1 - fvu
+    l0        = mean number of nonzero top_acts of a vector, after the selection
+    cosine    = mean over the vectors of x . x_hat / (|x| |x_hat|)
+    dead      = share of the M latents that are active on no vector of the set
+    always_on = share of the M latents that are active on at least ALWAYS of the vectors
+
+"By timestep" is the same over that timestep's vectors alone, with their own mean.
+"""
+
+import math
+
+import torch
+from tqdm import tqdm
+
+ALWAYS = 0.9
+
+
+def count_active(top_acts, top_indices, num_latents):
+    """How many vectors each latent is active on: (N, K), (N, K) -> int64 (M,). A zero activation is never active."""
+    active = torch.where(top_acts > 0, top_indices, num_latents).flatten()  # zeros go to one bin more, thrown away
+    counts = active.new_zeros(num_latents + 1)  # bincount would make a GPU wait
+    return counts.scatter_add_(0, active, torch.ones_like(active))[:num_latents]
+
+
+class Metrics:
+    """The numbers of a set of vectors that comes in chunks, on the SAE's device.
+
+    Sums are kept in float64; the variance is merged chunk by chunk about their own means (Chan et al. 1979), so that
+    a mean far from zero costs no digits.
+    """
+
+    def __init__(self, num_latents):
+        self.n, self.mean, self.variance, self.error, self.cosines = 0, 0.0, 0.0, 0.0, 0.0
+        self.counts = torch.zeros(num_latents, dtype=torch.int64)  # vectors on which each latent is active
+
+    @torch.no_grad()
+    def update(self, x, x_hat, top_acts, top_indices):
+        """Add a chunk: x, x_hat (N, d); top_acts, top_indices (N, K)."""
+        part = Metrics(len(self.counts))
+        part.counts = count_active(top_acts, top_indices, len(self.counts))
+        wide = torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no float64
+        x, x_hat = x.to(wide), x_hat.to(wide)
+        part.n, part.mean = len(x), x.mean(0)
+        part.variance = (x - part.mean).square().sum().item()
+        part.error = (x - x_hat).square().sum().item()
+        part.cosines = torch.nn.functional.cosine_similarity(x, x_hat, dim=1).sum().item()
+        self.add(part)
+
+    def add(self, other):
+        """Take in another set's numbers."""
+        if not other.n:
+            return
+        n = self.n + other.n
+        between = torch.as_tensor(other.mean - self.mean).square().sum().item() * self.n * other.n / n
+        self.variance += other.variance + between
+        self.mean = self.mean + (other.mean - self.mean) * (other.n / n)
+        self.counts = self.counts.to(other.counts.device) + other.counts
+        self.n, self.error, self.cosines = n, self.error + other.error, self.cosines + other.cosines
+
+    @property
+    def fvu(self):
+        return self.error / self.variance if self.variance else float(self.error > 0)
+
+    @property
+    def l0(self):
+        return self.counts.sum().item() / self.n
+
+    @property
+    def cosine(self):
+        return self.cosines / self.n
+
+    @property
+    def dead(self):
+        return (self.counts == 0).cpu().double().mean().item()
+
+    @property
+    def always_on(self):
+        return (self.counts >= ALWAYS * self.n).cpu().double().mean().item()
+
+    def summary(self):
+        """All of them, as plain numbers."""
+        return {
+            "vectors": self.n, "fvu": self.fvu, "explained_variance": 1 - self.fvu, "l0": self.l0, "cosine": self.cosine,
+            "dead": self.dead, "always_on": self.always_on,
+        }  # fmt: skip
+
+
+@torch.no_grad()
+def evaluate(saes, activations, batch_size, progress=False):
+    """Metrics of SAEs on the held-out vectors of `activations`, which are read once: for each SAE a list, one a timestep.
+
+    Where the files have no timesteps the list is of one; `total` puts them together.
+    """
+    steps = max(1, len(activations.timesteps))
+    found = [[Metrics(sae.num_latents) for _ in range(steps)] for sae in saes]
+    units = tqdm(activations.held_out_units, "held-out vectors", unit="prompt", disable=not progress, leave=False)
+    for unit in units:
+        rows = activations.read(unit[None])
+        step = torch.from_numpy(activations.steps_of(unit[None])) if steps > 1 else torch.zeros(len(rows), dtype=torch.int64)
+        tokens = activations.tokens[int(unit[0])] if any(sae.activation == "sampletopk" for sae in saes) else 1
+        size = max(1, batch_size // tokens) * tokens  # whole samples
+        for x, at in zip(rows.split(size), step.split(size)):
+            x = x.to(saes[0].W_dec.device).float()
+            for sae, metrics in zip(saes, found):
+                codes = sae.encode(x.unflatten(0, (-1, tokens)) if sae.activation == "sampletopk" else x)
+                x_hat, codes = sae.decode(*codes).view_as(x), [code.flatten(0, -2) for code in codes[:2]]
+                for s in at.unique().tolist():
+                    here = (at == s).to(x.device)
+                    metrics[s].update(x[here], x_hat[here], *(code[here] for code in codes))
+    return found
+
+
+def total(metrics):
+    """The Metrics of several sets taken together."""
+    whole = Metrics(len(metrics[0].counts))
+    for part in metrics:
+        whole.add(part)
+    return whole
+
+
+def plot_evaluation(path, by_step, timesteps, title):
+    """Four panels: FVU and cosine, L0, silent and always-on latents by timestep; how often latents are active."""
+    from matplotlib.figure import Figure  # not pyplot, so that a notebook's backend stays as it is
+
+    whole, blue, orange = total(by_step), "#2f6db5", "#e07b39"
+    fig = Figure(figsize=(15, 3.7), layout="constrained")
+    numbers = f"FVU {whole.fvu:.4f}, cosine {whole.cosine:.4f}, L0 {whole.l0:.1f}, dead {whole.dead:.2%}"
+    numbers += f", always on {whole.always_on:.2%}; {whole.n:,} held-out vectors"
+    fig.suptitle(f"{title}: {numbers}", fontsize=11)
+    axes = fig.subplots(1, 4)
+    x = timesteps or [0]
+    dots = dict(marker="o", ms=3.5, lw=1.3)
+    for ax, heading, lines in (
+        (axes[0], "Variance not explained (FVU)", [("fvu", blue, "at this timestep")]),
+        (axes[1], "Active latents a vector (L0)", [("l0", blue, "at this timestep")]),
+        (axes[2], "Share of latents", [("dead", blue, "silent at this timestep"), ("always_on", orange, "always on")]),
+    ):
+        for name, color, label in lines:
+            ax.plot(x, [getattr(metrics, name) for metrics in by_step], color=color, label=label, **dots)
+        ax.set(title=heading, xlabel="timestep (noise on the left)" if timesteps else "", ylim=(0, None))
+        if not timesteps:
+            ax.set_xticks([])
+        if len(lines) == 1:
+            ax.axhline(getattr(whole, lines[0][0]), color=orange, ls="--", lw=1.2, label="of all together")
+    if len(x) > 1 and x[0] > x[-1]:
+        for ax in axes[:3]:
+            ax.invert_xaxis()
+    axes[2].yaxis.set_major_formatter("{x:.0%}")
+    plot_activity(axes[3], whole)
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(alpha=0.3, lw=0.6)
+        ax.legend(frameon=False, fontsize=8)
+    fig.savefig(path, dpi=130)
+
+
+def plot_activity(ax, metrics):
+    """A histogram: how many latents are active on which share of the vectors."""
+    often = metrics.counts.cpu().double() / metrics.n
+    bins = torch.logspace(-math.ceil(math.log10(max(10, metrics.n))), 0, 49).tolist()
+    ax.hist(often[often > 0].tolist(), bins, color="#2f6db5")
+    ax.axvline(max(metrics.l0, 1e-9) / len(often), color="#e07b39", lw=1.3, ls="--", label="mean, L0 / latents")
+    ax.set(title="How often latents are active", xlabel="share of held-out vectors", ylabel="latents", xscale="log")
+
+
+def geometric_median(x, iterations=100, tolerance=1e-5):
+    """The point with the least sum of distances to the vectors of x: (N, d) -> (d,), by Weiszfeld's iteration (1937).
+
+    Unlike the mean it is not dragged along by a few huge vectors. Stops when a step is below `tolerance` of the mean
+    distance to the vectors.
+    """
+    median = x.mean(0)
+    for _ in range(iterations):
+        distance = (x - median).norm(dim=1)
+        scale = distance.mean()
+        if scale == 0:  # all vectors are equal
+            break
+        nearness = scale / distance.clamp_min(1e-6 * scale)
+        previous, median = median, nearness @ x / nearness.sum()
+        if (median - previous).norm() <= tolerance * scale:
+            break
+    return median

@@ -1,0 +1,191 @@
+"""Several SAEs from one reading, the variants from training to use, and the numbers by timestep."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import jobs
+import train
+from activations import Activations
+from metrics import evaluate, total
+from sae import Sae
+from step import Step
+from store import checksum
+from train import Config, main
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr("activations.HELD_OUT", dict(share=0.2, at_least=0, at_most=10**9))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """20,000 vectors of width 16, each of about 3 of 24 directions, off centre, four times as large in the first step of four."""
+    rng = np.random.default_rng(0)
+    atoms = rng.standard_normal((24, 16)) / 4
+    codes = np.where(rng.random((20_000, 24)) < 1 / 8, rng.gamma(3, 1, (20_000, 24)), 0)
+    x = (codes @ atoms + 0.02 * rng.standard_normal((20_000, 16))).reshape(100, 4, 50, 16)
+    x[:, 0] *= 4
+    path = tmp_path_factory.mktemp("data") / "acts.npy"
+    np.save(path, (x + 5).astype(np.float32))
+    meta = {"format": 1, "hook_name": "mid_block", "timesteps": [900, 600, 300, 0], "shape": list(x.shape)}
+    path.with_suffix(".json").write_text(json.dumps(meta | {"checksum": checksum(meta)}))
+    return path
+
+
+def config(data, out_dir, **options):
+    defaults = dict(num_latents=[48], k=[3], effective_batch_size=200, lr=3e-3, lr_warmup_steps=5, run_name="run")
+    defaults |= dict(data=[str(data)], out_dir=str(out_dir), device="cpu", mixed_precision="no", dead_feature_threshold=2000)
+    return Config(**(defaults | options))
+
+
+def weights(folder):
+    return load_file(folder / "sae.safetensors")
+
+
+def test_a_sweep_gives_what_each_alone_gives_from_one_reading(data, tmp_path, monkeypatch, capsys):
+    read, bytes_read = Activations.read, []
+    monkeypatch.setattr(Activations, "read", lambda *args: bytes_read.append(len(x := read(*args))) or x)
+    main(config(data, tmp_path / "sweep", k=[2, 4], num_latents=[32, 48], seeds=[0, 1], max_examples=4000))
+    together, bytes_read[:] = sum(bytes_read), []
+    printed, base = capsys.readouterr().out, tmp_path / "sweep" / "run"
+    folders = sorted(path.name for path in base.iterdir() if path.is_dir())
+    assert len(folders) == 8 and (base / "acts_sweep.png").exists() and all(name in printed for name in folders)
+    for name, options in (("k2_M32", dict(k=[2], num_latents=[32])), ("k4_M48_seed1", dict(k=[4], seeds=[1]))):
+        main(config(data, tmp_path / name, max_examples=4000, **options))
+        mine, alone = weights(base / name), weights(tmp_path / name / "run")
+        assert all(torch.equal(mine[key], alone[key]) for key in alone)
+        numbers = lambda folder: {k: v for k, v in json.loads((folder / "cfg.json").read_text()).items() if k != "training"}
+        assert numbers(base / name) == numbers(tmp_path / name / "run")
+    digests = 8 * 1024 - 1024  # each job compares a sample with what it was begun with
+    assert together == sum(bytes_read) / 2 + digests
+
+
+def test_more_than_fits_takes_turns(data, tmp_path, monkeypatch):
+    groups, fit = [], train.fit
+    monkeypatch.setattr(
+        train, "fit", lambda cfg, activations, jobs, device: groups.append(len(jobs)) or fit(cfg, activations, jobs, device)
+    )
+    need = 34 * 32 * 16 / 2**30
+    main(config(data, tmp_path, k=[1, 2, 3], num_latents=[32], max_examples=400, memory_gb=2.5 * need))
+    assert groups == [2, 1]
+
+
+def test_a_sweep_that_is_interrupted_goes_on_to_the_same_bits(data, tmp_path, monkeypatch):
+    options = dict(k=[2, 3], max_examples=4000, save_every=7)
+    main(config(data, tmp_path / "whole", **options))
+    saved, calls = jobs.Job.save, []
+
+    def save(job):
+        calls.append(job)
+        if len(calls) == 4:  # the first job has saved iteration 7, the second has not
+            raise KeyboardInterrupt
+        saved(job)
+
+    monkeypatch.setattr(jobs.Job, "save", save)
+    with pytest.raises(KeyboardInterrupt):
+        main(config(data, tmp_path / "torn", **options))
+    monkeypatch.undo()
+    monkeypatch.setattr("activations.HELD_OUT", dict(share=0.2, at_least=0, at_most=10**9))
+    main(config(data, tmp_path / "torn", **options))
+    for name in ("k2_M48", "k3_M48"):
+        a, b = (tmp_path / kind / "run" / name for kind in ("whole", "torn"))
+        assert (a / "sae.safetensors").read_bytes() == (b / "sae.safetensors").read_bytes()
+        rows = [[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (a, b)]
+        assert [[r["iteration"] for r in found] for found in rows] == [[10, 20]] * 2
+
+
+VARIANTS = {
+    "plain": {},
+    "batch": dict(batch_topk=True),
+    "sample": dict(sample_topk=True, k=[150]),  # of 50 tokens
+    "multi": dict(multi_topk=True),
+    "matryoshka": dict(matryoshka=[12, 24]),
+    "batch matryoshka": dict(matryoshka=[12, 24], batch_topk=True),
+    "unit norm": dict(input_unit_norm=True),
+    "per step": dict(loss_weight="per_step"),
+    "mean": dict(center="mean"),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_what_was_trained_is_what_is_used(data, tmp_path, name):
+    """The reloaded SAE selects what a step of training does of the same vectors: to the bit, or 1 % of L0 by a threshold."""
+    main(config(data, tmp_path, num_epochs=3, **VARIANTS[name]))
+    sae = Sae.load_from_disk(tmp_path / "run")
+    assert sae.cfg["fvu"] < 0.35 and sae.cfg["dead"] < 0.3
+    x = Activations([data]).read(Activations([data]).training_units)
+    x = x.view(-1, 50, 16) if "sample" in name else x
+    with torch.no_grad():
+        codes = sae.encode(x)
+    trained = Step(sae, 1.0, multi_topk="multi" in name, matryoshka=VARIANTS[name].get("matryoshka", ()))(x, 1e-3)
+    if "batch" in name:
+        assert (codes.top_acts > 0).sum().item() == pytest.approx((trained.top_acts > 0).sum().item(), rel=0.01)
+        assert sae.cfg["l0"] == pytest.approx(3, rel=0.03)  # of other prompts
+    else:
+        dense = lambda acts, indices: torch.zeros(16_000, 48).scatter(1, indices.flatten(0, -2), acts.flatten(0, -2))
+        assert torch.equal(dense(*codes[:2]), dense(trained.top_acts, trained.top_indices))
+        assert sae.cfg["l0"] == pytest.approx(3, rel=0.02)
+
+
+def test_numbers_by_timestep_against_float64(data, tmp_path):
+    main(config(data, tmp_path))
+    sae, activations = Sae.load_from_disk(tmp_path / "run"), Activations([data])
+    held_out = torch.cat(list(activations.held_out())).view(-1, 4, 50, 16)
+    by_timestep = sae.cfg["by_timestep"]
+    assert [row["timestep"] for row in by_timestep] == [900, 600, 300, 0]
+    for step, row in enumerate(by_timestep):
+        x = held_out[:, step].reshape(-1, 16)
+        top_acts, top_indices = sae.encode(x)
+        x_hat, x = sae.decode(top_acts, top_indices).double(), x.double()
+        assert row["vectors"] == len(x) == 1000
+        assert row["fvu"] == pytest.approx(((x - x_hat).square().sum() / (x - x.mean(0)).square().sum()).item(), rel=1e-5)
+        assert row["cosine"] == pytest.approx(torch.cosine_similarity(x, x_hat).mean().item(), rel=1e-6)
+        counts = torch.zeros(48).index_add(0, top_indices[top_acts > 0], torch.ones(int((top_acts > 0).sum())))
+        assert row["l0"] == pytest.approx(counts.sum().item() / 1000)
+        assert row["dead"] == pytest.approx((counts == 0).float().mean().item())
+        assert row["always_on"] == pytest.approx((counts >= 900).float().mean().item())
+    whole = total(evaluate([sae], activations, 100)[0])
+    assert sae.cfg["fvu"] == pytest.approx(whole.fvu) and sae.cfg["explained_variance"] == pytest.approx(1 - whole.fvu)
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["held_out_fvu"] == sae.cfg["fvu"] and last["held_out_dead"] == sae.cfg["dead"]
+
+
+def test_a_weight_per_step_evens_the_steps_out(data, tmp_path):
+    """The first step has 16 times the variance: unweighted it decides the dictionary, weighted the others count as much."""
+    later = {}
+    for loss_weight in ("none", "per_step"):
+        main(config(data, tmp_path / loss_weight, loss_weight=loss_weight, k=[2], num_latents=[20]))
+        rows = json.loads((tmp_path / loss_weight / "run" / "cfg.json").read_text())["by_timestep"]
+        later[loss_weight] = sum(row["fvu"] for row in rows[1:])
+    assert later["per_step"] < later["none"]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(matryoshka=[49]), "--matryoshka 49"),
+        (dict(matryoshka=[0]), "--matryoshka 0"),
+        (dict(sample_topk=True, batch_topk=True), "--sample_topk True: expected not with batch_topk"),
+        (dict(multi_topk=True, batch_topk=True), "--multi_topk True"),
+        (dict(k=[]), "--k"),
+        (dict(seeds=[]), "--seeds"),
+        (dict(k=[3, 49]), "--k 49"),
+        (dict(memory_gb=0), "--memory_gb 0"),
+    ],
+)
+def test_what_does_not_go_together_is_said_before_any_work(data, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        main(config(data, tmp_path, **options))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("options", [dict(sample_topk=True), dict(loss_weight="per_step")])
+def test_files_without_steps(tmp_path, options):
+    np.save(tmp_path / "flat.npy", np.random.default_rng(0).standard_normal((1000, 8), np.float32))
+    with pytest.raises(ValueError, match="flat.npy"):
+        main(config(tmp_path / "flat.npy", tmp_path, **options))
