@@ -22,7 +22,8 @@ import pytest
 
 from kernels import decode, encode, sum_by_latent
 
-ADAM, DECODE, ENCODE, GRAD, TOPK = (sys.modules[f"kernels.{name}"] for name in ("adam", "decode", "encode", "grad", "topk"))
+FILES = ("adam", "decode", "encode", "grad", "threshold", "topk")
+ADAM, DECODE, ENCODE, GRAD, THRESHOLD, TOPK = (sys.modules[f"kernels.{name}"] for name in FILES)
 BACKENDS = ["torch"] + ["triton"] * (GRAD.triton is not None)
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # of the largest element: rounding twice
 SHAPES = {  # N, d, M, k
@@ -34,8 +35,8 @@ SHAPES = {  # N, d, M, k
     "repeated latents": (13, 24, 3, 6),
 }
 LARGE = {  # slow in the interpreter, so for those that they are about: N, d, M, k, kernels, dtypes
-    "many columns": ((2, 20, 4500, 3), ("topk",), TOLERANCE),
-    "k = 512": ((2, 20, 4501, 512), ("topk", "decode_error"), (torch.float32, torch.bfloat16)),
+    "many columns": ((2, 20, 4500, 3), ("topk", "keep_largest"), TOLERANCE),
+    "k = 512": ((2, 20, 4501, 512), ("topk", "keep_largest", "decode_error"), (torch.float32, torch.bfloat16)),
     "k = M = 512": ((2, 20, 512, 512), ("topk", "decode_error", "decode", "encode"), (torch.float32,)),
     "2^16 + 1 columns": ((2, 1, 65_537, 33), ("topk",), (torch.float32,)),
     "2^20 columns": ((1, 1, 1 << 20, 100), ("topk",), (torch.bfloat16,)),
@@ -60,6 +61,7 @@ def using(backend):
 CHOSEN = {(n, b): getattr(DECODE, f"{b}_{n}") for n in ("gather_sum", "gather_dot") for b in BACKENDS}
 CHOSEN |= {("decode_error", b): getattr(DECODE, f"{b}_decode_error") for b in BACKENDS}
 CHOSEN |= {("topk", b): getattr(TOPK, f"{b}_topk") for b in BACKENDS}
+CHOSEN |= {("keep_largest", b): getattr(THRESHOLD, f"{b}_keep_largest") for b in BACKENDS}
 CHOSEN |= {(n, b): getattr(ADAM, f"{b}_{n}") for n in ("squared_norm", "update") for b in BACKENDS}
 CHOSEN |= {("sum_by_latent", b): getattr(GRAD, f"{b}_sum_by_latent") for b in BACKENDS}
 
@@ -165,6 +167,26 @@ def check_topk(shape, dtype, backend):
     return {"top_acts": worst(errors)}
 
 
+def check_keep_largest(shape, dtype, backend):
+    """Which numbers are kept: random, few values, those a hair apart, fewer positive than are to be kept, none."""
+    N, _, M, k = shape
+    g = torch.Generator().manual_seed(0)
+    device = random_problem(shape, dtype, backend)[0].device
+    few = torch.randint(0, 3, (N, M), generator=g)
+    random = (torch.randn(N, M, generator=g) - shift for shift in (0, 2))
+    errors = []
+    for acts in (*random, few.float(), 1 + few * 2.0**-20, torch.zeros(N, M)):
+        acts = acts.relu().to(device, dtype)
+        largest = acts.double().flatten().sort(descending=True, stable=True)
+        for count in {1, min(N * k, N * M), N * M}:
+            with using(backend):
+                kept, least = CHOSEN["keep_largest", backend](acts, count)
+            expected = torch.zeros_like(largest.values).scatter(0, largest.indices[:count], largest.values[:count])
+            smallest = largest.values[: min(count, int((acts > 0).sum()))][-1:].sum()
+            errors += [differs(kept, expected.view(N, M)), differs(least, smallest)]
+    return {"kept": worst(errors)}
+
+
 def check_decode_error(shape, dtype, backend):
     x, W, b, acts, indices = random_problem(shape, dtype, backend)
     acts = acts.relu()
@@ -211,6 +233,7 @@ def check_adam(shape, dtype, backend):
 
 CHECKS = {
     "topk": check_topk,
+    "keep_largest": check_keep_largest,
     "decode_error": check_decode_error,
     "adam": check_adam,
     "sum_by_latent": check_sum_by_latent,
@@ -220,8 +243,8 @@ CHECKS = {
 
 
 def tolerance(name, dtype):
-    if name in ("topk", "adam"):  # exact; and float32 but for the copy
-        return {"topk": 0.0, "adam": 2e-5}[name]
+    if name in ("topk", "keep_largest", "adam"):  # exact; and float32 but for the copy
+        return 2e-5 if name == "adam" else 0.0
     return TOLERANCE[dtype] * (4 if name == "encode" and dtype != torch.float32 else 1)  # x - b_dec is rounded first
 
 

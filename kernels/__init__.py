@@ -5,9 +5,10 @@
     decode(top_acts, top_indices, W_dec, b_dec)       -> x_hat
     sum_by_latent(weights, top_indices, x, M)         -> dW, db       (the weight gradient of both)
     update(W, gradient, ...)                          clips, projects, Adam, unit norm, in place
+    keep_largest(acts, count)                         -> kept, least      (BatchTopK's choice over a whole batch)
 
 Tensors on CUDA go through Triton, all others, and all where Triton is not installed, through torch. Both give every
-gradient, accumulate in float32 and use no atomics, so the same input gives the same bits.
+gradient, accumulate in float32 and use no atomics but on integers, so the same input gives the same bits.
 """
 
 import sys
@@ -25,11 +26,12 @@ from kernels.adam import adam, squared_norm, update  # noqa: E402
 from kernels.decode import decode, decode_error  # noqa: E402
 from kernels.encode import Selector, encode  # noqa: E402
 from kernels.grad import KEPT, Gradient, sort_pairs, sum_by_latent, totals  # noqa: E402
+from kernels.threshold import keep_largest  # noqa: E402
 from kernels.topk import topk  # noqa: E402
 
 __all__ = [
-    "KEPT", "Gradient", "Selector", "adam", "decode", "decode_error", "encode", "sort_pairs", "squared_norm", "sum_by_latent",
-    "topk", "totals", "update",
+    "KEPT", "Gradient", "Selector", "adam", "decode", "decode_error", "encode", "keep_largest", "sort_pairs", "squared_norm",
+    "sum_by_latent", "topk", "totals", "update",
 ]  # fmt: skip
 
 
