@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 
 import kernels  # noqa: F401  loads the modules below
 
-ADAM, DECODE, GRAD, TOPK = (sys.modules[f"kernels.{name}"] for name in ("adam", "decode", "grad", "topk"))
+ADAM, DECODE, GRAD, THRESHOLD, TOPK = (sys.modules[f"kernels.{n}"] for n in ("adam", "decode", "grad", "threshold", "topk"))
 WIDTHS = (8, 16, 32, 64, 128, 256, 320, 640, 1280, 2560, 4096)  # of d, with every power of two among their blocks
 
 
@@ -35,6 +35,11 @@ def configurations(half, widths):
     for dtype in ("*fp32", half):
         for M in (16, 64, 256, 1024, 2048, 1 << 20):
             yield TOPK.topk_kernel, dict(pre_acts=dtype, top_acts=dtype, top_indices=i, M=n, k=n), TOPK.topk_blocks(M)
+        digits, step = 2 if dtype == half else 4, dict(acts=dtype, table=i, n=n, count=n)
+        for digit in range(digits):
+            yield THRESHOLD.histogram_kernel, step, THRESHOLD.KEEP | dict(STEP=digit, SHIFT=8 * (digits - 1 - digit))
+        yield THRESHOLD.count_kernel, step | dict(equals="*i32", least=dtype), THRESHOLD.KEEP | dict(STEP=digits)
+        yield THRESHOLD.keep_kernel, dict(acts=dtype, found=i, ends=i, kept=dtype, n=n), THRESHOLD.KEEP
     for d in widths:
         gather = dict(top_indices=i, W=f, out=f, d=n, k=n)
         yield DECODE.gather_sum_kernel, dict(weights=f, **gather), DECODE.GATHER_SUM | dict(BLOCK_D=DECODE.blocks_of(d, 256))

@@ -5,9 +5,10 @@
     decode(top_acts, top_indices, W_dec, b_dec)       -> x_hat
     sum_by_latent(weights, top_indices, x, M)         -> dW, db       (the weight gradient of both)
     update(W, gradient, ...)                          clips, projects, Adam, unit norm, in place
+    keep_largest(acts, count)                         -> kept, least      (BatchTopK's choice over a whole batch)
 
 Tensors on CUDA go through Triton, all others, and all where Triton is not installed, through torch. Both give every
-gradient, accumulate in float32 and use no atomics, so the same input gives the same bits.
+gradient, accumulate in float32 and use no atomics but on integers, so the same input gives the same bits.
 """
 
 import sys

@@ -94,7 +94,7 @@ if triton is not None:
             high = tl.maximum(high, tl.max(bits_of(row, start + cols, M), 0))
         low = tl.zeros((), tl.int32)  # at least k numbers have bits >= low, fewer have bits > high
         while low < high:
-            middle = low + (high - low + 1) // 2
+            middle = high - (high - low) // 2  # the upper of two; `+ 1` would pass the largest int32 where there is a NaN
             count = tl.zeros((), tl.int32)
             for start in range(0, M, BLOCK):
                 count += tl.sum((bits_of(row, start + cols, M) >= middle).to(tl.int32), 0)
