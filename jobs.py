@@ -22,6 +22,8 @@ from store import read_json
 # options that a resumed run may change (whether the data are the same is seen from a sample), and those that name SAEs
 FREE = ("data", "out_dir", "run_name", "device", "log_every", "save_every", "log_to", "wandb_project", "memory_gb")
 EACH = ("k", "num_latents", "expansion_factor", "seeds")
+TOPK_FIRST = 0.3  # of its updates batch_topk makes like top-k: on the toy it ends with an FVU of 0.074, not 0.096, and in
+# bench truth it finds 99 % of the atoms, not 79 %
 SAMPLE = 32_768  # vectors that are checked, and that b_dec and the scale come from
 
 
@@ -166,7 +168,8 @@ class Job:
         x = x * state["scale"]
         given = x.unflatten(0, (-1, tokens)) if cfg.sample_topk else x
         weights = None if self.weights is None else self.weights[step]
-        loss, norm, e, *found = self.step(given, lr, weights, cfg.grad_acc_steps * cfg.micro_acc_steps)
+        parts, begun = cfg.grad_acc_steps * cfg.micro_acc_steps, iteration >= TOPK_FIRST * iterations
+        loss, norm, e, *found = self.step(given, lr, weights, parts, each=not begun)
         state["iteration"], state["vectors"] = iteration + 1, state["vectors"] + len(x)
         last, row = iteration + 1 == iterations, None
         due, save = (iteration + 1) % cfg.log_every == 0 or last, (iteration + 1) % cfg.save_every == 0 or last or save

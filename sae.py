@@ -98,15 +98,19 @@ class Sae(nn.Module):
         each = {"topk": self.k, "sampletopk": MOST * -(-self.k // tokens)}.get(self.activation, MOST * self.k)
         return min(each, self.num_latents)
 
-    def keep(self, acts, tokens):
-        """Training's choice among each vector's largest (N, K): the others are set to 0; and the smallest that stayed, ()."""
-        if self.activation == "batchtopk":
+    def keep(self, acts, tokens, each=False):
+        """Training's choice among each vector's largest (N, K): the others are set to 0; and batchtopk's smallest that stays, ().
+
+        each: batchtopk takes the k largest of each vector.
+        """
+        if self.activation == "topk":
+            return acts, None
+        if self.activation == "batchtopk" and not each:
             return keep_largest(acts, self.k * len(acts))
-        if self.activation == "sampletopk":
-            samples = acts.reshape(-1, tokens * acts.shape[1])
-            values, places = topk(samples, min(self.k, samples.shape[1]))
-            return torch.zeros_like(samples).scatter(1, places, values).view_as(acts), None
-        return acts, None
+        rows = acts.reshape(-1, (tokens if self.activation == "sampletopk" else 1) * acts.shape[1])
+        values, places = topk(rows, min(self.k, rows.shape[1]))
+        kept = torch.zeros_like(rows).scatter(1, places, values).view_as(acts)
+        return kept, values.amin() if self.activation == "batchtopk" else None
 
     @torch.no_grad()
     def calibrate(self, x):

@@ -116,19 +116,20 @@ class Step:
             self.dead = full
 
     @torch.no_grad()
-    def __call__(self, x, lr, weights=None, parts=1):
+    def __call__(self, x, lr, weights=None, parts=1, each=False):
         """One update by the vectors x (n, d), or whole samples (samples, tokens, d) for sample_topk: a Result.
 
         weights (n,): of each vector's error in the loss (None: 1). parts: the product is made in so many, to save memory.
+        each: batch_topk takes the k largest of each vector, as it is to in the beginning of a training.
         """
         self.lr.fill_(lr)
         if self.auxk_alpha and self.iteration % REFRESH == 0:
             torch.ge(self.state["silent_for"], self.dead_feature_threshold, out=self.state["dead"])
             self.list_dead()
         self.iteration += 1
-        return self.update(x, weights, parts)
+        return self.update(x, weights, parts, each)
 
-    def update(self, x, weights=None, parts=1):
+    def update(self, x, weights=None, parts=1, each=False):
         """All that a step does on the device, with no wait for it and the same shapes each time: what a CUDA graph captures."""
         W_enc, b_enc, W_dec, b_dec = (self.params[name] for name in ("encoder.weight", "encoder.bias", "W_dec", "b_dec"))
         x, _, std = self.sae.standardize(x)
@@ -147,16 +148,16 @@ class Step:
             top_acts, places = topk(acts, k)
             terms = [(1 / 8, acts, indices), (1, top_acts, indices.gather(1, places))]
         else:
-            acts, least = self.sae.keep(acts, tokens)
+            acts, least = self.sae.keep(acts, tokens, each)
             if least is not None:
                 self.sae.threshold.lerp_(least.to(x.dtype), (1 / step).clamp(min=1 / WINDOW))
             share = 1 / len(self.prefixes)
             terms = [(share, acts * (indices < m) if m < M else acts, indices) for m in self.prefixes]
         errors = [decode_error(x, acts, indices, W_dec, b_dec) for _, acts, indices in terms]
-        each = torch.full((n, 1), 2 / (n * self.variance), device=x.device)
+        slope = torch.full((n, 1), 2 / (n * self.variance), device=x.device)
         if weights is not None:
-            each = each * weights[:, None]
-        squares = [torch.linalg.vector_norm(e, dim=1).square() @ each[:, 0] / 2 for e, _ in errors]
+            slope = slope * weights[:, None]
+        squares = [torch.linalg.vector_norm(e, dim=1).square() @ slope[:, 0] / 2 for e, _ in errors]
         loss = sum(share * square for (share, _, _), square in zip(terms, squares))
         e, (_, top_acts, top_indices) = errors[-1][0], terms[-1]
 
@@ -164,14 +165,14 @@ class Step:
         join = lambda parts: torch.cat([F.pad(p, (0, width - p.shape[1])) for p in parts]) if len(parts) > 1 else parts[0]
         order, ends = sort_pairs(join([torch.where(acts > 0, indices, M) for _, acts, indices in terms]), M)
         in_order = lambda parts: join(parts).flatten()[order]
-        scaled = in_order([acts * (share * each) for share, acts, _ in terms])
-        d_acts = in_order([d * (share * each) for (share, _, _), (_, d) in zip(terms, errors)])
+        scaled = in_order([acts * (share * slope) for share, acts, _ in terms])
+        d_acts = in_order([d * (share * slope) for (share, _, _), (_, d) in zip(terms, errors)])
         along = in_order([acts for _, acts, _ in terms]) * d_acts
         pairs = order // width  # which row of which reconstruction
         dW_enc = Gradient(d_acts, pairs % n if len(terms) > 1 else pairs, ends, centred)
         dW_dec = Gradient(scaled, pairs, ends, torch.cat([e for e, _ in errors]) if len(terms) > 1 else e)
         db_enc, along = totals(d_acts, ends), totals(along, ends)  # along[m] = dW_dec[m] . W_dec[m]
-        db_dec = sum((share * each[:, 0]) @ e for (share, _, _), (e, _) in zip(terms, errors))
+        db_dec = sum((share * slope[:, 0]) @ e for (share, _, _), (e, _) in zip(terms, errors))
         if len(self.dead):
             aux, rows, db, dense_enc, dense_dec, along_dead = self.auxk(centred, e, self.dead, n)
             loss, db_enc, along = loss + aux, db_enc.index_add(0, rows, db), along.index_add(0, rows, along_dead)

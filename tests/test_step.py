@@ -65,6 +65,7 @@ OPTIONS = [  # alpha, multi_topk, unit_norm, variance, more
     (5.0, True, True, 0.07, dict(weighted=True)),
     (5.0, False, True, 0.07, dict(input_unit_norm=True)),
     (5.0, False, True, 0.07, dict(padded=True)),
+    (5.0, False, True, 0.07, dict(activation="batchtopk", each=True)),
 ]
 
 
@@ -73,7 +74,7 @@ def test_twenty_steps_against_float64(monkeypatch, alpha, multi_topk, unit_norm,
     """Every variant; AuxK, Multi-TopK and unit norm on and off; a variance so small that every gradient is clipped, and a large
     one. Dead latents are looked up every third step."""
     monkeypatch.setattr(step_module, "REFRESH", 3)
-    more = dict(activation="topk", k=5, matryoshka=[], weighted=False, input_unit_norm=False, padded=False) | more
+    more = dict(activation="topk", k=5, matryoshka=[], weighted=False, input_unit_norm=False, padded=False, each=False) | more
     cfg = {name: more[name] for name in ("activation", "input_unit_norm")}
     options = dict(auxk_alpha=alpha, multi_topk=multi_topk, normalize_decoder=unit_norm, matryoshka=more["matryoshka"])
     sae, step = make(k=more["k"], cfg=cfg, dead_feature_threshold=100, **options)
@@ -90,7 +91,7 @@ def test_twenty_steps_against_float64(monkeypatch, alpha, multi_topk, unit_norm,
             x = (given - given.mean(1, keepdim=True)) / given.std(1, correction=0, keepdim=True)
         dead = (silent >= 100).nonzero().flatten() if iteration % 3 == 0 else dead
         auxk_ran += bool(len(dead))
-        rest = alpha, multi_topk, [*more["matryoshka"], 96], more["k"], more["activation"]
+        rest = alpha, multi_topk, [*more["matryoshka"], 96], more["k"], "topk" if more["each"] else more["activation"]
         loss, codes, e = dense_loss(params, x.double(), variance, dead, residual, weights, *rest)
         optimizer.zero_grad()
         loss.backward()
@@ -106,7 +107,7 @@ def test_twenty_steps_against_float64(monkeypatch, alpha, multi_topk, unit_norm,
         least += (codes[codes > 0].min() - least) / min(iteration + 1, 10)
 
         sample = given.view(4, 10, 24) if more["activation"] == "sampletopk" else given
-        result = step(sample, 1e-3, weights if more["weighted"] else None)
+        result = step(sample, 1e-3, weights if more["weighted"] else None, each=more["each"])
         torch.testing.assert_close(result.loss.double(), loss.detach(), rtol=1e-5, atol=0)
         torch.testing.assert_close(result.norm.double().item(), norms[-1], rtol=1e-4, atol=0)
         spread = given.std(1, correction=0, keepdim=True) if more["input_unit_norm"] else 1
