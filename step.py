@@ -53,6 +53,7 @@ class Step:
     at every REFRESH updates. normalize_decoder: rows of W_dec keep unit norm. multi_topk: 4 k latents are to reconstruct as
     well, with an eighth of the weight. matryoshka: numbers of latents; the first so many are to reconstruct as well, all with
     the same weight. dtype: of the product that chooses latents.
+    graph: replay a CUDA graph instead of launching kernels one by one; not yet tried on a GPU.
 
     `state` holds all tensors that updates change, by name: the SAE's own, Adam's moments and step, `silent_for` (vectors since
     each latent was last active), `dead` (which were when last looked at), `residual` (mean |x - x_hat|^2 of the last update).
@@ -69,6 +70,7 @@ class Step:
         multi_topk=False,
         matryoshka=(),
         dtype=None,
+        graph=False,
     ):
         M, device = sae.num_latents, sae.W_dec.device
         if multi_topk and (matryoshka or sae.activation != "topk"):
@@ -89,6 +91,7 @@ class Step:
         }
         for name, p in self.params.items():
             self.state |= {f"{name}.exp_avg": torch.zeros_like(p), f"{name}.exp_avg_sq": torch.zeros_like(p)}
+        self.graphs = {} if graph else None
         self.iteration, self.lr = 0, torch.zeros((), device=device)
         self.padded = device.type == "cuda"  # the list of dead latents has one of a few lengths, for CUDA graphs
         self.dead = torch.zeros(0, dtype=torch.int64, device=device)
@@ -127,7 +130,28 @@ class Step:
             torch.ge(self.state["silent_for"], self.dead_feature_threshold, out=self.state["dead"])
             self.list_dead()
         self.iteration += 1
+        if self.graphs is not None and x.is_cuda:
+            return self.replay(x, weights, parts, each)
         return self.update(x, weights, parts, each)
+
+    def replay(self, x, weights, parts, each):
+        """`update` from a CUDA graph, one for each shape of its inputs; what it returns is overwritten by the next."""
+        key = (x.shape, weights is not None, parts, each, len(self.dead))
+        if key not in self.graphs:  # the first time as it is, which compiles the kernels
+            self.graphs[key] = None
+            return self.update(x, weights, parts, each)
+        if self.graphs[key] is None:
+            held, graph = (x.clone(), None if weights is None else weights.clone(), self.dead.clone()), torch.cuda.CUDAGraph()
+            self.dead, current = held[2], self.dead
+            with torch.cuda.graph(graph):  # runs nothing yet
+                result = self.update(held[0], held[1], parts, each)
+            self.dead, self.graphs[key] = current, (graph, held, result)
+        graph, held, result = self.graphs[key]
+        for mine, given in zip(held, (x, weights, self.dead)):
+            if mine is not None:
+                mine.copy_(given)
+        graph.replay()
+        return result
 
     def update(self, x, weights=None, parts=1, each=False):
         """All that a step does on the device, with no wait for it and the same shapes each time: what a CUDA graph captures."""

@@ -1,10 +1,13 @@
 """The training step against plain dense autograd in float64 and torch.optim.Adam, and AuxK by hand."""
 
+import contextlib
 import itertools
 import sys
+from unittest.mock import patch
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import step as step_module
 from kernels import Gradient, encode, sort_pairs, squared_norm
@@ -232,3 +235,54 @@ def test_gradients_by_blocks_of_rows(monkeypatch, block, kept):
     expected[rows] += dense
     torch.testing.assert_close(torch.cat([gradient.block(a, min(a + 4, 9)) for a in (0, 4, 8)]), expected)
     assert squared_norm(gradient).item() == pytest.approx(expected.square().sum().item(), rel=1e-5)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails where a GPU would have to be waited for: numbers that Python reads, and shapes that depend on them."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "bincount"), name
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize(
+    "options", [dict(), dict(multi_topk=True), dict(matryoshka=[40]), dict(cfg=dict(activation="batchtopk"))]
+)
+def test_update_never_waits_for_the_device(options):
+    """As on a GPU, through Triton's launchers, whose kernels do nothing here: so that a CUDA graph can hold the step."""
+    from kernels.grad import triton
+
+    if triton is None:
+        pytest.skip("Triton is not installed")
+    modules = {name: sys.modules[f"kernels.{name}"] for name in ("adam", "decode", "grad", "threshold", "topk")}
+    _, step = make(auxk_alpha=1.0, dead_feature_threshold=0, dtype=torch.bfloat16, **options)
+    step.padded, step.memory = True, [None, None]
+    step.state["dead"][:9] = True
+    step.list_dead()
+    assert step.dead.tolist() == [*range(9), *[96] * 7]
+    kernels = {(m, n): k for m, module in modules.items() for n, k in vars(module).items() if n.endswith("_kernel")}
+    launched = []
+
+    class Nothing:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            return lambda *args, **options: launched.append(self.name)
+
+    with contextlib.ExitStack() as stack:
+        for (module, name), _ in kernels.items():
+            stack.enter_context(patch.object(modules[module], name, Nothing(name)))
+        stack.enter_context(patch.object(torch.Tensor, "new_empty", torch.Tensor.new_zeros))
+        for name, module in dict(topk="topk", decode_error="decode", keep_largest="threshold").items():
+            chosen = getattr(modules[module], f"triton_{name}")
+            for user in (step_module, sys.modules["kernels.encode"], sys.modules["sae"]):
+                if hasattr(user, name):
+                    stack.enter_context(patch.object(user, name, chosen))
+        stack.enter_context(patch.object(modules["adam"], "in_triton", lambda W: True))
+        stack.enter_context(patch.object(step_module, "totals", lambda weights, ends: weights.new_zeros(len(ends) - 1)))
+        stack.enter_context(patch.object(torch.cuda, "device_of", lambda tensor: contextlib.nullcontext()))
+        stack.enter_context(NoWaiting())
+        step.update(torch.randn(40, 24))
+    assert {"topk_kernel", "decode_error_kernel", "squared_norm_kernel", "update_kernel"} <= set(launched)
