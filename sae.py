@@ -14,7 +14,7 @@ With `input_unit_norm` a vector is first given mean 0 and variance 1 over its d 
 
 A folder holds `cfg.json` and `sae.safetensors` with the keys `encoder.weight (M, d)`, `encoder.bias (M,)`, `W_dec (M, d)`,
 `b_dec (d,)`, and `threshold ()` or `(M,)` where there is one: the layout of EleutherAI's sparsify, whose TopK SAEs load here as
-ours load there.
+ours load there. Folders of SAELens and dictionary_learning load too, see formats.py.
 
 Sources: TopK SAEs, Gao et al. 2024 (arXiv 2406.04093); BatchTopK, Bussmann et al. 2024 (arXiv 2412.06410); sample-topk and
 input_unit_norm, SAeUron (arXiv 2501.18052); the folder, https://github.com/EleutherAI/sparsify.
@@ -22,6 +22,7 @@ input_unit_norm, SAeUron (arXiv 2501.18052); the folder, https://github.com/Eleu
 
 import json
 import os
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
@@ -183,16 +184,22 @@ class Sae(nn.Module):
 
     @staticmethod
     def load_from_disk(path, device="cpu"):
-        """Read an SAE folder of ours, of sparsify or of universal-diffsae; weights come as float32.
+        """Read an SAE folder of ours, sparsify, universal-diffsae, SAELens or dictionary_learning; weights come as float32.
 
-        Raises ValueError for one that computes something else (transcoders, groupmax, skip connections, the ancestor's
-        batch_topk, sample_topk and input_unit_norm, which it did not save whole, variants that this version does not know),
-        OSError where a file is not there.
+        `path` is the folder, or the file with the weights in it. A pickle is read only here, and only as tensors:
+        dictionary_learning's ae.pt. Raises ValueError for one that computes something else (transcoders, groupmax, skip
+        connections, the ancestor's batch_topk, sample_topk and input_unit_norm, which it did not save whole, variants that this
+        version does not know; formats.py says what of other packages), OSError where a file is not there.
         """
-        path = Path(path)
+        from formats import find_weights, read_foreign  # which imports this file
+
+        weights = find_weights(path)
+        path = weights.parent
+        if weights.name != "sae.safetensors":
+            return build(*read_foreign(weights), weights).to(device)
         try:
             cfg = json.loads((path / "cfg.json").read_text())
-            state = {name: tensor.float() for name, tensor in load_file(path / "sae.safetensors").items()}
+            state = {name: tensor.float() for name, tensor in load_file(weights).items()}
         except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
             raise ValueError(f"{path} is not a readable SAE folder: {error}") from None
         if not isinstance(cfg, dict):
@@ -202,21 +209,51 @@ class Sae(nn.Module):
         for key in sorted({"transcode", "skip_connection", "batch_topk", "sample_topk", "input_unit_norm"} - {unit_norm}):
             if cfg.get(key):
                 raise ValueError(f"{path / 'cfg.json'} says {key}, which no file of this project does; it can't be loaded")
-        activation = activation.removesuffix(UNIT_NORM)
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"{path / 'cfg.json'} says activation {activation!r}; expected {', '.join(ACTIVATIONS)}")
-        M, d = state["W_dec"].shape if "W_dec" in state and state["W_dec"].ndim == 2 else (0, 0)
-        expected = {"encoder.weight": (M, d), "encoder.bias": (M,), "W_dec": (M, d), "b_dec": (d,)}
-        expected |= {"batchtopk": {"threshold": ()}, "jumprelu": {"threshold": (M,)}}.get(activation, {})
-        if {name: tuple(tensor.shape) for name, tensor in state.items()} != expected or cfg.get("d_in", d) != d:
-            shapes = ", ".join(f"{name} {shape}" for name, shape in expected.items())
-            raise ValueError(f"{path / 'sae.safetensors'}: expected {shapes}")
-        k = cfg.get("k")
-        if not isinstance(k, int) or isinstance(k, bool):
-            raise ValueError(f"{path / 'cfg.json'}: k is {k!r}, expected an integer")
-        sae = Sae(d, M, k, cfg)
-        sae.load_state_dict(state)
-        return sae.to(device)
+        return build(cfg, state, weights).to(device)
+
+    @staticmethod
+    def load_many(folder, pattern=None, device="cpu"):
+        """Every SAE in a folder and below it: {hook name: Sae}, or {path relative to `folder`: Sae} where hook names are missing
+        or repeat. `pattern`: a glob on that path (`*` crosses slashes). Pickles are left out: name their folder to
+        `load_from_disk`. Raises ValueError if there is no SAE, or one can't be loaded.
+        """
+        found = {path.parent for name in ("sae.safetensors", "sae_weights.safetensors") for path in Path(folder).rglob(name)}
+        names = {path.relative_to(folder).as_posix(): path for path in sorted(found)}
+        saes = {n: Sae.load_from_disk(path, device) for n, path in names.items() if pattern is None or fnmatch(n, pattern)}
+        if not saes:
+            raise ValueError(f"{folder} has no SAE" + (f" in a folder {pattern!r}, only in {', '.join(names)}" if names else ""))
+        hook_names = {sae.cfg.get("hook_name"): sae for sae in saes.values()}
+        return saes if None in hook_names or len(hook_names) < len(saes) else hook_names
+
+    @staticmethod
+    def load_from_hub(repo_id, hook_name=None, device="cpu"):
+        """The SAE at the top of a model repository on the Hugging Face Hub, or the one in its folder `hook_name`.
+
+        Only its description and weights are downloaded, never a pickle. Raises as `load_from_disk` does, and OSError where the
+        repository can't be had.
+        """
+        from hub import download
+
+        return Sae.load_from_disk(download(repo_id, hook_name), device)
+
+
+def build(cfg, state, weights):
+    """The SAE of a description and its tensors, which came from the file `weights`; ValueError where they don't fit."""
+    activation = str(cfg.get("activation", "topk")).removesuffix(UNIT_NORM)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{weights.parent / 'cfg.json'} says activation {activation!r}; expected {', '.join(ACTIVATIONS)}")
+    M, d = state["W_dec"].shape if "W_dec" in state and state["W_dec"].ndim == 2 else (0, 0)
+    expected = {"encoder.weight": (M, d), "encoder.bias": (M,), "W_dec": (M, d), "b_dec": (d,)}
+    expected |= {"batchtopk": {"threshold": ()}, "jumprelu": {"threshold": (M,)}}.get(activation, {})
+    if {name: tuple(tensor.shape) for name, tensor in state.items()} != expected or cfg.get("d_in", d) != d:
+        shapes = ", ".join(f"{name} {shape}" for name, shape in expected.items())
+        raise ValueError(f"{weights}: expected {shapes}")
+    k = cfg.get("k")
+    if not isinstance(k, int) or isinstance(k, bool):
+        raise ValueError(f"{weights.parent}: k is {k!r}, expected an integer")
+    sae = Sae(d, M, k, cfg)
+    sae.load_state_dict(state)
+    return sae
 
 
 def save_tensors(path, tensors, metadata):

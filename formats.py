@@ -1,0 +1,272 @@
+"""Other packages' files: folders of SAELens and dictionary_learning are read here, those of SAELens written too.
+
+    python formats.py --export saelens                                          # the newest run in saes/
+    python formats.py --sae saes/mine --export saelens --out_dir exported/mine
+    python formats.py --sae saes/mine --to_hub me/my-sae                        # as it is; with --export, what was exported
+
+`Sae.load_from_disk` reads what it finds in the folder, and gives the numbers that the package itself gives:
+
+    sae.safetensors         + cfg.json      ours, sparsify, universal-diffsae (sae.py)
+    sae_weights.safetensors + cfg.json      SAELens: topk, jumprelu, standard (a ReLU: thresholds of 0)
+    ae.pt                   + config.json   dictionary_learning: AutoEncoderTopK, AutoEncoder, JumpReluAutoEncoder, and
+                                            BatchTopKSAE, MatryoshkaBatchTopKSAE with their threshold
+
+All but the TopK ones become "jumprelu"; where the file names no k, k is num_latents, the most that can be active.
+Folded into the weights, in float64: SAELens' rescale_acts_by_decoder_norm; inputs from which b_dec is not subtracted; the
+decoder norms of AutoEncoder, which dictionary_learning divides by when it loads one.
+Refused: gated and other kinds, normalised inputs, hook_z. SAELens' layer_norm is not our input_unit_norm: it divides by the
+deviation of d - 1 degrees of freedom plus 1e-5, and multiplies by it without the 1e-5.
+
+Reads   --sae, an SAE folder of any of these.
+Writes  <out_dir>/: cfg.json, sae_weights.safetensors. topk stays topk; batchtopk becomes jumprelu, which keeps pre_acts above
+        a threshold, not those that reach it: one step of float32 below ours. It has no limit on how many latents of a vector
+        are active, ours has 8 k.
+Not for sampletopk and input_unit_norm, which SAELens can't express.
+
+Checked against sae-lens 6.54, dictionary-learning 0.1 (tests/test_formats.py).
+"""
+
+import json
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from cli import run
+from hub import push
+from sae import Sae, save_tensors
+from store import read_json, write_atomically
+
+
+@dataclass
+class Config:
+    sae: str | None = None  # an SAE folder (None: the newest in saes/)
+    export: Literal["saelens"] | None = None  # write it in another package's format
+    out_dir: str | None = None  # the folder for it (None: exported/<name of the SAE folder>)
+    to_hub: str | None = None  # push it to this repository on the Hugging Face Hub: <user>/<name>
+    private: bool = False  # if that repository is new, only you can see it
+
+
+WEIGHTS = ("sae.safetensors", "sae_weights.safetensors", "ae.pt")
+ARRAYS = {"W_enc": "dM", "b_enc": "M", "W_dec": "Md", "b_dec": "d"}  # axes: d input width, M latents
+LAYERS = {"encoder.weight": "Md", "encoder.bias": "M", "decoder.weight": "dM"}
+TOPK = {"k": "", "threshold": ""}
+SAELENS = {"topk": ARRAYS, "standard": ARRAYS, "jumprelu": ARRAYS | {"threshold": "M"}}
+DICTIONARY_LEARNING = {
+    "AutoEncoder": LAYERS | {"bias": "d"},
+    "AutoEncoderTopK": LAYERS | {"b_dec": "d"} | TOPK,
+    "BatchTopKSAE": LAYERS | {"b_dec": "d"} | TOPK,
+    "MatryoshkaBatchTopKSAE": ARRAYS | TOPK | {"group_sizes": "G"},
+    "JumpReluAutoEncoder": ARRAYS | {"threshold": "M"},
+}
+
+
+def find_weights(path):
+    """The file with the weights of an SAE folder; `path` is the folder or that file itself.
+
+    Raises FileNotFoundError where there is none, ValueError where there are several, or the file is of no known name.
+    """
+    path = Path(path)
+    if path.is_file():
+        if path.name not in WEIGHTS:
+            raise ValueError(f"{path}: expected an SAE folder, or in it {', '.join(WEIGHTS)}")
+        return path
+    found = [path / name for name in WEIGHTS if (path / name).exists()]
+    if not found:
+        raise FileNotFoundError(f"{path} is no SAE folder: it has none of {', '.join(WEIGHTS)}")
+    if len(found) > 1:
+        raise ValueError(f"{path} has {' and '.join(file.name for file in found)}; name the one that is meant")
+    return found[0]
+
+
+def read_foreign(weights):
+    """SAELens' or dictionary_learning's file of weights, and the description beside it -> cfg and tensors as in our files.
+
+    Raises ValueError for what can't be read or would be approximated, OSError where the description is not there.
+    """
+    read = read_dictionary_learning if weights.name == "ae.pt" else read_saelens
+    tensors, activation, k, threshold, centred, unit_norm, provenance = read(weights)
+    linear = "encoder.weight" in tensors
+    W_enc = (tensors["encoder.weight"] if linear else tensors["W_enc"].T).double()  # (M, d)
+    W_dec = (tensors["decoder.weight"].T if linear else tensors["W_dec"]).double()  # (M, d)
+    b_enc = tensors["encoder.bias" if linear else "b_enc"].double()  # (M,)
+    b_dec = tensors["bias" if "bias" in tensors else "b_dec"].double()  # (d,)
+    if unit_norm:
+        norms = W_dec.norm(dim=1, keepdim=True)  # (M, 1)
+        W_enc, b_enc = W_enc * norms, b_enc * norms[:, 0]
+        W_dec = W_dec / norms.clamp_min(torch.finfo(torch.float32).tiny)
+    if not centred:
+        b_enc = b_enc + W_enc @ b_dec
+    state = {"encoder.weight": W_enc, "encoder.bias": b_enc, "W_dec": W_dec, "b_dec": b_dec}
+    M, d = W_dec.shape
+    if activation == "jumprelu":
+        state["threshold"], k = threshold.expand(M), k or M
+    return {**provenance, "activation": activation, "k": k, "d_in": d}, {name: t.float() for name, t in state.items()}
+
+
+class Foreign(NamedTuple):
+    """What a file of another package holds."""
+
+    tensors: dict
+    """{the package's own name: float32 tensor}"""
+
+    activation: str
+    """As in ours."""
+
+    k: int | None
+    """Active latents; None where the file does not say."""
+
+    threshold: torch.Tensor
+    """(1,), () or (M,): pre_acts above it stay; for topk of no meaning."""
+
+    centred: bool
+    """Whether b_dec is subtracted from the input."""
+
+    unit_norm: bool
+    """Whether the decoder's norms are divided out of it, and multiplied into the encoder."""
+
+    provenance: dict
+    """What our cfg.json is to say of where it comes from."""
+
+
+def read_saelens(weights):
+    """The Foreign of SAELens' sae_weights.safetensors and cfg.json, also those of versions before 6; raises as read_foreign."""
+    path = weights.with_name("cfg.json")
+    cfg = read_description(path)
+    kind, function = cfg.get("architecture", "standard"), cfg.get("activation_fn", cfg.get("activation_fn_str", "relu"))
+    k, metadata = cfg.get("k"), cfg["metadata"] if isinstance(cfg.get("metadata"), dict) else cfg
+    if function == "topk":  # before version 6
+        kind, function, k = "topk", "relu", (cfg.get("activation_fn_kwargs") or {}).get("k")
+    if kind not in SAELENS or function != "relu":
+        said = f"architecture {kind!r}" if kind not in SAELENS else f"activation_fn {function!r}"
+        raise ValueError(f"{path} says {said}; of SAELens, {', '.join(SAELENS)} can be loaded")
+    hook_z = "hook_z" if "metadata" not in cfg and "hook_z" in str(cfg.get("hook_name")) else "none"
+    fixed = {"reshape_activations": hook_z, "normalize_activations": "none", "finetuning_scaling_factor": False}
+    for key, default in fixed.items():
+        value = cfg.get(key, default)
+        if value not in (None, False, "none"):
+            raise ValueError(f"{path} says {key} {value!r}, which can't be had exactly here; it can't be loaded")
+    rescale = kind == "topk" and bool(cfg.get("rescale_acts_by_decoder_norm"))
+    tensors = read_tensors(weights, load_file, SAELENS[kind])
+    threshold = tensors.get("threshold", torch.zeros(1))
+    provenance = {key: metadata[key] for key in ("model_name", "hook_name") if isinstance(metadata.get(key), str)}
+    centred, provenance["saelens"] = bool(cfg.get("apply_b_dec_to_input", True)), cfg
+    activation, k = ("topk", k) if kind == "topk" else ("jumprelu", None)
+    return Foreign(tensors, activation, k, threshold, centred, rescale, provenance)
+
+
+def read_dictionary_learning(weights):
+    """The Foreign of dictionary_learning's ae.pt and config.json; raises as read_foreign."""
+    path = weights.with_name("config.json")
+    cfg = read_description(path)
+    trainer = cfg.get("trainer") if isinstance(cfg.get("trainer"), dict) else {}
+    kind = trainer.get("dict_class")
+    if kind not in DICTIONARY_LEARNING:
+        raise ValueError(f"{path} says dict_class {kind!r}; {', '.join(DICTIONARY_LEARNING)} can be loaded")
+    tensors = read_tensors(weights, load_pickle, DICTIONARY_LEARNING[kind])
+    k = int(tensors["k"]) if "k" in tensors else None
+    if k != trainer.get("k", k):
+        raise ValueError(f"{path} says k {trainer['k']!r}, {weights} {k}")
+    threshold = tensors.get("threshold", torch.zeros(1))
+    norms = tensors["decoder.weight"].norm(dim=0) if kind == "AutoEncoder" else torch.ones(1)
+    unit_norm = not torch.allclose(norms, torch.ones_like(norms))  # the package's own test, with its tolerance
+    activation = "topk" if kind == "AutoEncoderTopK" else "jumprelu"
+    names = {"model_name": trainer.get("lm_name"), "hook_name": trainer.get("submodule_name")}
+    provenance = {key: value for key, value in names.items() if isinstance(value, str)} | {"dictionary_learning": cfg}
+    return Foreign(tensors, activation, k, threshold, kind != "JumpReluAutoEncoder", unit_norm, provenance)
+
+
+def read_description(path):
+    """A JSON object; OSError where the file is not there, ValueError if it is no JSON object."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing; without it nobody can say what the SAE computes")
+    return read_json(path)
+
+
+def read_tensors(weights, load, axes):
+    """{name: float32 tensor} of a file, whose names and shapes are to fit `axes` {name: one letter an axis}."""
+    try:
+        tensors = load(weights)
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, AttributeError) as error:
+        raise ValueError(f"{weights} is not a readable file of tensors: {str(error).splitlines()[0]}") from None
+    sizes = {}
+    fits = shapes.keys() == axes.keys() and all(
+        len(shapes[name]) == len(letters) and all(sizes.setdefault(a, n) == n for a, n in zip(letters, shapes[name]))
+        for name, letters in axes.items()
+    )
+    if not fits:
+        expected = ", ".join(f"{name} ({', '.join(letters)})" for name, letters in axes.items())
+        got = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise ValueError(f"{weights}: expected {expected}; got {got}")
+    return {name: tensor.float() for name, tensor in tensors.items()}
+
+
+def load_pickle(path):
+    """The tensors of a file by torch.save; whatever else a pickle can do is refused by torch."""
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def save_saelens(sae, path):
+    """Write `cfg.json` and `sae_weights.safetensors` into the folder `path`; `sae_lens.SAE.load_from_disk(path)` reads them.
+
+    Same codes and x_hat, to rounding; of a batchtopk also where a vector has more than 8 k active latents, of which ours keeps
+    the 8 k largest and SAELens all. Raises ValueError for a variant that SAELens has not, and for a folder with another SAE.
+    """
+    if sae.input_unit_norm:
+        raise ValueError("input_unit_norm can't be exported: SAELens' layer_norm adds 1e-5 to the deviation, other numbers")
+    if sae.activation == "sampletopk":
+        raise ValueError("sampletopk can't be exported: SAELens has nothing that shares k out over the tokens of a sample")
+    path = Path(path)
+    if taken := [name for name in WEIGHTS if name != "sae_weights.safetensors" and (path / name).exists()]:
+        raise ValueError(f"{path} has another SAE in it ({taken[0]}); use another folder")
+    tensors = {"W_enc": sae.encoder.weight.T, "b_enc": sae.encoder.bias, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
+    cfg = {"architecture": "topk", "d_in": sae.d_in, "d_sae": sae.num_latents, "dtype": "float32", "device": "cpu"}
+    cfg |= {"apply_b_dec_to_input": True, "normalize_activations": "none", "reshape_activations": "none"}
+    if sae.activation == "topk":
+        cfg |= {"k": sae.k, "rescale_acts_by_decoder_norm": False}
+    else:
+        threshold = sae.threshold.detach().float()
+        if sae.activation == "batchtopk":  # ours keeps what reaches the threshold, SAELens what is above it
+            threshold = torch.nextafter(threshold, torch.tensor(-torch.inf)).clamp_min(0)
+        tensors["threshold"] = threshold.expand(sae.num_latents)
+        cfg["architecture"] = "jumprelu"
+    # the version says which format this is: without it SAELens takes the file for one older than 6.0
+    cfg["metadata"] = {**sae.cfg, "sae_lens_version": "6.0.0", "sae_lens_training_version": None}
+    path.mkdir(parents=True, exist_ok=True)
+    save_tensors(path / "sae_weights.safetensors", {name: t.float() for name, t in tensors.items()}, {"format": "pt"})
+    write_atomically(path / "cfg.json", (json.dumps(cfg, indent=1) + "\n").encode())
+
+
+def newest_sae(root="saes"):
+    """The folder in `root` whose cfg.json was written last."""
+    paths = sorted(Path(root).glob("*/cfg.json"), key=lambda path: path.stat().st_mtime)
+    if not paths:
+        raise ValueError(f"no SAE in {root}/: run train.py first, or name one with --sae")
+    return paths[-1].parent
+
+
+def main(cfg):
+    if not (cfg.export or cfg.to_hub):
+        raise ValueError("nothing to do: expected --export saelens, --to_hub <user>/<name> or both")
+    if cfg.out_dir and not cfg.export:
+        raise ValueError(f"--out_dir {cfg.out_dir}: nothing is written there without --export saelens")
+    folder = Path(cfg.sae) if cfg.sae else newest_sae()
+    sae = Sae.load_from_disk(folder)
+    if cfg.export:
+        out_dir = Path(cfg.out_dir or Path("exported") / find_weights(folder).parent.resolve().name)
+        if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+            raise ValueError(f"--out_dir {out_dir} is there already; use another, or move it away")
+        save_saelens(sae, out_dir)
+        print(f"{out_dir}/: cfg.json, sae_weights.safetensors; SAELens reads it by SAE.load_from_disk({str(out_dir)!r})")
+        folder = out_dir
+    if cfg.to_hub:
+        print(push(find_weights(folder).parent, cfg.to_hub, "sae", private=cfg.private or None))
+
+
+if __name__ == "__main__" and "get_ipython" not in globals():
+    run(main, Config)
