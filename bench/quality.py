@@ -4,8 +4,8 @@
 
 For each package and file the learning rate is the best of three (half, once and twice the package's own default, by the held-out
 FVU of the first seed), then every seed is trained with it. The peers are otherwise at their own defaults: eai-sparsify as its
-Trainer does it (b_dec from the first batch, sign descent in a schedule-free wrapper, no AuxK), SAELens by its SAETrainer. Ours are
-train.py's defaults. All three get the same batches in the same order; the numbers are metrics.py's, on the same held-out prompts.
+Trainer does it (b_dec from the first batch, sign descent in a schedule-free wrapper, no AuxK), SAELens by its SAETrainer. Ours
+are train.py's defaults. All three get the same batches in the same order; the numbers are metrics.py's, on the same held-out prompts.
 """
 
 import contextlib
@@ -121,9 +121,8 @@ def main(cfg):
                 sae = make(activations, cfg, stop, lr, seed)
                 return total(evaluate([sae], activations, 4096)[0])
 
-            first = {
-                lr: run(lr, cfg.seeds[0]) for lr in tqdm([default(M) * factor for factor in (0.5, 1, 2)], package, leave=False)
-            }
+            rates = [default(M) * factor for factor in (0.5, 1, 2)]
+            first = {lr: run(lr, cfg.seeds[0]) for lr in tqdm(rates, package, leave=False)}
             lr = min(first, key=lambda lr: first[lr].fvu)
             found = [first[lr], *(run(lr, seed) for seed in cfg.seeds[1:])]
             for seed, metrics in zip(cfg.seeds, found):
