@@ -12,7 +12,8 @@ equals `least`, block by block, and one writes. No sort; the host waits for noth
 are on integers, whose sums do not depend on their order.
 
 In torch a digit has 16 bits, since bincount hardly feels how many bins there are: of 131,072 numbers 32,768 are kept in 0.3 ms
-(float32) or 0.2 (16 bits), where topk takes 0.9 to 1.5, kthvalue alone 0.8 to 2 and sort 7 to 9 (one CPU core).
+(float32) or 0.2 (16 bits) in whatever order they come, where topk takes 0.9 to 1.5 (0.2 to 0.5 if rows are sorted), kthvalue
+alone 0.8 to 2 and sort 7 to 9 (one CPU core).
 
 Source: Bussmann et al. 2024 (arXiv 2412.06410).
 """
