@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 from cli import check_positive, parse_object, resolve_device, resolve_dtype, run
 from hook import HookedDiffusionModel, find_model
+from hub import push
 from images import Pictures, open_picture, seeded
 from prompts import default_dataset, load_pictures, load_prompts
 from rows import tensors, unwrap
@@ -77,6 +78,7 @@ class Config:
     stream: Literal["image", "text"] = "image"  # tokens of a joint block
     text_tokens: int | None = None  # of --stream text: room for this many (None: as many as the first batch has)
     device: str = "auto"  # auto (cuda, else mps, else cpu), cuda:1, ...
+    hf_repo_id: str | None = None  # <user>/<name> on the Hugging Face Hub, to push the finished folder to as a data set
 
 
 def batch_options(prompts, n):
@@ -268,6 +270,8 @@ def main(cfg):
     collection.finish(descriptions)
     for stem in (stem for _, _, stem in places):
         print(f"{out_dir / stem}.npy  {tuple(descriptions[stem]['shape'])} {descriptions[stem]['dtype']}")
+    if cfg.hf_repo_id:
+        print(push(out_dir, cfg.hf_repo_id, "activations"))
     what = "pictures" if pictures else "prompts"
     where = "" if cfg.out_dir == Config().out_dir else f" --data {cfg.out_dir}"
     print(f"{what} in {out_dir / 'prompts.jsonl'}, final samples in {out_dir / 'samples.npy'}; next: python train.py{where}")

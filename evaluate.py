@@ -5,8 +5,8 @@
     python evaluate.py --sae theirs --data activations/mid_block.npy    # any SAE that Sae.load_from_disk reads
 
 FVU, explained variance, L0, cosine, silent and always-on latents of the vectors that training never saw (metrics.py says what
-each is). With --graft, for each window of steps and for all: how much of what the mean ablation spoils the reconstruction gives back,
-in final latents and in pictures (graft.py).
+each is). With --graft, for each window of steps and for all: how much of what the mean ablation spoils the reconstruction
+gives back, in final latents and in pictures (graft.py).
 
 Reads   an SAE folder; activation files of collect.py, or any .npy; with --graft the model that they were collected from.
 Writes  <out_dir>/<name of the SAE>/: evaluate.json, evaluate.png; graft.json, graft.png.
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from activations import Activations, open_activations, read_description
+from activations import open_activations, read_description
 from cli import check_positive, resolve_device, resolve_dtype, run
 from formats import newest_sae
 from graft import clip_distance, graft, picture
@@ -107,7 +107,7 @@ def main(cfg):
     sets = open_activations(data)
     if len(sets) > 1:
         raise ValueError(f"--data holds {len(sets)} hook points; expected the files of one")
-    activations: Activations = sets[0]
+    activations = sets[0]
     if activations.d != sae.d_in:
         raise ValueError(f"{activations.paths[0]} holds vectors of width {activations.d}, and the SAE is of {sae.d_in}")
     folder = Path(cfg.out_dir) / (path if path.is_dir() else path.parent).resolve().name

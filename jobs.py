@@ -20,7 +20,7 @@ from step import Step
 from store import read_json
 
 # options that a resumed run may change (whether the data are the same is seen from a sample), and those that name SAEs
-FREE = ("data", "out_dir", "run_name", "device", "log_every", "save_every", "log_to", "wandb_project", "memory_gb")
+FREE = ("data", "out_dir", "run_name", "device", "log_every", "save_every", "log_to", "wandb_project", "memory_gb", "hf_repo_id")
 EACH = ("k", "num_latents", "expansion_factor", "seeds")
 TOPK_FIRST = 0.3  # of its updates batch_topk makes like top-k: on the toy it ends with an FVU of 0.074, not 0.096, and in
 # bench truth it finds 99 % of the atoms, not 79 %

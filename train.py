@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from activations import newest_activations, open_activations
 from cli import check_positive, resolve_device, run
+from hub import push
 from jobs import SAMPLE, Job, measure
 from log import import_tracker, open_log, plot_sweep
 from metrics import evaluate, total
@@ -72,6 +73,7 @@ class Config:
     save_every: int = 1000  # iterations between checkpoints
     log_to: Literal["none", "wandb", "trackio", "tensorboard"] = "none"  # where the rows of metrics.jsonl go as well
     wandb_project: str = "diffusion-saes"  # project there, for wandb and trackio
+    hf_repo_id: str | None = None  # <user>/<name> on the Hugging Face Hub, to push every finished SAE to, each in its folder
 
 
 def check_options(cfg):
@@ -168,6 +170,9 @@ def fit(cfg, activations, jobs, device):
             print(f"held out: {held_out.n:,} vectors   {numbers}   always on {held_out.always_on:.2%}")
             if held_out.fvu >= 1:
                 print(f"note: an fvu of 1 is what the mean alone gives; {iterations} updates are few, try more --num_epochs")
+            if cfg.hf_repo_id:
+                where = None if cfg.run_name and len(jobs) == 1 else job.folder.name
+                print(push(job.folder, cfg.hf_repo_id, "sae", where))
             print(f"saved in  {job.folder}/: cfg.json, sae.safetensors, metrics.jsonl, train.png, evaluate.png")
     if not activations.whole_prompts:
         print("note: there are no prompts to hold out whole, so held-out vectors are of the same samples as the others")

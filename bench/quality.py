@@ -2,10 +2,11 @@
 
     python -m bench quality --data activations/up_blocks.1.attentions.1.npy activations/mid_block.attentions.0.npy
 
-For each package and file the learning rate is the best of three (half, once and twice the package's own default, by the held-out
-FVU of the first seed), then every seed is trained with it. The peers are otherwise at their own defaults: eai-sparsify as its
-Trainer does it (b_dec from the first batch, sign descent in a schedule-free wrapper, no AuxK), SAELens by its SAETrainer. Ours
-are train.py's defaults. All three get the same batches in the same order; the numbers are metrics.py's, on the same held-out prompts.
+For each package and file the learning rate is the best of three (half, once and twice the package's own default, by the
+held-out FVU of the first seed), then every seed is trained with it. The peers are otherwise at their own defaults: eai-sparsify
+as its Trainer does it (b_dec from the first batch, sign descent in a schedule-free wrapper, no AuxK), SAELens by its SAETrainer.
+Ours are train.py's defaults. All three get the same batches in the same order; the numbers are metrics.py's, on the same
+held-out prompts.
 """
 
 import contextlib
