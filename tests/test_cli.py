@@ -14,7 +14,7 @@ import collect
 import train
 from cli import HERE, gather_lists, resolve_device, resolve_dtype, run
 
-SCRIPTS = ["ablate", "collect", "train", "toy"]
+SCRIPTS = ["ablate", "collect", "diagnose", "train", "toy"]
 
 
 def command_line(monkeypatch, capsys, script, *options):
