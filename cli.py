@@ -74,6 +74,15 @@ def resolve_dtype(dtype, device):
     return torch.bfloat16 if device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
+def product_dtype(choice, device):
+    """Of the encoder's product: auto is 16 bits on a GPU, and bfloat16 on a CPU that multiplies it by itself."""
+    if choice == "auto" and device.type == "cpu":
+        native = [getattr(torch.cpu, f"_is_{name}_supported", lambda: False)() for name in ("avx512_bf16", "amx_tile")]
+        return torch.bfloat16 if any(native) else torch.float32
+    named = {"auto": resolve_dtype("auto", device), "no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return named[choice]
+
+
 def parse_object(text, option):
     """A JSON object given on the command line; ValueError if it is none."""
     try:
