@@ -14,7 +14,8 @@ import math
 import numpy as np
 import torch
 
-from sae import Sae, count_active, geometric_median
+from metrics import count_active, middle
+from sae import Sae
 
 SAMPLE = 65_536  # vectors that everything is measured on
 CHUNK = 2048  # of them at once
@@ -63,9 +64,8 @@ def start(x, num_latents, k, center="median", seed=0):
 
     center: where b_dec starts - at the geometric median, the mean, or none: 0.
     """
-    middle = {"median": geometric_median, "mean": lambda x: x.mean(0), "none": lambda x: torch.zeros_like(x[0])}[center](x)
     sae = Sae(x.shape[1], num_latents, k, seed=seed).to(x.device)
-    sae.b_dec.data.copy_(middle)
+    sae.b_dec.data.copy_(middle(x, center))
     return sae
 
 

@@ -12,9 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from cli import resolve_dtype
+from cli import product_dtype
 from log import plot_training, read_rows
-from metrics import Metrics, geometric_median, plot_evaluation, total
+from metrics import Metrics, middle, plot_evaluation, total
 from sae import Sae, save_tensors
 from step import Step
 from store import read_json
@@ -25,15 +25,6 @@ EACH = ("k", "num_latents", "expansion_factor", "seeds")
 TOPK_FIRST = 0.3  # of its updates batch_topk makes like top-k: on the toy it ends with an FVU of 0.074, not 0.096, and in
 # bench truth it finds 99 % of the atoms, not 79 %
 SAMPLE = 32_768  # vectors that are checked, and that b_dec and the scale come from
-
-
-def product_dtype(choice, device):
-    """Of the encoder's product: auto is 16 bits on a GPU, and bfloat16 on a CPU that multiplies it by itself."""
-    if choice == "auto" and device.type == "cpu":
-        native = [getattr(torch.cpu, f"_is_{name}_supported", lambda: False)() for name in ("avx512_bf16", "amx_tile")]
-        return torch.bfloat16 if any(native) else torch.float32
-    named = {"auto": resolve_dtype("auto", device), "no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    return named[choice]
 
 
 def lr_at(iteration, iterations, cfg, num_latents):
@@ -69,9 +60,7 @@ def measure(activations, cfg, device):
         raise ValueError(f"{name}: {bad} of {len(sample)} sampled vectors hold NaN or inf; collect it again")
     if cfg.input_unit_norm:
         sample = Sae(activations.d, 1, 1, {"input_unit_norm": True}).standardize(sample)[0]
-    center = {"median": geometric_median, "mean": lambda x: x.mean(0), "none": lambda x: torch.zeros_like(x[0])}[cfg.center](
-        sample
-    )
+    center = middle(sample, cfg.center)
     spread = (sample - center).square().mean().sqrt().item()
     if not 0 < spread < math.inf:
         raise ValueError(f"{name}: the sampled vectors are all equal or too large (spread {spread}); nothing can be learned")

@@ -165,6 +165,11 @@ def plot_activity(ax, metrics):
     ax.set(title="How often latents are active", xlabel="share of held-out vectors", ylabel="latents", xscale="log")
 
 
+def middle(x, center):
+    """What stands in the middle of x (N, d): its "median" (geometric) or "mean", or "none": 0. (d,)"""
+    return {"median": geometric_median, "mean": lambda x: x.mean(0), "none": lambda x: torch.zeros_like(x[0])}[center](x)
+
+
 def geometric_median(x, iterations=100, tolerance=1e-5):
     """The point with the least sum of distances to the vectors of x: (N, d) -> (d,), by Weiszfeld's iteration (1937).
 

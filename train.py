@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from activations import newest_activations, open_activations
 from cli import check_positive, resolve_device, run
+from health import report, summary
 from hub import push
 from jobs import SAMPLE, Job, measure
 from log import import_tracker, open_log, plot_sweep
@@ -124,11 +125,14 @@ def fit(cfg, activations, jobs, device):
     inputs = measure(activations, cfg, device) if any(job.found == "nothing" for job in jobs) else None
     for job in jobs:
         job.start(inputs, device)
+    tokens = activations.sample_tokens() if cfg.sample_topk else 1
+    if inputs and not cfg.input_unit_norm:  # what diagnose.py says at length
+        found = report(activations, -(-jobs[0].k // tokens), jobs[0].num_latents, device, cfg.center, cfg.data_seed)
+        print("\n".join(summary(found)))
     product, many = jobs[0].state["product"], f"{len(jobs)} SAEs" if len(jobs) > 1 else "1 SAE"
     print(f"{many}: the encoder's product in {product}, the rest in float32")
 
     # 2. Training; a job that is ahead of the others waits
-    tokens = activations.sample_tokens() if cfg.sample_topk else 1
     whole = min(cfg.max_examples or math.inf, cfg.num_epochs * activations.num_training) // tokens * tokens
     size = max(1, cfg.effective_batch_size // tokens) * tokens
     iterations, done = -(-whole // size), min(job.state["vectors"] for job in jobs)

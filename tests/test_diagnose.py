@@ -11,8 +11,11 @@ from PIL import Image
 import cli
 import diagnose
 import health
+import jobs
 import train
 from activations import Activations
+from metrics import geometric_median
+from sae import Sae
 from store import checksum
 
 CPU = torch.device("cpu")
@@ -103,7 +106,7 @@ def test_dead_at_the_start_is_counted_as_the_definition_says(tmp_path, small, ce
     found, x = measured(path, 2, 40, center=center), health.draw(Activations([path]))[0]
     assert list(found["dead"]) == [center, "none" if center != "none" else "median"]
     x = x.double().numpy()
-    middle = {"mean": x.mean(0), "none": 0}.get(center, health.geometric_median(torch.from_numpy(x)).numpy())
+    middle = {"mean": x.mean(0), "none": 0}.get(center, geometric_median(torch.from_numpy(x)).numpy())
     W = health.start(torch.from_numpy(x).float(), 40, 2, center).W_dec.detach().double().numpy()
     pre_acts = np.maximum((x[: found["num_counted"]] - middle) @ W.T, 0)
     kept = np.argsort(-pre_acts, 1)[:, :2]
@@ -112,11 +115,13 @@ def test_dead_at_the_start_is_counted_as_the_definition_says(tmp_path, small, ce
     assert (found["dead"]["none"]["start"] > 0.3) and (center == "none" or found["dead"][center]["start"] < 0.2)
 
 
-def test_the_start_the_rate_and_the_defaults_are_train_py_s(tmp_path, small, monkeypatch):
+def test_the_start_the_rate_and_the_defaults_are_train_py_s(tmp_path, small):
     np.save(tmp_path / "a.npy", 10 * healthy((40, 50, 8)) + 3)
-    activations, cfg = Activations([tmp_path / "a.npy"]), train.Config(k=3, seed=5)
-    theirs, scale, _ = train.prepare(activations, cfg, CPU, 24)
-    x = activations.sample(train.SAMPLE, 5)
+    activations, cfg = Activations([tmp_path / "a.npy"]), train.Config(data_seed=5)
+    scale, center, *_ = jobs.measure(activations, cfg, CPU)
+    theirs = Sae(8, 24, 3, seed=5)
+    theirs.b_dec.data.copy_(center)
+    x = activations.sample(jobs.SAMPLE, 5)
     mine = health.start(x, 24, 3, "median", 5)
     assert health.input_scale(mine, x) == scale != 1
     mine.scale_inputs(1 / scale)
@@ -124,13 +129,12 @@ def test_the_start_the_rate_and_the_defaults_are_train_py_s(tmp_path, small, mon
         torch.testing.assert_close(mine.state_dict()[name], tensor)
     for iterations in (1, 2, 7, 90, 1438):
         rates = [diagnose.learning_rate(i, iterations, 24) for i in range(iterations)]
-        assert rates == pytest.approx([train.lr_at(i, iterations, cfg, 24) for i in range(iterations)])
+        assert rates == pytest.approx([jobs.lr_at(i, iterations, cfg, 24) for i in range(iterations)])
     mine, theirs = diagnose.Config(), train.Config()
-    for name in ("data", "expansion_factor", "num_latents", "k", "num_epochs", "seed", "device"):
+    for name in ("data", "num_epochs", "center", "device"):
         assert getattr(mine, name) == getattr(theirs, name), name
+    assert ([mine.k], [mine.expansion_factor], [mine.seed]) == (theirs.k, theirs.expansion_factor, theirs.seeds)
     assert theirs.effective_batch_size == diagnose.BATCH_SIZE
-    for choice in ("auto", "no", "bf16", "fp16"):
-        assert cli.product_dtype(choice, CPU) == train.product_dtype(choice, CPU)
     assert theirs.dead_feature_threshold == 100_000 and (diagnose.AUXK_FROM - 1) * 1024 < 100_000 <= diagnose.AUXK_FROM * 1024
 
 
@@ -164,18 +168,15 @@ def sparse_codes(path, gamma, n=200_000, d=32, atoms=128):
     return path
 
 
-def trained(path, out_dir, monkeypatch, center):
+def trained(path, out_dir, center):
     """What train.py's defaults end with: the share of 256 latents, 8 active, that is silent on the held-out vectors."""
-    with monkeypatch.context() as patch:
-        if center == "none":
-            patch.setattr(train, "geometric_median", lambda x: torch.zeros_like(x[0]))
-        cfg = train.Config(data=[str(path)], out_dir=str(out_dir), run_name=center, k=8, num_latents=256, device="cpu")
-        train.main(cfg)
+    options = dict(center=center, run_name=center, k=[8], num_latents=[256], device="cpu")
+    train.main(train.Config(data=[str(path)], out_dir=str(out_dir), **options))
     return json.loads((out_dir / center / "cfg.json").read_text())["dead"]
 
 
 @pytest.mark.parametrize("gamma", [20, 3])
-def test_dead_latents_are_foreseen(tmp_path, monkeypatch, gamma):
+def test_dead_latents_are_foreseen(tmp_path, gamma):
     """gamma 20: few die where b_dec starts at the median, most where it starts at 0. gamma 3: the start alone misleads."""
     path = sparse_codes(tmp_path / "a.npy", gamma)
     cfg = config(path, tmp_path / "d", num_latents=256, k=8, trial_updates=300)
@@ -184,7 +185,7 @@ def test_dead_latents_are_foreseen(tmp_path, monkeypatch, gamma):
     assert found["gamma"] == pytest.approx(gamma, rel=0.02) and sorted(found["outlier_dims"]) == (
         [0, 1, 2, 3] if gamma > 10 else []
     )
-    ends = {center: trained(path, tmp_path / "saes", monkeypatch, center) for center in ("median", "none")}
+    ends = {center: trained(path, tmp_path / "saes", center) for center in ("median", "none")}
     for center, end in ends.items():
         assert abs(found["dead"][center]["trained"] - end) <= 0.2, (center, found["dead"], ends)
     assert ends["median"] <= 0.2
