@@ -1,7 +1,7 @@
 """Does training find a dictionary that is known? Recovery of the atoms of synthetic data, by variant and seed.
 
     python -m bench truth                          # a million vectors: d = 64, 256 atoms, 5 active, M = 512, k = 5
-    python -m bench truth --vectors 200000 --seeds 0
+    python -m bench truth --vectors 200000 --num_epochs 15 --seeds 0
 
 x = sum of 5 of the 256 unit atoms with amplitudes uniform in [0, 1), plus noise of 0.01 a dimension. An atom is recovered where
 some decoder row has a cosine of at least 0.95 with it. Trained by train.py at its defaults.
@@ -31,7 +31,7 @@ class Config:
     active: int = 5  # atoms of a vector
     noise: float = 0.01  # standard deviation, of each dimension
     num_latents: int = 512
-    num_epochs: int = 1
+    num_epochs: int = 3
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     device: str = "auto"  # auto, cuda, cuda:N, mps, cpu
 
