@@ -280,6 +280,7 @@ def test_update_never_waits_for_the_device(options):
             for user in (step_module, sys.modules["kernels.encode"], sys.modules["sae"]):
                 if hasattr(user, name):
                     stack.enter_context(patch.object(user, name, chosen))
+        stack.enter_context(patch.object(modules["grad"], "count_ends", modules["grad"].search_ends))
         stack.enter_context(patch.object(modules["adam"], "in_triton", lambda W: True))
         stack.enter_context(patch.object(step_module, "totals", lambda weights, ends: weights.new_zeros(len(ends) - 1)))
         stack.enter_context(patch.object(torch.cuda, "device_of", lambda tensor: contextlib.nullcontext()))
