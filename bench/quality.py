@@ -24,7 +24,6 @@ import train
 from activations import open_activations
 from bench.step import conditions
 from cli import check_positive, resolve_device
-from formats import read_saelens
 from metrics import evaluate, total
 from sae import Sae
 
@@ -37,6 +36,7 @@ class Config:
     batch_size: int = 1024
     max_examples: int | None = None  # vectors (None: one epoch)
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    packages: list[str] = field(default_factory=lambda: list(PACKAGES))
     device: str = "cpu"  # the peers' loops are plain PyTorch
 
 
@@ -94,7 +94,7 @@ def sae_lens(activations, cfg, stop, lr, seed):
         trainer.fit()
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_inference_model(folder)
-        return read_saelens(folder)
+        return Sae.load_from_disk(folder)
 
 
 # name: (what trains, its own default learning rate for M latents)
@@ -108,7 +108,10 @@ PACKAGES = {
 def main(cfg):
     check_positive(cfg, "k", "expansion_factor", "batch_size", "max_examples")
     where, versions, commit = conditions(resolve_device(cfg.device))
-    there = [name for name in PACKAGES if name == "ours" or importlib.util.find_spec(name.replace("eai-", "").replace("-", "_"))]
+    if wrong := set(cfg.packages) - set(PACKAGES):
+        raise ValueError(f"--packages {wrong.pop()}: expected some of {', '.join(PACKAGES)}")
+    modules = {"ours": "train", "eai-sparsify": "sparsify", "sae-lens": "sae_lens"}
+    there = [name for name in cfg.packages if importlib.util.find_spec(modules[name])]
     print(f"{where}; {versions}; commit {commit}")
     print(f"k = {cfg.k}, M = {cfg.expansion_factor} d, batches of {cfg.batch_size}, best of three learning rates\n")
     print(f"{'hook name':28} {'package':14} {'lr':>9} {'seed':>4} {'fvu':>8} {'l0':>6} {'silent':>7}", flush=True)
@@ -130,5 +133,7 @@ def main(cfg):
                 numbers = f"{metrics.fvu:8.4f} {metrics.l0:6.2f} {metrics.dead:7.2%}"
                 print(f"{activations.hook_name:28} {package:14} {lr:9.2e} {seed:4} {numbers}", flush=True)
             means[package] = [sum(getattr(m, name) for m in found) / len(found) for name in ("fvu", "dead")]
+        if "ours" not in means:
+            continue
         best = min((numbers[0] for package, numbers in means.items() if package != "ours"), default=float("nan"))
         print(f"{activations.hook_name:28} mean fvu of ours / best peer's {means['ours'][0] / best:.3f}\n", flush=True)
