@@ -34,6 +34,7 @@ import health
 from activations import newest_activations, open_activations, open_file, prompts_of
 from cli import check_positive, product_dtype, resolve_device, run
 from health import OUTLIER, ratio
+from jobs import default_lr
 from step import Step
 from store import read_json, write_atomically
 
@@ -61,7 +62,7 @@ WORDS = {"median": "centred on the median", "mean": "centred on the mean", "none
 def learning_rate(iteration, iterations, num_latents):
     """train.py's default at an iteration, counted from 0: up over 100, at most a fifth; down to 0 over the last fifth."""
     rise = (iteration + 1) / (min(100, iterations // 5) + 1)
-    return 2e-4 / math.sqrt(num_latents / 2**14) * min(1.0, rise, 5 * (1 - iteration / iterations))
+    return default_lr(iterations, num_latents) * min(1.0, rise, 5 * (1 - iteration / iterations))
 
 
 def trial(sae, x, updates, cfg, dtype, bar):

@@ -58,7 +58,7 @@ class Config:
     effective_batch_size: int = 1024  # vectors per optimizer update, in all
     num_epochs: int = 1  # passes over the training vectors
     max_examples: int | None = None  # stop after this many vectors
-    lr: float | None = None  # Adam's learning rate (None: 2e-4 / sqrt(num_latents / 2^14))
+    lr: float | None = None  # Adam's learning rate (None: 2e-4 / sqrt(num_latents / 2^14), up to 6 times that for short runs)
     lr_scheduler: Literal["constant", "linear", "cosine"] = "linear"  # linear falls to 0 over the last fifth
     lr_warmup_steps: int = 100  # iterations in which the learning rate rises from 0, at most a fifth of all
     auxk_alpha: float = 1 / 32  # weight of the AuxK loss; 0 switches it off

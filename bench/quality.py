@@ -24,6 +24,7 @@ import train
 from activations import open_activations
 from bench.step import conditions
 from cli import check_positive, resolve_device
+from jobs import default_lr
 from metrics import evaluate, total
 from sae import Sae
 
@@ -97,11 +98,11 @@ def sae_lens(activations, cfg, stop, lr, seed):
         return Sae.load_from_disk(folder)
 
 
-# name: (what trains, its own default learning rate for M latents)
+# name: (what trains, its own default learning rate for M latents and T updates)
 PACKAGES = {
-    "ours": (ours, lambda M: 2e-4 / (M / 2**14) ** 0.5),
-    "eai-sparsify": (eai_sparsify, lambda M: 5e-3 / (M / 2**14) ** 0.5),
-    "sae-lens": (sae_lens, lambda M: 3e-4),
+    "ours": (ours, lambda M, T: default_lr(T, M)),
+    "eai-sparsify": (eai_sparsify, lambda M, T: 5e-3 / (M / 2**14) ** 0.5),
+    "sae-lens": (sae_lens, lambda M, T: 3e-4),
 }
 
 
@@ -125,7 +126,7 @@ def main(cfg):
                 sae = make(activations, cfg, stop, lr, seed)
                 return total(evaluate([sae], activations, 4096)[0])
 
-            rates = [default(M) * factor for factor in (0.5, 1, 2)]
+            rates = [default(M, stop // cfg.batch_size) * factor for factor in (0.5, 1, 2)]
             first = {lr: run(lr, cfg.seeds[0]) for lr in tqdm(rates, package, leave=False)}
             lr = min(first, key=lambda lr: first[lr].fvu)
             found = [first[lr], *(run(lr, seed) for seed in cfg.seeds[1:])]

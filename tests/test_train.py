@@ -233,13 +233,14 @@ def test_auxk_revives_latents_that_started_badly(data, tmp_path, monkeypatch):
 
 def test_learning_rate():
     cfg = Config(lr_warmup_steps=3, lr_scheduler="linear")
-    rates = [lr_at(i, 100, cfg, 2**14) / 2e-4 for i in range(100)]
+    rates = [lr_at(i, 100, cfg, 2**14) / 1.2e-3 for i in range(100)]
     assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1, 1])
     assert rates[80] == pytest.approx(1) and rates[90] == pytest.approx(0.5) and rates[99] == pytest.approx(0.05)
     constant = Config(lr=0.5, lr_scheduler="constant", lr_warmup_steps=100)
     assert lr_at(50, 1000, constant, 1) == pytest.approx(0.5 * 51 / 101)
     assert [lr_at(i, 10, constant, 1) for i in range(4)] == pytest.approx([0.5 / 3, 1 / 3, 0.5, 0.5])  # at most a fifth
-    assert lr_at(50, 100, cfg, 2**16) == pytest.approx(1e-4)
+    assert lr_at(50, 100, cfg, 2**16) == pytest.approx(6e-4)
+    assert lr_at(500, 7500, cfg, 2**14) == pytest.approx(4e-4) and lr_at(500, 10**6, cfg, 2**14) == pytest.approx(2e-4)
 
 
 def test_device_of_the_evaluation_is_chunked_alike(data):
