@@ -123,7 +123,7 @@ def main(cfg):
     # 2. Its numbers on them
     by_step = evaluate([sae], activations, cfg.batch_size, progress=True)[0]
     numbers = total(by_step).summary()
-    by_timestep = [{"timestep": t, **metrics.summary()} for t, metrics in zip(activations.timesteps, by_step)]
+    by_timestep = [{"timestep": t, **metrics.summary()} for t, metrics in zip(activations.timesteps, by_step) if metrics.n]
     folder.mkdir(parents=True, exist_ok=True)
     record = about | {"hook_name": activations.hook_name, "whole_prompts": activations.whole_prompts, **numbers}
     text = json.dumps(record | {"by_timestep": by_timestep}, indent=1, allow_nan=False)

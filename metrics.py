@@ -93,10 +93,14 @@ def evaluate(saes, activations, batch_size, progress=False):
 
     Where the files have no timesteps the list is of one; `total` puts them together.
     """
+    if any(sae.activation == "sampletopk" for sae in saes):
+        activations.sample_tokens()  # or a ValueError
     steps = max(1, len(activations.timesteps))
     found = [[Metrics(sae.num_latents) for _ in range(steps)] for sae in saes]
     units = tqdm(activations.held_out_units, "held-out vectors", unit="prompt", disable=not progress, leave=False)
     for unit in units:
+        if unit[1] == unit[2]:  # a prompt without text
+            continue
         rows = activations.read(unit[None])
         step = torch.from_numpy(activations.steps_of(unit[None])) if steps > 1 else torch.zeros(len(rows), dtype=torch.int64)
         tokens = activations.tokens[int(unit[0])] if any(sae.activation == "sampletopk" for sae in saes) else 1
@@ -130,7 +134,7 @@ def plot_evaluation(path, by_step, timesteps, title):
     numbers += f", always on {whole.always_on:.2%}; {whole.n:,} held-out vectors"
     fig.suptitle(f"{title}: {numbers}", fontsize=11)
     axes = fig.subplots(1, 4)
-    x = timesteps or [0]
+    x, by_step = zip(*((t, metrics) for t, metrics in zip(timesteps or [0], by_step) if metrics.n))
     dots = dict(marker="o", ms=3.5, lw=1.3)
     for ax, heading, lines in (
         (axes[0], "Variance not explained (FVU)", [("fvu", blue, "at this timestep")]),

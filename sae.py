@@ -102,14 +102,17 @@ class Sae(nn.Module):
     def keep(self, acts, tokens, each=False):
         """Training's choice among each vector's largest (N, K): the others are set to 0; and batchtopk's smallest that stays, ().
 
-        each: batchtopk takes the k largest of each vector.
+        each: of every vector alike the k largest are taken, of a sample's the share that is each one's.
         """
         if self.activation == "topk":
             return acts, None
         if self.activation == "batchtopk" and not each:
             return keep_largest(acts, self.k * len(acts))
-        rows = acts.reshape(-1, (tokens if self.activation == "sampletopk" else 1) * acts.shape[1])
-        values, places = topk(rows, min(self.k, rows.shape[1]))
+        together, k = (tokens, self.k) if self.activation == "sampletopk" else (1, self.k)
+        if each:
+            together, k = 1, -(-k // together)
+        rows = acts.reshape(-1, together * acts.shape[1])
+        values, places = topk(rows, min(k, rows.shape[1]))
         kept = torch.zeros_like(rows).scatter(1, places, values).view_as(acts)
         return kept, values.amin() if self.activation == "batchtopk" else None
 

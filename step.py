@@ -123,7 +123,7 @@ class Step:
         """One update by the vectors x (n, d), or whole samples (samples, tokens, d) for sample_topk: a Result.
 
         weights (n,): of each vector's error in the loss (None: 1). parts: the product is made in so many, to save memory.
-        each: batch_topk takes the k largest of each vector, as it is to in the beginning of a training.
+        each: batch_topk and sample_topk take of each vector alike, as they are to in the beginning of a training.
         """
         self.lr.fill_(lr)
         if self.auxk_alpha and self.iteration % REFRESH == 0:
@@ -136,7 +136,8 @@ class Step:
 
     def replay(self, x, weights, parts, each):
         """`update` from a CUDA graph, one for each shape of its inputs; what it returns is overwritten by the next."""
-        key = (x.shape, weights is not None, parts, each, len(self.dead))
+        memory = self.select.pre_acts.data_ptr()  # a larger batch makes it anew
+        key = (x.shape, weights is not None, parts, each, len(self.dead), memory)
         if key not in self.graphs:  # the first time as it is, which compiles the kernels
             self.graphs[key] = None
             return self.update(x, weights, parts, each)
@@ -198,7 +199,7 @@ class Step:
         db_enc, along = totals(d_acts, ends), totals(along, ends)  # along[m] = dW_dec[m] . W_dec[m]
         db_dec = sum((share * slope[:, 0]) @ e for (share, _, _), (e, _) in zip(terms, errors))
         if len(self.dead):
-            aux, rows, db, dense_enc, dense_dec, along_dead = self.auxk(centred, e, self.dead, n)
+            aux, rows, db, dense_enc, dense_dec, along_dead = self.auxk(centred, e, self.dead, slope * (self.variance / 2))
             loss, db_enc, along = loss + aux, db_enc.index_add(0, rows, db), along.index_add(0, rows, along_dead)
             dW_enc = dW_enc._replace(rows=self.dead, dense=dense_enc)
             dW_dec = dW_dec._replace(rows=self.dead, dense=dense_dec)
@@ -221,12 +222,13 @@ class Step:
         self.state["residual"].copy_(squares[-1] * self.variance).clamp_(min=1e-6 * self.variance)
         return Result(loss, norm, e if std is None else e * std.flatten()[:, None], top_acts, top_indices)
 
-    def auxk(self, x, e, dead, n):
+    def auxk(self, x, e, dead, weight):
         """How badly the dead latents predict what the others leave over, and what that adds to their gradients.
 
             e_hat = the k_aux largest activations among the dead latents, times their rows of W_dec;   AuxK = sum |-e - e_hat|^2
 
-        x (n, d), less b_dec; e = x_hat - x (n, d), a constant; dead (C,) indices, num_latents where there is none; k_aux = d / 2.
+        x (n, d), less b_dec; e = x_hat - x (n, d), a constant; dead (C,) indices, num_latents where there is none; weight (n, 1)
+        of each vector, 1 / n if they are alike; k_aux = d / 2.
         Divided by the residual, AuxK is 1 where the dead latents predict nothing, as in openai/sparse_autoencoder; with the
         variance, as in sparsify, 25 % of 256 badly started latents stayed dead, not 1 %. sparsify's min(C / k_aux, 1) is not in
         it, nor of use: a dead latent has no other gradient, and Adam rescales it. The products are dense, but over the dead
@@ -242,7 +244,7 @@ class Step:
         if len(dead) > k_aux:
             acts *= acts >= topk(acts, k_aux)[0].amin(1, keepdim=True)
         left = torch.addmm(e, acts, W_dec)  # e + e_hat
-        scale = self.auxk_alpha / (n * self.state["residual"])
+        scale = self.auxk_alpha * weight / self.state["residual"]
         g = left * (2 * scale)
         d_acts = (g @ W_dec.T) * (acts > 0)
-        return left.square().sum() * scale, rows, d_acts.sum(0), d_acts.T @ x, acts.T @ g, (acts * d_acts).sum(0)
+        return (left.square() * scale).sum(), rows, d_acts.sum(0), d_acts.T @ x, acts.T @ g, (acts * d_acts).sum(0)

@@ -88,17 +88,19 @@ def check_options(cfg):
         ("expansion_factor", cfg.num_latents or min(cfg.expansion_factor, default=0) > 0, "numbers from 1"),
         ("matryoshka", min(cfg.matryoshka, default=1) > 0, "numbers from 1"),
         ("seeds", cfg.seeds, "at least one number"),
+        ("data_seed", cfg.data_seed >= 0, "0 or more"),
         ("lr", cfg.lr is None or 0 < cfg.lr < math.inf, "a positive number"),
         ("buffer_gb", cfg.buffer_gb > 0, "a positive number"),
         ("memory_gb", cfg.memory_gb is None or cfg.memory_gb > 0, "a positive number"),
         ("lr_warmup_steps", cfg.lr_warmup_steps >= 0, "0 or more"),
         ("auxk_alpha", 0 <= cfg.auxk_alpha < math.inf, "0 or more"),
-        ("sample_topk", not (cfg.batch_topk and cfg.sample_topk), "not with batch_topk"),
-        ("multi_topk", not cfg.multi_topk or alone, "not with batch_topk, sample_topk or matryoshka"),
+        ("sample_topk", not (cfg.batch_topk and cfg.sample_topk), "no --batch_topk with it"),
+        ("multi_topk", not cfg.multi_topk or alone, "no --batch_topk, --sample_topk or --matryoshka with it"),
     ):
         if not fine:
             value = getattr(cfg, name)
-            raise ValueError(f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}: expected {expected}")
+            value = " ".join(map(str, value)) or "(none)" if isinstance(value, list) else value
+            raise ValueError(f"--{name} {value}: expected {expected}")
     import_tracker(cfg.log_to)
 
 
@@ -119,21 +121,25 @@ def interrupt_later():
             signal.signal(signal.SIGINT, previous)
 
 
-def fit(cfg, activations, jobs, device):
+def fit(cfg, activations, jobs, device, diagnosed=False):
     """Train, or finish training, the SAEs of one data set together, each vector read once for all."""
     # 1. The SAEs and the optimizers
+    tokens = activations.sample_tokens() if cfg.sample_topk else 1
+    whole = min(cfg.max_examples or math.inf, cfg.num_epochs * activations.num_training) // tokens * tokens
+    if not whole:
+        raise ValueError(f"--max_examples {cfg.max_examples}: expected at least {tokens}, the tokens of one sample")
     inputs = measure(activations, cfg, device) if any(job.found == "nothing" for job in jobs) else None
     for job in jobs:
         job.start(inputs, device)
-    tokens = activations.sample_tokens() if cfg.sample_topk else 1
-    if inputs and not cfg.input_unit_norm:  # what diagnose.py says at length
-        found = report(activations, -(-jobs[0].k // tokens), jobs[0].num_latents, device, cfg.center, cfg.data_seed)
+    if inputs and not cfg.input_unit_norm and not diagnosed:  # what diagnose.py says at length
+        first = jobs[0]
+        k = min(-(-first.k // tokens), first.num_latents)
+        found = report(activations, k, first.num_latents, device, cfg.center, cfg.data_seed)
         print("\n".join(summary(found)))
     product, many = jobs[0].state["product"], f"{len(jobs)} SAEs" if len(jobs) > 1 else "1 SAE"
     print(f"{many}: the encoder's product in {product}, the rest in float32")
 
     # 2. Training; a job that is ahead of the others waits
-    whole = min(cfg.max_examples or math.inf, cfg.num_epochs * activations.num_training) // tokens * tokens
     size = max(1, cfg.effective_batch_size // tokens) * tokens
     iterations, done = -(-whole // size), min(job.state["vectors"] for job in jobs)
     batches = activations.batches(size, whole, done, cfg.data_seed, cfg.buffer_gb, tokens)
@@ -178,6 +184,8 @@ def fit(cfg, activations, jobs, device):
                 where = None if cfg.run_name and len(jobs) == 1 else job.folder.name
                 print(push(job.folder, cfg.hf_repo_id, "sae", where))
             print(f"saved in  {job.folder}/: cfg.json, sae.safetensors, metrics.jsonl, train.png, evaluate.png")
+        if pressed:  # too late for this turn, not for the next
+            raise KeyboardInterrupt
     if not activations.whole_prompts:
         print("note: there are no prompts to hold out whole, so held-out vectors are of the same samples as the others")
 
@@ -227,7 +235,7 @@ def main(cfg):
     device = resolve_device(cfg.device)
     if cfg.device == "auto" and device.type == "mps":
         device = torch.device("cpu")
-        print("training on the CPU: many PyTorch versions lack embedding_bag's gradients on MPS; --device mps tries them")
+        print("training on the CPU: many PyTorch versions lack embedding_bag on MPS; --device mps tries them")
     if cfg.run_name and (Path(cfg.run_name).is_absolute() or ".." in Path(cfg.run_name).parts):
         raise ValueError(f"--run_name {cfg.run_name}: expected a name inside --out_dir")
     for activations in (sets := open_activations(cfg.data or [newest_activations()])):
@@ -244,8 +252,8 @@ def main(cfg):
                 job.checkpoint.unlink(missing_ok=True)  # where a power cut came just before it went
                 print(f"{job.folder} is finished: {job.num_latents} latents, k = {job.k}; nothing to do")
         memory = free_bytes(device) / 2 if cfg.memory_gb is None else cfg.memory_gb * 2**30
-        for group in in_turns([job for job in jobs if job.found != "finished"], memory):
-            fit(cfg, activations, group, device)
+        for turn, group in enumerate(in_turns([job for job in jobs if job.found != "finished"], memory)):
+            fit(cfg, activations, group, device, diagnosed=turn > 0)
             for job in group:
                 del job.step, job.sae
         if len(jobs) > 1:

@@ -177,7 +177,7 @@ def trained(path, out_dir, center):
 
 @pytest.mark.parametrize("gamma", [20, 3])
 def test_dead_latents_are_foreseen(tmp_path, gamma):
-    """gamma 20: few die where b_dec starts at the median, most where it starts at 0. gamma 3: the start alone misleads."""
+    """gamma 20: few die where b_dec starts at the median, most where it starts at 0. gamma 3: about half do."""
     path = sparse_codes(tmp_path / "a.npy", gamma)
     cfg = config(path, tmp_path / "d", num_latents=256, k=8, trial_updates=300)
     diagnose.main(cfg)
@@ -192,7 +192,7 @@ def test_dead_latents_are_foreseen(tmp_path, gamma):
     if gamma == 20:
         assert ends["none"] >= 0.6
     else:
-        assert found["dead"]["none"]["start"] > ends["none"] + 0.2
+        assert abs(found["dead"]["none"]["trained"] - ends["none"]) <= 0.1 and 0.2 < ends["none"] < 0.8
 
 
 def test_files_and_screen(tmp_path, small, capsys):

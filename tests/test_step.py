@@ -52,7 +52,7 @@ def dense_loss(params, x, variance, dead, residual, weights, alpha, multi_topk, 
     e = (codes @ W_dec + b_dec - x).detach()
     if len(dead) and alpha:
         e_hat = top(pre_acts[:, dead], max(1, x.shape[1] // 2)) @ W_dec[dead]
-        loss = loss + alpha * (-e - e_hat).square().sum() / residual
+        loss = loss + alpha * (weights * (-e - e_hat).square().sum(1)).sum() / residual
     if multi_topk:
         loss = loss + error(top(pre_acts, 4 * k)).sum() / (8 * variance)
     return loss / len(x), codes.detach(), e
@@ -173,7 +173,7 @@ def test_auxk_predicts_the_residual_with_dead_latents_alone():
         sae.b_dec.fill_(10)
     step = Step(sae, variance=1.0, auxk_alpha=1.0)
     x, dead = torch.tensor([[13.0, 11.0]]), torch.tensor([1])  # b_dec + (3, 1): latent 0 takes the 3, the residual is +(0, 1)
-    auxk = lambda: step.auxk(x - sae.b_dec.data, sae(x).detach() - x, dead, 1)
+    auxk = lambda: step.auxk(x - sae.b_dec.data, sae(x).detach() - x, dead, torch.ones(1, 1))
     loss, _, db_enc, dW_enc, dW_dec, along = auxk()
     assert loss == 0 and not dW_enc.any() and not dW_dec.any() and not db_enc.any()
     sae.W_dec.data[1] *= 1.5

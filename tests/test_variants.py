@@ -1,6 +1,7 @@
 """Several SAEs from one reading, the variants from training to use, and the numbers by timestep."""
 
 import json
+import signal
 
 import numpy as np
 import pytest
@@ -67,9 +68,7 @@ def test_a_sweep_gives_what_each_alone_gives_from_one_reading(data, tmp_path, mo
 
 def test_more_than_fits_takes_turns(data, tmp_path, monkeypatch):
     groups, fit = [], train.fit
-    monkeypatch.setattr(
-        train, "fit", lambda cfg, activations, jobs, device: groups.append(len(jobs)) or fit(cfg, activations, jobs, device)
-    )
+    monkeypatch.setattr(train, "fit", lambda *args, **more: groups.append(len(args[2])) or fit(*args, **more))
     need = 34 * 32 * 16 / 2**30
     main(config(data, tmp_path, k=[1, 2, 3], num_latents=[32], max_examples=400, memory_gb=2.5 * need))
     assert groups == [2, 1]
@@ -170,12 +169,14 @@ def test_a_weight_per_step_evens_the_steps_out(data, tmp_path):
     [
         (dict(matryoshka=[49]), "--matryoshka 49"),
         (dict(matryoshka=[0]), "--matryoshka 0"),
-        (dict(sample_topk=True, batch_topk=True), "--sample_topk True: expected not with batch_topk"),
+        (dict(sample_topk=True, batch_topk=True), "--sample_topk True: expected no --batch_topk"),
         (dict(multi_topk=True, batch_topk=True), "--multi_topk True"),
         (dict(k=[]), "--k"),
         (dict(seeds=[]), "--seeds"),
         (dict(k=[3, 49]), "--k 49"),
         (dict(memory_gb=0), "--memory_gb 0"),
+        (dict(data_seed=-1), "--data_seed -1"),
+        (dict(sample_topk=True, max_examples=5), "--max_examples 5: expected at least 50"),
     ],
 )
 def test_what_does_not_go_together_is_said_before_any_work(data, tmp_path, options, message):
@@ -189,3 +190,50 @@ def test_files_without_steps(tmp_path, options):
     np.save(tmp_path / "flat.npy", np.random.default_rng(0).standard_normal((1000, 8), np.float32))
     with pytest.raises(ValueError, match="flat.npy"):
         main(config(tmp_path / "flat.npy", tmp_path, **options))
+
+
+def test_a_single_prompt_has_held_out_vectors_of_some_steps_only(tmp_path):
+    x = np.random.default_rng(0).standard_normal((1, 50, 20, 8), np.float32)
+    np.save(tmp_path / "one.npy", x)
+    meta = {"format": 1, "hook_name": "mid_block", "timesteps": list(range(50, 0, -1)), "shape": list(x.shape)}
+    (tmp_path / "one.json").write_text(json.dumps(meta | {"checksum": checksum(meta)}))
+    main(config(tmp_path / "one.npy", tmp_path))
+    assert 0 < len(Sae.load_from_disk(tmp_path / "run").cfg["by_timestep"]) < 50
+
+
+def test_prompts_without_text(tmp_path):
+    x = np.random.default_rng(0).standard_normal((20, 3, 10, 8), np.float32)
+    np.save(tmp_path / "text.npy", x)
+    np.save(tmp_path / "text.lengths.npy", np.array([10, 0, 7, 10] * 5))
+    meta = {"format": 1, "hook_name": "b", "stream": "text", "timesteps": [3, 2, 1], "shape": list(x.shape)}
+    (tmp_path / "text.json").write_text(json.dumps(meta | {"checksum": checksum(meta)}))
+    main(config(tmp_path / "text.npy", tmp_path))
+    assert Sae.load_from_disk(tmp_path / "run").cfg["num_held_out"] > 0
+    with pytest.raises(ValueError, match="whole samples"):
+        main(config(tmp_path / "text.npy", tmp_path / "samples", sample_topk=True))
+
+
+def test_weights_of_nan_are_never_saved(data, tmp_path, monkeypatch):
+    def spoilt(job, *args):
+        job.last = float("nan")
+        job.save()
+
+    monkeypatch.setattr(jobs.Job, "update", spoilt)
+    with pytest.raises(ValueError, match="last good"):
+        main(config(data, tmp_path))
+    assert all(t.isfinite().all() for t in load_file(tmp_path / "run" / "checkpoint.safetensors").values())
+
+
+def test_ctrl_c_in_the_last_update_stops_the_next_turn(data, tmp_path, monkeypatch):
+    update = jobs.Job.update
+
+    def pressed(job, *args):
+        row = update(job, *args)
+        if job.state["vectors"] == 400:
+            signal.raise_signal(signal.SIGINT)
+        return row
+
+    monkeypatch.setattr(jobs.Job, "update", pressed)
+    with pytest.raises(KeyboardInterrupt):
+        main(config(data, tmp_path, k=[1, 2], max_examples=400, memory_gb=1e-6))
+    assert sorted(path.parent.name for path in tmp_path.glob("run/*/cfg.json")) == ["k1_M48"]
