@@ -31,7 +31,7 @@ class Config:
     active: int = 5  # atoms of a vector
     noise: float = 0.01  # standard deviation, of each dimension
     num_latents: int = 512
-    num_epochs: int = 3
+    num_epochs: int = 1
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     device: str = "auto"  # auto, cuda, cuda:N, mps, cpu
 
