@@ -22,6 +22,7 @@ import signal
 import threading
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -75,6 +76,9 @@ class Config:
     log_to: Literal["none", "wandb", "trackio", "tensorboard"] = "none"  # where the rows of metrics.jsonl go as well
     wandb_project: str = "diffusion-saes"  # project there, for wandb and trackio
     hf_repo_id: str | None = None  # <user>/<name> on the Hugging Face Hub, to push every finished SAE to, each in its folder
+
+
+TOGETHER = 8  # batches that each of several SAEs is given in turn, so that its weights stay in the cache
 
 
 def check_options(cfg):
@@ -148,14 +152,18 @@ def fit(cfg, activations, jobs, device, diagnosed=False):
         logs = [stack.enter_context(open_log(cfg, job.folder, job.state)) for job in jobs]
         pressed = stack.enter_context(interrupt_later())
         with bar:
-            for x, step in batches:
-                x, step = x.to(device).float(), None if step is None else step.to(device)
-                due = [(job, log) for job, log in zip(jobs, logs) if job.state["vectors"] == done]
-                rows = [job.update(x, step, tokens, iterations, bool(pressed), log) for job, log in due]
-                done += len(x)
-                bar.update(len(x))
-                if rows[0]:
-                    bar.set_postfix(fvu=f"{rows[0]['fvu']:.3f}", l0=f"{rows[0]['l0']:.1f}", dead=f"{rows[0]['dead']:.1%}")
+            while chunk := list(islice(batches, TOGETHER if len(jobs) > 1 else 1)):
+                chunk = [(x.to(device).float(), None if step is None else step.to(device)) for x, step in chunk]
+                for job, log in zip(jobs, logs):
+                    at = done
+                    for x, step in chunk:
+                        if job.state["vectors"] == at:
+                            row = job.update(x, step, tokens, iterations, bool(pressed), log)
+                        at += len(x)
+                done = at
+                bar.update(at - bar.n)
+                if row:
+                    bar.set_postfix(fvu=f"{row['fvu']:.3f}", l0=f"{row['l0']:.1f}", dead=f"{row['dead']:.1%}")
                 if pressed and done < whole:
                     for job in jobs:
                         job.save()
