@@ -166,7 +166,7 @@ class Job:
         save_tensors(self.checkpoint, self.step.state, {"state": json.dumps(self.state)})
 
     def update(self, x, step, tokens, iterations, save, log):
-        """One iteration with the vectors x (n, d) of timesteps step (n,); its row, where one is due, and whether it was saved."""
+        """One iteration with the vectors x (n, d) of timesteps step (n,); its row, where one is due."""
         state, cfg, started = self.state, self.cfg, time.perf_counter()
         iteration = state["iteration"]
         lr = lr_at(iteration, iterations, cfg, self.num_latents)

@@ -4,7 +4,7 @@ import importlib
 import json
 from contextlib import contextmanager, suppress
 
-from metrics import plot_activity
+from metrics import plot_activity, tidy
 from store import write_atomically
 
 
@@ -73,20 +73,20 @@ def plot_training(path, rows, held_out, title):
     middle.yaxis.set_major_formatter("{x:.0%}")
     plot_activity(right, held_out)
     for ax in axes:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(alpha=0.3, lw=0.6)
-        ax.legend(frameon=False, fontsize=9)
+        tidy(ax)
     fig.savefig(path, dpi=130)
 
 
 def plot_sweep(path, rows):
     """FVU against L0 of several SAEs, a line through those of one size and seed; rows: their cfg.json."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     fig = Figure(figsize=(6.2, 4.4), layout="constrained")
     ax = fig.subplots()
     sizes = sorted({row["num_latents"] for row in rows})
-    for size, color in zip(sizes, _colors(len(sizes))):
+    for i, size in enumerate(sizes):
+        color = colormaps["viridis"](0.9 * i / max(1, len(sizes) - 1))
         seeds = sorted({row["training"]["seed"] for row in rows if row["num_latents"] == size})
         for seed in seeds:
             line = [row for row in rows if (row["num_latents"], row["training"]["seed"]) == (size, seed)]
@@ -101,13 +101,5 @@ def plot_sweep(path, rows):
         ax.set_xscale("log", base=2)
         ax.xaxis.set_major_formatter("{x:g}")
     ax.set_ylim(0, None)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(alpha=0.3, lw=0.6)
-    ax.legend(frameon=False, fontsize=9)
+    tidy(ax)
     fig.savefig(path, dpi=130)
-
-
-def _colors(n):
-    from matplotlib import colormaps
-
-    return [colormaps["viridis"](0.9 * i / max(1, n - 1)) for i in range(n)]

@@ -154,10 +154,15 @@ def plot_evaluation(path, by_step, timesteps, title):
     axes[2].yaxis.set_major_formatter("{x:.0%}")
     plot_activity(axes[3], whole)
     for ax in axes:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(alpha=0.3, lw=0.6)
-        ax.legend(frameon=False, fontsize=8)
+        tidy(ax)
     fig.savefig(path, dpi=130)
+
+
+def tidy(ax):
+    """What every panel of this project's pictures ends with."""
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(alpha=0.3, lw=0.6)
+    ax.legend(frameon=False, fontsize=8)
 
 
 def plot_activity(ax, metrics):

@@ -151,6 +151,7 @@ def fit(cfg, activations, jobs, device, diagnosed=False):
     with ExitStack() as stack:
         logs = [stack.enter_context(open_log(cfg, job.folder, job.state)) for job in jobs]
         pressed = stack.enter_context(interrupt_later())
+        row = None  # the newest
         with bar:
             while chunk := list(islice(batches, TOGETHER if len(jobs) > 1 else 1)):
                 chunk = [(x.to(device).float(), None if step is None else step.to(device)) for x, step in chunk]
@@ -158,7 +159,7 @@ def fit(cfg, activations, jobs, device, diagnosed=False):
                     at = done
                     for x, step in chunk:
                         if job.state["vectors"] == at:
-                            row = job.update(x, step, tokens, iterations, bool(pressed), log)
+                            row = job.update(x, step, tokens, iterations, bool(pressed), log) or row
                         at += len(x)
                 done = at
                 bar.update(at - bar.n)
@@ -189,7 +190,7 @@ def fit(cfg, activations, jobs, device, diagnosed=False):
             if held_out.fvu >= 1:
                 print(f"note: an fvu of 1 is what the mean alone gives; {iterations} updates are few, try more --num_epochs")
             if cfg.hf_repo_id:
-                where = None if cfg.run_name and len(jobs) == 1 else job.folder.name
+                where = None if cfg.run_name and job.folder == Path(cfg.out_dir) / cfg.run_name else job.folder.name
                 print(push(job.folder, cfg.hf_repo_id, "sae", where))
             print(f"saved in  {job.folder}/: cfg.json, sae.safetensors, metrics.jsonl, train.png, evaluate.png")
         if pressed:  # too late for this turn, not for the next
