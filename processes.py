@@ -1,0 +1,93 @@
+"""The processes that torchrun started together: which one this is, what they tell each other, and memory that they share.
+
+    torchrun --nproc_per_node 4 collect.py ...
+    torchrun --nnodes 2 --nproc_per_node 4 --rdzv_backend c10d --rdzv_endpoint first-machine:29500 train.py ...
+
+Without torchrun there is one process, and everything here is free. Messages are JSON, never pickles.
+"""
+
+import json
+import mmap
+import os
+import tempfile
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+class Processes:
+    """Who is there: process `rank` of `count`; of them `local_rank` of `local_count` on this machine, `node` of `nodes`.
+
+    Joins the group that torchrun's variables name: gloo for what is on CPUs, nccl for what is on GPUs. A process that dies takes
+    the others with it (torchrun ends them), so nothing here times out.
+    """
+
+    def __init__(self, device="cpu"):
+        read = lambda name, default: int(os.environ.get(name, default))
+        self.rank, self.count = read("RANK", 0), read("WORLD_SIZE", 1)
+        self.local_rank, self.local_count = read("LOCAL_RANK", 0), read("LOCAL_WORLD_SIZE", 1)
+        self.node, self.nodes = read("GROUP_RANK", 0), read("GROUP_WORLD_SIZE", 1)
+        self.said, self.here, self.numbers = 0, None, {}
+        if self.count == 1:
+            return
+        forever = timedelta(days=30)
+        self.store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))
+        self.store.set_timeout(forever)
+        backend = "cpu:gloo,cuda:nccl" if torch.device(device).type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.count, timeout=forever)
+        machines = self.tell(self.node)
+        for node in sorted(set(machines)):  # every process has to make every group
+            group = dist.new_group([r for r, n in enumerate(machines) if n == node], forever, "gloo")
+            self.here = group if node == self.node else self.here
+        self.machine = [r for r, n in enumerate(machines) if n == self.node]  # ranks on this one
+
+    def tell(self, value):
+        """Every process's value, by rank; all have to call it. Values are what JSON can hold."""
+        if self.count == 1:
+            return [value]
+        self.said += 1
+        self.store.set(f"{self.said}/{self.rank}", json.dumps(value))
+        return [json.loads(self.store.get(f"{self.said}/{rank}")) for rank in range(self.count)]
+
+    def next(self, name):
+        """0, 1, 2, ...: no two processes of the group get the same number under a name."""
+        if self.count > 1:
+            return self.store.add(f"next/{name}", 1) - 1
+        self.numbers[name] = self.numbers.get(name, -1) + 1
+        return self.numbers[name]
+
+    def barrier(self, local=False):
+        """Wait until every process, or every one on this machine, is here."""
+        if self.count > 1:
+            dist.barrier(self.here) if local else dist.barrier()
+
+    def shared(self, num_bytes):
+        """Memory that the processes of this machine share, of this one alone if it is alone: a tensor (num_bytes,) uint8.
+
+        Not in /dev/shm, of which containers have little. All processes have to call it.
+        """
+        fd, path = None, None
+        if self.local_count > 1 and self.local_rank == 0:
+            if hasattr(os, "memfd_create"):
+                fd = os.memfd_create("buffer")
+                path = f"/proc/{os.getpid()}/fd/{fd}"
+            else:
+                fd, path = tempfile.mkstemp()
+            os.ftruncate(fd, num_bytes)
+        paths = self.tell(path)
+        if self.local_count == 1:
+            return torch.empty(num_bytes, dtype=torch.uint8)
+        mine = os.open(paths[self.machine[0]], os.O_RDWR)
+        memory = mmap.mmap(mine, num_bytes)
+        os.close(mine)
+        self.barrier(local=True)  # all have it open
+        if fd is not None:
+            os.close(fd)
+            if not path.startswith("/proc"):
+                os.unlink(path)
+        return torch.frombuffer(memory, dtype=torch.uint8)
+
+    def close(self):
+        if self.count > 1:
+            dist.destroy_process_group()
