@@ -223,7 +223,7 @@ class Activations:
         for unit in self.held_out_units:
             yield self.read(unit[None])
 
-    def batches(self, batch_size, stop, start=0, seed=0, buffer_gb=2.0, tokens=1):
+    def batches(self, batch_size, stop, start=0, seed=0, buffer_gb=2.0, tokens=1, share=(0, 1), machine=None, pin=False):
         """Training vectors `start` to `stop` of an endless seeded shuffle: (x (batch_size, d), step (batch_size,)), the last
         shorter. step: index of `timesteps`, None where there are none.
 
@@ -242,7 +242,8 @@ class Activations:
                 wanted -= len(take)
                 if not wanted:
                     x, step = (found[0] if len(parts) == 1 else torch.cat(found) for found in zip(*parts))
-                    yield x, step if self.timesteps else None
+                    cut = [len(x) // tokens * i // share[1] * tokens for i in (share[0], share[0] + 1)]
+                    yield x[slice(*cut)], step[slice(*cut)] if self.timesteps else None
                     start, parts = start + len(x), []
                     wanted = min(batch_size, stop - start)
             if not wanted:

@@ -38,8 +38,9 @@ from safetensors.torch import load_file
 
 from cli import run
 from hub import push
-from sae import Sae, save_tensors
+from sae import Sae
 from store import read_json, write_atomically
+from tensors import save_tensors
 
 
 @dataclass

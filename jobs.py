@@ -10,17 +10,19 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 
 from cli import product_dtype
 from log import plot_training, read_rows
 from metrics import Metrics, middle, plot_evaluation, total
-from sae import Sae, save_tensors
+from processes import ALONE
+from sae import Sae
 from step import Step
 from store import read_json
+from tensors import load_tensors, save_tensors
 
 # options that a resumed run may change (whether the data are the same is seen from a sample), and those that name SAEs
 FREE = ("data", "out_dir", "run_name", "device", "log_every", "save_every", "log_to", "wandb_project", "memory_gb", "hf_repo_id")
+FREE += ("shard_latents",)
 EACH = ("k", "num_latents", "expansion_factor", "seeds")
 # of its updates batch_topk and sample_topk make like top-k: on the toy batch_topk ended with an FVU of 0.074, not 0.096,
 # sample_topk in mid_block with 0.108, not 0.123; and in bench truth batch_topk found 99 % of the atoms, not 79 %
@@ -81,6 +83,12 @@ def measure(activations, cfg, device):
     return Inputs(scale, center * scale, variance, weights)
 
 
+def agree(processes, inputs):
+    """The first process's Inputs, in all of them."""
+    scale, center, variance, weights = processes.tell(inputs and inputs._replace(center=inputs.center.tolist()))[0]
+    return Inputs(scale, torch.tensor(center), variance, weights)
+
+
 def find_run(folder, settings):
     """What `folder` holds of this run: "nothing", "checkpoint" or "finished", and the state that was saved with it.
 
@@ -109,10 +117,15 @@ def find_run(folder, settings):
 
 
 class Job:
-    """One SAE in training and its folder. `state` is what the checkpoint says beside the tensors."""
+    """One SAE in training and its folder. `state` is what the checkpoint says beside the tensors.
 
-    def __init__(self, cfg, activations, folder, k, num_latents, seed):
+    Several processes have it together: `vectors` and `latents` are the groups of `Processes.grid` that split them.
+    """
+
+    def __init__(self, cfg, activations, folder, k, num_latents, seed, processes, vectors=ALONE, latents=ALONE):
         self.cfg, self.activations, self.folder, self.seed = cfg, activations, folder, seed
+        self.vectors, self.latents = vectors, latents
+        self.first = vectors.index == latents.index == 0  # writes what one process can
         self.last = 0.0  # loss and norm of the last update together
         self.k, self.num_latents, self.checkpoint = k, num_latents, folder / "checkpoint.safetensors"
         if k > num_latents and not cfg.sample_topk:
@@ -124,14 +137,16 @@ class Job:
         digest = hashlib.sha256(activations.sample(1024).numpy().tobytes() + order).hexdigest()[:16]
         settings |= {"k": k, "num_latents": num_latents, "seed": seed}
         self.settings = settings | {"d_in": activations.d, "num_vectors": activations.num_vectors, "digest": digest}
-        self.found, self.state = find_run(folder, self.settings)
+        if any(other != self.settings for other in processes.tell(json.loads(json.dumps(self.settings)))):
+            raise ValueError(f"{activations.paths[0]}: the processes do not see the same data")
+        self.found, self.state = processes.tell(find_run(folder, self.settings) if processes.rank == 0 else None)[0]
 
     def start(self, inputs, device):
         """Make the SAE and the optimizer, new or as they were left."""
         cfg = self.cfg
         activation = "batchtopk" if cfg.batch_topk else "sampletopk" if cfg.sample_topk else "topk"
         variant = {"activation": activation, "input_unit_norm": cfg.input_unit_norm}
-        self.sae = Sae(self.activations.d, self.num_latents, self.k, variant, self.seed).to(device)
+        self.sae = Sae(self.activations.d, self.num_latents, self.k, variant, self.seed, self.latents).to(device)
         if self.found == "nothing":
             self.state = {"iteration": 0, "vectors": 0, "seconds": 0.0, "run_id": secrets.token_hex(4), "training": self.settings}
             self.state |= {"scale": inputs.scale, "variance": inputs.variance, "weights": inputs.weights}
@@ -147,12 +162,14 @@ class Job:
             multi_topk=cfg.multi_topk,
             matryoshka=cfg.matryoshka,
             dtype=getattr(torch, self.state["product"]),
+            vectors=self.vectors,
         )
         if self.found == "nothing":
-            self.folder.mkdir(parents=True, exist_ok=True)
+            if self.vectors.index == 0:
+                self.folder.mkdir(parents=True, exist_ok=True)
             self.save()
         else:
-            self.step.load(load_file(self.checkpoint))
+            self.step.load(load_tensors(self.checkpoint, self.latents) if self.vectors.index == 0 else {})
             print(f"going on at iteration {self.state['iteration']} of {self.folder}")
 
     def check(self):
@@ -163,19 +180,22 @@ class Job:
 
     def save(self):
         self.check()
-        save_tensors(self.checkpoint, self.step.state, {"state": json.dumps(self.state)})
+        if self.vectors.index == 0:
+            state = {"state": json.dumps(self.state)}
+            save_tensors(self.checkpoint, self.step.state, state, self.num_latents, self.latents)
 
-    def update(self, x, step, tokens, iterations, save, log):
-        """One iteration with the vectors x (n, d) of timesteps step (n,); its row, where one is due."""
+    def update(self, x, step, n, tokens, iterations, save, log):
+        """One iteration with n vectors, of which x (n or fewer, d) of timesteps step are this process's; its row, where one is
+        due."""
         state, cfg, started = self.state, self.cfg, time.perf_counter()
         iteration = state["iteration"]
         lr = lr_at(iteration, iterations, cfg, self.num_latents)
         x = x * state["scale"]
-        given = x.unflatten(0, (-1, tokens)) if cfg.sample_topk else x
+        given = x.unflatten(0, (len(x) // tokens, tokens)) if cfg.sample_topk else x
         weights = None if self.weights is None else self.weights[step]
         parts, begun = cfg.grad_acc_steps * cfg.micro_acc_steps, iteration >= TOPK_FIRST * iterations
-        loss, norm, e, *found = self.step(given, lr, weights, parts, each=not begun)
-        state["iteration"], state["vectors"] = iteration + 1, state["vectors"] + len(x)
+        loss, norm, e, *found = self.step(given, lr, weights, parts, each=not begun, n=n)
+        state["iteration"], state["vectors"] = iteration + 1, state["vectors"] + n
         last, row = iteration + 1 == iterations, None
         due, save = (iteration + 1) % cfg.log_every == 0 or last, (iteration + 1) % cfg.save_every == 0 or last or save
         self.last = loss + norm
@@ -185,8 +205,10 @@ class Job:
         if due:  # the numbers of this batch, by the weights that it found
             metrics = Metrics(self.num_latents)
             metrics.update(x, x + e, *found)
+            metrics = metrics.gather(self.vectors, self.activations.d)
             row = {name: state[name] for name in ("iteration", "vectors", "seconds")} | {"fvu": metrics.fvu, "l0": metrics.l0}
-            row["dead"] = (self.step.state["silent_for"] >= cfg.dead_feature_threshold).float().mean().item()
+            dead = (self.step.state["silent_for"] >= cfg.dead_feature_threshold).sum()
+            row["dead"] = self.latents.sum(dead).item() / self.num_latents
             row |= {"loss": loss.item(), "lr": lr}
             if last:
                 state["row"] = row  # waits for the held-out numbers
@@ -211,8 +233,11 @@ class Job:
             "num_held_out": numbers.pop("vectors"), **numbers, "held_out_whole_prompts": activations.whole_prompts,
             "by_timestep": by_timestep, "num_training": state["vectors"], "training": self.settings,
         }  # fmt: skip
-        plot_training(self.folder / "train.png", read_rows(self.folder / "metrics.jsonl"), held_out, self.folder.name)
-        plot_evaluation(self.folder / "evaluate.png", by_step, activations.timesteps, self.folder.name)
-        self.sae.save_to_disk(self.folder)
-        self.checkpoint.unlink()
+        if self.first:
+            plot_training(self.folder / "train.png", read_rows(self.folder / "metrics.jsonl"), held_out, self.folder.name)
+            plot_evaluation(self.folder / "evaluate.png", by_step, activations.timesteps, self.folder.name)
+        if self.vectors.index == 0:
+            self.sae.save_to_disk(self.folder)
+        if self.first:
+            self.checkpoint.unlink()
         self.found = "finished"

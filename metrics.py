@@ -14,6 +14,8 @@ import math
 import torch
 from tqdm import tqdm
 
+from processes import ALONE
+
 ALWAYS = 0.9
 
 
@@ -59,6 +61,22 @@ class Metrics:
         self.counts = self.counts.to(other.counts.device) + other.counts
         self.n, self.error, self.cosines = n, self.error + other.error, self.cosines + other.cosines
 
+    def gather(self, group, d):
+        """The numbers of all processes of a processes.Group together, in each of them. d: width of the vectors."""
+        if group.count == 1:
+            return self
+        mean = self.mean if self.n else torch.zeros(d)
+        numbers = torch.tensor([[self.n, self.variance, self.error, self.cosines, *mean.tolist()]], dtype=torch.float64)
+        whole = Metrics(len(self.counts))
+        counts = self.counts.to(group.device)
+        for n, variance, error, cosines, *mean in group.side_by_side(numbers.to(group.device)).view(group.count, -1).tolist():
+            part = Metrics(len(self.counts))
+            part.n, part.variance, part.error, part.cosines = int(n), variance, error, cosines
+            part.mean = torch.tensor(mean, dtype=torch.float64)
+            whole.add(part)
+        whole.counts = group.sum(counts)
+        return whole
+
     @property
     def fvu(self):
         return self.error / self.variance if self.variance else float(self.error > 0)
@@ -88,16 +106,18 @@ class Metrics:
 
 
 @torch.no_grad()
-def evaluate(saes, activations, batch_size, progress=False):
+def evaluate(saes, activations, batch_size, progress=False, vectors=ALONE):
     """Metrics of SAEs on the held-out vectors of `activations`, which are read once: for each SAE a list, one a timestep.
 
-    Where the files have no timesteps the list is of one; `total` puts them together.
+    Where the files have no timesteps the list is of one; `total` puts them together. The processes.Group `vectors` shares out
+    the prompts.
     """
     if any(sae.activation == "sampletopk" for sae in saes):
         activations.sample_tokens()  # or a ValueError
     steps = max(1, len(activations.timesteps))
     found = [[Metrics(sae.num_latents) for _ in range(steps)] for sae in saes]
-    units = tqdm(activations.held_out_units, "held-out vectors", unit="prompt", disable=not progress, leave=False)
+    units = activations.held_out_units[vectors.index :: vectors.count]
+    units = tqdm(units, "held-out vectors", unit="prompt", disable=not progress, leave=False)
     for unit in units:
         if unit[1] == unit[2]:  # a prompt without text
             continue
@@ -113,7 +133,7 @@ def evaluate(saes, activations, batch_size, progress=False):
                 for s in at.unique().tolist():
                     here = (at == s).to(x.device)
                     metrics[s].update(x[here], x_hat[here], *(code[here] for code in codes))
-    return found
+    return [[metrics.gather(vectors, activations.d) for metrics in by_step] for by_step in found]
 
 
 def total(metrics):

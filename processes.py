@@ -15,6 +15,53 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+FOREVER = timedelta(days=30)
+
+
+class Group:
+    """Some of the processes, of which this is number `index` of `count`. Alone, every method gives back what it gets."""
+
+    def __init__(self, ranks=(0,), rank=0, group=None, device="cpu"):
+        self.index, self.count, self.ranks, self.group, self.device = ranks.index(rank), len(ranks), ranks, group, device
+
+    def part(self, n):
+        """Which of n things, shared out in contiguous parts, are this process's: a slice."""
+        return slice(n * self.index // self.count, n * (self.index + 1) // self.count)
+
+    def sum(self, x):
+        """The sum of every process's x, in place, the same bits in all."""
+        if self.count > 1:
+            dist.all_reduce(x, group=self.group)
+        return x
+
+    def sum_all(self, *tensors):
+        """The sums of several small tensors of one dtype, in one message."""
+        if self.count == 1:
+            return tensors
+        sums = self.sum(torch.cat([x.flatten() for x in tensors])).split([x.numel() for x in tensors])
+        return tuple(total.view(x.shape) for total, x in zip(sums, tensors))
+
+    def side_by_side(self, x):
+        """Every process's x (n, k), of one shape: (n, count k)."""
+        if self.count == 1:
+            return x
+        out = x.new_empty(self.count * len(x), x.shape[1])
+        dist.all_gather_into_tensor(out, x.contiguous(), group=self.group)
+        return out.view(self.count, *x.shape).transpose(0, 1).flatten(1)
+
+    def share(self, x):
+        """The first process's x, in place."""
+        if self.count > 1:
+            dist.broadcast(x, self.ranks[0], self.group)
+        return x
+
+    def barrier(self):
+        if self.count > 1:
+            dist.barrier(group=self.group)
+
+
+ALONE = Group()
+
 
 class Processes:
     """Who is there: process `rank` of `count`; of them `local_rank` of `local_count` on this machine, `node` of `nodes`.
@@ -25,20 +72,20 @@ class Processes:
 
     def __init__(self, device="cpu"):
         read = lambda name, default: int(os.environ.get(name, default))
+        self.device = device
         self.rank, self.count = read("RANK", 0), read("WORLD_SIZE", 1)
         self.local_rank, self.local_count = read("LOCAL_RANK", 0), read("LOCAL_WORLD_SIZE", 1)
         self.node, self.nodes = read("GROUP_RANK", 0), read("GROUP_WORLD_SIZE", 1)
         self.said, self.here, self.numbers = 0, None, {}
         if self.count == 1:
             return
-        forever = timedelta(days=30)
         self.store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))
-        self.store.set_timeout(forever)
+        self.store.set_timeout(FOREVER)
         backend = "cpu:gloo,cuda:nccl" if torch.device(device).type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.count, timeout=forever)
+        dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.count, timeout=FOREVER)
         machines = self.tell(self.node)
         for node in sorted(set(machines)):  # every process has to make every group
-            group = dist.new_group([r for r, n in enumerate(machines) if n == node], forever, "gloo")
+            group = dist.new_group([r for r, n in enumerate(machines) if n == node], FOREVER, "gloo")
             self.here = group if node == self.node else self.here
         self.machine = [r for r, n in enumerate(machines) if n == self.node]  # ranks on this one
 
@@ -49,6 +96,32 @@ class Processes:
         self.said += 1
         self.store.set(f"{self.said}/{self.rank}", json.dumps(value))
         return [json.loads(self.store.get(f"{self.said}/{rank}")) for rank in range(self.count)]
+
+    def any(self, value):
+        """Whether the value is true in any process; all have to ask."""
+        if self.count == 1:
+            return bool(value)
+        dist.all_reduce(found := torch.tensor([float(bool(value))]))
+        return bool(found)
+
+    def grid(self, latents):
+        """Two groups that this process is in: those that split the vectors, and `latents` neighbours that split the latents.
+
+        Raises ValueError where the processes can't be arranged so. All processes have to call it.
+        """
+        if latents < 1 or self.count % latents:
+            raise ValueError(
+                f"--shard_latents {latents}: expected a divisor of {self.count}, the processes that torchrun started"
+            )
+        if self.count == 1:
+            return ALONE, ALONE
+        rows = [tuple(range(start, start + latents)) for start in range(0, self.count, latents)]
+        found = []
+        for ranks in [*zip(*rows), *rows]:
+            group = dist.new_group(ranks, FOREVER)  # which every process has to make
+            if self.rank in ranks:
+                found.append(Group(ranks, self.rank, group, self.device))
+        return tuple(found)
 
     def next(self, name):
         """0, 1, 2, ...: no two processes of the group get the same number under a name."""

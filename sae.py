@@ -21,20 +21,22 @@ input_unit_norm, SAeUron (arXiv 2501.18052); the folder, https://github.com/Eleu
 """
 
 import json
-import os
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
-from kernels import decode, encode, keep_largest, topk
+from kernels import decode, encode, keep_largest, merge, topk
+from processes import ALONE
+from tensors import save_tensors, swap_in
 
 ACTIVATIONS = ("topk", "batchtopk", "sampletopk", "jumprelu")
 UNIT_NORM = "_unitnorm"  # at the end of a file's "activation", so that sparsify refuses what it would get wrong
+ROWS = 4096  # of random numbers drawn at once
 MOST = 8  # times k active latents that a vector can have where their number varies
 
 
@@ -64,9 +66,11 @@ class Sae(nn.Module):
 
     Starts with random unit decoder rows, drawn from `seed`, and the encoder as the decoder's transpose. `cfg` is what
     `cfg.json` says beside these three: "activation" and "input_unit_norm", training options, final numbers, provenance.
+    latents: a processes.Group whose processes hold a slice of the latents each, `own`, and call everything together; what they
+    get is as if each held all, but for gradients, which nothing here gives them.
     """
 
-    def __init__(self, d_in, num_latents, k, cfg=None, seed=0):
+    def __init__(self, d_in, num_latents, k, cfg=None, seed=0, latents=ALONE):
         super().__init__()
         most = k if (cfg or {}).get("activation", "topk").startswith("sampletopk") else num_latents
         if not 1 <= k <= most:
@@ -76,10 +80,11 @@ class Sae(nn.Module):
         self.input_unit_norm = bool(self.cfg.get("input_unit_norm"))
         self.activation = self.cfg["activation"].removesuffix(UNIT_NORM)
         self.cfg["activation"] = self.activation + UNIT_NORM * self.input_unit_norm
-        W_dec = torch.randn(num_latents, d_in, generator=torch.Generator().manual_seed(seed))
+        self.latents, self.own = latents, latents.part(num_latents)
+        W_dec = random_rows(num_latents, d_in, self.own, seed)
         self.W_dec = nn.Parameter(W_dec / W_dec.norm(dim=1, keepdim=True))
         self.b_dec = nn.Parameter(torch.zeros(d_in))
-        self.encoder = nn.utils.skip_init(nn.Linear, d_in, num_latents)  # leaves the user's random state alone
+        self.encoder = nn.utils.skip_init(nn.Linear, d_in, len(W_dec))  # leaves the user's random state alone
         if self.activation in ("batchtopk", "jumprelu"):
             self.register_buffer("threshold", torch.zeros((num_latents,) if self.activation == "jumprelu" else ()))
         with torch.no_grad():
@@ -96,7 +101,7 @@ class Sae(nn.Module):
 
     def width(self, tokens):
         """How many of a vector's largest pre_acts are looked at; `tokens`: vectors of a sample."""
-        each = {"topk": self.k, "sampletopk": MOST * -(-self.k // tokens)}.get(self.activation, MOST * self.k)
+        each = {"topk": self.k, "sampletopk": MOST * -(-self.k // max(1, tokens))}.get(self.activation, MOST * self.k)
         return min(each, self.num_latents)
 
     def keep(self, acts, tokens, each=False):
@@ -121,8 +126,28 @@ class Sae(nn.Module):
         """Set the threshold of a batchtopk SAE so that the vectors x (N, d) have k active latents on average."""
         weights = self.encoder.weight, self.encoder.bias, self.b_dec
         parts = self.standardize(x)[0].split(4096)
-        acts = torch.cat([encode(part, *weights, self.width(1))[0] for part in parts])
+        acts = torch.cat([self.largest(part, *weights, self.width(1))[0] for part in parts])
         self.threshold.copy_(keep_largest(acts, self.k * len(x))[1])
+
+    def largest(self, x, W_enc, b_enc, b_dec, k, dtype=None):
+        """`kernels.encode` over the latents of all processes."""
+        acts, indices = encode(x, W_enc, b_enc, b_dec, min(k, len(W_enc)), dtype)
+        return self.of_all(acts, indices, k)
+
+    def of_all(self, acts, indices, k):
+        """The k largest of what the processes found each among its own latents: (N, up to k), indices among their own."""
+        if self.latents.count == 1:
+            return acts, indices
+        missing = (0, k - acts.shape[1])
+        acts, indices = nn.functional.pad(acts, missing), nn.functional.pad(indices + self.own.start, missing)
+        return merge(self.latents.side_by_side(acts), self.latents.side_by_side(indices), k)
+
+    def of_own(self, acts, indices):
+        """Of (N, K) chosen from all latents those that are this process's; the others are zeros of its first latent."""
+        if self.latents.count == 1:
+            return acts, indices
+        own = (indices >= self.own.start) & (indices < self.own.stop)
+        return acts * own, torch.where(own, indices - self.own.start, 0)
 
     def encode(self, x, dtype=None):
         """Which latents are active on each vector, and how much: x (N, d) -> EncoderOutput. `dtype`: of the product, if another.
@@ -139,7 +164,7 @@ class Sae(nn.Module):
             pre_acts = torch.nn.functional.linear(x - self.b_dec, *weights[:2])
             top_acts, top_indices = longest(torch.relu(pre_acts) * (pre_acts > self.threshold))
         else:
-            top_acts, top_indices = encode(x.flatten(0, -2), *weights, self.width(tokens), dtype)
+            top_acts, top_indices = self.largest(x.flatten(0, -2), *weights, self.width(tokens), dtype)
             if self.activation == "batchtopk":
                 top_acts = top_acts * (top_acts >= self.threshold)
             elif self.activation == "sampletopk":
@@ -152,7 +177,11 @@ class Sae(nn.Module):
 
     def decode(self, top_acts, top_indices, mean=None, std=None):
         """top_acts . W_dec[top_indices] + b_dec: (..., K), (..., K) -> x_hat (..., d); mean, std: see UnitNormOutput."""
-        x_hat = decode(top_acts.flatten(0, -2), top_indices.flatten(0, -2), self.W_dec, self.b_dec)
+        codes = self.of_own(top_acts.flatten(0, -2), top_indices.flatten(0, -2))
+        if self.latents.count == 1:
+            x_hat = decode(*codes, self.W_dec, self.b_dec)
+        else:
+            x_hat = self.latents.sum(decode(*codes, self.W_dec, torch.zeros_like(self.b_dec))) + self.b_dec
         x_hat = x_hat.unflatten(0, top_acts.shape[:-1])
         return x_hat if mean is None else x_hat * std + mean
 
@@ -180,10 +209,11 @@ class Sae(nn.Module):
         """Write `cfg.json` and `sae.safetensors` into the folder `path`, each swapped in whole."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
-        save_tensors(path / "sae.safetensors", self.state_dict(), {"format": "pt"})
-        partial = path / "cfg.json.partial"
-        partial.write_text(json.dumps(self.cfg, indent=1) + "\n")
-        swap_in(partial, path / "cfg.json")
+        save_tensors(path / "sae.safetensors", self.state_dict(), {"format": "pt"}, self.num_latents, self.latents)
+        if self.latents.index == 0:
+            partial = path / "cfg.json.partial"
+            partial.write_text(json.dumps(self.cfg, indent=1) + "\n")
+            swap_in(partial, path / "cfg.json")
 
     @staticmethod
     def load_from_disk(path, device="cpu"):
@@ -259,25 +289,13 @@ def build(cfg, state, weights):
     return sae
 
 
-def save_tensors(path, tensors, metadata):
-    """Write a safetensors file; `path` has its old content or all of the new. Raises OSError, as on a full disk."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, partial, metadata)
-    except SafetensorError as error:
-        partial.unlink(missing_ok=True)
-        raise OSError(f"{path} can't be written: {error}") from None
-    mask = os.umask(0)  # it can only be read by setting it
-    os.umask(mask)
-    partial.chmod(0o666 & ~mask)  # safetensors makes its files private
-    swap_in(partial, path)
-
-
-def swap_in(partial, path):
-    """Give a finished file its final name, in this order also after a power cut."""
-    with open(partial, "rb+") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
+def random_rows(num_latents, d, own, seed):
+    """Rows `own` (a slice) of a matrix (num_latents, d) of normal numbers drawn from `seed`."""
+    generator, parts = torch.Generator().manual_seed(seed), []
+    for start in range(0, own.stop, ROWS):
+        block = torch.randn(min(ROWS, num_latents - start), d, generator=generator)
+        parts.append(block[max(0, own.start - start) : own.stop - start])
+    return torch.cat(parts)
 
 
 def longest(acts):

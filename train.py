@@ -3,6 +3,7 @@
     python train.py                                                    # the newest file in activations/
     python train.py --data activations/mid_block.npy --k 32 --expansion_factor 8
     python train.py --k 16 32 64 --expansion_factor 8 16 --seeds 0 1   # twelve SAEs from one reading of the file
+    torchrun --nproc_per_node 4 train.py --shard_latents 2             # 2 x 2 GPUs: vectors and latents are split
 
 A TopK SAE with the auxiliary loss that revives dead latents (AuxK), trained by Adam on vectors shuffled one by one over
 all prompts. b_dec starts at the geometric median of a sample, the encoder as the decoder's transpose; decoder rows keep
@@ -33,9 +34,10 @@ from activations import newest_activations, open_activations
 from cli import check_positive, resolve_device, run
 from health import report, summary
 from hub import push
-from jobs import SAMPLE, Job, measure
+from jobs import SAMPLE, Job, agree, measure
 from log import import_tracker, open_log, plot_sweep
 from metrics import evaluate, total
+from processes import Processes
 from store import read_json
 
 
@@ -69,6 +71,7 @@ class Config:
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"  # of the encoder's product; auto: 16 bits where they are fast
     buffer_gb: float = 2.0  # memory of the shuffle buffer; a file that fits is shuffled perfectly
     memory_gb: float | None = None  # for SAEs that are trained together (None: half of what is free); more take turns
+    shard_latents: int = 1  # neighbouring processes of torchrun that own a slice of the latents each; else vectors are split
     data_seed: int = 0  # of the order of the vectors; the held-out prompts are the same for every seed
     device: str = "auto"  # auto, cuda, cuda:N, mps, cpu
     log_every: int = 10  # iterations between rows of metrics.jsonl; a row describes one batch
@@ -110,32 +113,36 @@ def check_options(cfg):
 
 @contextmanager
 def interrupt_later():
-    """The first Ctrl-C only fills the list, so that no iteration is cut in two; the second acts as always."""
+    """The first Ctrl-C or SIGTERM only fills the list, so that no iteration is cut in two; a second Ctrl-C acts as always."""
     pressed, main_thread = [], threading.current_thread() is threading.main_thread()
 
-    def handler(*_):
-        pressed.append("Ctrl-C")
+    def handler(number, _):
+        pressed.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    previous = signal.signal(signal.SIGINT, handler) if main_thread else None  # Python allows it nowhere else
+    signals = (signal.SIGINT, signal.SIGTERM) if main_thread else ()  # Python allows it nowhere else
+    previous = [signal.signal(number, handler) for number in signals]
     try:
         yield pressed
     finally:
-        if main_thread:
-            signal.signal(signal.SIGINT, previous)
+        for number, action in zip(signals, previous):
+            signal.signal(number, action)
 
 
-def fit(cfg, activations, jobs, device, diagnosed=False):
+def fit(cfg, activations, jobs, device, processes, diagnosed=False):
     """Train, or finish training, the SAEs of one data set together, each vector read once for all."""
+    vectors, first = jobs[0].vectors, jobs[0].first
     # 1. The SAEs and the optimizers
     tokens = activations.sample_tokens() if cfg.sample_topk else 1
     whole = min(cfg.max_examples or math.inf, cfg.num_epochs * activations.num_training) // tokens * tokens
     if not whole:
         raise ValueError(f"--max_examples {cfg.max_examples}: expected at least {tokens}, the tokens of one sample")
-    inputs = measure(activations, cfg, device) if any(job.found == "nothing" for job in jobs) else None
+    inputs = None
+    if any(job.found == "nothing" for job in jobs):
+        inputs = agree(processes, measure(activations, cfg, device) if first else None)
     for job in jobs:
         job.start(inputs, device)
-    if inputs and not cfg.input_unit_norm and not diagnosed:  # what diagnose.py says at length
+    if first and inputs and not cfg.input_unit_norm and not diagnosed:  # what diagnose.py says at length
         first = jobs[0]
         k = min(-(-first.k // tokens), first.num_latents)
         found = report(activations, k, first.num_latents, device, cfg.center, cfg.data_seed)
@@ -146,26 +153,30 @@ def fit(cfg, activations, jobs, device, diagnosed=False):
     # 2. Training; a job that is ahead of the others waits
     size = max(1, cfg.effective_batch_size // tokens) * tokens
     iterations, done = -(-whole // size), min(job.state["vectors"] for job in jobs)
-    batches = activations.batches(size, whole, done, cfg.data_seed, cfg.buffer_gb, tokens)
-    bar = tqdm(total=whole, initial=done, unit="vec", unit_scale=True, dynamic_ncols=True, desc=jobs[0].folder.name)
+    share, pin = (vectors.index, vectors.count), device.type == "cuda"
+    batches = activations.batches(size, whole, done, cfg.data_seed, cfg.buffer_gb, tokens, share, processes, pin)
+    name = jobs[0].folder.name
+    bar = tqdm(total=whole, initial=done, unit="vec", unit_scale=True, dynamic_ncols=True, desc=name, disable=not first)
     with ExitStack() as stack:
-        logs = [stack.enter_context(open_log(cfg, job.folder, job.state)) for job in jobs]
+        logs = [stack.enter_context(open_log(cfg, job.folder, job.state)) if first else lambda row: None for job in jobs]
         pressed = stack.enter_context(interrupt_later())
         row = None  # the newest
         with bar:
             while chunk := list(islice(batches, TOGETHER if len(jobs) > 1 else 1)):
                 chunk = [(x.to(device).float(), None if step is None else step.to(device)) for x, step in chunk]
+                stop = processes.any(pressed)
                 for job, log in zip(jobs, logs):
                     at = done
                     for x, step in chunk:
+                        n = min(size, whole - at)
                         if job.state["vectors"] == at:
-                            row = job.update(x, step, tokens, iterations, bool(pressed), log) or row
-                        at += len(x)
+                            row = job.update(x, step, n, tokens, iterations, stop, log) or row
+                        at += n
                 done = at
                 bar.update(at - bar.n)
                 if row:
                     bar.set_postfix(fvu=f"{row['fvu']:.3f}", l0=f"{row['l0']:.1f}", dead=f"{row['dead']:.1%}")
-                if pressed and done < whole:
+                if stop and done < whole:
                     for job in jobs:
                         job.save()
                     iteration = min(job.state["iteration"] for job in jobs)
@@ -179,7 +190,7 @@ def fit(cfg, activations, jobs, device, diagnosed=False):
             if cfg.batch_topk:
                 job.sae.calibrate(sample)
         part = -(-size // (cfg.grad_acc_steps * cfg.micro_acc_steps))
-        found = evaluate([job.sae for job in jobs], activations, part, progress=True)
+        found = evaluate([job.sae for job in jobs], activations, part, progress=first, vectors=vectors)
         for job, by_step, log in zip(jobs, found, logs):
             job.finish(by_step, log)
             held_out, seconds = total(by_step), max(job.state["seconds"], 0.01)
@@ -189,30 +200,31 @@ def fit(cfg, activations, jobs, device, diagnosed=False):
             print(f"held out: {held_out.n:,} vectors   {numbers}   always on {held_out.always_on:.2%}")
             if held_out.fvu >= 1:
                 print(f"note: an fvu of 1 is what the mean alone gives; {iterations} updates are few, try more --num_epochs")
-            if cfg.hf_repo_id:
+            if cfg.hf_repo_id and first:
                 where = None if cfg.run_name and job.folder == Path(cfg.out_dir) / cfg.run_name else job.folder.name
                 print(push(job.folder, cfg.hf_repo_id, "sae", where))
             print(f"saved in  {job.folder}/: cfg.json, sae.safetensors, metrics.jsonl, train.png, evaluate.png")
-        if pressed:  # too late for this turn, not for the next
+        if processes.any(pressed):  # too late for this turn, not for the next
             raise KeyboardInterrupt
     if not activations.whole_prompts:
         print("note: there are no prompts to hold out whole, so held-out vectors are of the same samples as the others")
 
 
-def free_bytes(device):
-    """Memory that is free on the device."""
+def free_bytes(device, processes):
+    """Memory that is free on the device for each of the processes."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        return min(processes.tell(torch.cuda.mem_get_info(device)[0]))
     meminfo = Path("/proc/meminfo")
     lines = meminfo.read_text().splitlines() if meminfo.exists() else []
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), 8 << 30)
+    free = next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), 8 << 30)
+    return min(processes.tell(free // processes.local_count))
 
 
 def in_turns(jobs, memory):
     """Groups of jobs that fit in so many bytes of memory together, at least one each."""
     groups, left = [], -1
     for job in jobs:
-        need = 34 * job.num_latents * job.activations.d  # weights, moments, gradients and a 16-bit copy
+        need = 34 * job.num_latents * job.activations.d // job.latents.count  # weights, moments, gradients and a 16-bit copy
         if need > left:
             groups.append([])
             left = memory
@@ -242,6 +254,8 @@ def name_of(cfg, k, num_latents, seed):
 def main(cfg):
     check_options(cfg)
     device = resolve_device(cfg.device)
+    processes = Processes(device)
+    vectors, latents = processes.grid(cfg.shard_latents)
     if cfg.device == "auto" and device.type == "mps":
         device = torch.device("cpu")
         print("training on the CPU: many PyTorch versions lack embedding_bag on MPS; --device mps tries them")
@@ -255,18 +269,20 @@ def main(cfg):
         folders = [base if cfg.run_name else base / f"{stem}_{name_of(cfg, *one)}" for one in each]
         if cfg.run_name and len(each) > 1:
             folders = [base / name_of(cfg, *one) for one in each]
-        jobs = [Job(cfg, activations, folder, *one) for folder, one in zip(folders, each)]
+        jobs = [Job(cfg, activations, folder, *one, processes, vectors, latents) for folder, one in zip(folders, each)]
         for job in jobs:
-            if job.found == "finished":
+            if job.found == "finished" and job.first:
                 job.checkpoint.unlink(missing_ok=True)  # where a power cut came just before it went
                 print(f"{job.folder} is finished: {job.num_latents} latents, k = {job.k}; nothing to do")
-        memory = free_bytes(device) / 2 if cfg.memory_gb is None else cfg.memory_gb * 2**30
+        memory = free_bytes(device, processes) / 2 if cfg.memory_gb is None else cfg.memory_gb * 2**30
         for turn, group in enumerate(in_turns([job for job in jobs if job.found != "finished"], memory)):
-            fit(cfg, activations, group, device, diagnosed=turn > 0)
+            fit(cfg, activations, group, device, processes, diagnosed=turn > 0)
             for job in group:
                 del job.step, job.sae
-        if len(jobs) > 1:
+        if len(jobs) > 1 and processes.rank == 0:
             summarize(folders, base / f"{stem}_sweep.png")
+    processes.barrier()
+    processes.close()
 
 
 if __name__ == "__main__" and "get_ipython" not in globals():

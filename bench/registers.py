@@ -51,6 +51,7 @@ def configurations(half, widths):
         for dense in (False, True):
             blocks = ADAM.row_blocks(d) | dict(DENSE=dense)
             yield ADAM.squared_norm_kernel, dict(**pairs, out=f, d=n), blocks
+            yield ADAM.make_kernel, dict(**pairs, out=f, d=n), blocks
             for unit, copy in ((False, False), (True, False), (False, True)):
                 state = dict(W=f, exp_avg=f, exp_avg_sq=f, copy=half if copy else f, along=f, hyper=f)
                 rest = dict(d=n, beta1="fp32", beta2="fp32", eps="fp32")

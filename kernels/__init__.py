@@ -22,16 +22,16 @@ _namesake = PathFinder.find_spec("kernels", [p for p in sys.path if Path(p).reso
 if _namesake is not None:
     __path__ += _namesake.submodule_search_locations or []
 
-from kernels.adam import adam, squared_norm, update  # noqa: E402
+from kernels.adam import adam, squared_norm, sum_over, update  # noqa: E402
 from kernels.decode import decode, decode_error  # noqa: E402
-from kernels.encode import Selector, encode  # noqa: E402
+from kernels.encode import Selector, encode, merge  # noqa: E402
 from kernels.grad import KEPT, Gradient, sort_pairs, sum_by_latent, totals, weighted_sum  # noqa: E402
 from kernels.threshold import keep_largest  # noqa: E402
 from kernels.topk import topk  # noqa: E402
 
 __all__ = [
-    "KEPT", "Gradient", "Selector", "adam", "decode", "decode_error", "encode", "keep_largest", "sort_pairs", "squared_norm",
-    "sum_by_latent", "topk", "totals", "update", "weighted_sum",
+    "KEPT", "Gradient", "Selector", "adam", "decode", "decode_error", "encode", "keep_largest", "merge",
+    "sort_pairs", "squared_norm", "sum_by_latent", "sum_over", "topk", "totals", "update", "weighted_sum",
 ]  # fmt: skip
 
 

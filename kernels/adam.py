@@ -15,7 +15,7 @@ Source: Kingma & Ba 2015 (arXiv 1412.6980), algorithm 1.
 
 import torch
 
-from kernels.grad import BLOCK, WIDEST, gather_row, warps_for
+from kernels.grad import BLOCK, WIDEST, Gradient, gather_row, warps_for
 
 try:
     import triton
@@ -48,6 +48,16 @@ if triton is not None:
         m = tl.program_id(0).to(tl.int64)
         g = gather_row(m, weights, vectors, ends, x, dense_at, dense, d, DENSE, BLOCK_P, BLOCK_D)
         tl.store(out + m, tl.sum(g * g, 0))
+
+    @triton.jit
+    def make_kernel(
+        weights, vectors, ends, x, dense_at, dense, out, d, DENSE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr
+    ):
+        """Program m: gradient[m], written to out[m]."""
+        m = tl.program_id(0).to(tl.int64)
+        cols = tl.arange(0, BLOCK_D)
+        g = gather_row(m, weights, vectors, ends, x, dense_at, dense, d, DENSE, BLOCK_P, BLOCK_D)
+        tl.store(out + m * d + cols, g, mask=cols < d)
 
     @triton.jit
     def update_kernel(
@@ -107,6 +117,18 @@ def triton_update(W, gradient, exp_avg, exp_avg_sq, step, lr, clip, along=None, 
     launch(update_kernel, gradient, W, tensors, (), *BETAS, EPS, UNIT=along is not None, COPY=copy is not None)
 
 
+def triton_sum_over(vectors, gradient, out):
+    launch(make_kernel, gradient, gradient.x, (), (out,))
+    every = torch.arange(len(out), device=out.device)
+    empty = dict(weights=gradient.weights[:0], vectors=gradient.vectors[:0], ends=torch.zeros_like(gradient.ends))
+    return Gradient(**empty, x=gradient.x, rows=every, dense=vectors.sum(out))
+
+
+def torch_sum_over(vectors, gradient, out):
+    out = vectors.sum(gradient.keep(out).made)
+    return gradient._replace(made=out, norm=torch.linalg.vector_norm(out).square())
+
+
 def torch_squared_norm(gradient, along=None):
     total = gradient.norm
     if total is None:
@@ -128,6 +150,16 @@ def torch_update(W, gradient, exp_avg, exp_avg_sq, step, lr, clip, along=None, c
 
 def in_triton(W):
     return triton is not None and W.is_cuda and W.shape[1] <= WIDEST
+
+
+def sum_over(vectors, gradient, out):
+    """The sum of every process's gradient over the processes.Group `vectors`, made in the memory `out` (M, d).
+
+    Of a process alone the gradient, made if there is memory for it.
+    """
+    if vectors.count == 1:
+        return gradient.keep(out)
+    return (triton_sum_over if in_triton(gradient.x) else torch_sum_over)(vectors, gradient, out)
 
 
 def squared_norm(gradient, along=None):

@@ -49,10 +49,14 @@ class Selector:
             found.append((top_acts, top_indices + start))
         if len(found) == 1:
             return found[0]
-        top_acts, top_indices = (torch.cat(parts, 1) for parts in zip(*found))
-        order = top_indices.argsort(1)  # so that ties go to the lower index again
-        top_acts, places = topk(top_acts.gather(1, order), k)
-        return top_acts, top_indices.gather(1, order.gather(1, places))
+        return merge(*(torch.cat(parts, 1) for parts in zip(*found)), k)
+
+
+def merge(top_acts, top_indices, k):
+    """The k largest of those found in several parts of a row, (N, K) each; ties go to the lower index."""
+    order = top_indices.argsort(1)
+    top_acts, places = topk(top_acts.gather(1, order), k)
+    return top_acts, top_indices.gather(1, order.gather(1, places))
 
 
 class Encode(torch.autograd.Function):

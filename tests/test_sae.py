@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from metrics import Metrics, count_active, geometric_median
-from sae import Sae, save_tensors
+from sae import Sae
+from tensors import save_tensors
 
 X = torch.randn(50, 12, generator=torch.Generator().manual_seed(1)) + 3
 

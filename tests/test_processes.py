@@ -1,0 +1,184 @@
+"""Several processes (gloo, two threads of control and more) against one: the same updates from the same global batches."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+HERE = Path(__file__).parents[1]
+CASES = {  # name: (of the SAE, of the step)
+    "topk": ({}, {}),
+    "multi_topk": ({}, dict(multi_topk=True)),
+    "batchtopk": (dict(activation="batchtopk"), {}),
+    "sampletopk": (dict(activation="sampletopk"), {}),
+    "matryoshka": (dict(activation="batchtopk"), dict(matryoshka=(10, 40))),
+    "unit_norm": (dict(input_unit_norm=True), dict(normalize_decoder=False)),
+}
+D, M, K, N, TOKENS, STEPS = 24, 97, 5, 60, 10, 20
+
+
+def twenty_updates(case, vectors, latents):
+    """Parameters and what every update said, after 20 of them; of the last batch one of 4 processes has nothing."""
+    import step as step_module
+    from sae import Sae
+    from step import Step
+
+    step_module.REFRESH = 3
+    of_sae, of_step = CASES[case]
+    k = 3 * TOKENS if of_sae.get("activation") == "sampletopk" else K
+    sae = Sae(D, M, k, of_sae, seed=1, latents=latents)
+    g = torch.Generator().manual_seed(0)
+    sae.b_dec.data.copy_(torch.randn(D, generator=g))
+    sae.encoder.bias.data.copy_((0.1 * torch.randn(M, generator=g) - 9.0 * (torch.arange(M) % 3 == 0))[sae.own])  # many are dead
+    step = Step(sae, 7.0, auxk_alpha=1.0, dead_feature_threshold=100, vectors=vectors, **of_step)
+    said = []
+    for i in range(STEPS):
+        tokens = TOKENS if sae.activation == "sampletopk" else 1
+        n = N if i < STEPS - 1 else max(3, tokens)
+        x, weights = torch.randn(n, D, generator=g) * 3 + 1, torch.rand(n, generator=g) + 0.5
+        part = vectors.part(n // tokens)
+        here = slice(part.start * tokens, part.stop * tokens)
+        x = x[here].unflatten(0, (part.stop - part.start, tokens)) if tokens > 1 else x[here]
+        result = step(x, 1e-2, weights[here], each=i < 5, n=n)
+        said.append([result.loss.item(), result.norm.item(), float(step.num_dead)])
+    return sae, step, said
+
+
+def worker(folder):
+    """One of the processes: every case, whose whole state goes to a file that all write together."""
+    from processes import Processes
+    from tensors import save_tensors
+
+    torch.set_num_threads(1)
+    processes = Processes()
+    for shards in [s for s in (1, 2, 4) if processes.count % s == 0]:
+        vectors, latents = processes.grid(shards)
+        for case in CASES:
+            sae, step, said = twenty_updates(case, vectors, latents)
+            if vectors.index == 0:
+                path = Path(folder) / f"{case}_{processes.count}_{shards}.safetensors"
+                save_tensors(path, step.state, {"said": json.dumps(said), "rank": "0" * (1 + latents.index)}, M, latents)
+            own = torch.stack([p.detach().double().sum() for p in step.params.values()])  # equal in all that split vectors
+            assert torch.equal(vectors.share(own.clone()), own), case
+    processes.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    for count in (2, 4):
+        torchrun(count, __file__, folder)
+    return folder
+
+
+def environment():
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+
+
+def launch(count, *command):
+    run = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", count] if count > 1 else []
+    return [str(word) for word in (sys.executable, *run, *command)]
+
+
+def torchrun(count, *command):
+    """Run a Python file with `count` processes."""
+    done = subprocess.run(launch(count, *command), env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
+@pytest.mark.parametrize("count, shards", [(2, 1), (2, 2), (4, 1), (4, 2), (4, 4)])
+@pytest.mark.parametrize("case", CASES)
+def test_twenty_updates_are_those_of_one_process(folder, case, count, shards):
+    from processes import ALONE
+
+    sae, step, said = twenty_updates(case, ALONE, ALONE)
+    with safe_open(folder / f"{case}_{count}_{shards}.safetensors", "pt") as file:
+        assert set(file.keys()) == set(step.state)
+        for name, expected in step.state.items():
+            found = file.get_tensor(name)
+            assert found.shape == expected.shape and found.dtype == expected.dtype
+            error = (found.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-12)
+            assert error < 1e-5, (name, error)
+        theirs = torch.tensor(json.loads(file.metadata()["said"]), dtype=torch.float64)
+    assert ((theirs - torch.tensor(said).double()).abs() <= 1e-4 * torch.tensor(said).double().abs()).all()
+    assert max(dead for _, _, dead in said) > D // 2  # AuxK chooses among the dead latents
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """6000 sparse vectors of width 16: (20 prompts, 3 steps, 100 tokens, 16)."""
+    rng = np.random.default_rng(0)
+    x = np.where(rng.random((6000, 24)) < 1 / 8, rng.gamma(3, 1, (6000, 24)), 0) @ rng.standard_normal((24, 16)) + 5
+    path = tmp_path_factory.mktemp("data") / "acts.npy"
+    np.save(path, x.astype(np.float32).reshape(20, 3, 100, 16))
+    return path
+
+
+def train(data, out, *options):
+    return [
+        HERE / "train.py", "--data", data, "--out_dir", out, "--num_latents", 45, "--effective_batch_size", 64, "--log_every", 1,
+        "--dead_feature_threshold", 500, "--lr", 1e-3, "--device", "cpu", "--mixed_precision", "no", "--k", 3,
+        "--batch_topk", "--num_epochs", 3, *options,
+    ]  # fmt: skip
+
+
+def folder_of(out, name="acts_k3_M45_batch_topk"):
+    """Weights, and the numbers of each iteration and at the end."""
+    folder = out / name
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert not [path for path in folder.iterdir() if "checkpoint" in path.name]
+    return load_file(folder / "sae.safetensors"), rows
+
+
+def same(found, expected, tolerance=1e-4):
+    for name, tensor in expected[0].items():
+        assert (found[0][name] - tensor).norm() <= tolerance * tensor.norm(), name
+    assert len(found[1]) == len(expected[1])
+    for row, other in zip(found[1], expected[1]):
+        for name in row.keys() - {"seconds"}:
+            assert row[name] == pytest.approx(other[name], rel=1e-3), (name, row["iteration"])
+
+
+@pytest.fixture(scope="module")
+def alone(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("alone")
+    subprocess.run([sys.executable, *map(str, train(data, out))], check=True, capture_output=True)
+    return folder_of(out)
+
+
+@pytest.mark.parametrize("count, shards", [(2, 1), (4, 2)])
+def test_training_by_several_processes_is_that_of_one(data, alone, tmp_path, count, shards):
+    """Two SAEs from one reading, one of them the one that was trained alone; the held-out numbers too."""
+    torchrun(count, *train(data, tmp_path, "--seeds", 0, 1, "--shard_latents", shards))
+    same(folder_of(tmp_path), alone)
+    assert len(list(tmp_path.glob("*/cfg.json"))) == 2 and len(list(tmp_path.glob("*_sweep.png"))) == 1
+
+
+def test_stopped_with_two_processes_and_gone_on_with_one_and_four(data, alone, tmp_path):
+    metrics = tmp_path / "acts_k3_M45_batch_topk" / "metrics.jsonl"
+    for count, shards, most in ((2, 2, 40), (1, 1, 80), (4, 2, 120)):
+        process = subprocess.Popen(
+            launch(count, *train(data, tmp_path, "--shard_latents", shards)), env=environment(), stderr=subprocess.DEVNULL
+        )
+        while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > most):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)  # as a cluster's scheduler does
+        assert process.wait(60) != 0
+        state = safe_open(metrics.with_name("checkpoint.safetensors"), "pt").metadata()["state"]
+        assert most < json.loads(state)["iteration"] < 200
+    torchrun(2, *train(data, tmp_path))
+    same(folder_of(tmp_path), alone)
+
+
+if __name__ == "__main__":
+    worker(sys.argv[1])
