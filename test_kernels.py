@@ -21,6 +21,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns where
 import pytest
 
 from kernels import decode, encode, sum_by_latent
+from processes import Group
 
 FILES = ("adam", "decode", "encode", "grad", "threshold", "topk")
 ADAM, DECODE, ENCODE, GRAD, THRESHOLD, TOPK = (sys.modules[f"kernels.{name}"] for name in FILES)
@@ -62,7 +63,7 @@ CHOSEN = {(n, b): getattr(DECODE, f"{b}_{n}") for n in ("gather_sum", "gather_do
 CHOSEN |= {("decode_error", b): getattr(DECODE, f"{b}_decode_error") for b in BACKENDS}
 CHOSEN |= {("topk", b): getattr(TOPK, f"{b}_topk") for b in BACKENDS}
 CHOSEN |= {("keep_largest", b): getattr(THRESHOLD, f"{b}_keep_largest") for b in BACKENDS}
-CHOSEN |= {(n, b): getattr(ADAM, f"{b}_{n}") for n in ("squared_norm", "update") for b in BACKENDS}
+CHOSEN |= {(n, b): getattr(ADAM, f"{b}_{n}") for n in ("squared_norm", "sum_over", "update") for b in BACKENDS}
 CHOSEN |= {("sum_by_latent", b): getattr(GRAD, f"{b}_sum_by_latent") for b in BACKENDS}
 
 
@@ -198,8 +199,15 @@ def check_decode_error(shape, dtype, backend):
     return {"e": error(e, expected), "d_acts": error(d_acts, dots)}
 
 
+class Twins(Group):
+    """Two processes with the same numbers."""
+
+    def sum(self, x):
+        return x.mul_(2)
+
+
 def check_adam(shape, dtype, backend):
-    """Two steps, the second without dense rows; the copy is in `dtype`."""
+    """Two steps, the second without dense rows; alone, and summed over two processes; the copy is in `dtype`."""
     x, W, _, weights, indices = random_problem(shape, torch.float32, backend)
     M, k, rows = len(W), indices.shape[1], torch.arange(0, len(W), 3, device=W.device)
     W = W / W.norm(dim=1, keepdim=True)
@@ -207,15 +215,19 @@ def check_adam(shape, dtype, backend):
     pairs = GRAD.Gradient(weights.flatten()[order], order // k, ends, x)
     sums = dense(weights.double(), indices, M).T @ x.double()
     both, errors = sums.index_add(0, rows, W[rows].double() + 1), {}
-    for unit in (False, True):
+    for unit, together in ((False, False), (True, False), (True, True)):
         mine, copy, m, v = W.clone(), W.to(dtype, copy=True), torch.zeros_like(W), torch.zeros_like(W)
         w, first, second = W.double(), torch.zeros_like(sums), torch.zeros_like(sums)
         for step, full in ((1, both), (2, sums)):
             gradient = pairs if full is sums else pairs._replace(rows=rows, dense=(both - sums)[rows].float())
+            if together:
+                gradient = gradient._replace(weights=gradient.weights / 2, dense=None if full is sums else gradient.dense / 2)
             along = (full * mine.double()).sum(1) if unit else None
             clip, t = torch.tensor(1.5, device=W.device), torch.tensor(float(step), device=W.device)
             given = None if along is None else along.float()
             with using(backend):
+                if together:
+                    gradient = CHOSEN["sum_over", backend](Twins(), gradient, torch.full_like(W, torch.nan))
                 norm = CHOSEN["squared_norm", backend](gradient, given)
                 CHOSEN["update", backend](mine, gradient, m, v, t, 0.01, clip, given, copy)
             g = full if along is None else full - along[:, None] * w

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import step as step_module
 from kernels import Gradient, encode, sort_pairs, squared_norm
 from kernels.topk import torch_topk
+from processes import Group
 from sae import Sae
 from step import Step
 
@@ -246,8 +247,16 @@ class NoWaiting(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
+class Pair(Group):
+    """Two processes, of which the other one has nothing."""
+
+    def sum(self, x):
+        return x
+
+
 @pytest.mark.parametrize(
-    "options", [dict(), dict(multi_topk=True), dict(matryoshka=[40]), dict(cfg=dict(activation="batchtopk"))]
+    "options",
+    [dict(), dict(multi_topk=True), dict(matryoshka=[40]), dict(cfg=dict(activation="batchtopk")), dict(vectors=Pair((0, 1)))],
 )
 def test_update_never_waits_for_the_device(options):
     """As on a GPU, through Triton's launchers, whose kernels do nothing here: so that a CUDA graph can hold the step."""
@@ -257,7 +266,7 @@ def test_update_never_waits_for_the_device(options):
         pytest.skip("Triton is not installed")
     modules = {name: sys.modules[f"kernels.{name}"] for name in ("adam", "decode", "grad", "threshold", "topk")}
     _, step = make(auxk_alpha=1.0, dead_feature_threshold=0, dtype=torch.bfloat16, **options)
-    step.padded, step.memory = True, [None, None]
+    step.padded, step.memory = True, step.memory if "vectors" in options else [None, None]
     step.state["dead"][:9] = True
     step.list_dead()
     assert step.dead.tolist() == [*range(9), *[96] * 7]
@@ -277,6 +286,8 @@ def test_update_never_waits_for_the_device(options):
         stack.enter_context(patch.object(torch.Tensor, "new_empty", torch.Tensor.new_zeros))
         for name, module in dict(topk="topk", decode_error="decode", keep_largest="threshold").items():
             chosen = getattr(modules[module], f"triton_{name}")
+            if name == "decode_error":
+                chosen = lambda *tensors, of_triton=chosen: of_triton(*tensors[:5])
             for user in (step_module, sys.modules["kernels.encode"], sys.modules["sae"]):
                 if hasattr(user, name):
                     stack.enter_context(patch.object(user, name, chosen))
@@ -286,4 +297,5 @@ def test_update_never_waits_for_the_device(options):
         stack.enter_context(patch.object(torch.cuda, "device_of", lambda tensor: contextlib.nullcontext()))
         stack.enter_context(NoWaiting())
         step.update(torch.randn(40, 24))
+    assert ("make_kernel" in launched) == ("vectors" in options)
     assert {"topk_kernel", "decode_error_kernel", "squared_norm_kernel", "update_kernel"} <= set(launched)
