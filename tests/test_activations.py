@@ -8,14 +8,16 @@ import pytest
 import torch
 
 import activations
-from activations import Activations, newest_activations, open_activations, open_file
+import reader
+from activations import Activations, newest_activations, open_activations
+from sources import open_file
 from store import checksum
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     monkeypatch.setattr(activations, "HELD_OUT", dict(share=0.1, at_least=0, at_most=10**9))
-    monkeypatch.setattr(activations, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(reader, "BLOCK_BYTES", 64)
 
 
 def numbered(path, shape=(20, 3, 8), dtype=np.float32, first=0):
