@@ -146,7 +146,7 @@ def fit(cfg, activations, jobs, device, diagnosed=False):
     # 2. Training; a job that is ahead of the others waits
     size = max(1, cfg.effective_batch_size // tokens) * tokens
     iterations, done = -(-whole // size), min(job.state["vectors"] for job in jobs)
-    batches = activations.batches(size, whole, done, cfg.data_seed, cfg.buffer_gb, tokens)
+    batches = activations.batches(size, whole, done, cfg.data_seed, cfg.buffer_gb, tokens, pin=device.type == "cuda")
     bar = tqdm(total=whole, initial=done, unit="vec", unit_scale=True, dynamic_ncols=True, desc=jobs[0].folder.name)
     with ExitStack() as stack:
         logs = [stack.enter_context(open_log(cfg, job.folder, job.state)) for job in jobs]

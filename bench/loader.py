@@ -5,7 +5,8 @@
 
 Everything is in the page cache, and every row reads all vectors once a round; rows take turns, the first round is not counted,
 medians of the others. `read` is pread of a block into one small piece of memory, the best that reading can be and the yardstick;
-`load` reads the whole file into memory that is there already. The ancestor's way is that of its trainer: a shuffled `datasets`
+`np.fromfile` reads it all into fresh memory, `load` into memory that is there
+already. The ancestor's way is that of its trainer: a shuffled `datasets`
 table of Array2D in torch format through a DataLoader, whole images a batch, here with each number of workers in turn; its best
 counts. Batches are looked at, not used. Memory is RssAnon, watched while the vectors of a sparse file come (Linux).
 """
@@ -124,19 +125,19 @@ def ways_of(cfg, path, folder):
     array = np.load(path, mmap_mode="r")
     data, memory = Activations([path]), memoryview(np.zeros(path.stat().st_size, np.uint8))
     gb = data.num_training * data.d * 2 / 2**30
-    ours = lambda times: data.batches(cfg.batch_size, data.num_training, buffer_gb=gb / times)
-    endless = data.batches(cfg.batch_size, 10**15, buffer_gb=1.01 * gb)
+    ours = lambda times: data.batches(cfg.batch_size, 10**15, buffer_gb=gb / times)
+    fits, larger = ours(0.99), ours(4)
+    epoch = lambda batches: shown(next(batches)[0] for _ in range(data.num_training // cfg.batch_size))
     ways = {
         f"read, {block} MB blocks, {n} thread{'s' * (n > 1)}": lambda block=block, n=n: read(path, array.nbytes, block * MB, n)
         for block in (1, 4, 8)
         for n in (1, 2)
     }
+    ways["np.fromfile"] = lambda: np.fromfile(path, np.uint8) is None
     ways["load into memory, 2 threads"] = lambda: load(path, memory)
-    ways["ours, fits the buffer, first epoch"] = lambda: shown(x for x, _ in ours(0.99))
-    ways["ours, fits the buffer, further epochs"] = lambda: shown(
-        next(endless)[0] for _ in range(data.num_training // cfg.batch_size)
-    )
-    ways["ours, file 4 x buffer"] = lambda: shown(x for x, _ in ours(4))
+    ways["ours, fits the buffer, first epoch"] = lambda: epoch(ours(0.99))
+    ways["ours, fits the buffer"] = lambda: epoch(fits)
+    ways["ours, file 4 x buffer"] = lambda: epoch(larger)
     if cfg.workers:
         from datasets import Array2D, Dataset, Features, Value, disable_progress_bars
 
