@@ -186,7 +186,7 @@ class Reader:
         self.open_files = {path: os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0)) for path in paths}
         self.readers, self.gatherers = ThreadPoolExecutor(READERS, "reader"), ThreadPoolExecutor(GATHERERS, "gatherer")
         try:
-            stage, at = self.plan.find(start)
+            (stage, at), (self.last, _) = self.plan.find(start), self.plan.find(stop - 1)
             order, steps = self.enter(stage)
             while start < stop or waiting:
                 while start < stop and len(waiting) <= ahead:
@@ -235,8 +235,9 @@ class Reader:
             self.wait()
         order = self.orders.pop(stage).result()
         self.reads = {part: tasks for part, tasks in self.reads.items() if part >= first}
-        self.orders[stage + 1] = self.readers.submit(plan.order, stage + 1)
-        self.ask(last + 1, min(plan.window(stage + 1)[1], first + SLABS - 1))
+        if stage < self.last:
+            self.orders[stage + 1] = self.readers.submit(plan.order, stage + 1)
+            self.ask(last + 1, min(plan.window(stage + 1)[1], first + SLABS - 1))
         return order
 
     def ask(self, first, last):

@@ -135,9 +135,7 @@ def test_each_row_is_read_once_an_epoch_and_once_at_all_where_they_fit(tmp_path,
     monkeypatch.setattr(reader.Reader, "read", counting)
     for _ in data.batches(10, 2 * 432, buffer_gb=200 * 8 / 2**30):
         pass
-    counts = np.bincount(reads)
-    assert set(counts[counts > 0]) <= {2, 3} and (counts > 0).sum() == 432
-    assert (counts == 3).sum() <= 25  # of the epoch that would have come, a slab
+    assert set(np.bincount(reads)) <= {0, 2} and len(reads) == 2 * 432
     reads.clear()
     for _ in data.batches(10, 3 * 432):
         pass
