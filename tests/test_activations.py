@@ -9,7 +9,7 @@ import torch
 import activations
 import reader
 from activations import Activations, newest_activations, open_activations
-from sources import open_file
+from sources import open_file, prompts_of
 from store import Collection, checksum
 
 
@@ -227,6 +227,11 @@ def test_a_finished_collection_that_was_being_extended(tmp_path, capsys):
     assert "23 of 40 prompts" in capsys.readouterr().out
     stopped(tmp_path, [], prompts=60).close()  # the listing has grown, and the files not yet
     assert open_activations([tmp_path])[0].num_prompts == 23
+    path = tmp_path / "mid_block.npy.partial"
+    array, meta = open_file(path)
+    assert prompts_of(path, array, meta) == [f"{tmp_path.name} {i}" for i in range(40)]
+    np.save(tmp_path / "progress.npy", np.load(tmp_path / "progress.npy")[:7])  # not yet as long as the file
+    assert open_activations([tmp_path])[0].num_prompts == 20
 
 
 def test_one_finished_prompt_is_too_few(tmp_path):
@@ -253,14 +258,14 @@ def test_what_several_machines_collected_is_one_data_set(tmp_path, capsys):
     assert capsys.readouterr().out.count("node1/mid_block") == 3
 
 
-def saved_rows(folder, x, column="activations", plain=False, **columns):
+def saved_rows(folder, x, column="activations", plain=False, shards=2, **columns):
     from datasets import Array2D, Dataset, Features, disable_progress_bars
 
     disable_progress_bars()
     data = Dataset.from_dict({column: x.tolist() if plain else x, **columns})
     if not plain:
         data = data.cast(Features(data.features | {column: Array2D(x.shape[1:], str(x.dtype))}))
-    data.save_to_disk(folder, num_shards=2)
+    data.save_to_disk(folder, num_shards=shards)
     return folder
 
 
@@ -268,10 +273,10 @@ def saved_rows(folder, x, column="activations", plain=False, **columns):
 def test_rows_saved_by_the_ancestor(tmp_path, dtype):
     x = np.arange(36 * 4, dtype=dtype).reshape(36, 4, 1).repeat(2, 2)
     times = np.tile(np.array([900, 500, 100], np.uint16), 12)
-    data = open_activations([saved_rows(tmp_path / "up.1", x, timestep=times, label=["a"] * 36)])[0]
+    data = open_activations([saved_rows(tmp_path / "up.1", x, shards=5, timestep=times, label=["a"] * 36)])[0]
     assert (data.hook_name, data.d, data.num_prompts, data.timesteps) == ("up.1", 2, 12, [900, 500, 100])
     assert data.whole_prompts and data.sample_tokens() == 4
-    assert {path for path, *_ in data.files} == {str(tmp_path / "up.1" / f"data-0000{i}-of-00002.arrow") for i in range(2)}
+    assert {path for path, *_ in data.files} == {str(tmp_path / "up.1" / f"data-0000{i}-of-00005.arrow") for i in range(5)}
     held_out = ids(data.held_out())
     for buffer_gb in (1, 1e-6):
         found = list(data.batches(9, data.num_training, buffer_gb=buffer_gb))
