@@ -31,7 +31,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import health
-from activations import newest_activations, open_activations, open_file, prompts_of
+from activations import newest_activations, open_activations
 from cli import check_positive, product_dtype, resolve_device, run
 from health import OUTLIER, ratio
 from jobs import default_lr
@@ -90,13 +90,6 @@ def trial(sae, x, updates, cfg, dtype, bar):
 def duration(seconds):
     """In words."""
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def files_of(activations):
-    """The files' shapes, and the number of different prompts in them, 0 where they do not say."""
-    files = [(path, *open_file(path)) for path in activations.paths]
-    names = {name for file in files for name in prompts_of(*file)} if activations.whole_prompts else ()
-    return {"shapes": [list(array.shape) for _, array, _ in files], "num_prompts": len(names)}
 
 
 def screen(found):
@@ -212,7 +205,8 @@ def diagnose(cfg, activations, place, device):
         raise ValueError(f"--k {cfg.k}: expected 1 to num_latents = {num_latents}")
     print(f"{' '.join(activations.paths)}: measuring ...")
     drawn = health.draw(activations, cfg.seed)
-    found = health.report(activations, cfg.k, num_latents, device, cfg.center, cfg.seed, drawn) | files_of(activations)
+    found = health.report(activations, cfg.k, num_latents, device, cfg.center, cfg.seed, drawn)
+    found |= {"shapes": activations.shapes, "num_prompts": activations.num_prompts}
 
     # 2. What the first updates make of the latents, and how long they take
     x, updates = drawn[0].to(device), -(-cfg.num_epochs * activations.num_training // BATCH_SIZE)

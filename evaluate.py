@@ -46,7 +46,7 @@ class Config:
 def held_out_prompts(activations, count):
     """The first held-out prompts: their rows of prompts.jsonl, whose seeds gave the activations. One image of each."""
     file, first, _ = activations.held_out_units[0]
-    path = Path(activations.paths[file])
+    path = Path(activations.files[file].path)
     meta, listing = read_description(path), path.with_name("prompts.jsonl")
     if not meta or not listing.exists() or not activations.whole_prompts:
         raise ValueError(f"--graft: {path} is not of collect.py with its prompts.jsonl, so it is not known what to generate")

@@ -163,7 +163,7 @@ def fit(cfg, activations, jobs, device, processes, diagnosed=False):
         row = None  # the newest
         with bar:
             while chunk := list(islice(batches, TOGETHER if len(jobs) > 1 else 1)):
-                chunk = [(x.to(device).float(), None if step is None else step.to(device)) for x, step in chunk]
+                chunk = [(x.to(device, non_blocking=pin).float(), None if step is None else step.to(device)) for x, step in chunk]
                 stop = processes.any(pressed)
                 for job, log in zip(jobs, logs):
                     at = done

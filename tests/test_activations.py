@@ -1,21 +1,22 @@
 """Reading activation files: what is refused, the split by prompt, and the seeded shuffle that starts anywhere."""
 
 import json
-import weakref
 
 import numpy as np
 import pytest
 import torch
 
 import activations
-from activations import Activations, newest_activations, open_activations, open_file
-from store import checksum
+import reader
+from activations import Activations, newest_activations, open_activations
+from sources import open_file, prompts_of
+from store import Collection, checksum
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     monkeypatch.setattr(activations, "HELD_OUT", dict(share=0.1, at_least=0, at_most=10**9))
-    monkeypatch.setattr(activations, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(reader, "BLOCK_BYTES", 64)
 
 
 def numbered(path, shape=(20, 3, 8), dtype=np.float32, first=0):
@@ -122,24 +123,23 @@ def test_shuffle_starts_anywhere_and_repeats_every_epoch(tmp_path, buffer_rows):
     assert not torch.equal(first, order[432:472].sort().values)
 
 
-def test_one_buffer_is_in_memory_and_one_that_holds_all_is_read_once(tmp_path, monkeypatch):
-    data, buffers = Activations([numbered(tmp_path / "a.npy")]), []
-    read = Activations.read
+def test_each_row_is_read_once_an_epoch_and_once_at_all_where_they_fit(tmp_path, monkeypatch):
+    data, reads = Activations([numbered(tmp_path / "a.npy")]), []
+    read = reader.Reader.read
 
-    def counting(self, pieces):
-        assert all(buffer() is None for buffer in buffers)
-        out = read(self, pieces)
-        buffers.append(weakref.ref(out))
-        return out
+    def counting(self, number, first, end, at):
+        reads.extend(range(first, end))
+        read(self, number, first, end, at)
+        assert at + (end - first) * self.row_bytes <= len(self.buffer) <= 3456  # all rows, or the buffer
 
-    monkeypatch.setattr(Activations, "read", counting)
-    for _ in data.batches(10, 800, buffer_gb=100 * 8 / 2**30):
+    monkeypatch.setattr(reader.Reader, "read", counting)
+    for _ in data.batches(10, 2 * 432, buffer_gb=200 * 8 / 2**30):
         pass
-    assert len(buffers) == 10  # 432 vectors in 5 buffers, nearly twice
-    buffers.clear()
+    assert set(np.bincount(reads)) <= {0, 2} and len(reads) == 2 * 432
+    reads.clear()
     for _ in data.batches(10, 3 * 432):
         pass
-    assert len(buffers) == 1
+    assert len(reads) == len(set(reads)) == 432
     assert list(data.batches(10, 50, 50)) == []
 
 
@@ -179,6 +179,136 @@ def test_each_hook_name_is_a_data_set(tmp_path):
         assert names == [["m.npy", "n.npy"], ["m.uncond.npy"], ["other.npy"], ["u.npy"]]
         assert sets[3].hook_name == "up"
     assert [data.paths for data in open_activations([tmp_path / "samples.npy"])] == [[str(tmp_path / "samples.npy")]]
+
+
+def stopped(folder, done, prompts=20, name="mid_block", first=0, n=1):
+    """A collection of 3 steps and 4 tokens in batches of 3 prompts, of which some are done."""
+    settings = {"model": "toy", "batch_size": 3, "num_images_per_prompt": n, "rows": "both", "side": "output", "stream": "image"}
+    rows = [{"id": i, "prompt": f"{folder.name} {i}", "seed": i} for i in range(prompts) for _ in range(n)]
+    collection = Collection(folder, settings | {"dtype": "float32"}, rows, 3 * n)
+    numbers = first + torch.arange(12.0 * prompts * n).view(-1, 3, 4, 1).expand(-1, 3, 4, 2)
+    facts = {name: {"timesteps": [9, 5, 1], "sigmas": [3, 2, 1], "grid": [2, 2]}}
+    for batch in done:
+        x = numbers[3 * n * batch : 3 * n * (batch + 1)]
+        arrays = {name: x, f"{name}.uncond": -x, "samples": x[:, 0]}
+        collection.write(batch, arrays, np.zeros(3), facts)
+    return collection
+
+
+def finish(collection, folder, name="mid_block"):
+    meta = collection.settings | {"hook_name": name, **collection.facts[name], "shape": collection.shape(name)}
+    collection.finish({name: meta | {"rows": "cond"}, f"{name}.uncond": meta | {"rows": "uncond"}, "samples": None})
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_collection_that_was_stopped_counts_as_far_as_it_came(tmp_path, capsys, n):
+    stopped(tmp_path, [0, 3, 6], n=n).close()  # the last batch is of two
+    expected = [12 * row + i for row in (*range(3 * n), *range(9 * n, 12 * n), *range(18 * n, 20 * n)) for i in range(12)]
+    for name in ("mid_block.npy", "mid_block.npy.partial", "mid_*.npy"):
+        data = open_activations([tmp_path / name])[0]
+        found = [*data.held_out(), *(x for x, _ in data.batches(7, data.num_training))]
+        assert sorted(ids(found).tolist()) == expected and data.num_vectors == len(expected)
+        assert data.timesteps == [9, 5, 1] and data.hook_name == "mid_block" and data.num_prompts == 8
+        assert f"{tmp_path}/mid_block.npy.partial: 8 of 20 prompts; the collection is not finished" in capsys.readouterr().out
+        drawn = data.draw(1000)
+        assert (data.read(drawn)[:, 0].long() // 4 % 3).tolist() == data.steps_of(drawn).tolist()
+    both = open_activations([tmp_path])
+    assert [data.paths for data in both] == [[f"{tmp_path}/mid_block{end}.npy.partial"] for end in ("", ".uncond")]
+    assert newest_activations(tmp_path).suffix == ".partial"
+
+
+def test_a_finished_collection_that_was_being_extended(tmp_path, capsys):
+    collection = stopped(tmp_path, range(7))
+    finish(collection, tmp_path)
+    assert open_activations([tmp_path])[0].num_vectors == 240 and not capsys.readouterr().out
+    stopped(tmp_path, [8], prompts=40).close()
+    data = open_activations([tmp_path])[0]
+    assert data.paths == [f"{tmp_path}/mid_block.npy.partial"] and data.num_prompts == 20 + 3
+    assert "23 of 40 prompts" in capsys.readouterr().out
+    stopped(tmp_path, [], prompts=60).close()  # the listing has grown, and the files not yet
+    assert open_activations([tmp_path])[0].num_prompts == 23
+    path = tmp_path / "mid_block.npy.partial"
+    array, meta = open_file(path)
+    assert prompts_of(path, array, meta) == [f"{tmp_path.name} {i}" for i in range(40)]
+    np.save(tmp_path / "progress.npy", np.load(tmp_path / "progress.npy")[:7])  # not yet as long as the file
+    assert open_activations([tmp_path])[0].num_prompts == 20
+
+
+def test_one_finished_prompt_is_too_few(tmp_path):
+    collection = stopped(tmp_path, [])
+    collection.batch_size, collection.sizes = 1, np.ones(20, int)
+    collection.close()
+    with pytest.raises(ValueError, match="no .npy file"):
+        open_activations([tmp_path])
+    stopped(tmp_path, [6], prompts=19).close()
+    with pytest.raises(ValueError, match="1 of 19 prompts.*too little"):
+        open_activations([tmp_path])
+
+
+def test_what_several_machines_collected_is_one_data_set(tmp_path, capsys):
+    for node, done in enumerate(([0, 1, 2, 3, 4, 5, 6], [0, 2])):
+        collection = stopped(tmp_path / f"node{node}", done, first=1000 * node)
+        if node == 0:
+            finish(collection, tmp_path / "node0")
+        collection.close()
+    paths = [[f"{tmp_path}/node0/mid_block{end}.npy", f"{tmp_path}/node1/mid_block{end}.npy.partial"] for end in ("", ".uncond")]
+    assert [data.paths for data in open_activations([tmp_path])] == paths
+    (data,) = open_activations([newest_activations(tmp_path)])
+    assert data.paths in paths and data.num_vectors == 240 + 6 * 12 and data.num_prompts == 26
+    assert capsys.readouterr().out.count("node1/mid_block") == 3
+
+
+def saved_rows(folder, x, column="activations", plain=False, shards=2, **columns):
+    from datasets import Array2D, Dataset, Features, disable_progress_bars
+
+    disable_progress_bars()
+    data = Dataset.from_dict({column: x.tolist() if plain else x, **columns})
+    if not plain:
+        data = data.cast(Features(data.features | {column: Array2D(x.shape[1:], str(x.dtype))}))
+    data.save_to_disk(folder, num_shards=shards)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_rows_saved_by_the_ancestor(tmp_path, dtype):
+    x = np.arange(36 * 4, dtype=dtype).reshape(36, 4, 1).repeat(2, 2)
+    times = np.tile(np.array([900, 500, 100], np.uint16), 12)
+    data = open_activations([saved_rows(tmp_path / "up.1", x, shards=5, timestep=times, label=["a"] * 36)])[0]
+    assert (data.hook_name, data.d, data.num_prompts, data.timesteps) == ("up.1", 2, 12, [900, 500, 100])
+    assert data.whole_prompts and data.sample_tokens() == 4
+    assert {path for path, *_ in data.files} == {str(tmp_path / "up.1" / f"data-0000{i}-of-00005.arrow") for i in range(5)}
+    held_out = ids(data.held_out())
+    for buffer_gb in (1, 1e-6):
+        found = list(data.batches(9, data.num_training, buffer_gb=buffer_gb))
+        assert found[0][0].dtype == (torch.float16 if dtype == np.float16 else torch.float32)
+        numbers = ids(found)
+        assert sorted([*numbers.tolist(), *held_out.tolist()]) == list(range(144))
+        assert torch.equal(torch.cat([step for _, step in found]), numbers // 4 % 3)
+    assert not set((held_out // 12).tolist()) & set((numbers // 12).tolist())  # of other images
+
+
+def test_rows_saved_as_lists_and_by_file_name(tmp_path):
+    x = np.random.default_rng(0).normal(size=(30, 4, 8)).astype(np.float32)
+    names = [f"{i // 5}.png" for i in range(30)]
+    data = open_activations([saved_rows(tmp_path / "a", x, "values", plain=True, file_name=names)])[0]
+    assert data.num_prompts == 6 and data.timesteps == []
+    rows = torch.cat([*data.held_out(), *(x for x, _ in data.batches(16, data.num_training))])
+    assert sorted(map(tuple, rows.float().tolist())) == sorted(map(tuple, x.reshape(-1, 8).tolist()))
+    flat = open_activations([saved_rows(tmp_path / "b", x[:, 0], plain=True)])[0]
+    assert (flat.num_vectors, flat.d, flat.num_prompts) == (30, 8, 30)
+    assert len(open_activations([tmp_path / "*"])) == 2
+    with pytest.raises(ValueError, match="columns.*'other'"):
+        open_activations([saved_rows(tmp_path / "c", x, "other")])
+    with pytest.raises(ValueError, match="levels of lists of int64"):
+        open_activations([saved_rows(tmp_path / "d", x.astype(int), plain=True)])
+    ragged = [[[1.0, 2.0], [1.0, 2.0]], [[1.0, 2.0]]]
+    for name, rows in ("2 lengths", ragged * 2), ("different shapes", ragged):  # in one file, in two
+        saved_rows(tmp_path / name, np.array([*rows, None], object)[:-1], plain=True)
+        with pytest.raises(ValueError, match=name):
+            open_activations([tmp_path / name])
+    (tmp_path / "b" / "data-00000-of-00002.arrow").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="data-00000-of-00002.arrow is missing or not"):
+        open_activations([tmp_path / "b"])
 
 
 def test_a_folder_of_plain_files_is_one_data_set(tmp_path):

@@ -91,9 +91,10 @@ def contents(folder):
 
 def command(script, *more):
     """A right and quick command line of a script, and more options."""
+    model = "--model_name model --dataset_name prompts.csv --num_inference_steps 1 --hook_names mid_block --max_num_examples"
     base = {
-        "ablate": "--model_name model --dataset_name prompts.csv --max_num_examples 1 --num_inference_steps 1 --hook_names mid_block",
-        "collect": "--model_name model --dataset_name prompts.csv --max_num_examples 2 --num_inference_steps 1 --hook_names mid_block",
+        "ablate": f"{model} 1",
+        "collect": f"{model} 2",
         "diagnose": "--data x.npy --num_latents 16 --k 2 --trial_updates 2 --trial_seconds 1",
         "evaluate": "--sae sae --data x.npy",
         "formats": "--sae sae --export saelens --out_dir exported",
@@ -125,26 +126,21 @@ def run(good, words, damage=lambda folder: None):
     assert "Traceback" not in err.getvalue(), (words, err.getvalue()[-2000:])
     assert {path: after.get(path) for path in before} == before, words
     assert not outside, words
-    lines = [line for line in err.getvalue().splitlines() if ": error:" in line or line.startswith("╭─")]
+    lines = [
+        line for line in err.getvalue().splitlines() if ": error:" in line or line.startswith("╭─") or line.endswith("error")
+    ]
     assert status == 0 or len(lines) == 1, (words, err.getvalue()[-2000:])
     return None if status == 0 else lines[0]
 
 
 JUNK = [
-    "", " ", "-1", "0", "1", "3", "1e400", "nan", "inf", "-inf", "99999999999999999999", "1.5", "true", "None", "{}", "[", '{"a": 1}',
-    "../outside", "/proc/outside", "/dev/null", "/dev/full", "~", ".", "x.npy", "prompts.csv", "sae", "model", "mid_block.*", "**", "*",
-    "cuda:99", "mps", "float16", "--", "-k", "a b", "ä€😀", "x" * 300, "\x1b[31m", "<script>", "%s%n", "'; rm -rf /", "hf://x/y", "a/b/c",
-    "owner/name", "prompts.csv:1", "C:\\x",
+    "", " ", "-1", "0", "1", "3", "1e400", "nan", "inf", "-inf", "99999999999999999999", "1.5", "true", "None", "{}", "[",
+    '{"a": 1}', "../outside", "/proc/outside", "/dev/null", "/dev/full", "~", ".", "x.npy", "prompts.csv", "sae", "model",
+    "mid_block.*", "**", "*", "cuda:99", "mps", "float16", "--", "-k", "a b", "ä€😀", "x" * 300, "\x1b[31m", "<script>", "%s%n",
+    "'; rm -rf /", "hf://x/y", "a/b/c", "owner/name", "prompts.csv:1", "C:\\x",
 ]  # fmt: skip
-ENDLESS = (
-    "num_epochs",
-    "effective_batch_size",
-    "list_hooks",
-    "to_hub",
-    "hf_repo_id",
-    "log_to",
-    "device",
-)  # fine, but slow, or elsewhere
+# fine, but slow or elsewhere
+ENDLESS = ("num_epochs", "effective_batch_size", "list_hooks", "to_hub", "hf_repo_id", "log_to", "device")
 
 
 def options(script):
@@ -167,9 +163,9 @@ SHAPES = st.lists(st.sampled_from([-1, 0, 1, 2, 3, 4, 8, 20, 10**6, 2**40, 2**63
 DTYPES = ["<f4", "<f2", ">f4", "<f8", "|O", "<i4", "|b1", "<U3", "<c8", "|V8", "f4, i4", "", "<f3", None, 4]
 
 
-def npy(descr, shape, fortran, version=1, tail=X.tobytes()):
+def npy(descr, shape, fortran, version):
     header = repr({"descr": descr, "fortran_order": fortran, "shape": shape}).encode()
-    return b"\x93NUMPY" + bytes([version, 0]) + struct.pack("<H", len(header)) + header + tail
+    return b"\x93NUMPY" + bytes([version, 0]) + struct.pack("<H", len(header)) + header + X.tobytes()
 
 
 def damaged(raw):

@@ -1,0 +1,208 @@
+"""The shuffle buffer: how well it mixes, what processes share, what happens when reading fails or stops in the middle."""
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import activations
+import reader
+from activations import Activations
+from reader import Plan, cut, shuffle
+
+HERE = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(activations, "HELD_OUT", dict(share=0.05, at_least=0, at_most=10**9))
+    monkeypatch.setattr(reader, "BLOCK_BYTES", 1024)
+
+
+def data_set(path, prompts=128, tokens=64, steps=1):
+    """Vectors (number, step) and how many bytes of them are trained on."""
+    number = np.arange(prompts * steps * tokens).reshape(prompts, steps, tokens)
+    np.save(path, np.stack([number, number // tokens % steps], -1).astype(np.float32))
+    data = Activations([path])
+    return data, data.num_training * 8
+
+
+def numbers(batches):
+    return torch.cat([x[:, 0] for x, _ in batches]).long().numpy()
+
+
+@pytest.mark.parametrize("times", [0.9, 1.05, 1.2, 2, 8])
+@pytest.mark.parametrize("tokens", [16, 128, 512])  # an eighth of a block, one, and four
+def test_vectors_of_one_sample_seldom_meet(tmp_path, times, tokens):
+    data, num_bytes = data_set(tmp_path / "a.npy", 65536 // tokens, tokens)
+    size, n = 256, data.num_training // 256 * 256
+    order = numbers(data.batches(size, 3 * data.num_training, buffer_gb=num_bytes / times / 2**30))
+    meetings = 0
+    for epoch in range(3):
+        mine = order[epoch * data.num_training :][: data.num_training]
+        assert len(np.unique(mine)) == data.num_training
+        sample = np.sort((mine[:n] // tokens).reshape(-1, size), 1)
+        for batch in sample:
+            counts = np.unique(batch, return_counts=True)[1]
+            meetings += (counts * (counts - 1)).sum() / 3
+    by_chance = n * (size - 1) * (tokens - 1) / (data.num_training - 1)
+    assert 0.9 * min(times, 1) < meetings / by_chance < (1.1 if times < 1 else 1.5 * times)
+
+
+@pytest.mark.parametrize("times", [0.5, 3])
+def test_steps_take_turns_in_every_stage(tmp_path, times):
+    data, num_bytes = data_set(tmp_path / "a.npy", 400, 16, steps=4)
+    data.timesteps = [9.0, 6.0, 3.0, 0.0]
+    found = list(data.batches(64, data.num_training, buffer_gb=num_bytes / times / 2**30))
+    assert all(torch.equal(x[:, 1].long(), step) for x, step in found)
+    counts = torch.stack([step.bincount(minlength=4) for _, step in found[:-1]]).double()
+    assert counts.std() < (1 if times < 1 else 2.5)  # 3.5 by chance
+
+
+def test_a_start_anywhere_gives_what_would_have_come(tmp_path):
+    data, num_bytes = data_set(tmp_path / "a.npy")
+    options = dict(buffer_gb=num_bytes / 3 / 2**30, seed=5)
+    stop = 2 * data.num_training + 77
+    order = numbers(data.batches(100, stop, **options))
+    for start in (1, 77, data.num_training - 1, data.num_training, data.num_training + 1, stop - 1):
+        assert np.array_equal(numbers(data.batches(130, stop, start, **options)), order[start:])
+    other = numbers(data.batches(100, stop, buffer_gb=num_bytes / 4 / 2**30, seed=5))
+    assert not np.array_equal(other, order) and np.array_equal(np.sort(other[: data.num_training]), np.unique(order))
+
+
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_shares_put_together_are_the_batches(tmp_path, tokens):
+    data, num_bytes = data_set(tmp_path / "a.npy", tokens=16)
+    options = dict(start=64, buffer_gb=num_bytes / 2 / 2**30, tokens=tokens)
+    whole = list(data.batches(112, data.num_training, **options))
+    shares = [list(data.batches(112, data.num_training, **options, share=(i, 3))) for i in range(3)]
+    for (x, _), *parts in zip(whole, *shares, strict=True):
+        assert torch.equal(x, torch.cat([part for part, _ in parts]))
+        assert all(len(part) == (i + 1) * len(x) // tokens // 3 * tokens - i * len(x) // tokens // 3 * tokens
+                   for i, (part, _) in enumerate(parts))  # fmt: skip
+
+
+PROCESS = """
+import sys, torch, activations, reader
+from activations import Activations
+from processes import Processes
+reader.BLOCK_BYTES, activations.HELD_OUT = 1024, dict(share=0.05, at_least=0, at_most=10**9)
+path, buffer_gb, stop = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
+machine, read = Processes(), []
+original = reader.Reader.read
+reader.Reader.read = lambda self, number, first, end, at: (read.append(end - first), original(self, number, first, end, at))
+share = (machine.rank, machine.count)
+found = list(Activations([path]).batches(96, stop, 10, 3, buffer_gb, share=share, machine=machine))
+torch.save([x for x, _ in found] + [torch.tensor(sum(read))], f"{path}.{machine.rank}")
+machine.close()
+"""
+
+
+@pytest.mark.parametrize("times", [0.5, 3])
+def test_processes_of_a_machine_fill_one_buffer_together(tmp_path, times):
+    data, num_bytes = data_set(tmp_path / "a.npy")
+    buffer_gb, stop = num_bytes / times / 2**30, 2 * data.num_training + 50
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, "-c", PROCESS, str(tmp_path / "a.npy"), str(buffer_gb), str(stop)]
+    same = {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "PYTHONPATH": str(HERE),
+    }
+    ranks = [subprocess.Popen(command, env=os.environ | same | {"RANK": r, "LOCAL_RANK": r}) for r in "01"]
+    try:
+        assert [process.wait(100) for process in ranks] == [0, 0]
+    finally:
+        for process in ranks:
+            process.kill()
+    (*first, read_0), (*second, read_1) = (torch.load(f"{tmp_path}/a.npy.{rank}", weights_only=True) for rank in range(2))
+    alone = [x for x, _ in data.batches(96, stop, 10, 3, buffer_gb)]
+    for x, *parts in zip(alone, first, second, strict=True):
+        assert torch.equal(x, torch.cat(parts))
+    assert 0.4 < read_0 / (read_0 + read_1) < 0.6
+    assert read_0 + read_1 < (1 if times < 1 else 3) * data.num_training + 1
+
+
+def test_a_file_that_gets_shorter_is_named(tmp_path):
+    data, num_bytes = data_set(tmp_path / "a.npy")
+    batches = data.batches(64, 10 * data.num_training, buffer_gb=num_bytes / 3 / 2**30)
+    next(batches)
+    os.truncate(tmp_path / "a.npy", 20_000)
+    with pytest.raises(ValueError, match=r"a\.npy has become shorter"):
+        list(batches)
+    (tmp_path / "a.npy").unlink()
+    with pytest.raises(OSError, match=r"a\.npy"):
+        next(data.batches(64, 100))
+
+
+def test_closing_ends_the_threads_and_closes_the_files(tmp_path):
+    data, num_bytes = data_set(tmp_path / "a.npy")
+    before, files = threading.active_count(), lambda: len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    opened = files()
+    batches = data.batches(64, 10**6, buffer_gb=num_bytes / 3 / 2**30)
+    next(batches)
+    assert threading.active_count() > before
+    batches.close()
+    assert (threading.active_count(), files()) == (before, opened)
+
+
+@pytest.mark.parametrize("end", ["", "raise ValueError('boom')", "import os, signal; os.kill(os.getpid(), signal.SIGINT)"])
+def test_a_program_that_leaves_off_in_the_middle_ends(tmp_path, end):
+    data_set(tmp_path / "a.npy")
+    code = (
+        f"from activations import Activations\nb = Activations([{str(tmp_path / 'a.npy')!r}]).batches(64, 10**9)\nnext(b)\n{end}"
+    )
+    started = time.time()
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(HERE)}, capture_output=True, timeout=60
+    )
+    assert (done.returncode == 0) == (not end) and time.time() - started < 50
+    assert done.stderr.count(b"Traceback") == bool(end)
+
+
+def test_batches_that_are_kept_stay_as_they_are(tmp_path):
+    data, _ = data_set(tmp_path / "a.npy")
+    kept, copies = [], []
+    for i, (x, _) in enumerate(data.batches(64, 4 * data.num_training)):
+        if i % 3:
+            kept.append(x[5:9] if i % 2 else x)  # also where only a view is kept
+            copies.append(kept[-1].clone())
+    assert all(map(torch.equal, kept, copies))
+
+
+def test_blocks_cover_the_units():
+    units = np.array([[0, 0, 10], [0, 10, 25], [0, 30, 31], [1, 31, 40], [1, 40, 40], [1, 44, 48]])
+    expected = [[0, 0, 8], [0, 8, 16], [0, 16, 24], [0, 24, 25], [0, 30, 31], [1, 31, 39], [1, 39, 40], [1, 44, 48]]
+    assert cut(units, 8).tolist() == expected
+
+
+def test_a_billion_vectors_are_planned_in_seconds():
+    reader.BLOCK_BYTES = 1 << 20
+    units = np.stack([np.zeros(10**5, np.int64), np.arange(10**5) * 10**4, np.arange(1, 10**5 + 1) * 10**4], 1)
+    units = units[np.arange(10**5) % 10 > 0]
+    steps_of = lambda pieces: np.zeros(int((pieces[:, 2] - pieces[:, 1]).sum()), np.int64)
+    started = time.process_time()
+    plan = Plan(units, steps_of, 2560, 1, 2 << 30, 0)
+    stage, at = plan.find(plan.total * 3 + 456_789_012)
+    order, _ = plan.order(stage)
+    assert time.process_time() - started < 20 and plan.total == 9 * 10**8
+    assert 0 <= at < len(order) < plan.size and len(np.unique(order)) == len(order)
+    assert plan.blocks.nbytes < 100e6
+
+
+def test_shuffle_is_a_permutation():
+    steps = np.array([0, 1, 1, 2] * 50, np.int16)
+    order = shuffle(steps, [1])
+    assert np.array_equal(np.sort(order), np.arange(200)) and not np.array_equal(order, shuffle(steps, [2]))
+    assert np.array_equal(order, shuffle(steps, [1]))
