@@ -72,7 +72,7 @@ class HookedDiffusionModel:
         """
         from diffusers import DiffusionPipeline
 
-        kwargs = {name: value for name, value in kwargs.items() if value is not None}
+        kwargs = {"use_safetensors": True} | {name: value for name, value in kwargs.items() if value is not None}  # no pickle
         name = find_model(model_name)
         try:
             pipe = DiffusionPipeline.from_pretrained(name, dtype=dtype or torch.float32, **kwargs)
