@@ -32,6 +32,7 @@ from collections import Counter
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -209,6 +210,8 @@ def main(cfg):
     if processes.count > 1 and device == torch.device("cuda"):
         device = resolve_device(f"cuda:{processes.local_rank}")
     dtype = resolve_dtype(cfg.dtype, device)
+    for library in ("diffusers", "transformers") if processes.rank else ():
+        import_module(f"{library}.utils.logging").disable_progress_bar()
     half = torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
     store_dtype = half if cfg.store_dtype == "auto" else getattr(torch, cfg.store_dtype)
     hooked = HookedDiffusionModel.from_pretrained(
@@ -230,7 +233,9 @@ def main(cfg):
     pictures = None
     if cfg.images is not None:
         pictures = Pictures(hooked, text[0], options, cfg.width, cfg.height)
-        for source in tqdm(sources if first else [], "reading", unit="picture", disable=not first):  # before anything is written
+        for source in tqdm(
+            sources if first else [], "reading", unit="picture", disable=processes.rank > 0
+        ):  # before anything is written
             open_picture(source)
     dry = hooked.first_step(cfg.hook_names, text, **sides, **options, **batch)
     hook_names = list(dry["grid"])
@@ -257,11 +262,7 @@ def main(cfg):
         raise ValueError(f"{other} is of a collection by {machines}: go on with as many, or use another --out_dir")
     if nodes > 1:
         if cfg.hf_repo_id or nodes > -(-len(texts) // cfg.batch_size):
-            why = (
-                "push with hub.py when all have ended"
-                if cfg.hf_repo_id
-                else "there are fewer batches; use a smaller --batch_size"
-            )
+            why = "push with hub.py when all have ended" if cfg.hf_repo_id else "fewer batches than that; lower --batch_size"
             raise ValueError(f"{nodes} machines: {why}")
         out_dir /= f"node{node}"
         prompts = [p for i, p in enumerate(prompts) if i // (cfg.batch_size * n) % nodes == node]

@@ -216,10 +216,13 @@ class Collection:
             with opened(self.out_dir / f"{name}.npy.partial") as fd:
                 write_all(fd, data, HEADER + batch * self.batch_size * data[0].nbytes)
         row = np.float64([0, *sums])
+        place, safe = HEADER + batch * row.nbytes, np.float64([vouch(row, self.sizes[batch])])
         with opened(self.progress) as fd:
-            for first, part in ((0, row[:1]), (8, row[1:]), (0, np.float64([vouch(row, self.sizes[batch])]))):
-                write_all(fd, part, HEADER + batch * row.nbytes + first)
-                os.fsync(fd)  # no count over other sums, and the sums before the count that vouches for them
+            write_all(fd, row[:1], place)  # a batch that is done again: no count beside other sums
+            os.fsync(fd)
+            write_all(fd, row[1:], place + 8)
+            os.fsync(fd)  # the sums before the count that vouches for them
+            write_all(fd, safe, place)
 
     def _prepare(self, batch, arrays, columns, facts):
         """What the first batch of a process finds or makes, while no other process does."""
