@@ -6,6 +6,7 @@ import os
 import sys
 import time
 import traceback
+from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 
 import torch
@@ -27,7 +28,13 @@ def run(main, Config):
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before it is imported: it complains of absent torchvision
     args = gather_lists(sys.argv[1:], Config)
     program = Path(sys.argv[0]).name
-    cfg = tyro.cli(Config, args=args, prog=program, description=sys.modules["__main__"].__doc__, use_underscores=True)
+    description = sys.modules["__main__"].__doc__
+    try:
+        with redirect_stderr(sys.stdout) if rank else nullcontext():
+            cfg = tyro.cli(Config, args=args, prog=program, description=description, use_underscores=True)
+    except SystemExit:
+        time.sleep(3 if rank else 0)  # as below
+        raise
     try:
         main(cfg)
     except KeyboardInterrupt as error:

@@ -320,12 +320,15 @@ def test_a_batch_is_written_while_the_next_is_generated(config, monkeypatch):
 
 
 def test_an_error_of_the_disk_ends_a_generation_and_loses_nothing(config, monkeypatch):
-    """The third of many batches meets it: the first two are safe, and not one more batch is generated to the end."""
+    """The third of many batches meets it, while the fourth waits: the first two are safe, and the fifth is not generated on."""
     config = replace(config, batch_size=1, num_inference_steps=50, hook_names=["mid_block"])
     steps, at = counting_steps(monkeypatch), []
 
     def fail(batch):
         if batch == 2:
+            before = len(steps)
+            while len(steps) < before + 55:
+                threading.Event().wait(0.001)
             at.append(len(steps))
             raise OSError(28, "No space left on device")
 
@@ -333,7 +336,7 @@ def test_an_error_of_the_disk_ends_a_generation_and_loses_nothing(config, monkey
         during_write(patch, fail)
         with pytest.raises(OSError, match="No space"):
             collect.main(config)
-    assert len(steps) - at[0] < 50
+    assert len(steps) - at[0] < 40
     undone = store.Collection.pending
     with monkeypatch.context() as patch:
         left = []
@@ -353,6 +356,7 @@ def test_what_is_generated_is_written_when_the_next_fails(config, monkeypatch):
         return real(self, names, text, **kwargs)
 
     with monkeypatch.context() as patch:
+        during_write(patch, lambda batch: threading.Event().wait(0.5))
         patch.setattr(HookedDiffusionModel, "run_with_cache", fail)
         with pytest.raises(RuntimeError):
             collect.main(config)

@@ -1,7 +1,9 @@
 """Prompts in, from every kind of file, and the mistakes that can be made there."""
 
 import json
+import os
 import sys
+import threading
 
 import numpy as np
 import pyarrow.parquet
@@ -122,19 +124,38 @@ def finished(folder):
 
 
 def test_a_folder_is_one_programs_until_it_is_closed(tmp_path):
-    first = collection(tmp_path)
-    for joining in (False, True):  # a process that does not belong to it can't be told from one that does
-        if joining:
-            collection(tmp_path, joining).close()
-        else:
-            with pytest.raises(ValueError, match="another collect.py is writing"):
-                collection(tmp_path, joining)
+    first, refused = collection(tmp_path), pytest.raises(ValueError, match="another collect.py is writing")
+    with refused:
+        collection(tmp_path)
     joined = collection(tmp_path, joining=True)
     first.close()
-    with pytest.raises(ValueError, match="another collect.py is writing"):  # one of its processes is still there
+    with refused:  # one of its processes is still there
         collection(tmp_path)
     joined.close()
     collection(tmp_path).close()
+
+
+def test_a_folder_stays_locked_while_a_thread_writes(tmp_path, monkeypatch):
+    """After a second Ctrl-C in a notebook, say."""
+    c, reached, go_on, real = collection(tmp_path), threading.Event(), threading.Event(), os.pwrite
+
+    def slow(*args):
+        reached.set()
+        go_on.wait(60)
+        return real(*args)
+
+    monkeypatch.setattr(os, "pwrite", slow)
+    thread = threading.Thread(target=c.write, args=(0, {"x": torch.ones(2, 3)}, [1.0], {}))
+    thread.start()
+    reached.wait(60)
+    c.close()
+    with pytest.raises(ValueError, match="another collect.py is writing"):
+        collection(tmp_path)
+    go_on.set()
+    thread.join()
+    c = collection(tmp_path)
+    assert c.pending() == [1, 2]
+    c.close()
 
 
 def test_processes_write_into_one_file(tmp_path):
@@ -142,9 +163,9 @@ def test_processes_write_into_one_file(tmp_path):
     second = collection(tmp_path / "two", joining=True)
     batch = lambda b, n: (b, {"x": torch.full((n, 3), float(b))}, [0.1 + b, 1e9 / 3], {"steps": 2})
     second.write(*batch(2, 1))
-    first.write(*batch(0, 2))
-    with pytest.raises(ValueError, match="ran other steps"):
+    with pytest.raises(ValueError, match="ran other steps"):  # than the other process's
         first.write(1, {"x": torch.zeros(2, 3)}, [0.0, 0.0], {"steps": 3})
+    first.write(*batch(0, 2))
     assert first.pending() == second.pending() == [1]
     second.write(*batch(1, 2))
     second.close()
