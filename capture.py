@@ -89,14 +89,28 @@ class Recorder:
     `HookedDiffusionModel.cache`.
     """
 
-    def __init__(self, targets, known, save_input=False, save_output=True, rows="cond", stream="image", every=1, dtype=None):
+    def __init__(
+        self,
+        targets,
+        known,
+        save_input=False,
+        save_output=True,
+        rows="cond",
+        stream="image",
+        every=1,
+        dtype=None,
+        choose=None,
+    ):
         check_choice("rows", rows, ROLES)
         check_choice("stream", stream, STREAMS)
         if not (save_input or save_output):
             raise ValueError("nothing to keep: save_input and save_output are both off")
         if every < 1:
             raise ValueError(f"cache_every_n_timesteps: expected at least 1, got {every}")
+        if choose and stream != "image":
+            raise ValueError("choose: of image tokens only; texts differ in length")
         self.targets, self.known, self.stream, self.every, self.dtype = targets, known, stream, every, dtype
+        self.choose, self.chosen, self.copied = choose, {}, {}  # {as kept: [(prompts, n) indices]}, {GPU: its last copy's event}
         self.roles, self.sides = ROLES[rows], ["input"] * save_input + ["output"] * save_output
         self.places = {(side, name, stream): target for side in self.sides for name, target in targets.items()}
         self.kept = {}  # {(side + suffix, hook_name): [(prompts, tokens, d), one a step]}
@@ -145,10 +159,10 @@ class Recorder:
             for suffix, role in self.roles.items():
                 forward, chunk = next(((f, c) for f in forwards for c, r in enumerate(f.roles) if r == role), (None, 0))
                 for side in self.sides if forward and name not in self.failed else ():
-                    self._keep(name, side, suffix, forward, slice(chunk * step.R, (chunk + 1) * step.R))
+                    self._keep(name, side, suffix, forward, slice(chunk * step.R, (chunk + 1) * step.R), step.index)
                     self.times.setdefault((side + suffix, name), []).append(at)
 
-    def _keep(self, name, side, suffix, forward, rows):
+    def _keep(self, name, side, suffix, forward, rows, index):
         layout = forward.layouts[side, name, self.stream]
         if isinstance(layout, str):
             self.failed[name] = layout
@@ -162,10 +176,24 @@ class Recorder:
             self.grids[side, name] = max(self.grids.get((side, name), layout.grid), layout.grid)  # of text: the longest
             self.lengths[suffix, name] = layout.counts[rows]
             kept = self.kept.setdefault((side + suffix, name), [])
-            kept.append(x[rows].to("cpu", self.dtype or x.dtype, copy=True))  # a view would keep the other chunks alive
+            x = x[rows]
+            if self.choose and (tokens := self.choose(index, x.shape[1])) is not None:
+                x = x.take_along_dim(tokens[:, :, None].to(x.device), 1)
+                self.chosen.setdefault(name, {}).setdefault(side + suffix, []).append(tokens)
+            kept.append(self._to_cpu(x, self.dtype or x.dtype))
+
+    def _to_cpu(self, x, dtype):
+        """A copy, since a view would keep the other chunks alive. From a GPU it is under way, into pinned memory."""
+        if not x.is_cuda:
+            return x.to("cpu", dtype, copy=True)
+        copy = x.to(dtype).contiguous().to("cpu", non_blocking=True)
+        self.copied[x.device] = torch.cuda.current_stream(x.device).record_event()
+        return copy
 
     def result(self, explicit):
-        """The cache; raises ValueError for modules that failed, unless a glob found them among others."""
+        """The cache, on any thread; raises ValueError for modules that failed, unless a glob found them among others."""
+        for event in self.copied.values():
+            event.synchronize()
         for name, (denoiser, _) in self.targets.items():
             times = [self.times.get((side + suffix, name)) for side in self.sides for suffix in self.roles]
             if name in self.failed:
@@ -192,6 +220,8 @@ class Recorder:
                 cache["grid"][name] = self.grids[self.sides[-1], name] if self.stream == "image" else (n,)
                 if None not in sigmas:
                     cache["sigmas"][name] = torch.tensor(sigmas, dtype=torch.float64)
+                if name in self.chosen:  # the same for cond and uncond
+                    cache.setdefault("tokens", {})[name] = torch.stack(self.chosen[name][key], 1)
         if self.stream == "text":
             for (suffix, name), lengths in self.lengths.items():
                 if name not in self.failed:

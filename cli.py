@@ -4,7 +4,9 @@ import dataclasses
 import json
 import os
 import sys
+import time
 import traceback
+from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 
 import torch
@@ -17,23 +19,37 @@ def run(main, Config):
     """Parse `Config` from the command line with tyro and call `main(cfg)`.
 
     A ValueError that this project's own code raises, and any OSError, is the user's to mend: one line on stderr, exit
-    status 2, no traceback. Anything else is a bug and keeps its traceback. Ctrl-C exits with 130.
+    status 2, no traceback. Anything else is a bug and keeps its traceback. Ctrl-C exits with 130. Of the processes of
+    torchrun only the first prints, and those that fail say which they are.
     """
+    rank, count = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if rank:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before it is imported: it complains of absent torchvision
     args = gather_lists(sys.argv[1:], Config)
     program = Path(sys.argv[0]).name
-    cfg = tyro.cli(Config, args=args, prog=program, description=sys.modules["__main__"].__doc__, use_underscores=True)
+    description = sys.modules["__main__"].__doc__
+    try:
+        with redirect_stderr(sys.stdout) if rank else nullcontext():
+            cfg = tyro.cli(Config, args=args, prog=program, description=description, use_underscores=True)
+    except SystemExit:
+        time.sleep(3 if rank else 0)  # as below
+        raise
     try:
         main(cfg)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        if not rank:
+            print(": ".join(["\ninterrupted", *filter(None, [str(error)])]), file=sys.stderr)
         raise SystemExit(130) from None
     except (ValueError, OSError) as error:
         origin = traceback.extract_tb(error.__traceback__)[-1]
         ours = Path(origin.filename).resolve().parent in (HERE, HERE / "kernels") and origin.line.startswith("raise ")
         if isinstance(error, ValueError) and not ours:
             raise
-        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        if rank:
+            time.sleep(3)  # what the first one meets too it says, and torchrun then ends the others
+        who = f" (process {rank} of {count})" if count > 1 else ""
+        print(f"{program}{who}: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

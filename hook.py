@@ -198,14 +198,19 @@ class HookedDiffusionModel:
         stream="image",
         cache_every_n_timesteps=1,
         dtype=None,
+        choose=None,
+        later=False,
         **kwargs,
     ):
-        """Generate, and keep what the named modules computed: (output, cache), see `cache`."""
-        options = dict(save_input=save_input, save_output=save_output, rows=rows, stream=stream)
+        """Generate, and keep what the named modules computed: (output, cache), see `cache`.
+
+        With `later` the cache is a function instead, which waits for the device's copies and returns it, on any thread.
+        """
+        options = dict(save_input=save_input, save_output=save_output, rows=rows, stream=stream, choose=choose)
         options |= dict(cache_every_n_timesteps=cache_every_n_timesteps, dtype=dtype)
-        with self.cache(positions_to_cache, *count_prompts(prompt, kwargs), **options) as cache:
+        with self._record(positions_to_cache, *count_prompts(prompt, kwargs), **options) as result:
             output = self(prompt, **kwargs)
-        return output, cache
+        return output, result if later else result()
 
     @contextmanager
     def cache(
@@ -220,6 +225,7 @@ class HookedDiffusionModel:
         stream="image",
         cache_every_n_timesteps=1,
         dtype=None,
+        choose=None,
     ):
         """Keep what the named modules compute while the body of the `with` samples `n_prompts` prompts.
 
@@ -230,20 +236,31 @@ class HookedDiffusionModel:
         `stream="text"` tokens are those of the text, padded with zeros, and `cache["lengths"][hook_name]` (prompts,) says how
         many there are, `cache["lengths_uncond"]` for the unconditional rows.
 
+        choose(step, tokens) -> (prompts, n) int64, or None for all: the image tokens of each prompt that are kept at a step, for
+        all modules with so many; `cache["tokens"][hook_name]` (prompts, steps, n) says which.
+
         Raises ValueError where a named module does not run exactly once a forward (one found by a glob is left out), where
         what it takes or returns has no batch axis or no such tokens, and where unconditional rows are asked for and there
         are none.
         """
+        options = dict(save_input=save_input, save_output=save_output, rows=rows, stream=stream, choose=choose)
+        options |= dict(cache_every_n_timesteps=cache_every_n_timesteps, dtype=dtype)
+        cache = {}
+        with self._record(positions_to_cache, n_prompts, num_images_per_prompt, **options) as result:
+            yield cache
+        cache |= result()
+
+    @contextmanager
+    def _record(self, positions, n_prompts, num_images_per_prompt=1, *, cache_every_n_timesteps, **options):
+        """Yields a function for the cache, to be called after the `with`."""
         if n_prompts is not None and not (isinstance(n_prompts, int) and n_prompts > 0):
             raise ValueError(f"n_prompts: expected how many there are, got {n_prompts!r}")
-        targets, explicit = self._expand(positions_to_cache)
-        recorder = Recorder(targets, self._known, save_input, save_output, rows, stream, cache_every_n_timesteps, dtype)
-        cache = {}
+        targets, explicit = self._expand(positions)
+        recorder = Recorder(targets, self._known, every=cache_every_n_timesteps, **options)
         with ExitStack() as stack:
             watching = self.watch(n_prompts, num_images_per_prompt, recorder.on_forward, recorder.on_step)
             recorder.listen(stack, stack.enter_context(watching))
-            yield cache
-        cache |= recorder.result(explicit)
+            yield lambda: recorder.result(explicit)
 
     def first_step(self, positions, prompt=None, *, save_input=False, save_output=True, rows="cond", stream="image", **kwargs):
         """The cache of one step, which is thrown away with every random state put back, and in `cache["num_steps"]` how many

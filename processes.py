@@ -58,7 +58,7 @@ class Group:
 
     def barrier(self):
         if self.count > 1:
-            dist.barrier(group=self.group)
+            dist.all_reduce(torch.zeros(1), group=self.group)  # by gloo; nccl's would have to guess the device
 
 
 ALONE = Group()
@@ -67,22 +67,25 @@ ALONE = Group()
 class Processes:
     """Who is there: process `rank` of `count`; of them `local_rank` of `local_count` on this machine, `node` of `nodes`.
 
-    Joins the group that torchrun's variables name: gloo for what is on CPUs, nccl for what is on GPUs. A process that dies takes
+    device: this process's own GPU, if "cuda" was asked for.     Joins the group that torchrun's variables name: gloo for what is on CPUs, nccl for what is on GPUs. A process that dies takes
     the others with it (torchrun ends them), so nothing here times out.
     """
 
     def __init__(self, device="cpu"):
         read = lambda name, default: int(os.environ.get(name, default))
-        self.device = device
         self.rank, self.count = read("RANK", 0), read("WORLD_SIZE", 1)
         self.local_rank, self.local_count = read("LOCAL_RANK", 0), read("LOCAL_WORLD_SIZE", 1)
         self.node, self.nodes = read("GROUP_RANK", 0), read("GROUP_WORLD_SIZE", 1)
+        self.device = torch.device(device)
+        if self.count > 1 and self.device == torch.device("cuda"):
+            self.device = torch.device("cuda", self.local_rank)
+            torch.cuda.set_device(self.device)
         self.said, self.here, self.numbers = 0, None, {}
         if self.count == 1:
             return
         self.store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))
         self.store.set_timeout(FOREVER)
-        backend = "cpu:gloo,cuda:nccl" if torch.device(device).type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.count, timeout=FOREVER)
         machines = self.tell(self.node)
         for node in sorted(set(machines)):  # every process has to make every group
@@ -134,7 +137,7 @@ class Processes:
     def barrier(self, local=False):
         """Wait until every process, or every one on this machine, is here."""
         if self.count > 1:
-            dist.barrier(self.here) if local else dist.barrier()
+            dist.all_reduce(torch.zeros(1), group=self.here if local else None)
 
     def shared(self, num_bytes):
         """Memory that the processes of this machine share, of this one alone if it is alone: a tensor (num_bytes,) uint8.

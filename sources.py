@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from arrow_file import is_arrow, open_arrow
-from store import check_size, checksum, read_json
+from store import check_size, checksum, read_json, safe_counts
 
 
 class File(NamedTuple):
@@ -40,9 +40,9 @@ def read_description(path):
     if path.suffix != ".npy" or not record.exists():
         return unfinished(path)
     meta = read_json(record)
-    if "checksum" not in meta:
+    if "checksum" not in meta and not {"format", "hook_name", "mean_norm"} <= meta.keys():
         return {}  # somebody else's
-    if meta["checksum"] != checksum(meta):
+    if meta.get("checksum") != checksum(meta):
         raise ValueError(f"{record} was changed after it was written (its checksum differs); collect again or remove it")
     return meta
 
@@ -76,7 +76,7 @@ def safe_rows(array, meta):
     if "unfinished" in meta:
         batch = meta["batch_size"] * meta["num_images_per_prompt"]
         number, row = np.divmod(np.arange(len(array)), batch)
-        done = np.load(meta["unfinished"], allow_pickle=False)[:, 0]
+        done = safe_counts(np.load(meta["unfinished"], allow_pickle=False))
         safe = row < np.pad(done, (0, max(0, number[-1] + 1 - len(done))))[number]
     return safe
 

@@ -255,6 +255,7 @@ def main(cfg):
     check_options(cfg)
     device = resolve_device(cfg.device)
     processes = Processes(device)
+    device = processes.device
     vectors, latents = processes.grid(cfg.shard_latents)
     if cfg.device == "auto" and device.type == "mps":
         device = torch.device("cpu")

@@ -4,8 +4,9 @@
     python -m bench collect --rounds 5 --tiny wan zimage
 
 A round is one batch: first the pipeline alone, with the same prompts, seeds and output_type="latent", then collect.py's
-generation, conversion and writing of it, until it asks for the next. The first round is not counted. Medians of the paired
-ratios and differences.
+generation, conversion and writing of it, until it asks for the next. They come one after another here, where collect.py writes
+beside the next batch's generation, so that all that it costs is counted. The first round is not. Medians of the paired ratios
+and differences.
 """
 
 import contextlib
@@ -24,6 +25,12 @@ import torch
 import collect
 from cli import HERE, resolve_device, resolve_dtype
 from hook import HookedDiffusionModel
+from writer import Writer
+
+
+class AtOnce(Writer):
+    def put(self, *arguments):
+        self.work(*arguments)
 
 
 @dataclass
@@ -44,7 +51,7 @@ def measure(cfg, hooked, hook_name, rounds, batch_size, **pipeline_kwargs):
 
     def run_with_cache(self, hook_names, prompt=None, *, generator, **kwargs):
         marks.append(time.perf_counter())
-        ours = ("save_input", "save_output", "rows", "stream", "cache_every_n_timesteps")
+        ours = ("save_input", "save_output", "rows", "stream", "cache_every_n_timesteps", "later")
         bare = {name: value for name, value in kwargs.items() if name not in ours}
         self(prompt, generator=[torch.Generator().manual_seed(g.initial_seed()) for g in generator], **bare)
         if torch.cuda.is_available():
@@ -68,6 +75,7 @@ def measure(cfg, hooked, hook_name, rounds, batch_size, **pipeline_kwargs):
         with (
             patch.object(HookedDiffusionModel, "from_pretrained", lambda *args, **kwargs: hooked),
             patch.object(HookedDiffusionModel, "run_with_cache", run_with_cache),
+            patch.object(collect, "Writer", AtOnce),
         ):
             collect.main(config)
     return [(middle - begin, end - middle) for begin, middle, end in zip(marks[0::2], marks[1::2], marks[2::2])][1:]

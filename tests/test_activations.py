@@ -434,3 +434,19 @@ def test_whole_samples_stay_together(tmp_path):
     np.save(tmp_path / "flat.npy", np.zeros((100, 2), np.float32))
     with pytest.raises(ValueError, match="whole samples"):
         Activations([tmp_path / "flat.npy"]).sample_tokens()
+
+
+def test_a_flipped_byte_in_a_description_is_seen(tmp_path):
+    """Each byte in turn, also of the word "checksum": refused, or the same content."""
+    record = {"format": 1, "hook_name": "a.b", "mean_norm": [1.5, 2.0], "shape": [2, 3, 4, 5], "timesteps": [900.0, 1.0]}
+    np.save(tmp_path / "a.npy", np.zeros((2, 3, 4, 5), np.float32))
+    record, path = record | {"checksum": checksum(record)}, tmp_path / "a.json"
+    data, refused = json.dumps(record, indent=1).encode(), 0
+    for place in range(len(data)):
+        for flip in (1, 2, 32, 255):
+            path.write_bytes(data[:place] + bytes([data[place] ^ flip]) + data[place + 1 :])
+            try:
+                assert activations.open_file(tmp_path / "a.npy")[1] == record
+            except ValueError:
+                refused += 1
+    assert refused > 2 * len(data)

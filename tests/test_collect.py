@@ -3,10 +3,9 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
+import threading
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -155,6 +154,8 @@ def crash_at(patch, moment):
 def test_a_crash_at_any_system_call_costs_no_byte(config, monkeypatch, extend):
     """Power cuts between any two writes, syncs and renames: the same command then gives the files of an undisturbed run."""
     config = replace(config, hook_names=["mid_block"], num_inference_steps=1, batch_size=3, max_num_examples=5)
+    hooked = HookedDiffusionModel.from_pretrained(config.model_name)
+    monkeypatch.setattr(HookedDiffusionModel, "from_pretrained", lambda *args, **kwargs: hooked)
     collect.main(replace(config, out_dir=config.out_dir + "-undisturbed"))
     expected = contents(config.out_dir + "-undisturbed")
     started = Path(config.out_dir + "-started")
@@ -173,26 +174,6 @@ def test_a_crash_at_any_system_call_costs_no_byte(config, monkeypatch, extend):
         collect.main(config)
         assert contents(config.out_dir) == expected, moment
     assert 20 < moment < 200
-
-
-def test_kill_9(config):
-    """The real thing, in a process of its own."""
-    options = ["--hook_names", *HOOKS, "--num_inference_steps", "3", "--batch_size", "1", "--max_num_examples", "12"]
-    command = [sys.executable, "collect.py", *options, "--model_name", config.model_name, "--out_dir", config.out_dir]
-    process = subprocess.Popen(command, cwd=Path(collect.__file__).parent, stderr=subprocess.DEVNULL)
-    progress = Path(config.out_dir) / "progress.npy"
-    deadline = time.time() + 120
-    while not (progress.exists() and np.load(progress)[:, 0].sum() >= 2):
-        assert process.poll() is None and time.time() < deadline
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    done = np.load(progress)[:, 0].sum()
-    assert 2 <= done < 12 and not (Path(config.out_dir) / "mid_block.npy").exists()
-    full = replace(config, batch_size=1, max_num_examples=12)
-    collect.main(full)
-    collect.main(replace(full, out_dir=config.out_dir + "-undisturbed"))
-    assert contents(config.out_dir) == contents(config.out_dir + "-undisturbed")
 
 
 def test_a_larger_number_extends(config):
@@ -299,6 +280,207 @@ def test_pipeline_arguments_fill_in_defaults():
         with pytest.raises(ValueError, match=wrong):
             hooked.arguments(extra={wrong: 2})
     assert generate_options(1)["num_inference_steps"] == 2
+
+
+# ------------------------------------------------------------------------------------------------- the thread that writes
+
+
+def during_write(monkeypatch, action):
+    """Let `action(batch)` run before each batch is written."""
+    real = store.Collection.write
+    monkeypatch.setattr(store.Collection, "write", lambda self, batch, *rest: (action(batch), real(self, batch, *rest)))
+
+
+def counting_steps(monkeypatch):
+    """A list that grows by one at each forward of the denoiser."""
+    steps, real = [], HookedDiffusionModel.from_pretrained
+
+    def load(*args, **kwargs):
+        hooked = real(*args, **kwargs)
+        hooked.pipe.unet.register_forward_pre_hook(lambda *_: steps.append(0))
+        return hooked
+
+    monkeypatch.setattr(HookedDiffusionModel, "from_pretrained", load)
+    return steps
+
+
+def test_a_batch_is_written_while_the_next_is_generated(config, monkeypatch):
+    steps, seen = counting_steps(monkeypatch), []
+
+    def wait(batch):
+        before = len(steps)
+        for _ in range(3000):
+            if batch == 0 and len(steps) == before:
+                threading.Event().wait(0.01)
+        seen.append((batch, len(steps) > before, threading.current_thread() is threading.main_thread()))
+
+    during_write(monkeypatch, wait)
+    collect.main(config)
+    assert seen[0] == (0, True, False) and [batch for batch, _, _ in seen] == [0, 1]
+
+
+def test_an_error_of_the_disk_ends_a_generation_and_loses_nothing(config, monkeypatch):
+    """The third of many batches meets it, while the fourth waits: the first two are safe, and the fifth is not generated on."""
+    config = replace(config, batch_size=1, num_inference_steps=50, hook_names=["mid_block"])
+    steps, at = counting_steps(monkeypatch), []
+
+    def fail(batch):
+        if batch == 2:
+            before = len(steps)
+            while len(steps) < before + 55:
+                threading.Event().wait(0.001)
+            at.append(len(steps))
+            raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        during_write(patch, fail)
+        with pytest.raises(OSError, match="No space"):
+            collect.main(config)
+    assert len(steps) - at[0] < 40
+    undone = store.Collection.pending
+    with monkeypatch.context() as patch:
+        left = []
+        patch.setattr(store.Collection, "pending", lambda self: left.append(undone(self)) or left[-1])
+        collect.main(config)
+    assert left[0] == [2, 3, 4, 5, 6, 7]
+    collect.main(replace(config, out_dir=config.out_dir + "-undisturbed"))
+    assert contents(config.out_dir) == contents(config.out_dir + "-undisturbed")
+
+
+def test_what_is_generated_is_written_when_the_next_fails(config, monkeypatch):
+    real = HookedDiffusionModel.run_with_cache
+
+    def fail(self, names, text, **kwargs):
+        if "a picture of 7" in text:
+            raise RuntimeError("of the model")
+        return real(self, names, text, **kwargs)
+
+    with monkeypatch.context() as patch:
+        during_write(patch, lambda batch: threading.Event().wait(0.5))
+        patch.setattr(HookedDiffusionModel, "run_with_cache", fail)
+        with pytest.raises(RuntimeError):
+            collect.main(config)
+    assert (np.load(Path(config.out_dir) / "progress.npy")[:, 0] > 0).tolist() == [True, False]
+    collect.main(config)  # and the folder is not locked
+
+
+# ------------------------------------------------------------------------------------------------- some of the tokens
+
+
+def test_random_tokens_are_those_of_the_whole_file(config):
+    """Whatever the batch, the side of the guidance and the hook point; a layer with no more is kept whole."""
+    names = ["mid_block", HOOKS[0], "up_blocks.1.resnets.0"]  # 64, 64 and 256 tokens
+    whole = replace(config, hook_names=names, rows="both", store_dtype="float32", num_images_per_prompt=2)
+    collect.main(whole)
+    collect.main(replace(whole, tokens_per_step=7, out_dir=config.out_dir + "7"))
+    full, some = Path(config.out_dir), Path(config.out_dir + "7")
+    index = {name: np.load(some / f"{name}.tokens.npy") for name in names}
+    assert np.array_equal(index[names[0]], index[names[1]]) and index[names[0]].max() < 64 <= index[names[2]].max()
+    for name in names:
+        assert index[name].dtype == np.uint16 and index[name].shape == (16, 3, 7) and (np.diff(index[name].astype(int)) > 0).all()
+        assert len(np.unique(index[name].reshape(-1, 7), axis=0)) == 16 * 3
+        for end in ("", ".uncond"):
+            assert np.array_equal(index[name], np.load(some / f"{name}{end}.tokens.npy"))
+            x, kept = np.load(full / f"{name}{end}.npy"), np.load(some / f"{name}{end}.npy")
+            assert np.array_equal(kept, np.take_along_axis(x, index[name][..., None].astype(int), 2))
+            record = json.loads((some / f"{name}{end}.json").read_text())
+            assert record["tokens_per_step"] == 7 and record["shape"] == list(kept.shape)
+            norms = np.linalg.norm(kept.astype(float), axis=-1).mean((0, 2))
+            assert record["mean_norm"] == pytest.approx(norms.tolist(), rel=1e-5)
+    counts = np.bincount(index["mid_block"].reshape(-1), minlength=64)  # 336 of 64: 5.25 each
+    assert counts.min() >= 0 and counts.max() < 20 and (counts > 0).mean() > 0.9
+    assert np.array_equal(np.load(full / "samples.npy"), np.load(some / "samples.npy"))
+
+    out = config.out_dir + "64"
+    collect.main(replace(whole, tokens_per_step=64, out_dir=out, batch_size=3, cache_every_n_timesteps=2, rows="cond"))
+    assert sorted(path.name for path in Path(out).glob("*.tokens.npy")) == ["up_blocks.1.resnets.0.tokens.npy"]
+    assert json.loads((Path(out) / "mid_block.json").read_text())["tokens_per_step"] is None
+    assert np.load(Path(out) / "mid_block.npy").shape == (16, 2, 64, 16)
+    out = config.out_dir + "again"
+    collect.main(replace(whole, tokens_per_step=7, out_dir=out, batch_size=3, cache_every_n_timesteps=2, rows="uncond"))
+    assert np.array_equal(np.load(Path(out) / "mid_block.uncond.tokens.npy"), index["mid_block"][:, ::2])
+
+
+def test_random_tokens_in_the_listing_the_room_and_of_pictures(config, tmp_path, capsys, monkeypatch):
+    config = replace(config, hook_names=["mid_block"], store_dtype="float32", tokens_per_step=7)
+    collect.main(replace(config, list_hooks=True))
+    printed = capsys.readouterr().out
+    assert f"{3 * 7 * (16 * 4 + 2) / 1e6:.2f}" in printed.splitlines()[1] and "7 random image tokens" in printed
+    usage = type("Usage", (), {"free": 8 * 3 * 7 * (16 * 4 + 2)})  # all of it, where 98 % may be asked for
+    with monkeypatch.context() as patch:
+        patch.setattr(collect.shutil, "disk_usage", lambda path: usage)
+        with pytest.raises(ValueError, match="lower --max_num_examples or --tokens_per_step"):
+            collect.main(config)
+        usage.free = usage.free * 100 // 97
+        collect.main(config)
+    with pytest.raises(ValueError, match="--tokens_per_step is for image tokens"):
+        collect.main(replace(config, stream="text"))
+    options = dict(num_inference_steps=None, images=str(photos(tmp_path / "p", 3)), out_dir=config.out_dir + "p")
+    collect.main(replace(config, **options))
+    collect.main(replace(config, **options | dict(tokens_per_step=None, out_dir=config.out_dir + "w")))
+    index = np.load(Path(config.out_dir + "p") / "mid_block.tokens.npy")
+    kept, whole = (np.load(Path(config.out_dir + end) / "mid_block.npy") for end in "pw")
+    assert kept.shape == (3, 4, 7, 16) and np.array_equal(kept, np.take_along_axis(whole, index[..., None].astype(int), 2))
+
+
+def test_many_tokens_need_wider_indices():
+    cache = {"output": {"a": torch.zeros(1, 1, 2, 3)}, "grid": {"a": (300, 300)}}
+    cache["tokens"] = {"a": torch.tensor([[[5, 89_999]]])}
+    arrays, _ = collect.batch_arrays((), cache, [("a", "", "a")], Config(), torch.float16, {})
+    assert store.as_numpy(arrays["a.tokens"]).dtype == np.uint32 and arrays["a.tokens"].tolist() == [[[5, 89_999]]]
+
+
+# ------------------------------------------------------------------------------------------------- several processes
+
+
+def test_two_machines_share_the_prompts_out(config, monkeypatch, tmp_path):
+    """Two agents of torchrun: together the rows, seeds and ids of one machine."""
+    config = replace(config, batch_size=2, max_num_examples=7, num_images_per_prompt=2)
+    options = "--num_inference_steps 3 --batch_size 2 --max_num_examples 7 --num_images_per_prompt 2 --device cpu".split()
+    options += ["--hook_names", *HOOKS, "--model_name", config.model_name, "--out_dir", config.out_dir]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
+    torchrun += ["--master_addr", "127.0.0.1", "--master_port", "29533"]
+    agents = [
+        subprocess.Popen(
+            [*torchrun, "--node_rank", str(node), "collect.py", *options],
+            cwd=Path(collect.__file__).parent,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stderr=subprocess.DEVNULL,
+        )
+        for node in (1, 0)
+    ]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    one = replace(config, out_dir=config.out_dir + "-one")
+    collect.main(one)
+    torch.set_num_threads(threads)
+    assert [agent.wait(timeout=300) for agent in agents] == [0, 0]
+    out = Path(config.out_dir)
+    assert sorted(path.name for path in out.iterdir()) == ["node0", "node1"]
+    order = [0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13]  # batches of two prompts, of two pictures each
+    for name in (*HOOKS, "samples"):
+        whole = np.load(Path(one.out_dir) / f"{name}.npy")
+        for node, rows in enumerate(order):
+            assert np.array_equal(np.load(out / f"node{node}" / f"{name}.npy"), whole[list(rows)])
+    lines = (Path(one.out_dir) / "prompts.jsonl").read_text().splitlines()
+    for node, rows in enumerate(order):
+        assert (out / f"node{node}" / "prompts.jsonl").read_text().splitlines() == [lines[row] for row in rows]
+        record = json.loads((out / f"node{node}" / "mid_block.json").read_text())
+        assert (record["machines"], record["machine"], record["num_prompts"]) == (2, node, len(rows) // 2)
+
+    with pytest.raises(ValueError, match="by several machines: go on with as many"):
+        collect.main(config)
+    pretend = lambda **values: [monkeypatch.setenv(f"GROUP_{name.upper()}", str(value)) for name, value in values.items()]
+    pretend(rank=1, world_size=3)
+    with pytest.raises(ValueError, match="made with machines 2, not 3"):
+        collect.main(config)
+    with pytest.raises(ValueError, match="by one machine: go on with as many"):
+        collect.main(one)
+    pretend(rank=1, world_size=5)
+    with pytest.raises(ValueError, match="5 machines: fewer batches"):
+        collect.main(config)
+    with pytest.raises(ValueError, match="push with hub.py"):
+        collect.main(replace(config, hf_repo_id="a/b"))
 
 
 # ----------------------------------------------------------------------------------------------- text, pictures, the listing

@@ -1,14 +1,17 @@
 """Prompts in, from every kind of file, and the mistakes that can be made there."""
 
 import json
+import os
 import sys
+import threading
 
 import numpy as np
 import pyarrow.parquet
 import pytest
+import torch
 
 from prompts import load_prompts
-from store import Collection, npy_header, read_json
+from store import HEADER, Collection, npy_header, read_json, vouch
 
 
 @pytest.mark.parametrize("suffix", ["txt", "csv", "jsonl", "parquet"])
@@ -105,3 +108,111 @@ def test_damaged_records(tmp_path):
     (tmp_path / "a.json").write_text('{"a": ')
     with pytest.raises(ValueError, match="can't be read"):
         read_json(tmp_path / "a.json")
+
+
+def collection(folder, joining=False):
+    return Collection(folder, {"a": 1}, [{"prompt": "a"}] * 5, 2, joining)
+
+
+def finished(folder):
+    """Three batches, with sums that are fractions."""
+    c = collection(folder)
+    for b, n in enumerate((2, 2, 1)):
+        c.write(b, {"x": torch.full((n, 3), float(b))}, [0.1 + b, 1e9 / 3], {"steps": 2})
+    c.close()
+    return c
+
+
+def test_a_folder_is_one_programs_until_it_is_closed(tmp_path):
+    first, refused = collection(tmp_path), pytest.raises(ValueError, match="another collect.py is writing")
+    with refused:
+        collection(tmp_path)
+    joined = collection(tmp_path, joining=True)
+    first.close()
+    with refused:  # one of its processes is still there
+        collection(tmp_path)
+    joined.close()
+    collection(tmp_path).close()
+
+
+def test_a_folder_stays_locked_while_a_thread_writes(tmp_path, monkeypatch):
+    """After a second Ctrl-C in a notebook, say."""
+    c, reached, go_on, real = collection(tmp_path), threading.Event(), threading.Event(), os.pwrite
+
+    def slow(*args):
+        reached.set()
+        go_on.wait(60)
+        return real(*args)
+
+    monkeypatch.setattr(os, "pwrite", slow)
+    thread = threading.Thread(target=c.write, args=(0, {"x": torch.ones(2, 3)}, [1.0], {}))
+    thread.start()
+    reached.wait(60)
+    c.close()
+    with pytest.raises(ValueError, match="another collect.py is writing"):
+        collection(tmp_path)
+    go_on.set()
+    thread.join()
+    c = collection(tmp_path)
+    assert c.pending() == [1, 2]
+    c.close()
+
+
+def test_processes_write_into_one_file(tmp_path):
+    first = collection(tmp_path / "two")
+    second = collection(tmp_path / "two", joining=True)
+    batch = lambda b, n: (b, {"x": torch.full((n, 3), float(b))}, [0.1 + b, 1e9 / 3], {"steps": 2})
+    second.write(*batch(2, 1))
+    with pytest.raises(ValueError, match="ran other steps"):  # than the other process's
+        first.write(1, {"x": torch.zeros(2, 3)}, [0.0, 0.0], {"steps": 3})
+    first.write(*batch(0, 2))
+    assert first.pending() == second.pending() == [1]
+    second.write(*batch(1, 2))
+    second.close()
+    first.finish({"x": {"shape": [5, 3]}})
+    first.close()
+    finished(tmp_path / "one").finish({"x": {"shape": [5, 3]}})
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
+
+
+def test_a_flipped_byte_in_the_progress_is_done_again_or_refused(tmp_path):
+    """Each byte in turn, three flips of it: no batch is taken for safe whose sums are not those that were written."""
+    good = finished(tmp_path)
+    path = tmp_path / "progress.npy"
+    data, sums = path.read_bytes(), good.sums()
+    row = np.load(path)[1]
+    assert row[0] == vouch(row, 2) and int(row[0]) == 2 and row[1:].tolist() == [1.1, 1e9 / 3]
+    assert good.pending() == []
+    for place in range(len(data)):
+        for flip in (1, 128, 255):
+            path.write_bytes(data[:place] + bytes([data[place] ^ flip]) + data[place + 1 :])
+            try:
+                pending = good.pending()
+            except ValueError as error:
+                assert "damaged" in str(error)
+                continue
+            assert place >= HEADER and pending == [(place - HEADER) // 24] and good.sums() is not sums
+    path.write_bytes(data[:-8])
+    with pytest.raises(ValueError, match="damaged"):
+        good.pending()
+    path.write_bytes(npy_header((3, 3), np.float64) + np.float64([[2, 0, 0], [2, 0, 0], [0, 0, 0]]).tobytes())
+    assert good.pending() == [2]  # an earlier version's, without checksums
+
+
+def test_a_flipped_byte_in_the_settings_is_refused(tmp_path):
+    finished(tmp_path)
+    path = tmp_path / "collect.json"
+    data, settings = path.read_bytes(), read_json(path)
+    for place in range(len(data)):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 2]) + data[place + 1 :])
+        try:
+            c = collection(tmp_path)
+        except ValueError:
+            continue
+        c.close()
+        assert read_json(path) == settings and c.facts == settings["facts"]
+    path.write_text(json.dumps({key: settings[key] for key in ("settings", "facts")}))  # an earlier version's
+    c = collection(tmp_path)
+    assert c.pending() == [] and c.facts == {"steps": 2}
+    c.close()
