@@ -67,7 +67,9 @@ ALONE = Group()
 class Processes:
     """Who is there: process `rank` of `count`; of them `local_rank` of `local_count` on this machine, `node` of `nodes`.
 
-    device: this process's own GPU, if "cuda" was asked for.     Joins the group that torchrun's variables name: gloo for what is on CPUs, nccl for what is on GPUs. A process that dies takes
+    device: this process's own GPU, where "cuda" was asked for.
+
+    Joins the group that torchrun's variables name: gloo for what is on CPUs, nccl for what is on GPUs. A process that dies takes
     the others with it (torchrun ends them), so nothing here times out.
     """
 

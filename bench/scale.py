@@ -3,9 +3,9 @@
     python -m bench scale                    # rates of this machine, then the tables
     python -m bench scale --check 500 1000   # fit on so many toy prompts, predict twice as many, and measure those too
 
-Disk is exact: prompts x steps x tokens x d x bytes. Times come from rates, each named with where it is from: measured on this machine,
-published by others, or counted from a device's products, memory and links a second, which nothing can be faster than. What --check
-fits are straight lines, seconds = a + b x prompts, through two runs of collect.py and two of train.py as a user starts them.
+Disk is exact: prompts x steps x tokens x d x bytes. Times come from rates, each named with where it is from: measured on this
+machine, published by others, or counted from a device's products, memory and links a second, which nothing can be faster than.
+--check fits straight lines, seconds = a + b x prompts, through two runs of collect.py and of train.py as users start them.
 """
 
 import os
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from activations import Activations
-from bench.sizes import make, peak_gb
+from bench.sizes import make
 from bench.step import conditions, sync
 from cli import HERE, check_positive, product_dtype, resolve_device
 from store import Collection
@@ -134,14 +134,12 @@ def main(cfg):
         written, read, trained = rates(cfg, device, Path(folder))
     d, M = SD15["d"], 16 * SD15["d"]
     update, _ = counted(cfg, M, d, 1, False)
-    print(
-        f"measured here: written {written / 1e6:,.0f} MB/s, read shuffled {read / 1e6:,.0f} MB/s, trained {trained:,.0f} vectors/s"
-    )
+    rates_here = f"written {written / 1e6:,.0f} MB/s, read shuffled {read / 1e6:,.0f} MB/s, trained {trained:,.0f} vectors/s"
+    print(f"measured here: {rates_here}")
     print(f"               a million vectors of d = {d}: {size(1e6 * 2 * d)}, read in {1e6 * 2 * d / read:.1f} s, ", end="")
     print(f"trained on in {duration(1e6 / trained)} (M = {M:,}, k = {cfg.k}, batches of {cfg.N})")
-    print(
-        f"counted:       trained on in {1e6 / cfg.N * update:.1f} s on a device of {cfg.tflops:,.0f} TFLOP/s, {cfg.memory_gbs:,.0f} GB/s"
-    )
+    of = f"{cfg.tflops:,.0f} TFLOP/s, {cfg.memory_gbs:,.0f} GB/s of memory and {cfg.link_gbs:,.0f} of links"
+    print(f"counted:       trained on in {1e6 / cfg.N * update:.1f} s on a device of {of}")
 
     print("\n| SD 1.5, 50 steps, 256 x 1280 | vectors | disk | generating | writing, here | training, here | training, counted |")
     print("|---|---|---|---|---|---|---|")
@@ -162,6 +160,4 @@ def main(cfg):
             seconds, memory = counted(cfg, M, d, devices, split)
             how = "1 device" if devices == 1 else f"{devices} devices, {'vectors' if split else 'latents'} split"
             print(f"| {how} | {size(memory)} | {1e3 * seconds:.1f} ms | {duration(vectors / cfg.N * seconds)} |")
-    print(
-        f"\ndata {size(vectors * 2 * d)}, checkpoint {size(24 * M * d)}, SAE {size(8 * M * d)}; peak memory here {peak_gb(device):.1f} GB"
-    )
+    print(f"\ndata {size(vectors * 2 * d)}, checkpoint {size(24 * M * d)}, SAE {size(8 * M * d)}")

@@ -198,6 +198,7 @@ def stopped(folder, done, prompts=20, name="mid_block", first=0, n=1):
 def finish(collection, folder, name="mid_block"):
     meta = collection.settings | {"hook_name": name, **collection.facts[name], "shape": collection.shape(name)}
     collection.finish({name: meta | {"rows": "cond"}, f"{name}.uncond": meta | {"rows": "uncond"}, "samples": None})
+    collection.close()
 
 
 @pytest.mark.parametrize("n", [1, 2])
