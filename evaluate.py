@@ -19,13 +19,14 @@ from pathlib import Path
 
 import torch
 
-from activations import open_activations, read_description
+from activations import open_activations
 from cli import check_positive, resolve_device, resolve_dtype, run
 from formats import newest_sae
 from graft import clip_distance, graft, picture
 from hook import HookedDiffusionModel
 from metrics import evaluate, plot_evaluation, total
 from sae import Sae
+from sources import read_description
 from store import read_json, write_atomically
 
 

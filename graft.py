@@ -22,9 +22,9 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from activations import read_description
 from capture import ROLES, STREAMS, Edit, check_choice
 from rows import tensors
+from sources import read_description
 
 SIDES = ("output", "diff")
 CLIP = "openai/clip-vit-large-patch14"

@@ -26,8 +26,8 @@ from pathlib import Path
 import numpy as np
 
 import collect
-from activations import open_file
 from cli import HERE, run
+from sources import open_file
 from store import HEADER, read_json
 
 PROMPTS, BATCH = 12, 2

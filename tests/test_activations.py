@@ -447,7 +447,7 @@ def test_a_flipped_byte_in_a_description_is_seen(tmp_path):
         for flip in (1, 2, 32, 255):
             path.write_bytes(data[:place] + bytes([data[place] ^ flip]) + data[place + 1 :])
             try:
-                assert activations.open_file(tmp_path / "a.npy")[1] == record
+                assert open_file(tmp_path / "a.npy")[1] == record
             except ValueError:
                 refused += 1
     assert refused > 2 * len(data)
