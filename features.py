@@ -45,7 +45,7 @@ from activations import open_activations, open_file, read_lengths
 from cli import HERE, check_positive, resolve_device, resolve_dtype, run
 from formats import newest_sae
 from hook import HookedDiffusionModel
-from rows import tensors
+from images import decoded
 from sae import Sae
 from store import write_atomically
 
@@ -113,7 +113,7 @@ def open_source(path, map_size):
 
 
 class Statistics:
-    """What is kept of M features over S steps: counts, sums, and of the K examples with the highest peaks a map of C cells each."""
+    """What is kept of M features over S steps: counts, sums, and maps of C cells of the K examples with the highest peaks."""
 
     def __init__(self, M, S, K, C, device):
         wide = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
@@ -232,46 +232,6 @@ def nearest(W_dec, n, block=1024):
     return torch.cat([part.indices for part in parts]).cpu(), torch.cat([part.values for part in parts]).cpu()
 
 
-def decode(hooked, source, rows, picture_size, batch_size):
-    """The pictures of these rows' samples, in their order: WebP files as bytes.
-
-    The pipeline itself unpacks and decodes, so this works for whatever it does to its latents: it samples one step, whose
-    result is replaced by the stored samples. Raises ValueError where they are not its samples, or there are no pictures.
-    """
-    samples = np.load(source.path.with_name("samples.npy"), mmap_mode="r", allow_pickle=False)
-    if len(samples) != source.P:
-        raise ValueError(f"samples.npy holds {len(samples)} samples of {source.P} prompts")
-    given = {k: v for k, v in source.meta["pipeline_kwargs"].items() if k not in ("output_type", "timesteps", "sigmas")}
-    given = {k: v for k, v in given.items() if not (k.startswith("num_") and k.endswith("_per_prompt"))}
-    options = hooked.arguments(1, "pt", given | hooked.accepts(num_inference_steps=1))
-    noise = None
-    for i in range(0, len(rows), batch_size):
-        some = rows[i : i + batch_size]
-        said = [source.rows[row] for row in some]
-        own = options | {"generator": [torch.Generator().manual_seed(0) for _ in some]}
-        if "negative_prompt" in said[0]:
-            own["negative_prompt"] = [row["negative_prompt"] for row in said]
-        texts = [row["prompt"] for row in said]
-        noise = hooked.first_sample(texts, **own) if noise is None else noise
-        if noise.shape[1:] != samples.shape[1:]:
-            raise ValueError(f"the model's samples are {tuple(noise.shape[1:])}, those of the activations {samples.shape[1:]}")
-        x = torch.from_numpy(samples[some]).to(noise)
-        with hooked.watch(len(some), replace=lambda index, scheduler, x=x: x):
-            images = hooked(texts, **own)
-        images = next(iter(tensors(images)), getattr(images, "images", None))
-        if isinstance(images, np.ndarray):
-            images = torch.from_numpy(images).movedim(-1, 1)
-        if torch.is_tensor(images) and images.ndim == 5:  # video: the frame in the middle
-            images = images[:, images.shape[1] // 2]
-        if not torch.is_tensor(images) or images.ndim != 4 or images.shape[1] not in (1, 3):
-            raise ValueError(f"{type(hooked.pipe).__name__} gives no pictures")
-        for image in images.float().clamp(0, 1).mul(255).round().to(torch.uint8).expand(-1, 3, -1, -1).cpu():
-            picture, file = Image.fromarray(image.permute(1, 2, 0).numpy()), io.BytesIO()
-            picture.thumbnail((picture_size, picture_size), Image.Resampling.LANCZOS)
-            picture.save(file, "webp", quality=85)
-            yield file.getvalue()
-
-
 def pictures_of(cfg, sources, examples, device):
     """{example: WebP} of these examples, and why there are none of some or all, "" if there are."""
     found, first = {}, 0
@@ -287,9 +247,12 @@ def pictures_of(cfg, sources, examples, device):
         with tqdm(total=len(examples), unit="picture", desc="pictures") as bar:
             for source in sources:
                 here = [e for e in examples if first <= e < first + source.P] if source in wanted else []
-                rows = [e - first for e in here]
-                for e, picture in zip(here, decode(hooked, source, rows, cfg.picture_size, cfg.decode_batch_size)):
-                    found[e] = picture
+                samples = np.load(source.path.with_name("samples.npy"), mmap_mode="r", allow_pickle=False) if here else ()
+                given = ([samples[e - first] for e in here], [source.rows[e - first] for e in here])
+                for e, picture in zip(here, decoded(hooked, *given, source.meta["pipeline_kwargs"], cfg.decode_batch_size)):
+                    picture.thumbnail((cfg.picture_size, cfg.picture_size), Image.Resampling.LANCZOS)
+                    picture.save(file := io.BytesIO(), "webp", quality=85)
+                    found[e] = file.getvalue()
                     bar.update()
                 first += source.P
     except Exception as error:  # any pipeline runs here, after a scan of hours; a page without pictures is better than none
@@ -321,7 +284,7 @@ def packed_maps(found, top):
 def describe(found, sae, activations, sources, top):
     """All that the page says, but for the pictures: an object for JSON."""
     vectors, counts = found.vectors.double(), found.counts.double()
-    total = counts.sum(1)
+    total, n = counts.sum(1), int(vectors.sum())
     by_step = coarse((found.sums / vectors.clamp_min(1)).numpy())
     curves = np.rint(255 * by_step / by_step.max(1, keepdims=True).clip(1e-300)).astype(np.uint8)
     places = [(source, p) for source in sources for p in range(source.P)]
@@ -338,13 +301,13 @@ def describe(found, sae, activations, sources, top):
     return shown, {
         "hook_name": activations.hook_name,
         "files": activations.paths,
-        "about": f"{sae.num_latents:,} features, {sae.activation}, k = {sae.k}; {int(vectors.sum()):,} vectors of width {sae.d_in}",
+        "about": f"{sae.num_latents:,} features, {sae.activation}, k = {sae.k}; {n:,} vectors of width {sae.d_in}",
         "levels": LEVELS,
         "timesteps": short(coarse(np.array([activations.timesteps]))[0], 6) if activations.timesteps else [],
         "shapes": [source.shape for source in sources],
         "cells": found.maps.shape[2],
         "examples": [[c, w, sources.index(places[e][0])] for c, w, e in zip(captions, where, shown)],
-        "density": short((total / max(1, int(vectors.sum()))).tolist()),
+        "density": short((total / max(1, n)).tolist()),
         "mean": short((found.sums.sum(1) / total.clamp_min(1)).tolist()),
         "max": short(found.largest.cpu().tolist()),
         "height": short(by_step.max(1).tolist()),
@@ -388,7 +351,7 @@ def write_page(path, about, data, pictures, max_mb):
 
 def main(cfg):
     # 1. The SAE, and all vectors of its hook point
-    check_positive(cfg, "top_images", "map_size", "picture_size", "max_mb", "batch_size", "decode_batch_size")
+    check_positive(cfg, "top_images", "map_size", "picture_size", "batch_size", "decode_batch_size")
     device = resolve_device(cfg.device)
     folder = Path(cfg.sae) if cfg.sae else newest_sae()
     sae = Sae.load_from_disk(folder, device)
