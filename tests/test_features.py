@@ -116,7 +116,8 @@ def test_words_are_monroes_log_odds():
     assert over_represented(many, torch.arange(12)[None]) == [[("red", 12)]]
     delta = np.log((12 + 160 / 101) / (10 - 160 / 101)) - np.log((4 + 160 / 101) / (98 - 4 - 160 / 101))
     assert delta / np.sqrt(1 / (12 + 160 / 101) + 1 / (4 + 160 / 101)) >= 1.96
-    assert over_represented(["Öl, don't 猫"] * 2 + ["x"] * 30 + [f"öl {i}" for i in range(4)], torch.tensor([[0, 1]])) == [[]]
+    repeated = ["a"] * 4 + [f"Öl, don't {i}" for i in range(4)] + [f"blue {i}" for i in range(60)]
+    assert over_represented(repeated, torch.arange(8).view(2, 4)) == [[], [("don't", 4), ("öl", 4)]]
 
 
 def test_neighbours_are_those_of_the_whole_matrix_of_cosines():
