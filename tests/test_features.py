@@ -105,6 +105,20 @@ def test_numbers_and_maps_are_those_of_the_dense_expression(kind, batch_size, tm
             assert np.abs(found.maps[f, i].numpy() / 255 * peaks[e] - maps[e, f]).max() <= 0.6 / 255 * peaks[e]
 
 
+def test_two_files_are_one_page(tmp_path):
+    rng = np.random.default_rng(0)
+    paths = [
+        write(tmp_path / name, rng.standard_normal((P, 3, 6, 4), np.float32), grid=[2, 3]) for name, P in (("a", 4), ("b", 3))
+    ]
+    Sae(4, 8, 2).save_to_disk(tmp_path / "sae")
+    main(
+        Config(sae=str(tmp_path / "sae"), data=[str(path) for path in paths], out_dir=str(tmp_path), pictures=False, device="cpu")
+    )
+    examples = read_page(tmp_path / "sae.html")["examples"]
+    assert [source for _, _, source in examples] == [0] * 4 + [1] * 3
+    assert examples[5][:2] == ["b prompt 1", "b/ row 1, seed 1"]
+
+
 def test_words_are_monroes_log_odds():
     texts = ["a red fox", "a red cat", "the red dog", "a blue fox", "a blue cat", "a blue dog"] + ["a blue bird"] * 5
     found = over_represented(texts, torch.tensor([[0, 1, 2], [3, 4, 6], [0, -1, -1], [-1, -1, -1]]))
