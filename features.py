@@ -41,12 +41,13 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from activations import open_activations, open_file, read_lengths
+from activations import open_activations
 from cli import HERE, check_positive, resolve_device, resolve_dtype, run
 from formats import newest_sae
 from hook import HookedDiffusionModel
 from images import decoded
 from sae import Sae
+from sources import open_file, read_lengths
 from store import write_atomically
 
 CURVE = 50  # points of a time curve at most
@@ -91,6 +92,8 @@ class Source(NamedTuple):
 def open_source(path, map_size):
     """The `Source` of one file. A file of vectors alone counts as one example, a file without a grid has maps of one line."""
     path = Path(path)
+    if path.suffix != ".npy" or path.is_dir():
+        raise ValueError(f"{path}: features.py needs a finished .npy file; go on with the collection, or collect anew")
     array, meta = open_file(path)
     P, S = (1, 1) if array.ndim == 2 else (len(array), array.shape[1] if array.ndim > 3 else 1)
     T = array.size // (P * S * array.shape[-1])
