@@ -3,11 +3,12 @@
     python -m bench loader                       # 1 GB of (samples, 256, 1280) float16, batches of 4096 vectors
     python -m bench loader --large 8 --buffer_gb 1      # and the memory that training on a file of 8 GB needs
 
-Everything is in the page cache, and every row reads all vectors once a round; rows take turns, the first round is not counted,
-medians of the others. `read` is pread of a block into one small piece of memory, the best that reading can be and the yardstick;
-`np.fromfile` reads it all into fresh memory, `load` into memory that is there already. The ancestor's way is that of its trainer:
-a shuffled `datasets` table of Array2D in torch format through a DataLoader with 1 worker, whole images a batch; other numbers of
-workers beside it. Batches are looked at, not used. Memory is RssAnon, watched while the vectors of a sparse file come (Linux).
+Everything is in the page cache but for two rows, and every row reads all vectors once a round; rows take turns, the first round
+is not counted, medians of the others. `read` is pread of a block into one small piece of memory, the best that reading can be
+and the yardstick; `np.fromfile` reads it all into fresh memory, `load` into memory that is there already. The ancestor's way is
+that of its trainer: a shuffled `datasets` table of Array2D in torch format through a DataLoader with 1 worker, whole images a
+batch; other numbers of workers beside it. Batches are looked at, not used. Memory is RssAnon, watched while the vectors of a
+sparse file come (Linux).
 """
 
 import os
@@ -55,6 +56,13 @@ def read(path, size, block, threads):
 
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(some, range(threads)))
+    os.close(fd)
+
+
+def drop(path):
+    """Take a file out of the page cache."""
+    fd = os.open(path, os.O_RDONLY)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     os.close(fd)
 
 
@@ -121,14 +129,14 @@ def watch_memory(cfg, folder):
 
 def ways_of(cfg, path, folder):
     """What is measured: {name: function, which returns how many vectors came (None: all)}."""
-    array = np.load(path, mmap_mode="r")
-    data, memory = Activations([path]), memoryview(np.zeros(path.stat().st_size, np.uint8))
+    num_bytes = path.stat().st_size
+    data, memory = Activations([path]), memoryview(np.zeros(num_bytes, np.uint8))
     gb = data.num_training * data.d * 2 / 2**30
     ours = lambda times: data.batches(cfg.batch_size, 10**15, buffer_gb=gb / times)
     fits, larger = ours(0.99), ours(4)
     epoch = lambda batches: shown(next(batches)[0] for _ in range(data.num_training // cfg.batch_size))
     ways = {
-        f"read, {block} MB blocks, {n} thread{'s' * (n > 1)}": lambda block=block, n=n: read(path, array.nbytes, block * MB, n)
+        f"read, {block} MB blocks, {n} thread{'s' * (n > 1)}": lambda block=block, n=n: read(path, num_bytes, block * MB, n)
         for block in (1, 4, 8)
         for n in (1, 2)
     }
@@ -137,12 +145,14 @@ def ways_of(cfg, path, folder):
     ways["ours, fits the buffer, first epoch"] = lambda: epoch(ours(0.99))
     ways["ours, fits the buffer"] = lambda: epoch(fits)
     ways["ours, file 4 x buffer"] = lambda: epoch(larger)
+    ways["from the disk: read, 4 MB blocks"] = lambda: drop(path) or read(path, num_bytes, 4 * MB, 2)
+    ways["from the disk: ours, file 4 x buffer"] = lambda: drop(path) or epoch(ours(4))
     if cfg.workers:
         from datasets import Array2D, Dataset, Features, Value, disable_progress_bars
 
         disable_progress_bars()
         kinds = Features({"activations": Array2D((cfg.tokens, cfg.d), "float16"), "timestep": Value("uint16")})
-        rows = lambda: ({"activations": row[0], "timestep": 0} for row in array)
+        rows = lambda: ({"activations": row[0], "timestep": 0} for row in np.load(path, mmap_mode="r"))
         Dataset.from_generator(rows, features=kinds, cache_dir=str(folder / "cache")).save_to_disk(folder / "rows")
     for n in cfg.workers:
         loader = ancestor(folder / "rows", max(1, cfg.batch_size // cfg.tokens), n)
@@ -176,6 +186,7 @@ def main(cfg):
         rng, array = np.random.default_rng(0), np.lib.format.open_memmap(path, "w+", np.float16, shape)
         for row in array:
             row[:] = rng.random(row.shape, np.float32)
+        array.flush()  # or it could not be dropped from the cache
         del array, row
         rates = measure(ways_of(cfg, path, folder), images * cfg.tokens, cfg.rounds)
         best = max(rate for name, rate in rates.items() if name.startswith("read"))
