@@ -78,7 +78,7 @@ class Config:
 
 
 def parse_features(texts, saes):
-    """`12` or, with several SAEs, `1:12` -> a list of features for each SAE. Raises ValueError for what is neither, or not there."""
+    """`12` or, with several SAEs, `1:12` -> features of each SAE. Raises ValueError for what is neither, or not there."""
     found = [[] for _ in saes]
     for text in texts:
         match = re.fullmatch(r"(?:(\d+):)?(\d+)", text)
@@ -109,7 +109,7 @@ def parse_steps(text, num_steps):
 def token_mask(given, grid):
     """The tokens to edit, bool (tokens,), of a box in fractions or a picture file; None for an empty list.
 
-    grid: (h, w) or (frames, h, w) of the hook point. A token is in the box if its centre is. Raises ValueError for what is neither.
+    grid: (h, w) or (frames, h, w) of the hook point. A token is in the box if its centre is. ValueError for what is neither.
     """
     if not given:
         return None
@@ -156,15 +156,44 @@ def choose(cfg, saes, path):
     return features, values, [listing[i] for i in order]
 
 
-def generate(hooked, edits, prompts, seeds, options, batch_size, bar, measure=None):
-    """Pictures (P, 3, H, W) in [0, 1]. edits(sampling, batch) -> {hook_name: [Edit]}."""
+class Edits:
+    """The edits of one run, at every SAE's hook point, and what they measure of each picture."""
+
+    def __init__(self, changes, places, typical, options, where):
+        self.changes, self.places, self.typical, self.options, self.where = changes, places, typical, options, where
+        self.measured = defaultdict(list)  # {(first prompt, SAE): [(norm, distance), each (P,), of a chunk at a step]}
+
+    def __call__(self, sampling, start):
+        """{hook_name: [Edit]} for the batch that begins with prompt `start`."""
+        found = {}
+        for i, (change, place, where) in enumerate(zip(self.changes, self.places, self.where)):
+
+            def measure(x, step, timestep, i=i):
+                if self.typical[i] is not None:
+                    self.measured[start, i].append(torch.stack(self.typical[i](x, timestep)))
+
+            kwargs = dict(side=place["side"], stream=place["stream"], where=where, measure=measure)
+            found[place["hook_name"]] = hooks(change, sampling, **self.options, **kwargs)
+        return found
+
+    def numbers(self, P):
+        """Each picture's (norm, distance), means over edited steps, at the hook point that is furthest off; None if not known."""
+        if not self.measured:
+            return [None] * P
+        starts, known = (sorted(set(column)) for column in zip(*self.measured))
+        each = [torch.cat([torch.stack(self.measured[start, i]).mean(0) for start in starts], 1) for i in known]
+        return torch.stack(each).amax(0).T.tolist()
+
+
+def generate(hooked, edits, prompts, seeds, options, batch_size, bar):
+    """Pictures (P, 3, H, W) in [0, 1], edited by `edits`, batch by batch."""
     made = []
     for start in range(0, len(prompts), batch_size):
         here = slice(start, start + batch_size)
         given = {k: v[here] if "prompt" in k and isinstance(v, list) else v for k, v in options.items()}
         with hooked.watch(len(prompts[here])) as sampling:
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[here]]
-            output = hooked.run_with_hooks(edits(sampling, here), prompts[here], generator=generators, **given)
+            output = hooked.run_with_hooks(edits(sampling, start), prompts[here], generator=generators, **given)
         images = tensors(output)[0]
         images = images[:, images.shape[1] // 2] if images.ndim == 5 else images  # video: the frame in the middle
         if images.ndim != 4 or images.shape[1] != 3:
@@ -259,12 +288,7 @@ def unlearning(cfg, saes, meta, device):
     look = lambda images: classifier.predict(to_model((images * 255).round()).to(device))
 
     # 3. The table
-    report = {
-        "options": options,
-        "arguments": arguments,
-        "dtype": str(dtype).removeprefix("torch."),
-        "done": before.get("done", {}),
-    }
+    report = {"options": options, "arguments": arguments, "dtype": str(dtype), "done": before.get("done", {})}
     report["hook_names"] = {name: domain.place["hook_name"] for name, domain in domains.items()}
     report["prompts"] = {name: [row["prompt"] for row in half] for name, half in zip(("choice", "report"), halves)}
     report["seeds"] = "the place of the prompt in the two lists, one after the other, from 0"
@@ -290,14 +314,10 @@ def unlearning(cfg, saes, meta, device):
 def main(cfg):
     # 1. The SAEs, where they belong, and the features
     check_positive(cfg, "num_features", "num_prompts", "num_inference_steps", "batch_size", "per_cell")
-    if (
-        sum(map(bool, (cfg.features, cfg.concept, cfg.unlearn))) > 1
-        or (cfg.multiply and cfg.add)
-        or (cfg.report and not cfg.unlearn)
-    ):
-        raise ValueError(
-            "expected one of --features, --concept and --unlearn, one of --multiply and --add, --report with --unlearn"
-        )
+    if sum(map(bool, (cfg.features, cfg.concept, cfg.unlearn))) > 1 or (cfg.multiply and cfg.add):
+        raise ValueError("expected one of --features, --concept and --unlearn at most, and one of --multiply and --add")
+    if cfg.report and not cfg.unlearn:
+        raise ValueError("--report is of --unlearn: name a concept of the toy, or all")
     device, start = resolve_device(cfg.device), time.perf_counter()
     paths = cfg.sae or [str(newest_sae())]
     saes = [Sae.load_from_disk(path, device) for path in paths]
@@ -342,28 +362,10 @@ def main(cfg):
     runs = []
     with tqdm(total=len(prompts) * (1 + len(strengths)), unit="picture", desc="steering") as bar:
         for kind, value in (("multiply", 1.0), *strengths):
-            measured = defaultdict(list)  # {(SAE, first prompt): [(norm, distance) of an edited chunk of a step]}
-
-            def edits(sampling, here):
-                found = {}
-                for i, (sae, place) in enumerate(zip(saes, places)):
-
-                    def measure(x, step, timestep, i=i):
-                        if typical[i] is not None:
-                            measured[i, here.start].append(torch.stack(typical[i](x, timestep)))
-
-                    change = steer(sae, features[i], stream=place["stream"], **{kind: value})
-                    kwargs = dict(side=place["side"], stream=place["stream"], rows=cfg.rows, steps=steps, where=where[i])
-                    found[place["hook_name"]] = hooks(change, sampling, renormalize=cfg.renormalize, measure=measure, **kwargs)
-                return found
-
+            changes = [steer(sae, f, stream=p["stream"], **{kind: value}) for sae, f, p in zip(saes, features, places)]
+            edits = Edits(changes, places, typical, dict(rows=cfg.rows, steps=steps, renormalize=cfg.renormalize), where)
             images = generate(hooked, edits, prompts, seeds, options, cfg.batch_size, bar)
-            starts = range(0, len(prompts), cfg.batch_size)
-            each = [torch.cat([torch.stack(measured[i, s]).mean(0) for s in starts], 1) for i in range(len(saes)) if typical[i]]
-            numbers = (
-                torch.stack(each).amax(0).T.tolist() if each else [None] * len(prompts)
-            )  # the hook point that is furthest off
-            runs.append({"kind": kind, "value": value, "images": images, "numbers": numbers})
+            runs.append({"kind": kind, "value": value, "images": images, "numbers": edits.numbers(len(prompts))})
 
     # 4. The table, the numbers and the pictures
     print(f"{'':12} {'norm':>6} {'distance':>9} {'pictures':>9}   (1: typical of training; the last: RMS change, of 1)")
