@@ -269,9 +269,9 @@ def unlearning(cfg, saes, meta, device):
     if not (model / "classifier.safetensors").exists():
         raise ValueError(f"--unlearn: {model} has no classifier that could judge its pictures; that is for the toy")
     methods = tuple(GRIDS) if cfg.report else ("features",)
-    options = {"unlearn": cfg.unlearn, "report": cfg.report, "per_cell": cfg.per_cell, "sae": [str(path) for path, _ in saes]}
+    options = {"unlearn": cfg.unlearn, "per_cell": cfg.per_cell, "sae": [str(path) for path, _ in saes]}
     options |= {"num_inference_steps": cfg.num_inference_steps or 10, "guidance_scale": cfg.guidance_scale}
-    folder = open_folder(Path(cfg.out_dir) / f"unlearn_{cfg.unlearn}{'_report' * cfg.report}", "unlearn.json", options)
+    folder = open_folder(Path(cfg.out_dir) / f"unlearn_{cfg.unlearn}", "unlearn.json", options)
     before = read_json(folder / "unlearn.json") if (folder / "unlearn.json").exists() else {}
 
     # 2. The model, and where each domain is edited

@@ -33,16 +33,17 @@ from edits import delta, hooks, steer
 from graft import trained_on
 
 DOMAINS = {"object": "style", "style": "object"}  # and the other, of which CRA is
+PAIRS = lambda first, second, numbers: [{first: a, second: b} for a, b in numbers]
 GRIDS = {  # the settings that are tried, as many of each method
     "features": {
-        "object": [dict(count=n, multiply=m) for n, m in itertools.product((2, 4), (-2, -4, -8))],
-        "style": [dict(count=n, multiply=m) for n, m in itertools.product((4, 8), (0, -0.5, -1))],
+        "object": PAIRS("count", "multiply", [(2, -4), (4, -2), (4, -4), (8, -2)]),
+        "style": PAIRS("count", "multiply", [(4, -0.5), (8, -0.5), (4, -1), (4, -1.5)]),
     },
-    "saeuron": dict.fromkeys(DOMAINS, [dict(count=n, multiply=m) for n, m in itertools.product((1, 2), (-1, -5, -20))]),
+    "saeuron": dict.fromkeys(DOMAINS, PAIRS("count", "multiply", [(1, -1), (2, -1), (1, -5), (2, -5)])),
     "negative_prompt": dict.fromkeys(
-        DOMAINS, [dict(text=t, guidance_scale=g) for t, g in itertools.product(("{}", "a picture of a {}"), (5.0, 7.5, 10.0))]
+        DOMAINS, PAIRS("text", "guidance_scale", itertools.product(("{}", "a picture of a {}"), (5.0, 10.0)))
     ),
-    "mean_direction": dict.fromkeys(DOMAINS, [dict(s=s, rows=r) for s, r in itertools.product((1, 2, 4), ("cond", "both"))]),
+    "mean_direction": dict.fromkeys(DOMAINS, PAIRS("s", "rows", [(1, "cond"), (2, "cond"), (4, "cond"), (2, "both")])),
 }
 
 
@@ -168,7 +169,7 @@ def mean(record):
     return (record["UA"] + record["IRA"] + record["CRA"]) / 3
 
 
-def unlearn(hooked, look, domains, values, halves, options, done, save, others=8, methods=tuple(GRIDS)):
+def unlearn(hooked, look, domains, values, halves, options, done, save, others=6, methods=tuple(GRIDS)):
     """The whole table: for each concept and method, {"chosen": setting, "UA", "IRA", "CRA"} on the second half.
 
     look(pictures) -> [{"object", "style", ...}] names what they show. values: {domain: [concepts]}. halves: of `split_prompts`.
