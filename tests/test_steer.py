@@ -116,14 +116,9 @@ def test_steps_and_features_by_hand():
             parse_steps(text, 4)
     saes = [Sae(4, 8, 2), Sae(4, 16, 2)]
     assert parse_features(["3"], saes[:1]) == [[3]] and parse_features(["1:12", "0:3", "1:0"], saes) == [[3], [12, 0]]
-    for texts, said in (
-        (["3"], "such as 0:12"),
-        (["2:3"], "--sae names 2"),
-        (["0:9"], "feature 9: the SAE has 8"),
-        (["x"], "expected"),
-    ):
+    for text, said in (("3", "such as 0:12"), ("2:3", "--sae names 2"), ("0:9", "feature 9: the SAE has 8"), ("x", "expected")):
         with pytest.raises(ValueError, match=said):
-            parse_features(texts, saes)
+            parse_features([text], saes)
 
 
 def test_what_is_refused(config, trained, tmp_path):
