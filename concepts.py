@@ -41,17 +41,17 @@ def read_prompts(path):
 
 
 @torch.no_grad()
-def image_scores(sae, path, pool="mean", most=MOST):
+def image_scores(sae, path, pool="mean", pictures=None, most=MOST):
     """Each picture's activation of every latent by step: ((P, S, M) float32, which rows of the file those are (P,)).
 
-    pool: mean or max over the tokens; padding of text does not count. P is fewer than there are, a seeded choice, where all would
-    be more than `most` numbers. Raises ValueError for a file of another width, or not of (prompts, steps, tokens, d).
+    pool: mean or max over the tokens; padding of text does not count. P is at most `pictures`, and fewer, a seeded choice, where
+    all would be more than `most` numbers. Raises ValueError for a file of another width, or not of (prompts, steps, tokens, d).
     """
     array, meta = open_file(path)
     if array.ndim != 4 or array.shape[3] != sae.d_in:
         raise ValueError(f"{path} is {array.shape}; expected (prompts, steps, tokens, {sae.d_in})")
     P, S, T, d = array.shape
-    fit = max(2, min(P, most // (S * sae.num_latents)))
+    fit = max(2, min(P, pictures or P, most // (S * sae.num_latents)))
     chosen = np.sort(np.random.default_rng(0).permutation(P)[:fit])
     device, text = sae.W_dec.device, meta.get("stream") == "text"
     scores = torch.zeros(len(chosen), S, sae.num_latents)

@@ -51,6 +51,7 @@ class Config:
     concept: str | None = None  # a word of the prompts: its features are found (neither: the feature that varies most)
     num_features: int = 1  # of the concept, in each SAE
     score: Literal["contrast", "saeuron"] = "contrast"  # that finds them, see concepts.py
+    num_pictures: int = 128  # of the activation files, that features are found from
     multiply: list[float] = field(default_factory=list)  # of the activations: 1 changes nothing, 0 ablates; a row for each
     add: list[float] = field(
         default_factory=list
@@ -134,13 +135,14 @@ def token_mask(given, grid):
     return mask.flatten().repeat(grid[0] if len(grid) == 3 else 1)
 
 
-def choose(cfg, saes, path):
+def choose(cfg, saes):
     """Features for each SAE, their scores, and rows of prompts.jsonl (None where --features says all): see Config."""
     if cfg.features:
         return parse_features(cfg.features, saes), [None] * len(saes), None
-    listing, features, values, order = read_prompts(path), [], [], None
+    features, values, order = [], [], None
     for sae in saes:
-        scores, chosen = image_scores(sae, sae.cfg["data"][0])
+        listing = read_prompts(sae.cfg["data"][0])
+        scores, chosen = image_scores(sae, sae.cfg["data"][0], pictures=cfg.num_pictures)
         if cfg.concept:
             there = with_word([listing[i]["prompt"] for i in chosen], cfg.concept)
             best, value = find_features(scores, there, cfg.score, cfg.num_features)
@@ -152,8 +154,9 @@ def choose(cfg, saes, path):
         features.append(best.tolist())
         values.append(value.tolist())
         half = -(-cfg.num_prompts // 2)
-        order = order or [*groups[0][:half], *groups[1][: cfg.num_prompts - half]]  # pictures with it, then without
-    return features, values, [listing[i] for i in order]
+        # the columns of the picture: some that have it, then some that do not
+        order = order or [listing[row] for row in (*groups[0][:half], *groups[1][: cfg.num_prompts - half])]
+    return features, values, order
 
 
 class Edits:
@@ -313,7 +316,7 @@ def unlearning(cfg, saes, meta, device):
 
 def main(cfg):
     # 1. The SAEs, where they belong, and the features
-    check_positive(cfg, "num_features", "num_prompts", "num_inference_steps", "batch_size", "per_cell")
+    check_positive(cfg, "num_features", "num_pictures", "num_prompts", "num_inference_steps", "batch_size", "per_cell")
     if sum(map(bool, (cfg.features, cfg.concept, cfg.unlearn))) > 1 or (cfg.multiply and cfg.add):
         raise ValueError("expected one of --features, --concept and --unlearn at most, and one of --multiply and --add")
     if cfg.report and not cfg.unlearn:
@@ -327,7 +330,7 @@ def main(cfg):
     meta = read_description(saes[0].cfg["data"][0])
     if cfg.unlearn:
         return unlearning(cfg, list(zip(paths, saes)), meta, device)
-    features, scores, rows = choose(cfg, saes, saes[0].cfg["data"][0])
+    features, scores, rows = choose(cfg, saes)
     strengths = [("add", c) for c in cfg.add] or [("multiply", m) for m in cfg.multiply or (0.0, 4.0)]
 
     # 2. The model, the prompts, and which tokens and steps
