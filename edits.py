@@ -10,6 +10,8 @@ How far an edit leaves the activations that the model itself makes is measured a
 (`Typical`): steering that looks harmless by its features can push what later layers get far off (arXiv 2606.31699).
 """
 
+from collections import defaultdict
+
 import torch
 
 from activations import open_activations
@@ -121,6 +123,39 @@ def hooks(change, sampling, side="output", stream="image", rows="cond", steps=No
         return None if added is None else torch.where(moved, full + added, full).to(output.dtype)
 
     return [Edit(fn, role, stream, steps, with_input=side == "diff") for role in ROLES[rows].values()]
+
+
+class Edits:
+    """The edits of one run, at the hook point of every SAE, and how far off they are from what is typical there.
+
+    changes: functions of `steer`; places: what `graft.trained_on` says; typical: a `Typical` or None; where: a mask or None;
+    each one an SAE. options: keywords of `hooks` for all.
+    """
+
+    def __init__(self, changes, places, typical, options, where):
+        self.changes, self.places, self.typical, self.options, self.where = changes, places, typical, options, where
+        self.measured = defaultdict(list)  # {(first prompt, SAE): [(norm, distance), each (P,), of a chunk at a step]}
+
+    def __call__(self, sampling, start):
+        """{hook_name: [Edit]} for the batch that begins with prompt `start`."""
+        found = {}
+        for i, (change, place, where) in enumerate(zip(self.changes, self.places, self.where)):
+
+            def measure(x, step, timestep, i=i):
+                if self.typical[i] is not None:
+                    self.measured[start, i].append(torch.stack(self.typical[i](x, timestep)))
+
+            kwargs = dict(side=place["side"], stream=place["stream"], where=where, measure=measure)
+            found[place["hook_name"]] = hooks(change, sampling, **self.options, **kwargs)
+        return found
+
+    def numbers(self, P):
+        """Each picture's (norm, distance), means over edited steps, at the hook point that is furthest off; None if not known."""
+        if not self.measured:
+            return [None] * P
+        starts, known = (sorted(set(column)) for column in zip(*self.measured))
+        each = [torch.cat([torch.stack(self.measured[start, i]).mean(0) for start in starts], 1) for i in known]
+        return torch.stack(each).amax(0).T.tolist()
 
 
 class Typical:

@@ -19,7 +19,6 @@ import json
 import re
 import textwrap
 import time
-from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -33,7 +32,7 @@ from tqdm import tqdm
 from activations import read_description
 from cli import check_positive, parse_object, product_dtype, resolve_device, resolve_dtype, run
 from concepts import find_features, image_scores, read_prompts, with_word
-from edits import Typical, check_features, hooks, steer
+from edits import Edits, Typical, check_features, steer
 from formats import newest_sae
 from graft import trained_on
 from hook import HookedDiffusionModel, find_model
@@ -159,35 +158,6 @@ def choose(cfg, saes):
     return features, values, order
 
 
-class Edits:
-    """The edits of one run, at every SAE's hook point, and what they measure of each picture."""
-
-    def __init__(self, changes, places, typical, options, where):
-        self.changes, self.places, self.typical, self.options, self.where = changes, places, typical, options, where
-        self.measured = defaultdict(list)  # {(first prompt, SAE): [(norm, distance), each (P,), of a chunk at a step]}
-
-    def __call__(self, sampling, start):
-        """{hook_name: [Edit]} for the batch that begins with prompt `start`."""
-        found = {}
-        for i, (change, place, where) in enumerate(zip(self.changes, self.places, self.where)):
-
-            def measure(x, step, timestep, i=i):
-                if self.typical[i] is not None:
-                    self.measured[start, i].append(torch.stack(self.typical[i](x, timestep)))
-
-            kwargs = dict(side=place["side"], stream=place["stream"], where=where, measure=measure)
-            found[place["hook_name"]] = hooks(change, sampling, **self.options, **kwargs)
-        return found
-
-    def numbers(self, P):
-        """Each picture's (norm, distance), means over edited steps, at the hook point that is furthest off; None if not known."""
-        if not self.measured:
-            return [None] * P
-        starts, known = (sorted(set(column)) for column in zip(*self.measured))
-        each = [torch.cat([torch.stack(self.measured[start, i]).mean(0) for start in starts], 1) for i in known]
-        return torch.stack(each).amax(0).T.tolist()
-
-
 def generate(hooked, edits, prompts, seeds, options, batch_size, bar):
     """Pictures (P, 3, H, W) in [0, 1], edited by `edits`, batch by batch."""
     made = []
@@ -300,15 +270,13 @@ def unlearning(cfg, saes, meta, device):
     report["table"] = table
     report["seconds"] = round(sum(record["seconds"] for record in report["done"].values()))
     report["pictures"] = sum(record["pictures"] for record in report["done"].values())
-    for name in (*values, "all"):
-        concepts = [v for n in values if name in (n, "all") for v in values[n]]
-        report.setdefault("summary", {})[name] = {m: summary([records[v] for v in concepts]) for m, records in table.items()}
-        print(f"\n{name}, mean ± standard deviation over {len(concepts)}" if len(concepts) > 1 else f"\n{concepts[0]}")
+    report["summary"] = {}
+    for name, concepts in {**values, "all": sum(values.values(), [])}.items():
+        report["summary"][name] = {m: summary([records[v] for v in concepts]) for m, records in table.items()}
+        print(f"\n{name}, mean ± standard deviation over {len(concepts)}: {', '.join(concepts)}")
         print(f"{'':16} {'UA':>14} {'IRA':>14} {'CRA':>14} {'mean':>14}")
         for m, numbers in report["summary"][name].items():
             print(f"{m:16} " + " ".join(f"{100 * value:6.1f} ± {100 * std:5.1f}" for value, std in numbers.values()))
-        if len(values) == 1:
-            break
     save()
     count = f"{report['pictures']} pictures in {arguments['num_inference_steps']} steps, {report['seconds']} s"
     print(f"\n{count}; on {len(halves[1])} prompts that chose nothing; settings, prompts and seeds in {folder / 'unlearn.json'}")
