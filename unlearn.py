@@ -36,14 +36,14 @@ DOMAINS = {"object": "style", "style": "object"}  # and the other, of which CRA 
 PAIRS = lambda first, second, numbers: [{first: a, second: b} for a, b in numbers]
 GRIDS = {  # the settings that are tried, as many of each method
     "features": {
-        "object": PAIRS("count", "multiply", [(2, -4), (4, -2), (4, -4), (8, -2)]),
-        "style": PAIRS("count", "multiply", [(4, -0.5), (8, -0.5), (4, -1), (4, -1.5)]),
+        "object": PAIRS("count", "multiply", [(2, -4), (4, -2), (4, -4), (8, -1), (8, -2), (16, -2)]),
+        "style": PAIRS("count", "multiply", [(4, -1), (4, -1.5), (8, -0.5), (32, 0), (32, -0.5), (64, -0.5)]),
     },
-    "saeuron": dict.fromkeys(DOMAINS, PAIRS("count", "multiply", [(1, -1), (2, -1), (1, -5), (2, -5)])),
+    "saeuron": dict.fromkeys(DOMAINS, PAIRS("count", "multiply", itertools.product((1, 2), (-1, -5, -20)))),
     "negative_prompt": dict.fromkeys(
-        DOMAINS, PAIRS("text", "guidance_scale", itertools.product(("{}", "a picture of a {}"), (5.0, 10.0)))
+        DOMAINS, PAIRS("text", "guidance_scale", itertools.product(("{}", "a picture of a {}"), (5.0, 7.5, 10.0)))
     ),
-    "mean_direction": dict.fromkeys(DOMAINS, PAIRS("s", "rows", [(1, "cond"), (2, "cond"), (4, "cond"), (2, "both")])),
+    "mean_direction": dict.fromkeys(DOMAINS, PAIRS("s", "rows", itertools.product((1, 2, 4), ("cond", "both")))),
 }
 
 
