@@ -1,0 +1,98 @@
+"""Which features are of a concept: their activations on pictures with it, against those without.
+
+An activation file's vectors go through the SAE, and each picture keeps, for every step and latent, its mean (or largest)
+activation over the tokens: the *image score*. A concept is a word of the prompts.
+
+    saeuron    s = a / sum(a) - b / sum(b): a, b (M,) the mean score of pictures with and without it, sums over latents; one a
+               step (SAeUron, arXiv 2501.18052, section 4.2)
+    contrast   (mean with - mean without) / standard deviation, root of the groups' mean variance; of scores meant over steps
+    auroc      the share of pairs (a picture with, one without) that the score puts in the right order; ties count half
+"""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from activations import open_file
+
+MOST = 1 << 28  # numbers that image scores may take: 1 GiB
+
+
+def with_word(prompts, word):
+    """bool (P,): which prompts hold the word. Raises ValueError where none does, or all."""
+    pattern = re.compile(rf"(?<!\w){re.escape(word)}(?!\w)", re.IGNORECASE)
+    found = torch.tensor([bool(pattern.search(str(prompt))) for prompt in prompts])
+    if not found.any() or found.all():
+        number = "none" if not found.any() else "all"
+        raise ValueError(f"concept {word!r}: {number} of the {len(prompts)} prompts has it; expected some with and some without")
+    return found
+
+
+def read_prompts(path):
+    """The rows of prompts.jsonl beside an activation file, one a picture. Raises ValueError where it is not there."""
+    listing = Path(path).with_name("prompts.jsonl")
+    if not listing.exists():
+        raise ValueError(f"{listing} is not there, so it is not known which prompts the activations are of")
+    return [json.loads(line) for line in listing.read_text("utf-8").splitlines()]
+
+
+@torch.no_grad()
+def image_scores(sae, path, pool="mean", pictures=None, most=MOST):
+    """Each picture's activation of every latent by step: ((P, S, M) float32, which rows of the file those are (P,)).
+
+    pool: mean or max over the tokens; padding of text does not count. P is at most `pictures`, and fewer, a seeded choice, where
+    all would be more than `most` numbers. Raises ValueError for a file of another width, or not of (prompts, steps, tokens, d).
+    """
+    array, meta = open_file(path)
+    if array.ndim != 4 or array.shape[3] != sae.d_in:
+        raise ValueError(f"{path} is {array.shape}; expected (prompts, steps, tokens, {sae.d_in})")
+    P, S, T, d = array.shape
+    fit = max(2, min(P, pictures or P, most // (S * sae.num_latents)))
+    chosen = np.sort(np.random.default_rng(0).permutation(P)[:fit])
+    device, text = sae.W_dec.device, meta.get("stream") == "text"
+    scores = torch.zeros(len(chosen), S, sae.num_latents)
+    for out, row in zip(scores, tqdm(chosen, "encoding", unit="picture", leave=False)):
+        x = torch.from_numpy(np.array(array[row]))
+        x = (x.view(torch.bfloat16) if array.dtype == np.uint16 else x).float().to(device)
+        real = (x != 0).any(-1) if text else torch.ones(S, T, dtype=torch.bool, device=device)
+        top_acts, top_indices = sae.encode(x if sae.activation == "sampletopk" else x.flatten(0, 1))[:2]
+        top_acts = top_acts.reshape(S, T, -1) * real[:, :, None]
+        places, acts = top_indices.reshape(S, -1), top_acts.reshape(S, -1)
+        if pool == "mean":
+            acts = torch.zeros(S, sae.num_latents, device=device).scatter_add_(1, places, acts)
+            out.copy_(acts / real.sum(1, keepdim=True).clamp_min(1))
+        else:
+            out.copy_(torch.zeros(S, sae.num_latents, device=device).scatter_reduce_(1, places, acts, "amax"))
+    return scores, chosen
+
+
+def saeuron(scores, there):
+    """SAeUron's score by step: scores (P, S, M), there bool (P,) -> (S, M)."""
+    a, b = scores[there].mean(0), scores[~there].mean(0)
+    return a / (a.sum(1, keepdim=True) + 1e-8) - b / (b.sum(1, keepdim=True) + 1e-8)
+
+
+def contrast(scores, there):
+    """Difference of means in standard deviations: scores (P, S, M) or (P, M), there bool (P,) -> (M,)."""
+    scores = scores.mean(1) if scores.ndim == 3 else scores
+    a, b = scores[there], scores[~there]
+    variance = (a.var(0, correction=0) + b.var(0, correction=0)) / 2
+    return (a.mean(0) - b.mean(0)) / (variance.sqrt() + 1e-3 * scores.std() + 1e-12)  # one that never varies is no feature
+
+
+def auroc(scores, there):
+    """Area under the ROC curve of each column: scores (P, M), there bool (P,) -> (M,) float32."""
+    a, b = scores[there].T.contiguous(), scores[~there].T.contiguous().sort(dim=1).values
+    below = torch.searchsorted(b, a, right=False) + torch.searchsorted(b, a, right=True)
+    return below.float().mean(1) / (2 * b.shape[1])
+
+
+def find_features(scores, there, how="contrast", count=1):
+    """The features that speak most for a concept: `count` of them, the best first, with their scores, (count,) each."""
+    values = {"saeuron": lambda: saeuron(scores, there).mean(0), "contrast": lambda: contrast(scores, there)}[how]()
+    top = values.topk(min(count, len(values)))
+    return top.indices, top.values

@@ -1,0 +1,72 @@
+"""Image scores against a loop over the tokens, and the scores of features by hand."""
+
+import numpy as np
+import pytest
+import torch
+
+from bench.concepts import best_features
+from concepts import auroc, contrast, find_features, image_scores, saeuron, with_word
+from sae import Sae
+
+
+@pytest.mark.parametrize("pool", ["mean", "max"])
+@pytest.mark.parametrize("activation", ["topk", "sampletopk"])
+def test_image_scores(tmp_path, pool, activation):
+    x = np.random.default_rng(0).standard_normal((3, 2, 5, 8)).astype(np.float16)
+    np.save(tmp_path / "x.npy", x)
+    sae = Sae(8, 12, 3, {"activation": activation})
+    scores, chosen = image_scores(sae, tmp_path / "x.npy", pool)
+    assert scores.shape == (3, 2, 12) and chosen.tolist() == [0, 1, 2]
+    for p in range(3):
+        for s in range(2):
+            tokens = torch.from_numpy(x[p, s]).float()
+            acts, where = sae.encode(tokens[None] if activation == "sampletopk" else tokens)[:2]
+            codes = torch.zeros(5, 12)
+            for t in range(5):
+                for a, i in zip(acts.reshape(5, -1)[t], where.reshape(5, -1)[t]):
+                    codes[t, i] += a
+            assert torch.allclose(scores[p, s], codes.mean(0) if pool == "mean" else codes.amax(0), atol=1e-5)
+    few, chosen = image_scores(sae, tmp_path / "x.npy", pool, most=48)
+    assert len(few) == 2 and torch.equal(few, scores[chosen])
+    with pytest.raises(ValueError, match=r"expected \(prompts, steps, tokens, 9\)"):
+        image_scores(Sae(9, 12, 3), tmp_path / "x.npy")
+
+
+def test_saeurons_score_by_hand():
+    scores = torch.tensor([[[3.0, 1.0, 0.0]], [[1.0, 1.0, 2.0]], [[0.0, 2.0, 2.0]]])  # three pictures, a step
+    there = torch.tensor([True, True, False])
+    expected = torch.tensor([[2 / 4 - 0, 1 / 4 - 1 / 2, 1 / 4 - 1 / 2]])
+    assert torch.allclose(saeuron(scores, there), expected, atol=1e-6)
+    assert find_features(scores, there, "saeuron", 1)[0].tolist() == [0]
+
+
+def test_contrast_by_hand():
+    scores = torch.tensor([[4.0, 1.0], [6.0, 1.0], [1.0, 2.0], [3.0, 2.0]])
+    found = contrast(scores, torch.tensor([True, True, False, False]))
+    assert found[0] == pytest.approx(3 / 1, rel=1e-2) and found[1] < 0
+
+
+def test_auroc_against_all_pairs():
+    rng = torch.Generator().manual_seed(0)
+    scores, there = torch.randint(0, 4, (30, 7), generator=rng).float(), torch.rand(30, generator=rng) < 0.3  # with ties
+    a, b = scores[there][:, None], scores[~there][None]
+    expected = ((a > b).double() + 0.5 * (a == b).double()).mean((0, 1))
+    assert torch.allclose(auroc(scores, there).double(), expected)
+
+
+def test_a_feature_is_chosen_on_one_half_and_scored_on_the_other():
+    there, choice = torch.tensor([1, 0] * 20).bool(), torch.arange(40) % 4 < 2
+    lucky = torch.where(choice, there.float(), 1 - there.float())  # tells it where it is chosen, and says the contrary elsewhere
+    scores = [torch.rand(40, 3, generator=torch.Generator().manual_seed(0)), torch.stack([torch.zeros(40), lucky], 1)]
+    assert best_features(scores, there, choice) == (1, 1, 0.0)
+
+
+def test_words():
+    prompts = ["a Star, red", "starry night", "a moon"]
+    assert with_word(prompts, "star").tolist() == [True, False, False]
+    for word, said in (("sun", "none"), ("a moon", None)):
+        if said:
+            with pytest.raises(ValueError, match=f"concept {word!r}: {said} of the 3 prompts"):
+                with_word(prompts, word)
+    with pytest.raises(ValueError, match="all of the 2 prompts"):
+        with_word(["a star", "the star"], "star")

@@ -1,0 +1,149 @@
+"""Edits of features: against dense codes, at the rows, steps and tokens that were asked for, and nothing else moves a bit."""
+
+import numpy as np
+import pytest
+import torch
+from tiny import PROMPTS, build, generate_options, sd15
+
+from edits import Typical, delta, hooks, steer, step_norm
+from hook import HookedDiffusionModel
+from sae import Sae
+
+HOOK, D = "mid_block.attentions.0", 16  # followed by mid_block.resnets.1, which sees what became of it
+EVERY = {"topk": {}, "batchtopk": {}, "sampletopk": {}, "unit norm": {"input_unit_norm": True}}
+
+
+def some_sae(d, M=64, k=6, cfg=None, seed=0):
+    sae = Sae(d, M, k, cfg, seed)
+    sae.b_dec.data.normal_(generator=torch.Generator().manual_seed(seed))
+    return sae
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_delta_is_the_difference_of_two_reconstructions(kind):
+    activation = {} if kind == "unit norm" else {"activation": kind}
+    sae, x = some_sae(24, cfg=activation | EVERY[kind]), torch.randn(3, 10, 24, generator=torch.Generator().manual_seed(1))
+    features = torch.tensor([5, 17, 40])
+    top_acts, top_indices, *stats = sae.encode(x) if kind == "sampletopk" else sae.encode(x.flatten(0, 1))
+    changed = torch.where(torch.isin(top_indices, features), -3 * top_acts, top_acts)
+    codes = (changed.double(), top_acts.double())
+    hats = [torch.zeros(30, 64).double().scatter_add_(1, top_indices.reshape(30, -1), c.reshape(30, -1)) for c in codes]
+    expected = (hats[0] - hats[1]) @ sae.W_dec.double() * (stats[1].double() if stats else 1)
+    found = delta(sae, x, features, lambda acts: -3 * acts)
+    assert torch.allclose(found.flatten(0, 1).double(), expected, atol=1e-5) and expected.abs().max() > 0.1
+    untouched = ~torch.isin(torch.where(top_acts > 0, top_indices, -1), features).reshape(30, -1).any(1)
+    assert untouched.any() and not found.flatten(0, 1)[untouched].any()  # exactly 0
+
+
+def test_add_is_in_units_of_the_steps_norm():
+    sae, x = some_sae(24), torch.randn(2, 10, 24)
+    sae.W_dec.data.mul_(2)  # what is added goes along the unit row
+    found = steer(sae, [3], add=2.5)(x)
+    for tokens, added in zip(x, found):
+        norm = (tokens.double().square().sum() / 10).sqrt()
+        assert torch.allclose(added.double(), (2.5 * norm * sae.W_dec[3].double() / 2 / 1.0).expand(10, 24), atol=1e-4)
+    padded = torch.cat([x, torch.zeros(2, 5, 24)], 1)
+    assert torch.allclose(step_norm(padded, "text"), step_norm(x))
+    assert not steer(sae, [3], add=2.5, stream="text")(padded)[:, 10:].any()
+
+
+def test_nothing_to_change_is_none():
+    sae, x = some_sae(24), torch.randn(1, 4, 24)
+    assert steer(sae, [3], multiply=1)(x) is None and steer(sae, [3], add=0)(x) is None and steer(sae, [], multiply=0)(x) is None
+
+
+def test_what_is_refused():
+    sae = some_sae(24)
+    with pytest.raises(ValueError, match="feature 64: the SAE has 64, numbered 0 to 63"):
+        steer(sae, [64], multiply=0)
+    with pytest.raises(ValueError, match="named twice"):
+        steer(sae, [3, 3], multiply=0)
+    with pytest.raises(ValueError, match="width 24, and those of this hook point have width 16"):
+        steer(sae, [3], multiply=0)(torch.randn(1, 2, 16))
+    with pytest.raises(ValueError, match="--side input"):
+        hooks(None, None, side="input")
+
+
+def generate(change, steps=None, dtype=None, **options):
+    """(latents, [(output of the module, what follows it got)] a step, chunks as the pipeline stacks them) of two prompts."""
+    pipe, seen = build(sd15), []
+    if dtype is not None:
+        pipe.to(dtype)
+    module, follower = pipe.unet.get_submodule(HOOK), pipe.unet.get_submodule("mid_block.resnets.1")
+    hooked = HookedDiffusionModel.from_pipeline(pipe)
+    with hooked.watch(2) as sampling:  # which the planning step is no part of
+        listen = lambda module, args, output: seen.append([output[0].clone()]) if not sampling.paused else None
+        follow = lambda module, args: seen[-1].append(args[0].clone()) if not sampling.paused else None
+        module.register_forward_hook(listen)
+        follower.register_forward_pre_hook(follow)
+        edits = {} if change is None else {HOOK: hooks(change, sampling, steps=steps, **options)}
+        out = hooked.run_with_hooks(edits, PROMPTS[:2], **generate_options(2, num_inference_steps=3)).images
+    tokens = lambda x: x.flatten(2).transpose(1, 2)
+    return out, [(tokens(a), tokens(b)) for a, b in seen]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", ["cond", "both"])
+def test_multiply_1_is_the_identity_bit_for_bit(dtype, rows):
+    plain, _ = generate(None, dtype=dtype)
+    sae = some_sae(D)
+    silent = lambda x, timestep: torch.zeros_like(x)  # as of features that are nowhere active
+    for change in (steer(sae, list(range(64)), multiply=1), steer(sae, [0], add=0), silent):
+        assert torch.equal(generate(change, dtype=dtype, rows=rows)[0], plain)
+    assert not torch.equal(generate(steer(sae, list(range(64)), multiply=2), dtype=dtype, rows=rows)[0], plain)
+
+
+@pytest.mark.parametrize("rows, there", [("cond", [False, True]), ("uncond", [True, False]), ("both", [True, True])])
+def test_only_the_rows_steps_and_tokens_asked_for_are_touched(rows, there):
+    sae = some_sae(D)
+    T = generate(None)[1][0][0].shape[1]
+    where = torch.arange(T) % 3 == 0
+    _, seen = generate(steer(sae, [1], add=1.0), steps=range(1, 2), rows=rows, where=where)
+    assert len(seen) == 3  # each with an output before the edit, and what the next module got
+    for step, (before, after) in enumerate(seen):
+        for chunk, edited in enumerate(there):
+            part = slice(2 * chunk, 2 * chunk + 2)
+            moved = (before[part] != after[part]).any(-1)
+            expected = where.expand(2, T) if edited and step == 1 else torch.zeros(2, T, dtype=torch.bool)
+            assert torch.equal(moved, expected)
+            x = before[part]
+            added = step_norm(x) * torch.nn.functional.normalize(sae.W_dec[1], dim=0) * expected[..., None]
+            assert torch.allclose(after[part], x + added, atol=1e-5)
+
+
+def test_renormalize_and_what_is_measured():
+    sae, seen = some_sae(D), []
+    measure = lambda x, step, timestep: seen.append((x, step, timestep))
+    _, both = generate(steer(sae, [1], add=3.0), renormalize=True, measure=measure)
+    for (before, after), (x, _, _) in zip(both, seen):
+        assert torch.allclose(before[2:].norm(dim=-1), after[2:].norm(dim=-1), rtol=1e-4)
+        assert not torch.equal(before[2:], after[2:]) and torch.allclose(x, after[2:], atol=1e-6)
+    assert [step for _, step, _ in seen] == [0, 1, 2] and seen[0][2] > seen[1][2] > seen[2][2]
+
+
+def test_side_diff_moves_the_output_by_the_change_of_the_difference():
+    sae = some_sae(D)
+    _, seen = generate(steer(sae, [1], add=1.0), side="diff")
+    before, after = seen[0]
+    moved = (after - before)[2:]
+    direction = torch.nn.functional.normalize(sae.W_dec[1], dim=0)
+    assert torch.allclose(moved, (moved @ direction)[..., None] * direction, atol=1e-5)
+    assert not torch.allclose(
+        moved[:, :1] @ direction, step_norm(before[2:])[:, 0], rtol=1e-3
+    )  # the norm is that of the difference
+
+
+def test_typical_is_1_for_what_it_was_made_of(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.tensor([5.0] * 4 + [1.0] * 8 + [0.0] * 4)  # four directions that the model never uses
+    x = torch.randn(64, 100, 16, generator=generator) * scales + 2.0
+    np.save(tmp_path / "x.npy", x.numpy())
+    typical = Typical([tmp_path / "x.npy"], n=4000)
+    norm, distance = typical(x[:8], 0.0)
+    assert torch.allclose(norm.mean(), torch.tensor(1.0), atol=0.05) and torch.allclose(
+        distance.mean(), torch.tensor(1.0), atol=0.05
+    )
+    assert torch.allclose(typical(2 * x[:8], 0.0)[0], 2 * norm)
+    along, across = torch.zeros(16), torch.zeros(16)
+    along[0], across[15] = 5.0, 5.0
+    assert typical(x[:8] + across, 0.0)[1].min() > 3 * typical(x[:8] + along, 0.0)[1].max()

@@ -1,0 +1,221 @@
+"""Unlearning a concept of the toy, and how well it went: the protocol of UnlearnCanvas, judged by the toy's own classifier.
+
+    UA    unlearning accuracy: share of the pictures whose prompt has the concept that are not classified as it
+    IRA   in-domain retain accuracy: of the other prompts, share whose picture shows the right value of the same domain
+    CRA   cross-domain retain accuracy: of all prompts, share whose picture shows the right value of the other domain
+
+A concept is one of 8 objects or 6 styles; the other domain of an object is the style. Prompts are those of toy/prompts.csv that
+the SAE's activations are not of, `per_cell` of each object and style in either half: settings are chosen on one half, for each
+concept by the mean of the three (ties by the sum over its domain), and the other half is reported, with seeds of its own.
+
+    none             the model as it is
+    features         ours: activations of the concept's features (contrast) times a number, conditional rows, x + delta
+    saeuron          arXiv 2501.18052: each step's own features by their score; where one is above its mean over the domain's
+                     values it is multiplied by a negative number times its mean on the concept; both halves of the guidance
+    negative_prompt  the word, for the unconditional rows
+    mean_direction   of the same module, s times what x has more than the other prompts' mean along the difference of means
+
+SAeUron's code adds x_hat - x for the error where its text keeps x - x_hat; here the error is kept. Sources: UnlearnCanvas, Zhang
+et al. 2024 (arXiv 2402.11846); SAeUron's CRA, like here, is over all prompts.
+"""
+
+import itertools
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from activations import open_file
+from concepts import auroc, find_features, image_scores, read_prompts, saeuron
+from edits import delta, hooks, steer
+from graft import trained_on
+
+DOMAINS = {"object": "style", "style": "object"}  # and the other, of which CRA is
+PAIRS = lambda first, second, numbers: [{first: a, second: b} for a, b in numbers]
+GRIDS = {  # the settings that are tried, as many of each method
+    "features": {
+        "object": PAIRS("count", "multiply", [(2, -4), (4, -2), (4, -4), (8, -1), (8, -2), (16, -2)]),
+        "style": PAIRS("count", "multiply", [(4, -1), (4, -1.5), (8, -0.5), (32, 0), (32, -0.5), (64, -0.5)]),
+    },
+    "saeuron": dict.fromkeys(DOMAINS, PAIRS("count", "multiply", itertools.product((1, 2), (-1, -5, -20)))),
+    "negative_prompt": dict.fromkeys(
+        DOMAINS, PAIRS("text", "guidance_scale", itertools.product(("{}", "a picture of a {}"), (5.0, 7.5, 10.0)))
+    ),
+    "mean_direction": dict.fromkeys(DOMAINS, PAIRS("s", "rows", itertools.product((1, 2, 4), ("cond", "both")))),
+}
+
+
+@dataclass
+class Domain:
+    """Where a domain's concepts are unlearned, and what is known of them there."""
+
+    name: str  # object or style
+    sae: torch.nn.Module
+    place: dict  # hook_name, side, stream, rows, as graft.trained_on says
+    scores: torch.Tensor  # (P, S, M): mean activation over tokens of the activation file's pictures
+    means: torch.Tensor  # (P, S, d): their mean vector
+    times: torch.Tensor  # (S,): timesteps
+    labels: list  # of each picture, its value of the domain
+
+    def there(self, value):
+        return torch.tensor([label == value for label in self.labels])
+
+    def step(self, timestep):
+        return int((self.times - timestep).abs().argmin())
+
+
+def domains_of(saes, values):
+    """The domains, each at the SAE whose best features tell its values apart best (mean AUROC): {name: Domain}.
+
+    saes: SAEs of conditional rows of toy activations. values: {"object": names, "style": names}. Raises ValueError for
+    activations that are not of the toy's prompts.
+    """
+    found, best = {}, dict.fromkeys(values, -1.0)
+    for sae in saes:
+        path, place = sae.cfg["data"][0], trained_on(sae)
+        rows = read_prompts(path)
+        scores, chosen = image_scores(sae, path)
+        array, meta = open_file(path)
+        if place["rows"] != "cond" or not meta.get("timesteps") or any(name not in rows[0] for name in values):
+            raise ValueError(f"{path}: --unlearn needs --rows cond of generated pictures, with prompts of toy/prompts.csv")
+        means = torch.from_numpy(np.stack([array[i].astype(np.float32).mean(1) for i in chosen]))
+        for name in values:
+            labels = [rows[i][name] for i in chosen]
+            domain = Domain(name, sae, place, scores, means, torch.tensor(meta["timesteps"]), labels)
+            each = [auroc(scores.mean(1), domain.there(value)).max() for value in sorted(set(labels))]
+            if (told := float(torch.stack(each).mean())) > best[name]:
+                best[name], found[name] = told, domain
+    return found
+
+
+def split_prompts(rows, used, per_cell, seed=0):
+    """Two halves of prompts, `per_cell` of each object and style in either, none of which is in `used`: (choice, report)."""
+    halves, order = ([], []), np.random.default_rng(seed).permutation(len(rows))
+    cells = {}
+    for row in (rows[i] for i in order):
+        if row["prompt"] not in used:
+            cells.setdefault((row["object"], row["style"]), []).append(row)
+    if short := [cell for cell, found in sorted(cells.items()) if len(found) < 2 * per_cell]:
+        raise ValueError(f"--per_cell {per_cell}: only {len(cells[short[0]])} prompts are left of {' '.join(short[0])}")
+    for _, found in sorted(cells.items()):
+        for half, start in zip(halves, (0, per_cell)):
+            half += found[start : start + per_cell]
+    return halves
+
+
+def method(name, setting, domain, value):
+    """What a method does with a setting: (change or None, rows, pipeline options)."""
+    there, sae, stream = domain.there(value), domain.sae, domain.place["stream"]
+    if name == "features":
+        features, _ = find_features(domain.scores, there, "contrast", setting["count"])
+        return steer(sae, features.tolist(), multiply=setting["multiply"], stream=stream), "cond", {}
+    if name == "saeuron":
+        top = saeuron(domain.scores, there).topk(setting["count"], dim=1).indices  # (S, n): each step's own
+        on_it = domain.scores[there].mean(0)
+        mean = torch.stack([domain.scores[domain.there(v)].mean(0) for v in sorted(set(domain.labels))]).mean(0)
+
+        def change(x, timestep):
+            step = domain.step(timestep)
+            features = top[step]
+            scale, above = setting["multiply"] * on_it[step, features], mean[step, features]
+            new = lambda acts: torch.where(acts > above.to(acts), acts * scale.to(acts), acts)
+            return delta(sae, x, features.to(sae.W_dec.device), new, stream)
+
+        return change, "both", {}
+    if name == "negative_prompt":
+        return None, "cond", {"text": setting["text"].format(value), "guidance_scale": setting["guidance_scale"]}
+    if name == "mean_direction":
+        without = domain.means[~there].mean(0)
+        direction = torch.nn.functional.normalize(domain.means[there].mean(0) - without, dim=1)  # (S, d)
+
+        def change(x, timestep):
+            step = domain.step(timestep)
+            u = direction[step].to(x)
+            return -setting["s"] * ((x - without[step].to(x)) @ u)[..., None] * u
+
+        return change, setting["rows"], {}
+    return None, "cond", {}
+
+
+def generate(hooked, prompts, seeds, options, domain=None, change=None, rows="cond", extra=None, batch_size=48):
+    """Pictures (P, 3, H, W) in [0, 1] of prompts, with the change at the domain's hook point."""
+    extra, made = dict(extra or {}), []
+    text = extra.pop("text", None)
+    for start in range(0, len(prompts), batch_size):
+        here, seed = prompts[start : start + batch_size], seeds[start : start + batch_size]
+        given = options | extra | ({} if text is None else {"negative_prompt": [text] * len(here)})
+        with hooked.watch(len(here)) as sampling:
+            place = {} if change is None else {k: domain.place[k] for k in ("side", "stream")}
+            edits = {} if change is None else {domain.place["hook_name"]: hooks(change, sampling, rows=rows, **place)}
+            generators = [torch.Generator().manual_seed(s) for s in seed]
+            made.append(hooked.run_with_hooks(edits, here, generator=generators, **given).images.float().cpu())
+    return torch.cat(made)
+
+
+def judge(seen, rows, name, value):
+    """{"UA", "IRA", "CRA"} of pictures in which the classifier has `seen` [{"object", "style", ...}], for prompts `rows`."""
+    other = DOMAINS[name]
+    share = lambda hits: sum(hits) / max(1, len(hits))
+    return {
+        "UA": share([s[name] != value for s, r in zip(seen, rows) if r[name] == value]),
+        "IRA": share([s[name] == r[name] for s, r in zip(seen, rows) if r[name] != value]),
+        "CRA": share([s[other] == r[other] for s, r in zip(seen, rows)]),
+    }
+
+
+def mean(record):
+    return (record["UA"] + record["IRA"] + record["CRA"]) / 3
+
+
+def unlearn(hooked, look, domains, values, halves, options, done, save, others=6, methods=tuple(GRIDS)):
+    """The whole table: for each concept and method, {"chosen": setting, "UA", "IRA", "CRA"} on the second half.
+
+    look(pictures) -> [{"object", "style", ...}] names what they show. values: {domain: [concepts]}. halves: of `split_prompts`.
+    others: prompts without the concept that a setting is tried on, a seeded choice of the first half. done: {key: record} of
+    what was measured before, gone on with; save() after each. Returns {method: {concept: record}}.
+    """
+    (choice, report), table = halves, {"none": {}, **{name: {} for name in methods}}
+    seeds = {id(row): i for i, row in enumerate((*choice, *report))}
+
+    def measure(key, rows, domain, value, name=None, setting=None):
+        if key not in done:
+            start = time.perf_counter()
+            change, edited, extra = method(name, setting, domain, value) if name else (None, "cond", None)
+            prompts, numbers = [row["prompt"] for row in rows], [seeds[id(row)] for row in rows]
+            seen = look(generate(hooked, prompts, numbers, options, domain, change, edited, extra))
+            done[key] = {"seen": seen, "pictures": len(rows), "seconds": round(time.perf_counter() - start, 1)}
+            save()
+        bar.update()
+        return judge(done[key]["seen"], rows, domain.name, value)
+
+    concepts = [(domains[name], value) for name in values for value in values[name]]
+    tries = sum(len(GRIDS[name][domain.name]) + 1 for name in methods for domain, _ in concepts)
+    with tqdm(total=len(concepts) + tries, unit="run", desc="unlearning") as bar:
+        # 1. Every setting on the first half: the prompts with the concept and some without
+        tried = {}
+        for name, (domain, value) in itertools.product(methods, concepts):
+            having, rest = ([r for r in choice if (r[domain.name] == value) == wanted] for wanted in (True, False))
+            rest = [rest[i] for i in np.random.default_rng(0).permutation(len(rest))[:others]]
+            for number, setting in enumerate(GRIDS[name][domain.name]):
+                key = f"{name} {value} {setting}"
+                tried[name, value, number] = mean(measure(key, [*having, *rest], domain, value, name, setting))
+
+        # 2. The best of each on the second half
+        for domain, value in concepts:
+            table["none"][value] = measure("none", report, domain, value)
+        for name, (domain, value) in itertools.product(methods, concepts):
+            grid, peers = GRIDS[name][domain.name], [v for d, v in concepts if d.name == domain.name]
+            whole = [sum(tried[name, peer, number] for peer in peers) for number in range(len(grid))]
+            best = -max((tried[name, value, number], whole[number], -number) for number in range(len(grid)))[2]
+            record = measure(f"{name} {value} report {grid[best]}", report, domain, value, name, grid[best])
+            table[name][value] = {"chosen": grid[best]} | record
+    return table
+
+
+def summary(records):
+    """Mean and standard deviation over concepts: {"UA": (mean, std), "IRA", "CRA", "mean"}."""
+    columns = {key: [record[key] for record in records] for key in ("UA", "IRA", "CRA")}
+    columns["mean"] = [mean(record) for record in records]
+    return {key: (float(np.mean(numbers)), float(np.std(numbers))) for key, numbers in columns.items()}
