@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from activations import open_file
+from sources import open_file
 
 MOST = 1 << 28  # numbers that image scores may take: 1 GiB
 

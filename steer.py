@@ -29,7 +29,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
 
-from activations import read_description
 from cli import check_positive, parse_object, product_dtype, resolve_device, resolve_dtype, run
 from concepts import find_features, image_scores, read_prompts, with_word
 from edits import Edits, Typical, check_features, steer
@@ -39,6 +38,7 @@ from hook import HookedDiffusionModel, find_model
 from prompts import load_prompts
 from rows import tensors
 from sae import Sae
+from sources import read_description
 from store import read_json, write_atomically
 from unlearn import GRIDS, domains_of, split_prompts, summary, unlearn
 

@@ -27,10 +27,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from activations import open_file
 from concepts import auroc, find_features, image_scores, read_prompts, saeuron
 from edits import delta, hooks, steer
 from graft import trained_on
+from sources import open_file
 
 DOMAINS = {"object": "style", "style": "object"}  # and the other, of which CRA is
 PAIRS = lambda first, second, numbers: [{first: a, second: b} for a, b in numbers]
