@@ -108,10 +108,14 @@ def run(script, *options):
 def check(cfg, folder):
     """Fit on two sizes, predict and measure twice the larger one."""
     counts, found = [*cfg.check, 2 * max(cfg.check)], []
+    rows = (HERE / "toy" / "prompts.csv").read_text().splitlines()[1:]
     for n in counts:
-        acts = folder / f"acts{n}"
-        seconds = run("collect.py", "--max_num_examples", n, "--num_inference_steps", cfg.num_inference_steps, "--out_dir", acts)
-        trained = run("train.py", "--data", acts, "--out_dir", folder / "saes", "--run_name", str(n))
+        acts, listing = folder / f"acts{n}", folder / f"{n}.txt"
+        listing.write_text("".join(f"{rows[i % len(rows)].split(',')[0]}\n" for i in range(n)))  # 1152 and again, other seeds
+        wanted = ("--dataset_name", listing, "--max_num_examples", n, "--num_inference_steps", cfg.num_inference_steps)
+        seconds = run("collect.py", *wanted, "--out_dir", acts)
+        train = lambda i, n=n, acts=acts: run("train.py", "--data", acts, "--out_dir", folder / "saes", "--run_name", f"{n}_{i}")
+        trained = sorted(map(train, range(3)))[1]
         stored = sum(path.stat().st_size for path in acts.iterdir())
         found.append((seconds, trained, stored))
         print(f"{n:7,} prompts: collect.py {seconds:7.1f} s, {size(stored)}; train.py {trained:6.1f} s", flush=True)
