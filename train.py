@@ -143,9 +143,9 @@ def fit(cfg, activations, jobs, device, processes, diagnosed=False):
     for job in jobs:
         job.start(inputs, device)
     if first and inputs and not cfg.input_unit_norm and not diagnosed:  # what diagnose.py says at length
-        first = jobs[0]
-        k = min(-(-first.k // tokens), first.num_latents)
-        found = report(activations, k, first.num_latents, device, cfg.center, cfg.data_seed)
+        job = jobs[0]
+        k = min(-(-job.k // tokens), job.num_latents)
+        found = report(activations, k, job.num_latents, device, cfg.center, cfg.data_seed)
         print("\n".join(summary(found)))
     product, many = jobs[0].state["product"], f"{len(jobs)} SAEs" if len(jobs) > 1 else "1 SAE"
     print(f"{many}: the encoder's product in {product}, the rest in float32")
@@ -194,8 +194,8 @@ def fit(cfg, activations, jobs, device, processes, diagnosed=False):
         for job, by_step, log in zip(jobs, found, logs):
             job.finish(by_step, log)
             held_out, seconds = total(by_step), max(job.state["seconds"], 0.01)
-            vectors, shape = job.state["vectors"], f"{job.num_latents} latents, k = {job.k}"
-            print(f"trained:  {vectors:,} vectors in {seconds:.0f} s ({vectors / seconds:,.0f}/s); {shape}")
+            seen, shape = job.state["vectors"], f"{job.num_latents} latents, k = {job.k}"
+            print(f"trained:  {seen:,} vectors in {seconds:.0f} s ({seen / seconds:,.0f}/s); {shape}")
             numbers = f"fvu {held_out.fvu:.4f}   l0 {held_out.l0:.2f}   dead {held_out.dead:.2%}   cosine {held_out.cosine:.4f}"
             print(f"held out: {held_out.n:,} vectors   {numbers}   always on {held_out.always_on:.2%}")
             if held_out.fvu >= 1:
