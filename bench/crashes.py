@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import collect
 from cli import HERE, run
@@ -317,6 +318,8 @@ def two_at_the_same_moment(table):
 
 
 def main(cfg):
+    os.environ["OMP_NUM_THREADS"] = "1"  # as torchrun sets it: the last bits of a matrix product depend on the threads
+    torch.set_num_threads(1)
     if "IN_NAMESPACE" not in os.environ and not subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
         os.environ["IN_NAMESPACE"] = "1"
         os.execvp("unshare", ["unshare", "-rm", sys.executable, "-m", "bench", "crashes", *sys.argv[1:]])
