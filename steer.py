@@ -56,9 +56,7 @@ class Config:
         default_factory=list
     )  # to x along the decoder rows, in RMS norms of the step (neither: multiply 0 4)
     steps: str | None = None  # first-last, from 0 (None: all)
-    mask: list[str] = field(
-        default_factory=list
-    )  # top left bottom right, as fractions of the picture, or a file: white is edited
+    mask: list[str] = field(default_factory=list)  # top left bottom right as fractions of the picture, or a file: white is edited
     rows: Literal["cond", "uncond", "both"] = "cond"  # of the guidance, that are edited
     renormalize: bool = False  # give each edited token its norm of before back
     unlearn: str | None = None  # an object or style of the toy, or all: score how well it goes, of --report with the baselines

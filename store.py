@@ -250,6 +250,8 @@ class Collection:
 
     def _reserve(self, name, data, begun):
         """Make `<name>.npy.partial` of full size: a new file, or the one that is there, grown if need be."""
+        if not name or Path(name).name != name:
+            raise ValueError(f"{name!r} is no name for a file in {self.out_dir}")
         final, partial = self.out_dir / f"{name}.npy", self.out_dir / f"{name}.npy.partial"
         fresh = not (final.exists() or partial.exists())
         if fresh and begun:

@@ -14,7 +14,7 @@ import collect
 import train
 from cli import HERE, gather_lists, resolve_device, resolve_dtype, run
 
-SCRIPTS = ["ablate", "collect", "diagnose", "train", "evaluate", "features", "toy", "formats"]
+SCRIPTS = ["ablate", "collect", "diagnose", "train", "evaluate", "features", "toy", "formats", "steer"]
 
 
 def command_line(monkeypatch, capsys, script, *options):

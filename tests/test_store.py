@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import threading
+from contextlib import closing
 
 import numpy as np
 import pyarrow.parquet
@@ -216,3 +217,10 @@ def test_a_flipped_byte_in_the_settings_is_refused(tmp_path):
     c = collection(tmp_path)
     assert c.pending() == [] and c.facts == {"steps": 2}
     c.close()
+
+
+@pytest.mark.parametrize("name", ["../out", "/tmp/out", "a/b", ""])
+def test_a_name_cannot_leave_the_folder(tmp_path, name):
+    with closing(Collection(tmp_path / "in", {}, [{"prompt": "a"}], 1)) as collection, pytest.raises(ValueError, match="no name"):
+        collection.write(0, {name: torch.zeros(1, 2)}, [], {})
+    assert [path.name for path in tmp_path.iterdir()] == ["in"] and not list((tmp_path / "in").glob("**/*.npy*"))
