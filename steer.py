@@ -52,9 +52,7 @@ class Config:
     score: Literal["contrast", "saeuron"] = "contrast"  # that finds them, see concepts.py
     num_pictures: int = 128  # of the activation files, that features are found from
     multiply: list[float] = field(default_factory=list)  # of the activations: 1 changes nothing, 0 ablates; a row for each
-    add: list[float] = field(
-        default_factory=list
-    )  # to x along the decoder rows, in RMS norms of the step (neither: multiply 0 4)
+    add: list[float] = field(default_factory=list)  # to x along decoder rows, in RMS norms of the step (neither: multiply 0 4)
     steps: str | None = None  # first-last, from 0 (None: all)
     mask: list[str] = field(default_factory=list)  # top left bottom right as fractions of the picture, or a file: white is edited
     rows: Literal["cond", "uncond", "both"] = "cond"  # of the guidance, that are edited
