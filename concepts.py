@@ -96,3 +96,12 @@ def find_features(scores, there, how="contrast", count=1):
     values = {"saeuron": lambda: saeuron(scores, there).mean(0), "contrast": lambda: contrast(scores, there)}[how]()
     top = values.topk(min(count, len(values)))
     return top.indices, top.values
+
+
+def toward(sae, scores, there, away):
+    """The direction in x, (d,) of length 1, of the latents that pictures `there` have more of than those in `away`.
+
+    scores: (P, S, M); there, away: bool (P,).
+    """
+    more = (scores[there].mean((0, 1)) - scores[away].mean((0, 1))).clamp_min(0)
+    return torch.nn.functional.normalize(more.to(sae.W_dec) @ sae.W_dec.detach(), dim=0)

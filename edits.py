@@ -83,6 +83,21 @@ def steer(sae, features, multiply=None, add=None, stream="image"):
     return change
 
 
+def redirect(sae, features, direction, stream="image"):
+    """A function (x (P, T, d), timestep) -> delta: what the features add is taken out, and put back along `direction`.
+
+    direction: (d,) of length 1, such as `concepts.toward`: a token gets as much of it as it loses, in norm, so one without the
+    features keeps its bits. One concept in another's place (an anchor, as in Kumari et al., arXiv 2303.13516, there by weights).
+    """
+    features = check_features(sae, features)
+
+    def change(x, timestep=None):
+        out = delta(sae, x, features, lambda acts: 0 * acts, stream)
+        return out + out.norm(dim=-1, keepdim=True) * direction.to(out)
+
+    return change
+
+
 def time_of(sampling):
     """The scheduler's timestep of the step that is being computed; NaN where it does not list them."""
     times = next((s.timesteps for s in sampling.schedulers if torch.is_tensor(getattr(s, "timesteps", None))), ())

@@ -15,6 +15,7 @@ Writes  <out_dir>/<what was changed>/: steer.png (a prompt a column, untouched a
 It changes no weight: an edit lasts for the generation. Sources: see edits.py, concepts.py and unlearn.py.
 """
 
+import hashlib
 import json
 import re
 import textwrap
@@ -53,6 +54,7 @@ class Config:
     num_pictures: int = 128  # of the activation files, that features are found from
     multiply: list[float] = field(default_factory=list)  # of the activations: 1 changes nothing, 0 ablates; a row for each
     add: list[float] = field(default_factory=list)  # to x along decoder rows, in RMS norms of the step (neither: multiply 0 4)
+    toward: str | None = None  # with --concept: a word of the prompts that is put in its place
     steps: str | None = None  # first-last, from 0 (None: all)
     mask: list[str] = field(default_factory=list)  # top left bottom right as fractions of the picture, or a file: white is edited
     rows: Literal["cond", "uncond", "both"] = "cond"  # of the guidance, that are edited
@@ -224,6 +226,14 @@ def load_model(cfg, meta, device, dtype):
     return hooked, hooked.arguments(1, "pt", options)
 
 
+def digest(sae):
+    """A checksum of an SAE's numbers, hexadecimal."""
+    found = hashlib.sha256()
+    for _, value in sorted(sae.state_dict().items()):
+        found.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()[:16]
+
+
 def unlearning(cfg, saes, meta, device):
     """--unlearn: the table of unlearn.py, gone on with where it stopped."""
     from toy import CONCEPTS, Classifier, to_model
@@ -238,17 +248,17 @@ def unlearning(cfg, saes, meta, device):
     if not (model / "classifier.safetensors").exists():
         raise ValueError(f"--unlearn: {model} has no classifier that could judge its pictures; that is for the toy")
     methods = tuple(GRIDS) if cfg.report else ("features",)
-    options = {"unlearn": cfg.unlearn, "per_cell": cfg.per_cell, "sae": [str(path) for path, _ in saes]}
-    options |= {"num_inference_steps": cfg.num_inference_steps or 10, "guidance_scale": cfg.guidance_scale}
-    folder = open_folder(Path(cfg.out_dir) / f"unlearn_{cfg.unlearn}", "unlearn.json", options)
-    before = read_json(folder / "unlearn.json") if (folder / "unlearn.json").exists() else {}
 
     # 2. The model, and where each domain is edited
     dtype = product_dtype("auto", device)  # bfloat16 also on a CPU that multiplies it by itself: twice as fast
-    cfg.num_inference_steps = options["num_inference_steps"]
+    cfg.num_inference_steps = cfg.num_inference_steps or 10
     hooked, arguments = load_model(cfg, meta, device, dtype)
     for module in (*hooked.denoisers.values(), hooked.pipe.vae):
         module.to(memory_format=torch.channels_last)
+    options = {"unlearn": cfg.unlearn, "per_cell": cfg.per_cell, "sae": {path: digest(sae) for path, sae in saes}}
+    options = json.loads(json.dumps(options | {"model": cfg.model_name or meta["model"], "dtype": str(dtype)} | arguments))
+    folder = open_folder(Path(cfg.out_dir) / f"unlearn_{cfg.unlearn}", "unlearn.json", options)
+    before = read_json(folder / "unlearn.json") if (folder / "unlearn.json").exists() else {}
     domains = domains_of([sae for _, sae in saes], values)
     rows = load_prompts(str(model / "prompts.csv"))
     used = {row["prompt"] for _, sae in saes for row in read_prompts(sae.cfg["data"][0])}
@@ -257,7 +267,7 @@ def unlearning(cfg, saes, meta, device):
     look = lambda images: classifier.predict(to_model((images * 255).round()).to(device))
 
     # 3. The table
-    report = {"options": options, "arguments": arguments, "dtype": str(dtype), "done": before.get("done", {})}
+    report = {"options": options, "done": before.get("done", {})}
     report["hook_names"] = {name: domain.place["hook_name"] for name, domain in domains.items()}
     report["prompts"] = {name: [row["prompt"] for row in half] for name, half in zip(("choice", "report"), halves)}
     report["seeds"] = "the place of the prompt in the two lists, one after the other, from 0"
@@ -285,6 +295,9 @@ def main(cfg):
         raise ValueError("expected one of --features, --concept and --unlearn at most, and one of --multiply and --add")
     if cfg.report and not cfg.unlearn:
         raise ValueError("--report is of --unlearn: name a concept of the toy, or all")
+    of_pictures = ("multiply", "add", "toward", "steps", "mask", "rows", "renormalize", "dataset_name", "column")
+    if cfg.unlearn and (given := [name for name in of_pictures if getattr(cfg, name) != getattr(Config(), name)]):
+        raise ValueError(f"--{given[0]} is not of --unlearn, which tries settings of its own (unlearn.py)")
     device, start = resolve_device(cfg.device), time.perf_counter()
     paths = cfg.sae or [str(newest_sae())]
     saes = [Sae.load_from_disk(path, device) for path in paths]

@@ -6,10 +6,12 @@
 
 A concept is one of 8 objects or 6 styles; the other domain of an object is the style. Prompts are those of toy/prompts.csv that
 the SAE's activations are not of, `per_cell` of each object and style in either half: settings are chosen on one half, for each
-concept by the mean of the three (ties by the sum over its domain), and the other half is reported, with seeds of its own.
+concept by the mean of the three (ties by the sum over its domain) on the prompts with it and `others` without, and the other
+half is reported, all of it, with seeds of its own.
 
     none             the model as it is
-    features         ours: activations of the concept's features (contrast) times a number, conditional rows, x + delta
+    features         ours: the concept's features (contrast), conditional rows, x + delta: their activations times a number, or
+                     what they add is put along the direction of the nearest, 2nd or 3rd nearest other value (edits.redirect)
     saeuron          arXiv 2501.18052: each step's own features by their score; where one is above its mean over the domain's
                      values it is multiplied by a negative number times its mean on the concept; both halves of the guidance
     negative_prompt  the word, for the unconditional rows
@@ -27,8 +29,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from concepts import auroc, find_features, image_scores, read_prompts, saeuron
-from edits import delta, hooks, steer
+from concepts import auroc, find_features, image_scores, read_prompts, saeuron, toward
+from edits import delta, hooks, redirect, steer
 from graft import trained_on
 from sources import open_file
 
@@ -37,7 +39,7 @@ PAIRS = lambda first, second, numbers: [{first: a, second: b} for a, b in number
 GRIDS = {  # the settings that are tried, as many of each method
     "features": {
         "object": PAIRS("count", "multiply", [(2, -4), (4, -2), (4, -4), (8, -1), (8, -2), (16, -2)]),
-        "style": PAIRS("count", "multiply", [(4, -1), (4, -1.5), (8, -0.5), (32, 0), (32, -0.5), (64, -0.5)]),
+        "style": PAIRS("count", "toward", [(64, 0), (16, 0), (64, 1), (16, 1), (64, 2)]) + [{"count": 4, "multiply": -1}],
     },
     "saeuron": dict.fromkeys(DOMAINS, PAIRS("count", "multiply", itertools.product((1, 2), (-1, -5, -20)))),
     "negative_prompt": dict.fromkeys(
@@ -62,6 +64,11 @@ class Domain:
     def there(self, value):
         return torch.tensor([label == value for label in self.labels])
 
+    def nearest(self, value):
+        """The other values, the one with the most similar mean scores first."""
+        mean = {v: self.scores[self.there(v)].mean((0, 1)) for v in sorted(set(self.labels))}
+        return sorted(mean.keys() - {value}, key=lambda v: (float((mean[v] - mean[value]).norm()), v))
+
     def step(self, timestep):
         return int((self.times - timestep).abs().argmin())
 
@@ -70,7 +77,7 @@ def domains_of(saes, values):
     """The domains, each at the SAE whose best features tell its values apart best (mean AUROC): {name: Domain}.
 
     saes: SAEs of conditional rows of toy activations. values: {"object": names, "style": names}. Raises ValueError for
-    activations that are not of the toy's prompts.
+    activations that are not of the toy's prompts, or of none with, or none without, a value.
     """
     found, best = {}, dict.fromkeys(values, -1.0)
     for sae in saes:
@@ -83,6 +90,8 @@ def domains_of(saes, values):
         means = torch.from_numpy(np.stack([array[i].astype(np.float32).mean(1) for i in chosen]))
         for name in values:
             labels = [rows[i][name] for i in chosen]
+            if absent := [value for value in values[name] if value not in labels or set(labels) == {value}]:
+                raise ValueError(f"{path}: {absent[0]} is shown by {'all' if absent[0] in labels else 'none'} of its pictures")
             domain = Domain(name, sae, place, scores, means, torch.tensor(meta["timesteps"]), labels)
             each = [auroc(scores.mean(1), domain.there(value)).max() for value in sorted(set(labels))]
             if (told := float(torch.stack(each).mean())) > best[name]:
@@ -100,8 +109,8 @@ def split_prompts(rows, used, per_cell, seed=0):
     if short := [cell for cell, found in sorted(cells.items()) if len(found) < 2 * per_cell]:
         raise ValueError(f"--per_cell {per_cell}: only {len(cells[short[0]])} prompts are left of {' '.join(short[0])}")
     for _, found in sorted(cells.items()):
-        for half, start in zip(halves, (0, per_cell)):
-            half += found[start : start + per_cell]
+        for half, some in zip(halves, (found[:per_cell], found[-per_cell:])):
+            half += some
     return halves
 
 
@@ -110,6 +119,9 @@ def method(name, setting, domain, value):
     there, sae, stream = domain.there(value), domain.sae, domain.place["stream"]
     if name == "features":
         features, _ = find_features(domain.scores, there, "contrast", setting["count"])
+        if "toward" in setting:
+            other = domain.there(domain.nearest(value)[setting["toward"]])
+            return redirect(sae, features.tolist(), toward(sae, domain.scores, other, there), stream), "cond", {}
         return steer(sae, features.tolist(), multiply=setting["multiply"], stream=stream), "cond", {}
     if name == "saeuron":
         top = saeuron(domain.scores, there).topk(setting["count"], dim=1).indices  # (S, n): each step's own
@@ -169,7 +181,7 @@ def mean(record):
     return (record["UA"] + record["IRA"] + record["CRA"]) / 3
 
 
-def unlearn(hooked, look, domains, values, halves, options, done, save, others=6, methods=tuple(GRIDS)):
+def unlearn(hooked, look, domains, values, halves, options, done, save, others=12, methods=tuple(GRIDS)):
     """The whole table: for each concept and method, {"chosen": setting, "UA", "IRA", "CRA"} on the second half.
 
     look(pictures) -> [{"object", "style", ...}] names what they show. values: {domain: [concepts]}. halves: of `split_prompts`.

@@ -100,7 +100,7 @@ def test_the_table_as_a_user_runs_it(trained, tmp_path, monkeypatch, capsys):
     report = json.loads((tmp_path / "unlearn_moon" / "unlearn.json").read_text())
     table, said = report["table"], capsys.readouterr().out
     assert set(table) == {"none", "features"} and "UA" in said and "features" in said
-    assert report["pictures"] == 48 + 2 * 12 + 48 and len(report["done"]) == 4
+    assert report["pictures"] == 48 + 2 * (6 + 12) + 48 and len(report["done"]) == 4
     seen = report["done"]["none"]["seen"]
     assert table["none"]["moon"] == judge(seen, [rows_of(p) for p in report["prompts"]["report"]], "object", "moon")
     same = {key: record["seen"] for key, record in report["done"].items()}
