@@ -33,11 +33,17 @@ def with_word(prompts, word):
 
 
 def read_prompts(path):
-    """The rows of prompts.jsonl beside an activation file, one a picture. Raises ValueError where it is not there."""
+    """The rows of prompts.jsonl beside an activation file, one a picture. Raises ValueError where it is not there, or damaged."""
     listing = Path(path).with_name("prompts.jsonl")
     if not listing.exists():
         raise ValueError(f"{listing} is not there, so it is not known which prompts the activations are of")
-    return [json.loads(line) for line in listing.read_text("utf-8").splitlines()]
+    try:
+        rows = [json.loads(line) for line in listing.read_text("utf-8").splitlines()]
+    except ValueError as error:
+        raise ValueError(f"{listing} is damaged: {error}") from None
+    if len(rows) < len(open_file(path)[0]) or not all(isinstance(row, dict) and "prompt" in row for row in rows):
+        raise ValueError(f"{listing} does not say the prompts of {path}, one a line")
+    return rows
 
 
 @torch.no_grad()
@@ -101,7 +107,9 @@ def find_features(scores, there, how="contrast", count=1):
 def toward(sae, scores, there, away):
     """The direction in x, (d,) of length 1, of the latents that pictures `there` have more of than those in `away`.
 
-    scores: (P, S, M); there, away: bool (P,).
+    scores: (P, S, M); there, away: bool (P,). Raises ValueError where one of them has no picture.
     """
+    if not there.any() or not away.any():
+        raise ValueError("of the two concepts one has no picture without the other, so there is no direction between them")
     more = (scores[there].mean((0, 1)) - scores[away].mean((0, 1))).clamp_min(0)
     return torch.nn.functional.normalize(more.to(sae.W_dec) @ sae.W_dec.detach(), dim=0)

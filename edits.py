@@ -11,6 +11,7 @@ How far an edit leaves the activations that the model itself makes is measured a
 """
 
 from collections import defaultdict
+from functools import partial
 
 import torch
 
@@ -104,19 +105,30 @@ def time_of(sampling):
     return float(times[sampling.index]) if sampling.index < len(times) else float("nan")
 
 
-def hooks(change, sampling, side="output", stream="image", rows="cond", steps=None, where=None, renormalize=False, measure=None):
+def hooks(
+    change,
+    sampling,
+    side="output",
+    stream="image",
+    rows="cond",
+    steps=None,
+    where=None,
+    renormalize=False,
+    measure=None,
+    of="both",
+):
     """The `capture.Edit`s that add `change(x)` to what a module returns, for `HookedDiffusionModel.run_with_hooks`.
 
     change(x, timestep) -> delta or None, x (P, T, d) float32: the output, or output - input for side "diff". rows: cond, uncond
     or both. steps: those to edit in, None for all. where: bool (T,), the tokens to edit, None for all. renormalize: an edited
-    token gets its norm of before back. measure(x after the edit, step, timestep) is called for each edited chunk, also where
-    nothing changes. sampling: of `HookedDiffusionModel.watch`, which knows the step. Raises ValueError for side "input", for a
-    mask of another number of tokens, and where a module turns its input into another shape and the side is diff.
+    token gets its norm of before back. measure(x after the edit, step, timestep) is called for each edited chunk of the rows
+    `of`, also where nothing changes. sampling: of `HookedDiffusionModel.watch`, which knows the step. Raises ValueError for side
+    "input", for a mask of another number of tokens, and where a module turns its input into another shape and the side is diff.
     """
     if side == "input":
         raise ValueError("the SAE was trained on --side input, and only what a module returns can be edited, not what it takes")
 
-    def fn(output, before=None):
+    def fn(role, output, before=None):
         if before is not None and before.shape != output.shape:
             raise ValueError(f"side diff: {tuple(before.shape[1:])} becomes {tuple(output.shape[1:])}; there is no difference")
         full = output.float()
@@ -132,17 +144,21 @@ def hooks(change, sampling, side="output", stream="image", rows="cond", steps=No
             if renormalize:
                 new = new * (x.norm(dim=-1, keepdim=True) / new.norm(dim=-1, keepdim=True).clamp_min(1e-12))
             added, x = new - x, torch.where(moved, new, x)
-        if measure is not None:
+        if measure is not None and role in ROLES[of].values():
             measure(x, sampling.index, timestep)
+        if added is None:
+            return None
+        largest = torch.finfo(output.dtype).max  # a float16 that overflows would be NaN from here on
         # a token that is not touched keeps its bits: not even -0 + 0 is computed
-        return None if added is None else torch.where(moved, full + added, full).to(output.dtype)
+        return torch.where(moved, (full + added).clamp(-largest, largest), full).to(output.dtype)
 
-    return [Edit(fn, role, stream, steps, with_input=side == "diff") for role in ROLES[rows].values()]
+    return [Edit(partial(fn, role), role, stream, steps, with_input=side == "diff") for role in ROLES[rows].values()]
 
 
 class Edits:
     """The edits of one run, at the hook point of every SAE, and how far off they are from what is typical there.
 
+    Of the edited rows only those that the SAE was trained on, cond or uncond, have something to be typical of.
     changes: functions of `steer`; places: what `graft.trained_on` says; typical: a `Typical` or None; where: a mask or None;
     each one an SAE. options: keywords of `hooks` for all.
     """
@@ -156,11 +172,11 @@ class Edits:
         found = {}
         for i, (change, place, where) in enumerate(zip(self.changes, self.places, self.where)):
 
-            def measure(x, step, timestep, i=i):
+            def measure(x, step, timestep, i=i, text=place["stream"] == "text"):
                 if self.typical[i] is not None:
-                    self.measured[start, i].append(torch.stack(self.typical[i](x, timestep)))
+                    self.measured[start, i].append(torch.stack(self.typical[i](x, timestep, text)))
 
-            kwargs = dict(side=place["side"], stream=place["stream"], where=where, measure=measure)
+            kwargs = dict(side=place["side"], stream=place["stream"], where=where, measure=measure, of=place["rows"])
             found[place["hook_name"]] = hooks(change, sampling, **self.options, **kwargs)
         return found
 
@@ -170,7 +186,9 @@ class Edits:
             return [None] * P
         starts, known = (sorted(set(column)) for column in zip(*self.measured))
         each = [torch.cat([torch.stack(self.measured[start, i]).mean(0) for start in starts], 1) for i in known]
-        return torch.stack(each).amax(0).T.tolist()
+        each = torch.stack(each)  # (SAEs, 2, P): a norm is as far off at a half as at two
+        furthest = torch.stack([each[:, 0].clamp_min(1e-12).log().abs(), each[:, 1]], 1).argmax(0, keepdim=True)
+        return each.gather(0, furthest)[0].T.tolist()
 
 
 class Typical:
@@ -201,9 +219,14 @@ class Typical:
         self.whiten = vectors / values.clamp_min(1e-12).sqrt()  # (d, d): x @ whiten has unit variance in every direction
         self.spread = (by_step((x @ self.whiten).square().sum(1)) / count).sqrt().clamp_min(1e-12)  # (S,)
 
-    def __call__(self, x, timestep):
-        """x (P, T, d) at a timestep of the scheduler, of which the nearest is taken: norm (P,) and distance (P,)."""
+    def __call__(self, x, timestep, text=False):
+        """x (P, T, d) at a timestep of the scheduler, of which the nearest is taken: norm (P,) and distance (P,).
+
+        text: tokens that are all zeros are padding and do not count.
+        """
         step = int((self.times - timestep).abs().argmin())  # NaN: the first
         x = x.float().cpu() / self.norms[step]
-        norm = x.square().sum(-1).mean(1).sqrt()
-        return norm, ((x - self.means[step]) @ self.whiten).square().sum(-1).mean(1).sqrt() / self.spread[step]
+        real = (x != 0).any(-1).float() if text else torch.ones(x.shape[:2])
+        mean = lambda squares: ((squares * real).sum(1) / real.sum(1).clamp_min(1)).sqrt()
+        norm = mean(x.square().sum(-1))
+        return norm, mean(((x - self.means[step]) @ self.whiten).square().sum(-1)) / self.spread[step]

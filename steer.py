@@ -3,6 +3,7 @@
     python steer.py                                                   # a feature of the newest SAE, ablated and amplified
     python steer.py --features 12 98 --multiply 0 4 --steps 0-10      # two features together; a row for each strength
     python steer.py --concept star --num_features 4 --multiply -2     # the features that fire for prompts with the word
+    python steer.py --concept star --num_features 16 --toward ring    # and in their place what rings have more of
     python steer.py --sae saes/a saes/b --features 0:12 1:98 --add 2.5 --mask 0 0 1 0.5
     python steer.py --sae saes/a saes/b --unlearn all --report        # the toy: how well concepts go, against four baselines
 
@@ -31,8 +32,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from cli import check_positive, parse_object, product_dtype, resolve_device, resolve_dtype, run
-from concepts import find_features, image_scores, read_prompts, with_word
-from edits import Edits, Typical, check_features, steer
+from concepts import find_features, image_scores, read_prompts, toward, with_word
+from edits import Edits, Typical, check_features, redirect, steer
 from formats import newest_sae
 from graft import trained_on
 from hook import HookedDiffusionModel, find_model
@@ -133,15 +134,20 @@ def token_mask(given, grid):
 
 
 def choose(cfg, saes):
-    """Features for each SAE, their scores, and rows of prompts.jsonl (None where --features says all): see Config."""
+    """Features for each SAE, their scores, its direction of --toward or None, and rows of prompts.jsonl (None: see Config)."""
+    nothing = [None] * len(saes)
     if cfg.features:
-        return parse_features(cfg.features, saes), [None] * len(saes), None
-    features, values, order = [], [], None
+        return parse_features(cfg.features, saes), nothing, nothing, None
+    features, values, directions, order = [], [], [], None
     for sae in saes:
         listing = read_prompts(sae.cfg["data"][0])
         scores, chosen = image_scores(sae, sae.cfg["data"][0], pictures=cfg.num_pictures)
-        if cfg.concept:
-            there = with_word([listing[i]["prompt"] for i in chosen], cfg.concept)
+        directions.append(None)
+        if cfg.concept is not None:
+            texts = [listing[i]["prompt"] for i in chosen]
+            there = with_word(texts, cfg.concept)
+            if cfg.toward is not None:
+                directions[-1] = toward(sae, scores, with_word(texts, cfg.toward) & ~there, there)
             best, value = find_features(scores, there, cfg.score, cfg.num_features)
             groups = [chosen[there.numpy()], chosen[~there.numpy()]]
         else:
@@ -153,7 +159,7 @@ def choose(cfg, saes):
         half = -(-cfg.num_prompts // 2)
         # the columns of the picture: some that have it, then some that do not
         order = order or [listing[row] for row in (*groups[0][:half], *groups[1][: cfg.num_prompts - half])]
-    return features, values, order
+    return features, values, directions, order
 
 
 def generate(hooked, edits, prompts, seeds, options, batch_size, bar):
@@ -219,8 +225,8 @@ def load_model(cfg, meta, device, dtype):
     named = {"variant": meta.get("variant"), "revision": meta.get("revision")}
     hooked = HookedDiffusionModel.from_pretrained(cfg.model_name or meta["model"], dtype, device, **named)
     hooked.pipe.set_progress_bar_config(disable=True)
-    dropped = ("output_type", "num_images_per_prompt")
-    options = {k: v for k, v in meta["pipeline_kwargs"].items() if k not in dropped} if cfg.model_name is None else {}
+    kept = lambda k: k != "output_type" and not (k.startswith("num_") and k.endswith("_per_prompt"))
+    options = {k: v for k, v in meta["pipeline_kwargs"].items() if kept(k)} if cfg.model_name is None else {}
     given = {"num_inference_steps": cfg.num_inference_steps, "guidance_scale": cfg.guidance_scale}
     options |= {k: v for k, v in given.items() if v is not None} | parse_object(cfg.pipeline_kwargs, "--pipeline_kwargs")
     return hooked, hooked.arguments(1, "pt", options)
@@ -291,12 +297,16 @@ def unlearning(cfg, saes, meta, device):
 def main(cfg):
     # 1. The SAEs, where they belong, and the features
     check_positive(cfg, "num_features", "num_pictures", "num_prompts", "num_inference_steps", "batch_size", "per_cell")
-    if sum(map(bool, (cfg.features, cfg.concept, cfg.unlearn))) > 1 or (cfg.multiply and cfg.add):
-        raise ValueError("expected one of --features, --concept and --unlearn at most, and one of --multiply and --add")
-    if cfg.report and not cfg.unlearn:
+    if bool(cfg.features) + (cfg.concept is not None) + (cfg.unlearn is not None) > 1:
+        raise ValueError("expected one of --features, --concept and --unlearn at most")
+    if bool(cfg.multiply) + bool(cfg.add) + (cfg.toward is not None) > 1:
+        raise ValueError("expected one of --multiply, --add and --toward at most")
+    if cfg.toward is not None and cfg.concept is None:
+        raise ValueError("--toward is of --concept: what is put in its place")
+    if cfg.report and cfg.unlearn is None:
         raise ValueError("--report is of --unlearn: name a concept of the toy, or all")
     of_pictures = ("multiply", "add", "toward", "steps", "mask", "rows", "renormalize", "dataset_name", "column")
-    if cfg.unlearn and (given := [name for name in of_pictures if getattr(cfg, name) != getattr(Config(), name)]):
+    if cfg.unlearn is not None and (given := [name for name in of_pictures if getattr(cfg, name) != getattr(Config(), name)]):
         raise ValueError(f"--{given[0]} is not of --unlearn, which tries settings of its own (unlearn.py)")
     device, start = resolve_device(cfg.device), time.perf_counter()
     paths = cfg.sae or [str(newest_sae())]
@@ -305,10 +315,11 @@ def main(cfg):
     if len({place["hook_name"] for place in places}) < len(places):
         raise ValueError("--sae names two SAEs of one hook point; expected one each")
     meta = read_description(saes[0].cfg["data"][0])
-    if cfg.unlearn:
+    if cfg.unlearn is not None:
         return unlearning(cfg, list(zip(paths, saes)), meta, device)
-    features, scores, rows = choose(cfg, saes)
+    features, scores, directions, rows = choose(cfg, saes)
     strengths = [("add", c) for c in cfg.add] or [("multiply", m) for m in cfg.multiply or (0.0, 4.0)]
+    strengths = strengths if cfg.toward is None else [("toward", cfg.toward)]
 
     # 2. The model, the prompts, and which tokens and steps
     if cfg.dataset_name:
@@ -316,9 +327,11 @@ def main(cfg):
         rows = [row | {"seed": cfg.seed + i} for i, row in enumerate(rows)]
     rows = (rows or read_prompts(saes[0].cfg["data"][0]))[: cfg.num_prompts]
     prompts, seeds = [row["prompt"] for row in rows], [row["seed"] for row in rows]
-    what = cfg.concept or "+".join(str(f) for found in features for f in found)
-    label = "_".join([what, *(f"{'x' if kind == 'multiply' else 'add'}{value:g}" for kind, value in strengths)])
+    what = "+".join(str(f) for found in features for f in found) if cfg.concept is None else cfg.concept
+    named = {"multiply": lambda m: f"x{m:g}", "add": lambda c: f"add{c:g}", "toward": lambda word: f"to_{word}"}
+    label = "_".join([what, *(named[kind](value) for kind, value in strengths)])
     label += "" if cfg.steps is None else f"_steps{cfg.steps}"
+    label = label if len(label) < 100 else f"{label[:80]}_{hashlib.sha256(label.encode()).hexdigest()[:8]}"
     settings = {k: v for k, v in vars(cfg).items() if k not in ("out_dir", "device", "batch_size")} | {"sae": paths}
     folder = open_folder(Path(cfg.out_dir) / re.sub(r"[^\w.+-]+", "-", label), "steer.json", settings)
     hooked, options = load_model(cfg, meta, device, resolve_dtype("auto", device))
@@ -342,14 +355,18 @@ def main(cfg):
     runs = []
     with tqdm(total=len(prompts) * (1 + len(strengths)), unit="picture", desc="steering") as bar:
         for kind, value in (("multiply", 1.0), *strengths):
-            changes = [steer(sae, f, stream=p["stream"], **{kind: value}) for sae, f, p in zip(saes, features, places)]
+            if kind == "toward":
+                changes = [redirect(s, f, u, p["stream"]) for s, f, u, p in zip(saes, features, directions, places)]
+            else:
+                changes = [steer(s, f, stream=p["stream"], **{kind: value}) for s, f, p in zip(saes, features, places)]
             edits = Edits(changes, places, typical, dict(rows=cfg.rows, steps=steps, renormalize=cfg.renormalize), where)
             images = generate(hooked, edits, prompts, seeds, options, cfg.batch_size, bar)
             runs.append({"kind": kind, "value": value, "images": images, "numbers": edits.numbers(len(prompts))})
 
     # 4. The table, the numbers and the pictures
     print(f"{'':12} {'norm':>6} {'distance':>9} {'pictures':>9}   (1: typical of training; the last: RMS change, of 1)")
-    names = ["untouched", *(f"{'×' if kind == 'multiply' else '+'} {value:g}" for kind, value in strengths)]
+    names = {"multiply": lambda m: f"× {m:g}", "add": lambda c: f"+ {c:g}", "toward": lambda word: f"→ {word}"}
+    names = ["untouched", *(names[kind](value) for kind, value in strengths)]
     report = {"options": settings, "arguments": options, "seeds": seeds, "prompts": prompts, "runs": []}
     report["saes"] = [p | {"path": path, "features": f, "scores": s} for p, path, f, s in zip(places, paths, features, scores)]
     for name, made in zip(names, runs):

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from test_features import write
 
 from bench.concepts import best_features
-from concepts import auroc, contrast, find_features, image_scores, saeuron, with_word
+from concepts import auroc, contrast, find_features, image_scores, read_prompts, saeuron, toward, with_word
 from sae import Sae
 
 
@@ -30,6 +31,42 @@ def test_image_scores(tmp_path, pool, activation):
     assert len(few) == 2 and torch.equal(few, scores[chosen])
     with pytest.raises(ValueError, match=r"expected \(prompts, steps, tokens, 9\)"):
         image_scores(Sae(9, 12, 3), tmp_path / "x.npy")
+
+
+def test_padding_of_text_does_not_count(tmp_path):
+    x = np.random.default_rng(0).standard_normal((2, 2, 5, 8)).astype(np.float32)
+    x[0, :, 3:] = 0
+    write(tmp_path, x, stream="text")
+    sae = Sae(8, 12, 3)
+    sae.b_dec.data.fill_(0.3)  # so that zeros would have activations
+    for pool, of in (("mean", lambda codes: codes.mean(0)), ("max", lambda codes: codes.amax(0))):
+        scores, _ = image_scores(sae, tmp_path / "block.npy", pool)
+        for p, tokens in enumerate((3, 5)):
+            acts, where = sae.encode(torch.from_numpy(x[p, 1, :tokens]))
+            assert torch.allclose(scores[p, 1], of(torch.zeros(tokens, 12).scatter(1, where, acts)), atol=1e-5)
+
+
+def test_the_direction_from_one_concept_to_another():
+    sae, scores = Sae(6, 3, 2), torch.tensor([[[4.0, 1.0, 0.0]], [[0.0, 2.0, 1.0]], [[9.0, 9.0, 9.0]]])
+    there, away = torch.tensor([True, False, False]), torch.tensor([False, True, False])
+    assert torch.allclose(toward(sae, scores, there, away), torch.nn.functional.normalize(4 * sae.W_dec[0], dim=0))
+    expected = torch.nn.functional.normalize(sae.W_dec[1] + sae.W_dec[2], dim=0)
+    assert torch.allclose(toward(sae, scores, away, there), expected)
+    with pytest.raises(ValueError, match="no picture without the other"):
+        toward(sae, scores, there & away, there)
+
+
+def test_prompts_that_are_damaged(tmp_path):
+    path = write(tmp_path, np.zeros((2, 1, 3, 4), np.float32))
+    assert [row["seed"] for row in read_prompts(path)] == [0, 1]
+    for text, said in (
+        ('{"prompt": "a"}\n{"pro', "is damaged"),
+        ('{"prompt": "a"}\n', "does not say"),
+        ("3\n4\n", "does not say"),
+    ):
+        (tmp_path / "prompts.jsonl").write_text(text)
+        with pytest.raises(ValueError, match=said):
+            read_prompts(path)
 
 
 def test_saeurons_score_by_hand():

@@ -5,7 +5,7 @@ import pytest
 import torch
 from tiny import PROMPTS, build, generate_options, sd15
 
-from edits import Typical, delta, hooks, steer, step_norm
+from edits import Edits, Typical, delta, hooks, redirect, steer, step_norm
 from hook import HookedDiffusionModel
 from sae import Sae
 
@@ -16,6 +16,8 @@ EVERY = {"topk": {}, "batchtopk": {}, "sampletopk": {}, "unit norm": {"input_uni
 def some_sae(d, M=64, k=6, cfg=None, seed=0):
     sae = Sae(d, M, k, cfg, seed)
     sae.b_dec.data.normal_(generator=torch.Generator().manual_seed(seed))
+    if sae.activation == "batchtopk":
+        sae.threshold.fill_(0.5)  # below which some of the k longest are
     return sae
 
 
@@ -45,6 +47,16 @@ def test_add_is_in_units_of_the_steps_norm():
     padded = torch.cat([x, torch.zeros(2, 5, 24)], 1)
     assert torch.allclose(step_norm(padded, "text"), step_norm(x))
     assert not steer(sae, [3], add=2.5, stream="text")(padded)[:, 10:].any()
+
+
+def test_redirect_puts_as_much_along_the_direction_as_it_takes_out():
+    sae, x = some_sae(24), torch.randn(2, 10, 24, generator=torch.Generator().manual_seed(1))
+    features, u = [5, 17, 40], torch.nn.functional.normalize(torch.randn(24), dim=0)
+    taken = -delta(sae, x, torch.tensor(features), lambda acts: 0 * acts)
+    found = redirect(sae, features, u)(x)
+    assert torch.allclose(found + taken, taken.norm(dim=-1)[..., None] * u, atol=1e-5) and taken.norm() > 1
+    without = (taken == 0).all(-1)
+    assert without.any() and not without.all() and not found[without].any()
 
 
 def test_nothing_to_change_is_none():
@@ -119,6 +131,23 @@ def test_renormalize_and_what_is_measured():
         assert torch.allclose(before[2:].norm(dim=-1), after[2:].norm(dim=-1), rtol=1e-4)
         assert not torch.equal(before[2:], after[2:]) and torch.allclose(x, after[2:], atol=1e-6)
     assert [step for _, step, _ in seen] == [0, 1, 2] and seen[0][2] > seen[1][2] > seen[2][2]
+    for of, expected in (("cond", slice(2, 4)), ("uncond", slice(0, 2))):  # both are edited, one is measured
+        seen.clear()
+        _, both = generate(steer(sae, [1], add=3.0), rows="both", measure=measure, of=of)
+        assert len(seen) == 3 and all(torch.allclose(x, a[expected], atol=1e-5) for (_, a), (x, _, _) in zip(both, seen))
+
+
+def test_what_overflows_float16_stays_finite():
+    out, seen = generate(lambda x, timestep: torch.full_like(x, 1e6), dtype=torch.float16)
+    assert seen[0][1][2:].max() == torch.finfo(torch.float16).max
+
+
+def test_the_hook_point_that_is_furthest_off_is_told():
+    edits = Edits([None] * 3, [None] * 3, [None] * 3, {}, [None] * 3)
+    for i, (norm, distance) in enumerate(((0.05, 1.0), (1.0, 3.0), (2.0, 0.5))):
+        for step in (-0.5, 0.5):  # means over steps
+            edits.measured[0, i].append(torch.tensor([[norm * (1 + step)], [distance]]))
+    assert edits.numbers(1) == [pytest.approx([0.05, 3.0])]
 
 
 def test_side_diff_moves_the_output_by_the_change_of_the_difference():
@@ -144,6 +173,9 @@ def test_typical_is_1_for_what_it_was_made_of(tmp_path):
         distance.mean(), torch.tensor(1.0), atol=0.05
     )
     assert torch.allclose(typical(2 * x[:8], 0.0)[0], 2 * norm)
+    padded = torch.cat([x[:8], torch.zeros(8, 300, 16)], 1)
+    assert torch.allclose(torch.stack(typical(padded, 0.0, text=True)), torch.stack([norm, distance]), rtol=1e-4)
+    assert typical(padded, 0.0)[0].max() < 0.6
     along, across = torch.zeros(16), torch.zeros(16)
     along[0], across[15] = 5.0, 5.0
     assert typical(x[:8] + across, 0.0)[1].min() > 3 * typical(x[:8] + along, 0.0)[1].max()

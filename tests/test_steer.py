@@ -13,6 +13,7 @@ import collect
 import steer
 import train
 from concepts import contrast, image_scores
+from hook import HookedDiffusionModel
 from sae import Sae
 from steer import Config, main, parse_features, parse_steps, token_mask
 
@@ -95,6 +96,46 @@ def test_a_mask_in_pictures_of_two_grids(config, trained, tmp_path):
     assert runs[0] == runs[1] and runs[0][0]["moved"] > 0
 
 
+def test_every_option_reaches_the_pictures(config):
+    """One that did nothing would leave the numbers as they are; one that covers all steps or tokens does leave them."""
+    base, runs = replace(config, features=["3", "7"], add=[3.0], num_prompts=1), {}
+    options = {"": {}, "steps": dict(steps="0-1"), "mask": dict(mask=["0", "0", "1", "0.5"]), "rows": dict(rows="both")}
+    options |= {"norm": dict(renormalize=True), "all steps": dict(steps="0-3"), "all tokens": dict(mask=["0", "0", "1", "1"])}
+    for name, given in options.items():
+        main(replace(base, out_dir=f"{config.out_dir}/{name}", **given))
+        runs[name] = json.loads(next(Path(f"{config.out_dir}/{name}").glob("*/steer.json")).read_text())["runs"][1]["pictures"]
+    assert runs["all steps"] == runs["all tokens"] == runs[""]
+    assert all(runs[name][0]["moved"] not in (0, runs[""][0]["moved"]) for name in ("steps", "mask", "rows", "norm"))
+
+
+def test_untouched_is_what_the_model_makes_of_each_prompt_and_seed(config, trained, monkeypatch):
+    shown = []
+    monkeypatch.setattr(steer, "picture", lambda path, rows, prompts: shown.extend((rows, prompts)))
+    main(replace(config, features=["3"], multiply=[0.0]))  # three prompts, two a batch
+    (_, images, _), *_ = shown[0]
+    report = report_of(config, "3_x0")
+    meta = json.loads(Path(Sae.load_from_disk(trained[0]).cfg["data"][0]).with_suffix(".json").read_text())
+    hooked = HookedDiffusionModel.from_pretrained(meta["model"], device="cpu")
+    options = hooked.arguments(1, "pt", {k: v for k, v in meta["pipeline_kwargs"].items() if k != "output_type"})
+    for image, prompt, seed in zip(images, shown[1], report["seeds"]):
+        alone = hooked([prompt], generator=[torch.Generator().manual_seed(seed)], **options).images[0]
+        assert torch.allclose(image, alone.float(), atol=1e-3) and (image - images[0]).abs().max() < 1.1
+    assert (images[0] - images[2]).abs().max() > 0.02  # which two prompts, or two seeds, do not have in common
+
+
+def test_one_concept_in_the_place_of_another(config, trained):
+    main(replace(config, concept="blue", num_features=8, toward="red"))
+    report = report_of(config, "blue_to_red")
+    assert [run["name"] for run in report["runs"]] == ["untouched", "→ red"] and report["runs"][1]["toward"] == "red"
+    assert len(report["saes"][0]["features"]) == 8 and report["runs"][1]["pictures"][0]["moved"] > 0
+
+
+def test_many_features_have_a_folder_too(config):
+    main(replace(config, features=[str(f) for f in range(40)], multiply=[0.0], num_prompts=1))
+    (folder,) = Path(config.out_dir).iterdir()
+    assert len(folder.name) < 100 and folder.name.startswith("0+1+2+3")
+
+
 def test_boxes_by_hand():
     assert token_mask([], (4, 4)) is None
     assert token_mask(["0", "0.5", "0.5", "1"], (2, 4)).view(2, 4).tolist() == [[False, False, True, True], [False] * 4]
@@ -126,7 +167,13 @@ def test_what_is_refused(config, trained, tmp_path):
         (dict(features=["40"]), "feature 40: the SAE has 40, numbered 0 to 39"),
         (dict(concept="green"), "concept 'green': none of the 12 prompts"),
         (dict(features=["1"], concept="red"), "one of --features, --concept and --unlearn"),
-        (dict(features=["1"], multiply=[1.0], add=[1.0]), "one of --multiply and --add"),
+        (dict(features=["1"], multiply=[1.0], add=[1.0]), "one of --multiply, --add and --toward"),
+        (dict(concept="red", add=[1.0], toward="blue"), "one of --multiply, --add and --toward"),
+        (dict(features=["1"], toward="blue"), "--toward is of --concept"),
+        (dict(concept="red", toward="green"), "concept 'green': none"),
+        (dict(concept=""), "concept ''"),
+        (dict(unlearn=""), "--unlearn : the toy has no such"),
+        (dict(unlearn="star", steps="0-3"), "--steps is not of --unlearn"),
         (dict(features=["1"], steps="2-9"), "--steps 2-9: the sampling has 4 steps"),
         (dict(sae=[*trained[:1], *trained[:1]], features=["0:1"]), "two SAEs of one hook point"),
     ):
