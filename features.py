@@ -43,6 +43,7 @@ from tqdm import tqdm
 
 from activations import open_activations
 from cli import HERE, check_positive, resolve_device, resolve_dtype, run
+from concepts import read_prompts
 from formats import newest_sae
 from hook import HookedDiffusionModel
 from images import decoded
@@ -87,6 +88,7 @@ class Source(NamedTuple):
     kept: np.ndarray | None  # (P, S, T): which tokens of the grid were kept, if not all
     cells: np.ndarray  # of each token of the grid, its cell in the map
     shape: tuple  # (h, w) of the map
+    ratio: float | None  # width / height of the grid, and so of the picture; None where it is a line
 
 
 def open_source(path, map_size):
@@ -105,14 +107,13 @@ def open_source(path, map_size):
     if kept is not None and kept.shape != (P, S, T):
         raise ValueError(f"{path.with_suffix('.tokens.npy')} has shape {kept.shape}, expected {(P, S, T)}")
     frames, h, w = int(np.prod(grid[:-2])), *(1, 1, *grid)[-2:]
-    high, wide = min(h, map_size), min(w, map_size if h > 1 else map_size * map_size)
+    high, wide = (max(1, round(n * min(1, map_size / max(h, w)))) for n in (h, w))  # the shape of the picture is kept
+    high, wide = (high, wide) if h > 1 else (1, min(w, map_size * map_size))
     cells = (np.arange(h) * high // h)[:, None] * wide + np.arange(w) * wide // w
-    rows = None
-    if meta and listing.exists():
-        rows = [json.loads(line) for line in listing.read_text("utf-8").splitlines()]
-        rows = rows if len(rows) == P else None
+    rows = read_prompts(path) if meta and listing.exists() else None
     lengths = read_lengths(path, array) if meta.get("stream") == "text" else None
-    return Source(path, meta, P, S, T, rows, lengths, kept, np.tile(cells.ravel(), frames), (high, wide))
+    ratio = round(w / h, 3) if h > 1 else None
+    return Source(path, meta, P, S, T, rows, lengths, kept, np.tile(cells.ravel(), frames), (high, wide), ratio)
 
 
 class Statistics:
@@ -175,6 +176,8 @@ def scan(sae, activations, sources, top_images, batch_size):
                 size = max(n, batch_size // max(1, n) * n) if samples else batch_size
                 for pieces in pieces_of(number, source, p, n, size):
                     x = activations.read(pieces).to(device).float()
+                    if not torch.isfinite(x).all():
+                        raise ValueError(f"{source.path}: prompt {p} holds numbers that are not finite")
                     codes = sae.encode(x.unflatten(0, (-1, n)) if samples else x)
                     row = np.concatenate([np.arange(first, end) for _, first, end in pieces.tolist()])
                     s, t = row // source.T % source.S, row % source.T
@@ -308,6 +311,7 @@ def describe(found, sae, activations, sources, top):
         "levels": LEVELS,
         "timesteps": short(coarse(np.array([activations.timesteps]))[0], 6) if activations.timesteps else [],
         "shapes": [source.shape for source in sources],
+        "ratios": [source.ratio for source in sources],
         "cells": found.maps.shape[2],
         "examples": [[c, w, sources.index(places[e][0])] for c, w, e in zip(captions, where, shown)],
         "density": short((total / max(1, n)).tolist()),
@@ -323,6 +327,11 @@ def describe(found, sae, activations, sources, top):
     }
 
 
+def files_of(path):
+    """The folder beside a page in which its pictures are, where they are not in it."""
+    return path.with_name(path.stem + "_files")
+
+
 def write_page(path, about, data, pictures, max_mb):
     """Write the page of `describe`'s data, with the pictures (files as bytes, None for none) in it, or beside it if it would
     be above `max_mb`: the folder in which they are, or None.
@@ -330,9 +339,11 @@ def write_page(path, about, data, pictures, max_mb):
     Whatever comes from outside is data: JSON without a "<", which the page's script shows as text alone. The page may run that
     one script, which its hash names, and load pictures from its own bytes or from beside it, nothing else.
     """
-    folder, text = path.with_name(path.stem + "_files"), json.dumps(data, separators=(",", ":"))
+    folder, text = files_of(path), json.dumps(data, separators=(",", ":"), allow_nan=False)
     beside = len(text) + sum(len(picture or b"") for picture in pictures) * 4 / 3 > max_mb * 1e6
     sources = []
+    for old in folder.glob("*.webp"):  # of the page that this one takes the place of
+        old.unlink()
     for number, picture in enumerate(pictures):
         if beside and picture:
             folder.mkdir(exist_ok=True)
@@ -349,12 +360,34 @@ def write_page(path, about, data, pictures, max_mb):
     fields = {"title": html.escape(path.stem), "about": html.escape(json.dumps(about)), "policy": policy, "data": text}
     page = re.sub(r"\{\{(\w+)\}\}", lambda match: fields[match[1]], template)
     write_atomically(path, page.encode())
+    if not beside and folder.exists() and not any(folder.iterdir()):
+        folder.rmdir()
     return folder if beside else None
+
+
+def check_page(path, about):
+    """ValueError where the page, or what is in its place, is not of this SAE and these activations. Makes its folder."""
+    whose = lambda about: [Path(p).resolve() for p in (about["sae"], *about["data"])]
+    if path.exists():
+        try:
+            before = whose(json.loads(html.unescape(ABOUT.search(path.read_bytes()[:65536])[1].decode())))
+        except (TypeError, KeyError, ValueError):
+            before = None
+        if before != whose(about):
+            raise ValueError(f"{path} is the page of another SAE or other activations; use another --out_dir")
+    elif files_of(path).exists():
+        raise ValueError(f"{files_of(path)} is there, and {path} is not: use another --out_dir")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out_dir {path.parent} can't be made: {error.strerror}") from None
 
 
 def main(cfg):
     # 1. The SAE, and all vectors of its hook point
     check_positive(cfg, "top_images", "map_size", "picture_size", "batch_size", "decode_batch_size")
+    if not cfg.max_mb > 0:
+        raise ValueError(f"--max_mb {cfg.max_mb:g}: expected more than 0")
     device = resolve_device(cfg.device)
     folder = Path(cfg.sae) if cfg.sae else newest_sae()
     sae = Sae.load_from_disk(folder, device)
@@ -369,10 +402,7 @@ def main(cfg):
         raise ValueError(f"{activations.paths[0]} holds vectors of width {activations.d}, and the SAE is of {sae.d_in}")
     path = Path(cfg.out_dir) / f"{(folder if folder.is_dir() else folder.parent).resolve().name}.html"
     about = {"sae": str(folder), "data": activations.paths}
-    if path.exists():
-        before = ABOUT.search(path.read_bytes()[:65536])
-        if not before or json.loads(html.unescape(before[1].decode())) != about:
-            raise ValueError(f"{path} is the page of another SAE or other activations; use another --out_dir")
+    check_page(path, about)
     sources = [open_source(name, cfg.map_size) for name in activations.paths]
 
     # 2. Their numbers and maps; fewer of these where the page would be too large without any picture
@@ -382,7 +412,7 @@ def main(cfg):
         top = -(-top // 2)
         shown, data = describe(found, sae, activations, sources, top)
     if top < cfg.top_images:
-        print(f"note: {top} images a feature, not {cfg.top_images}, so that the page stays below --max_mb {cfg.max_mb:g}")
+        print(f"note: {top} images a feature, not {cfg.top_images}: with those the page would be above --max_mb {cfg.max_mb:g}")
 
     # 3. The pictures of the prompts that are shown
     pictures, note = pictures_of(cfg, sources, shown, device) if cfg.pictures else ({}, "")
@@ -391,7 +421,6 @@ def main(cfg):
         print(f"note: {data['note']}")
 
     # 4. The page
-    path.parent.mkdir(parents=True, exist_ok=True)
     files = write_page(path, about, data, [pictures.get(e) for e in shown], cfg.max_mb)
     alive = sum(density > 0 for density in data["density"])
     print(f"{folder}: {alive:,} of {sae.num_latents:,} features are active on {int(found.vectors.sum()):,} vectors")

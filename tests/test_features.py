@@ -72,7 +72,7 @@ def test_numbers_and_maps_are_those_of_the_dense_expression(kind, batch_size, tm
     sources = [open_source(path, 3 if kind in ("image", "video") else 16) for path in activations.paths]
     found = scan(sae, activations, sources, 2, batch_size)
     counts, sums, largest, maps = np.zeros((11, 3), int), np.zeros((11, 3)), np.zeros(11), []
-    high, wide = {"line": (1, 9), "text": (1, 9), "image": (3, 3), "video": (3, 3)}.get(kind, (4, 6))
+    high, wide = {"line": (1, 9), "text": (1, 9), "image": (2, 3), "video": (2, 3)}.get(kind, (4, 6))
     for x, n, tokens in zip(files, lengths, kept):
         for p in range(len(x)):
             heat, seen = np.zeros((11, high * wide)), np.zeros(high * wide)
@@ -340,6 +340,30 @@ def test_the_page_in_a_browser(large_page):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
+@pytest.mark.parametrize("height, width", [(64, 128), (128, 64)])
+def test_maps_cover_pictures_that_are_not_square(model_folder, tmp_path, height, width):
+    options = dict(model_name=str(model_folder), device="cpu", num_inference_steps=2, height=height, width=width)
+    prompts = dict(dataset_name="a picture", out_dir=str(tmp_path / "acts"))
+    collect.main(collect.Config(hook_names=["up_blocks.0.attentions.1"], **prompts, **options))
+    data = str(tmp_path / "acts" / "up_blocks.0.attentions.1.npy")
+    d = np.load(data, mmap_mode="r").shape[-1]
+    Sae(d, 20, 8, {"data": [data]}).save_to_disk(tmp_path / "some")
+    main(Config(sae=str(tmp_path / "some"), out_dir=str(tmp_path), map_size=4, device="cpu"))
+    page = read_page(tmp_path / "some.html")
+    assert page["shapes"] == [[4 * height // 128, 4 * width // 128]] and page["ratios"] == [width / height]
+    box = "(b => [b.x, b.y, b.width, b.height])({}.getBoundingClientRect())".format
+    with Browser() as browser:
+        browser.open(tmp_path / "some.html")
+        for place in (".row .picture", "#pictures .picture"):
+            browser.wait(f"document.querySelector('{place} img').naturalWidth == {width}")
+            image, canvas = (browser.run(box(f"document.querySelector('{place} {tag}')")) for tag in ("img", "canvas"))
+            fit = browser.run(f"getComputedStyle(document.querySelector('{place} img')).objectFit")
+            assert image == canvas and image[2] / image[3] == pytest.approx(width / height, rel=0.02) and fit == "fill"
+        row, thumb = (browser.run(box(f"document.querySelector('{place}')")) for place in (".row", ".row .picture"))
+        assert thumb[1] >= row[1] and thumb[1] + thumb[3] <= row[1] + row[3]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
 def test_pictures_beside_a_page_that_would_be_too_large(toy_page, tmp_path, capsys):
     _, data, rows = toy_page
     base = toy_page[0].parent.parent
@@ -374,8 +398,18 @@ def test_what_can_not_be_shown(toy_page, tmp_path, capsys, monkeypatch):
         with pytest.raises(ValueError, match="another --out_dir"):
             main(Config(sae=sae, out_dir=str(tmp_path), device="cpu"))
         assert (tmp_path / "toy.html").read_text() == text
+    (tmp_path / "mine" / "toy_files").mkdir(parents=True)
+    (tmp_path / "file").write_text("")
+    for out_dir, max_mb, said in (("mine", 1, "toy_files is there"), ("file", 1, "can't be made"), ("x", 0, "more than 0")):
+        with pytest.raises(ValueError, match=said):
+            main(Config(sae=sae, out_dir=str(tmp_path / out_dir), max_mb=max_mb, device="cpu"))
+    np.save(tmp_path / "inf.npy", np.full((50, 3), np.inf, np.float32))
+    with pytest.raises(ValueError, match="inf.npy: prompt 0 holds numbers that are not finite"):
+        main(Config(sae=str(tmp_path / "bare"), data=[str(tmp_path / "inf.npy")], out_dir=str(tmp_path), device="cpu"))
     before = toy_page[0].read_bytes()
-    main(Config(sae=sae, out_dir=str(toy_page[0].parent), top_images=8, device="cpu"))  # its own page is made again
+    monkeypatch.chdir(base)  # and by another path
+    for name in ("saes/toy", sae):  # its own page is made again
+        main(Config(sae=name, out_dir=str(toy_page[0].parent), top_images=8, device="cpu"))
     assert toy_page[0].read_bytes() == before
     capsys.readouterr()
     main(Config(sae=sae, out_dir=str(tmp_path / "other"), model_name="me/not-here", device="cpu"))
