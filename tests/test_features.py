@@ -19,6 +19,7 @@ import features
 import toy
 import train
 from activations import open_activations
+from bench.maps import drawn, overlap
 from cli import HERE
 from features import Config, main, nearest, open_source, over_represented, scan
 from hook import HookedDiffusionModel
@@ -220,23 +221,14 @@ def test_a_heat_map_lies_on_the_drawn_object(toy_page):
     The five features that fit best in the first of their images are judged in the others, against their shuffled maps.
     """
     _, data, _ = toy_page
-    rng, objects, found = np.random.default_rng(0), [], []
-    for e in range(len(data["examples"])):
-        picture = opened(data, e).astype(float)
-        border = np.concatenate([picture[0], picture[-1], picture[:, 0], picture[:, -1]])
-        objects.append(np.linalg.norm(picture - np.median(border, 0), axis=2) > 40)
+    rng, found = np.random.default_rng(0), []
+    objects = [drawn(opened(data, e)) for e in range(len(data["examples"]))]
     assert 0.05 < np.mean(objects) < 0.4
-
-    def overlap(levels, e):
-        grid = Image.fromarray(levels.reshape(data["shapes"][0]).astype(np.float32))
-        fired = np.asarray(grid.resize((64, 64), Image.Resampling.BILINEAR))
-        fired = fired >= 0.25 * fired.max()
-        return (fired & objects[e]).sum() / (fired | objects[e]).sum()
-
+    fit = lambda levels, e: overlap(levels.reshape(data["shapes"][0]), objects[e])
     for top, maps in zip(data["top"], data["levels_of"]):
         if len(top) == 8:
-            fits = [overlap(levels, e) for levels, e in zip(maps, top)]
-            shuffled = [overlap(rng.permutation(levels), e) for levels, e in zip(maps, top)]
+            fits = [fit(levels, e) for levels, e in zip(maps, top)]
+            shuffled = [fit(rng.permutation(levels), e) for levels, e in zip(maps, top)]
             found.append((np.mean(fits[::2]), np.mean(fits[1::2]), np.mean(shuffled)))
     best = np.array(sorted(found, reverse=True)[:5])
     assert best[:, 1].mean() >= 0.4 and (best[:, 1] > best[:, 2]).all(), best

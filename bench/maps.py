@@ -1,0 +1,96 @@
+"""Do heat maps lie on what is drawn? Their intersection over union with the object of the toy's pictures.
+
+    python -m bench maps                                # the newest SAE, on toy activations that it was trained on
+    python -m bench maps --sae saes/a saes/b
+
+A map of features.py (mean activation over the steps) fires where it is at least a quarter of its peak. The object is where the
+decoded picture differs from its background, the median of its border, by more than 40 of 255. A feature's images take turns:
+half of them choose features, the other half score them, beside the same maps with their cells shuffled. Two choices:
+
+    fit       the eight features that fit the object best, whatever they are of
+    object    for each object, of the features most of whose images show it, the one that fits best
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from PIL import Image
+
+import features
+from activations import open_activations
+from bench.step import conditions
+from cli import check_positive, resolve_device
+from formats import newest_sae
+from hook import HookedDiffusionModel
+from images import decoded
+from sae import Sae
+
+
+@dataclass
+class Config:
+    sae: list[str] = field(default_factory=list)  # folders of SAEs of toy activations (none: the newest in saes/)
+    top_images: int = 16  # of a feature; those with fewer are left out
+    share: float = 0.9  # of a feature's images that show an object, if it is of that object
+    at: float = 0.25  # of a map's peak, where it counts as firing
+    device: str = "auto"  # auto, cuda, cuda:N, mps, cpu
+
+
+def drawn(picture):
+    """Where a picture (H, W, 3) of 0 to 255 shows its object: bool (H, W)."""
+    picture = np.asarray(picture, float)
+    border = np.concatenate([picture[0], picture[-1], picture[:, 0], picture[:, -1]])
+    return np.linalg.norm(picture - np.median(border, 0), axis=2) > 40
+
+
+def overlap(cells, mask, at=0.25):
+    """Intersection over union of a map (h, w), where it is at least `at` of its peak, with a mask (H, W)."""
+    grown = Image.fromarray(cells.astype(np.float32)).resize(mask.shape[::-1], Image.Resampling.BILINEAR)
+    fired = np.asarray(grown) >= at * np.max(grown)
+    return (fired & mask).sum() / (fired | mask).sum()
+
+
+def main(cfg):
+    check_positive(cfg, "top_images")
+    device, rng = resolve_device(cfg.device), np.random.default_rng(0)
+    where, versions, commit = conditions(device)
+    print(f"{where}; {versions}; commit {commit}")
+    for path in cfg.sae or [str(newest_sae())]:
+        # 1. The maps, and the objects in their pictures
+        sae = Sae.load_from_disk(path, device)
+        (activations,) = open_activations(sae.cfg["data"])
+        (source,) = (features.open_source(name, 16) for name in activations.paths)
+        if not source.rows or "object" not in source.rows[0]:
+            raise ValueError(f"{source.path}: expected activations of the toy's own prompts")
+        found = features.scan(sae, activations, [source], cfg.top_images, 4096)
+        shown = sorted(set(found.examples[found.examples >= 0].tolist()))
+        samples = np.load(source.path.with_name("samples.npy"), mmap_mode="r", allow_pickle=False)
+        hooked = HookedDiffusionModel.from_pretrained(source.meta["model"], device=device)
+        hooked.pipe.set_progress_bar_config(disable=True)
+        given = [samples[e] for e in shown], [source.rows[e] for e in shown]
+        masks = dict(zip(shown, map(drawn, decoded(hooked, *given, source.meta["pipeline_kwargs"], 32))))
+
+        # 2. Each feature's fit, in two halves of its images, and what most of them show
+        fits = []  # (fit in the half that chooses, in the other, there with shuffled maps, object or None)
+        for examples, maps in zip(found.examples.tolist(), found.maps.numpy()):
+            if min(examples) < 0:
+                continue
+            each = [overlap(m[: np.prod(source.shape)].reshape(source.shape), masks[e], cfg.at) for m, e in zip(maps, examples)]
+            mixed = [rng.permutation(m[: np.prod(source.shape)]).reshape(source.shape) for m in maps[1::2]]
+            mixed = [overlap(m, masks[e], cfg.at) for m, e in zip(mixed, examples[1::2])]
+            objects = [source.rows[e]["object"] for e in examples]
+            most = max(set(objects), key=objects.count)
+            told = most if objects.count(most) >= cfg.share * len(objects) else None
+            fits.append((np.mean(each[::2]), np.mean(each[1::2]), np.mean(mixed), told))
+
+        # 3. The two choices
+        fits.sort(key=lambda fit: -fit[0])
+        print(f"\n{sae.cfg['hook_name']}: {len(fits)} features with {cfg.top_images} images, of {len(shown)} pictures")
+        best = {}
+        for fit in fits:
+            best.setdefault(fit[3], fit)
+        best.pop(None, None)
+        for name, chosen in (("fit", fits[:8]), ("object", list(best.values()))):
+            if chosen:
+                _, fit, mixed = np.mean([f[:3] for f in chosen], 0)
+                spread = np.std([f[1] for f in chosen])
+                print(f"{name:8} {len(chosen)} features: IoU {fit:.3f} ± {spread:.3f}, shuffled {mixed:.3f}", flush=True)
