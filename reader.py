@@ -13,6 +13,7 @@ here; activations.py knows what is in them.
 
 import os
 import sys
+import weakref
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -289,14 +290,15 @@ class Reader:
         np.take(self.buffer.reshape(-1, size), places, axis=0, out=out, mode="clip")  # clip: no copy between
 
     def memory(self, num_bytes):
-        """Bytes for a batch: pinned ones of PyTorch's, which keeps them, or ours that nobody holds any more.
+        """Bytes for a batch: pinned ones of PyTorch's, which keeps them, or ours, spare again when nobody holds them.
 
         Fresh memory costs page faults: batches of 10 MB came at 10 GB/s, not at 21.
         """
         if self.pin:
             return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
-        for rows in self.spare:
-            if rows.nbytes == num_bytes and sys.getrefcount(rows) == 3:  # the list's, the loop's and the call's own
-                return rows
-        self.spare = self.spare[-16:] + [rows := np.empty(num_bytes, np.uint8)]
+        fitting = (i for i, memory in enumerate(self.spare) if memory.nbytes == num_bytes)
+        memory = np.empty(num_bytes, np.uint8) if (i := next(fitting, None)) is None else self.spare.pop(i)
+        del self.spare[:-16]
+        rows = memory[:]  # a tensor made of it, and that tensor's views, hold this array
+        weakref.finalize(rows, self.spare.append, memory)
         return rows
