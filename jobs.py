@@ -3,8 +3,10 @@
 import hashlib
 import json
 import math
+import os
 import secrets
 import time
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import NamedTuple
 
@@ -17,7 +19,7 @@ from metrics import Metrics, middle, plot_evaluation, total
 from processes import ALONE
 from sae import Sae
 from step import Step
-from store import read_json
+from store import lock, read_json
 from tensors import load_tensors, save_tensors
 
 # options that a resumed run may change (whether the data are the same is seen from a sample), and those that name SAEs
@@ -89,6 +91,25 @@ def agree(processes, inputs):
     return Inputs(scale, torch.tensor(center), variance, weights)
 
 
+@contextmanager
+def held(folder):
+    """No other train.py writes to the folder meanwhile, in which nothing remains of this. ValueError where one does already."""
+    made, path = not folder.exists(), folder / "train.lock"
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        fd = lock(path)
+    except BlockingIOError:
+        what = "wait for it, or choose another --run_name or --out_dir"
+        raise ValueError(f"another train.py is writing to {folder}; {what}") from None
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(fd)
+        if made and not any(folder.iterdir()):
+            folder.rmdir()
+
+
 def find_run(folder, settings):
     """What `folder` holds of this run: "nothing", "checkpoint" or "finished", and the state that was saved with it.
 
@@ -103,7 +124,7 @@ def find_run(folder, settings):
                 found, state = "checkpoint", json.loads(file.metadata()["state"])
         except (SafetensorError, ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{checkpoint} is damaged ({error}); remove its folder to start again") from None
-    elif folder.exists() and any(path.name != f"{checkpoint.name}.partial" for path in folder.iterdir()):
+    elif folder.exists() and {path.name for path in folder.iterdir()} - {f"{checkpoint.name}.partial", "train.lock"}:
         raise ValueError(f"{folder} holds something else; choose another --run_name or --out_dir")
     else:
         return "nothing", None

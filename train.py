@@ -34,7 +34,7 @@ from activations import newest_activations, open_activations
 from cli import check_positive, resolve_device, run
 from health import report, summary
 from hub import push
-from jobs import SAMPLE, Job, agree, measure
+from jobs import SAMPLE, Job, agree, held, measure
 from log import import_tracker, open_log, plot_sweep
 from metrics import evaluate, total
 from processes import Processes
@@ -270,18 +270,22 @@ def main(cfg):
         folders = [base if cfg.run_name else base / f"{stem}_{name_of(cfg, *one)}" for one in each]
         if cfg.run_name and len(each) > 1:
             folders = [base / name_of(cfg, *one) for one in each]
-        jobs = [Job(cfg, activations, folder, *one, processes, vectors, latents) for folder, one in zip(folders, each)]
-        for job in jobs:
-            if job.found == "finished" and job.first:
-                job.checkpoint.unlink(missing_ok=True)  # where a power cut came just before it went
-                print(f"{job.folder} is finished: {job.num_latents} latents, k = {job.k}; nothing to do")
-        memory = free_bytes(device, processes) / 2 if cfg.memory_gb is None else cfg.memory_gb * 2**30
-        for turn, group in enumerate(in_turns([job for job in jobs if job.found != "finished"], memory)):
-            fit(cfg, activations, group, device, processes, diagnosed=turn > 0)
-            for job in group:
-                del job.step, job.sae
-        if len(jobs) > 1 and processes.rank == 0:
-            summarize(folders, base / f"{stem}_sweep.png")
+        with ExitStack() as stack:
+            for folder in folders if processes.rank == 0 else []:
+                if not (folder / "cfg.json").exists():
+                    stack.enter_context(held(folder))
+            jobs = [Job(cfg, activations, folder, *one, processes, vectors, latents) for folder, one in zip(folders, each)]
+            for job in jobs:
+                if job.found == "finished" and job.first:
+                    job.checkpoint.unlink(missing_ok=True)  # where a power cut came just before it went
+                    print(f"{job.folder} is finished: {job.num_latents} latents, k = {job.k}; nothing to do")
+            memory = free_bytes(device, processes) / 2 if cfg.memory_gb is None else cfg.memory_gb * 2**30
+            for turn, group in enumerate(in_turns([job for job in jobs if job.found != "finished"], memory)):
+                fit(cfg, activations, group, device, processes, diagnosed=turn > 0)
+                for job in group:
+                    del job.step, job.sae
+            if len(jobs) > 1 and processes.rank == 0:
+                summarize(folders, base / f"{stem}_sweep.png")
     processes.barrier()
     processes.close()
 

@@ -364,6 +364,18 @@ def test_nan_in_held_out_vectors_is_no_result(data, tmp_path):
         assert state["iteration"] == state["row"]["iteration"] == 13 and rows(tmp_path / "run")[-1]["iteration"] == 10
 
 
+def test_one_train_py_writes_to_a_folder_at_a_time(data, tmp_path):
+    """Of a sweep to each; the lock of one that was killed is none, and nothing is left of it."""
+    options = dict(k=[2, 3], max_examples=200)
+    with jobs.held(tmp_path / "run" / "k3_M48"), pytest.raises(ValueError, match="another train.py is writing to .*k3_M48"):
+        main(config(data, tmp_path, **options))
+    assert not [path for path in tmp_path.rglob("*") if path.name != "run"]
+    (tmp_path / "run" / "k3_M48").mkdir()
+    (tmp_path / "run" / "k3_M48" / "train.lock").write_text("")
+    main(config(data, tmp_path, **options))
+    assert len(list(tmp_path.glob("run/*/cfg.json"))) == 2 and not list(tmp_path.rglob("*.lock"))
+
+
 def test_a_leftover_checkpoint_goes(data, tmp_path):
     main(config(data, tmp_path, max_examples=200))
     (tmp_path / "run" / "checkpoint.safetensors").write_bytes(b"")
