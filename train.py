@@ -155,7 +155,7 @@ def fit(cfg, activations, jobs, device, processes, diagnosed=False):
     iterations, done = -(-whole // size), min(job.state["vectors"] for job in jobs)
     share, pin = (vectors.index, vectors.count), device.type == "cuda"
     batches = activations.batches(size, whole, done, cfg.data_seed, cfg.buffer_gb, tokens, share, processes, pin)
-    name = jobs[0].folder.name
+    name, weighted = jobs[0].folder.name, cfg.loss_weight == "per_step"  # moving the steps makes a GPU wait
     bar = tqdm(total=whole, initial=done, unit="vec", unit_scale=True, dynamic_ncols=True, desc=name, disable=not first)
     with ExitStack() as stack:
         logs = [stack.enter_context(open_log(cfg, job.folder, job.state)) if first else lambda row: None for job in jobs]
@@ -163,7 +163,7 @@ def fit(cfg, activations, jobs, device, processes, diagnosed=False):
         row = None  # the newest
         with bar:
             while chunk := list(islice(batches, TOGETHER if len(jobs) > 1 else 1)):
-                chunk = [(x.to(device, non_blocking=pin).float(), None if step is None else step.to(device)) for x, step in chunk]
+                chunk = [(x.to(device, non_blocking=pin).float(), step.to(device) if weighted else None) for x, step in chunk]
                 stop = processes.any(pressed)
                 for job, log in zip(jobs, logs):
                     at = done
