@@ -205,7 +205,7 @@ class Job:
             state = {"state": json.dumps(self.state)}
             save_tensors(self.checkpoint, self.step.state, state, self.num_latents, self.latents)
 
-    def update(self, x, step, n, tokens, iterations, save, log):
+    def update(self, x, step, n, tokens, iterations, log):
         """One iteration with n vectors, of which x (n or fewer, d) of timesteps step are this process's; its row, where one is
         due."""
         state, cfg, started = self.state, self.cfg, time.perf_counter()
@@ -218,7 +218,7 @@ class Job:
         loss, norm, e, *found = self.step(given, lr, weights, parts, each=not begun, n=n)
         state["iteration"], state["vectors"] = iteration + 1, state["vectors"] + n
         last, row = iteration + 1 == iterations, None
-        due, save = (iteration + 1) % cfg.log_every == 0 or last, (iteration + 1) % cfg.save_every == 0 or last or save
+        due, save = (iteration + 1) % cfg.log_every == 0 or last, (iteration + 1) % cfg.save_every == 0 or last
         self.last = loss + norm
         if due:
             self.check()

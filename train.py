@@ -170,7 +170,7 @@ def fit(cfg, activations, jobs, device, processes, diagnosed=False):
                     for x, step in chunk:
                         n = min(size, whole - at)
                         if job.state["vectors"] == at:
-                            row = job.update(x, step, n, tokens, iterations, stop, log) or row
+                            row = job.update(x, step, n, tokens, iterations, log) or row
                         at += n
                 done = at
                 bar.update(at - bar.n)

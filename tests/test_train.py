@@ -290,6 +290,24 @@ def test_stopped_and_resumed_is_the_same_to_the_bit(data, tmp_path, undisturbed,
     assert timeless(tmp_path / "run") == timeless(undisturbed)
 
 
+def test_ctrl_c_saves_each_sae_once(data, tmp_path, monkeypatch):
+    update, save, calls, saved = jobs.Step.__call__, jobs.save_tensors, [], []
+
+    def interrupted(*args, **options):
+        calls.append(args)
+        if len(calls) == 20:
+            signal.raise_signal(signal.SIGINT)
+        return update(*args, **options)
+
+    monkeypatch.setattr(jobs.Step, "__call__", interrupted)
+    monkeypatch.setattr(jobs, "save_tensors", lambda path, *args: saved.append(path.parent.name) or save(path, *args))
+    options = dict(seeds=[0, 1], num_epochs=9, save_every=10**6)
+    with pytest.raises(KeyboardInterrupt):
+        main(config(data, tmp_path, **options))
+    assert sorted(saved) == ["k3_M48"] * 2 + ["k3_M48_seed1"] * 2  # at the start, and now
+    assert len(calls) == 2 * 3 * train.TOGETHER  # the chunk in which it came, and the one in which it was seen
+
+
 def one_line_error(cfg, capsys, monkeypatch, *arguments):
     """What a shell user sees: exit status 2 and one line on stderr."""
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
