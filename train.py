@@ -159,12 +159,10 @@ def fit(cfg, activations, jobs, device, processes, diagnosed=False):
     bar = tqdm(total=whole, initial=done, unit="vec", unit_scale=True, dynamic_ncols=True, desc=name, disable=not first)
     with ExitStack() as stack:
         logs = [stack.enter_context(open_log(cfg, job.folder, job.state)) if first else lambda row: None for job in jobs]
-        pressed = stack.enter_context(interrupt_later())
         row = None  # the newest
-        with bar:
+        with bar, interrupt_later() as pressed:
             while chunk := list(islice(batches, TOGETHER if len(jobs) > 1 else 1)):
                 chunk = [(x.to(device, non_blocking=pin).float(), step.to(device) if weighted else None) for x, step in chunk]
-                stop = processes.any(pressed)
                 for job, log in zip(jobs, logs):
                     at = done
                     for x, step in chunk:
@@ -176,8 +174,8 @@ def fit(cfg, activations, jobs, device, processes, diagnosed=False):
                 bar.update(at - bar.n)
                 if row:
                     bar.set_postfix(fvu=f"{row['fvu']:.3f}", l0=f"{row['l0']:.1f}", dead=f"{row['dead']:.1%}")
-                if stop and done < whole:
-                    for job in jobs:
+                if processes.any(pressed):
+                    for job in jobs if done < whole else []:  # the last update is saved
                         job.save()
                     iteration = min(job.state["iteration"] for job in jobs)
                     bar.write(f"stopped at iteration {iteration} of {iterations}; the same command goes on")
@@ -204,8 +202,6 @@ def fit(cfg, activations, jobs, device, processes, diagnosed=False):
                 where = None if cfg.run_name and job.folder == Path(cfg.out_dir) / cfg.run_name else job.folder.name
                 print(push(job.folder, cfg.hf_repo_id, "sae", where))
             print(f"saved in  {job.folder}/: cfg.json, sae.safetensors, metrics.jsonl, train.png, evaluate.png")
-        if processes.any(pressed):  # too late for this turn, not for the next
-            raise KeyboardInterrupt
     if not activations.whole_prompts:
         print("note: there are no prompts to hold out whole, so held-out vectors are of the same samples as the others")
 

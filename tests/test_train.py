@@ -305,7 +305,23 @@ def test_ctrl_c_saves_each_sae_once(data, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         main(config(data, tmp_path, **options))
     assert sorted(saved) == ["k3_M48"] * 2 + ["k3_M48_seed1"] * 2  # at the start, and now
-    assert len(calls) == 2 * 3 * train.TOGETHER  # the chunk in which it came, and the one in which it was seen
+    assert len(calls) == 2 * 2 * train.TOGETHER  # to the end of the chunk in which it came
+
+
+@pytest.mark.parametrize("where", [(train, "evaluate"), (Sae, "save_to_disk")])
+def test_ctrl_c_after_the_last_update_is_heard(data, tmp_path, monkeypatch, where):
+    """At once, and the same command goes on with the held-out numbers."""
+    cfg = config(data, tmp_path, batch_topk=True)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(*where, lambda *args, **options: signal.raise_signal(signal.SIGINT))
+        main(cfg)
+    assert not (tmp_path / "run" / "cfg.json").exists()
+    main(cfg)
+    main(config(data, tmp_path / "undisturbed", batch_topk=True))
+    found, expected = tmp_path / "run", tmp_path / "undisturbed" / "run"
+    assert (found / "sae.safetensors").read_bytes() == (expected / "sae.safetensors").read_bytes()
+    timeless = lambda folder: [{k: v for k, v in row.items() if k != "seconds"} for row in rows(folder)]
+    assert timeless(found) == timeless(expected) and len(rows(found)) == 8
 
 
 def one_line_error(cfg, capsys, monkeypatch, *arguments):
