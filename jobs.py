@@ -148,6 +148,7 @@ class Job:
         self.vectors, self.latents = vectors, latents
         self.first = vectors.index == latents.index == 0  # writes what one process can
         self.last = 0.0  # loss and norm of the last update together
+        self.began = 0.0  # when it would have, had it not been stopped; train.py sets it
         self.k, self.num_latents, self.checkpoint = k, num_latents, folder / "checkpoint.safetensors"
         if k > num_latents and not cfg.sample_topk:
             raise ValueError(f"--k {k}: expected 1 to num_latents = {num_latents}")
@@ -208,7 +209,7 @@ class Job:
     def update(self, x, step, n, tokens, iterations, log):
         """One iteration with n vectors, of which x (n or fewer, d) of timesteps step are this process's; its row, where one is
         due."""
-        state, cfg, started = self.state, self.cfg, time.perf_counter()
+        state, cfg = self.state, self.cfg
         iteration = state["iteration"]
         lr = lr_at(iteration, iterations, cfg, self.num_latents)
         x = x * state["scale"]
@@ -222,7 +223,7 @@ class Job:
         self.last = loss + norm
         if due:
             self.check()
-        state["seconds"] = round(state["seconds"] + time.perf_counter() - started, 4)
+        state["seconds"] = round(time.perf_counter() - self.began, 4)
         if due:  # the numbers of this batch, by the weights that it found
             metrics = Metrics(self.num_latents)
             metrics.update(x, x + e, *found)

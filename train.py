@@ -21,6 +21,7 @@ Sources: TopK and AuxK, Gao et al. 2024 (arXiv 2406.04093), sections 2.3, 2.4 an
 import math
 import signal
 import threading
+import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -160,6 +161,8 @@ def fit(cfg, activations, jobs, device, processes, diagnosed=False):
     with ExitStack() as stack:
         logs = [stack.enter_context(open_log(cfg, job.folder, job.state)) if first else lambda row: None for job in jobs]
         row = None  # the newest
+        for job in jobs:
+            job.began = time.perf_counter() - job.state["seconds"]
         with bar, interrupt_later() as pressed:
             while chunk := list(islice(batches, TOGETHER if len(jobs) > 1 else 1)):
                 chunk = [(x.to(device, non_blocking=pin).float(), step.to(device) if weighted else None) for x, step in chunk]
@@ -180,6 +183,7 @@ def fit(cfg, activations, jobs, device, processes, diagnosed=False):
                     iteration = min(job.state["iteration"] for job in jobs)
                     bar.write(f"stopped at iteration {iteration} of {iterations}; the same command goes on")
                     raise KeyboardInterrupt
+        ended = time.perf_counter()
 
         # 3. Held-out numbers, and the files
         sample = activations.sample(SAMPLE, cfg.data_seed).to(device) if cfg.batch_topk else None
@@ -191,7 +195,7 @@ def fit(cfg, activations, jobs, device, processes, diagnosed=False):
         found = evaluate([job.sae for job in jobs], activations, part, progress=first, vectors=vectors)
         for job, by_step, log in zip(jobs, found, logs):
             job.finish(by_step, log)
-            held_out, seconds = total(by_step), max(job.state["seconds"], 0.01)
+            held_out, seconds = total(by_step), max(ended - job.began, 0.01)
             seen, shape = job.state["vectors"], f"{job.num_latents} latents, k = {job.k}"
             print(f"trained:  {seen:,} vectors in {seconds:.0f} s ({seen / seconds:,.0f}/s); {shape}")
             numbers = f"fvu {held_out.fvu:.4f}   l0 {held_out.l0:.2f}   dead {held_out.dead:.2%}   cosine {held_out.cosine:.4f}"

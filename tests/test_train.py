@@ -324,6 +324,34 @@ def test_ctrl_c_after_the_last_update_is_heard(data, tmp_path, monkeypatch, wher
     assert timeless(found) == timeless(expected) and len(rows(found)) == 8
 
 
+def test_seconds_are_those_that_one_waits(data, tmp_path, monkeypatch, capsys):
+    """Reading and saving are in them; and what was before a Ctrl-C, but not what was between."""
+    now, stop, batches, save = [0], [3], Activations.batches, jobs.save_tensors
+
+    def read(self, *args, **options):
+        for i, batch in enumerate(batches(self, *args, **options)):
+            now[0] += 1
+            if i == stop[0]:
+                signal.raise_signal(signal.SIGINT)
+            yield batch
+
+    def saved(*args):
+        now[0] += 10
+        save(*args)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(Activations, "batches", read)
+    monkeypatch.setattr(jobs, "save_tensors", saved)
+    cfg = config(data, tmp_path, max_examples=600, log_every=1, save_every=1)
+    with pytest.raises(KeyboardInterrupt):
+        main(cfg)
+    now[0] += 1000
+    stop[0] = None
+    main(cfg)
+    assert [row["seconds"] for row in rows(tmp_path / "run")] == [1, 12, 23, 34, 35, 46]
+    assert "600 vectors in 56 s (11/s)" in capsys.readouterr().out
+
+
 def one_line_error(cfg, capsys, monkeypatch, *arguments):
     """What a shell user sees: exit status 2 and one line on stderr."""
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
