@@ -36,6 +36,7 @@ def run(main, Config):
         time.sleep(3 if rank else 0)  # as below
         raise
     try:
+        check_numbers(cfg)
         main(cfg)
     except KeyboardInterrupt as error:
         if not rank:
@@ -108,6 +109,16 @@ def parse_object(text, option):
     if not isinstance(value, dict):
         raise ValueError(f"{option}: expected a JSON object, got {text}")
     return value
+
+
+def check_numbers(cfg):
+    """ValueError for a number of any option that no tensor can hold: beyond float32's range or 64 bits, infinite or NaN."""
+    for name, value in vars(cfg).items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not abs(number) < 3e38:
+                raise ValueError(f"--{name} {number}: expected a finite float32 number")
+            if isinstance(number, int) and not -(2**63) <= number < 2**63:
+                raise ValueError(f"--{name} {number}: expected a number of at most 64 bits")
 
 
 def check_positive(cfg, *names):

@@ -56,6 +56,23 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
         run(main, Lists)
 
 
+@dataclass
+class Numbers:
+    k: list[int] = field(default_factory=list)
+    lr: float | None = None
+    seed: int = 0
+
+
+@pytest.mark.parametrize("option", ["lr inf", "lr nan", "lr -1e39", "seed 9223372036854775808", "k 1 99999999999999999999"])
+def test_numbers_that_no_tensor_can_hold(monkeypatch, capsys, option):
+    monkeypatch.setattr(sys, "argv", ["x.py", *f"--{option}".split()])
+    with pytest.raises(SystemExit, match="2"):
+        run(lambda cfg: pytest.fail("it ran"), Numbers)
+    assert f"x.py: error: --{option.replace('1 9', '9').replace('1e', '1e+')}: expected" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", "x.py --k 1 9223372036854775807 --lr 1e38 --seed -1".split())
+    run(lambda cfg: None, Numbers)
+
+
 def mistakes(tmp_path, model_folder):
     """(what, script, options, what the line says)"""
     (tmp_path / "empty.txt").write_text("\n")
