@@ -150,6 +150,8 @@ class Job:
         self.last = 0.0  # loss and norm of the last update together
         self.began = 0.0  # when it would have, had it not been stopped; train.py sets it
         self.k, self.num_latents, self.checkpoint = k, num_latents, folder / "checkpoint.safetensors"
+        if num_latents < latents.count:
+            raise ValueError(f"--num_latents {num_latents}: expected at least --shard_latents {latents.count}")
         if k > num_latents and not cfg.sample_topk:
             raise ValueError(f"--k {k}: expected 1 to num_latents = {num_latents}")
         if wrong := [m for m in cfg.matryoshka if m > num_latents]:
@@ -215,7 +217,7 @@ class Job:
         x = x * state["scale"]
         given = x.unflatten(0, (len(x) // tokens, tokens)) if cfg.sample_topk else x
         weights = None if self.weights is None else self.weights[step]
-        parts, begun = cfg.grad_acc_steps * cfg.micro_acc_steps, iteration >= TOPK_FIRST * iterations
+        parts, begun = min(n, cfg.grad_acc_steps * cfg.micro_acc_steps), iteration >= TOPK_FIRST * iterations
         loss, norm, e, *found = self.step(given, lr, weights, parts, each=not begun, n=n)
         state["iteration"], state["vectors"] = iteration + 1, state["vectors"] + n
         last, row = iteration + 1 == iterations, None

@@ -211,20 +211,27 @@ def fit(cfg, activations, jobs, device, processes, diagnosed=False):
 
 
 def free_bytes(device, processes):
-    """Memory that is free on the device for each of the processes."""
+    """Memory that is free on the device for each of the processes; infinite where that is not to be seen."""
     if device.type == "cuda":
         return min(processes.tell(torch.cuda.mem_get_info(device)[0]))
     meminfo = Path("/proc/meminfo")
     lines = meminfo.read_text().splitlines() if meminfo.exists() else []
-    free = next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), 8 << 30)
-    return min(processes.tell(free // processes.local_count))
+    free = next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), math.inf)
+    return min(processes.tell(free / processes.local_count))
 
 
-def in_turns(jobs, memory):
-    """Groups of jobs that fit in so many bytes of memory together, at least one each."""
+def in_turns(jobs, memory, free):
+    """Groups of jobs that fit in so many bytes of memory together, at least one each.
+
+    Raises ValueError for one whose weights and moments alone are more than what is free.
+    """
     groups, left = [], -1
     for job in jobs:
-        need = 34 * job.num_latents * job.activations.d // job.latents.count  # weights, moments, gradients and a 16-bit copy
+        numbers = job.num_latents * job.activations.d // job.latents.count
+        if 24 * numbers > free:
+            need = f"{24 * numbers / 1e9:.3g} GB for weights and moments"
+            raise ValueError(f"--num_latents {job.num_latents}: {need}, where {free / 1e9:.3g} GB are free")
+        need = 34 * numbers  # weights, moments, gradients and a 16-bit copy
         if need > left:
             groups.append([])
             left = memory
@@ -279,8 +286,9 @@ def main(cfg):
                 if job.found == "finished" and job.first:
                     job.checkpoint.unlink(missing_ok=True)  # where a power cut came just before it went
                     print(f"{job.folder} is finished: {job.num_latents} latents, k = {job.k}; nothing to do")
-            memory = free_bytes(device, processes) / 2 if cfg.memory_gb is None else cfg.memory_gb * 2**30
-            for turn, group in enumerate(in_turns([job for job in jobs if job.found != "finished"], memory)):
+            free = free_bytes(device, processes)
+            memory = (free / 2 if free < math.inf else 4e9) if cfg.memory_gb is None else cfg.memory_gb * 2**30
+            for turn, group in enumerate(in_turns([job for job in jobs if job.found != "finished"], memory, free)):
                 fit(cfg, activations, group, device, processes, diagnosed=turn > 0)
                 for job in group:
                     del job.step, job.sae

@@ -166,6 +166,7 @@ def mistakes(tmp_path, model_folder):
         ("NaN", train, [*saes, "--data", tmp_path / "nan.npy"], "NaN"),
         ("inf", train, [*saes, "--data", tmp_path / "inf.npy"], "inf"),
         ("k > num_latents", train, [*saes, "--data", tmp_path / "x.npy", "--k", 9, "--num_latents", 8], "9"),
+        ("more latents than memory", train, [*saes, "--data", tmp_path / "x.npy", "--num_latents", 10**11], "GB are free"),
         ("saes below a file", train, ["--data", tmp_path / "x.npy", "--out_dir", tmp_path / "file" / "s"], "file"),
     ]
 

@@ -180,6 +180,14 @@ def test_parts_add_up_to_the_whole_update(data, tmp_path):
         torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-5)
 
 
+def test_more_parts_than_vectors_are_as_many(data, tmp_path):
+    one = dict(max_examples=110, effective_batch_size=10)
+    main(config(data, tmp_path / "a", grad_acc_steps=10, **one))
+    main(config(data, tmp_path / "b", grad_acc_steps=2**62, micro_acc_steps=5, **one))
+    a, b = ((tmp_path / name / "run" / "sae.safetensors").read_bytes() for name in "ab")
+    assert a == b
+
+
 def test_bf16_product_changes_little(data, tmp_path):
     saes = {}
     for precision in ("no", "bf16", "fp16", "auto"):
