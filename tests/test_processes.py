@@ -124,6 +124,37 @@ def data(tmp_path_factory):
     return path
 
 
+FULL = """
+import resource, sys, torch
+from pathlib import Path
+from processes import Processes
+from tensors import save_tensors
+processes, path = Processes(), Path(sys.argv[1])
+_, latents = processes.grid(2)
+save = lambda x: save_tensors(path / "a.safetensors", {"x": x[latents.part(1000)]}, {}, 1000, latents)
+save(torch.zeros(1000))
+for full in (0, 1):
+    if processes.rank == full:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+    try:
+        save(torch.ones(1000))
+    except OSError as error:
+        said = str(error)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    (path / f"{full} {processes.rank}").write_text(said)
+processes.close()
+"""
+
+
+def test_a_full_disk_is_named_by_every_process(tmp_path):
+    """The first one fails when it makes the file, the second one when it writes into it; the old file stays."""
+    (tmp_path / "full.py").write_text(FULL)
+    torchrun(2, tmp_path / "full.py", tmp_path)
+    for name in ("0 0", "0 1", "1 0", "1 1"):
+        assert (tmp_path / name).read_text().endswith("a.safetensors can't be written: File too large")
+    assert not load_file(tmp_path / "a.safetensors")["x"].any() and not list(tmp_path.glob("*.partial"))
+
+
 def train(data, out, *options):
     return [
         HERE / "train.py", "--data", data, "--out_dir", out, "--num_latents", 45, "--effective_batch_size", 64, "--log_every", 1,
