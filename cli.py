@@ -13,14 +13,17 @@ import torch
 import tyro
 
 HERE = Path(__file__).resolve().parent
+# what gloo, nccl and the store say where another process is there no more
+PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "remote process exit", "Connection was likely closed")
 
 
 def run(main, Config):
     """Parse `Config` from the command line with tyro and call `main(cfg)`.
 
     A ValueError that this project's own code raises, and any OSError, is the user's to mend: one line on stderr, exit
-    status 2, no traceback. Anything else is a bug and keeps its traceback. Ctrl-C exits with 130. Of the processes of
-    torchrun only the first prints, and those that fail say which they are.
+    status 2, no traceback; so is what torch.distributed says when another process has ended. Anything else is a bug and keeps
+    its traceback. Ctrl-C exits with 130. Of the processes of torchrun only the first prints, and those that fail say which
+    they are.
     """
     rank, count = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     if rank:
@@ -42,15 +45,18 @@ def run(main, Config):
         if not rank:
             print(": ".join(["\ninterrupted", *filter(None, [str(error)])]), file=sys.stderr)
         raise SystemExit(130) from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         origin = traceback.extract_tb(error.__traceback__)[-1]
         ours = Path(origin.filename).resolve().parent in (HERE, HERE / "kernels") and origin.line.startswith("raise ")
-        if isinstance(error, ValueError) and not ours:
+        said = " ".join(str(error).split())
+        gone = count > 1 and isinstance(error, RuntimeError) and any(words in said for words in PEER_GONE)
+        if not (gone or isinstance(error, OSError) or isinstance(error, ValueError) and ours):
             raise
         if rank:
             time.sleep(3)  # what the first one meets too it says, and torchrun then ends the others
         who = f" (process {rank} of {count})" if count > 1 else ""
-        print(f"{program}{who}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        said = "another process ended; the same command goes on" if gone else said
+        print(f"{program}{who}: error: {said}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

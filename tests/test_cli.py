@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import pytest
@@ -71,6 +72,20 @@ def test_numbers_that_no_tensor_can_hold(monkeypatch, capsys, option):
     assert f"x.py: error: --{option.replace('1 9', '9').replace('1e', '1e+')}: expected" in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", "x.py --k 1 9223372036854775807 --lr 1e38 --seed -1".split())
     run(lambda cfg: None, Numbers)
+
+
+def fail(message, cfg):
+    raise RuntimeError(message)
+
+
+def test_of_runtime_errors_only_a_peer_that_is_gone_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["x.py"])
+    for count, error, found in ((2, "Connection closed by peer", SystemExit), (2, "bug", RuntimeError),
+                                (1, "Connection closed by peer", RuntimeError)):  # fmt: skip
+        monkeypatch.setenv("WORLD_SIZE", str(count))
+        with pytest.raises(found):
+            run(partial(fail, error), Lists)
+    assert capsys.readouterr().err == "x.py (process 0 of 2): error: another process ended; the same command goes on\n"
 
 
 def mistakes(tmp_path, model_folder):

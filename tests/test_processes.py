@@ -211,5 +211,19 @@ def test_stopped_with_two_processes_and_gone_on_with_one_and_four(data, alone, t
     same(folder_of(tmp_path), alone)
 
 
+def test_when_one_process_is_killed_the_other_says_so_in_one_line(data, tmp_path):
+    command = launch(2, *train(data, tmp_path, "--num_epochs", 10**6))
+    process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not list(tmp_path.rglob("metrics.jsonl")):
+        time.sleep(0.01)
+    time.sleep(0.5)  # in the midst of the updates
+    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    (second,) = (int(pid) for pid in ranks if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
+    os.kill(second, signal.SIGKILL)
+    said = process.communicate(timeout=60)[1]
+    assert "train.py (process 0 of 2): error: another process ended; the same command goes on\n" in said
+    assert "[rank0]" not in said and process.returncode != 0  # torch puts it before each line of a traceback
+
+
 if __name__ == "__main__":
     worker(sys.argv[1])
