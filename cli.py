@@ -78,9 +78,17 @@ def gather_lists(args, Config):
 
 
 def resolve_device(device="auto"):
-    """`auto` is CUDA, else MPS, else the CPU; else what is named. Raises ValueError for a device that can't be used."""
+    """`auto` is CUDA, else MPS, else the CPU; else what is named. Of several processes on a machine each gets a GPU of its own,
+    before it allocates anything. Raises ValueError for a device that can't be used."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if here > 1 and device.startswith("cuda") and torch.cuda.is_available():
+        if device != "cuda":
+            raise ValueError(f"--device {device}: each of the {here} processes takes a GPU of its own; expected cuda")
+        if here > (gpus := torch.cuda.device_count()):
+            raise ValueError(f"{here} processes for {gpus} GPU{'s' * (gpus > 1)}: lower --nproc_per_node, or use --device cpu")
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError):

@@ -48,6 +48,23 @@ def test_devices_and_dtypes():
             resolve_device(wrong)
 
 
+def test_processes_take_a_gpu_each_before_anything_is_on_one(monkeypatch):
+    done = []
+    for name, value in dict(is_available=True, device_count=2, set_device=None).items():
+        monkeypatch.setattr(torch.cuda, name, lambda *args, name=name, value=value: done.append((name, *args)) or value)
+    monkeypatch.setattr(torch, "zeros", lambda n, device: done.append(("zeros", device)) or torch.ones(n))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for count, device in ((3, "auto"), (3, "cuda"), (2, "cuda:0"), (2, "cuda:1")):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(count))
+        with pytest.raises(ValueError, match="3 processes for 2 GPUs" if count == 3 else f"--device {device}: each of the 2"):
+            resolve_device(device)
+        assert not {"zeros", "set_device"} & {name for name, *_ in done}
+    assert resolve_device("auto") == torch.device("cuda") and done[-2:] == [("set_device", 1), ("zeros", "cuda")]
+    assert resolve_device("cpu") == torch.device("cpu")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert resolve_device("cuda:1") == torch.device("cuda:1") and ("set_device", 0) not in done
+
+
 def test_a_bug_keeps_its_traceback(monkeypatch):
     def main(cfg):
         np.zeros(3).reshape(2, 2)
