@@ -42,14 +42,26 @@ def cut(units, most):
     return np.stack([file[run], first, np.minimum(first + most, end[run])], 1)
 
 
+def permutation(rng, n, most=0):
+    """rng.permutation(n), in 32 bits where they hold n and `most`."""
+    order = np.arange(n, dtype=np.int32 if max(n, most) < 2**31 else np.int64)
+    rng.shuffle(order)
+    return order
+
+
 def shuffle(steps, seed):
-    """A random order (n,) of rows of these steps (n,), in which the steps take turns."""
+    """A random order (n,) of rows of these steps (n,), in which the steps take turns. Takes 24 bytes a row while it works."""
     rng = np.random.default_rng(seed)
-    order = rng.permutation(len(steps))
+    order = permutation(rng, len(steps))
     if len(counts := np.bincount(steps)) > 1:
-        by_step = np.argsort(steps[order], kind="stable")
-        place = np.concatenate([(np.arange(count) + rng.random(count)) / max(count, 1) for count in counts])
-        order = order[by_step[np.argsort(place)]]
+        order = order[np.argsort(steps[order], kind="stable")]
+        place, ends = np.empty(len(steps)), np.cumsum(counts)
+        for count, end in zip(counts.tolist(), ends.tolist()):
+            here = place[end - count : end]
+            rng.random(out=here)
+            here += np.arange(count)
+            here /= max(count, 1)
+        order = order[np.argsort(place)]
     return order
 
 
@@ -138,10 +150,11 @@ class Plan:
     def draw(self, part):
         """A part's own order of its groups, as places in the buffer (None: all in a row), and their steps."""
         pieces = self.pieces(part)
-        steps = self.steps_of(pieces)[:: self.tokens].astype(np.int16)
+        some = np.array_split(pieces, -(-len(pieces) // 64))  # 64 bits a row for few at a time
+        steps = np.concatenate([self.steps_of(pieces)[:: self.tokens].astype(np.int16) for pieces in some])
         if self.fits:
             return None, steps
-        order = np.random.default_rng([self.seed, 4, part]).permutation(len(steps))
+        order = permutation(np.random.default_rng([self.seed, 4, part]), len(steps), self.size)
         return self.place(part) + order, steps[order]
 
     def order(self, stage):

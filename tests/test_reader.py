@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -212,6 +213,21 @@ def test_a_billion_vectors_are_planned_in_seconds():
     assert time.process_time() - started < 20 and plan.total == 9 * 10**8
     assert 0 <= at < len(order) < plan.size and len(np.unique(order)) == len(order)
     assert plan.blocks.nbytes < 100e6
+
+
+def test_planning_takes_little_memory_and_the_order_of_a_seed_stays():
+    """Stopped runs go on in it; the numbers are from when indices had 64 bits, which took 46 bytes a row and not 26."""
+    reader.BLOCK_BYTES, n = 1 << 20, 200_000
+    steps_of = lambda pieces: np.concatenate([np.arange(first, end) // 50 % 40 for _, first, end in pieces.tolist()])
+    plan = Plan(np.array([[0, 0, n]]), steps_of, 10_000, 1, 1e10, 0)
+    tracemalloc.start()
+    try:
+        order, steps = plan.order(0)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 30 * n and np.array_equal(np.sort(order), np.arange(n)) and np.array_equal(steps, order // 50 % 40)
+    assert order[:5].tolist() == [137052, 127703, 135465, 51826, 167686]
 
 
 def test_shuffle_is_a_permutation():
