@@ -6,7 +6,7 @@ import math
 import os
 import secrets
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import NamedTuple
 
@@ -98,13 +98,17 @@ def held(folder):
     folder.mkdir(parents=True, exist_ok=True)
     try:
         fd = lock(path)
+        if os.name == "posix" and not os.fstat(fd).st_nlink:
+            os.close(fd)
+            raise BlockingIOError  # the other one has just ended, and taken the file away
     except BlockingIOError:
         what = "wait for it, or choose another --run_name or --out_dir"
         raise ValueError(f"another train.py is writing to {folder}; {what}") from None
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # Windows does not while it is open
+            path.unlink()
         os.close(fd)
         if made and not any(folder.iterdir()):
             folder.rmdir()
