@@ -94,7 +94,7 @@ def agree(processes, inputs):
 @contextmanager
 def held(folder):
     """No other train.py writes to the folder meanwhile, in which nothing remains of this. ValueError where one does already."""
-    made, path = not folder.exists(), folder / "train.lock"
+    made, path = [path for path in (folder, *folder.parents) if not path.exists()], folder / "train.lock"
     folder.mkdir(parents=True, exist_ok=True)
     try:
         fd = lock(path)
@@ -110,8 +110,9 @@ def held(folder):
         with suppress(OSError):  # Windows does not while it is open
             path.unlink()
         os.close(fd)
-        if made and not any(folder.iterdir()):
-            folder.rmdir()
+        for empty in made:
+            with suppress(OSError):  # it is not
+                empty.rmdir()
 
 
 def find_run(folder, settings):

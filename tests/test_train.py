@@ -439,8 +439,8 @@ def test_one_train_py_writes_to_a_folder_at_a_time(data, tmp_path):
     options = dict(k=[2, 3], max_examples=200)
     with jobs.held(tmp_path / "run" / "k3_M48"), pytest.raises(ValueError, match="another train.py is writing to .*k3_M48"):
         main(config(data, tmp_path, **options))
-    assert not [path for path in tmp_path.rglob("*") if path.name != "run"]
-    (tmp_path / "run" / "k3_M48").mkdir()
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "run" / "k3_M48").mkdir(parents=True)
     (tmp_path / "run" / "k3_M48" / "train.lock").write_text("")
     main(config(data, tmp_path, **options))
     assert len(list(tmp_path.glob("run/*/cfg.json"))) == 2 and not list(tmp_path.rglob("*.lock"))
