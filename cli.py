@@ -13,14 +13,17 @@ import torch
 import tyro
 
 HERE = Path(__file__).resolve().parent
+# what gloo, nccl and the store say where another process is there no more
+PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "remote process exit", "Connection was likely closed")
 
 
 def run(main, Config):
     """Parse `Config` from the command line with tyro and call `main(cfg)`.
 
     A ValueError that this project's own code raises, and any OSError, is the user's to mend: one line on stderr, exit
-    status 2, no traceback. Anything else is a bug and keeps its traceback. Ctrl-C exits with 130. Of the processes of
-    torchrun only the first prints, and those that fail say which they are.
+    status 2, no traceback; so is what torch.distributed says when another process has ended. Anything else is a bug and keeps
+    its traceback. Ctrl-C exits with 130. Of the processes of torchrun only the first prints, and those that fail say which
+    they are.
     """
     rank, count = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     if rank:
@@ -36,20 +39,24 @@ def run(main, Config):
         time.sleep(3 if rank else 0)  # as below
         raise
     try:
+        check_numbers(cfg)
         main(cfg)
     except KeyboardInterrupt as error:
         if not rank:
             print(": ".join(["\ninterrupted", *filter(None, [str(error)])]), file=sys.stderr)
         raise SystemExit(130) from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         origin = traceback.extract_tb(error.__traceback__)[-1]
         ours = Path(origin.filename).resolve().parent in (HERE, HERE / "kernels") and origin.line.startswith("raise ")
-        if isinstance(error, ValueError) and not ours:
+        said = " ".join(str(error).split())
+        gone = count > 1 and isinstance(error, RuntimeError) and any(words in said for words in PEER_GONE)
+        if not (gone or isinstance(error, OSError) or isinstance(error, ValueError) and ours):
             raise
         if rank:
             time.sleep(3)  # what the first one meets too it says, and torchrun then ends the others
         who = f" (process {rank} of {count})" if count > 1 else ""
-        print(f"{program}{who}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        said = "another process ended; the same command goes on" if gone else said
+        print(f"{program}{who}: error: {said}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -71,9 +78,17 @@ def gather_lists(args, Config):
 
 
 def resolve_device(device="auto"):
-    """`auto` is CUDA, else MPS, else the CPU; else what is named. Raises ValueError for a device that can't be used."""
+    """`auto` is CUDA, else MPS, else the CPU; else what is named. Of several processes on a machine each gets a GPU of its own,
+    before it allocates anything. Raises ValueError for a device that can't be used."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if here > 1 and device.startswith("cuda") and torch.cuda.is_available():
+        if device != "cuda":
+            raise ValueError(f"--device {device}: each of the {here} processes takes a GPU of its own; expected cuda")
+        if here > (gpus := torch.cuda.device_count()):
+            raise ValueError(f"{here} processes for {gpus} GPU{'s' * (gpus > 1)}: lower --nproc_per_node, or use --device cpu")
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError):
@@ -108,6 +123,16 @@ def parse_object(text, option):
     if not isinstance(value, dict):
         raise ValueError(f"{option}: expected a JSON object, got {text}")
     return value
+
+
+def check_numbers(cfg):
+    """ValueError for a number of any option that no tensor can hold: beyond float32's range or 64 bits, infinite or NaN."""
+    for name, value in vars(cfg).items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not abs(number) < 3e38:
+                raise ValueError(f"--{name} {number}: expected a finite float32 number")
+            if isinstance(number, int) and not -(2**63) <= number < 2**63:
+                raise ValueError(f"--{name} {number}: expected a number of at most 64 bits")
 
 
 def check_positive(cfg, *names):

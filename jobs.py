@@ -3,8 +3,10 @@
 import hashlib
 import json
 import math
+import os
 import secrets
 import time
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import NamedTuple
 
@@ -17,7 +19,7 @@ from metrics import Metrics, middle, plot_evaluation, total
 from processes import ALONE
 from sae import Sae
 from step import Step
-from store import read_json
+from store import lock, read_json
 from tensors import load_tensors, save_tensors
 
 # options that a resumed run may change (whether the data are the same is seen from a sample), and those that name SAEs
@@ -89,6 +91,30 @@ def agree(processes, inputs):
     return Inputs(scale, torch.tensor(center), variance, weights)
 
 
+@contextmanager
+def held(folder):
+    """No other train.py writes to the folder meanwhile, in which nothing remains of this. ValueError where one does already."""
+    made, path = [path for path in (folder, *folder.parents) if not path.exists()], folder / "train.lock"
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        fd = lock(path)
+        if os.name == "posix" and not os.fstat(fd).st_nlink:
+            os.close(fd)
+            raise BlockingIOError  # the other one has just ended, and taken the file away
+    except BlockingIOError:
+        what = "wait for it, or choose another --run_name or --out_dir"
+        raise ValueError(f"another train.py is writing to {folder}; {what}") from None
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # Windows does not while it is open
+            path.unlink()
+        os.close(fd)
+        for empty in made:
+            with suppress(OSError):  # it is not
+                empty.rmdir()
+
+
 def find_run(folder, settings):
     """What `folder` holds of this run: "nothing", "checkpoint" or "finished", and the state that was saved with it.
 
@@ -103,7 +129,7 @@ def find_run(folder, settings):
                 found, state = "checkpoint", json.loads(file.metadata()["state"])
         except (SafetensorError, ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{checkpoint} is damaged ({error}); remove its folder to start again") from None
-    elif folder.exists() and any(path.name != f"{checkpoint.name}.partial" for path in folder.iterdir()):
+    elif folder.exists() and {path.name for path in folder.iterdir()} - {f"{checkpoint.name}.partial", "train.lock"}:
         raise ValueError(f"{folder} holds something else; choose another --run_name or --out_dir")
     else:
         return "nothing", None
@@ -127,7 +153,10 @@ class Job:
         self.vectors, self.latents = vectors, latents
         self.first = vectors.index == latents.index == 0  # writes what one process can
         self.last = 0.0  # loss and norm of the last update together
+        self.began = 0.0  # when it would have, had it not been stopped; train.py sets it
         self.k, self.num_latents, self.checkpoint = k, num_latents, folder / "checkpoint.safetensors"
+        if num_latents < latents.count:
+            raise ValueError(f"--num_latents {num_latents}: expected at least --shard_latents {latents.count}")
         if k > num_latents and not cfg.sample_topk:
             raise ValueError(f"--k {k}: expected 1 to num_latents = {num_latents}")
         if wrong := [m for m in cfg.matryoshka if m > num_latents]:
@@ -184,24 +213,24 @@ class Job:
             state = {"state": json.dumps(self.state)}
             save_tensors(self.checkpoint, self.step.state, state, self.num_latents, self.latents)
 
-    def update(self, x, step, n, tokens, iterations, save, log):
+    def update(self, x, step, n, tokens, iterations, log):
         """One iteration with n vectors, of which x (n or fewer, d) of timesteps step are this process's; its row, where one is
         due."""
-        state, cfg, started = self.state, self.cfg, time.perf_counter()
+        state, cfg = self.state, self.cfg
         iteration = state["iteration"]
         lr = lr_at(iteration, iterations, cfg, self.num_latents)
         x = x * state["scale"]
         given = x.unflatten(0, (len(x) // tokens, tokens)) if cfg.sample_topk else x
         weights = None if self.weights is None else self.weights[step]
-        parts, begun = cfg.grad_acc_steps * cfg.micro_acc_steps, iteration >= TOPK_FIRST * iterations
+        parts, begun = min(n, cfg.grad_acc_steps * cfg.micro_acc_steps), iteration >= TOPK_FIRST * iterations
         loss, norm, e, *found = self.step(given, lr, weights, parts, each=not begun, n=n)
         state["iteration"], state["vectors"] = iteration + 1, state["vectors"] + n
         last, row = iteration + 1 == iterations, None
-        due, save = (iteration + 1) % cfg.log_every == 0 or last, (iteration + 1) % cfg.save_every == 0 or last or save
+        due, save = (iteration + 1) % cfg.log_every == 0 or last, (iteration + 1) % cfg.save_every == 0 or last
         self.last = loss + norm
         if due:
             self.check()
-        state["seconds"] = round(state["seconds"] + time.perf_counter() - started, 4)
+        state["seconds"] = round(time.perf_counter() - self.began, 4)
         if due:  # the numbers of this batch, by the weights that it found
             metrics = Metrics(self.num_latents)
             metrics.update(x, x + e, *found)

@@ -13,6 +13,7 @@ here; activations.py knows what is in them.
 
 import os
 import sys
+import weakref
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -41,14 +42,26 @@ def cut(units, most):
     return np.stack([file[run], first, np.minimum(first + most, end[run])], 1)
 
 
+def permutation(rng, n, most=0):
+    """rng.permutation(n), in 32 bits where they hold n and `most`."""
+    order = np.arange(n, dtype=np.int32 if max(n, most) < 2**31 else np.int64)
+    rng.shuffle(order)
+    return order
+
+
 def shuffle(steps, seed):
-    """A random order (n,) of rows of these steps (n,), in which the steps take turns."""
+    """A random order (n,) of rows of these steps (n,), in which the steps take turns. Takes 24 bytes a row while it works."""
     rng = np.random.default_rng(seed)
-    order = rng.permutation(len(steps))
+    order = permutation(rng, len(steps))
     if len(counts := np.bincount(steps)) > 1:
-        by_step = np.argsort(steps[order], kind="stable")
-        place = np.concatenate([(np.arange(count) + rng.random(count)) / max(count, 1) for count in counts])
-        order = order[by_step[np.argsort(place)]]
+        order = order[np.argsort(steps[order], kind="stable")]
+        place, ends = np.empty(len(steps)), np.cumsum(counts)
+        for count, end in zip(counts.tolist(), ends.tolist()):
+            here = place[end - count : end]
+            rng.random(out=here)
+            here += np.arange(count)
+            here /= max(count, 1)
+        order = order[np.argsort(place)]
     return order
 
 
@@ -137,10 +150,11 @@ class Plan:
     def draw(self, part):
         """A part's own order of its groups, as places in the buffer (None: all in a row), and their steps."""
         pieces = self.pieces(part)
-        steps = self.steps_of(pieces)[:: self.tokens].astype(np.int16)
+        some = np.array_split(pieces, -(-len(pieces) // 64))  # 64 bits a row for few at a time
+        steps = np.concatenate([self.steps_of(pieces)[:: self.tokens].astype(np.int16) for pieces in some])
         if self.fits:
             return None, steps
-        order = np.random.default_rng([self.seed, 4, part]).permutation(len(steps))
+        order = permutation(np.random.default_rng([self.seed, 4, part]), len(steps), self.size)
         return self.place(part) + order, steps[order]
 
     def order(self, stage):
@@ -289,14 +303,15 @@ class Reader:
         np.take(self.buffer.reshape(-1, size), places, axis=0, out=out, mode="clip")  # clip: no copy between
 
     def memory(self, num_bytes):
-        """Bytes for a batch: pinned ones of PyTorch's, which keeps them, or ours that nobody holds any more.
+        """Bytes for a batch: pinned ones of PyTorch's, which keeps them, or ours, spare again when nobody holds them.
 
         Fresh memory costs page faults: batches of 10 MB came at 10 GB/s, not at 21.
         """
         if self.pin:
             return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
-        for rows in self.spare:
-            if rows.nbytes == num_bytes and sys.getrefcount(rows) == 3:  # the list's, the loop's and the call's own
-                return rows
-        self.spare = self.spare[-16:] + [rows := np.empty(num_bytes, np.uint8)]
+        fitting = (i for i, memory in enumerate(self.spare) if memory.nbytes == num_bytes)
+        memory = np.empty(num_bytes, np.uint8) if (i := next(fitting, None)) is None else self.spare.pop(i)
+        del self.spare[:-16]
+        rows = memory[:]  # a tensor made of it, and that tensor's views, hold this array
+        weakref.finalize(rows, self.spare.append, memory)
         return rows

@@ -190,8 +190,8 @@ def open_rows(folder):
     counts = np.array([len(array) for *_, array in arrays])
     _, tokens, d = arrays[0][2].shape
     names, times, timesteps = [(str(folder), row) for row in range(counts.sum())], columns.get("timestep"), []
-    if times:
-        period = times.index(times[0], 1) if times[0] in times[1:] else len(times)
+    if times and times[0] in times[1:]:  # else each row has a timestep of its own, as random ones are
+        period = times.index(times[0], 1)
         if times == times[:period] * (len(times) // period):
             timesteps = [float(t) for t in times[:period]]
             names = [(str(folder), row // period) for row in range(len(times))]

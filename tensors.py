@@ -4,9 +4,11 @@ The format is https://huggingface.co/docs/safetensors: eight bytes with the leng
 package `safetensors` writes only what lies in one process's memory, so it is used for reading.
 """
 
+import errno
 import json
 import math
 import os
+from contextlib import contextmanager
 
 import torch
 from safetensors import safe_open
@@ -22,7 +24,8 @@ def is_split(name, ndim):
 
 
 def save_tensors(path, tensors, metadata, num_latents=None, latents=ALONE):
-    """Write a safetensors file; `path` has its old content or all of the new. Raises OSError, as on a full disk.
+    """Write a safetensors file; `path` has its old content or all of the new. Raises OSError, as on a full disk, in every
+    process of the group.
 
     tensors: {name: tensor}, of a slice of `num_latents` rows where the group `latents` has several processes, which write
     their own each. metadata: {str: str}, the first process's.
@@ -41,24 +44,34 @@ def save_tensors(path, tensors, metadata, num_latents=None, latents=ALONE):
     text = len(text).to_bytes(8, "little") + text
     begin = int(latents.share(torch.tensor(len(text), device=latents.device)))  # the first process's metadata are written
     partial = path.with_name(path.name + ".partial")
-    try:
+    with shared_errors(path, partial, latents):
         if latents.index == 0:
             with open(partial, "wb") as file:
                 file.write(text)
                 file.truncate(begin + end)
-        latents.barrier()
-        with open(partial, "rb+") as file:
-            for tensor, at in places:
-                file.seek(begin + at)
-                file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OSError(f"{path} can't be written: {error.strerror or error}") from None
-    latents.barrier()
+    with shared_errors(path, partial, latents), open(partial, "rb+") as file:
+        for tensor, at in places:
+            file.seek(begin + at)
+            file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        file.flush()
+        os.fsync(file.fileno())
     if latents.index == 0:
         swap_in(partial, path)
+
+
+@contextmanager
+def shared_errors(path, partial, latents):
+    """The end waits for every process of the group; an OSError of one is raised in all, when none has `partial` open."""
+    number = 0
+    try:
+        yield
+    except OSError as error:
+        number = error.errno or errno.EIO
+    number = int(latents.side_by_side(torch.tensor([[number]], device=latents.device)).max())
+    if number:
+        if latents.index == 0:
+            partial.unlink(missing_ok=True)
+        raise OSError(f"{path} can't be written: {os.strerror(number)}")
 
 
 def load_tensors(path, latents=ALONE):

@@ -21,6 +21,7 @@ Sources: TopK and AuxK, Gao et al. 2024 (arXiv 2406.04093), sections 2.3, 2.4 an
 import math
 import signal
 import threading
+import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -34,7 +35,7 @@ from activations import newest_activations, open_activations
 from cli import check_positive, resolve_device, run
 from health import report, summary
 from hub import push
-from jobs import SAMPLE, Job, agree, measure
+from jobs import SAMPLE, Job, agree, held, measure
 from log import import_tracker, open_log, plot_sweep
 from metrics import evaluate, total
 from processes import Processes
@@ -155,33 +156,34 @@ def fit(cfg, activations, jobs, device, processes, diagnosed=False):
     iterations, done = -(-whole // size), min(job.state["vectors"] for job in jobs)
     share, pin = (vectors.index, vectors.count), device.type == "cuda"
     batches = activations.batches(size, whole, done, cfg.data_seed, cfg.buffer_gb, tokens, share, processes, pin)
-    name = jobs[0].folder.name
+    name, weighted = jobs[0].folder.name, cfg.loss_weight == "per_step"  # moving the steps makes a GPU wait
     bar = tqdm(total=whole, initial=done, unit="vec", unit_scale=True, dynamic_ncols=True, desc=name, disable=not first)
     with ExitStack() as stack:
         logs = [stack.enter_context(open_log(cfg, job.folder, job.state)) if first else lambda row: None for job in jobs]
-        pressed = stack.enter_context(interrupt_later())
         row = None  # the newest
-        with bar:
+        for job in jobs:
+            job.began = time.perf_counter() - job.state["seconds"]
+        with bar, interrupt_later() as pressed:
             while chunk := list(islice(batches, TOGETHER if len(jobs) > 1 else 1)):
-                chunk = [(x.to(device, non_blocking=pin).float(), None if step is None else step.to(device)) for x, step in chunk]
-                stop = processes.any(pressed)
+                chunk = [(x.to(device, non_blocking=pin).float(), step.to(device) if weighted else None) for x, step in chunk]
                 for job, log in zip(jobs, logs):
                     at = done
                     for x, step in chunk:
                         n = min(size, whole - at)
                         if job.state["vectors"] == at:
-                            row = job.update(x, step, n, tokens, iterations, stop, log) or row
+                            row = job.update(x, step, n, tokens, iterations, log) or row
                         at += n
                 done = at
                 bar.update(at - bar.n)
                 if row:
                     bar.set_postfix(fvu=f"{row['fvu']:.3f}", l0=f"{row['l0']:.1f}", dead=f"{row['dead']:.1%}")
-                if stop and done < whole:
-                    for job in jobs:
+                if processes.any(pressed):
+                    for job in jobs if done < whole else []:  # the last update is saved
                         job.save()
                     iteration = min(job.state["iteration"] for job in jobs)
                     bar.write(f"stopped at iteration {iteration} of {iterations}; the same command goes on")
                     raise KeyboardInterrupt
+        ended = time.perf_counter()
 
         # 3. Held-out numbers, and the files
         sample = activations.sample(SAMPLE, cfg.data_seed).to(device) if cfg.batch_topk else None
@@ -193,7 +195,7 @@ def fit(cfg, activations, jobs, device, processes, diagnosed=False):
         found = evaluate([job.sae for job in jobs], activations, part, progress=first, vectors=vectors)
         for job, by_step, log in zip(jobs, found, logs):
             job.finish(by_step, log)
-            held_out, seconds = total(by_step), max(job.state["seconds"], 0.01)
+            held_out, seconds = total(by_step), max(ended - job.began, 0.01)
             seen, shape = job.state["vectors"], f"{job.num_latents} latents, k = {job.k}"
             print(f"trained:  {seen:,} vectors in {seconds:.0f} s ({seen / seconds:,.0f}/s); {shape}")
             numbers = f"fvu {held_out.fvu:.4f}   l0 {held_out.l0:.2f}   dead {held_out.dead:.2%}   cosine {held_out.cosine:.4f}"
@@ -204,27 +206,32 @@ def fit(cfg, activations, jobs, device, processes, diagnosed=False):
                 where = None if cfg.run_name and job.folder == Path(cfg.out_dir) / cfg.run_name else job.folder.name
                 print(push(job.folder, cfg.hf_repo_id, "sae", where))
             print(f"saved in  {job.folder}/: cfg.json, sae.safetensors, metrics.jsonl, train.png, evaluate.png")
-        if processes.any(pressed):  # too late for this turn, not for the next
-            raise KeyboardInterrupt
     if not activations.whole_prompts:
         print("note: there are no prompts to hold out whole, so held-out vectors are of the same samples as the others")
 
 
 def free_bytes(device, processes):
-    """Memory that is free on the device for each of the processes."""
+    """Memory that is free on the device for each of the processes; infinite where that is not to be seen."""
     if device.type == "cuda":
         return min(processes.tell(torch.cuda.mem_get_info(device)[0]))
     meminfo = Path("/proc/meminfo")
     lines = meminfo.read_text().splitlines() if meminfo.exists() else []
-    free = next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), 8 << 30)
-    return min(processes.tell(free // processes.local_count))
+    free = next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), math.inf)
+    return min(processes.tell(free / processes.local_count))
 
 
-def in_turns(jobs, memory):
-    """Groups of jobs that fit in so many bytes of memory together, at least one each."""
+def in_turns(jobs, memory, free):
+    """Groups of jobs that fit in so many bytes of memory together, at least one each.
+
+    Raises ValueError for one whose weights and moments alone are more than what is free.
+    """
     groups, left = [], -1
     for job in jobs:
-        need = 34 * job.num_latents * job.activations.d // job.latents.count  # weights, moments, gradients and a 16-bit copy
+        numbers = job.num_latents * job.activations.d // job.latents.count
+        if 24 * numbers > free:
+            need = f"{24 * numbers / 1e9:.3g} GB for weights and moments"
+            raise ValueError(f"--num_latents {job.num_latents}: {need}, where {free / 1e9:.3g} GB are free")
+        need = 34 * numbers  # weights, moments, gradients and a 16-bit copy
         if need > left:
             groups.append([])
             left = memory
@@ -270,18 +277,23 @@ def main(cfg):
         folders = [base if cfg.run_name else base / f"{stem}_{name_of(cfg, *one)}" for one in each]
         if cfg.run_name and len(each) > 1:
             folders = [base / name_of(cfg, *one) for one in each]
-        jobs = [Job(cfg, activations, folder, *one, processes, vectors, latents) for folder, one in zip(folders, each)]
-        for job in jobs:
-            if job.found == "finished" and job.first:
-                job.checkpoint.unlink(missing_ok=True)  # where a power cut came just before it went
-                print(f"{job.folder} is finished: {job.num_latents} latents, k = {job.k}; nothing to do")
-        memory = free_bytes(device, processes) / 2 if cfg.memory_gb is None else cfg.memory_gb * 2**30
-        for turn, group in enumerate(in_turns([job for job in jobs if job.found != "finished"], memory)):
-            fit(cfg, activations, group, device, processes, diagnosed=turn > 0)
-            for job in group:
-                del job.step, job.sae
-        if len(jobs) > 1 and processes.rank == 0:
-            summarize(folders, base / f"{stem}_sweep.png")
+        with ExitStack() as stack:
+            for folder in folders if processes.rank == 0 else []:
+                if not (folder / "cfg.json").exists():
+                    stack.enter_context(held(folder))
+            jobs = [Job(cfg, activations, folder, *one, processes, vectors, latents) for folder, one in zip(folders, each)]
+            for job in jobs:
+                if job.found == "finished" and job.first:
+                    job.checkpoint.unlink(missing_ok=True)  # where a power cut came just before it went
+                    print(f"{job.folder} is finished: {job.num_latents} latents, k = {job.k}; nothing to do")
+            free = free_bytes(device, processes)
+            memory = (free / 2 if free < math.inf else 4e9) if cfg.memory_gb is None else cfg.memory_gb * 2**30
+            for turn, group in enumerate(in_turns([job for job in jobs if job.found != "finished"], memory, free)):
+                fit(cfg, activations, group, device, processes, diagnosed=turn > 0)
+                for job in group:
+                    del job.step, job.sae
+            if len(jobs) > 1 and processes.rank == 0:
+                summarize(folders, base / f"{stem}_sweep.png")
     processes.barrier()
     processes.close()
 

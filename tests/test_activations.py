@@ -288,6 +288,16 @@ def test_rows_saved_by_the_ancestor(tmp_path, dtype):
     assert not set((held_out // 12).tolist()) & set((numbers // 12).tolist())  # of other images
 
 
+def test_rows_of_random_timesteps_are_no_run_of_one_prompt(tmp_path):
+    """40,000 of them would be as many steps, more than 16 bits count."""
+    x = np.arange(40_000, dtype=np.float32)[:, None, None]
+    times = np.random.default_rng(0).random(40_000)
+    data = open_activations([saved_rows(tmp_path / "a", x, timestep=times)])[0]
+    assert (data.num_prompts, data.timesteps, data.whole_prompts) == (40_000, [], True)
+    found = torch.cat([*data.held_out(), *(x for x, _ in data.batches(4096, data.num_training))]).flatten()
+    assert torch.equal(found.sort().values, torch.arange(40_000.0))
+
+
 def test_rows_saved_as_lists_and_by_file_name(tmp_path):
     x = np.random.default_rng(0).normal(size=(30, 4, 8)).astype(np.float32)
     names = [f"{i // 5}.png" for i in range(30)]

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import pytest
@@ -47,6 +48,23 @@ def test_devices_and_dtypes():
             resolve_device(wrong)
 
 
+def test_processes_take_a_gpu_each_before_anything_is_on_one(monkeypatch):
+    done = []
+    for name, value in dict(is_available=True, device_count=2, set_device=None).items():
+        monkeypatch.setattr(torch.cuda, name, lambda *args, name=name, value=value: done.append((name, *args)) or value)
+    monkeypatch.setattr(torch, "zeros", lambda n, device: done.append(("zeros", device)) or torch.ones(n))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for count, device in ((3, "auto"), (3, "cuda"), (2, "cuda:0"), (2, "cuda:1")):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(count))
+        with pytest.raises(ValueError, match="3 processes for 2 GPUs" if count == 3 else f"--device {device}: each of the 2"):
+            resolve_device(device)
+        assert not {"zeros", "set_device"} & {name for name, *_ in done}
+    assert resolve_device("auto") == torch.device("cuda") and done[-2:] == [("set_device", 1), ("zeros", "cuda")]
+    assert resolve_device("cpu") == torch.device("cpu")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert resolve_device("cuda:1") == torch.device("cuda:1") and ("set_device", 0) not in done
+
+
 def test_a_bug_keeps_its_traceback(monkeypatch):
     def main(cfg):
         np.zeros(3).reshape(2, 2)
@@ -54,6 +72,37 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["x.py"])
     with pytest.raises(ValueError, match="cannot reshape"):
         run(main, Lists)
+
+
+@dataclass
+class Numbers:
+    k: list[int] = field(default_factory=list)
+    lr: float | None = None
+    seed: int = 0
+
+
+@pytest.mark.parametrize("option", ["lr inf", "lr nan", "lr -1e39", "seed 9223372036854775808", "k 1 99999999999999999999"])
+def test_numbers_that_no_tensor_can_hold(monkeypatch, capsys, option):
+    monkeypatch.setattr(sys, "argv", ["x.py", *f"--{option}".split()])
+    with pytest.raises(SystemExit, match="2"):
+        run(lambda cfg: pytest.fail("it ran"), Numbers)
+    assert f"x.py: error: --{option.replace('1 9', '9').replace('1e', '1e+')}: expected" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", "x.py --k 1 9223372036854775807 --lr 1e38 --seed -1".split())
+    run(lambda cfg: None, Numbers)
+
+
+def fail(message, cfg):
+    raise RuntimeError(message)
+
+
+def test_of_runtime_errors_only_a_peer_that_is_gone_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["x.py"])
+    for count, error, found in ((2, "Connection closed by peer", SystemExit), (2, "bug", RuntimeError),
+                                (1, "Connection closed by peer", RuntimeError)):  # fmt: skip
+        monkeypatch.setenv("WORLD_SIZE", str(count))
+        with pytest.raises(found):
+            run(partial(fail, error), Lists)
+    assert capsys.readouterr().err == "x.py (process 0 of 2): error: another process ended; the same command goes on\n"
 
 
 def mistakes(tmp_path, model_folder):
@@ -149,6 +198,7 @@ def mistakes(tmp_path, model_folder):
         ("NaN", train, [*saes, "--data", tmp_path / "nan.npy"], "NaN"),
         ("inf", train, [*saes, "--data", tmp_path / "inf.npy"], "inf"),
         ("k > num_latents", train, [*saes, "--data", tmp_path / "x.npy", "--k", 9, "--num_latents", 8], "9"),
+        ("more latents than memory", train, [*saes, "--data", tmp_path / "x.npy", "--num_latents", 10**11], "GB are free"),
         ("saes below a file", train, ["--data", tmp_path / "x.npy", "--out_dir", tmp_path / "file" / "s"], "file"),
     ]
 

@@ -124,6 +124,37 @@ def data(tmp_path_factory):
     return path
 
 
+FULL = """
+import resource, sys, torch
+from pathlib import Path
+from processes import Processes
+from tensors import save_tensors
+processes, path = Processes(), Path(sys.argv[1])
+_, latents = processes.grid(2)
+save = lambda x: save_tensors(path / "a.safetensors", {"x": x[latents.part(1000)]}, {}, 1000, latents)
+save(torch.zeros(1000))
+for full in (0, 1):
+    if processes.rank == full:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+    try:
+        save(torch.ones(1000))
+    except OSError as error:
+        said = str(error)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    (path / f"{full} {processes.rank}").write_text(said)
+processes.close()
+"""
+
+
+def test_a_full_disk_is_named_by_every_process(tmp_path):
+    """The first one fails when it makes the file, the second one when it writes into it; the old file stays."""
+    (tmp_path / "full.py").write_text(FULL)
+    torchrun(2, tmp_path / "full.py", tmp_path)
+    for name in ("0 0", "0 1", "1 0", "1 1"):
+        assert (tmp_path / name).read_text().endswith("a.safetensors can't be written: File too large")
+    assert not load_file(tmp_path / "a.safetensors")["x"].any() and not list(tmp_path.glob("*.partial"))
+
+
 def train(data, out, *options):
     return [
         HERE / "train.py", "--data", data, "--out_dir", out, "--num_latents", 45, "--effective_batch_size", 64, "--log_every", 1,
@@ -178,6 +209,20 @@ def test_stopped_with_two_processes_and_gone_on_with_one_and_four(data, alone, t
         assert most < json.loads(state)["iteration"] < 200
     torchrun(2, *train(data, tmp_path))
     same(folder_of(tmp_path), alone)
+
+
+def test_when_one_process_is_killed_the_other_says_so_in_one_line(data, tmp_path):
+    command = launch(2, *train(data, tmp_path, "--num_epochs", 10**6))
+    process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not list(tmp_path.rglob("metrics.jsonl")):
+        time.sleep(0.01)
+    time.sleep(0.5)  # in the midst of the updates
+    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    (second,) = (int(pid) for pid in ranks if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
+    os.kill(second, signal.SIGKILL)
+    said = process.communicate(timeout=60)[1]
+    assert "train.py (process 0 of 2): error: another process ended; the same command goes on\n" in said
+    assert "[rank0]" not in said and process.returncode != 0  # torch puts it before each line of a traceback
 
 
 if __name__ == "__main__":

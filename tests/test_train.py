@@ -180,6 +180,14 @@ def test_parts_add_up_to_the_whole_update(data, tmp_path):
         torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-5)
 
 
+def test_more_parts_than_vectors_are_as_many(data, tmp_path):
+    one = dict(max_examples=110, effective_batch_size=10)
+    main(config(data, tmp_path / "a", grad_acc_steps=10, **one))
+    main(config(data, tmp_path / "b", grad_acc_steps=2**62, micro_acc_steps=5, **one))
+    a, b = ((tmp_path / name / "run" / "sae.safetensors").read_bytes() for name in "ab")
+    assert a == b
+
+
 def test_bf16_product_changes_little(data, tmp_path):
     saes = {}
     for precision in ("no", "bf16", "fp16", "auto"):
@@ -290,6 +298,68 @@ def test_stopped_and_resumed_is_the_same_to_the_bit(data, tmp_path, undisturbed,
     assert timeless(tmp_path / "run") == timeless(undisturbed)
 
 
+def test_ctrl_c_saves_each_sae_once(data, tmp_path, monkeypatch):
+    update, save, calls, saved = jobs.Step.__call__, jobs.save_tensors, [], []
+
+    def interrupted(*args, **options):
+        calls.append(args)
+        if len(calls) == 20:
+            signal.raise_signal(signal.SIGINT)
+        return update(*args, **options)
+
+    monkeypatch.setattr(jobs.Step, "__call__", interrupted)
+    monkeypatch.setattr(jobs, "save_tensors", lambda path, *args: saved.append(path.parent.name) or save(path, *args))
+    options = dict(seeds=[0, 1], num_epochs=9, save_every=10**6)
+    with pytest.raises(KeyboardInterrupt):
+        main(config(data, tmp_path, **options))
+    assert sorted(saved) == ["k3_M48"] * 2 + ["k3_M48_seed1"] * 2  # at the start, and now
+    assert len(calls) == 2 * 2 * train.TOGETHER  # to the end of the chunk in which it came
+
+
+@pytest.mark.parametrize("where", [(train, "evaluate"), (Sae, "save_to_disk")])
+def test_ctrl_c_after_the_last_update_is_heard(data, tmp_path, monkeypatch, where):
+    """At once, and the same command goes on with the held-out numbers."""
+    cfg = config(data, tmp_path, batch_topk=True)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(*where, lambda *args, **options: signal.raise_signal(signal.SIGINT))
+        main(cfg)
+    assert not (tmp_path / "run" / "cfg.json").exists()
+    main(cfg)
+    main(config(data, tmp_path / "undisturbed", batch_topk=True))
+    found, expected = tmp_path / "run", tmp_path / "undisturbed" / "run"
+    assert (found / "sae.safetensors").read_bytes() == (expected / "sae.safetensors").read_bytes()
+    timeless = lambda folder: [{k: v for k, v in row.items() if k != "seconds"} for row in rows(folder)]
+    assert timeless(found) == timeless(expected) and len(rows(found)) == 8
+
+
+def test_seconds_are_those_that_one_waits(data, tmp_path, monkeypatch, capsys):
+    """Reading and saving are in them; and what was before a Ctrl-C, but not what was between."""
+    now, stop, batches, save = [0], [3], Activations.batches, jobs.save_tensors
+
+    def read(self, *args, **options):
+        for i, batch in enumerate(batches(self, *args, **options)):
+            now[0] += 1
+            if i == stop[0]:
+                signal.raise_signal(signal.SIGINT)
+            yield batch
+
+    def saved(*args):
+        now[0] += 10
+        save(*args)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(Activations, "batches", read)
+    monkeypatch.setattr(jobs, "save_tensors", saved)
+    cfg = config(data, tmp_path, max_examples=600, log_every=1, save_every=1)
+    with pytest.raises(KeyboardInterrupt):
+        main(cfg)
+    now[0] += 1000
+    stop[0] = None
+    main(cfg)
+    assert [row["seconds"] for row in rows(tmp_path / "run")] == [1, 12, 23, 34, 35, 46]
+    assert "600 vectors in 56 s (11/s)" in capsys.readouterr().out
+
+
 def one_line_error(cfg, capsys, monkeypatch, *arguments):
     """What a shell user sees: exit status 2 and one line on stderr."""
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
@@ -362,6 +432,18 @@ def test_nan_in_held_out_vectors_is_no_result(data, tmp_path):
         assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoint.safetensors", "metrics.jsonl"]
         state = saved_state(tmp_path)
         assert state["iteration"] == state["row"]["iteration"] == 13 and rows(tmp_path / "run")[-1]["iteration"] == 10
+
+
+def test_one_train_py_writes_to_a_folder_at_a_time(data, tmp_path):
+    """Of a sweep to each; the lock of one that was killed is none, and nothing is left of it."""
+    options = dict(k=[2, 3], max_examples=200)
+    with jobs.held(tmp_path / "run" / "k3_M48"), pytest.raises(ValueError, match="another train.py is writing to .*k3_M48"):
+        main(config(data, tmp_path, **options))
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "run" / "k3_M48").mkdir(parents=True)
+    (tmp_path / "run" / "k3_M48" / "train.lock").write_text("")
+    main(config(data, tmp_path, **options))
+    assert len(list(tmp_path.glob("run/*/cfg.json"))) == 2 and not list(tmp_path.rglob("*.lock"))
 
 
 def test_a_leftover_checkpoint_goes(data, tmp_path):

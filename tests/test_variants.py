@@ -224,7 +224,7 @@ def test_weights_of_nan_are_never_saved(data, tmp_path, monkeypatch):
     assert all(t.isfinite().all() for t in load_file(tmp_path / "run" / "checkpoint.safetensors").values())
 
 
-def test_ctrl_c_in_the_last_update_stops_the_next_turn(data, tmp_path, monkeypatch):
+def test_ctrl_c_in_the_last_update_stops_before_the_held_out_numbers(data, tmp_path, monkeypatch):
     update = jobs.Job.update
 
     def pressed(job, *args):
@@ -233,7 +233,11 @@ def test_ctrl_c_in_the_last_update_stops_the_next_turn(data, tmp_path, monkeypat
             signal.raise_signal(signal.SIGINT)
         return row
 
-    monkeypatch.setattr(jobs.Job, "update", pressed)
-    with pytest.raises(KeyboardInterrupt):
-        main(config(data, tmp_path, k=[1, 2], max_examples=400, memory_gb=1e-6))
-    assert sorted(path.parent.name for path in tmp_path.glob("run/*/cfg.json")) == ["k1_M48"]
+    cfg = config(data, tmp_path, k=[1, 2], max_examples=400, memory_gb=1e-6)
+    for names in (["checkpoint.safetensors"], ["cfg.json", "checkpoint.safetensors"]):  # and before the next turn
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(jobs.Job, "update", pressed)
+            main(cfg)
+        assert sorted(path.name for path in tmp_path.glob("run/*/c*")) == names
+    main(cfg)
+    assert len(list(tmp_path.glob("run/*/cfg.json"))) == 2
