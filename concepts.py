@@ -9,9 +9,7 @@ activation over the tokens: the *image score*. A concept is a word of the prompt
     auroc      the share of pairs (a picture with, one without) that the score puts in the right order; ties count half
 """
 
-import json
 import re
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,20 +28,6 @@ def with_word(prompts, word):
         number = "none" if not found.any() else "all"
         raise ValueError(f"concept {word!r}: {number} of the {len(prompts)} prompts has it; expected some with and some without")
     return found
-
-
-def read_prompts(path):
-    """The rows of prompts.jsonl beside an activation file, one a picture. Raises ValueError where it is not there, or damaged."""
-    listing = Path(path).with_name("prompts.jsonl")
-    if not listing.exists():
-        raise ValueError(f"{listing} is not there, so it is not known which prompts the activations are of")
-    try:
-        rows = [json.loads(line) for line in listing.read_text("utf-8").splitlines()]
-    except ValueError as error:
-        raise ValueError(f"{listing} is damaged: {error}") from None
-    if len(rows) < len(open_file(path)[0]) or not all(isinstance(row, dict) and "prompt" in row for row in rows):
-        raise ValueError(f"{listing} does not say the prompts of {path}, one a line")
-    return rows
 
 
 @torch.no_grad()

@@ -25,8 +25,9 @@ from formats import newest_sae
 from graft import clip_distance, graft, picture
 from hook import HookedDiffusionModel
 from metrics import evaluate, plot_evaluation, total
+from rows import per_prompt
 from sae import Sae
-from sources import read_description
+from sources import read_description, read_prompts
 from store import read_json, write_atomically
 
 
@@ -53,7 +54,7 @@ def held_out_prompts(activations, count):
         raise ValueError(f"--graft: {path} is not of collect.py with its prompts.jsonl, so it is not known what to generate")
     if meta.get("images") is not None:
         raise ValueError(f"--graft: {path} is of pictures (--images), and grafting needs a generation")
-    rows = [json.loads(line) for line in listing.read_text("utf-8").splitlines()]
+    rows = read_prompts(path)
     each, mine = meta["shape"][1] * meta["shape"][2], activations.held_out_units[activations.held_out_units[:, 0] == file]
     chosen = list(dict.fromkeys((mine[:, 1] // each).tolist()))
     unique = {rows[row]["prompt"] if isinstance(rows[row]["prompt"], str) else row: rows[row] for row in chosen}
@@ -68,8 +69,7 @@ def grafted(cfg, sae, activations, folder, device):
     named = {"variant": meta.get("variant"), "revision": meta.get("revision")}
     hooked = HookedDiffusionModel.from_pretrained(cfg.model_name or meta["model"], dtype, device, **named)
     hooked.pipe.set_progress_bar_config(disable=True)
-    dropped = ("output_type", "num_images_per_prompt")
-    options = {key: value for key, value in meta["pipeline_kwargs"].items() if key not in dropped}
+    options = {k: v for k, v in meta["pipeline_kwargs"].items() if k != "output_type" and not per_prompt(k)}
     options = hooked.arguments(1, "pt", options)
     if "negative_prompt" in prompts[0]:
         options["negative_prompt"] = [row["negative_prompt"] for row in prompts]

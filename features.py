@@ -43,12 +43,11 @@ from tqdm import tqdm
 
 from activations import open_activations
 from cli import HERE, check_positive, resolve_device, resolve_dtype, run
-from concepts import read_prompts
 from formats import newest_sae
 from hook import HookedDiffusionModel
 from images import decoded
 from sae import Sae
-from sources import open_file, read_lengths
+from sources import open_file, read_lengths, read_prompts
 from store import write_atomically
 
 CURVE = 50  # points of a time curve at most
@@ -343,7 +342,8 @@ def write_page(path, about, data, pictures, max_mb):
     beside = len(text) + sum(len(picture or b"") for picture in pictures) * 4 / 3 > max_mb * 1e6
     sources = []
     for old in folder.glob("*.webp"):  # of the page that this one takes the place of
-        old.unlink()
+        if old.stem.isdigit():
+            old.unlink()
     for number, picture in enumerate(pictures):
         if beside and picture:
             folder.mkdir(exist_ok=True)

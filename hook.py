@@ -22,7 +22,7 @@ import torch
 from capture import Edit, Recorder
 from loop import Loop
 from probe import NEVER_RAN, find_layouts
-from rows import sample_name, time_parameter, unwrap
+from rows import per_prompt, sample_name, time_parameter, unwrap
 from sampling import Sampling, undisturbed
 
 __all__ = ["Edit", "HookedDiffusionModel"]
@@ -155,12 +155,12 @@ class HookedDiffusionModel:
                 options[name] = default
         options = {name: value for name, value in options.items() if value is not None}
         if num_images_per_prompt > 1:
-            name = next((p for p in takes if p.startswith("num_") and p.endswith("_per_prompt")), "num_images_per_prompt")
+            name = next((p for p in takes if per_prompt(p)), "num_images_per_prompt")
             options[name] = num_images_per_prompt
         if output_type is not None and "output_type" in takes:
             options["output_type"] = output_type
         for name in extra or {}:
-            if name in OURS or name.startswith("num_") and name.endswith("_per_prompt"):
+            if name in OURS or per_prompt(name):
                 raise ValueError(f"{name} is set by an option of its own")
         options |= extra or {}
         if unknown := [name for name in options if name not in takes]:
@@ -423,4 +423,4 @@ def count_prompts(prompt, kwargs):
     """Prompts, None if that can't be seen, and images per prompt, from the arguments of a generation."""
     sized = (prompt, *(kwargs.get(name) for name in ("prompt_embeds", "class_labels")))
     P = next((1 if isinstance(v, str) else len(v) for v in sized if v is not None), kwargs.get("batch_size"))
-    return P, next((v for k, v in kwargs.items() if k.startswith("num_") and k.endswith("_per_prompt")), 1)
+    return P, next((v for k, v in kwargs.items() if per_prompt(k)), 1)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from rows import tensors
+from rows import per_prompt, tensors
 
 ROWS = 4  # noises that are compared to find the order: in 16 bits many numbers of one noise are the same
 
@@ -97,7 +97,7 @@ class Pictures:
             raise ValueError(f"--images: {name} has a scheduler that adds no noise")
         if any(getattr(s, "order", 1) > 1 for s in hooked.schedulers):
             raise ValueError(f"--images: {name} has a scheduler that evaluates twice a step; choose another")
-        options = {k: v for k, v in options.items() if not k.endswith("_per_prompt")}
+        options = {k: v for k, v in options.items() if not per_prompt(k)}
         sample = hooked.first_sample([prompt] * ROWS, generator=seeded(range(ROWS)), **options).cpu()
         size = sample[0].numel()
         noises = torch.stack([torch.randn(size, generator=g, dtype=sample.dtype) for g in seeded(range(ROWS))]).double()
@@ -149,9 +149,7 @@ def decoded(hooked, samples, prompts, pipeline_kwargs, batch_size=8):
     pipeline_kwargs: of that generation. The pipeline itself unpacks and decodes, whatever it does to its latents: it samples
     one step, whose result the samples replace. Raises ValueError where they are not its samples, or it gives no pictures.
     """
-    dropped = lambda name: (
-        name in ("output_type", "timesteps", "sigmas") or name.startswith("num_") and name.endswith("_per_prompt")
-    )
+    dropped = lambda name: name in ("output_type", "timesteps", "sigmas") or per_prompt(name)
     given = {name: value for name, value in pipeline_kwargs.items() if not dropped(name)}
     options, noise = hooked.arguments(1, "pt", given | hooked.accepts(num_inference_steps=1)), None
     for i in range(0, len(samples), batch_size):

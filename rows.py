@@ -166,3 +166,8 @@ def is_less(a, b):
     """Whether inputs `a` are zero wherever they differ from inputs `b`, and somewhere differ."""
     pairs = [(x, y) for x, y in zip(tensors(a), tensors(b)) if not torch.equal(x, y)]
     return bool(pairs) and all(x.shape == y.shape and not x[x != y].any() for x, y in pairs)
+
+
+def per_prompt(name):
+    """Is it a pipeline's option for how many samples a prompt gets, such as num_images_per_prompt or num_videos_per_prompt?"""
+    return name.startswith("num_") and name.endswith("_per_prompt")

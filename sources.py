@@ -110,6 +110,20 @@ def open_file(path):
     return array, meta
 
 
+def read_prompts(path):
+    """The rows of prompts.jsonl beside an activation file, one a picture. Raises ValueError where it is not there, or damaged."""
+    listing = Path(path).with_name("prompts.jsonl")
+    if not listing.exists():
+        raise ValueError(f"{listing} is not there, so it is not known which prompts the activations are of")
+    try:
+        rows = [json.loads(line) for line in listing.read_text("utf-8").splitlines()]
+    except ValueError as error:
+        raise ValueError(f"{listing} is damaged: {error}") from None
+    if len(rows) < len(open_file(path)[0]) or not all(isinstance(row, dict) and "prompt" in row for row in rows):
+        raise ValueError(f"{listing} does not say the prompts of {path}, one a line")
+    return rows
+
+
 def prompts_of(path, array, meta):
     """What says which prompt each row of the file's first axis is of: its text in prompts.jsonl, or else a number."""
     listing, n = Path(path).with_name("prompts.jsonl"), int(meta.get("num_images_per_prompt", 1))

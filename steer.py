@@ -32,15 +32,15 @@ from PIL import Image
 from tqdm import tqdm
 
 from cli import check_positive, parse_object, product_dtype, resolve_device, resolve_dtype, run
-from concepts import find_features, image_scores, read_prompts, toward, with_word
+from concepts import find_features, image_scores, toward, with_word
 from edits import Edits, Typical, check_features, redirect, steer
 from formats import newest_sae
 from graft import trained_on
 from hook import HookedDiffusionModel, find_model
 from prompts import load_prompts
-from rows import tensors
+from rows import per_prompt, tensors
 from sae import Sae
-from sources import read_description
+from sources import read_description, read_prompts
 from store import read_json, write_atomically
 from unlearn import GRIDS, domains_of, split_prompts, summary, unlearn
 
@@ -225,8 +225,8 @@ def load_model(cfg, meta, device, dtype):
     named = {"variant": meta.get("variant"), "revision": meta.get("revision")}
     hooked = HookedDiffusionModel.from_pretrained(cfg.model_name or meta["model"], dtype, device, **named)
     hooked.pipe.set_progress_bar_config(disable=True)
-    kept = lambda k: k != "output_type" and not (k.startswith("num_") and k.endswith("_per_prompt"))
-    options = {k: v for k, v in meta["pipeline_kwargs"].items() if kept(k)} if cfg.model_name is None else {}
+    before = {} if cfg.model_name else meta["pipeline_kwargs"]
+    options = {k: v for k, v in before.items() if k != "output_type" and not per_prompt(k)}
     given = {"num_inference_steps": cfg.num_inference_steps, "guidance_scale": cfg.guidance_scale}
     options |= {k: v for k, v in given.items() if v is not None} | parse_object(cfg.pipeline_kwargs, "--pipeline_kwargs")
     return hooked, hooked.arguments(1, "pt", options)

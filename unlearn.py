@@ -29,10 +29,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from concepts import auroc, find_features, image_scores, read_prompts, saeuron, toward
+from concepts import auroc, find_features, image_scores, saeuron, toward
 from edits import delta, hooks, redirect, steer
 from graft import trained_on
-from sources import open_file
+from sources import open_file, read_prompts
 
 DOMAINS = {"object": "style", "style": "object"}  # and the other, of which CRA is
 PAIRS = lambda first, second, numbers: [{first: a, second: b} for a, b in numbers]

@@ -20,8 +20,9 @@ import collect
 import train
 from bench.step import conditions
 from cli import check_positive, resolve_device
-from concepts import auroc, image_scores, read_prompts
+from concepts import auroc, image_scores
 from sae import Sae
+from sources import read_prompts
 from toy import CONCEPTS
 
 

@@ -6,8 +6,9 @@ import torch
 from test_features import write
 
 from bench.concepts import best_features
-from concepts import auroc, contrast, find_features, image_scores, read_prompts, saeuron, toward, with_word
+from concepts import auroc, contrast, find_features, image_scores, saeuron, toward, with_word
 from sae import Sae
+from sources import read_prompts
 
 
 @pytest.mark.parametrize("pool", ["mean", "max"])

@@ -41,7 +41,9 @@ def test_the_numbers_are_those_that_training_ended_with(trained, tmp_path, capsy
 
 
 def test_graft_generates_held_out_prompts_with_the_seeds_of_the_activations(trained, tmp_path, monkeypatch):
-    asked, real = {}, evaluate.graft
+    asked, real, of = {}, evaluate.graft, evaluate.read_description
+    several = lambda path: of(path) | {"pipeline_kwargs": of(path)["pipeline_kwargs"] | {"num_videos_per_prompt": 2}}
+    monkeypatch.setattr(evaluate, "read_description", several)  # of which one each is generated again
     monkeypatch.setattr(evaluate, "graft", lambda *args, **options: asked.update(options) or real(*args, **options))
     main(config(trained, tmp_path, graft=True, num_prompts=2, windows=2))
     report = json.loads((tmp_path / "run" / "graft.json").read_text())

@@ -130,6 +130,14 @@ def test_one_concept_in_the_place_of_another(config, trained):
     assert len(report["saes"][0]["features"]) == 8 and report["runs"][1]["pictures"][0]["moved"] > 0
 
 
+def test_activations_of_several_videos_a_prompt(config, monkeypatch):
+    of = steer.read_description
+    several = lambda path: of(path) | {"pipeline_kwargs": of(path)["pipeline_kwargs"] | {"num_videos_per_prompt": 2}}
+    monkeypatch.setattr(steer, "read_description", several)
+    main(replace(config, features=["3"], multiply=[0.0], num_prompts=1))
+    assert len(report_of(config, "3_x0")["prompts"]) == 1
+
+
 def test_many_features_have_a_folder_too(config):
     main(replace(config, features=[str(f) for f in range(40)], multiply=[0.0], num_prompts=1))
     (folder,) = Path(config.out_dir).iterdir()
