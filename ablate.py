@@ -26,38 +26,22 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from cli import check_positive, parse_object, resolve_device, resolve_dtype, run
+from cli import GenerationConfig, check_positive, parse_object, resolve_device, resolve_dtype, run
+from disk import read_json, write_atomically
+from errors import UsageError
 from hook import Edit, HookedDiffusionModel, find_model
 from prompts import default_dataset, load_prompts
 from rows import tensors
-from store import read_json, write_atomically
 
-Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 SHOWN = 40  # rows of pictures at most, and bars: the hook points that matter most
 
 
 @dataclass
-class Config:
+class Config(GenerationConfig):
     hook_names: list[str] = field(default_factory=lambda: ["**.attentions.*"])  # modules of the denoiser, or globs
     mode: Literal["skip", "zero", "mean"] = "skip"  # what becomes of the module's output
-    model_name: str = "toy"  # a diffusers folder or hub id
-    variant: str | None = None  # of the weights, such as fp16
-    revision: str | None = None  # of the hub repository
-    dataset_name: str | None = None  # prompt file, hub data set or one prompt (None: the model folder's prompts.csv)
-    split: str = "train"  # of a hub data set
-    column: str | None = None  # that holds the prompt (None: prompt, caption or text)
-    negative_prompt: str | None = None  # a text for all prompts, or the column that holds each one's
-    out_dir: str = "ablate"  # folder for the pictures and the numbers
-    dtype: Dtype = "auto"  # of the model (auto: float32 on a CPU, else 16 bits)
-    num_inference_steps: int | None = None  # None: the pipeline's own default, as for the next three
-    guidance_scale: float | None = None  # classifier-free guidance
-    height: int | None = None  # pixels
-    width: int | None = None  # pixels
-    pipeline_kwargs: str = "{}"  # JSON object: anything else that the pipeline takes
-    cpu_offload: bool = False  # keep only the running component on the GPU
-    seed: int = 0  # prompt i is generated with seed + i
     max_num_examples: int = 8  # prompts, all in one batch: the columns of the picture
-    device: str = "auto"  # auto (cuda, else mps, else cpu), cuda:1, ...
+    out_dir: str = "ablate"  # folder for the pictures and the numbers
 
 
 EDITS = {
@@ -129,7 +113,7 @@ def main(cfg):
     rows = load_prompts(dataset_name, cfg.split, cfg.column, cfg.negative_prompt, cfg.max_num_examples)
     prompts = [r["prompt"] for r in rows]
     if cfg.mode == "mean" and len(prompts) < 2:
-        raise ValueError("--mode mean needs two prompts or more to take the mean over; raise --max_num_examples")
+        raise UsageError("--mode mean needs two prompts or more to take the mean over; raise --max_num_examples")
     out_dir = Path(cfg.out_dir)
     settings = {k: v for k, v in vars(cfg).items() if k not in ("out_dir", "device", "cpu_offload")}
 
@@ -139,8 +123,8 @@ def main(cfg):
         cfg.model_name, resolve_dtype(cfg.dtype, device), device, cfg.cpu_offload, variant=cfg.variant, revision=cfg.revision
     )
     hooked.pipe.set_progress_bar_config(disable=True)
-    options = {name: getattr(cfg, name) for name in ("num_inference_steps", "guidance_scale", "height", "width")}
-    options = hooked.arguments(1, "pt", parse_object(cfg.pipeline_kwargs, "--pipeline_kwargs"), **options)
+    extra = parse_object(cfg.pipeline_kwargs, "--pipeline_kwargs")
+    options = hooked.arguments(1, "pt", extra, **cfg.pipeline_options())
     if "negative_prompt" in rows[0]:
         options["negative_prompt"] = [r["negative_prompt"] for r in rows]
     dry = hooked.first_step(cfg.hook_names, prompts, save_input=True, **options)
@@ -148,11 +132,11 @@ def main(cfg):
         there = read_json(out_dir / "ablate.json").get("options") or {}
         if other := [k for k in settings if there.get(k) != settings[k]]:
             told = ", ".join(f"{k} {there.get(k)!r}" for k in other)
-            raise ValueError(f"{out_dir} holds a run with {told}; choose another --out_dir")
+            raise UsageError(f"{out_dir} holds a run with {told}; choose another --out_dir")
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"--out_dir {out_dir} can't be made: {error.strerror}") from None
+        raise UsageError(f"--out_dir {out_dir} can't be made: {error.strerror}") from None
 
     # 3. One run untouched, then one a hook point
     done, failed, pictures = [], [], {}

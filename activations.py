@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from arrow_file import is_arrow
+from errors import UsageError
 from reader import Reader
 from sources import open_source, read_description, stem_of, unfinished
 
@@ -21,12 +22,12 @@ HELD_OUT = dict(share=0.1, at_least=100_000, at_most=1_000_000)  # vectors kept 
 def newest_activations(folder="activations"):
     """What collect.py finished last in `folder`, or else had begun when it was stopped: a file, or a glob over node folders.
 
-    Raises ValueError where there is none.
+    Raises UsageError where there is none.
     """
     found = {path: read_description(path) for path in files_in(Path(folder))}
     found = {path: meta for path, meta in found.items() if meta}
     if not found:
-        raise ValueError(f"no activation file in {folder}/; run collect.py first, or name a .npy with --data")
+        raise UsageError(f"no activation file in {folder}/; run collect.py first, or name a .npy with --data")
     changed = lambda path: (path if "unfinished" in found[path] else path.with_suffix(".json")).stat().st_mtime
     path = max(found, key=lambda path: ("unfinished" not in found[path], changed(path)))
     return path if path.parent == Path(folder) else Path(folder) / "node*" / stem_of(path).name
@@ -55,14 +56,14 @@ def find(item):
 def open_activations(data):
     """Open files, folders and globs as data sets, one a model and hook name (side, rows, stream): a list of Activations.
 
-    Files without a description are one data set together, and a file that is named twice is read once. Raises ValueError
+    Files without a description are one data set together, and a file that is named twice is read once. Raises UsageError
     where a glob or folder has no file, OSError where a file is not there.
     """
     paths = {}
     for item in map(str, data):
         found = find(item)
         if not found:
-            raise ValueError(f"{item}: no .npy file there")
+            raise UsageError(f"{item}: no .npy file there")
         for path in found:
             paths.setdefault(os.path.realpath(path), str(path))
     sets = {}
@@ -106,7 +107,7 @@ class Activations:
                 self.d, self.dtype, self.hook_name = rows.shape[1], rows.dtype, source.hook_name
             if (rows.shape[1], rows.dtype) != (self.d, self.dtype):
                 here, there = f"width {rows.shape[1]}, {rows.dtype}", f"width {self.d}, {self.dtype}"
-                raise ValueError(f"{path} holds vectors of {here}, {self.paths[0]} of {there}")
+                raise UsageError(f"{path} holds vectors of {here}, {self.paths[0]} of {there}")
             units.append(source.units + [len(self.files), 0, 0])
             prompts += source.prompts
             self.files += source.files
@@ -119,7 +120,7 @@ class Activations:
         units, numbers = np.concatenate(units), {}
         prompts = np.array([numbers.setdefault(name, len(numbers)) for name in prompts])
         if len(numbers) < 2:
-            raise ValueError(f"{self.paths[0]} holds a single vector; there is nothing to train on")
+            raise UsageError(f"{self.paths[0]} holds a single vector; there is nothing to train on")
         sizes = np.bincount(prompts, units[:, 2] - units[:, 1])
         self.num_vectors = int(sizes.sum())
         order = np.random.default_rng([seed, 0]).permutation(len(sizes))
@@ -169,10 +170,10 @@ class Activations:
         return self.read(self.draw(n, seed)).float()
 
     def sample_tokens(self):
-        """Vectors of one (prompt, step). Raises ValueError where the files do not hold whole samples of one size."""
+        """Vectors of one (prompt, step). Raises UsageError where the files do not hold whole samples of one size."""
         units = np.concatenate([self.training_units, self.held_out_units])
         if not self.whole_prompts or len(set(self.tokens)) > 1 or ((units[:, 2] - units[:, 1]) % self.tokens[0]).any():
-            raise ValueError(
+            raise UsageError(
                 f"{self.paths[0]}: sample_topk needs files of whole samples, (prompts, steps, tokens, d) of one size"
             )
         return self.tokens[0]
@@ -195,7 +196,7 @@ class Activations:
         one machine share one buffer; all have to call this, and to take the same batches. pin: x lies in pinned memory, so
         that `x.to(device, non_blocking=True)` overlaps. ahead: batches that are prepared while one is used.
 
-        Raises ValueError where a file got shorter, OSError where it can't be read.
+        Raises UsageError where a file got shorter, OSError where it can't be read.
         """
         reader = Reader(self.files, self.training_units, self.steps_of, tokens, seed, buffer_gb, machine, pin)
         dtype = torch.from_numpy(np.empty(0, self.dtype)).dtype

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from store import read_json
+from disk import read_json
+from errors import UsageError
 
 COLUMNS = ("activations", "values")  # what the ancestor's versions call it
 
@@ -22,7 +23,7 @@ def open_arrow(folder):
     """Map a saved data set: [(path, first byte, array (rows, tokens, d))], one a record batch, and the columns that say what a
     row is of, {"timestep" or "file_name": one value a row}.
 
-    Raises ValueError for rows that are no equal lists of floats, or files that are none of Arrow's.
+    Raises UsageError for rows that are no equal lists of floats, or files that are none of Arrow's.
     """
     import pyarrow as pa  # half a second, for those who have such a folder
 
@@ -35,22 +36,22 @@ def open_arrow(folder):
             source.seek(0)
             batches = list(pa.ipc.open_stream(source))
         except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{path} is missing or not a complete Arrow stream ({error})") from None
+            raise UsageError(f"{path} is missing or not a complete Arrow stream ({error})") from None
         for batch in batches:
             if not len(batch):
                 continue
             column = next((name for name in COLUMNS if name in batch.schema.names), None)
             if column is None:
-                raise ValueError(f"{folder} has columns {batch.schema.names}, expected {' or '.join(COLUMNS)}")
+                raise UsageError(f"{folder} has columns {batch.schema.names}, expected {' or '.join(COLUMNS)}")
             array = as_numpy(batch.column(column), f"{path}, column {column}")
             arrays.append((str(path), array.__array_interface__["data"][0] - begin, array))
             for name in others:
                 others[name] += batch.column(name).to_pylist() if name in batch.schema.names else []
     if not arrays:
-        raise ValueError(f"{folder} holds no rows")
+        raise UsageError(f"{folder} holds no rows")
     shapes = {(*array.shape[1:], str(array.dtype)) for *_, array in arrays}
     if len(shapes) > 1:
-        raise ValueError(f"{folder} holds rows of different shapes: {sorted(shapes)}")
+        raise UsageError(f"{folder} holds rows of different shapes: {sorted(shapes)}")
     rows = sum(len(array) for *_, array in arrays)
     return arrays, {name: values for name, values in others.items() if len(values) == rows}
 
@@ -63,16 +64,16 @@ def as_numpy(column, where):
     while True:
         column = column.storage if isinstance(column, pa.ExtensionArray) else column
         if column.null_count:
-            raise ValueError(f"{where}: holds empty entries")
+            raise UsageError(f"{where}: holds empty entries")
         if not hasattr(column, "flatten") or pa.types.is_struct(column.type):
             break
         inner = column.flatten()
         lengths = [column.type.list_size] if hasattr(column.type, "list_size") else np.unique(np.diff(column.offsets))
         if len(lengths) != 1 or not lengths[0]:
-            raise ValueError(f"{where}: lists of {len(lengths)} lengths, expected one")
+            raise UsageError(f"{where}: lists of {len(lengths)} lengths, expected one")
         shape.append(int(lengths[0]))
         column = inner
     if len(shape) not in (2, 3) or not pa.types.is_floating(column.type):
-        raise ValueError(f"{where}: {len(shape) - 1} levels of lists of {column.type}, expected one or two of floats")
+        raise UsageError(f"{where}: {len(shape) - 1} levels of lists of {column.type}, expected one or two of floats")
     array = column.to_numpy(zero_copy_only=True)
     return array.reshape(shape[0], -1, shape[-1])

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from errors import UsageError
 from probe import NEVER_RAN, find_layouts
 from rows import unwrap
 
@@ -15,7 +16,7 @@ STREAMS = ("image", "text")
 
 def check_choice(name, value, choices):
     if value not in choices:
-        raise ValueError(f"{name}: expected {', '.join(choices)}, got {value!r}")
+        raise UsageError(f"{name}: expected {', '.join(choices)}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Edit:
         check_choice("rows", self.rows, ("cond", "uncond", "all"))
         check_choice("stream", self.stream, STREAMS)
         if self.steps is not None and not hasattr(self.steps, "__contains__"):
-            raise ValueError(f"steps: expected a range or a list, got {self.steps!r}")
+            raise UsageError(f"steps: expected a range or a list, got {self.steps!r}")
 
     @property
     def sides(self):
@@ -67,14 +68,14 @@ class Edit:
                 if why := next((layout for layout in layouts if isinstance(layout, str)), None):
                     idle[name] = idle[name] and why
                     if self.rows != "all" and explicit:  # of all chunks, the text of one may be empty
-                        raise ValueError(f"{name}: {why}")
+                        raise UsageError(f"{name}: {why}")
                     continue
                 here = slice(chunk * R, (chunk + 1) * R)
                 x, *rest = (layout.take(v, rows)[here].clone() for layout, v in zip(layouts, (output, inputs.get(name))))
                 new = self.fn(x, *rest)
                 if new is not None and (not torch.is_tensor(new) or new.shape != x.shape):
                     got = tuple(new.shape) if torch.is_tensor(new) else type(new).__name__
-                    raise ValueError(f"{name}: an edit must return {tuple(x.shape)} or None, got {got}")
+                    raise UsageError(f"{name}: an edit must return {tuple(x.shape)} or None, got {got}")
                 value = value if new is None else layouts[0].put(value, rows, here.start, new)
                 idle[name] = None
             return value
@@ -104,11 +105,11 @@ class Recorder:
         check_choice("rows", rows, ROLES)
         check_choice("stream", stream, STREAMS)
         if not (save_input or save_output):
-            raise ValueError("nothing to keep: save_input and save_output are both off")
+            raise UsageError("nothing to keep: save_input and save_output are both off")
         if every < 1:
-            raise ValueError(f"cache_every_n_timesteps: expected at least 1, got {every}")
+            raise UsageError(f"cache_every_n_timesteps: expected at least 1, got {every}")
         if choose and stream != "image":
-            raise ValueError("choose: of image tokens only; texts differ in length")
+            raise UsageError("choose: of image tokens only; texts differ in length")
         self.targets, self.known, self.stream, self.every, self.dtype = targets, known, stream, every, dtype
         self.choose, self.chosen, self.copied = choose, {}, {}  # {as kept: [(prompts, n) indices]}, {GPU: its last copy's event}
         self.roles, self.sides = ROLES[rows], ["input"] * save_input + ["output"] * save_output
@@ -152,7 +153,7 @@ class Recorder:
         at = (step.time(), step.sigma())
         here = {f.denoiser for f in step.forwards}
         if again := here & self.stepped if step.index == 0 else None:
-            raise ValueError(f"a second sampling by {again.pop()} began inside one cache: give each its own")
+            raise UsageError(f"a second sampling by {again.pop()} began inside one cache: give each its own")
         self.stepped |= here
         for name, (denoiser, _) in self.targets.items():
             forwards = [f for f in step.forwards if f.denoiser == denoiser]
@@ -191,7 +192,7 @@ class Recorder:
         return copy
 
     def result(self, explicit):
-        """The cache, on any thread; raises ValueError for modules that failed, unless a glob found them among others."""
+        """The cache, on any thread; raises UsageError for modules that failed, unless a glob found them among others."""
         for event in self.copied.values():
             event.synchronize()
         for name, (denoiser, _) in self.targets.items():
@@ -208,7 +209,7 @@ class Recorder:
                 self.failed[name] = "has unconditional rows in part of the steps; ask for cond and uncond one after the other"
         for name, why in self.failed.items():
             if name in explicit or len(self.failed) == len(self.targets):
-                raise ValueError(f"{name}: {why}")
+                raise UsageError(f"{name}: {why}")
         cache = {"timesteps": {}, "sigmas": {}, "grid": {}}
         for (key, name), steps in self.kept.items():
             if name not in self.failed:

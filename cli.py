@@ -5,25 +5,52 @@ import json
 import os
 import sys
 import time
-import traceback
 from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
+
+from errors import UsageError
 
 HERE = Path(__file__).resolve().parent
 # what gloo, nccl and the store say where another process is there no more
 PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "remote process exit", "Connection was likely closed")
 
 
+@dataclasses.dataclass
+class GenerationConfig:
+    """Options of every script that generates from prompts: which model, which prompts, how."""
+
+    model_name: str = "toy"  # a diffusers folder or hub id
+    variant: str | None = None  # of the weights, such as fp16
+    revision: str | None = None  # of the hub repository
+    dataset_name: str | None = None  # prompt file, hub data set or one prompt (None: the model folder's prompts.csv)
+    split: str = "train"  # of a hub data set
+    column: str | None = None  # that holds the prompt (None: prompt, caption or text)
+    negative_prompt: str | None = None  # a text for all prompts, or the column that holds each one's
+    num_inference_steps: int | None = None  # None: the pipeline's own default, as for the next three
+    guidance_scale: float | None = None  # classifier-free guidance
+    height: int | None = None  # pixels
+    width: int | None = None  # pixels
+    pipeline_kwargs: str = "{}"  # JSON object: anything else that the pipeline takes
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"  # of the model (auto: float32 on a CPU, else 16 bits)
+    cpu_offload: bool = False  # keep only the running component on the GPU
+    seed: int = 0  # row i is generated with seed + i
+    device: str = "auto"  # auto (cuda, else mps, else cpu), cuda:1, ...
+
+    def pipeline_options(self) -> dict:
+        """The pipeline's arguments that have an option of their own; None is the pipeline's own default."""
+        return {name: getattr(self, name) for name in ("num_inference_steps", "guidance_scale", "height", "width")}
+
+
 def run(main, Config):
     """Parse `Config` from the command line with tyro and call `main(cfg)`.
 
-    A ValueError that this project's own code raises, and any OSError, is the user's to mend: one line on stderr, exit
-    status 2, no traceback; so is what torch.distributed says when another process has ended. Anything else is a bug and keeps
-    its traceback. Ctrl-C exits with 130. Of the processes of torchrun only the first prints, and those that fail say which
-    they are.
+    A UsageError, and any OSError, is the user's to mend: one line on stderr, exit status 2, no traceback; so is what
+    torch.distributed says when another process has ended. Anything else is a bug and keeps its traceback.
+    Ctrl-C exits with 130. Of the processes of torchrun only the first prints, and those that fail say which they are.
     """
     rank, count = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     if rank:
@@ -45,12 +72,10 @@ def run(main, Config):
         if not rank:
             print(": ".join(["\ninterrupted", *filter(None, [str(error)])]), file=sys.stderr)
         raise SystemExit(130) from None
-    except (ValueError, OSError, RuntimeError) as error:
-        origin = traceback.extract_tb(error.__traceback__)[-1]
-        ours = Path(origin.filename).resolve().parent in (HERE, HERE / "kernels") and origin.line.startswith("raise ")
+    except (UsageError, OSError, RuntimeError) as error:
         said = " ".join(str(error).split())
         gone = count > 1 and isinstance(error, RuntimeError) and any(words in said for words in PEER_GONE)
-        if not (gone or isinstance(error, OSError) or isinstance(error, ValueError) and ours):
+        if not gone and isinstance(error, RuntimeError):
             raise
         if rank:
             time.sleep(3)  # what the first one meets too it says, and torchrun then ends the others
@@ -79,20 +104,20 @@ def gather_lists(args, Config):
 
 def resolve_device(device="auto"):
     """`auto` is CUDA, else MPS, else the CPU; else what is named. Of several processes on a machine each gets a GPU of its own,
-    before it allocates anything. Raises ValueError for a device that can't be used."""
+    before it allocates anything. Raises UsageError for a device that can't be used."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if here > 1 and device.startswith("cuda") and torch.cuda.is_available():
         if device != "cuda":
-            raise ValueError(f"--device {device}: each of the {here} processes takes a GPU of its own; expected cuda")
+            raise UsageError(f"--device {device}: each of the {here} processes takes a GPU of its own; expected cuda")
         if here > (gpus := torch.cuda.device_count()):
-            raise ValueError(f"{here} processes for {gpus} GPU{'s' * (gpus > 1)}: lower --nproc_per_node, or use --device cpu")
+            raise UsageError(f"{here} processes for {gpus} GPU{'s' * (gpus > 1)}: lower --nproc_per_node, or use --device cpu")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError):
-        raise ValueError(f"--device {device}: not to be had on this machine; expected auto, cuda, cuda:N, mps or cpu") from None
+        raise UsageError(f"--device {device}: not to be had on this machine; expected auto, cuda, cuda:N, mps or cpu") from None
     return torch.device(device)
 
 
@@ -115,28 +140,28 @@ def product_dtype(choice, device):
 
 
 def parse_object(text, option):
-    """A JSON object given on the command line; ValueError if it is none."""
+    """A JSON object given on the command line; UsageError if it is none."""
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{option} is no JSON: {error}") from None
+        raise UsageError(f"{option} is no JSON: {error}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{option}: expected a JSON object, got {text}")
+        raise UsageError(f"{option}: expected a JSON object, got {text}")
     return value
 
 
 def check_numbers(cfg):
-    """ValueError for a number of any option that no tensor can hold: beyond float32's range or 64 bits, infinite or NaN."""
+    """UsageError for a number of any option that no tensor can hold: beyond float32's range or 64 bits, infinite or NaN."""
     for name, value in vars(cfg).items():
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, float) and not abs(number) < 3e38:
-                raise ValueError(f"--{name} {number}: expected a finite float32 number")
+                raise UsageError(f"--{name} {number}: expected a finite float32 number")
             if isinstance(number, int) and not -(2**63) <= number < 2**63:
-                raise ValueError(f"--{name} {number}: expected a number of at most 64 bits")
+                raise UsageError(f"--{name} {number}: expected a number of at most 64 bits")
 
 
 def check_positive(cfg, *names):
-    """ValueError for an option below 1; None is left alone."""
+    """UsageError for an option below 1; None is left alone."""
     for name in names:
         if (value := getattr(cfg, name)) is not None and value < 1:
-            raise ValueError(f"--{name} {value}: expected at least 1")
+            raise UsageError(f"--{name} {value}: expected at least 1")

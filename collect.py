@@ -41,7 +41,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cli import check_positive, parse_object, resolve_device, resolve_dtype, run
+from cli import GenerationConfig, check_positive, parse_object, resolve_device, resolve_dtype, run
+from errors import UsageError
 from hook import HookedDiffusionModel, find_model
 from hub import push
 from images import Pictures, open_picture, seeded
@@ -57,38 +58,22 @@ FACTS = ("timesteps", "sigmas", "grid")  # of a hook point, the same for every p
 
 
 @dataclass
-class Config:
+class Config(GenerationConfig):
     hook_names: list[str] = field(default_factory=lambda: list(DEFAULT_HOOK_NAMES))  # modules of the denoiser, or globs
     list_hooks: bool = False  # print what can be hooked (of --hook_names, if given), with shapes and sizes, and stop
-    model_name: str = "toy"  # a diffusers folder or hub id
-    variant: str | None = None  # of the weights, such as fp16
-    revision: str | None = None  # of the hub repository
-    dataset_name: str | None = None  # prompt file, hub data set or one prompt (None: the model folder's prompts.csv)
-    split: str = "train"  # of a hub data set
-    column: str | None = None  # that holds the prompt (None: prompt, caption or text)
-    negative_prompt: str | None = None  # a text for all prompts, or the column that holds each one's
-    out_dir: str = "activations"  # folder for all files
-    dtype: Dtype = "auto"  # of the model (auto: float32 on a CPU, else 16 bits)
-    store_dtype: Dtype = "auto"  # in the files (auto: bfloat16 if the model is, else float16)
-    num_inference_steps: int | None = None  # None: the pipeline's own default, as for the next three
-    guidance_scale: float | None = None  # classifier-free guidance
-    height: int | None = None  # pixels
-    width: int | None = None  # pixels
+    max_num_examples: int | None = 128  # prompts (None: all of the data set); a larger number extends
     num_images_per_prompt: int = 1  # rows a prompt; each with its own seed
     images: str | None = None  # a folder of pictures, or the column of --dataset_name that holds them, instead of generating
     timesteps_per_image: int = 4  # noise levels of each picture, spread over the schedule
-    pipeline_kwargs: str = "{}"  # JSON object: anything else that the pipeline takes
-    cpu_offload: bool = False  # keep only the running component on the GPU
-    seed: int = 0  # row i is generated with seed + i
-    batch_size: int = 16  # prompts generated together; it decides the last bits, so it can't change on resume
-    max_num_examples: int | None = 128  # prompts (None: all of the data set); a larger number extends
-    cache_every_n_timesteps: int = 1  # keep steps 0, n, 2n, ...
-    tokens_per_step: int | None = None  # keep a random choice of so many of each picture's tokens at each step (None: all)
     rows: Literal["cond", "uncond", "both"] = "cond"  # of the guidance
     side: Literal["output", "input", "diff"] = "output"  # of the module (diff: output - input)
     stream: Literal["image", "text"] = "image"  # tokens of a joint block
     text_tokens: int | None = None  # of --stream text: room for this many (None: as many as the first batch has)
-    device: str = "auto"  # auto (cuda, else mps, else cpu), cuda:1, ...
+    cache_every_n_timesteps: int = 1  # keep steps 0, n, 2n, ...
+    tokens_per_step: int | None = None  # keep a random choice of so many of each picture's tokens at each step (None: all)
+    store_dtype: Dtype = "auto"  # in the files (auto: bfloat16 if the model is, else float16)
+    batch_size: int = 16  # prompts generated together; it decides the last bits, so it can't change on resume
+    out_dir: str = "activations"  # folder for all files
     hf_repo_id: str | None = None  # <user>/<name> on the Hugging Face Hub, to push the finished folder to as a data set
 
 
@@ -122,8 +107,8 @@ def to_store(x, dtype, name):
     if torch.isfinite(stored).all():
         return stored
     if torch.isfinite(x).all():
-        raise ValueError(f"{name}: {x.abs().max():.3g} does not fit in float16; use --store_dtype bfloat16 or float32")
-    raise ValueError(f"{name}: the model computed NaN or infinity; try another --dtype")
+        raise UsageError(f"{name}: {x.abs().max():.3g} does not fit in float16; use --store_dtype bfloat16 or float32")
+    raise UsageError(f"{name}: the model computed NaN or infinity; try another --dtype")
 
 
 def batch_arrays(output, cache, places, cfg, store_dtype, text_tokens):
@@ -137,7 +122,7 @@ def batch_arrays(output, cache, places, cfg, store_dtype, text_tokens):
         if text_tokens:
             if x.shape[2] > text_tokens[name]:
                 here = f"{x.shape[2]} text tokens, and the file has room for {text_tokens[name]}"
-                raise ValueError(f"{name}: a prompt has {here}; collect again with a larger --text_tokens")
+                raise UsageError(f"{name}: a prompt has {here}; collect again with a larger --text_tokens")
             x = torch.nn.functional.pad(x, (0, 0, 0, text_tokens[name] - x.shape[2]))
             arrays[f"{stem}.lengths"] = cache["lengths" + suffix][name]
         if cfg.images is not None:
@@ -193,13 +178,13 @@ def main(cfg):
     check_positive(cfg, "batch_size", "num_images_per_prompt", "cache_every_n_timesteps", "max_num_examples", "text_tokens")
     check_positive(cfg, "num_inference_steps", "timesteps_per_image", "height", "width", "tokens_per_step")
     if cfg.tokens_per_step and cfg.stream == "text":
-        raise ValueError("--tokens_per_step is for image tokens; texts are stored whole, padded to --text_tokens")
+        raise UsageError("--tokens_per_step is for image tokens; texts are stored whole, padded to --text_tokens")
     if cfg.images is None:
         dataset_name = cfg.dataset_name or default_dataset(find_model(cfg.model_name))
         texts = load_prompts(dataset_name, cfg.split, cfg.column, cfg.negative_prompt, cfg.max_num_examples)
     else:
         if cfg.num_inference_steps is not None or cfg.cache_every_n_timesteps > 1 or cfg.negative_prompt is not None:
-            raise ValueError("--images takes --timesteps_per_image, and no steps or negative prompts of a generation")
+            raise UsageError("--images takes --timesteps_per_image, and no steps or negative prompts of a generation")
         texts, sources = load_pictures(cfg.images, cfg.dataset_name, cfg.split, cfg.column, cfg.max_num_examples)
     n = cfg.num_images_per_prompt
     prompts = [{"id": i, **t, "seed": cfg.seed + i * n + j} for i, t in enumerate(texts) for j in range(n)]
@@ -216,7 +201,7 @@ def main(cfg):
         cfg.model_name, dtype, device, cfg.cpu_offload, variant=cfg.variant, revision=cfg.revision
     )
     hooked.pipe.set_progress_bar_config(disable=True)
-    options = {name: getattr(cfg, name) for name in ("num_inference_steps", "guidance_scale", "height", "width")}
+    options = cfg.pipeline_options()
     if cfg.images is not None:
         options["num_inference_steps"] = 1 + cfg.timesteps_per_image  # of which the first is not kept
         if cfg.guidance_scale is None:
@@ -242,7 +227,7 @@ def main(cfg):
         hook_names = [name for name in hook_names if shapes[name][0] == shapes[name][1]]
         for name in set(shapes) - set(hook_names):
             if name in cfg.hook_names or not hook_names:
-                raise ValueError(f"--side diff: {name} turns {shapes[name][0]} into {shapes[name][1]}")
+                raise UsageError(f"--side diff: {name} turns {shapes[name][0]} into {shapes[name][1]}")
     side = "input" if cfg.side == "input" else "output"
     text_tokens = {name: cfg.text_tokens or dry[side][name].shape[2] for name in hook_names if cfg.stream == "text"}
 
@@ -257,11 +242,11 @@ def main(cfg):
     what, out_dir = "pictures" if pictures else "prompts", Path(cfg.out_dir)
     if other := next(out_dir.glob("node*/collect.json" if nodes == 1 else "collect.json"), None):
         machines = "several machines" if nodes == 1 else "one machine"
-        raise ValueError(f"{other} is of a collection by {machines}: go on with as many, or use another --out_dir")
+        raise UsageError(f"{other} is of a collection by {machines}: go on with as many, or use another --out_dir")
     if nodes > 1:
         if cfg.hf_repo_id or nodes > -(-len(texts) // cfg.batch_size):
             why = "push with hub.py when all have ended" if cfg.hf_repo_id else "fewer batches than that; lower --batch_size"
-            raise ValueError(f"{nodes} machines: {why}")
+            raise UsageError(f"{nodes} machines: {why}")
         out_dir /= f"node{node}"
         prompts = [p for i, p in enumerate(prompts) if i // (cfg.batch_size * n) % nodes == node]
     num_texts = len(prompts) // n
@@ -273,7 +258,7 @@ def main(cfg):
         f"{need / 1e6:,.0f} MB in {out_dir}/ ({free / 1e9:,.0f} GB free)"
     )
     if first and need - there > 0.98 * free:
-        raise ValueError(
+        raise UsageError(
             f"{need / 1e9:.3g} GB do not fit: {(free + there) / 1e9:.3g} GB are free for {cfg.out_dir}; "
             "lower --max_num_examples or --tokens_per_step, or raise --cache_every_n_timesteps"
         )
@@ -340,7 +325,7 @@ def main(cfg):
             for (name, suffix, stem), norms in zip(places, np.split(collection.sums(), np.cumsum(steps)[:-1])):
                 shape = collection.shape(stem)
                 if shape is None:
-                    raise ValueError(f"{out_dir / stem}.npy is missing; move its folder away and collect again")
+                    raise UsageError(f"{out_dir / stem}.npy is missing; move its folder away and collect again")
                 extras = [f"{stem}.{extra}" for extra in ("lengths", "timesteps", "tokens")]
                 descriptions |= {extra: None for extra in extras if collection.shape(extra)}
                 denoiser = hooked.denoisers[hooked.modules()[name][0]]

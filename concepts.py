@@ -15,18 +15,19 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from errors import UsageError
 from sources import open_file
 
 MOST = 1 << 28  # numbers that image scores may take: 1 GiB
 
 
 def with_word(prompts, word):
-    """bool (P,): which prompts hold the word. Raises ValueError where none does, or all."""
+    """bool (P,): which prompts hold the word. Raises UsageError where none does, or all."""
     pattern = re.compile(rf"(?<!\w){re.escape(word)}(?!\w)", re.IGNORECASE)
     found = torch.tensor([bool(pattern.search(str(prompt))) for prompt in prompts])
     if not found.any() or found.all():
         number = "none" if not found.any() else "all"
-        raise ValueError(f"concept {word!r}: {number} of the {len(prompts)} prompts has it; expected some with and some without")
+        raise UsageError(f"concept {word!r}: {number} of the {len(prompts)} prompts has it; expected some with and some without")
     return found
 
 
@@ -35,11 +36,11 @@ def image_scores(sae, path, pool="mean", pictures=None, most=MOST):
     """Each picture's activation of every latent by step: ((P, S, M) float32, which rows of the file those are (P,)).
 
     pool: mean or max over the tokens; padding of text does not count. P is at most `pictures`, and fewer, a seeded choice, where
-    all would be more than `most` numbers. Raises ValueError for a file of another width, or not of (prompts, steps, tokens, d).
+    all would be more than `most` numbers. Raises UsageError for a file of another width, or not of (prompts, steps, tokens, d).
     """
     array, meta = open_file(path)
     if array.ndim != 4 or array.shape[3] != sae.d_in:
-        raise ValueError(f"{path} is {array.shape}; expected (prompts, steps, tokens, {sae.d_in})")
+        raise UsageError(f"{path} is {array.shape}; expected (prompts, steps, tokens, {sae.d_in})")
     P, S, T, d = array.shape
     fit = max(2, min(P, pictures or P, most // (S * sae.num_latents)))
     chosen = np.sort(np.random.default_rng(0).permutation(P)[:fit])
@@ -91,9 +92,9 @@ def find_features(scores, there, how="contrast", count=1):
 def toward(sae, scores, there, away):
     """The direction in x, (d,) of length 1, of the latents that pictures `there` have more of than those in `away`.
 
-    scores: (P, S, M); there, away: bool (P,). Raises ValueError where one of them has no picture.
+    scores: (P, S, M); there, away: bool (P,). Raises UsageError where one of them has no picture.
     """
     if not there.any() or not away.any():
-        raise ValueError("of the two concepts one has no picture without the other, so there is no direction between them")
+        raise UsageError("of the two concepts one has no picture without the other, so there is no direction between them")
     more = (scores[there].mean((0, 1)) - scores[away].mean((0, 1))).clamp_min(0)
     return torch.nn.functional.normalize(more.to(sae.W_dec) @ sae.W_dec.detach(), dim=0)

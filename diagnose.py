@@ -33,10 +33,11 @@ from tqdm import tqdm
 import health
 from activations import newest_activations, open_activations
 from cli import check_positive, product_dtype, resolve_device, run
+from disk import read_json, write_atomically
+from errors import UsageError
 from health import OUTLIER, ratio
 from jobs import default_lr
 from step import Step
-from store import read_json, write_atomically
 
 
 @dataclass
@@ -79,7 +80,7 @@ def trial(sae, x, updates, cfg, dtype, bar):
         loss = step(x[rows] * scale, learning_rate(i, updates, sae.num_latents)).loss.item()  # .item() waits for a GPU
         seconds.append(time.perf_counter() - started)
         if not math.isfinite(loss):
-            raise ValueError(f"the loss is {loss} after {i + 1} updates of the trial; nothing can be learned from these vectors")
+            raise UsageError(f"the loss is {loss} after {i + 1} updates of the trial; nothing can be learned from these vectors")
         bar.update()
         if time.perf_counter() > deadline:
             break
@@ -180,7 +181,7 @@ def plot(found, title):
 
 
 def claim(out_dir, sets):
-    """Where each data set's two files go, without their ending. Raises ValueError where one would replace what is not its own."""
+    """Where each data set's two files go, without their ending. Raises UsageError where one would replace what is not its own."""
     places = []
     for activations in sets:
         place = out_dir / Path(activations.paths[0]).stem
@@ -188,12 +189,12 @@ def claim(out_dir, sets):
         theirs = read_json(numbers).get("data") if numbers.exists() else None
         same = theirs and sorted(map(os.path.realpath, theirs)) == sorted(map(os.path.realpath, activations.paths))
         if place in places or not same and (numbers.exists() or picture.exists()):
-            raise ValueError(f"{numbers if numbers.exists() else picture} is of other data; choose another --out_dir")
+            raise UsageError(f"{numbers if numbers.exists() else picture} is of other data; choose another --out_dir")
         places.append(place)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"--out_dir {out_dir} can't be made: {error.strerror}") from None
+        raise UsageError(f"--out_dir {out_dir} can't be made: {error.strerror}") from None
     return places
 
 
@@ -202,7 +203,7 @@ def diagnose(cfg, activations, place, device):
     # 1. What the sample says
     num_latents = cfg.num_latents or cfg.expansion_factor * activations.d
     if not 1 <= cfg.k <= num_latents:
-        raise ValueError(f"--k {cfg.k}: expected 1 to num_latents = {num_latents}")
+        raise UsageError(f"--k {cfg.k}: expected 1 to num_latents = {num_latents}")
     print(f"{' '.join(activations.paths)}: measuring ...")
     drawn = health.draw(activations, cfg.seed)
     found = health.report(activations, cfg.k, num_latents, device, cfg.center, cfg.seed, drawn)
@@ -233,7 +234,7 @@ def diagnose(cfg, activations, place, device):
 def main(cfg):
     check_positive(cfg, "expansion_factor", "num_latents", "num_epochs", "trial_updates")
     if not cfg.trial_seconds > 0:
-        raise ValueError(f"--trial_seconds {cfg.trial_seconds}: expected a positive number")
+        raise UsageError(f"--trial_seconds {cfg.trial_seconds}: expected a positive number")
     device = resolve_device(cfg.device)
     if cfg.device == "auto" and device.type == "mps":
         device = torch.device("cpu")  # as in train.py

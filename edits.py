@@ -17,15 +17,16 @@ import torch
 
 from activations import open_activations
 from capture import ROLES, Edit
+from errors import UsageError
 
 
 def check_features(sae, features):
-    """int64 (F,) on the SAE's device. Raises ValueError for one that the SAE does not have, or that is named twice."""
+    """int64 (F,) on the SAE's device. Raises UsageError for one that the SAE does not have, or that is named twice."""
     for feature in features:
         if not 0 <= feature < sae.num_latents:
-            raise ValueError(f"feature {feature}: the SAE has {sae.num_latents}, numbered 0 to {sae.num_latents - 1}")
+            raise UsageError(f"feature {feature}: the SAE has {sae.num_latents}, numbered 0 to {sae.num_latents - 1}")
     if len(set(features)) < len(features):
-        raise ValueError(f"a feature is named twice: {' '.join(map(str, features))}")
+        raise UsageError(f"a feature is named twice: {' '.join(map(str, features))}")
     return torch.as_tensor(features, device=sae.W_dec.device)
 
 
@@ -34,11 +35,11 @@ def delta(sae, x, features, new, stream="image"):
     """What changing features adds to the tokens x (P, T, d) float32: (P, T, d), exactly 0 where nothing changes.
 
     features: int64 (F,). new(acts (n, F)) -> their new activations (n, F). It goes one picture at a time, as memory allows; a
-    sample-topk SAE gets each whole. Padding of text, which is zeros, stays. Raises ValueError where widths differ.
+    sample-topk SAE gets each whole. Padding of text, which is zeros, stays. Raises UsageError where widths differ.
     """
     P, T, d = x.shape
     if d != sae.d_in:
-        raise ValueError(f"the SAE is of vectors of width {sae.d_in}, and those of this hook point have width {d}")
+        raise UsageError(f"the SAE is of vectors of width {sae.d_in}, and those of this hook point have width {d}")
     F = len(features)
     column = torch.full((sae.num_latents,), F, device=features.device)  # of each latent among the chosen; F is none of them
     column[features] = torch.arange(F, device=features.device)
@@ -122,19 +123,19 @@ def hooks(
     change(x, timestep) -> delta or None, x (P, T, d) float32: the output, or output - input for side "diff". rows: cond, uncond
     or both. steps: those to edit in, None for all. where: bool (T,), the tokens to edit, None for all. renormalize: an edited
     token gets its norm of before back. measure(x after the edit, step, timestep) is called for each edited chunk of the rows
-    `of`, also where nothing changes. sampling: of `HookedDiffusionModel.watch`, which knows the step. Raises ValueError for side
+    `of`, also where nothing changes. sampling: of `HookedDiffusionModel.watch`, which knows the step. Raises UsageError for side
     "input", for a mask of another number of tokens, and where a module turns its input into another shape and the side is diff.
     """
     if side == "input":
-        raise ValueError("the SAE was trained on --side input, and only what a module returns can be edited, not what it takes")
+        raise UsageError("the SAE was trained on --side input, and only what a module returns can be edited, not what it takes")
 
     def fn(role, output, before=None):
         if before is not None and before.shape != output.shape:
-            raise ValueError(f"side diff: {tuple(before.shape[1:])} becomes {tuple(output.shape[1:])}; there is no difference")
+            raise UsageError(f"side diff: {tuple(before.shape[1:])} becomes {tuple(output.shape[1:])}; there is no difference")
         full = output.float()
         x = full if before is None else full - before.float()
         if where is not None and len(where) != x.shape[1]:
-            raise ValueError(f"the mask is of {len(where)} tokens, and here are {x.shape[1]}")
+            raise UsageError(f"the mask is of {len(where)} tokens, and here are {x.shape[1]}")
         added = change(x, timestep := time_of(sampling))
         if added is not None:
             moved = (added != 0).any(-1, keepdim=True)

@@ -21,6 +21,8 @@ import torch
 
 from activations import open_activations
 from cli import check_positive, resolve_device, resolve_dtype, run
+from disk import read_json, write_atomically
+from errors import UsageError
 from formats import newest_sae
 from graft import clip_distance, graft, picture
 from hook import HookedDiffusionModel
@@ -28,7 +30,6 @@ from metrics import evaluate, plot_evaluation, total
 from rows import per_prompt
 from sae import Sae
 from sources import read_description, read_prompts
-from store import read_json, write_atomically
 
 
 @dataclass
@@ -51,9 +52,9 @@ def held_out_prompts(activations, count):
     path = Path(activations.files[file].path)
     meta, listing = read_description(path), path.with_name("prompts.jsonl")
     if not meta or not listing.exists() or not activations.whole_prompts:
-        raise ValueError(f"--graft: {path} is not of collect.py with its prompts.jsonl, so it is not known what to generate")
+        raise UsageError(f"--graft: {path} is not of collect.py with its prompts.jsonl, so it is not known what to generate")
     if meta.get("images") is not None:
-        raise ValueError(f"--graft: {path} is of pictures (--images), and grafting needs a generation")
+        raise UsageError(f"--graft: {path} is of pictures (--images), and grafting needs a generation")
     rows = read_prompts(path)
     each, mine = meta["shape"][1] * meta["shape"][2], activations.held_out_units[activations.held_out_units[:, 0] == file]
     chosen = list(dict.fromkeys((mine[:, 1] // each).tolist()))
@@ -104,22 +105,22 @@ def main(cfg):
     sae = Sae.load_from_disk(path, device)
     data = cfg.data or sae.cfg.get("data")
     if not data:
-        raise ValueError(f"{path} does not say which files it was trained on; name some with --data")
+        raise UsageError(f"{path} does not say which files it was trained on; name some with --data")
     sets = open_activations(data)
     if len(sets) > 1:
-        raise ValueError(f"--data holds {len(sets)} hook points; expected the files of one")
+        raise UsageError(f"--data holds {len(sets)} hook points; expected the files of one")
     activations = sets[0]
     if activations.d != sae.d_in:
-        raise ValueError(f"{activations.paths[0]} holds vectors of width {activations.d}, and the SAE is of {sae.d_in}")
+        raise UsageError(f"{activations.paths[0]} holds vectors of width {activations.d}, and the SAE is of {sae.d_in}")
     folder = Path(cfg.out_dir) / (path if path.is_dir() else path.parent).resolve().name
     about = {"sae": str(path), "data": activations.paths}
     if (folder / "evaluate.json").exists():
         before = read_json(folder / "evaluate.json")
         if {key: before.get(key) for key in about} != about:
             there = f"{before.get('sae')} on {before.get('data')}"
-            raise ValueError(f"{folder} holds the evaluation of {there}; use another --out_dir")
+            raise UsageError(f"{folder} holds the evaluation of {there}; use another --out_dir")
     elif folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} holds something else; use another --out_dir")
+        raise UsageError(f"{folder} holds something else; use another --out_dir")
 
     # 2. Its numbers on them
     by_step = evaluate([sae], activations, cfg.batch_size, progress=True)[0]

@@ -43,12 +43,13 @@ from tqdm import tqdm
 
 from activations import open_activations
 from cli import HERE, check_positive, resolve_device, resolve_dtype, run
+from disk import write_atomically
+from errors import UsageError
 from formats import newest_sae
 from hook import HookedDiffusionModel
 from images import decoded
 from sae import Sae
 from sources import open_file, read_lengths, read_prompts
-from store import write_atomically
 
 CURVE = 50  # points of a time curve at most
 LEVELS = 31  # of a heat map, beside 0: fewer compress better
@@ -94,7 +95,7 @@ def open_source(path, map_size):
     """The `Source` of one file. A file of vectors alone counts as one example, a file without a grid has maps of one line."""
     path = Path(path)
     if path.suffix != ".npy" or path.is_dir():
-        raise ValueError(f"{path}: features.py needs a finished .npy file; go on with the collection, or collect anew")
+        raise UsageError(f"{path}: features.py needs a finished .npy file; go on with the collection, or collect anew")
     array, meta = open_file(path)
     P, S = (1, 1) if array.ndim == 2 else (len(array), array.shape[1] if array.ndim > 3 else 1)
     T = array.size // (P * S * array.shape[-1])
@@ -104,7 +105,7 @@ def open_source(path, map_size):
     if kept is None and int(np.prod(grid)) != T:
         grid = (T,)
     if kept is not None and kept.shape != (P, S, T):
-        raise ValueError(f"{path.with_suffix('.tokens.npy')} has shape {kept.shape}, expected {(P, S, T)}")
+        raise UsageError(f"{path.with_suffix('.tokens.npy')} has shape {kept.shape}, expected {(P, S, T)}")
     frames, h, w = int(np.prod(grid[:-2])), *(1, 1, *grid)[-2:]
     high, wide = (max(1, round(n * min(1, map_size / max(h, w)))) for n in (h, w))  # the shape of the picture is kept
     high, wide = (high, wide) if h > 1 else (1, min(w, map_size * map_size))
@@ -167,7 +168,7 @@ def scan(sae, activations, sources, top_images, batch_size):
     S, C = max(1, len(activations.timesteps)), max(int(source.cells.max()) + 1 for source in sources)
     found = Statistics(sae.num_latents, S, min(top_images, examples), C, device)
     if samples:
-        activations.sample_tokens()  # or a ValueError
+        activations.sample_tokens()  # or a UsageError
     with tqdm(total=examples, unit="prompt", desc="features") as bar:
         for number, source in enumerate(sources):
             for p in range(source.P):
@@ -176,7 +177,7 @@ def scan(sae, activations, sources, top_images, batch_size):
                 for pieces in pieces_of(number, source, p, n, size):
                     x = activations.read(pieces).to(device).float()
                     if not torch.isfinite(x).all():
-                        raise ValueError(f"{source.path}: prompt {p} holds numbers that are not finite")
+                        raise UsageError(f"{source.path}: prompt {p} holds numbers that are not finite")
                     codes = sae.encode(x.unflatten(0, (-1, n)) if samples else x)
                     row = np.concatenate([np.arange(first, end) for _, first, end in pieces.tolist()])
                     s, t = row // source.T % source.S, row % source.T
@@ -366,7 +367,7 @@ def write_page(path, about, data, pictures, max_mb):
 
 
 def check_page(path, about):
-    """ValueError where the page, or what is in its place, is not of this SAE and these activations. Makes its folder."""
+    """UsageError where the page, or what is in its place, is not of this SAE and these activations. Makes its folder."""
     whose = lambda about: [Path(p).resolve() for p in (about["sae"], *about["data"])]
     if path.exists():
         try:
@@ -374,32 +375,32 @@ def check_page(path, about):
         except (TypeError, KeyError, ValueError):
             before = None
         if before != whose(about):
-            raise ValueError(f"{path} is the page of another SAE or other activations; use another --out_dir")
+            raise UsageError(f"{path} is the page of another SAE or other activations; use another --out_dir")
     elif files_of(path).exists():
-        raise ValueError(f"{files_of(path)} is there, and {path} is not: use another --out_dir")
+        raise UsageError(f"{files_of(path)} is there, and {path} is not: use another --out_dir")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"--out_dir {path.parent} can't be made: {error.strerror}") from None
+        raise UsageError(f"--out_dir {path.parent} can't be made: {error.strerror}") from None
 
 
 def main(cfg):
     # 1. The SAE, and all vectors of its hook point
     check_positive(cfg, "top_images", "map_size", "picture_size", "batch_size", "decode_batch_size")
     if not cfg.max_mb > 0:
-        raise ValueError(f"--max_mb {cfg.max_mb:g}: expected more than 0")
+        raise UsageError(f"--max_mb {cfg.max_mb:g}: expected more than 0")
     device = resolve_device(cfg.device)
     folder = Path(cfg.sae) if cfg.sae else newest_sae()
     sae = Sae.load_from_disk(folder, device)
     names = cfg.data or sae.cfg.get("data")
     if not names:
-        raise ValueError(f"{folder} does not say which files it was trained on; name some with --data")
+        raise UsageError(f"{folder} does not say which files it was trained on; name some with --data")
     sets = open_activations(names)
     if len(sets) > 1:
-        raise ValueError(f"--data holds {len(sets)} hook points; expected the files of one")
+        raise UsageError(f"--data holds {len(sets)} hook points; expected the files of one")
     activations = sets[0]
     if activations.d != sae.d_in:
-        raise ValueError(f"{activations.paths[0]} holds vectors of width {activations.d}, and the SAE is of {sae.d_in}")
+        raise UsageError(f"{activations.paths[0]} holds vectors of width {activations.d}, and the SAE is of {sae.d_in}")
     path = Path(cfg.out_dir) / f"{(folder if folder.is_dir() else folder.parent).resolve().name}.html"
     about = {"sae": str(folder), "data": activations.paths}
     check_page(path, about)

@@ -37,9 +37,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from cli import run
+from disk import read_json, write_atomically
+from errors import UsageError
 from hub import push
 from sae import Sae
-from store import read_json, write_atomically
 from tensors import save_tensors
 
 
@@ -74,20 +75,20 @@ def find_weights(path):
     path = Path(path)
     if path.is_file():
         if path.name not in WEIGHTS:
-            raise ValueError(f"{path}: expected an SAE folder, or in it {', '.join(WEIGHTS)}")
+            raise UsageError(f"{path}: expected an SAE folder, or in it {', '.join(WEIGHTS)}")
         return path
     found = [path / name for name in WEIGHTS if (path / name).exists()]
     if not found:
         raise FileNotFoundError(f"{path} is no SAE folder: it has none of {', '.join(WEIGHTS)}")
     if len(found) > 1:
-        raise ValueError(f"{path} has {' and '.join(file.name for file in found)}; name the one that is meant")
+        raise UsageError(f"{path} has {' and '.join(file.name for file in found)}; name the one that is meant")
     return found[0]
 
 
 def read_foreign(weights):
     """SAELens' or dictionary_learning's file of weights, and the description beside it -> cfg and tensors as in our files.
 
-    Raises ValueError for what can't be read or would be approximated, OSError where the description is not there.
+    Raises UsageError for what can't be read or would be approximated, OSError where the description is not there.
     """
     read = read_dictionary_learning if weights.name == "ae.pt" else read_saelens
     tensors, activation, k, threshold, centred, unit_norm, provenance = read(weights)
@@ -144,13 +145,13 @@ def read_saelens(weights):
         kind, function, k = "topk", "relu", (cfg.get("activation_fn_kwargs") or {}).get("k")
     if kind not in SAELENS or function != "relu":
         said = f"architecture {kind!r}" if kind not in SAELENS else f"activation_fn {function!r}"
-        raise ValueError(f"{path} says {said}; of SAELens, {', '.join(SAELENS)} can be loaded")
+        raise UsageError(f"{path} says {said}; of SAELens, {', '.join(SAELENS)} can be loaded")
     hook_z = "hook_z" if "metadata" not in cfg and "hook_z" in str(cfg.get("hook_name")) else "none"
     fixed = {"reshape_activations": hook_z, "normalize_activations": "none", "finetuning_scaling_factor": False}
     for key, default in fixed.items():
         value = cfg.get(key, default)
         if value not in (None, False, "none"):
-            raise ValueError(f"{path} says {key} {value!r}, which can't be had exactly here; it can't be loaded")
+            raise UsageError(f"{path} says {key} {value!r}, which can't be had exactly here; it can't be loaded")
     rescale = kind == "topk" and bool(cfg.get("rescale_acts_by_decoder_norm"))
     tensors = read_tensors(weights, load_file, SAELENS[kind])
     threshold = tensors.get("threshold", torch.zeros(1))
@@ -167,11 +168,11 @@ def read_dictionary_learning(weights):
     trainer = cfg.get("trainer") if isinstance(cfg.get("trainer"), dict) else {}
     kind = trainer.get("dict_class")
     if kind not in DICTIONARY_LEARNING:
-        raise ValueError(f"{path} says dict_class {kind!r}; {', '.join(DICTIONARY_LEARNING)} can be loaded")
+        raise UsageError(f"{path} says dict_class {kind!r}; {', '.join(DICTIONARY_LEARNING)} can be loaded")
     tensors = read_tensors(weights, load_pickle, DICTIONARY_LEARNING[kind])
     k = int(tensors["k"]) if "k" in tensors else None
     if k != trainer.get("k", k):
-        raise ValueError(f"{path} says k {trainer['k']!r}, {weights} {k}")
+        raise UsageError(f"{path} says k {trainer['k']!r}, {weights} {k}")
     threshold = tensors.get("threshold", torch.zeros(1))
     norms = tensors["decoder.weight"].norm(dim=0) if kind == "AutoEncoder" else torch.ones(1)
     unit_norm = not torch.allclose(norms, torch.ones_like(norms))  # the package's own test, with its tolerance
@@ -194,7 +195,7 @@ def read_tensors(weights, load, axes):
         tensors = load(weights)
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, AttributeError) as error:
-        raise ValueError(f"{weights} is not a readable file of tensors: {str(error).splitlines()[0]}") from None
+        raise UsageError(f"{weights} is not a readable file of tensors: {str(error).splitlines()[0]}") from None
     sizes = {}
     fits = shapes.keys() == axes.keys() and all(
         len(shapes[name]) == len(letters) and all(sizes.setdefault(a, n) == n for a, n in zip(letters, shapes[name]))
@@ -203,7 +204,7 @@ def read_tensors(weights, load, axes):
     if not fits:
         expected = ", ".join(f"{name} ({', '.join(letters)})" for name, letters in axes.items())
         got = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
-        raise ValueError(f"{weights}: expected {expected}; got {got}")
+        raise UsageError(f"{weights}: expected {expected}; got {got}")
     return {name: tensor.float() for name, tensor in tensors.items()}
 
 
@@ -216,15 +217,15 @@ def save_saelens(sae, path):
     """Write `cfg.json` and `sae_weights.safetensors` into the folder `path`; `sae_lens.SAE.load_from_disk(path)` reads them.
 
     Same codes and x_hat, to rounding; of a batchtopk also where a vector has more than 8 k active latents, of which ours keeps
-    the 8 k largest and SAELens all. Raises ValueError for a variant that SAELens has not, and for a folder with another SAE.
+    the 8 k largest and SAELens all. Raises UsageError for a variant that SAELens has not, and for a folder with another SAE.
     """
     if sae.input_unit_norm:
-        raise ValueError("input_unit_norm can't be exported: SAELens' layer_norm adds 1e-5 to the deviation, other numbers")
+        raise UsageError("input_unit_norm can't be exported: SAELens' layer_norm adds 1e-5 to the deviation, other numbers")
     if sae.activation == "sampletopk":
-        raise ValueError("sampletopk can't be exported: SAELens has nothing that shares k out over the tokens of a sample")
+        raise UsageError("sampletopk can't be exported: SAELens has nothing that shares k out over the tokens of a sample")
     path = Path(path)
     if taken := [name for name in WEIGHTS if name != "sae_weights.safetensors" and (path / name).exists()]:
-        raise ValueError(f"{path} has another SAE in it ({taken[0]}); use another folder")
+        raise UsageError(f"{path} has another SAE in it ({taken[0]}); use another folder")
     tensors = {"W_enc": sae.encoder.weight.T, "b_enc": sae.encoder.bias, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
     cfg = {"architecture": "topk", "d_in": sae.d_in, "d_sae": sae.num_latents, "dtype": "float32", "device": "cpu"}
     cfg |= {"apply_b_dec_to_input": True, "normalize_activations": "none", "reshape_activations": "none"}
@@ -247,21 +248,21 @@ def newest_sae(root="saes"):
     """The folder in `root` whose cfg.json was written last."""
     paths = sorted(Path(root).glob("*/cfg.json"), key=lambda path: path.stat().st_mtime)
     if not paths:
-        raise ValueError(f"no SAE in {root}/: run train.py first, or name one with --sae")
+        raise UsageError(f"no SAE in {root}/: run train.py first, or name one with --sae")
     return paths[-1].parent
 
 
 def main(cfg):
     if not (cfg.export or cfg.to_hub):
-        raise ValueError("nothing to do: expected --export saelens, --to_hub <user>/<name> or both")
+        raise UsageError("nothing to do: expected --export saelens, --to_hub <user>/<name> or both")
     if cfg.out_dir and not cfg.export:
-        raise ValueError(f"--out_dir {cfg.out_dir}: nothing is written there without --export saelens")
+        raise UsageError(f"--out_dir {cfg.out_dir}: nothing is written there without --export saelens")
     folder = Path(cfg.sae) if cfg.sae else newest_sae()
     sae = Sae.load_from_disk(folder)
     if cfg.export:
         out_dir = Path(cfg.out_dir or Path("exported") / find_weights(folder).parent.resolve().name)
         if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-            raise ValueError(f"--out_dir {out_dir} is there already; use another, or move it away")
+            raise UsageError(f"--out_dir {out_dir} is there already; use another, or move it away")
         save_saelens(sae, out_dir)
         print(f"{out_dir}/: cfg.json, sae_weights.safetensors; SAELens reads it by SAE.load_from_disk({str(out_dir)!r})")
         folder = out_dir

@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from capture import ROLES, STREAMS, Edit, check_choice
+from errors import UsageError
 from rows import tensors
 from sources import read_description
 
@@ -37,28 +38,28 @@ ROWS = {"untouched": "untouched", "graft": "grafted in all steps", "mean": "mean
 def trained_on(sae):
     """What an SAE's vectors were, from the description beside its activation file: the keywords of `graft` that it decides.
 
-    Returns {"hook_name", "side", "stream", "rows"}. Raises ValueError where the files that `sae.cfg["data"]` names have no
+    Returns {"hook_name", "side", "stream", "rows"}. Raises UsageError where the files that `sae.cfg["data"]` names have no
     description (moved, or not of collect.py), or differ.
     """
     keys, found = ("hook_name", "side", "stream", "rows"), []
     for path in sae.cfg.get("data") or []:
         meta = read_description(path)
         if any(key not in meta for key in keys):
-            raise ValueError(
+            raise UsageError(
                 f"{Path(path).with_suffix('.json')} is not there or does not say what {path} holds: {', '.join(keys)}"
             )
         found.append({key: meta[key] for key in keys})
     if not found:
-        raise ValueError("the SAE's cfg.json names no activation file, so it is not known where in the model it belongs")
+        raise UsageError("the SAE's cfg.json names no activation file, so it is not known where in the model it belongs")
     if any(other != found[0] for other in found):
-        raise ValueError(f"the SAE was trained on files of several kinds, {found[0]} and others; it can't be put in one place")
+        raise UsageError(f"the SAE was trained on files of several kinds, {found[0]} and others; it can't be put in one place")
     return found[0]
 
 
 def equal_windows(steps, n):
     """The steps (a sorted list) in n windows of equal length, give or take one: ranges from the first step to after the last."""
     if not 1 <= n <= len(steps):
-        raise ValueError(f"{n} windows of {len(steps)} steps: expected 1 to {len(steps)}")
+        raise UsageError(f"{n} windows of {len(steps)} steps: expected 1 to {len(steps)}")
     cuts = [i * len(steps) // n for i in range(n + 1)]
     return [range(steps[a], steps[b - 1] + 1) for a, b in zip(cuts, cuts[1:])]
 
@@ -76,7 +77,7 @@ def reconstruct(sae, x, stream="image"):
     """
     d, samples = x.shape[-1], getattr(sae, "activation", None) == "sampletopk"
     if getattr(sae, "d_in", d) != d:
-        raise ValueError(f"the SAE is of vectors of width {sae.d_in}, and those of this hook point have width {d}")
+        raise UsageError(f"the SAE is of vectors of width {sae.d_in}, and those of this hook point have width {d}")
     x_hat, device = torch.zeros_like(x), getattr(sae, "W_dec", x).device
     for tokens, out in zip(x, x_hat):
         there = (tokens != 0).any(1) if stream == "text" else slice(None)
@@ -100,7 +101,7 @@ def generate(hooked, hook_name, change, steps, prompts, seeds, options, side="ou
                 if before is not None:
                     if before.shape != output.shape:
                         turns = f"{tuple(before.shape[1:])} into {tuple(output.shape[1:])}"
-                        raise ValueError(f"side diff: {hook_name} turns {turns}, and there is no difference")
+                        raise UsageError(f"side diff: {hook_name} turns {turns}, and there is no difference")
                     x = x - before.float()
                 new = change(role, sampling.index, x)
                 if new is not None and before is not None:
@@ -204,16 +205,16 @@ def graft(
     pictures: {"untouched", "graft", "mean"} of (shown, 3, H, W), the latter two edited in all steps, or None. The untouched
     run's latents and pictures are held in memory, 12 bytes a pixel in float32; of the others only one batch is.
 
-    Raises ValueError for side "input", for a module or a window in which nothing can be edited, and where widths differ.
+    Raises UsageError for side "input", for a module or a window in which nothing can be edited, and where widths differ.
     """
     if side == "input":
-        raise ValueError("the SAE was trained on --side input, and only what a module returns can be replaced, not what it takes")
+        raise UsageError("the SAE was trained on --side input, and only what a module returns can be replaced, not what it takes")
     check_choice("side", side, SIDES)
     check_choice("stream", stream, STREAMS)
     check_choice("rows", rows, ROLES)
     prompts, seeds, options = list(prompts), list(seeds), dict(options or {})
     if not prompts or len(seeds) != len(prompts) or batch_size < 1:
-        raise ValueError(f"{len(prompts)} prompts, {len(seeds)} seeds, batches of {batch_size}: expected a seed for each prompt")
+        raise UsageError(f"{len(prompts)} prompts, {len(seeds)} seeds, batches of {batch_size}: expected a seed for each prompt")
     batches = [slice(i, i + batch_size) for i in range(0, len(prompts), batch_size)]
     count = windows if isinstance(windows, int) else len(windows)
 
@@ -243,7 +244,7 @@ def graft(
         windows = equal_windows(steps, windows) if isinstance(windows, int) else list(windows)
         for window in windows:
             if not set(window) & set(steps):
-                raise ValueError(f"{hook_name} runs in steps {steps[0]} to {steps[-1]}, and in none of the window {window}")
+                raise UsageError(f"{hook_name} runs in steps {steps[0]} to {steps[-1]}, and in none of the window {window}")
         measures = {"latents": ("latents", rms), "images": ("images", rms)} | ({"clip": ("images", clip)} if clip else {})
         measures = {name: (kind, distance) for name, (kind, distance) in measures.items() if kind in untouched}
         pictures = {name: [] for name in ROWS} if "images" in untouched else None

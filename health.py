@@ -14,6 +14,7 @@ import math
 import numpy as np
 import torch
 
+from errors import UsageError
 from metrics import count_active, middle
 from sae import Sae
 
@@ -89,13 +90,13 @@ def dead_share(fires):
 def draw(activations, seed=0):
     """SAMPLE training vectors in random order: x float32 (N, d), the step of each (N,) or None, how many were not finite.
 
-    Those are left out. Raises ValueError where none is left.
+    Those are left out. Raises UsageError where none is left.
     """
     pieces = activations.draw(SAMPLE, seed)
     x = activations.read(pieces).float()
     finite = x.isfinite().all(1).nonzero().flatten()
     if not len(finite):
-        raise ValueError(f"{activations.paths[0]}: all {len(x)} sampled vectors hold NaN or inf; collect it again")
+        raise UsageError(f"{activations.paths[0]}: all {len(x)} sampled vectors hold NaN or inf; collect it again")
     order = finite[torch.randperm(len(finite), generator=torch.Generator().manual_seed(seed))]
     step = torch.from_numpy(activations.steps_of(pieces))[order] if activations.timesteps else None
     return x[order], step, len(x) - len(order)
@@ -105,7 +106,7 @@ def report(activations, k, num_latents, device="cpu", center="median", seed=0, d
     """Everything that is measured of a data set before training: a dict for JSON, but for "fires".
 
     dead and fires: by centring - the one asked for and "none", or "median" where that is asked for - of the SAE at its
-    start, on as many vectors as are held out, SAMPLE at most. drawn: what `draw` gave. Raises ValueError where nothing
+    start, on as many vectors as are held out, SAMPLE at most. drawn: what `draw` gave. Raises UsageError where nothing
     can be learned.
     """
     x, step, not_finite = drawn or draw(activations, seed)
@@ -113,7 +114,7 @@ def report(activations, k, num_latents, device="cpu", center="median", seed=0, d
     variance, constant = covariance.diagonal(), x.amin(0) == x.amax(0)
     power, (dims, outlier_power) = mean.square() + variance, outliers(mean, variance)
     if constant.all() or power.sum() * len(x) > torch.finfo(torch.float32).max:
-        raise ValueError(f"{activations.paths[0]}: the sampled vectors are all equal or too large; nothing can be learned")
+        raise UsageError(f"{activations.paths[0]}: the sampled vectors are all equal or too large; nothing can be learned")
     eigenvalues = torch.linalg.eigvalsh(covariance).flip(0).clamp_min(0)
     found = {
         "data": activations.paths, "hook_name": activations.hook_name,

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from capture import Edit, Recorder
+from errors import UsageError
 from loop import Loop
 from probe import NEVER_RAN, find_layouts
 from rows import per_prompt, sample_name, time_parameter, unwrap
@@ -50,14 +51,14 @@ class HookedDiffusionModel:
         modules = {n: m for n, m in pipe.components.items() if isinstance(m, torch.nn.Module)}
         denoisers = {n: m for n, m in modules.items() if time_parameter(m) and not hasattr(unwrap(m), "decode")}
         if not denoisers:
-            raise ValueError(f"{type(pipe).__name__} has no component whose forward takes a timestep: {sorted(modules)}")
+            raise UsageError(f"{type(pipe).__name__} has no component whose forward takes a timestep: {sorted(modules)}")
         hooked = cls.__new__(cls)
         hooked._hook(pipe, denoisers, [c for c in pipe.components.values() if callable(getattr(type(c), "step", None))])
         return hooked
 
     def _hook(self, pipe, denoisers, schedulers):
         if not all(callable(getattr(type(s), "step", None)) for s in schedulers) or not schedulers:
-            raise ValueError("the scheduler's class has no method `step(model_output, timestep, sample)`")
+            raise UsageError("the scheduler's class has no method `step(model_output, timestep, sample)`")
         for denoiser in denoisers.values():
             sample_name(denoiser)
         self.pipe, self.denoisers, self.schedulers = pipe, denoisers, schedulers
@@ -67,7 +68,7 @@ class HookedDiffusionModel:
     def from_pretrained(cls, model_name, dtype=None, device=None, cpu_offload=False, **kwargs):
         """Load a diffusers folder or hub id; kwargs that are not None go to `DiffusionPipeline.from_pretrained`.
 
-        dtype None is float32. `cpu_offload` keeps only the running component on `device`. Raises ValueError for a name that
+        dtype None is float32. `cpu_offload` keeps only the running component on `device`. Raises UsageError for a name that
         is no folder and can't be a hub id, and for weights that are not there.
         """
         from diffusers import DiffusionPipeline
@@ -77,7 +78,7 @@ class HookedDiffusionModel:
         try:
             pipe = DiffusionPipeline.from_pretrained(name, dtype=dtype or torch.float32, **kwargs)
         except ValueError as error:
-            raise ValueError(f"{model_name} can't be loaded: {error}") from error
+            raise UsageError(f"{model_name} can't be loaded: {error}") from error
         if cpu_offload:
             pipe.enable_model_cpu_offload(device=device)
         elif device is not None:
@@ -99,7 +100,7 @@ class HookedDiffusionModel:
         """Module names that match a glob. `*` stays within one part of the dotted name and `**` does not; a pattern without
         a dot is matched against the last part, at any depth; a name without a wildcard is itself.
 
-        Raises ValueError, with the nearest names, if none does.
+        Raises UsageError, with the nearest names, if none does.
         """
         modules = self.modules()
         names = list(modules)
@@ -108,21 +109,21 @@ class HookedDiffusionModel:
             if (exact := pattern if pattern in names else long.get(pattern)) is not None:
                 return [exact]
             if of := [n for n in names if n.partition(".")[2] == pattern]:
-                raise ValueError(f"{pattern!r} is a module of several denoisers; say {' or '.join(of)}")
+                raise UsageError(f"{pattern!r} is a module of several denoisers; say {' or '.join(of)}")
             near = difflib.get_close_matches(pattern, names, 3, 0.5) or sorted(names)[:3]
-            raise ValueError(f"no module is named {pattern!r}; the nearest names are {', '.join(near)}")
+            raise UsageError(f"no module is named {pattern!r}; the nearest names are {', '.join(near)}")
         token = {"**": ".*", "*": "[^.]*", "?": "[^.]"}
         parts = re.split(r"(\*\*|\*|\?|\[[^\]]+\])", pattern)
         parts = [p.replace("[!", "[^", 1) if p[:1] == "[" else token.get(p) or re.escape(p) for p in parts]
         try:
             regex = re.compile("".join(parts))
         except re.error as error:
-            raise ValueError(f"{pattern!r} is no pattern: {error}") from None
+            raise UsageError(f"{pattern!r} is no pattern: {error}") from None
         short = "." not in pattern
         found = [n for n in names if regex.fullmatch(n.rpartition(".")[2] if short else n)]
         found += [n for full, n in long.items() if not short and regex.fullmatch(full) and n not in found]
         if not found:
-            raise ValueError(f"no module matches {pattern!r}; `**` crosses dots, and hook_names() lists what there is")
+            raise UsageError(f"no module matches {pattern!r}; `**` crosses dots, and hook_names() lists what there is")
         return found
 
     def _expand(self, positions):
@@ -145,7 +146,7 @@ class HookedDiffusionModel:
     def arguments(self, num_images_per_prompt=1, output_type=None, extra=None, **options):
         """Keyword arguments for the pipeline: options that are None take the pipeline's own default, so that all are known.
 
-        `output_type` is left out where the pipeline has none; `extra` is a dict of anything else. Raises ValueError for
+        `output_type` is left out where the pipeline has none; `extra` is a dict of anything else. Raises UsageError for
         what the pipeline does not take, and for what is given twice.
         """
         pipeline, takes = type(self.pipe).__name__, inspect.signature(self.pipe).parameters
@@ -161,10 +162,10 @@ class HookedDiffusionModel:
             options["output_type"] = output_type
         for name in extra or {}:
             if name in OURS or per_prompt(name):
-                raise ValueError(f"{name} is set by an option of its own")
+                raise UsageError(f"{name} is set by an option of its own")
         options |= extra or {}
         if unknown := [name for name in options if name not in takes]:
-            raise ValueError(f"{pipeline} takes no argument {unknown[0]!r}")
+            raise UsageError(f"{pipeline} takes no argument {unknown[0]!r}")
         return options
 
     def __call__(self, prompt=None, **kwargs):
@@ -177,12 +178,12 @@ class HookedDiffusionModel:
             texts = [prompt] if isinstance(prompt, str) else list(prompt)
             if "class_labels" in takes:
                 if wrong := [t for t in texts if not str(t).strip().isdigit()]:
-                    raise ValueError(f"{type(self.pipe).__name__} takes class numbers as prompts, got {wrong[0]!r}")
+                    raise UsageError(f"{type(self.pipe).__name__} takes class numbers as prompts, got {wrong[0]!r}")
                 given = {"class_labels": [int(t) for t in texts]}
             elif "batch_size" in takes:
                 given = {"batch_size": len(texts)}
             else:
-                raise ValueError(f"{type(self.pipe).__name__} takes no prompt; it takes {', '.join(takes)}")
+                raise UsageError(f"{type(self.pipe).__name__} takes no prompt; it takes {', '.join(takes)}")
         own = {k: list(v) if isinstance(v, list) else v for k, v in (given | kwargs).items()}  # some pipelines write into lists
         with torch.no_grad():
             return self.pipe(**own)
@@ -239,7 +240,7 @@ class HookedDiffusionModel:
         choose(step, tokens) -> (prompts, n) int64, or None for all: the image tokens of each prompt that are kept at a step, for
         all modules with so many; `cache["tokens"][hook_name]` (prompts, steps, n) says which.
 
-        Raises ValueError where a named module does not run exactly once a forward (one found by a glob is left out), where
+        Raises UsageError where a named module does not run exactly once a forward (one found by a glob is left out), where
         what it takes or returns has no batch axis or no such tokens, and where unconditional rows are asked for and there
         are none.
         """
@@ -254,7 +255,7 @@ class HookedDiffusionModel:
     def _record(self, positions, n_prompts, num_images_per_prompt=1, *, cache_every_n_timesteps, **options):
         """Yields a function for the cache, to be called after the `with`."""
         if n_prompts is not None and not (isinstance(n_prompts, int) and n_prompts > 0):
-            raise ValueError(f"n_prompts: expected how many there are, got {n_prompts!r}")
+            raise UsageError(f"n_prompts: expected how many there are, got {n_prompts!r}")
         targets, explicit = self._expand(positions)
         recorder = Recorder(targets, self._known, every=cache_every_n_timesteps, **options)
         with ExitStack() as stack:
@@ -324,9 +325,9 @@ class HookedDiffusionModel:
             except Enough:
                 pass
             except ValueError as error:  # what a pipeline says of its arguments is the user's to mend
-                raise ValueError(f"{error}") from error
+                raise UsageError(f"{error}") from error
             if not before:
-                raise ValueError("the denoiser ran, or not even that, but its scheduler never made a step")
+                raise UsageError("the denoiser ran, or not even that, but its scheduler never made a step")
         return sampling
 
     def run_with_hooks(self, position_hook_dict, prompt=None, **kwargs):
@@ -337,7 +338,7 @@ class HookedDiffusionModel:
         to know which rows are conditional before the scheduler is called: one step is run first, unedited, and thrown away,
         and the plan found there is checked against every step. Hooks are removed afterwards, also after an exception.
 
-        Raises ValueError if a named module never ran, or no edit of it took place, if unconditional rows are to be edited
+        Raises UsageError if a named module never ran, or no edit of it took place, if unconditional rows are to be edited
         and there are none, and if a step does not fit the plan.
         """
         hooks = {}
@@ -353,7 +354,7 @@ class HookedDiffusionModel:
             plan, P, n = first.known if wanted != {"all"} else None, first.P, first.R // first.P
             there = {role for roles in first.known.values() for of_forward in roles for role in of_forward}
             if missing := wanted - there - {"all"}:
-                raise ValueError(f"there are no {missing.pop()}itional rows to edit in this generation; is guidance off?")
+                raise UsageError(f"there are no {missing.pop()}itional rows to edit in this generation; is guidance off?")
         places = {
             (side, name, edit.stream): targets[name] for name, found in edits.items() for edit in found for side in edit.sides
         }
@@ -374,7 +375,7 @@ class HookedDiffusionModel:
                     stack.callback(module.register_forward_hook(after, with_kwargs=True).remove)
             output = self(prompt, **kwargs)
         if why := [f"{name}: {reason}" for name, reason in idle.items() if reason and (name in explicit or all(idle.values()))]:
-            raise ValueError("nothing was edited at " + "; ".join(why))
+            raise UsageError("nothing was edited at " + "; ".join(why))
         return output
 
     @contextmanager
@@ -390,13 +391,13 @@ class HookedDiffusionModel:
 
 
 def check_hookable(name, root):
-    """ValueError for a denoiser in which hooks would not run, or would see what an earlier step computed."""
+    """UsageError for a denoiser in which hooks would not run, or would see what an earlier step computed."""
     modules = list(root.modules())
     if any(hasattr(m, "_orig_mod") or m._compiled_call_impl for m in modules):
-        raise ValueError(f"{name} is compiled, and hooks inside it would not run: use it uncompiled")
+        raise UsageError(f"{name} is compiled, and hooks inside it would not run: use it uncompiled")
     installed = [hook for m in modules if hasattr(m, "_diffusers_hook") for hook in m._diffusers_hook.hooks.values()]
     if getattr(unwrap(root), "is_cache_enabled", False) or any(getattr(hook, "_is_stateful", False) for hook in installed):
-        raise ValueError(f"{name} caches what blocks compute and repeats it in other steps: switch that off first")
+        raise UsageError(f"{name} caches what blocks compute and repeats it in other steps: switch that off first")
 
 
 def raw(function, name, idle):
@@ -410,12 +411,12 @@ def raw(function, name, idle):
 
 
 def find_model(model_name):
-    """A folder here, one beside this file (so that the toy is found from anywhere), or a hub id; ValueError for neither."""
+    """A folder here, one beside this file (so that the toy is found from anywhere), or a hub id; UsageError for neither."""
     for folder in (Path(model_name), Path(__file__).parent / model_name):
         if folder.is_dir():
             return str(folder)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(model_name)):
-        raise ValueError(f"no folder {str(model_name)!r} here, and a hub id looks like owner/name")
+        raise UsageError(f"no folder {str(model_name)!r} here, and a hub id looks like owner/name")
     return str(model_name)
 
 

@@ -10,7 +10,8 @@ import json
 from contextlib import contextmanager
 from pathlib import Path
 
-from store import read_json
+from disk import read_json
+from errors import UsageError
 
 TYPES = {"sae": "model", "activations": "dataset"}
 DESCRIPTIONS, TENSORS = ("cfg.json",), ("sae.safetensors", "sae_weights.safetensors")
@@ -39,7 +40,7 @@ def download(repo_id, folder=None):
     with one_line(repo_id):
         path = Path(snapshot_download(repo_id, allow_patterns=[glob.escape(top) + n for n in (*DESCRIPTIONS, *TENSORS)]))
     if not any((path / top / name).exists() for name in TENSORS):
-        raise ValueError(f"{repo_id} has no {' or '.join(top + name for name in TENSORS)}; name the folder that has, hook_name")
+        raise UsageError(f"{repo_id} has no {' or '.join(top + name for name in TENSORS)}; name the folder that has, hook_name")
     return path / top
 
 
@@ -48,7 +49,7 @@ def push(folder, repo_id, kind, path_in_repo=None, private=None):
 
     A repository that is not there is made, `private` or not (None: as its owner's are). `path_in_repo`: a folder in it, where
     several are to share one; for an SAE, the hook name that `Sae.load_from_hub` is given. Unfinished files stay here. Raises
-    ValueError for a folder that is not of the kind or not finished, OSError for whatever the Hub says.
+    UsageError for a folder that is not of the kind or not finished, OSError for whatever the Hub says.
     """
     from huggingface_hub import HfApi
 
@@ -78,9 +79,9 @@ def is_foreign(api, repo_id, repo_type, name):
 def card(folder, repo_id, kind, path_in_repo=None):
     """README.md of a folder that is pushed: what it is, its numbers, how to load it. Raises as `push` does."""
     if kind not in TYPES:
-        raise ValueError(f"kind {kind!r}: expected {' or '.join(TYPES)}")
+        raise UsageError(f"kind {kind!r}: expected {' or '.join(TYPES)}")
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder")
+        raise UsageError(f"{folder} is no folder")
     describe = describe_sae if kind == "sae" else describe_activations
     tags = ["sparse-autoencoder", "diffusion"] if kind == "sae" else ["activations", "diffusion"]
     head = ["---", "tags:", *(f"- {tag}" for tag in tags), "---", MARK, ""]
@@ -90,7 +91,7 @@ def card(folder, repo_id, kind, path_in_repo=None):
 def describe_sae(folder, repo_id, path_in_repo):
     """Lines of the card of an SAE folder, ours or SAELens'; only what its cfg.json says."""
     if not (folder / "cfg.json").exists() or not any((folder / name).exists() for name in TENSORS):
-        raise ValueError(f"{folder} has no finished SAE: expected cfg.json and {' or '.join(TENSORS)}")
+        raise UsageError(f"{folder} has no finished SAE: expected cfg.json and {' or '.join(TENSORS)}")
     cfg = read_json(folder / "cfg.json")
     cfg = {**(cfg.get("metadata") or {}), "num_latents": cfg.get("d_sae"), "activation": cfg.get("architecture")} | cfg
     facts = {
@@ -113,13 +114,13 @@ def describe_sae(folder, repo_id, path_in_repo):
 def describe_activations(folder, repo_id, path_in_repo):
     """Lines of the card of an activation folder; only what the .json beside each file says."""
     if partial := [path.name for path in folder.iterdir() if path.match("*.partial") or path.match("*.new")]:
-        raise ValueError(f"{folder} is not finished ({partial[0]}); let collect.py go on with it first")
+        raise UsageError(f"{folder} is not finished ({partial[0]}); let collect.py go on with it first")
     records = {}
     for path in sorted(folder.glob("*.npy")):
         if path.with_name(f"{path.stem}.json").exists():
             records[path.name] = read_json(path.with_name(f"{path.stem}.json"))
     if not records:
-        raise ValueError(f"{folder} has no activations: expected <hook_name>.npy and .json")
+        raise UsageError(f"{folder} has no activations: expected <hook_name>.npy and .json")
     name, record = next(iter(records.items()))
     keys = {"model": "model", "pipeline": "pipeline", "guidance scale": "guidance_scale", "prompts": "num_prompts"}
     facts = {key: record.get(name) for key, name in keys.items()}

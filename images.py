@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from errors import UsageError
 from rows import per_prompt, tensors
 
 ROWS = 4  # noises that are compared to find the order: in 16 bits many numbers of one noise are the same
 
 
 def open_picture(source):
-    """Path, bytes or PIL image -> RGB, the right way up, over white where it is transparent. Raises ValueError if it is none."""
+    """Path, bytes or PIL image -> RGB, the right way up, over white where it is transparent. Raises UsageError if it is none."""
     name = source if isinstance(source, str) else "a picture"
     try:
         picture = source
@@ -37,7 +38,7 @@ def open_picture(source):
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
         return picture.convert("RGB")
     except (OSError, SyntaxError, ValueError, AttributeError, Image.DecompressionBombError) as error:
-        raise ValueError(f"--images: {name} can't be read: {error}") from None
+        raise UsageError(f"--images: {name} can't be read: {error}") from None
 
 
 def read_picture(source, width, height):
@@ -83,7 +84,7 @@ class Pictures:
     """Puts pictures in the place of what a pipeline samples.
 
     hooked: a HookedDiffusionModel whose pipeline has a VAE. prompt, options: of any generation with it, as short as can be.
-    width, height: of the pictures, or None for the pipeline's own size, which is square. Raises ValueError for a pipeline
+    width, height: of the pictures, or None for the pipeline's own size, which is square. Raises UsageError for a pipeline
     without a VAE or a scheduler that adds noise, and where its sample is no rearrangement of the VAE's latents.
     """
 
@@ -92,11 +93,11 @@ class Pictures:
         self.hooked, self.vae = hooked, getattr(pipe, "vae", None)
         weight = None if self.vae is None else first_weight(self.vae)
         if weight is None or weight.shape[1] != 3 or not hasattr(self.vae, "encode"):
-            raise ValueError(f"--images: {name} has no VAE that encodes pictures")
+            raise UsageError(f"--images: {name} has no VAE that encodes pictures")
         if not any(hasattr(s, "add_noise") or hasattr(s, "scale_noise") for s in hooked.schedulers):
-            raise ValueError(f"--images: {name} has a scheduler that adds no noise")
+            raise UsageError(f"--images: {name} has a scheduler that adds no noise")
         if any(getattr(s, "order", 1) > 1 for s in hooked.schedulers):
-            raise ValueError(f"--images: {name} has a scheduler that evaluates twice a step; choose another")
+            raise UsageError(f"--images: {name} has a scheduler that evaluates twice a step; choose another")
         options = {k: v for k, v in options.items() if not per_prompt(k)}
         sample = hooked.first_sample([prompt] * ROWS, generator=seeded(range(ROWS)), **options).cpu()
         size = sample[0].numel()
@@ -105,7 +106,7 @@ class Pictures:
         ours, theirs = (np.lexsort(x.numpy()) for x in (noises, there))
         scale = there.norm() / noises.norm()
         if not torch.allclose(there[:, theirs], scale * noises[:, ours], rtol=0.02, atol=1e-3 * scale.item()):
-            raise ValueError(
+            raise UsageError(
                 f"--images: the sample of {name} is no rearrangement of noise on latents, so pictures can't be put in"
             )
         order = torch.empty(size, dtype=torch.long)
@@ -117,7 +118,7 @@ class Pictures:
         self.width, self.height = width or side, height or side
         here = (self.width // self.shrinks) * (self.height // self.shrinks) * shapes[1]
         if here != size:
-            raise ValueError(
+            raise UsageError(
                 f"--images: a picture of {self.width} x {self.height} has {here} latents, and {name} samples {size}: "
                 """give --width and --height, and for video --pipeline_kwargs '{"num_frames": 1}'"""
             )
@@ -147,7 +148,7 @@ def decoded(hooked, samples, prompts, pipeline_kwargs, batch_size=8):
 
     samples: arrays as the pipeline returned them with output_type "latent". prompts: as many rows of prompts.jsonl.
     pipeline_kwargs: of that generation. The pipeline itself unpacks and decodes, whatever it does to its latents: it samples
-    one step, whose result the samples replace. Raises ValueError where they are not its samples, or it gives no pictures.
+    one step, whose result the samples replace. Raises UsageError where they are not its samples, or it gives no pictures.
     """
     dropped = lambda name: name in ("output_type", "timesteps", "sigmas") or per_prompt(name)
     given = {name: value for name, value in pipeline_kwargs.items() if not dropped(name)}
@@ -160,7 +161,7 @@ def decoded(hooked, samples, prompts, pipeline_kwargs, batch_size=8):
         texts = [row["prompt"] for row in rows]
         noise = hooked.first_sample(texts, **own) if noise is None else noise
         if noise.shape[1:] != x.shape[1:]:
-            raise ValueError(f"{type(hooked.pipe).__name__} samples {tuple(noise.shape[1:])}, and these are {tuple(x.shape[1:])}")
+            raise UsageError(f"{type(hooked.pipe).__name__} samples {tuple(noise.shape[1:])}, and these are {tuple(x.shape[1:])}")
         x = x.to(noise)
         with hooked.watch(len(rows), replace=lambda index, scheduler, x=x: x):
             output = hooked(texts, **own)
@@ -170,7 +171,7 @@ def decoded(hooked, samples, prompts, pipeline_kwargs, batch_size=8):
         if torch.is_tensor(images) and images.ndim == 5:
             images = images[:, images.shape[1] // 2]
         if not torch.is_tensor(images) or images.ndim != 4 or images.shape[1] not in (1, 3):
-            raise ValueError(f"{type(hooked.pipe).__name__} gives no pictures")
+            raise UsageError(f"{type(hooked.pipe).__name__} gives no pictures")
         for image in images.float().clamp(0, 1).mul(255).round().to(torch.uint8).expand(-1, 3, -1, -1).cpu():
             yield Image.fromarray(image.permute(1, 2, 0).numpy())
 

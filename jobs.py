@@ -14,12 +14,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from cli import product_dtype
+from disk import lock, read_json
+from errors import UsageError
 from log import plot_training, read_rows
 from metrics import Metrics, middle, plot_evaluation, total
 from processes import ALONE
 from sae import Sae
 from step import Step
-from store import lock, read_json
 from tensors import load_tensors, save_tensors
 
 # options that a resumed run may change (whether the data are the same is seen from a sample), and those that name SAEs
@@ -68,18 +69,18 @@ def measure(activations, cfg, device):
     name, pieces = activations.paths[0], activations.draw(SAMPLE, cfg.data_seed)
     sample = activations.read(pieces).float().to(device)
     if bad := len(sample) - int(sample.isfinite().all(1).sum()):
-        raise ValueError(f"{name}: {bad} of {len(sample)} sampled vectors hold NaN or inf; collect it again")
+        raise UsageError(f"{name}: {bad} of {len(sample)} sampled vectors hold NaN or inf; collect it again")
     if cfg.input_unit_norm:
         sample = Sae(activations.d, 1, 1, {"input_unit_norm": True}).standardize(sample)[0]
     center = middle(sample, cfg.center)
     spread = (sample - center).square().mean().sqrt().item()
     if not 0 < spread < math.inf:
-        raise ValueError(f"{name}: the sampled vectors are all equal or too large (spread {spread}); nothing can be learned")
+        raise UsageError(f"{name}: the sampled vectors are all equal or too large (spread {spread}); nothing can be learned")
     scale = 1.0 if cfg.input_unit_norm else 2.0 ** -round(math.log2(spread))
     variance, weights = scale**2 * (sample - sample.mean(0)).square().sum(1).mean().item(), None
     if cfg.loss_weight == "per_step":
         if not activations.timesteps:
-            raise ValueError(f"{name} has no timesteps; --loss_weight per_step needs a file of collect.py")
+            raise UsageError(f"{name} has no timesteps; --loss_weight per_step needs a file of collect.py")
         square, step = (sample - center).square().mean(1).cpu(), torch.from_numpy(activations.steps_of(pieces))
         weights = [(square.mean() / square[step == s].mean()).item() for s in range(len(activations.timesteps))]
     return Inputs(scale, center * scale, variance, weights)
@@ -93,7 +94,7 @@ def agree(processes, inputs):
 
 @contextmanager
 def held(folder):
-    """No other train.py writes to the folder meanwhile, in which nothing remains of this. ValueError where one does already."""
+    """No other train.py writes to the folder meanwhile, in which nothing remains of this. UsageError where one does already."""
     made, path = [path for path in (folder, *folder.parents) if not path.exists()], folder / "train.lock"
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -103,7 +104,7 @@ def held(folder):
             raise BlockingIOError  # the other one has just ended, and taken the file away
     except BlockingIOError:
         what = "wait for it, or choose another --run_name or --out_dir"
-        raise ValueError(f"another train.py is writing to {folder}; {what}") from None
+        raise UsageError(f"another train.py is writing to {folder}; {what}") from None
     try:
         yield
     finally:
@@ -118,7 +119,7 @@ def held(folder):
 def find_run(folder, settings):
     """What `folder` holds of this run: "nothing", "checkpoint" or "finished", and the state that was saved with it.
 
-    Raises ValueError where it holds anything else: another run, or files that are not ours.
+    Raises UsageError where it holds anything else: another run, or files that are not ours.
     """
     cfg, checkpoint = folder / "cfg.json", folder / "checkpoint.safetensors"
     if cfg.exists():
@@ -128,9 +129,9 @@ def find_run(folder, settings):
             with safe_open(checkpoint, "pt") as file:
                 found, state = "checkpoint", json.loads(file.metadata()["state"])
         except (SafetensorError, ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{checkpoint} is damaged ({error}); remove its folder to start again") from None
+            raise UsageError(f"{checkpoint} is damaged ({error}); remove its folder to start again") from None
     elif folder.exists() and {path.name for path in folder.iterdir()} - {f"{checkpoint.name}.partial", "train.lock"}:
-        raise ValueError(f"{folder} holds something else; choose another --run_name or --out_dir")
+        raise UsageError(f"{folder} holds something else; choose another --run_name or --out_dir")
     else:
         return "nothing", None
     theirs = state.get("training") if isinstance(state.get("training"), dict) else {}
@@ -138,7 +139,7 @@ def find_run(folder, settings):
         if name not in theirs or theirs[name] != settings[name]:
             known = name in theirs and name not in ("num_vectors", "d_in", "digest")
             what = f"--{name} {theirs[name]}, not {settings[name]}" if known else "other data or by another program"
-            raise ValueError(f"{folder} was made with {what}; choose another --run_name or --out_dir")
+            raise UsageError(f"{folder} was made with {what}; choose another --run_name or --out_dir")
     return found, state
 
 
@@ -156,18 +157,18 @@ class Job:
         self.began = 0.0  # when it would have, had it not been stopped; train.py sets it
         self.k, self.num_latents, self.checkpoint = k, num_latents, folder / "checkpoint.safetensors"
         if num_latents < latents.count:
-            raise ValueError(f"--num_latents {num_latents}: expected at least --shard_latents {latents.count}")
+            raise UsageError(f"--num_latents {num_latents}: expected at least --shard_latents {latents.count}")
         if k > num_latents and not cfg.sample_topk:
-            raise ValueError(f"--k {k}: expected 1 to num_latents = {num_latents}")
+            raise UsageError(f"--k {k}: expected 1 to num_latents = {num_latents}")
         if wrong := [m for m in cfg.matryoshka if m > num_latents]:
-            raise ValueError(f"--matryoshka {wrong[0]}: expected at most num_latents = {num_latents}")
+            raise UsageError(f"--matryoshka {wrong[0]}: expected at most num_latents = {num_latents}")
         settings = {name: value for name, value in asdict(cfg).items() if name not in FREE + EACH}
         order = json.dumps([activations.timesteps, activations.tokens]).encode()
         digest = hashlib.sha256(activations.sample(1024).numpy().tobytes() + order).hexdigest()[:16]
         settings |= {"k": k, "num_latents": num_latents, "seed": seed}
         self.settings = settings | {"d_in": activations.d, "num_vectors": activations.num_vectors, "digest": digest}
         if any(other != self.settings for other in processes.tell(json.loads(json.dumps(self.settings)))):
-            raise ValueError(f"{activations.paths[0]}: the processes do not see the same data")
+            raise UsageError(f"{activations.paths[0]}: the processes do not see the same data")
         self.found, self.state = processes.tell(find_run(folder, self.settings) if processes.rank == 0 else None)[0]
 
     def start(self, inputs, device):
@@ -202,10 +203,10 @@ class Job:
             print(f"going on at iteration {self.state['iteration']} of {self.folder}")
 
     def check(self):
-        """ValueError where the last update was of NaN or inf: the weights are, from then on; asking makes a GPU wait."""
+        """UsageError where the last update was of NaN or inf: the weights are, from then on; asking makes a GPU wait."""
         if not math.isfinite(self.last):
             iteration = self.state["iteration"] - 1
-            raise ValueError(f"NaN or inf in the data or the loss by iteration {iteration}; {self.checkpoint} is the last good")
+            raise UsageError(f"NaN or inf in the data or the loss by iteration {iteration}; {self.checkpoint} is the last good")
 
     def save(self):
         self.check()
@@ -251,7 +252,7 @@ class Job:
         """Write the files of an SAE that takes activations as they are; cfg.json last: it says that the run is finished."""
         held_out, activations, state = total(by_step), self.activations, self.state
         if not math.isfinite(held_out.fvu):
-            raise ValueError(
+            raise UsageError(
                 f"{activations.paths[0]}: NaN or inf in held-out vectors; collect it again. {self.checkpoint} is kept"
             )
         numbers = held_out.summary()

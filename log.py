@@ -4,17 +4,18 @@ import importlib
 import json
 from contextlib import contextmanager, suppress
 
+from disk import write_atomically
+from errors import UsageError
 from metrics import plot_activity, tidy
-from store import write_atomically
 
 
 def import_tracker(log_to):
-    """The module that --log_to names, None for none. Raises ValueError where it is not installed."""
+    """The module that --log_to names, None for none. Raises UsageError where it is not installed."""
     try:
         name = {"none": None, "tensorboard": "torch.utils.tensorboard"}.get(log_to, log_to)
         return name and importlib.import_module(name)
     except ImportError:
-        raise ValueError(f"--log_to {log_to}: not installed; pip install {log_to}") from None
+        raise UsageError(f"--log_to {log_to}: not installed; pip install {log_to}") from None
 
 
 def read_rows(path):

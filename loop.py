@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import torch
 
+from errors import UsageError
 from rows import tensors
 
 
@@ -39,7 +40,7 @@ class Loop:
         guided, embeds = False, []
         if self.encode_prompt is not None:
             if prompt is None:
-                raise ValueError("a model with `encode_prompt` needs a prompt")
+                raise UsageError("a model with `encode_prompt` needs a prompt")
             guided = guidance_scale > 1
             cond, uncond = self.encode_prompt(prompt, weight.device, num_images_per_prompt, guided, negative_prompt)
             embeds = [torch.cat([uncond, cond]) if guided else cond]
@@ -47,7 +48,7 @@ class Loop:
             timesteps = self.get_timesteps(num_inference_steps, weight.device)
         else:
             if not hasattr(self.scheduler, "set_timesteps"):
-                raise ValueError("the scheduler has no set_timesteps(); pass get_timesteps(num_inference_steps, device)")
+                raise UsageError("the scheduler has no set_timesteps(); pass get_timesteps(num_inference_steps, device)")
             self.scheduler.set_timesteps(num_inference_steps, device=weight.device)
             timesteps = self.scheduler.timesteps
         if latents is None:
@@ -79,7 +80,7 @@ class Loop:
         config = getattr(self.model, "config", None)
         channels, size = getattr(config, "in_channels", None), getattr(config, "sample_size", None)
         if channels is None or size is None:
-            raise ValueError(
+            raise UsageError(
                 "the sample's shape is unknown: the model has no config.in_channels and sample_size; pass sample_shape"
             )
         return (channels, size, size) if isinstance(size, int) else (channels, *size)

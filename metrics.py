@@ -113,7 +113,7 @@ def evaluate(saes, activations, batch_size, progress=False, vectors=ALONE):
     the prompts.
     """
     if any(sae.activation == "sampletopk" for sae in saes):
-        activations.sample_tokens()  # or a ValueError
+        activations.sample_tokens()  # or a UsageError
     steps = max(1, len(activations.timesteps))
     found = [[Metrics(sae.num_latents) for _ in range(steps)] for sae in saes]
     units = activations.held_out_units[vectors.index :: vectors.count]

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from errors import UsageError
 from rows import forward_signature, sample_name, tensors, time_parameter
 from sampling import same_random_numbers
 from tokens import Layout, by_token, sample_grid, spatial_shape
@@ -155,7 +156,7 @@ class Probe:
                 torch.manual_seed(0)
                 self.root(*call.args[1:], **call.kwargs)
         except Exception as error:  # of a model that attends in a way of its own
-            raise ValueError(
+            raise UsageError(
                 f"{self.forward.denoiser} can't be probed for its tokens: {type(error).__name__}: {error}"
             ) from error
         finally:

@@ -16,6 +16,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from errors import UsageError
+
 FOREVER = timedelta(days=30)
 
 
@@ -113,10 +115,10 @@ class Processes:
     def grid(self, latents):
         """Two groups that this process is in: those that split the vectors, and `latents` neighbours that split the latents.
 
-        Raises ValueError where the processes can't be arranged so. All processes have to call it.
+        Raises UsageError where the processes can't be arranged so. All processes have to call it.
         """
         if latents < 1 or self.count % latents:
-            raise ValueError(
+            raise UsageError(
                 f"--shard_latents {latents}: expected a divisor of {self.count}, the processes that torchrun started"
             )
         if self.count == 1:

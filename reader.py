@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from errors import UsageError
 from processes import allocate
 
 BLOCK_BYTES = 1 << 20  # read at once: large enough for a sequential read's speed, small enough to mix prompts
@@ -292,7 +293,7 @@ class Reader:
             except OSError as error:
                 raise OSError(f"{file.path} can't be read: {error.strerror}") from None
             if not n:
-                raise ValueError(f"{file.path} has become shorter while it was read; start again")
+                raise UsageError(f"{file.path} has become shorter while it was read; start again")
             left, offset = left[n:], offset + n
 
     def gather(self, places, rows, at):

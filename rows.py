@@ -9,6 +9,8 @@ import inspect
 
 import torch
 
+from errors import UsageError
+
 TIME_NAMES = ("timestep", "timesteps", "timestep_ratio", "sigma", "sigmas", "t", "time", "noise_level", "noise_labels")
 CONTEXTS = {"cond": "cond", "pred_cond": "cond", "uncond": "uncond", "pred_uncond": "uncond"}  # names of cache_context
 
@@ -38,13 +40,13 @@ def time_parameter(module):
 def sample_name(module):
     """Name of the parameter of `module.forward` that carries the sample: the first that is not the time.
 
-    Raises ValueError where it takes anything, as a wrapper does.
+    Raises UsageError where it takes anything, as a wrapper does.
     """
     parameters = list(forward_signature(module).parameters.values())[1:]
     time = time_parameter(module) or (parameters[1].name if len(parameters) > 1 else None)
     first = next((p for p in parameters if p.name != time), None)
     if first is None or first.kind in (first.VAR_POSITIONAL, first.VAR_KEYWORD):
-        raise ValueError(f"{type(unwrap(module)).__name__}.forward does not say what it takes; hook the module that it wraps")
+        raise UsageError(f"{type(unwrap(module)).__name__}.forward does not say what it takes; hook the module that it wraps")
     return first.name
 
 
@@ -107,7 +109,7 @@ def assign_roles(forwards, model_output, R):
     In this order: the name of the context a forward ran in; a single chunk is conditional; one that guidance subtracts is
     not; where the conditioning of one chunk is the same for all rows and another's is not, the latter is; then the chunk of
     the largest weight is. Of several others, one with the conditional chunk's own conditioning is a perturbed pass
-    ("other"), and the unconditional one is all zeros wherever it differs from the rest. Raises ValueError where rows can't
+    ("other"), and the unconditional one is all zeros wherever it differs from the rest. Raises UsageError where rows can't
     be told.
     """
     if all(f.context in CONTEXTS and f.rows == R for f in forwards):
@@ -127,7 +129,7 @@ def assign_roles(forwards, model_output, R):
         chunks = [(f, c) for f, c in chunks if f.denoiser in used]
     for f in forwards:
         if f.rows % R:
-            raise ValueError(
+            raise UsageError(
                 f"the denoiser got {f.rows} rows, which is no multiple of {R} (prompts x images per prompt): "
                 "say how many prompts there are"
             )
@@ -141,13 +143,13 @@ def assign_roles(forwards, model_output, R):
     if len(candidates) > 1:
         if all(certain):
             if len(weights) == 2 and min(weights) > 0.01:
-                raise ValueError(
+                raise UsageError(
                     f"can't tell conditional from unconditional rows at a guidance scale between 0 and 1 ({max(weights):.2f}): "
                     "use two prompts or more"
                 )
             best = max(candidates, key=lambda i: abs(weights[i]))
         elif not all(same(i, inputs[0]) for i in inputs):
-            raise ValueError(  # an empty prompt has the rows of the empty negative prompt, and then any label is right
+            raise UsageError(  # an empty prompt has the rows of the empty negative prompt, and then any label is right
                 "can't tell conditional from unconditional rows: the denoiser predicts the same for both "
                 "(is its last layer still zero?)"
             )

@@ -30,6 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from errors import UsageError
 from kernels import decode, encode, keep_largest, merge, topk
 from processes import ALONE
 from tensors import save_tensors, swap_in
@@ -74,7 +75,7 @@ class Sae(nn.Module):
         super().__init__()
         most = k if (cfg or {}).get("activation", "topk").startswith("sampletopk") else num_latents
         if not 1 <= k <= most:
-            raise ValueError(f"k is {k}, expected 1 to num_latents = {num_latents}")
+            raise UsageError(f"k is {k}, expected 1 to num_latents = {num_latents}")
         self.d_in, self.num_latents, self.k = d_in, num_latents, k
         self.cfg = {"activation": "topk", **(cfg or {}), "d_in": d_in, "num_latents": num_latents, "k": k}
         self.input_unit_norm = bool(self.cfg.get("input_unit_norm"))
@@ -157,7 +158,7 @@ class Sae(nn.Module):
         """
         if x.ndim != (ndim := 3 if self.activation == "sampletopk" else 2):
             shape = "(samples, tokens, d)" if ndim == 3 else "(N, d)"
-            raise ValueError(f"{self.activation} expects x {shape}, got {tuple(x.shape)}")
+            raise UsageError(f"{self.activation} expects x {shape}, got {tuple(x.shape)}")
         x, *stats = self.standardize(x.to(self.W_dec.dtype))
         weights, tokens = (self.encoder.weight, self.encoder.bias, self.b_dec), x.shape[-2]
         if self.activation == "jumprelu":
@@ -220,7 +221,7 @@ class Sae(nn.Module):
         """Read an SAE folder of ours, sparsify, universal-diffsae, SAELens or dictionary_learning; weights come as float32.
 
         `path` is the folder, or the file with the weights in it. A pickle is read only here, and only as tensors:
-        dictionary_learning's ae.pt. Raises ValueError for one that computes something else (transcoders, groupmax, skip
+        dictionary_learning's ae.pt. Raises UsageError for one that computes something else (transcoders, groupmax, skip
         connections, the ancestor's batch_topk, sample_topk and input_unit_norm, which it did not save whole, variants that this
         version does not know; formats.py says what of other packages), OSError where a file is not there.
         """
@@ -234,27 +235,27 @@ class Sae(nn.Module):
             cfg = json.loads((path / "cfg.json").read_text())
             state = {name: tensor.float() for name, tensor in load_file(weights).items()}
         except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
-            raise ValueError(f"{path} is not a readable SAE folder: {error}") from None
+            raise UsageError(f"{path} is not a readable SAE folder: {error}") from None
         if not isinstance(cfg, dict):
-            raise ValueError(f"{path / 'cfg.json'}: expected a JSON object")
+            raise UsageError(f"{path / 'cfg.json'}: expected a JSON object")
         activation = str(cfg.get("activation", "topk"))
         unit_norm = "input_unit_norm" if activation.endswith(UNIT_NORM) else ""
         for key in sorted({"transcode", "skip_connection", "batch_topk", "sample_topk", "input_unit_norm"} - {unit_norm}):
             if cfg.get(key):
-                raise ValueError(f"{path / 'cfg.json'} says {key}, which no file of this project does; it can't be loaded")
+                raise UsageError(f"{path / 'cfg.json'} says {key}, which no file of this project does; it can't be loaded")
         return build(cfg, state, weights).to(device)
 
     @staticmethod
     def load_many(folder, pattern=None, device="cpu"):
         """Every SAE in a folder and below it: {hook name: Sae}, or {path relative to `folder`: Sae} where hook names are missing
         or repeat. `pattern`: a glob on that path (`*` crosses slashes). Pickles are left out: name their folder to
-        `load_from_disk`. Raises ValueError if there is no SAE, or one can't be loaded.
+        `load_from_disk`. Raises UsageError if there is no SAE, or one can't be loaded.
         """
         found = {path.parent for name in ("sae.safetensors", "sae_weights.safetensors") for path in Path(folder).rglob(name)}
         names = {path.relative_to(folder).as_posix(): path for path in sorted(found)}
         saes = {n: Sae.load_from_disk(path, device) for n, path in names.items() if pattern is None or fnmatch(n, pattern)}
         if not saes:
-            raise ValueError(f"{folder} has no SAE" + (f" in a folder {pattern!r}, only in {', '.join(names)}" if names else ""))
+            raise UsageError(f"{folder} has no SAE" + (f" in a folder {pattern!r}, only in {', '.join(names)}" if names else ""))
         hook_names = {sae.cfg.get("hook_name"): sae for sae in saes.values()}
         return saes if None in hook_names or len(hook_names) < len(saes) else hook_names
 
@@ -271,19 +272,19 @@ class Sae(nn.Module):
 
 
 def build(cfg, state, weights):
-    """The SAE of a description and its tensors, which came from the file `weights`; ValueError where they don't fit."""
+    """The SAE of a description and its tensors, which came from the file `weights`; UsageError where they don't fit."""
     activation = str(cfg.get("activation", "topk")).removesuffix(UNIT_NORM)
     if activation not in ACTIVATIONS:
-        raise ValueError(f"{weights.parent / 'cfg.json'} says activation {activation!r}; expected {', '.join(ACTIVATIONS)}")
+        raise UsageError(f"{weights.parent / 'cfg.json'} says activation {activation!r}; expected {', '.join(ACTIVATIONS)}")
     M, d = state["W_dec"].shape if "W_dec" in state and state["W_dec"].ndim == 2 else (0, 0)
     expected = {"encoder.weight": (M, d), "encoder.bias": (M,), "W_dec": (M, d), "b_dec": (d,)}
     expected |= {"batchtopk": {"threshold": ()}, "jumprelu": {"threshold": (M,)}}.get(activation, {})
     if {name: tuple(tensor.shape) for name, tensor in state.items()} != expected or cfg.get("d_in", d) != d:
         shapes = ", ".join(f"{name} {shape}" for name, shape in expected.items())
-        raise ValueError(f"{weights}: expected {shapes}")
+        raise UsageError(f"{weights}: expected {shapes}")
     k = cfg.get("k")
     if not isinstance(k, int) or isinstance(k, bool):
-        raise ValueError(f"{weights.parent}: k is {k!r}, expected an integer")
+        raise UsageError(f"{weights.parent}: k is {k!r}, expected an integer")
     sae = Sae(d, M, k, cfg)
     sae.load_state_dict(state)
     return sae

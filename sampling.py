@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from errors import UsageError
 from rows import CONTEXTS, assign_roles, forward_signature, sample_name, tensors, time_parameter, unwrap, with_tensor
 
 LIVE = []  # the samplings that are being watched
@@ -46,10 +47,10 @@ class Step:
     sample: Any  # what is stepped, (R, ...)
 
     def time(self):
-        """The timestep as a number; ValueError where rows have their own."""
+        """The timestep as a number; UsageError where rows have their own."""
         values = torch.as_tensor(self.timestep).flatten()
         if len(values) > 1 and not (values == values[0]).all():
-            raise ValueError("each row has a timestep of its own, and a step has one")
+            raise UsageError("each row has a timestep of its own, and a step has one")
         return float(values[0])
 
     def sigma(self):
@@ -203,7 +204,7 @@ class Sampling:
             return
         doubled = rows == 2 * self.R and torch.equal(*sample.chunk(2))  # both chunks of the guidance are stepped
         if rows != self.R and not doubled:
-            raise ValueError(f"{rows} rows are sampled, not {self.R}: say how many prompts there are, and images of each")
+            raise UsageError(f"{rows} rows are sampled, not {self.R}: say how many prompts there are, and images of each")
         pattern, expected = pattern_of(forwards), [f.roles for f in forwards]
         if pattern in self.known:
             for f, roles in zip(forwards, self.known[pattern]):
@@ -214,7 +215,7 @@ class Sampling:
                 f.roles = f.roles if f in used else []
             self.known[pattern] = [f.roles for f in forwards]
         if self.plan is not None and [f.roles for f in forwards if f.roles] != [e for e, f in zip(expected, forwards) if f.roles]:
-            raise ValueError(
+            raise UsageError(
                 f"the passes of step {self.index} are not those of the first step, so an edit may have met the wrong rows: "
                 "use rows='all', or limit it to earlier steps"
             )

@@ -10,7 +10,9 @@ from typing import NamedTuple
 import numpy as np
 
 from arrow_file import is_arrow, open_arrow
-from store import check_size, checksum, read_json, safe_counts
+from disk import checksum, read_json
+from errors import UsageError
+from store import check_size, safe_counts
 
 
 class File(NamedTuple):
@@ -33,7 +35,7 @@ class File(NamedTuple):
 def read_description(path):
     """What collect.py says of an activation file, {} where it does not: its `.json`, or what `unfinished` finds.
 
-    Raises ValueError if it is damaged.
+    Raises UsageError if it is damaged.
     """
     path = Path(path)
     record = stem_of(path).with_suffix(".json")
@@ -43,7 +45,7 @@ def read_description(path):
     if "checksum" not in meta and not {"format", "hook_name", "mean_norm"} <= meta.keys():
         return {}  # somebody else's
     if meta.get("checksum") != checksum(meta):
-        raise ValueError(f"{record} was changed after it was written (its checksum differs); collect again or remove it")
+        raise UsageError(f"{record} was changed after it was written (its checksum differs); collect again or remove it")
     return meta
 
 
@@ -84,43 +86,43 @@ def safe_rows(array, meta):
 def open_file(path):
     """Map one activation file: its array (..., d), C order, read only, and its description ({} for a plain `.npy`).
 
-    Raises ValueError for anything but floats of at least two axes, or bfloat16 bits that the description says are such.
+    Raises UsageError for anything but floats of at least two axes, or bfloat16 bits that the description says are such.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     meta = read_description(path)
     if path.suffix != ".npy" and not meta:
-        raise ValueError(f"{path} is no .npy file, nor one of a collection that was stopped")
+        raise UsageError(f"{path} is no .npy file, nor one of a collection that was stopped")
     try:
         array = np.lib.format.open_memmap(path, mode="r")  # never unpickles
     except OSError:
         raise
     except Exception as error:  # a damaged header can fail in any way; the reason is in the message
-        raise ValueError(f"{path} is not a complete .npy file of numbers ({error})") from None
+        raise UsageError(f"{path} is not a complete .npy file of numbers ({error})") from None
     bfloat16 = array.dtype == np.uint16 and meta.get("dtype") == "bfloat16"
     if not bfloat16 and array.dtype not in (np.float16, np.float32, np.float64):
-        raise ValueError(f"{path} holds {array.dtype}, expected float16, 32 or 64 (or bfloat16 with its .json)")
+        raise UsageError(f"{path} holds {array.dtype}, expected float16, 32 or 64 (or bfloat16 with its .json)")
     if array.ndim < 2 or not array.flags.c_contiguous:
-        raise ValueError(f"{path} has shape {array.shape}, expected (prompts, ..., d) or (vectors, d) in C order")
+        raise UsageError(f"{path} has shape {array.shape}, expected (prompts, ..., d) or (vectors, d) in C order")
     if not array.size:
-        raise ValueError(f"{path} is empty: shape {array.shape}")
+        raise UsageError(f"{path} is empty: shape {array.shape}")
     if list(meta.get("shape", array.shape)) != list(array.shape):
-        raise ValueError(f"{path} has shape {list(array.shape)}, but its .json says {meta['shape']}")
+        raise UsageError(f"{path} has shape {list(array.shape)}, but its .json says {meta['shape']}")
     return array, meta
 
 
 def read_prompts(path):
-    """The rows of prompts.jsonl beside an activation file, one a picture. Raises ValueError where it is not there, or damaged."""
+    """The rows of prompts.jsonl beside an activation file, one a picture. Raises UsageError where it is not there, or damaged."""
     listing = Path(path).with_name("prompts.jsonl")
     if not listing.exists():
-        raise ValueError(f"{listing} is not there, so it is not known which prompts the activations are of")
+        raise UsageError(f"{listing} is not there, so it is not known which prompts the activations are of")
     try:
         rows = [json.loads(line) for line in listing.read_text("utf-8").splitlines()]
     except ValueError as error:
-        raise ValueError(f"{listing} is damaged: {error}") from None
+        raise UsageError(f"{listing} is damaged: {error}") from None
     if len(rows) < len(open_file(path)[0]) or not all(isinstance(row, dict) and "prompt" in row for row in rows):
-        raise ValueError(f"{listing} does not say the prompts of {path}, one a line")
+        raise UsageError(f"{listing} does not say the prompts of {path}, one a line")
     return rows
 
 
@@ -131,7 +133,7 @@ def prompts_of(path, array, meta):
         try:
             texts = [json.loads(line).get("prompt") for line in listing.read_text("utf-8").splitlines()]
         except (ValueError, AttributeError):
-            raise ValueError(f"{listing} can't be read; collect again, or move it away") from None
+            raise UsageError(f"{listing} can't be read; collect again, or move it away") from None
         texts = texts[: len(array)] if "unfinished" in meta else texts  # the listing may be ahead of the file
         if len(texts) == len(array) and None not in texts and len(set(texts)) > 1:
             return texts
@@ -143,7 +145,7 @@ def read_lengths(path, array):
     path = stem_of(Path(path)).with_suffix(".lengths.npy")
     path = path if path.exists() else Path(f"{path}.partial")
     if check_size(path) != array.shape[:1]:
-        raise ValueError(f"{path} is of another collection: {check_size(path)} for {array.shape[:1]}")
+        raise UsageError(f"{path} is of another collection: {check_size(path)} for {array.shape[:1]}")
     return np.load(path, allow_pickle=False).clip(0, array.shape[2])
 
 
@@ -182,7 +184,7 @@ def open_source(path):
         n = meta["num_images_per_prompt"]
         note = f"{path}: {safe.sum() // n} of {len(array) // n} prompts; the collection is not finished"
         if len({name for name, there in zip(names, safe) if there}) < 2:
-            raise ValueError(f"{note}, and has too little to train on yet; go on with it")
+            raise UsageError(f"{note}, and has too little to train on yet; go on with it")
     elif len(set(names)) < 2:
         names, whole = [(path, piece) for piece in range(min(32, len(rows)))], False
     cuts = np.arange(len(names) + 1) * len(rows) // len(names)

@@ -33,7 +33,9 @@ from tqdm import tqdm
 
 from cli import check_positive, parse_object, product_dtype, resolve_device, resolve_dtype, run
 from concepts import find_features, image_scores, toward, with_word
+from disk import read_json, write_atomically
 from edits import Edits, Typical, check_features, redirect, steer
+from errors import UsageError
 from formats import newest_sae
 from graft import trained_on
 from hook import HookedDiffusionModel, find_model
@@ -41,7 +43,6 @@ from prompts import load_prompts
 from rows import per_prompt, tensors
 from sae import Sae
 from sources import read_description, read_prompts
-from store import read_json, write_atomically
 from unlearn import GRIDS, domains_of, split_prompts, summary, unlearn
 
 
@@ -77,15 +78,15 @@ class Config:
 
 
 def parse_features(texts, saes):
-    """`12` or, with several SAEs, `1:12` -> features of each SAE. Raises ValueError for what is neither, or not there."""
+    """`12` or, with several SAEs, `1:12` -> features of each SAE. Raises UsageError for what is neither, or not there."""
     found = [[] for _ in saes]
     for text in texts:
         match = re.fullmatch(r"(?:(\d+):)?(\d+)", text)
         if not match or (match[1] is None and len(saes) > 1):
             form = "a number such as 12" if len(saes) == 1 else "the SAE's place in --sae and a number, such as 0:12"
-            raise ValueError(f"--features {text}: expected {form}")
+            raise UsageError(f"--features {text}: expected {form}")
         if (which := int(match[1] or 0)) >= len(saes):
-            raise ValueError(f"--features {text}: --sae names {len(saes)}, numbered from 0")
+            raise UsageError(f"--features {text}: --sae names {len(saes)}, numbered from 0")
         found[which].append(int(match[2]))
     for sae, features in zip(saes, found):
         check_features(sae, features)
@@ -93,43 +94,43 @@ def parse_features(texts, saes):
 
 
 def parse_steps(text, num_steps):
-    """`0-10` or `3` -> range(0, 11), range(3, 4); None is all. Raises ValueError for others, and outside of the sampling."""
+    """`0-10` or `3` -> range(0, 11), range(3, 4); None is all. Raises UsageError for others, and outside of the sampling."""
     if text is None:
         return None
     match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
     first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
     if last < first:
-        raise ValueError(f"--steps {text}: expected first-last, such as 0-10")
+        raise UsageError(f"--steps {text}: expected first-last, such as 0-10")
     if last >= (num_steps or last + 1):
-        raise ValueError(f"--steps {text}: the sampling has {num_steps} steps, 0 to {num_steps - 1}")
+        raise UsageError(f"--steps {text}: the sampling has {num_steps} steps, 0 to {num_steps - 1}")
     return range(first, last + 1)
 
 
 def token_mask(given, grid):
     """The tokens to edit, bool (tokens,), of a box in fractions or a picture file; None for an empty list.
 
-    grid: (h, w) or (frames, h, w) of the hook point. A token is in the box if its centre is. ValueError for what is neither.
+    grid: (h, w) or (frames, h, w) of the hook point. A token is in the box if its centre is. UsageError for what is neither.
     """
     if not given:
         return None
     if len(grid) not in (2, 3):
-        raise ValueError(f"--mask: the tokens of this hook point are on the grid {tuple(grid)}, which is no picture")
+        raise UsageError(f"--mask: the tokens of this hook point are on the grid {tuple(grid)}, which is no picture")
     h, w = grid[-2:]
     if len(given) == 1:
         try:
             picture = Image.open(given[0]).convert("L").resize((w, h), Image.Resampling.BOX)
         except OSError as error:
-            raise ValueError(f"--mask {given[0]}: no picture that can be read ({error})") from None
+            raise UsageError(f"--mask {given[0]}: no picture that can be read ({error})") from None
         mask = torch.from_numpy(np.array(picture)) > 127
     else:
         try:
             top, left, bottom, right = map(float, given)
         except ValueError:
-            raise ValueError(f"--mask {' '.join(given)}: expected top left bottom right, such as 0 0 1 0.5, or a file") from None
+            raise UsageError(f"--mask {' '.join(given)}: expected top left bottom right, such as 0 0 1 0.5, or a file") from None
         y, x = (torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w
         mask = ((y >= top) & (y < bottom))[:, None] & ((x >= left) & (x < right))
     if not mask.any():
-        raise ValueError(f"--mask {' '.join(given)}: no token of the {h} x {w} is in it")
+        raise UsageError(f"--mask {' '.join(given)}: no token of the {h} x {w} is in it")
     return mask.flatten().repeat(grid[0] if len(grid) == 3 else 1)
 
 
@@ -174,7 +175,7 @@ def generate(hooked, edits, prompts, seeds, options, batch_size, bar):
         images = tensors(output)[0]
         images = images[:, images.shape[1] // 2] if images.ndim == 5 else images  # video: the frame in the middle
         if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"{type(hooked.pipe).__name__} gives {tuple(images.shape)}, no pictures to show")
+            raise UsageError(f"{type(hooked.pipe).__name__} gives {tuple(images.shape)}, no pictures to show")
         made.append(images.float().cpu())
         bar.update(len(prompts[here]))
     return torch.cat(made)
@@ -206,17 +207,17 @@ def picture(path, rows, prompts):
 
 
 def open_folder(folder, name, options):
-    """The folder, made. Raises ValueError if it holds a result of other options, or something else."""
+    """The folder, made. Raises UsageError if it holds a result of other options, or something else."""
     if (folder / name).exists():
         there = read_json(folder / name).get("options") or {}
         if other := [k for k in options if there.get(k) != options[k]]:
-            raise ValueError(f"{folder} holds a run with other {', '.join(other)}; choose another --out_dir")
+            raise UsageError(f"{folder} holds a run with other {', '.join(other)}; choose another --out_dir")
     elif folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} holds something else; choose another --out_dir")
+        raise UsageError(f"{folder} holds something else; choose another --out_dir")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"--out_dir {folder} can't be made: {error.strerror}") from None
+        raise UsageError(f"--out_dir {folder} can't be made: {error.strerror}") from None
     return folder
 
 
@@ -249,10 +250,10 @@ def unlearning(cfg, saes, meta, device):
     values = {name: found for name, found in values.items() if found}
     if not values:
         known = ", ".join([*CONCEPTS["object"], *CONCEPTS["style"]])
-        raise ValueError(f"--unlearn {cfg.unlearn}: the toy has no such object or style; expected all, {known}")
+        raise UsageError(f"--unlearn {cfg.unlearn}: the toy has no such object or style; expected all, {known}")
     model = Path(find_model(cfg.model_name or meta["model"]))
     if not (model / "classifier.safetensors").exists():
-        raise ValueError(f"--unlearn: {model} has no classifier that could judge its pictures; that is for the toy")
+        raise UsageError(f"--unlearn: {model} has no classifier that could judge its pictures; that is for the toy")
     methods = tuple(GRIDS) if cfg.report else ("features",)
 
     # 2. The model, and where each domain is edited
@@ -298,22 +299,22 @@ def main(cfg):
     # 1. The SAEs, where they belong, and the features
     check_positive(cfg, "num_features", "num_pictures", "num_prompts", "num_inference_steps", "batch_size", "per_cell")
     if bool(cfg.features) + (cfg.concept is not None) + (cfg.unlearn is not None) > 1:
-        raise ValueError("expected one of --features, --concept and --unlearn at most")
+        raise UsageError("expected one of --features, --concept and --unlearn at most")
     if bool(cfg.multiply) + bool(cfg.add) + (cfg.toward is not None) > 1:
-        raise ValueError("expected one of --multiply, --add and --toward at most")
+        raise UsageError("expected one of --multiply, --add and --toward at most")
     if cfg.toward is not None and cfg.concept is None:
-        raise ValueError("--toward is of --concept: what is put in its place")
+        raise UsageError("--toward is of --concept: what is put in its place")
     if cfg.report and cfg.unlearn is None:
-        raise ValueError("--report is of --unlearn: name a concept of the toy, or all")
+        raise UsageError("--report is of --unlearn: name a concept of the toy, or all")
     of_pictures = ("multiply", "add", "toward", "steps", "mask", "rows", "renormalize", "dataset_name", "column")
     if cfg.unlearn is not None and (given := [name for name in of_pictures if getattr(cfg, name) != getattr(Config(), name)]):
-        raise ValueError(f"--{given[0]} is not of --unlearn, which tries settings of its own (unlearn.py)")
+        raise UsageError(f"--{given[0]} is not of --unlearn, which tries settings of its own (unlearn.py)")
     device, start = resolve_device(cfg.device), time.perf_counter()
     paths = cfg.sae or [str(newest_sae())]
     saes = [Sae.load_from_disk(path, device) for path in paths]
     places = [trained_on(sae) for sae in saes]
     if len({place["hook_name"] for place in places}) < len(places):
-        raise ValueError("--sae names two SAEs of one hook point; expected one each")
+        raise UsageError("--sae names two SAEs of one hook point; expected one each")
     meta = read_description(saes[0].cfg["data"][0])
     if cfg.unlearn is not None:
         return unlearning(cfg, list(zip(paths, saes)), meta, device)

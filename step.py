@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from errors import UsageError
 from kernels import KEPT, Gradient, Selector, adam, decode_error, sort_pairs, squared_norm, sum_over, totals, update, weighted_sum
 from kernels.topk import topk
 from metrics import count_active
@@ -59,7 +60,7 @@ class Step:
 
     `state` holds all tensors that updates change, by name: the SAE's own, Adam's moments and step, `silent_for` (vectors since
     each latent was last active), `dead` (which were when last looked at), `residual` (mean |x - x_hat|^2 of the last update).
-    Raises ValueError for variants that do not go together.
+    Raises UsageError for variants that do not go together.
     """
 
     def __init__(
@@ -77,9 +78,9 @@ class Step:
     ):
         M, device = len(sae.W_dec), sae.W_dec.device
         if multi_topk and (matryoshka or sae.activation != "topk"):
-            raise ValueError("multi_topk goes with plain top-k alone, not with matryoshka, batch_topk or sample_topk")
+            raise UsageError("multi_topk goes with plain top-k alone, not with matryoshka, batch_topk or sample_topk")
         if wrong := [m for m in matryoshka if not 1 <= m <= sae.num_latents]:
-            raise ValueError(f"matryoshka {wrong[0]}: expected 1 to num_latents = {sae.num_latents}")
+            raise UsageError(f"matryoshka {wrong[0]}: expected 1 to num_latents = {sae.num_latents}")
         self.sae, self.variance, self.auxk_alpha, self.multi_topk = sae, variance, auxk_alpha, multi_topk
         self.dead_feature_threshold, self.normalize_decoder = dead_feature_threshold, normalize_decoder
         self.prefixes = sorted({*matryoshka, sae.num_latents})

@@ -4,16 +4,17 @@ An activation file is a plain NumPy array (prompts, steps, tokens, d) that `np.l
 with a `.json` beside it that says what it holds. No pickle is read or written.
 """
 
-import hashlib
 import json
 import os
 import struct
 import zlib
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
+
+from disk import checksum, lock, opened, read_json, rename, write_all, write_atomically
+from errors import UsageError
 
 try:
     import fcntl
@@ -32,45 +33,6 @@ def npy_header(shape, dtype):
 def as_numpy(x):
     """A NumPy view of a CPU tensor; bfloat16 as its bits in uint16."""
     return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).contiguous().numpy()
-
-
-def write_atomically(path, data):
-    """The file has either its old content or all of the new, also after a power cut."""
-    partial = path.with_name(path.name + ".partial")
-    with opened(partial, os.O_CREAT | os.O_TRUNC) as fd:
-        write_all(fd, data, 0)
-    rename(partial, path)
-
-
-def rename(old, new):
-    """Rename, and make the folder remember it."""
-    os.replace(old, new)
-    if os.name == "posix":
-        folder = os.open(new.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-
-
-def checksum(meta):
-    """SHA-256 of a description without its "checksum", over its canonical JSON."""
-    canonical = json.dumps({key: meta[key] for key in meta if key != "checksum"}, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def lock(path, exclusive=True, wait=False):
-    """A file descriptor that locks the file against other processes until it, and any `os.dup` of it, is closed, however the
-    process ends. BlockingIOError if another has it; a file system that can't lock does not.
-    """
-    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    if fcntl is not None:
-        try:
-            fcntl.flock(fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            os.close(fd)
-            raise
-        except OSError:
-            pass
-    return fd
 
 
 def vouch(row, size):
@@ -94,7 +56,7 @@ class Collection:
     (batches, 1 + sums) says how many rows of each batch are safe, see `vouch`, and what it adds to the sums of the
     descriptions. Of several processes on a machine one begins, then the others join it; each writes batches of its own.
 
-    Raises ValueError for a folder with batches of other settings or prompts, with files of another program, with records that
+    Raises UsageError for a folder with batches of other settings or prompts, with files of another program, with records that
     are damaged, and while another program writes there.
     """
 
@@ -120,10 +82,10 @@ class Collection:
         try:
             self.out_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(f"--out_dir {self.out_dir} can't be made: {error.strerror}") from None
+            raise UsageError(f"--out_dir {self.out_dir} can't be made: {error.strerror}") from None
         suffixes = (".npy",) if self.record.exists() else (".npy", ".npy.partial", ".jsonl")
         if not self.progress.exists() and (taken := [p.name for p in self.out_dir.iterdir() if p.name.endswith(suffixes)]):
-            raise ValueError(f"{self.out_dir} has files of another origin ({taken[0]}); use another --out_dir")
+            raise UsageError(f"{self.out_dir} has files of another origin ({taken[0]}); use another --out_dir")
 
     def _hold(self, exclusive):
         """The lock on the folder, for as long as this collection is open."""
@@ -131,9 +93,9 @@ class Collection:
         try:
             self.held = lock(self.out_dir / "collect.lock", exclusive)
         except BlockingIOError:
-            raise ValueError(f"another collect.py is writing to {self.out_dir}; wait for it, or use another --out_dir") from None
+            raise UsageError(f"another collect.py is writing to {self.out_dir}; wait for it, or use another --out_dir") from None
         except OSError as error:
-            raise ValueError(f"--out_dir {self.out_dir} can't be written: {error.strerror}") from None
+            raise UsageError(f"--out_dir {self.out_dir} can't be written: {error.strerror}") from None
 
     def _begin(self):
         lines = [json.dumps(p) for p in self.prompts]
@@ -155,19 +117,19 @@ class Collection:
             if isinstance(before, dict) and isinstance(now, dict):
                 k = next(name for name in {**before, **now} if before.get(name) != now.get(name))
                 before, now = before.get(k), now.get(k)
-            raise ValueError(
+            raise UsageError(
                 f"{self.out_dir} holds a collection made with {k} {before!r}, not {now!r}: "
                 "use the same options to go on with it, or another --out_dir"
             )
         if old[: len(lines)] != lines[: len(old)]:
-            raise ValueError(f"{self.out_dir} holds a collection of other prompts; use another --out_dir")
+            raise UsageError(f"{self.out_dir} holds a collection of other prompts; use another --out_dir")
         if len(old) > len(lines):
-            raise ValueError(f"{self.out_dir} holds or has begun {len(old)} prompts, more than {len(lines)}; nothing to do")
+            raise UsageError(f"{self.out_dir} holds or has begun {len(old)} prompts, more than {len(lines)}; nothing to do")
 
     def _read_record(self):
         record = read_json(self.record)
         if record.get("checksum", checksum(record)) != checksum(record):  # there was none in earlier versions
-            raise ValueError(f"{self.record} was changed after it was written; move its folder away and collect again")
+            raise UsageError(f"{self.record} was changed after it was written; move its folder away and collect again")
         return record
 
     def _write_record(self):
@@ -180,7 +142,7 @@ class Collection:
             return np.zeros((len(self.sizes), 1))
         shape, data = check_size(self.progress), self.progress.read_bytes()
         if len(shape) != 2 or data[:HEADER] != npy_header(shape, np.float64) or len(data) != HEADER + 8 * shape[0] * shape[1]:
-            raise ValueError(f"{self.progress} is damaged; move its folder away and collect again")
+            raise UsageError(f"{self.progress} is damaged; move its folder away and collect again")
         done = np.frombuffer(data, np.float64, offset=HEADER).reshape(shape)
         return np.pad(done, ((0, max(0, len(self.sizes) - len(done))), (0, 0)))
 
@@ -198,7 +160,7 @@ class Collection:
         """Write one batch: {name: CPU tensor (rows, ...)}, a vector of numbers to be summed over all batches, and facts
         (a JSON object) that are the same for each. Space for whole files is reserved before their first byte.
 
-        Raises OSError when the disk is full and ValueError when a batch's facts differ from the ones before.
+        Raises OSError when the disk is full and UsageError when a batch's facts differ from the ones before.
         """
         held = os.dup(self.held)  # after a second Ctrl-C the collection is closed, and the folder still ours until this returns
         try:
@@ -212,7 +174,7 @@ class Collection:
     def _write(self, batch, arrays, sums, facts):
         for name, data in arrays.items():
             if len(data) != self.sizes[batch]:
-                raise ValueError(f"{name}: got {len(data)} rows for {self.sizes[batch]}; collect one image a prompt")
+                raise UsageError(f"{name}: got {len(data)} rows for {self.sizes[batch]}; collect one image a prompt")
         if facts != self.facts or arrays.keys() - self.ready:
             one = lock(self.listing, wait=True)  # of the processes that write here; prompts.jsonl itself no longer changes
             try:
@@ -239,7 +201,7 @@ class Collection:
             self.facts = facts
             self._write_record()
         if facts != self.facts:
-            raise ValueError(f"batch {batch} ran other steps or tokens than the ones before it; collect it on its own")
+            raise UsageError(f"batch {batch} ran other steps or tokens than the ones before it; collect it on its own")
         done = self._done()
         for name, data in arrays.items():
             self._reserve(name, data, done[:, 0].any())
@@ -251,11 +213,11 @@ class Collection:
     def _reserve(self, name, data, begun):
         """Make `<name>.npy.partial` of full size: a new file, or the one that is there, grown if need be."""
         if not name or Path(name).name != name:
-            raise ValueError(f"{name!r} is no name for a file in {self.out_dir}")
+            raise UsageError(f"{name!r} is no name for a file in {self.out_dir}")
         final, partial = self.out_dir / f"{name}.npy", self.out_dir / f"{name}.npy.partial"
         fresh = not (final.exists() or partial.exists())
         if fresh and begun:
-            raise ValueError(f"{final} is missing; move its folder away and collect again")
+            raise UsageError(f"{final} is missing; move its folder away and collect again")
         if not fresh:
             check_size(final if final.exists() else partial)
         if final.exists():
@@ -315,42 +277,10 @@ class Collection:
                 write_atomically(self.out_dir / f"{name}.json", f"{text}\n".encode())
 
 
-@contextmanager
-def opened(path, flags=0):
-    """File descriptor to write with; what was written is safe when the context ends. An OSError names the file."""
-    fd = os.open(path, os.O_WRONLY | flags, 0o644)
-    try:
-        yield fd
-        os.fsync(fd)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    finally:
-        os.close(fd)
-
-
-def write_all(fd, data, offset):
-    """`os.pwrite` of bytes or a C-ordered array until everything is written."""
-    view = memoryview(data).cast("B")
-    while len(view):
-        n = os.pwrite(fd, view[: 1 << 30], offset)
-        view, offset = view[n:], offset + n
-
-
 def check_size(path):
-    """Shape of a `.npy` file; raises ValueError if it is missing or shorter than its header says."""
+    """Shape of a `.npy` file; raises UsageError if it is missing or shorter than its header says."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # a damaged header can fail in any way
-        raise ValueError(f"{path} is missing or damaged ({error}); move its folder away and collect again") from None
+        raise UsageError(f"{path} is missing or damaged ({error}); move its folder away and collect again") from None
     return array.shape
-
-
-def read_json(path):
-    """A JSON object; ValueError in one line if the file is none."""
-    try:
-        record = json.loads(Path(path).read_text("utf-8"))
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path} can't be read: {error}") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"{path}: expected a JSON object")
-    return record

@@ -39,6 +39,7 @@ from torch import nn
 from tqdm import tqdm
 
 from cli import HERE, check_positive, resolve_device, run
+from errors import UsageError
 
 SIZE = 64  # pixels a side
 OBJECTS = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "moon")
@@ -378,12 +379,12 @@ def train(cfg, device):
 
     folder, work = Path(cfg.folder), Path(cfg.work_dir)
     if (folder / "model_index.json").exists():
-        raise ValueError(f"{folder} holds a trained model; name another --folder")
+        raise UsageError(f"{folder} holds a trained model; name another --folder")
     work.mkdir(parents=True, exist_ok=True)
     made_with = json.dumps({n: v for n, v in vars(cfg).items() if n not in UNCHECKED}, indent=1)
     record = work / "settings.json"
     if record.exists() and record.read_text() != made_with:
-        raise ValueError(f"{work} holds checkpoints made with other options; name another --work_dir")
+        raise UsageError(f"{work} holds checkpoints made with other options; name another --work_dir")
     record.write_text(made_with)
     torch.manual_seed(cfg.seed)
     classifier, vae, unet = Classifier(), build_vae(), build_unet()
@@ -485,7 +486,7 @@ def check(cfg, device):
     folder, out_dir = Path(cfg.folder), Path(cfg.out_dir or cfg.folder)
     options = {n: getattr(cfg, n) for n in ("num_prompts", "num_inference_steps", "guidance_scale", "seed")}
     if (out_dir / "check.json").exists() and json.loads((out_dir / "check.json").read_text()).get("options") != options:
-        raise ValueError(f"{out_dir} holds a report made with other options; name another --out_dir")
+        raise UsageError(f"{out_dir} holds a report made with other options; name another --out_dir")
     classifier = Classifier.load(folder).to(device)
     see = lambda pixels: [p for x in pixels.split(200) for p in classifier.predict(to_model(x).to(device))]
     out_dir.mkdir(parents=True, exist_ok=True)

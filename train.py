@@ -33,13 +33,14 @@ from tqdm import tqdm
 
 from activations import newest_activations, open_activations
 from cli import check_positive, resolve_device, run
+from disk import read_json
+from errors import UsageError
 from health import report, summary
 from hub import push
 from jobs import SAMPLE, Job, agree, held, measure
 from log import import_tracker, open_log, plot_sweep
 from metrics import evaluate, total
 from processes import Processes
-from store import read_json
 
 
 @dataclass
@@ -86,7 +87,7 @@ TOGETHER = 8  # batches that each of several SAEs is given in turn, so that its 
 
 
 def check_options(cfg):
-    """Raises ValueError for an option's value that nothing can be done with, or a --log_to that is not installed."""
+    """Raises UsageError for an option's value that nothing can be done with, or a --log_to that is not installed."""
     check_positive(cfg, "effective_batch_size", "num_epochs", "max_examples")
     check_positive(cfg, "dead_feature_threshold", "grad_acc_steps", "micro_acc_steps", "log_every", "save_every")
     alone = not (cfg.batch_topk or cfg.sample_topk or cfg.matryoshka)
@@ -108,7 +109,7 @@ def check_options(cfg):
         if not fine:
             value = getattr(cfg, name)
             value = " ".join(map(str, value)) or "(none)" if isinstance(value, list) else value
-            raise ValueError(f"--{name} {value}: expected {expected}")
+            raise UsageError(f"--{name} {value}: expected {expected}")
     import_tracker(cfg.log_to)
 
 
@@ -137,7 +138,7 @@ def fit(cfg, activations, jobs, device, processes, diagnosed=False):
     tokens = activations.sample_tokens() if cfg.sample_topk else 1
     whole = min(cfg.max_examples or math.inf, cfg.num_epochs * activations.num_training) // tokens * tokens
     if not whole:
-        raise ValueError(f"--max_examples {cfg.max_examples}: expected at least {tokens}, the tokens of one sample")
+        raise UsageError(f"--max_examples {cfg.max_examples}: expected at least {tokens}, the tokens of one sample")
     inputs = None
     if any(job.found == "nothing" for job in jobs):
         inputs = agree(processes, measure(activations, cfg, device) if first else None)
@@ -223,14 +224,14 @@ def free_bytes(device, processes):
 def in_turns(jobs, memory, free):
     """Groups of jobs that fit in so many bytes of memory together, at least one each.
 
-    Raises ValueError for one whose weights and moments alone are more than what is free.
+    Raises UsageError for one whose weights and moments alone are more than what is free.
     """
     groups, left = [], -1
     for job in jobs:
         numbers = job.num_latents * job.activations.d // job.latents.count
         if 24 * numbers > free:
             need = f"{24 * numbers / 1e9:.3g} GB for weights and moments"
-            raise ValueError(f"--num_latents {job.num_latents}: {need}, where {free / 1e9:.3g} GB are free")
+            raise UsageError(f"--num_latents {job.num_latents}: {need}, where {free / 1e9:.3g} GB are free")
         need = 34 * numbers  # weights, moments, gradients and a 16-bit copy
         if need > left:
             groups.append([])
@@ -268,7 +269,7 @@ def main(cfg):
         device = torch.device("cpu")
         print("training on the CPU: many PyTorch versions lack embedding_bag on MPS; --device mps tries them")
     if cfg.run_name and (Path(cfg.run_name).is_absolute() or ".." in Path(cfg.run_name).parts):
-        raise ValueError(f"--run_name {cfg.run_name}: expected a name inside --out_dir")
+        raise UsageError(f"--run_name {cfg.run_name}: expected a name inside --out_dir")
     for activations in (sets := open_activations(cfg.data or [newest_activations()])):
         stem = Path(activations.paths[0]).stem
         sizes = cfg.num_latents or [factor * activations.d for factor in cfg.expansion_factor]

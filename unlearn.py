@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from concepts import auroc, find_features, image_scores, saeuron, toward
 from edits import delta, hooks, redirect, steer
+from errors import UsageError
 from graft import trained_on
 from sources import open_file, read_prompts
 
@@ -76,7 +77,7 @@ class Domain:
 def domains_of(saes, values):
     """The domains, each at the SAE whose best features tell its values apart best (mean AUROC): {name: Domain}.
 
-    saes: SAEs of conditional rows of toy activations. values: {"object": names, "style": names}. Raises ValueError for
+    saes: SAEs of conditional rows of toy activations. values: {"object": names, "style": names}. Raises UsageError for
     activations that are not of the toy's prompts, or of none with, or none without, a value.
     """
     found, best = {}, dict.fromkeys(values, -1.0)
@@ -86,12 +87,12 @@ def domains_of(saes, values):
         scores, chosen = image_scores(sae, path)
         array, meta = open_file(path)
         if place["rows"] != "cond" or not meta.get("timesteps") or any(name not in rows[0] for name in values):
-            raise ValueError(f"{path}: --unlearn needs --rows cond of generated pictures, with prompts of toy/prompts.csv")
+            raise UsageError(f"{path}: --unlearn needs --rows cond of generated pictures, with prompts of toy/prompts.csv")
         means = torch.from_numpy(np.stack([array[i].astype(np.float32).mean(1) for i in chosen]))
         for name in values:
             labels = [rows[i][name] for i in chosen]
             if absent := [value for value in values[name] if value not in labels or set(labels) == {value}]:
-                raise ValueError(f"{path}: {absent[0]} is shown by {'all' if absent[0] in labels else 'none'} of its pictures")
+                raise UsageError(f"{path}: {absent[0]} is shown by {'all' if absent[0] in labels else 'none'} of its pictures")
             domain = Domain(name, sae, place, scores, means, torch.tensor(meta["timesteps"]), labels)
             each = [auroc(scores.mean(1), domain.there(value)).max() for value in sorted(set(labels))]
             if (told := float(torch.stack(each).mean())) > best[name]:
@@ -107,7 +108,7 @@ def split_prompts(rows, used, per_cell, seed=0):
         if row["prompt"] not in used:
             cells.setdefault((row["object"], row["style"]), []).append(row)
     if short := [cell for cell, found in sorted(cells.items()) if len(found) < 2 * per_cell]:
-        raise ValueError(f"--per_cell {per_cell}: only {len(cells[short[0]])} prompts are left of {' '.join(short[0])}")
+        raise UsageError(f"--per_cell {per_cell}: only {len(cells[short[0]])} prompts are left of {' '.join(short[0])}")
     for _, found in sorted(cells.items()):
         for half, some in zip(halves, (found[:per_cell], found[-per_cell:])):
             half += some

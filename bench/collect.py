@@ -24,6 +24,7 @@ import torch
 
 import collect
 from cli import HERE, resolve_device, resolve_dtype
+from errors import UsageError
 from hook import HookedDiffusionModel
 from writer import Writer
 
@@ -83,7 +84,7 @@ def measure(cfg, hooked, hook_name, rounds, batch_size, **pipeline_kwargs):
 
 def main(cfg):
     if wrong := [name for name in cfg.tiny if name not in HOOKS]:
-        raise ValueError(f"--tiny {wrong[0]}: expected {', '.join(HOOKS)}")
+        raise UsageError(f"--tiny {wrong[0]}: expected {', '.join(HOOKS)}")
     sys.path.insert(0, str(HERE / "tests"))
     import families
     from tiny import build

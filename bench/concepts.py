@@ -21,6 +21,7 @@ import train
 from bench.step import conditions
 from cli import check_positive, resolve_device
 from concepts import auroc, image_scores
+from errors import UsageError
 from sae import Sae
 from sources import read_prompts
 from toy import CONCEPTS
@@ -78,7 +79,7 @@ def main(cfg):
     files = [sae.cfg["data"][0] for sae in saes]
     rows = read_prompts(files[0])
     if any([r["prompt"] for r in read_prompts(file)] != [r["prompt"] for r in rows] for file in files):
-        raise ValueError("the SAEs are of activations of different prompts")
+        raise UsageError("the SAEs are of activations of different prompts")
     for pool in cfg.pool:
         scores = [image_scores(sae, file, pool, most=1 << 40)[0].mean(1) for sae, file in zip(saes, files)]
         choice = torch.arange(len(rows)) % 2 == 0

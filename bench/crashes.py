@@ -28,8 +28,9 @@ import torch
 
 import collect
 from cli import HERE, run
+from disk import read_json
 from sources import open_file
-from store import HEADER, read_json
+from store import HEADER
 
 PROMPTS, BATCH = 12, 2
 ARGS = f"--hook_names mid_block --num_inference_steps 4 --batch_size {BATCH} --max_num_examples {PROMPTS} --device cpu".split()

@@ -20,6 +20,7 @@ import features
 from activations import open_activations
 from bench.step import conditions
 from cli import check_positive, resolve_device
+from errors import UsageError
 from formats import newest_sae
 from hook import HookedDiffusionModel
 from images import decoded
@@ -60,7 +61,7 @@ def main(cfg):
         (activations,) = open_activations(sae.cfg["data"])
         (source,) = (features.open_source(name, 16) for name in activations.paths)
         if not source.rows or "object" not in source.rows[0]:
-            raise ValueError(f"{source.path}: expected activations of the toy's own prompts")
+            raise UsageError(f"{source.path}: expected activations of the toy's own prompts")
         found = features.scan(sae, activations, [source], cfg.top_images, 4096)
         shown = sorted(set(found.examples[found.examples >= 0].tolist()))
         samples = np.load(source.path.with_name("samples.npy"), mmap_mode="r", allow_pickle=False)

@@ -24,6 +24,7 @@ import train
 from activations import open_activations
 from bench.step import conditions
 from cli import check_positive, resolve_device
+from errors import UsageError
 from jobs import default_lr
 from metrics import evaluate, total
 from sae import Sae
@@ -110,7 +111,7 @@ def main(cfg):
     check_positive(cfg, "k", "expansion_factor", "batch_size", "max_examples")
     where, versions, commit = conditions(resolve_device(cfg.device))
     if wrong := set(cfg.packages) - set(PACKAGES):
-        raise ValueError(f"--packages {wrong.pop()}: expected some of {', '.join(PACKAGES)}")
+        raise UsageError(f"--packages {wrong.pop()}: expected some of {', '.join(PACKAGES)}")
     modules = {"ours": "train", "eai-sparsify": "sparsify", "sae-lens": "sae_lens"}
     there = [name for name in cfg.packages if importlib.util.find_spec(modules[name])]
     print(f"{where}; {versions}; commit {commit}")

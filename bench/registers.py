@@ -17,6 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import kernels  # noqa: F401  loads the modules below
+from errors import UsageError
 
 ADAM, DECODE, GRAD, THRESHOLD, TOPK = (sys.modules[f"kernels.{n}"] for n in ("adam", "decode", "grad", "threshold", "topk"))
 WIDTHS = (8, 16, 32, 64, 128, 256, 320, 640, 1280, 2560, 4096)  # of d, with every power of two among their blocks
@@ -70,7 +71,7 @@ def resources(cubin):
 
 def main(cfg):
     if not hasattr(TOPK.topk_kernel, "cache_key"):
-        raise ValueError("Triton runs in its interpreter; unset TRITON_INTERPRET")
+        raise UsageError("Triton runs in its interpreter; unset TRITON_INTERPRET")
     print(f"triton {triton.__version__}\n")
     print(f"{'arch':7} {'kernel':22} {'blocks':64}  regs stack shared")
     seen, spilled = set(), 0

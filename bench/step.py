@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from cli import HERE, check_positive, resolve_device
+from errors import UsageError
 from sae import Sae
 from step import Step
 
@@ -175,7 +176,7 @@ def write_csv(path, bench, rows, conditions):
 def main(cfg):
     check_positive(cfg, "N", "d", "M", "k", "rounds")
     if wrong := set(cfg.names) - set(ROWS):
-        raise ValueError(f"--names {wrong.pop()}: expected {', '.join(ROWS)}")
+        raise UsageError(f"--names {wrong.pop()}: expected {', '.join(ROWS)}")
     device = resolve_device(cfg.device)
     x = torch.randn(cfg.N, cfg.d, generator=torch.Generator().manual_seed(0)).to(device)
     steps, missing = {}, []

@@ -9,8 +9,9 @@ import torch
 import activations
 import reader
 from activations import Activations, newest_activations, open_activations
+from disk import checksum
 from sources import open_file, prompts_of
-from store import Collection, checksum
+from store import Collection
 
 
 @pytest.fixture(autouse=True)

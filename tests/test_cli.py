@@ -256,7 +256,8 @@ def test_help_names_every_option(script):
     done = subprocess.run([sys.executable, HERE / f"{script}.py", "--help"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     module = __import__(script)
-    lines = inspect.getsource(module.Config).splitlines()
+    classes = [cls for cls in module.Config.__mro__ if cls is not object]
+    lines = [line for cls in classes for line in inspect.getsource(cls).splitlines()]
     for name in module.Config.__dataclass_fields__:
         assert name == "command" or f"--{name}" in done.stdout, name
         assert any(line.startswith(f"    {name}: ") and "  # " in line for line in lines), f"{name} is not explained on its line"

@@ -22,8 +22,8 @@ import collect
 import images
 import store
 from collect import Config
+from disk import checksum
 from hook import HookedDiffusionModel
-from store import checksum
 
 HOOKS = ["up_blocks.0.attentions.1", "mid_block"]
 

@@ -14,9 +14,9 @@ import health
 import jobs
 import train
 from activations import Activations
+from disk import checksum
 from metrics import geometric_median
 from sae import Sae
-from store import checksum
 
 CPU = torch.device("cpu")
 

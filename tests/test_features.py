@@ -21,12 +21,12 @@ import train
 from activations import open_activations
 from bench.maps import drawn, overlap
 from cli import HERE
+from disk import checksum
 from features import Config, main, nearest, open_source, over_represented, scan
 from hook import HookedDiffusionModel
 from images import decoded
 from rows import tensors
 from sae import Sae
-from store import checksum
 
 STRANGE = ["<script>alert(1)</script>", '</script><img src=x onerror="alert(2)">', "{{data}} & <b>bold</b> \u2028 ' \" é"]
 

@@ -11,9 +11,9 @@ from test_families import BY_HAND
 from tiny import PROMPTS, build, generate_options, sd15
 
 import graft
+from disk import checksum
 from hook import Edit, HookedDiffusionModel
 from sae import Sae
-from store import checksum
 
 
 class Hand(NamedTuple):

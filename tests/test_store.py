@@ -11,8 +11,9 @@ import pyarrow.parquet
 import pytest
 import torch
 
+from disk import read_json
 from prompts import load_prompts
-from store import HEADER, Collection, npy_header, read_json, vouch
+from store import HEADER, Collection, npy_header, vouch
 
 
 @pytest.mark.parametrize("suffix", ["txt", "csv", "jsonl", "parquet"])

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 import jobs
 import train
 from activations import Activations
+from disk import checksum
 from metrics import evaluate, total
 from sae import Sae
 from step import Step
-from store import checksum
 from train import Config, main
 
 

@@ -1,0 +1,123 @@
+"""Files that are whole or not there: atomic writes, locks, JSON, and what a folder already holds."""
+
+import hashlib
+import json
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+from errors import UsageError
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is locked there
+    fcntl = None
+
+
+def write_atomically(path, data):
+    """The file has either its old content or all of the new, also after a power cut."""
+    partial = path.with_name(path.name + ".partial")
+    with opened(partial, os.O_CREAT | os.O_TRUNC) as fd:
+        write_all(fd, data, 0)
+    rename(partial, path)
+
+
+def rename(old, new):
+    """Rename, and make the folder remember it."""
+    os.replace(old, new)
+    if os.name == "posix":
+        folder = os.open(new.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+def checksum(meta):
+    """SHA-256 of a description without its "checksum", over its canonical JSON."""
+    canonical = json.dumps({key: meta[key] for key in meta if key != "checksum"}, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def lock(path, exclusive=True, wait=False):
+    """A file descriptor that locks the file against other processes until it, and any `os.dup` of it, is closed, however the
+    process ends. BlockingIOError if another has it; a file system that can't lock does not.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    if fcntl is not None:
+        try:
+            fcntl.flock(fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            os.close(fd)
+            raise
+        except OSError:
+            pass
+    return fd
+
+
+@contextmanager
+def opened(path, flags=0):
+    """File descriptor to write with; what was written is safe when the context ends. An OSError names the file."""
+    fd = os.open(path, os.O_WRONLY | flags, 0o644)
+    try:
+        yield fd
+        os.fsync(fd)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        os.close(fd)
+
+
+def write_all(fd, data, offset):
+    """`os.pwrite` of bytes or a C-ordered array until everything is written."""
+    view = memoryview(data).cast("B")
+    while len(view):
+        n = os.pwrite(fd, view[: 1 << 30], offset)
+        view, offset = view[n:], offset + n
+
+
+def read_json(path):
+    """A JSON object; UsageError in one line if the file is none."""
+    try:
+        record = json.loads(Path(path).read_text("utf-8"))
+    except (ValueError, OSError) as error:
+        raise UsageError(f"{path} can't be read: {error}") from None
+    if not isinstance(record, dict):
+        raise UsageError(f"{path}: expected a JSON object")
+    return record
+
+
+def make_folder(folder, option="--out_dir"):
+    """Make a folder and those above it. Raises UsageError where that can't be done."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{option} {folder} can't be made: {error.strerror}") from None
+
+
+def check_same(place, theirs, ours, remedy="choose another --out_dir"):
+    """Raise UsageError if what lies at `place` was made with other settings than `ours`.
+
+    theirs, ours: JSON objects. The message names the first setting that differs; in one that is an object itself, the
+    first difference in there.
+    """
+    ours = json.loads(json.dumps(ours))
+    for name in {**theirs, **ours}:
+        before, now = theirs.get(name), ours.get(name)
+        if before == now:
+            continue
+        if isinstance(before, dict) and isinstance(now, dict):
+            check_same(place, before, now, remedy)
+        raise UsageError(f"{place} was made with {name} {before!r}, not {now!r}; {remedy}")
+
+
+def claim_folder(folder, record, settings, key="options", option="--out_dir"):
+    """Make the folder of a result. Raises UsageError if it holds a result of other settings, or something else.
+
+    record: name of the JSON file that describes the result, whose object `key` holds the settings that it was made with.
+    """
+    folder = Path(folder)
+    if (folder / record).exists():
+        theirs = read_json(folder / record).get(key)
+        check_same(folder, theirs if isinstance(theirs, dict) else {}, settings, f"choose another {option}")
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise UsageError(f"{folder} holds something else; choose another {option}")
+    make_folder(folder, option)
