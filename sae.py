@@ -92,6 +92,11 @@ class Sae(nn.Module):
             self.encoder.weight.copy_(self.W_dec)
             self.encoder.bias.zero_()
 
+    @property
+    def takes_samples(self) -> bool:
+        """Whether latents are chosen for all tokens of a sample together, so that `encode` needs whole samples."""
+        return self.activation == "sampletopk"
+
     def standardize(self, x):
         """x (..., d), and the mean and std (..., 1) that were taken out of it; None where input_unit_norm is off."""
         if not self.input_unit_norm:
@@ -153,12 +158,12 @@ class Sae(nn.Module):
     def encode(self, x, dtype=None):
         """Which latents are active on each vector, and how much: x (N, d) -> EncoderOutput. `dtype`: of the product, if another.
 
-        With sample_topk, x is (samples, tokens, d) and so are the outputs (samples, tokens, K). K is k, or, where the number of
-        active latents varies, that of the vector with the most; with input_unit_norm, a UnitNormOutput. Differentiable.
+        x may also be (samples, tokens, d), and must be where `takes_samples`; the outputs are then (samples, tokens, K). K is k, or,
+        where the number of active latents varies, that of the vector with the most; with input_unit_norm, a UnitNormOutput.
+        Differentiable.
         """
-        if x.ndim != (ndim := 3 if self.activation == "sampletopk" else 2):
-            shape = "(samples, tokens, d)" if ndim == 3 else "(N, d)"
-            raise UsageError(f"{self.activation} expects x {shape}, got {tuple(x.shape)}")
+        if self.takes_samples and x.ndim != 3:
+            raise UsageError(f"{self.activation} expects x (samples, tokens, d), got {tuple(x.shape)}")
         x, *stats = self.standardize(x.to(self.W_dec.dtype))
         weights, tokens = (self.encoder.weight, self.encoder.bias, self.b_dec), x.shape[-2]
         if self.activation == "jumprelu":
