@@ -43,12 +43,11 @@ from tqdm import tqdm
 
 from cli import GenerationConfig, check_positive, parse_object, resolve_device, resolve_dtype, run
 from errors import UsageError
-from hook import HookedDiffusionModel, find_model
+from hook import HookedDiffusionModel, find_model, tensors, unwrap
 from hub import push
 from images import Pictures, open_picture, seeded
 from processes import Processes
 from prompts import default_dataset, load_pictures, load_prompts
-from rows import tensors, unwrap
 from store import Collection
 from writer import Writer
 

@@ -6,8 +6,8 @@
     cache["output"]["up_blocks.1.attentions.1"]                          # (prompts, steps, tokens, d), conditional rows
     model.run_with_hooks({"mid_block": lambda module, input, output: 0 * output}, "a red star")
 
-The user's own pipeline runs as it is, whatever its family. `sampling.py` watches its denoiser and its scheduler, `rows.py` tells
-which rows are conditional, `probe.py` finds where the image's tokens are, and `capture.py` keeps or edits them.
+The user's own pipeline runs as it is, whatever its family. `sampling.py` watches its denoiser and its scheduler, `guidance.py`
+tells which rows are conditional, `probe.py` finds where the image's tokens are, `recorder.py` keeps them, `edit.py` edits them.
 """
 
 import difflib
@@ -19,14 +19,16 @@ from pathlib import Path
 
 import torch
 
-from capture import Edit, Recorder
+from edit import Edit
 from errors import UsageError
+from hook_point import HookPoint
 from loop import Loop
 from probe import NEVER_RAN, find_layouts
-from rows import per_prompt, sample_name, time_parameter, unwrap
+from recorder import ROLES, Recorder
 from sampling import Sampling, undisturbed
+from signatures import per_prompt, sample_name, tensors, time_parameter, unwrap
 
-__all__ = ["Edit", "HookedDiffusionModel"]
+__all__ = ["ROLES", "Edit", "HookPoint", "HookedDiffusionModel", "find_model", "per_prompt", "tensors", "unwrap"]
 OURS = ("self", "prompt", "negative_prompt", "generator", "output_type")  # pipeline arguments with options of their own
 
 
@@ -380,7 +382,7 @@ class HookedDiffusionModel:
 
     @contextmanager
     def watch(self, P=1, n=1, on_forward=None, on_step=None, plan=None, replace=None):
-        """Context in which a sampling of P prompts x n images is followed, see `rows.Sampling`, which it yields."""
+        """Context in which a sampling of P prompts x n images is followed, see `sampling.Sampling`, which it yields."""
         sampling = Sampling(self.denoisers, self.schedulers, P, n, on_forward, on_step, plan, replace)
         self._watching.append(sampling)
         try:

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from errors import UsageError
-from rows import forward_signature, sample_name, tensors, time_parameter
 from sampling import same_random_numbers
+from signatures import forward_signature, sample_name, tensors, time_parameter
 from tokens import Layout, by_token, sample_grid, spatial_shape
 
 NEVER_RAN = "never ran in a forward of the denoiser; is it compiled, or are its projections fused?"
@@ -94,7 +94,7 @@ def disturb_text(value, rows, listed):
 class Probe:
     """Finds where the tokens of some modules are, in one call of a denoiser.
 
-    forward: the call, see rows.py, and args, kwargs its arguments. places: {(side, hook_name, stream): module} inside the
+    forward: the call, see sampling.py, and args, kwargs its arguments. places: {(side, hook_name, stream): module} inside the
     denoiser `root`. `layouts` has for each place a Layout, or a str that says why there is none.
     """
 

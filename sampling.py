@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from errors import UsageError
-from rows import CONTEXTS, assign_roles, forward_signature, sample_name, tensors, time_parameter, unwrap, with_tensor
+from guidance import CONTEXTS, assign_roles
+from signatures import forward_signature, sample_name, tensors, time_parameter, unwrap, with_tensor
 
 LIVE = []  # the samplings that are being watched
 

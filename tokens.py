@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from rows import tensors, with_tensor
+from signatures import tensors, with_tensor
 
 
 def row_view(x, rows, form):

@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny import PROMPTS, build, generate_options, sd15, tiny_unet
 
+from guidance import guidance_weights
 from hook import Edit, HookedDiffusionModel
-from rows import guidance_weights
 from tokens import by_token
 
 HOOK = "up_blocks.0.attentions.1"
