@@ -7,6 +7,7 @@ import torch
 
 from errors import UsageError, check_choice
 from hook_point import STREAMS
+from tokens import NotHookable
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Edit:
                 if self.rows not in ("all", role):
                     continue
                 layouts = [forward.layouts[side, name, self.stream] for side in self.sides]
-                if why := next((layout for layout in layouts if isinstance(layout, str)), None):
+                if why := next((layout.reason for layout in layouts if isinstance(layout, NotHookable)), None):
                     idle[name] = idle[name] and why
                     if self.rows != "all" and explicit:  # of all chunks, the text of one may be empty
                         raise UsageError(f"{name}: {why}")

@@ -15,6 +15,7 @@ import inspect
 import re
 from collections import Counter
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,8 +28,11 @@ from probe import NEVER_RAN, find_layouts
 from recorder import ROLES, Recorder
 from sampling import Sampling, undisturbed
 from signatures import per_prompt, sample_name, tensors, time_parameter, unwrap
+from tokens import NotHookable
 
-__all__ = ["ROLES", "Edit", "HookPoint", "HookedDiffusionModel", "find_model", "per_prompt", "tensors", "unwrap"]
+__all__ = [
+    "ROLES", "Edit", "HookPoint", "HookedDiffusionModel", "NotHookable", "find_model", "per_prompt", "tensors", "unwrap"
+]  # fmt: skip
 OURS = ("self", "prompt", "negative_prompt", "generator", "output_type")  # pipeline arguments with options of their own
 
 
@@ -284,13 +288,13 @@ class HookedDiffusionModel:
     def layouts(self, positions="*", prompt=None, *, stream="image", **kwargs):
         """Where the tokens are in what modules return, from one step that is thrown away.
 
-        Returns ({hook_name: `tokens.Layout`, or a str that says why there is none}, number of steps of the whole sampling).
+        Returns ({hook_name: `tokens.Layout`, or `tokens.NotHookable`}, number of steps of the whole sampling).
         """
         targets, _ = self._expand(positions)
         places, found = {("output", name, stream): target for name, target in targets.items()}, {}
 
-        def on_forward(forward, root, args, kwargs):
-            find_layouts(forward, unwrap(root), args, kwargs, places, self._known)
+        def on_forward(forward, module):
+            find_layouts(forward, module, places, self._known)
             found.update({name: layout for (_, name, _), layout in forward.layouts.items() if name not in found})
 
         sampling = self._rehearse({denoiser for denoiser, _ in targets.values()}, prompt, kwargs, on_forward)
@@ -360,10 +364,7 @@ class HookedDiffusionModel:
         places = {
             (side, name, edit.stream): targets[name] for name, found in edits.items() for edit in found for side in edit.sides
         }
-
-        def on_forward(forward, root, args, kwargs):
-            find_layouts(forward, unwrap(root), args, kwargs, places, self._known)
-
+        on_forward = partial(find_layouts, places=places, known=self._known)
         idle = dict.fromkeys(targets, "never ran")  # until it has been edited
         with ExitStack() as stack:
             sampling = stack.enter_context(self.watch(P, n, on_forward, plan=plan)) if places else None

@@ -4,8 +4,8 @@ import torch
 
 from errors import UsageError, check_choice
 from hook_point import STREAMS
-from probe import NEVER_RAN, find_layouts
-from signatures import unwrap
+from probe import NEVER_RAN, SEVERAL_TIMES, find_layouts
+from tokens import NotHookable
 
 # What `rows` asks for: the role of the rows under each suffix of the cache's keys.
 ROLES = {"cond": {"": "cond"}, "uncond": {"": "uncond"}, "both": {"": "cond", "_uncond": "uncond"}}
@@ -56,7 +56,7 @@ class Recorder:
             def hook(module, args, kwargs, output=None):
                 forward = sampling.current
                 layout = None if forward is None else forward.layouts.get((side, name, self.stream))
-                if layout is None or isinstance(layout, str):
+                if layout is None or isinstance(layout, NotHookable):
                     return
                 if (side, name) in forward.captured:
                     forward.captured[side, name] = None
@@ -70,10 +70,10 @@ class Recorder:
             register = module.register_forward_pre_hook if side == "input" else module.register_forward_hook
             stack.callback(register(capture(name, side), with_kwargs=True).remove)
 
-    def on_forward(self, forward, module, args, kwargs):
+    def on_forward(self, forward, module):
         self.called.add(forward.denoiser)
         if self.sampling.index % self.every == 0:
-            find_layouts(forward, unwrap(module), args, kwargs, self.places, self.known)
+            find_layouts(forward, module, self.places, self.known)
 
     def on_step(self, step):
         if step.index % self.every:
@@ -93,12 +93,12 @@ class Recorder:
 
     def _keep(self, name, side, suffix, forward, rows, index):
         layout = forward.layouts[side, name, self.stream]
-        if isinstance(layout, str):
-            self.failed[name] = layout
+        if isinstance(layout, NotHookable):
+            self.failed[name] = layout.reason
         elif (side, name) not in forward.captured:
-            self.failed[name] = NEVER_RAN
+            self.failed[name] = NEVER_RAN.reason
         elif (x := forward.captured[side, name]) is None:
-            self.failed[name] = "runs several times in one forward of the denoiser"
+            self.failed[name] = SEVERAL_TIMES.reason
         elif self.stream == "image" and self.grids.setdefault((side, name), layout.grid) != layout.grid:
             self.failed[name] = f"has tokens on the grid {self.grids[side, name]}, then on {layout.grid}"
         else:
@@ -129,7 +129,7 @@ class Recorder:
                 continue
             if denoiser not in self.stepped:
                 unused = f"is part of {denoiser}, whose output does not reach the scheduler"
-                self.failed[name] = unused if denoiser in self.called else NEVER_RAN
+                self.failed[name] = unused if denoiser in self.called else NEVER_RAN.reason
             elif None in times:
                 role = list(self.roles.values())[times.index(None) % len(self.roles)]
                 self.failed[name] = f"has no {role}itional rows in this generation; is guidance off?"

@@ -72,7 +72,7 @@ class Sampling:
 
     P may be None where nothing tells it: then the scheduler's sample does. denoisers: {name: module}, or what may be one;
     schedulers, whose classes are patched for as long as the context lasts, since some pipelines step a copy.
-    on_forward(forward, module, args, kwargs) runs before a denoiser does, on_step(step) when the scheduler is called, and
+    on_forward(forward, module) runs before a denoiser does, on_step(step) when the scheduler is called, and
     replace(index, scheduler) returns what takes the place of its result. While a denoiser runs, `current` is its `Forward`:
     hooks below it leave in `captured` what they see. Labels are computed once for each pattern of forwards in a step (how
     many rows, which context), and kept in `known`; a `plan` is another sampling's `known`, from which forwards have their
@@ -120,7 +120,7 @@ class Sampling:
             if self.plan is not None:
                 forward.roles = self._planned(forward)
             if self.on_forward is not None:
-                self.on_forward(forward, module, args, kwargs)
+                self.on_forward(forward, module)
             self.current = forward
 
         return hook
