@@ -36,39 +36,47 @@ class Edit:
     def sides(self):
         return ("output", "input") if self.with_input else ("output",)
 
-    def hook(self, name, sampling, idle, explicit):
-        """A forward hook for the module `name`, and one before it; `idle[name]` is why it has not edited, None once it has.
+    def listen(self, stack, module, name, sampling, idle, explicit):
+        """Register hooks on the module `name`; `stack` removes them. `idle[name]` is why it has not edited, None once it has.
 
         Where there are no such tokens it is an error if the name was given, and passed over if a glob found it.
         """
-        inputs = {}
+        values = {}  # {side: what the module took or returned in the call that is under way}
 
         def before(module, args, kwargs):
-            inputs[name] = (args, kwargs)
+            values["input"] = (args, kwargs)
 
         def after(module, args, kwargs, output):
-            forward, value = sampling.current, output
+            forward = sampling.current
             if forward is None or (self.steps is not None and sampling.index not in self.steps):
                 idle[name] = idle[name] and "ran, but in none of the steps to edit"
                 return None
-            rows, R = forward.rows, sampling.R
-            for chunk, role in enumerate(forward.roles or ["all"] * (rows // R)):
+            values["output"] = new_output = output
+            for chunk, role in enumerate(forward.roles or ["all"] * (forward.rows // sampling.R)):
                 if self.rows not in ("all", role):
                     continue
                 layouts = [forward.layouts[side, name, self.stream] for side in self.sides]
-                if why := next((layout.reason for layout in layouts if isinstance(layout, NotHookable)), None):
-                    idle[name] = idle[name] and why
+                if missing := next((layout for layout in layouts if isinstance(layout, NotHookable)), None):
+                    idle[name] = idle[name] and missing.reason
                     if self.rows != "all" and explicit:  # of all chunks, the text of one may be empty
-                        raise UsageError(f"{name}: {why}")
+                        raise UsageError(f"{name}: {missing.reason}")
                     continue
-                here = slice(chunk * R, (chunk + 1) * R)
-                x, *rest = (layout.take(v, rows)[here].clone() for layout, v in zip(layouts, (output, inputs.get(name))))
-                new = self.fn(x, *rest)
-                if new is not None and (not torch.is_tensor(new) or new.shape != x.shape):
-                    got = tuple(new.shape) if torch.is_tensor(new) else type(new).__name__
-                    raise UsageError(f"{name}: an edit must return {tuple(x.shape)} or None, got {got}")
-                value = value if new is None else layouts[0].put(value, rows, here.start, new)
+                rows = slice(chunk * sampling.R, (chunk + 1) * sampling.R)
+                tokens = [layout.take(values[side], forward.rows)[rows] for layout, side in zip(layouts, self.sides)]
+                new = self._edited(name, *(x.clone() for x in tokens))
+                if new is not None:
+                    new_output = layouts[0].put(new_output, forward.rows, rows.start, new)
                 idle[name] = None
-            return value
+            values.clear()
+            return new_output
 
-        return before, after
+        if self.with_input:
+            stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+        stack.callback(module.register_forward_hook(after, with_kwargs=True).remove)
+
+    def _edited(self, name, x, *before):
+        new = self.fn(x, *before)
+        if new is not None and (not torch.is_tensor(new) or new.shape != x.shape):
+            got = tuple(new.shape) if torch.is_tensor(new) else type(new).__name__
+            raise UsageError(f"{name}: an edit must return {tuple(x.shape)} or None, got {got}")
+        return new

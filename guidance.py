@@ -5,6 +5,9 @@ into its `model_output`, s c + (1 - s) u, so least squares over the denoiser's o
 conditional chunk is the one of the largest weight. A network of which nothing is in there is no denoiser.
 """
 
+from dataclasses import dataclass, replace
+from typing import Any
+
 import torch
 
 from errors import UsageError
@@ -43,65 +46,97 @@ def same(a, b):
     return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
 
 
-def assign_roles(forwards, model_output, R):
-    """Fill `roles` of every forward of one step, `R` rows a chunk. Returns the forwards that took part in the prediction.
+@dataclass(eq=False)
+class Chunk:
+    """The rows of one forward that belong together: one for every sample. `forward`: a `sampling.Forward`."""
 
-    In this order: the name of the context a forward ran in; a single chunk is conditional; one that guidance subtracts is
-    not; where the conditioning of one chunk is the same for all rows and another's is not, the latter is; then the chunk of
-    the largest weight is. Of several others, one with the conditional chunk's own conditioning is a perturbed pass
-    ("other"), and the unconditional one is all zeros wherever it differs from the rest. Raises UsageError where rows can't
-    be told.
+    forward: Any
+    rows: slice
+    weight: float = 0.0  # in the model output, see `guidance_weights`
+    certain: bool = False  # whether it can be the weight of no other chunk
+
+    @property
+    def output(self):
+        return self.forward.output[self.rows]
+
+    @property
+    def conditioning(self):
+        return [x[self.rows] for x in self.forward.conditioning]
+
+    @property
+    def inputs(self):
+        return [self.forward.sample[self.rows], *self.conditioning]
+
+    @property
+    def varies(self):
+        """Whether rows have conditioning of their own: the prompts', then, and not one negative prompt's."""
+        return any(not same(x[:1], x[r : r + 1]) for x in self.conditioning for r in range(1, len(x)))
+
+
+def find_roles(forwards, model_output, R):
+    """Which rows of one step's forwards are conditional, `R` rows a chunk: [[cond, uncond or other, a chunk], a forward].
+
+    A forward whose prediction has no part in `model_output` gets []. The first of these that tells decides: the name of the
+    context a forward ran in; a single chunk is conditional; then `find_conditional` and `find_unconditional`. Raises UsageError
+    where rows can't be told.
     """
     if all(f.context in CONTEXTS and f.rows == R for f in forwards):
-        for f in forwards:
-            f.roles = [CONTEXTS[f.context]]
-        return forwards
-    part = lambda x, c: x[c * R : (c + 1) * R]
-    chunks = [(f, c) for f in forwards for c in range(f.rows // R)]
-    known = len(chunks) > 1 and all(f.output is not None for f, _ in chunks)
-    outputs = [part(f.output, c) for f, c in chunks] if known else []
-    weights, certain = guidance_weights(outputs, model_output) if known else ([], [False])
-    if known and len({f.denoiser for f in forwards}) > 1:
-        sizes = [abs(w) * x.norm().item() for w, x in zip(weights, outputs)]
-        used = {f.denoiser for s, (f, _) in zip(sizes, chunks) if s >= 1e-3 * max(sizes)}
-        weights, certain = zip(*(wc for *wc, (f, _) in zip(weights, certain, chunks) if f.denoiser in used))
-        forwards = [f for f in forwards if f.denoiser in used]
-        chunks = [(f, c) for f, c in chunks if f.denoiser in used]
+        return [[CONTEXTS[f.context]] for f in forwards]
+    chunks = [Chunk(f, slice(c * R, (c + 1) * R)) for f in forwards for c in range(f.rows // R)]
+    used = {f.denoiser for f in forwards}
+    if len(chunks) > 1 and all(c.forward.output is not None for c in chunks):
+        weights, certain = guidance_weights([c.output for c in chunks], model_output)
+        chunks = [replace(c, weight=weight, certain=of_it) for c, weight, of_it in zip(chunks, weights, certain)]
+        if len(used) > 1:
+            sizes = [abs(c.weight) * c.output.norm().item() for c in chunks]
+            used = {c.forward.denoiser for c, size in zip(chunks, sizes) if size >= 1e-3 * max(sizes)}
     for f in forwards:
-        if f.rows % R:
+        if f.denoiser in used and f.rows % R:
             raise UsageError(
                 f"the denoiser got {f.rows} rows, which is no multiple of {R} (prompts x images per prompt): "
                 "say how many prompts there are"
             )
-        f.roles = ["other"] * (f.rows // R)
-    inputs = [[part(x, c) for x in f.conditioning] for f, c in chunks]
-    varying = [i for i, parts in enumerate(inputs) if any(not same(x[:1], x[r : r + 1]) for x in parts for r in range(1, R))]
-    negative = {i for i, w in enumerate(weights) if w * sum(weights) < -1e-3} if all(certain) else set()  # never conditional
-    kept = [i for i in range(len(chunks)) if i not in negative]
-    candidates = [i for i in varying if i in kept] or kept
-    best = candidates[-1]
-    if len(candidates) > 1:
-        if all(certain):
-            if len(weights) == 2 and min(weights) > 0.01:
-                raise UsageError(
-                    f"can't tell conditional from unconditional rows at a guidance scale between 0 and 1 ({max(weights):.2f}): "
-                    "use two prompts or more"
-                )
-            best = max(candidates, key=lambda i: abs(weights[i]))
-        elif not all(same(i, inputs[0]) for i in inputs):
-            raise UsageError(  # an empty prompt has the rows of the empty negative prompt, and then any label is right
-                "can't tell conditional from unconditional rows: the denoiser predicts the same for both "
-                "(is its last layer still zero?)"
+    chunks = [c for c in chunks if c.forward.denoiser in used]
+    cond = find_conditional(chunks)
+    roles = {find_unconditional(chunks, cond): "uncond", cond: "cond"}
+    return [[roles.get(c, "other") for c in chunks if c.forward is f] for f in forwards]
+
+
+def find_conditional(chunks):
+    """One that guidance subtracts is not; where the conditioning of some varies from row to row, it is one of those; then it is
+    the one of the largest weight.
+    """
+    certain = all(c.certain for c in chunks)
+    total = sum(c.weight for c in chunks)
+    subtracted = [c for c in chunks if certain and c.weight * total < -1e-3]
+    candidates = [c for c in chunks if c not in subtracted]
+    candidates = [c for c in candidates if c.varies] or candidates
+    if len(candidates) > 1 and certain:
+        weights = [c.weight for c in chunks]
+        if len(weights) == 2 and min(weights) > 0.01:
+            raise UsageError(
+                f"can't tell conditional from unconditional rows at a guidance scale between 0 and 1 ({max(weights):.2f}): "
+                "use two prompts or more"
             )
-    rest = [i for i in range(len(chunks)) if i != best]
-    if all(certain):  # a pass with the conditional chunk's own conditioning was perturbed, if its prediction is another
-        rest = [i for i in rest if not same(inputs[i], inputs[best])]
+        return max(candidates, key=lambda c: abs(c.weight))
+    if len(candidates) > 1 and not all(same(c.conditioning, chunks[0].conditioning) for c in chunks):
+        raise UsageError(  # an empty prompt has the rows of the empty negative prompt, and then any label is right
+            "can't tell conditional from unconditional rows: the denoiser predicts the same for both "
+            "(is its last layer still zero?)"
+        )
+    return candidates[-1]
+
+
+def find_unconditional(chunks, cond):
+    """Of several others, one with the conditional chunk's own conditioning is a perturbed pass, and the unconditional one is all
+    zeros wherever it differs from the rest. None if it is none of them.
+    """
+    rest = [c for c in chunks if c is not cond]
+    if all(c.certain for c in chunks):  # else two passes may have the same prediction, being the same
+        rest = [c for c in rest if not same(c.conditioning, cond.conditioning)]
     if len(rest) > 1:
-        whole = [[part(f.sample, c), *inputs[i]] for i, (f, c) in enumerate(chunks)]
-        rest = [i for i in rest if all(is_less(whole[i], whole[j]) for j in rest if j != i)]
-    for i, (f, c) in enumerate(chunks):
-        f.roles[c] = "cond" if i == best else "uncond" if rest == [i] else "other"
-    return forwards
+        rest = [a for a in rest if all(is_less(a.inputs, b.inputs) for b in rest if b is not a)]
+    return rest[0] if len(rest) == 1 else None
 
 
 def is_less(a, b):

@@ -1,5 +1,8 @@
 """What hooks on modules keep while a denoiser runs: the tokens of some rows."""
 
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+
 import torch
 
 from errors import UsageError, check_choice
@@ -11,42 +14,64 @@ from tokens import NotHookable
 ROLES = {"cond": {"": "cond"}, "uncond": {"": "uncond"}, "both": {"": "cond", "_uncond": "uncond"}}
 
 
+@dataclass(frozen=True)
+class CacheOptions:
+    """What of a sampling is kept: the options of `HookedDiffusionModel.cache`, where what comes of them is described."""
+
+    save_input: bool = False  # what the modules take
+    save_output: bool = True  # what they return
+    rows: str = "cond"  # of classifier-free guidance: cond, uncond or both
+    stream: str = "image"  # which tokens of a joint block: image or text
+    cache_every_n_timesteps: int = 1  # steps 0, n, 2n, ...
+    dtype: torch.dtype | None = None  # of what is kept; None is the model's own
+    choose: Callable | None = None  # choose(step, tokens) -> the image tokens to keep of each prompt; None is all
+
+    def __post_init__(self):
+        check_choice("rows", self.rows, ROLES)
+        check_choice("stream", self.stream, STREAMS)
+        if not self.sides:
+            raise UsageError("nothing to keep: save_input and save_output are both off")
+        if self.cache_every_n_timesteps < 1:
+            raise UsageError(f"cache_every_n_timesteps: expected at least 1, got {self.cache_every_n_timesteps}")
+        if self.choose and self.stream != "image":
+            raise UsageError("choose: of image tokens only; texts differ in length")
+
+    @property
+    def sides(self):
+        return ["input"] * self.save_input + ["output"] * self.save_output
+
+    @classmethod
+    def take_from(cls, kwargs):
+        """(options, the other keyword arguments), of keyword arguments that hold both."""
+        own = {f.name: kwargs[f.name] for f in fields(cls) if f.name in kwargs}
+        return cls(**own), {name: value for name, value in kwargs.items() if name not in own}
+
+
+@dataclass(eq=False)
+class Recording:
+    """What one side of a module gave for the rows of one role, an entry a step."""
+
+    tokens: list = field(default_factory=list)  # (prompts, tokens, d) on the CPU
+    times: list = field(default_factory=list)  # (timestep, sigma)
+    chosen: list = field(default_factory=list)  # (prompts, n), which image tokens are kept, if not all
+
+
 class Recorder:
     """Gathers, step by step, the wanted stream's tokens of the wanted rows from what the target modules saw.
 
-    targets: {hook_name: (denoiser, module)}; known: layouts found so far, see tokens.py; the rest as in
-    `HookedDiffusionModel.cache`.
+    targets: {hook_name: (denoiser, module)}; known: layouts found so far, see `probe.find_layouts`.
     """
 
-    def __init__(
-        self,
-        targets,
-        known,
-        save_input=False,
-        save_output=True,
-        rows="cond",
-        stream="image",
-        every=1,
-        dtype=None,
-        choose=None,
-    ):
-        check_choice("rows", rows, ROLES)
-        check_choice("stream", stream, STREAMS)
-        if not (save_input or save_output):
-            raise UsageError("nothing to keep: save_input and save_output are both off")
-        if every < 1:
-            raise UsageError(f"cache_every_n_timesteps: expected at least 1, got {every}")
-        if choose and stream != "image":
-            raise UsageError("choose: of image tokens only; texts differ in length")
-        self.targets, self.known, self.stream, self.every, self.dtype = targets, known, stream, every, dtype
-        self.choose, self.chosen, self.copied = choose, {}, {}  # {as kept: [(prompts, n) indices]}, {GPU: its last copy's event}
-        self.roles, self.sides = ROLES[rows], ["input"] * save_input + ["output"] * save_output
-        self.places = {(side, name, stream): target for side in self.sides for name, target in targets.items()}
-        self.kept = {}  # {(side + suffix, hook_name): [(prompts, tokens, d), one a step]}
-        self.times = {}  # the same keys: [(timestep, sigma), one a step]
-        self.lengths = {}  # {(suffix, hook_name): tokens of each prompt}
+    def __init__(self, targets, known, options):
+        self.targets, self.known, self.options = targets, known, options
+        self.roles, self.sides, self.stream = ROLES[options.rows], options.sides, options.stream
+        self.places = {(side, name, self.stream): target for side in self.sides for name, target in targets.items()}
+        self.recordings = {}  # {(side + suffix, hook_name): Recording}
+        self.lengths = {}  # {(suffix, hook_name): text tokens of each prompt}
+        self.grids = {}  # {(side, hook_name): grid of the image}
+        self.failed = {}  # {hook_name: why}
         self.called, self.stepped = set(), set()  # denoisers that ran, and those whose output reached the scheduler
-        self.grids, self.failed = {}, {}  # {(side, hook_name): grid}, {hook_name: why}
+        self.copied = {}  # {GPU: the event of its last copy}
 
     def listen(self, stack, sampling):
         """Register the hooks; `stack` removes them."""
@@ -72,44 +97,53 @@ class Recorder:
 
     def on_forward(self, forward, module):
         self.called.add(forward.denoiser)
-        if self.sampling.index % self.every == 0:
+        if self.sampling.index % self.options.cache_every_n_timesteps == 0:
             find_layouts(forward, module, self.places, self.known)
 
     def on_step(self, step):
-        if step.index % self.every:
+        if step.index % self.options.cache_every_n_timesteps:
             return
-        at = (step.time(), step.sigma())
-        here = {f.denoiser for f in step.forwards}
-        if again := here & self.stepped if step.index == 0 else None:
+        time = (step.time(), step.sigma())
+        running = {f.denoiser for f in step.forwards}
+        if again := running & self.stepped if step.index == 0 else None:
             raise UsageError(f"a second sampling by {again.pop()} began inside one cache: give each its own")
-        self.stepped |= here
+        self.stepped |= running
+        chunks = {}  # {(denoiser, role): (forward, rows)}; of several, the first
+        for forward in step.forwards:
+            for chunk, role in enumerate(forward.roles):
+                chunks.setdefault((forward.denoiser, role), (forward, slice(chunk * step.R, (chunk + 1) * step.R)))
         for name, (denoiser, _) in self.targets.items():
-            forwards = [f for f in step.forwards if f.denoiser == denoiser]
             for suffix, role in self.roles.items():
-                forward, chunk = next(((f, c) for f in forwards for c, r in enumerate(f.roles) if r == role), (None, 0))
-                for side in self.sides if forward and name not in self.failed else ():
-                    self._keep(name, side, suffix, forward, slice(chunk * step.R, (chunk + 1) * step.R), step.index)
-                    self.times.setdefault((side + suffix, name), []).append(at)
+                if (denoiser, role) in chunks and name not in self.failed:
+                    for side in self.sides:
+                        self._keep(name, side, suffix, *chunks[denoiser, role], step.index, time)
 
-    def _keep(self, name, side, suffix, forward, rows, index):
+    def _keep(self, name, side, suffix, forward, rows, index, time):
         layout = forward.layouts[side, name, self.stream]
+        if reason := self._problem(name, side, layout, forward):
+            self.failed[name] = reason
+            return
+        self.lengths[suffix, name] = layout.counts[rows]
+        recording = self.recordings.setdefault((side + suffix, name), Recording())
+        recording.times.append(time)
+        x = forward.captured[side, name][rows]
+        choose = self.options.choose
+        if choose and (chosen := choose(index, x.shape[1])) is not None:
+            x = x.take_along_dim(chosen[:, :, None].to(x.device), 1)
+            recording.chosen.append(chosen)
+        recording.tokens.append(self._to_cpu(x, self.options.dtype or x.dtype))
+
+    def _problem(self, name, side, layout, forward):
         if isinstance(layout, NotHookable):
-            self.failed[name] = layout.reason
-        elif (side, name) not in forward.captured:
-            self.failed[name] = NEVER_RAN.reason
-        elif (x := forward.captured[side, name]) is None:
-            self.failed[name] = SEVERAL_TIMES.reason
-        elif self.stream == "image" and self.grids.setdefault((side, name), layout.grid) != layout.grid:
-            self.failed[name] = f"has tokens on the grid {self.grids[side, name]}, then on {layout.grid}"
-        else:
-            self.grids[side, name] = max(self.grids.get((side, name), layout.grid), layout.grid)  # of text: the longest
-            self.lengths[suffix, name] = layout.counts[rows]
-            kept = self.kept.setdefault((side + suffix, name), [])
-            x = x[rows]
-            if self.choose and (tokens := self.choose(index, x.shape[1])) is not None:
-                x = x.take_along_dim(tokens[:, :, None].to(x.device), 1)
-                self.chosen.setdefault(name, {}).setdefault(side + suffix, []).append(tokens)
-            kept.append(self._to_cpu(x, self.dtype or x.dtype))
+            return layout.reason
+        if (side, name) not in forward.captured:
+            return NEVER_RAN.reason
+        if forward.captured[side, name] is None:
+            return SEVERAL_TIMES.reason
+        grid = self.grids.setdefault((side, name), layout.grid)
+        if self.stream == "image" and grid != layout.grid:
+            return f"has tokens on the grid {grid}, then on {layout.grid}"
+        return None
 
     def _to_cpu(self, x, dtype):
         """A copy, since a view would keep the other chunks alive. From a GPU it is under way, into pinned memory."""
@@ -124,35 +158,42 @@ class Recorder:
         for event in self.copied.values():
             event.synchronize()
         for name, (denoiser, _) in self.targets.items():
-            times = [self.times.get((side + suffix, name)) for side in self.sides for suffix in self.roles]
-            if name in self.failed:
-                continue
-            if denoiser not in self.stepped:
-                unused = f"is part of {denoiser}, whose output does not reach the scheduler"
-                self.failed[name] = unused if denoiser in self.called else NEVER_RAN.reason
-            elif None in times:
-                role = list(self.roles.values())[times.index(None) % len(self.roles)]
-                self.failed[name] = f"has no {role}itional rows in this generation; is guidance off?"
-            elif times.count(times[0]) < len(times):
-                self.failed[name] = "has unconditional rows in part of the steps; ask for cond and uncond one after the other"
+            if name not in self.failed and (reason := self._missing(name, denoiser)):
+                self.failed[name] = reason
         for name, why in self.failed.items():
             if name in explicit or len(self.failed) == len(self.targets):
                 raise UsageError(f"{name}: {why}")
         cache = {"timesteps": {}, "sigmas": {}, "grid": {}}
-        for (key, name), steps in self.kept.items():
+        for (key, name), recording in self.recordings.items():
             if name not in self.failed:
-                n = max(x.shape[1] for x in steps)  # of text, tokens may come and go
-                steps = [torch.nn.functional.pad(x, (0, 0, 0, n - x.shape[1])) for x in steps]
-                cache.setdefault(key, {})[name] = torch.stack(steps, 1)  # (prompts, steps, tokens, d)
-                timesteps, sigmas = zip(*self.times[key, name])
-                cache["timesteps"][name] = torch.tensor(timesteps, dtype=torch.float64)
-                cache["grid"][name] = self.grids[self.sides[-1], name] if self.stream == "image" else (n,)
-                if None not in sigmas:
-                    cache["sigmas"][name] = torch.tensor(sigmas, dtype=torch.float64)
-                if name in self.chosen:  # the same for cond and uncond
-                    cache.setdefault("tokens", {})[name] = torch.stack(self.chosen[name][key], 1)
+                self._add(cache, key, name, recording)
         if self.stream == "text":
             for (suffix, name), lengths in self.lengths.items():
                 if name not in self.failed:
                     cache.setdefault("lengths" + suffix, {})[name] = torch.tensor(lengths)
         return cache
+
+    def _missing(self, name, denoiser):
+        """Why there are no tokens of a module that did not fail, or not in every step; None if there are."""
+        if denoiser not in self.stepped:
+            unused = f"is part of {denoiser}, whose output does not reach the scheduler"
+            return unused if denoiser in self.called else NEVER_RAN.reason
+        kept = {(side, role): self.recordings.get((side + s, name)) for side in self.sides for s, role in self.roles.items()}
+        for (_, role), recording in kept.items():
+            if recording is None:
+                return f"has no {role}itional rows in this generation; is guidance off?"
+        if len({tuple(recording.times) for recording in kept.values()}) > 1:
+            return "has unconditional rows in part of the steps; ask for cond and uncond one after the other"
+        return None
+
+    def _add(self, cache, key, name, recording):
+        n = max(x.shape[1] for x in recording.tokens)  # of text, tokens may come and go
+        padded = [torch.nn.functional.pad(x, (0, 0, 0, n - x.shape[1])) for x in recording.tokens]
+        cache.setdefault(key, {})[name] = torch.stack(padded, 1)  # (prompts, steps, tokens, d)
+        timesteps, sigmas = zip(*recording.times)
+        cache["timesteps"][name] = torch.tensor(timesteps, dtype=torch.float64)
+        cache["grid"][name] = self.grids[self.sides[-1], name] if self.stream == "image" else (n,)
+        if None not in sigmas:
+            cache["sigmas"][name] = torch.tensor(sigmas, dtype=torch.float64)
+        if recording.chosen:
+            cache.setdefault("tokens", {})[name] = torch.stack(recording.chosen, 1)  # the same for cond and uncond

@@ -70,3 +70,25 @@ def with_tensor(value, index, x):
 def per_prompt(name):
     """Is it a pipeline's option for how many samples a prompt gets, such as num_images_per_prompt or num_videos_per_prompt?"""
     return name.startswith("num_") and name.endswith("_per_prompt")
+
+
+def count_prompts(prompt, kwargs):
+    """Prompts, None if that can't be seen, and images per prompt, from the arguments of a generation."""
+    sized = (prompt, *(kwargs.get(name) for name in ("prompt_embeds", "class_labels")))
+    P = next((1 if isinstance(v, str) else len(v) for v in sized if v is not None), kwargs.get("batch_size"))
+    return P, next((v for k, v in kwargs.items() if per_prompt(k)), 1)
+
+
+def prompt_arguments(pipe, prompt):
+    """The arguments that tell a pipeline its prompts: where it takes none, class numbers written as text, or just how many."""
+    takes = inspect.signature(pipe).parameters
+    if prompt is None or "prompt" in takes:
+        return {} if prompt is None else {"prompt": prompt}
+    texts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if "class_labels" in takes:
+        if wrong := [t for t in texts if not str(t).strip().isdigit()]:
+            raise UsageError(f"{type(pipe).__name__} takes class numbers as prompts, got {wrong[0]!r}")
+        return {"class_labels": [int(t) for t in texts]}
+    if "batch_size" in takes:
+        return {"batch_size": len(texts)}
+    raise UsageError(f"{type(pipe).__name__} takes no prompt; it takes {', '.join(takes)}")
