@@ -311,11 +311,9 @@ class HookedDiffusionModel:
             raise UsageError(f"there are no {missing.pop()}itional rows to edit in this generation; is guidance off?")
         return first.P, first.R // first.P, first.known if wanted != {"all"} else None
 
-    @contextmanager
     def watch(self, P=1, n=1, on_forward=None, on_step=None, plan=None, replace=None):
         """Context in which a sampling of P prompts x n images is followed, see `sampling.Sampling`, which it yields."""
-        with Sampling(self.denoisers, self.schedulers, P, n, on_forward, on_step, plan, replace).watch() as sampling:
-            yield sampling
+        return Sampling(self.denoisers, self.schedulers, P, n, on_forward, on_step, plan, replace).watch()
 
 
 def raw(function, name, idle):

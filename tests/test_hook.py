@@ -185,6 +185,19 @@ def test_a_module_that_runs_twice_is_refused_by_name_and_left_out_of_a_glob(pipe
     assert twice not in cache["output"] and "up_blocks.0.resnets.0.conv1" in cache["output"]
 
 
+def test_layouts_say_why_there_is_none(pipe):
+    names = [HOOK, "time_embedding"]
+    layouts, num_steps = HookedDiffusionModel.from_pipeline(pipe).layouts(names, PROMPTS[:2], **generate_options(2))
+    assert (layouts[HOOK].grid, layouts[HOOK].d, num_steps) == ((8, 8), 16, 2)
+    assert layouts["time_embedding"].reason.startswith("its output holds no image tokens")
+
+
+def test_an_option_of_a_cache_that_is_none_is_refused(pipe):
+    hooked = HookedDiffusionModel.from_pipeline(pipe)
+    with pytest.raises(TypeError, match="save_outputs"):
+        hooked.cache(HOOK, 2, save_outputs=True).__enter__()
+
+
 def test_modules_that_never_run_are_refused(pipe):
     pipe.unet.spare = torch.nn.Linear(2, 2)
     with pytest.raises(ValueError, match="never ran"):

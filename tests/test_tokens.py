@@ -3,7 +3,7 @@
 import pytest
 import torch
 from families import EXTRAS, RECIPES
-from test_families import Case
+from test_families import shared
 from test_hook import Euler
 from torch import nn
 
@@ -13,7 +13,7 @@ from hook import HookedDiffusionModel, NotHookable
 @pytest.mark.parametrize("recipe", [*RECIPES, *EXTRAS], ids=lambda recipe: recipe.__name__)
 def test_the_width_of_each_layer_is_its_own(recipe):
     """d of a layer's output is what the layer itself says: channels of a convolution, features of a linear layer."""
-    case, checked = Case(recipe), 0
+    case, checked = shared(recipe), 0
     prompt, options = case.arguments(2)
     layouts, _ = case.hooked.layouts("**", prompt, **options)
     modules = case.hooked.modules()
