@@ -29,9 +29,8 @@ from tqdm import tqdm
 from cli import GenerationConfig, check_positive, parse_object, resolve_device, resolve_dtype, run
 from disk import read_json, write_atomically
 from errors import UsageError
-from hook import Edit, HookedDiffusionModel, find_model
+from hook import Edit, HookedDiffusionModel, find_model, tensors
 from prompts import default_dataset, load_prompts
-from rows import tensors
 
 SHOWN = 40  # rows of pictures at most, and bars: the hook points that matter most
 

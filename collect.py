@@ -43,12 +43,11 @@ from tqdm import tqdm
 
 from cli import GenerationConfig, check_positive, parse_object, resolve_device, resolve_dtype, run
 from errors import UsageError
-from hook import HookedDiffusionModel, find_model
+from hook import HookedDiffusionModel, NotHookable, find_model, tensors, unwrap
 from hub import push
 from images import Pictures, open_picture, seeded
 from processes import Processes
 from prompts import default_dataset, load_pictures, load_prompts
-from rows import tensors, unwrap
 from store import Collection
 from writer import Writer
 
@@ -157,7 +156,7 @@ def list_hooks(hooked, hook_names, prompts, options, cfg, bytes_each):
     """Print the tree of modules that can be hooked, with what they return and the MB a prompt that a file would take."""
     layouts, num_steps = hooked.layouts(hook_names, prompts, stream=cfg.stream, **options)
     steps = -(-(num_steps or options["num_inference_steps"]) // cfg.cache_every_n_timesteps)
-    found = {name: layout for name, layout in layouts.items() if not isinstance(layout, str)}
+    found = {name: layout for name, layout in layouts.items() if not isinstance(layout, NotHookable)}
     parts = {name: name.split(".") for name in found}
     depth = {name: sum(".".join(p[:i]) in found for i in range(1, len(p))) for name, p in parts.items()}
     width = max((2 * depth[name] + len(name) for name in found), default=20)
@@ -166,7 +165,7 @@ def list_hooks(hooked, hook_names, prompts, options, cfg, bytes_each):
         tokens, grid = max(layout.counts), " x ".join(map(str, layout.grid))
         megabytes = steps * kept_bytes(tokens, layout.d * bytes_each, cfg) * cfg.num_images_per_prompt / 1e6
         print(f"{'  ' * depth[name] + name:{width}} {f'{tokens} x {layout.d}':>14}  {grid:12} {megabytes:11.2f}")
-    reasons = Counter(layout.partition(";")[0] for layout in layouts.values() if isinstance(layout, str))
+    reasons = Counter(layout.reason.partition(";")[0] for layout in layouts.values() if isinstance(layout, NotHookable))
     for reason, count in reasons.most_common():
         print(f"{count} more can't be hooked: {reason}")
     some = f"{cfg.tokens_per_step} random {cfg.stream} tokens" if cfg.tokens_per_step else f"{cfg.stream} tokens"

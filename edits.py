@@ -16,8 +16,8 @@ from functools import partial
 import torch
 
 from activations import open_activations
-from capture import ROLES, Edit
 from errors import UsageError
+from hook import ROLES, Edit
 
 
 def check_features(sae, features):

@@ -25,9 +25,8 @@ from disk import read_json, write_atomically
 from errors import UsageError
 from formats import newest_sae
 from graft import clip_distance, graft, picture
-from hook import HookedDiffusionModel
+from hook import HookedDiffusionModel, per_prompt
 from metrics import evaluate, plot_evaluation, total
-from rows import per_prompt
 from sae import Sae
 from sources import read_description, read_prompts
 

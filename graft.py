@@ -22,9 +22,9 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from capture import ROLES, STREAMS, Edit, check_choice
-from errors import UsageError
-from rows import tensors
+from errors import UsageError, check_choice
+from hook import ROLES, Edit, tensors
+from hook_point import STREAMS
 from sources import read_description
 
 SIDES = ("output", "diff")

@@ -6,27 +6,32 @@
     cache["output"]["up_blocks.1.attentions.1"]                          # (prompts, steps, tokens, d), conditional rows
     model.run_with_hooks({"mid_block": lambda module, input, output: 0 * output}, "a red star")
 
-The user's own pipeline runs as it is, whatever its family. `sampling.py` watches its denoiser and its scheduler, `rows.py` tells
-which rows are conditional, `probe.py` finds where the image's tokens are, and `capture.py` keeps or edits them.
+The user's own pipeline runs as it is, whatever its family. `sampling.py` watches its denoiser and its scheduler, `guidance.py`
+tells which rows are conditional, `probe.py` finds where the image's tokens are, `recorder.py` keeps them, `edit.py` edits them.
 """
 
-import difflib
 import inspect
 import re
-from collections import Counter
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from capture import Edit, Recorder
+from edit import Edit
 from errors import UsageError
+from hook_point import HookPoint
 from loop import Loop
+from names import check_hookable, find_modules, is_pattern, match_names
 from probe import NEVER_RAN, find_layouts
-from rows import per_prompt, sample_name, time_parameter, unwrap
-from sampling import Sampling, undisturbed
+from recorder import ROLES, CacheOptions, Recorder
+from sampling import DryRunOver, Sampling, undisturbed
+from signatures import count_prompts, per_prompt, prompt_arguments, sample_name, tensors, time_parameter, unwrap
+from tokens import Layout, NotHookable
 
-__all__ = ["Edit", "HookedDiffusionModel"]
+__all__ = [
+    "ROLES", "Edit", "HookPoint", "HookedDiffusionModel", "Layout", "NotHookable", "find_model", "per_prompt", "tensors", "unwrap"
+]  # fmt: skip
 OURS = ("self", "prompt", "negative_prompt", "generator", "output_type")  # pipeline arguments with options of their own
 
 
@@ -62,7 +67,7 @@ class HookedDiffusionModel:
         for denoiser in denoisers.values():
             sample_name(denoiser)
         self.pipe, self.denoisers, self.schedulers = pipe, denoisers, schedulers
-        self._known, self._watching = {}, []  # layouts found by probes; samplings being watched
+        self._known = {}  # layouts found so far, see `probe.find_layouts`
 
     @classmethod
     def from_pretrained(cls, model_name, dtype=None, device=None, cpu_offload=False, **kwargs):
@@ -87,14 +92,7 @@ class HookedDiffusionModel:
 
     def modules(self):
         """{hook_name: (denoiser name, module)} of every module that can run; names that several denoisers have are long."""
-        found = [
-            (denoiser, name, module)
-            for denoiser, root in self.denoisers.items()
-            for name, module in unwrap(root).named_modules()
-            if name and type(module).forward is not torch.nn.Module.forward
-        ]
-        shared = Counter(name for _, name, _ in found)
-        return {name if shared[name] == 1 else f"{denoiser}.{name}": (denoiser, module) for denoiser, name, module in found}
+        return find_modules(self.denoisers)
 
     def hook_names(self, pattern="*"):
         """Module names that match a glob. `*` stays within one part of the dotted name and `**` does not; a pattern without
@@ -102,38 +100,16 @@ class HookedDiffusionModel:
 
         Raises UsageError, with the nearest names, if none does.
         """
-        modules = self.modules()
-        names = list(modules)
-        long = {f"{denoiser}.{name}": name for name, (denoiser, _) in modules.items()}
-        if not re.search(r"[*?\[]", pattern):
-            if (exact := pattern if pattern in names else long.get(pattern)) is not None:
-                return [exact]
-            if of := [n for n in names if n.partition(".")[2] == pattern]:
-                raise UsageError(f"{pattern!r} is a module of several denoisers; say {' or '.join(of)}")
-            near = difflib.get_close_matches(pattern, names, 3, 0.5) or sorted(names)[:3]
-            raise UsageError(f"no module is named {pattern!r}; the nearest names are {', '.join(near)}")
-        token = {"**": ".*", "*": "[^.]*", "?": "[^.]"}
-        parts = re.split(r"(\*\*|\*|\?|\[[^\]]+\])", pattern)
-        parts = [p.replace("[!", "[^", 1) if p[:1] == "[" else token.get(p) or re.escape(p) for p in parts]
-        try:
-            regex = re.compile("".join(parts))
-        except re.error as error:
-            raise UsageError(f"{pattern!r} is no pattern: {error}") from None
-        short = "." not in pattern
-        found = [n for n in names if regex.fullmatch(n.rpartition(".")[2] if short else n)]
-        found += [n for full, n in long.items() if not short and regex.fullmatch(full) and n not in found]
-        if not found:
-            raise UsageError(f"no module matches {pattern!r}; `**` crosses dots, and hook_names() lists what there is")
-        return found
+        return match_names(pattern, self.modules())
 
-    def _expand(self, positions):
-        """Hook names for a name, a glob or a list of them: ({hook_name: (denoiser, module)}, names that were spelt out)."""
+    def _targets(self, positions):
+        """Of a name, a glob or a list of them: ({hook_name: (denoiser, module)}, names that were spelt out)."""
         positions = [positions] if isinstance(positions, str) else list(positions)
         modules, targets, explicit = self.modules(), {}, set()
         for position in positions:
-            names = self.hook_names(position)
+            names = match_names(position, modules)
             targets |= {name: modules[name] for name in names}
-            explicit |= set() if set(position) & set("*?[") else set(names)
+            explicit |= set() if is_pattern(position) else set(names)
         for denoiser in {denoiser for denoiser, _ in targets.values()}:
             check_hookable(denoiser, self.denoisers[denoiser])
         return targets, explicit
@@ -172,63 +148,27 @@ class HookedDiffusionModel:
         """Generate. kwargs go to the pipeline, or to `loop.Loop` for a denoiser of one's own. Where a pipeline takes no
         prompt, it gets class numbers written as text, or only as many samples as there are prompts.
         """
-        takes = inspect.signature(self.pipe).parameters
-        given = {} if prompt is None else {"prompt": prompt}
-        if prompt is not None and "prompt" not in takes:
-            texts = [prompt] if isinstance(prompt, str) else list(prompt)
-            if "class_labels" in takes:
-                if wrong := [t for t in texts if not str(t).strip().isdigit()]:
-                    raise UsageError(f"{type(self.pipe).__name__} takes class numbers as prompts, got {wrong[0]!r}")
-                given = {"class_labels": [int(t) for t in texts]}
-            elif "batch_size" in takes:
-                given = {"batch_size": len(texts)}
-            else:
-                raise UsageError(f"{type(self.pipe).__name__} takes no prompt; it takes {', '.join(takes)}")
-        own = {k: list(v) if isinstance(v, list) else v for k, v in (given | kwargs).items()}  # some pipelines write into lists
+        given = prompt_arguments(self.pipe, prompt) | kwargs
+        own = {k: list(v) if isinstance(v, list) else v for k, v in given.items()}  # some pipelines write into lists
         with torch.no_grad():
             return self.pipe(**own)
 
-    def run_with_cache(
-        self,
-        positions_to_cache,
-        prompt=None,
-        *,
-        save_input=False,
-        save_output=True,
-        rows="cond",
-        stream="image",
-        cache_every_n_timesteps=1,
-        dtype=None,
-        choose=None,
-        later=False,
-        **kwargs,
-    ):
-        """Generate, and keep what the named modules computed: (output, cache), see `cache`.
+    def run_with_cache(self, positions_to_cache, prompt=None, *, later=False, **kwargs):
+        """Generate, and keep what the named modules computed: (output, cache). kwargs: those of `cache`, and the pipeline's.
 
         With `later` the cache is a function instead, which waits for the device's copies and returns it, on any thread.
         """
-        options = dict(save_input=save_input, save_output=save_output, rows=rows, stream=stream, choose=choose)
-        options |= dict(cache_every_n_timesteps=cache_every_n_timesteps, dtype=dtype)
-        with self._record(positions_to_cache, *count_prompts(prompt, kwargs), **options) as result:
+        options, kwargs = CacheOptions.take_from(kwargs)
+        with self._record(positions_to_cache, *count_prompts(prompt, kwargs), options) as result:
             output = self(prompt, **kwargs)
         return output, result if later else result()
 
     @contextmanager
-    def cache(
-        self,
-        positions_to_cache,
-        n_prompts,
-        num_images_per_prompt=1,
-        *,
-        save_input=False,
-        save_output=True,
-        rows="cond",
-        stream="image",
-        cache_every_n_timesteps=1,
-        dtype=None,
-        choose=None,
-    ):
+    def cache(self, positions_to_cache, n_prompts, num_images_per_prompt=1, **options):
         """Keep what the named modules compute while the body of the `with` samples `n_prompts` prompts.
+
+        options: save_input=False, save_output=True, rows="cond", stream="image", cache_every_n_timesteps=1, dtype=None,
+        choose=None, see `recorder.CacheOptions`.
 
         Yields a dict that is complete when the context ends. `cache["output"][hook_name]` and, with `save_input`,
         `cache["input"][hook_name]` are CPU tensors (prompts, steps, tokens, d) of `dtype` (default: the model's own), with
@@ -244,90 +184,85 @@ class HookedDiffusionModel:
         what it takes or returns has no batch axis or no such tokens, and where unconditional rows are asked for and there
         are none.
         """
-        options = dict(save_input=save_input, save_output=save_output, rows=rows, stream=stream, choose=choose)
-        options |= dict(cache_every_n_timesteps=cache_every_n_timesteps, dtype=dtype)
         cache = {}
-        with self._record(positions_to_cache, n_prompts, num_images_per_prompt, **options) as result:
+        with self._record(positions_to_cache, n_prompts, num_images_per_prompt, CacheOptions(**options)) as result:
             yield cache
         cache |= result()
 
     @contextmanager
-    def _record(self, positions, n_prompts, num_images_per_prompt=1, *, cache_every_n_timesteps, **options):
+    def _record(self, positions, n_prompts, num_images_per_prompt, options):
         """Yields a function for the cache, to be called after the `with`."""
         if n_prompts is not None and not (isinstance(n_prompts, int) and n_prompts > 0):
             raise UsageError(f"n_prompts: expected how many there are, got {n_prompts!r}")
-        targets, explicit = self._expand(positions)
-        recorder = Recorder(targets, self._known, every=cache_every_n_timesteps, **options)
+        targets, explicit = self._targets(positions)
+        recorder = Recorder(targets, self._known, options)
         with ExitStack() as stack:
             watching = self.watch(n_prompts, num_images_per_prompt, recorder.on_forward, recorder.on_step)
             recorder.listen(stack, stack.enter_context(watching))
-            yield lambda: recorder.result(explicit)
+            yield partial(recorder.result, explicit)
 
-    def first_step(self, positions, prompt=None, *, save_input=False, save_output=True, rows="cond", stream="image", **kwargs):
+    def first_step(self, positions, prompt=None, **kwargs):
         """The cache of one step, which is thrown away with every random state put back, and in `cache["num_steps"]` how many
         steps the whole sampling has. Where denoisers take turns it goes on until each of those named has run.
         """
-        targets, explicit = self._expand(positions)
-        recorder = Recorder(targets, self._known, save_input, save_output, rows, stream)
+        targets, explicit = self._targets(positions)
+        options, kwargs = CacheOptions.take_from(kwargs)
+        recorder = Recorder(targets, self._known, options)
         denoisers = {denoiser for denoiser, _ in targets.values()}
-        sampling = self._rehearse(denoisers, prompt, kwargs, recorder.on_forward, recorder.on_step, recorder.listen)
+        sampling = self._dry_run(denoisers, prompt, kwargs, recorder.on_forward, recorder.on_step, recorder.listen)
         return recorder.result(explicit) | {"num_steps": sampling.num_steps}
 
     def first_sample(self, prompt=None, **kwargs):
         """What the first step of the scheduler gets as its sample: (R, ...), the noise that a sampling begins with."""
-        found = []
-        self._rehearse(set(), prompt, kwargs, on_step=lambda step: found.append(step.sample))
-        return found[0]
+        samples = []
+        self._dry_run(set(), prompt, kwargs, on_step=lambda step: samples.append(step.sample))
+        return samples[0]
 
     def layouts(self, positions="*", prompt=None, *, stream="image", **kwargs):
         """Where the tokens are in what modules return, from one step that is thrown away.
 
-        Returns ({hook_name: `tokens.Layout`, or a str that says why there is none}, number of steps of the whole sampling).
+        Returns ({hook_name: Layout | NotHookable}, number of steps of the whole sampling).
         """
-        targets, _ = self._expand(positions)
-        places, found = {("output", name, stream): target for name, target in targets.items()}, {}
+        targets, _ = self._targets(positions)
+        places = {("output", name, stream): target for name, target in targets.items()}
+        layouts = {}
 
-        def on_forward(forward, root, args, kwargs):
-            find_layouts(forward, unwrap(root), args, kwargs, places, self._known)
-            found.update({name: layout for (_, name, _), layout in forward.layouts.items() if name not in found})
+        def on_forward(forward, module):
+            find_layouts(forward, module, places, self._known)
+            for (_, name, _), layout in forward.layouts.items():
+                layouts.setdefault(name, layout)
 
-        sampling = self._rehearse({denoiser for denoiser, _ in targets.values()}, prompt, kwargs, on_forward)
-        return {name: found.get(name, NEVER_RAN) for name in self.modules() if name in targets}, sampling.num_steps
+        sampling = self._dry_run({denoiser for denoiser, _ in targets.values()}, prompt, kwargs, on_forward)
+        return {name: layouts.get(name, NEVER_RAN) for name in self.modules() if name in targets}, sampling.num_steps
 
-    def _rehearse(self, denoisers, prompt, kwargs, on_forward=None, on_step=None, listen=None):
-        """Sample until each of `denoisers` has run in a step, then put everything back; the `Sampling`, with `num_steps`.
+    def _dry_run(self, denoisers, prompt, kwargs, on_forward=None, on_step=None, listen=None):
+        """Sample until each of `denoisers` has run in a step, then put everything back.
 
-        on_step gets the first step of each denoiser only.
+        on_step gets the first step of each denoiser only. Returns the `Sampling` that watched: `known` are the roles of rows in
+        these steps, `P` the prompts, `R` the rows of each chunk, `num_steps` the length of the whole sampling.
         """
+        ran = set()
 
-        class Enough(Exception):
-            pass
-
-        before = set()
-
-        def stop(step):
-            sampling.num_steps = len(getattr(step.scheduler, "timesteps", ())) or None
-            if on_step is not None and sampling.called - before:
+        def stop_when_all_ran(step):
+            if on_step is not None and sampling.called - ran:
                 on_step(step)
-            before.update(sampling.called)
-            if denoisers <= before:
-                raise Enough
+            ran.update(sampling.called)
+            if denoisers <= ran:
+                raise DryRunOver
 
         with undisturbed(self.pipe, self.schedulers, self.denoisers, kwargs), ExitStack() as stack:
-            for other in self._watching:
-                other.paused = True
-                stack.callback(setattr, other, "paused", False)
-            sampling = stack.enter_context(self.watch(*count_prompts(prompt, kwargs), on_forward, stop))
+            watching = self.watch(*count_prompts(prompt, kwargs), on_forward, stop_when_all_ran)
+            sampling = stack.enter_context(watching)
             if listen is not None:
                 listen(stack, sampling)
             try:
                 self(prompt, **kwargs)
-            except Enough:
+            except DryRunOver:
                 pass
             except ValueError as error:  # what a pipeline says of its arguments is the user's to mend
                 raise UsageError(f"{error}") from error
-            if not before:
-                raise UsageError("the denoiser ran, or not even that, but its scheduler never made a step")
+        if not ran:
+            raise UsageError("the denoiser ran, or not even that, but its scheduler never made a step")
         return sampling
 
     def run_with_hooks(self, position_hook_dict, prompt=None, **kwargs):
@@ -345,59 +280,40 @@ class HookedDiffusionModel:
         for position, functions in position_hook_dict.items():
             for name in self.hook_names(position):
                 hooks.setdefault(name, []).extend(functions if isinstance(functions, (list, tuple)) else [functions])
-        targets, _ = self._expand(list(hooks))
+        targets, _ = self._targets(list(hooks))
         explicit = {name for name in hooks if any(p in (name, f"{targets[name][0]}.{name}") for p in position_hook_dict)}
-        edits = {name: [f for f in hooks[name] if isinstance(f, Edit)] for name in hooks}
+        edits = [(name, function) for name in hooks for function in hooks[name] if isinstance(function, Edit)]
+        places = {(side, name, edit.stream): targets[name] for name, edit in edits for side in edit.sides}
         (P, n), plan = count_prompts(prompt, kwargs), None
-        if wanted := {edit.rows for found in edits.values() for edit in found}:
-            first = self._rehearse(set(), prompt, kwargs)
-            plan, P, n = first.known if wanted != {"all"} else None, first.P, first.R // first.P
-            there = {role for roles in first.known.values() for of_forward in roles for role in of_forward}
-            if missing := wanted - there - {"all"}:
-                raise UsageError(f"there are no {missing.pop()}itional rows to edit in this generation; is guidance off?")
-        places = {
-            (side, name, edit.stream): targets[name] for name, found in edits.items() for edit in found for side in edit.sides
-        }
+        if edits:
+            P, n, plan = self._plan({edit.rows for _, edit in edits}, prompt, kwargs)
 
-        def on_forward(forward, root, args, kwargs):
-            find_layouts(forward, unwrap(root), args, kwargs, places, self._known)
-
+        on_forward = partial(find_layouts, places=places, known=self._known)
         idle = dict.fromkeys(targets, "never ran")  # until it has been edited
         with ExitStack() as stack:
-            sampling = stack.enter_context(self.watch(P, n, on_forward, plan=plan)) if places else None
+            sampling = stack.enter_context(self.watch(P, n, on_forward, plan=plan)) if edits else None
             for name, (_, module) in targets.items():
                 for function in hooks[name]:
                     if isinstance(function, Edit):
-                        before, after = function.hook(name, sampling, idle, name in explicit)
-                        stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+                        function.listen(stack, module, name, sampling, idle, name in explicit)
                     else:
-                        after = raw(function, name, idle)
-                    stack.callback(module.register_forward_hook(after, with_kwargs=True).remove)
+                        stack.callback(module.register_forward_hook(raw(function, name, idle), with_kwargs=True).remove)
             output = self(prompt, **kwargs)
         if why := [f"{name}: {reason}" for name, reason in idle.items() if reason and (name in explicit or all(idle.values()))]:
             raise UsageError("nothing was edited at " + "; ".join(why))
         return output
 
-    @contextmanager
+    def _plan(self, wanted, prompt, kwargs):
+        """Prompts, images per prompt and the roles of the rows that a generation will have, None if edits need no roles."""
+        first = self._dry_run(set(), prompt, kwargs)
+        roles = {role for of_step in first.known.values() for of_forward in of_step for role in of_forward}
+        if missing := wanted - roles - {"all"}:
+            raise UsageError(f"there are no {missing.pop()}itional rows to edit in this generation; is guidance off?")
+        return first.P, first.R // first.P, first.known if wanted != {"all"} else None
+
     def watch(self, P=1, n=1, on_forward=None, on_step=None, plan=None, replace=None):
-        """Context in which a sampling of P prompts x n images is followed, see `rows.Sampling`, which it yields."""
-        sampling = Sampling(self.denoisers, self.schedulers, P, n, on_forward, on_step, plan, replace)
-        self._watching.append(sampling)
-        try:
-            with sampling.watch():
-                yield sampling
-        finally:
-            self._watching.remove(sampling)
-
-
-def check_hookable(name, root):
-    """UsageError for a denoiser in which hooks would not run, or would see what an earlier step computed."""
-    modules = list(root.modules())
-    if any(hasattr(m, "_orig_mod") or m._compiled_call_impl for m in modules):
-        raise UsageError(f"{name} is compiled, and hooks inside it would not run: use it uncompiled")
-    installed = [hook for m in modules if hasattr(m, "_diffusers_hook") for hook in m._diffusers_hook.hooks.values()]
-    if getattr(unwrap(root), "is_cache_enabled", False) or any(getattr(hook, "_is_stateful", False) for hook in installed):
-        raise UsageError(f"{name} caches what blocks compute and repeats it in other steps: switch that off first")
+        """Context in which a sampling of P prompts x n images is followed, see `sampling.Sampling`, which it yields."""
+        return Sampling(self.denoisers, self.schedulers, P, n, on_forward, on_step, plan, replace).watch()
 
 
 def raw(function, name, idle):
@@ -418,10 +334,3 @@ def find_model(model_name):
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(model_name)):
         raise UsageError(f"no folder {str(model_name)!r} here, and a hub id looks like owner/name")
     return str(model_name)
-
-
-def count_prompts(prompt, kwargs):
-    """Prompts, None if that can't be seen, and images per prompt, from the arguments of a generation."""
-    sized = (prompt, *(kwargs.get(name) for name in ("prompt_embeds", "class_labels")))
-    P = next((1 if isinstance(v, str) else len(v) for v in sized if v is not None), kwargs.get("batch_size"))
-    return P, next((v for k, v in kwargs.items() if per_prompt(k)), 1)

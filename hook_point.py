@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 
-from errors import UsageError
+from errors import UsageError, check_choice
 
 SIDES = ("output", "input", "diff")
 STREAMS = ("image", "text")
@@ -27,9 +27,7 @@ class HookPoint:
 
     def __post_init__(self) -> None:
         for name, choices in (("side", SIDES), ("stream", STREAMS), ("rows", ROWS)):
-            value = getattr(self, name)
-            if value not in choices:
-                raise UsageError(f"{name}: expected {', '.join(choices)}, got {value!r}")
+            check_choice(name, getattr(self, name), choices)
 
     @classmethod
     def from_description(cls, meta: dict) -> "HookPoint":

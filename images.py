@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageOps
 
 from errors import UsageError
-from rows import per_prompt, tensors
+from signatures import per_prompt, tensors
 
 ROWS = 4  # noises that are compared to find the order: in 16 bits many numbers of one noise are the same
 

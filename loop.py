@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import torch
 
 from errors import UsageError
-from rows import tensors
+from signatures import tensors
 
 
 class Loop:

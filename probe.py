@@ -6,8 +6,10 @@ the image's. With noise on the text embeddings, those that change besides are th
 rows, the first axis is no batch axis. Which axis is the width is known from the layers that made a tensor of its shape.
 """
 
+import inspect
 import math
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -15,11 +17,12 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from errors import UsageError
-from rows import forward_signature, sample_name, tensors, time_parameter
 from sampling import same_random_numbers
-from tokens import Layout, by_token, sample_grid, spatial_shape
+from signatures import forward_signature, sample_name, tensors, time_parameter, unwrap
+from tokens import Layout, NotHookable, by_token, sample_grid, spatial_shape
 
-NEVER_RAN = "never ran in a forward of the denoiser; is it compiled, or are its projections fused?"
+NEVER_RAN = NotHookable("never ran in a forward of the denoiser; is it compiled, or are its projections fused?")
+SEVERAL_TIMES = NotHookable("runs several times in one forward of the denoiser")
 CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 
 
@@ -30,7 +33,10 @@ class LocalAttention(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        argument = lambda name, place: args[place] if len(args) > place else kwargs[name]
+
+        def argument(name, place):
+            return args[place] if len(args) > place else kwargs[name]
+
         if func is F.scaled_dot_product_attention:
             self.calls += 1
             query, value = argument("query", 0), argument("value", 2)
@@ -91,163 +97,220 @@ def disturb_text(value, rows, listed):
     return type(value)(disturb_text(item, rows, listed) for item in value)
 
 
-class Probe:
-    """Finds where the tokens of some modules are, in one call of a denoiser.
+class Seen(NamedTuple):
+    """A tensor that a module took or returned in a run."""
 
-    forward: the call, see rows.py, and args, kwargs its arguments. places: {(side, hook_name, stream): module} inside the
-    denoiser `root`. `layouts` has for each place a Layout, or a str that says why there is none.
+    shape: torch.Size
+    form: str | None  # see `tokens.row_view`; None without the rows of the batch
+    tokens: torch.Tensor | None  # a fingerprint of each, int64 (rows, tokens)
+
+
+class Run:
+    """One call of the denoiser `root`, and what it showed.
+
+    modules: {(side, hook_name): module} to look at. seen: {(side, hook_name): [Seen], or None if the module ran several times}.
+    inputs: {path: shapes that the module there got}, of the modules round those. width_last: {shape: whether its last axis is
+    the width, not its second}, as the layers say that made such tensors.
     """
 
-    def __init__(self, root, forward, args, kwargs, places):
-        self.root, self.forward, self.rows, self.places = root, forward, forward.rows, places
-        self.args, self.kwargs, self.attention = args, kwargs, LocalAttention()
-        self.paths = {module: name for name, module in root.named_modules()}
-        sample, time = sample_name(root), time_parameter(root)
-        listed, self.half = isinstance(forward.sample, (list, tuple)), (self.rows + 1) // 2
-        others = {name: value for name, value in forward.arguments.items() if name not in (sample, time)}
-        text = {name: disturb_text(value, self.rows, listed) for name, value in others.items()}
-        self.has_text = any(a is not b for a, b in zip(tensors(text), tensors(others)))
-        with bare(root):
-            plain = self._run({})
-            upper = self._run({sample: disturb(forward.sample, range(self.half))})
-            lower = self._run({sample: disturb(forward.sample, range(self.half, self.rows))}) if self.rows > 1 else plain
-            texts = self._run(text) if any(stream == "text" for _, _, stream in places) else plain
-        runs = (plain, upper, lower, texts)
-        self.layouts = {place: self._layout(*place, *(run.get(place[:2], ()) for run in runs)) for place in places}
+    def __init__(self, root, rows, modules):
+        self.root, self.rows, self.modules = root, rows, modules
+        self.paths = {module: path for path, module in root.named_modules()}
+        self.seen, self.inputs, self.width_last = {}, {}, {}
 
-    def _run(self, changes):
-        """{(side, hook_name): [(shape, form or None, fingerprint) of each tensor], or None if it ran several times}."""
-        seen, handles = {}, []
-        self.inputs, self.width_last = {}, {}  # {path: shapes}; {shape: whether its last axis is the width, not its second}
+    def call(self, forward, changes, attention):
+        """Call the denoiser as in `forward`, but for the arguments in `changes`, with random numbers of a fixed seed."""
+        signature = forward_signature(self.root)
+        this = next(iter(signature.parameters))
+        call = inspect.BoundArguments(signature, {this: self.root} | forward.arguments | changes)
+        handles = self._listen()
+        try:
+            with torch.no_grad(), same_random_numbers(), attention:
+                torch.manual_seed(0)
+                self.root(*call.args[1:], **call.kwargs)
+        except Exception as error:  # of a model that attends in a way of its own
+            raise UsageError(f"{forward.denoiser} can't be probed for its tokens: {type(error).__name__}: {error}") from error
+        finally:
+            for handle in handles:
+                handle.remove()
+        return self
 
-        def look(side, name, module):
-            def hook(module, args, kwargs, output=None):
-                found = []
-                for x in tensors(output if side == "output" else (args, kwargs)):
-                    form = self._form(x, module, side)
-                    found.append((x.shape, form, form and fingerprint(by_token(x, self.rows, form))))
-                seen[side, name] = None if (side, name) in seen else found
-
-            return hook
-
-        def look_above(path):
-            def hook(module, args, kwargs):
-                self.inputs[path] = [x.shape for x in tensors((args, kwargs)) if x.ndim > 2 and len(x) % self.rows == 0]
-
-            return hook
-
+    def _listen(self):
         def learn(module, args, output):
             for x in tensors(output):
                 if (last := width_is_last(module, x)) is not None:
                     self.width_last[x.shape] = last
 
+        def look_around(path):
+            def hook(module, args, kwargs):
+                self.inputs[path] = [x.shape for x in tensors((args, kwargs)) if x.ndim > 2 and len(x) % self.rows == 0]
+
+            return hook
+
+        def look(side, hook_name):
+            def hook(module, args, kwargs, output=None):
+                value = output if side == "output" else (args, kwargs)
+                again = (side, hook_name) in self.seen
+                self.seen[side, hook_name] = None if again else [self._look_at(x, module, side) for x in tensors(value)]
+
+            return hook
+
+        handles = []
         for module in self.root.modules():
             if next(module.parameters(recurse=False), None) is not None:
                 handles.append(module.register_forward_hook(learn))
-        for path in {above for module in self.places.values() for above in self._above(module)}:
-            handles.append(self.root.get_submodule(path).register_forward_pre_hook(look_above(path), with_kwargs=True))
-        for (side, name), module in {(side, name): module for (side, name, _), module in self.places.items()}.items():
+        for path in {path for module in self.modules.values() for path in self.around(module)}:
+            handles.append(self.root.get_submodule(path).register_forward_pre_hook(look_around(path), with_kwargs=True))
+        for (side, hook_name), module in self.modules.items():
             register = module.register_forward_pre_hook if side == "input" else module.register_forward_hook
-            handles.append(register(look(side, name, module), with_kwargs=True))
-        call = forward_signature(self.root).bind(self.root, *self.args, **self.kwargs)
-        call.arguments |= changes
-        try:
-            with torch.no_grad(), same_random_numbers(), self.attention:
-                torch.manual_seed(0)
-                self.root(*call.args[1:], **call.kwargs)
-        except Exception as error:  # of a model that attends in a way of its own
-            raise UsageError(
-                f"{self.forward.denoiser} can't be probed for its tokens: {type(error).__name__}: {error}"
-            ) from error
-        finally:
-            for handle in handles:
-                handle.remove()
-        return seen
+            handles.append(register(look(side, hook_name), with_kwargs=True))
+        return handles
 
-    def _above(self, module):
+    def around(self, module):
         """Paths of a module and of those around it, nearest first."""
         parts = self.paths[module].split(".")
         return [".".join(parts[:i]) for i in range(len(parts), -1, -1)]
 
-    def _maps(self, paths):
+    def maps(self, paths):
         """Spatial shapes of the first feature maps that modules got."""
         maps = (next((s for s in self.inputs.get(path, ()) if len(s) > 3), None) for path in paths)
         return [spatial_shape(shape, self.rows, self.width_last.get(shape, False)) for shape in maps if shape]
+
+    def _look_at(self, x, module, side):
+        form = self._form(x, module, side)
+        return Seen(x.shape, form, form and fingerprint(by_token(x, self.rows, form)))
 
     def _form(self, x, module, side):
         """See `row_view`; None for a tensor without the rows of the batch."""
         if x.ndim < 2 or len(x) % self.rows or not x.numel():
             return None
-        above = self._above(module)
-        if x.ndim == 4 and len(x) == self.rows:  # inside attention, heads are split off the width of the sequences around
-            around = next((shapes for path in above[1:] if (shapes := self.inputs.get(path))), [(0,) * 4])
-            lengths = [shape[1] for shape in around if len(shape) == 3]
-            if len(around[0]) == 3 and (fits := [n in lengths or n == sum(lengths) for n in x.shape[1:3]]) != [False, False]:
-                return "heads" if fits[0] else "heads first"
+        around = self.around(module)
+        if x.ndim == 4 and len(x) == self.rows and (heads := self._heads(x, around[1:])):
+            return heads
         last = width_is_last(module, x) if side == "input" else None
         last = self.width_last.get(x.shape, x.ndim < 4) if last is None else last
         if x.ndim == 3 and last:
             k = len(x) // self.rows
-            sizes = [s for s in self._maps(above) if len(s) == 3 and (x.shape[1], k) == (s[0], s[1] * s[2]) and k != s[0]]
+            sizes = [s for s in self.maps(around) if len(s) == 3 and (x.shape[1], k) == (s[0], s[1] * s[2]) and k != s[0]]
             return "frames" if sizes else "tokens"
         return "tokens" if last or x.ndim < 3 else "map"
 
-    def _layout(self, side, name, stream, *runs):
-        if runs[0] == ():
-            return NEVER_RAN
-        if None in runs:
-            return "runs several times in one forward of the denoiser"
-        reason = f"its {side} holds no {stream} tokens" + "; try the text stream" * (stream == "image" and self.has_text)
-        if all(form is None for _, form, _ in runs[0]):
-            shapes = " and ".join(str(tuple(shape)) for shape, _, _ in runs[0]) or "none"
-            return f"its {side} has no batch axis of {self.rows} rows; the shape is {shapes}"
-        for index, ((shape, form, plain), *others) in enumerate(zip(*runs)):
-            if form is None:
-                continue
-            upper, lower, text = (plain != other for *_, other in others)
-            if upper[self.half :].any() or lower[: self.half].any():
-                reason = f"its {side} mixes the {self.rows} rows of the batch; the shape is {tuple(shape)}"
-                continue
-            mask = upper | lower
-            mask = text & ~mask if stream == "text" else mask
-            if not mask.any(1).all():
-                continue
-            starts = mask.int().argmax(1).tolist()
-            ends = (mask.shape[1] - mask.flip(1).int().argmax(1)).tolist()
-            counts = [end - start for start, end in zip(starts, ends)]
-            if stream == "image" and len(set(counts)) > 1:
-                return f"its {side} has different numbers of image tokens in different rows: {min(counts)} to {max(counts)}"
-            grid = None
-            if stream == "image":
-                above = self._above(self.places[side, name, stream])
-                grids = self._maps(above[form.startswith("heads") :])
-                if len(shape) > 3 and form in ("map", "tokens"):
-                    grids = [spatial_shape(shape, self.rows, form == "tokens")]
-                grid = next((g for g in grids if math.prod(g) == counts[0]), None)
-                grid = grid or sample_grid(counts[0], self.forward, getattr(self.root, "config", None))
-            doubtful = counts != mask.sum(1).tolist() or (self.has_text and not self.attention.calls)
-            if doubtful and grid is None:
-                return "image and text tokens can't be told apart; use the attention of PyTorch (scaled_dot_product_attention)"
-            grid = (max(counts),) if grid is None else grid[1:] if len(grid) == 3 and grid[0] == 1 else grid
-            if stream == "text":
-                counts = self._unmasked(starts, counts)
-            d = {"map": shape[1], "heads": math.prod(shape[2:]), "heads first": shape[1] * shape[-1]}.get(form, shape[-1])
-            return Layout(index, form, starts, counts, tuple(grid), d)
-        return reason
+    def _heads(self, x, paths):
+        """Inside attention, heads are split off the width of the sequences around: on which axis of the 4 they are, or None."""
+        shapes = next((shapes for path in paths if (shapes := self.inputs.get(path))), [(0,) * 4])
+        if len(shapes[0]) != 3:
+            return None
+        lengths = [shape[1] for shape in shapes if len(shape) == 3]
+        tokens_second, tokens_third = (n in lengths or n == sum(lengths) for n in x.shape[1:3])
+        return "heads" if tokens_second else "heads first" if tokens_third else None
 
-    def _unmasked(self, starts, counts):
-        """How many text tokens of each row a mask among the arguments leaves, where one has their number and cuts off the end."""
-        for mask in tensors(list(self.forward.arguments.values())):
-            mask = mask.float()
-            if (
-                tuple(mask.shape) == (self.rows, max(counts))
-                and min(counts) == max(counts)
-                and set(mask.unique().tolist()) <= {0, 1}
-            ):
-                left = mask.sum(1).int().tolist()
-                if all(row[:n].all() and n for row, n in zip(mask, left)):
-                    return left
+
+class Runs(NamedTuple):
+    """Calls of a denoiser that differ in one thing each, with attention that is local."""
+
+    plain: Run
+    upper: Run  # noise on the sample of the upper half of the rows
+    lower: Run  # and of the lower half
+    text: Run  # noise on the text embeddings
+    has_text: bool
+    attention_is_local: bool  # or the model's attention was never met
+
+
+def probe(root, forward, places):
+    """Call the denoiser `root` on the arguments of `forward`, changed in several ways, and look at `places`."""
+    rows, sample, time = forward.rows, sample_name(root), time_parameter(root)
+    half, attention = (rows + 1) // 2, LocalAttention()
+    others = {name: value for name, value in forward.arguments.items() if name not in (sample, time)}
+    text = {name: disturb_text(value, rows, isinstance(forward.sample, (list, tuple))) for name, value in others.items()}
+    has_text = any(a is not b for a, b in zip(tensors(text), tensors(others)))
+    modules = {(side, name): module for (side, name, _), module in places.items()}
+
+    def run(changes):
+        return Run(root, rows, modules).call(forward, changes, attention)
+
+    with bare(root):
+        plain = run({})
+        upper = run({sample: disturb(forward.sample, range(half))})
+        lower = run({sample: disturb(forward.sample, range(half, rows))}) if rows > 1 else plain
+        texts = run(text) if any(stream == "text" for _, _, stream in places) else plain
+    return Runs(plain, upper, lower, texts, has_text, attention.calls > 0)
+
+
+def locate(runs, forward, place):
+    """Where the tokens of a place, (side, hook_name, stream), are: a Layout, or NotHookable."""
+    side, hook_name, stream = place
+    seen = [run.seen.get((side, hook_name), ()) for run in runs[:4]]
+    if seen[0] == ():
+        return NEVER_RAN
+    if None in seen:
+        return SEVERAL_TIMES
+    if all(x.form is None for x in seen[0]):
+        shapes = " and ".join(str(tuple(x.shape)) for x in seen[0]) or "none"
+        return NotHookable(f"its {side} has no batch axis of {forward.rows} rows; the shape is {shapes}")
+    half = (forward.rows + 1) // 2
+    reason = f"its {side} holds no {stream} tokens" + "; try the text stream" * (stream == "image" and runs.has_text)
+    for index, (plain, *changed) in enumerate(zip(*seen)):
+        if plain.form is None:
+            continue
+        upper, lower, text = (plain.tokens != other.tokens for other in changed)
+        if upper[half:].any() or lower[:half].any():
+            reason = f"its {side} mixes the {forward.rows} rows of the batch; the shape is {tuple(plain.shape)}"
+            continue
+        image = upper | lower
+        mask = text & ~image if stream == "text" else image
+        if mask.any(1).all():
+            return layout_of(runs, forward, place, index, plain, mask)
+    return NotHookable(reason)
+
+
+def layout_of(runs, forward, place, index, seen, mask):
+    """The Layout of the tokens in `mask`, bool (rows, tokens), of a module's tensor number `index`; or NotHookable."""
+    side, hook_name, stream = place
+    starts = mask.int().argmax(1).tolist()
+    ends = (mask.shape[1] - mask.flip(1).int().argmax(1)).tolist()
+    counts = [end - start for start, end in zip(starts, ends)]
+    grid = None
+    if stream == "image":
+        if len(set(counts)) > 1:
+            return NotHookable(
+                f"its {side} has different numbers of image tokens in different rows: {min(counts)} to {max(counts)}"
+            )
+        grid = image_grid(runs.plain, forward, runs.plain.modules[side, hook_name], seen, counts[0])
+    doubtful = counts != mask.sum(1).tolist() or (runs.has_text and not runs.attention_is_local)
+    if doubtful and grid is None:
+        return NotHookable(
+            "image and text tokens can't be told apart; use the attention of PyTorch (scaled_dot_product_attention)"
+        )
+    grid = (max(counts),) if grid is None else tuple(grid)
+    if stream == "text":
+        counts = unmasked(forward, counts)
+    shape = seen.shape
+    d = {"map": shape[1], "heads": math.prod(shape[2:]), "heads first": shape[1] * shape[-1]}.get(seen.form, shape[-1])
+    return Layout(index, seen.form, starts, counts, grid, d)
+
+
+def image_grid(run, forward, module, seen, count):
+    """The grid of `count` image tokens: the tensor's own, one of the maps around, or that of the patches; None if none fits."""
+    around = run.around(module)
+    grids = run.maps(around[seen.form.startswith("heads") :])
+    if len(seen.shape) > 3 and seen.form in ("map", "tokens"):
+        grids = [spatial_shape(seen.shape, forward.rows, seen.form == "tokens")]
+    grid = next((g for g in grids if math.prod(g) == count), None)
+    grid = grid or sample_grid(count, forward, getattr(run.root, "config", None))
+    return grid[1:] if grid and len(grid) == 3 and grid[0] == 1 else grid
+
+
+def unmasked(forward, counts):
+    """How many text tokens of each row a mask among the arguments leaves, where one has their number and cuts off the end."""
+    if min(counts) < max(counts):
         return counts
+    for mask in tensors(list(forward.arguments.values())):
+        mask = mask.float()
+        if tuple(mask.shape) == (forward.rows, max(counts)) and set(mask.unique().tolist()) <= {0, 1}:
+            left = mask.sum(1).int().tolist()
+            if all(row[:n].all() and n for row, n in zip(mask, left)):
+                return left
+    return counts
 
 
 def width_is_last(module, x):
@@ -275,7 +338,7 @@ def two_valued(x):
     return bool(((x == x.min()) | (x == x.max())).all())
 
 
-def find_layouts(forward, root, args, kwargs, places, known):
+def find_layouts(forward, module, places, known):
     """Fill `forward.layouts` before it runs, from `known`, or by a probe whose results `known` keeps.
 
     places: {(side, hook_name, stream): (denoiser, module)}; those of other denoisers are passed over.
@@ -283,9 +346,10 @@ def find_layouts(forward, root, args, kwargs, places, known):
     places = {place: module for place, (denoiser, module) in places.items() if denoiser == forward.denoiser}
     if not places:
         return
+    root = unwrap(module)
     time = time_parameter(root)
     key = (forward.denoiser, forward.rows, describe({k: v for k, v in forward.arguments.items() if k != time}))
     if missing := {place: module for place, module in places.items() if (key, place) not in known}:
-        found = Probe(root, forward, args, kwargs, missing).layouts
-        known |= {(key, place): layout for place, layout in found.items()}
+        runs = probe(root, forward, missing)
+        known |= {(key, place): locate(runs, forward, place) for place in missing}
     forward.layouts = {place: known[key, place] for place in places}

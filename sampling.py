@@ -7,6 +7,7 @@ but `step(model_output, timestep, sample)`.
 
 import inspect
 import math
+from collections.abc import Callable, Sized
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,8 @@ from typing import Any
 import torch
 
 from errors import UsageError
-from rows import CONTEXTS, assign_roles, forward_signature, sample_name, tensors, time_parameter, unwrap, with_tensor
+from guidance import CONTEXTS, find_roles
+from signatures import forward_signature, sample_name, tensors, time_parameter, unwrap, with_tensor
 
 LIVE = []  # the samplings that are being watched
 
@@ -66,24 +68,42 @@ class Step:
         return None
 
 
+class DryRunOver(Exception):
+    """Raised inside a scheduler's step to end a generation whose result nobody wants."""
+
+
+@dataclass(eq=False)
 class Sampling:
     """Watches a sampling of P prompts with n images each, and labels the forwards of every step.
 
-    P may be None where nothing tells it: then the scheduler's sample does. denoisers: {name: module}, or what may be one;
-    schedulers, whose classes are patched for as long as the context lasts, since some pipelines step a copy.
-    on_forward(forward, module, args, kwargs) runs before a denoiser does, on_step(step) when the scheduler is called, and
-    replace(index, scheduler) returns what takes the place of its result. While a denoiser runs, `current` is its `Forward`:
-    hooks below it leave in `captured` what they see. Labels are computed once for each pattern of forwards in a step (how
-    many rows, which context), and kept in `known`; a `plan` is another sampling's `known`, from which forwards have their
-    roles while they run. `sample` is what the last step returned, and `called` names the denoisers that ran so far. Nothing
-    is noticed while `paused`.
+    While a denoiser runs, `current` is its `Forward`: hooks below it leave in `captured` what they see.
     """
 
-    def __init__(self, denoisers, schedulers, P=1, n=1, on_forward=None, on_step=None, plan=None, replace=None):
-        self.denoisers, self.schedulers, self.scheduler, self.replace = denoisers, list(schedulers), None, replace
-        self.P, self.R, self.on_forward, self.on_step = P, P and P * n, on_forward, on_step
-        self.current, self.open, self.index, self.sample, self.paused = None, [], 0, None, False
-        self.contexts, self.plan, self.known, self.called, self.fresh = {}, plan, dict(plan or {}), set(), []
+    denoisers: dict  # {name: module}, or what may be one
+    schedulers: list  # their classes are patched for as long as the context lasts, since some pipelines step a copy
+    P: int | None = 1  # None where nothing tells it: then the scheduler's sample does
+    n: int = 1
+    on_forward: Callable | None = None  # on_forward(forward, module), before a denoiser runs
+    on_step: Callable | None = None  # on_step(step), when the scheduler is called
+    plan: dict | None = None  # another sampling's `known`: forwards have their roles from it while they run
+    replace: Callable | None = None  # replace(index, scheduler) -> what takes the place of the scheduler's result
+
+    R: int | None = field(init=False)  # rows a chunk: prompts x images per prompt
+    current: Forward | None = field(default=None, init=False)
+    index: int = field(default=0, init=False)  # of the step that is being computed, in its loop
+    num_steps: int | None = field(default=None, init=False)  # of the loop, where its scheduler lists timesteps
+    sample: Any = field(default=None, init=False)  # what the last step returned
+    called: set = field(default_factory=set, init=False)  # names of the denoisers that ran in a step so far
+    known: dict = field(init=False)  # {pattern of a step's forwards (how many rows, which context): their roles}
+    paused: bool = field(default=False, init=False)  # nothing is noticed then
+    _open: list = field(default_factory=list, init=False)  # forwards since the last step
+    _stepped: Any = field(default=None, init=False)  # the scheduler of that step
+    _fresh: dict = field(default_factory=dict, init=False)  # {id: scheduler} whose next step begins a loop
+    _contexts: dict = field(default_factory=dict, init=False)  # {id of a module: name of the context that it runs in}
+
+    def __post_init__(self):
+        self.R = self.P and self.P * self.n
+        self.known = dict(self.plan or {})
 
     @contextmanager
     def watch(self):
@@ -114,12 +134,12 @@ class Sampling:
             del arguments[this]
             sample = arguments[first]
             others = [v for k, v in arguments.items() if k not in (first, time)]
-            context = self.contexts.get(id(unwrap(module)))
+            context = self._contexts.get(id(unwrap(module)))
             forward = Forward(name, len(sample), context, arguments, sample, row_wise(others, sample))
             if self.plan is not None:
                 forward.roles = self._planned(forward)
             if self.on_forward is not None:
-                self.on_forward(forward, module, args, kwargs)
+                self.on_forward(forward, module)
             self.current = forward
 
         return hook
@@ -128,37 +148,40 @@ class Sampling:
         forward, self.current = self.current, None
         if forward is not None and output is not None:
             forward.output = prediction(output, forward)
-            self.open.append(forward)
+            self._open.append(forward)
 
     def _planned(self, forward):
         """Roles of a forward that has not run, from the plan; `_close` compares them with what they turn out to be."""
         if forward.context in CONTEXTS and forward.rows == self.R:
             return [CONTEXTS[forward.context]]
-        so_far = pattern_of([*self.open, forward])
-        nameless = lambda pattern: [f[1:] for f in pattern[: len(so_far)]]
+        so_far = pattern_of([*self._open, forward])
+
+        def nameless(pattern):
+            return [f[1:] for f in pattern[: len(so_far)]]
+
         for pattern, roles in sorted(self.plan.items(), key=lambda item: item[0][: len(so_far)] != so_far):  # its own first
             if nameless(pattern) == nameless(so_far):
                 return roles[len(so_far) - 1]
-        return ["cond"] if forward.rows == self.R and not self.open else ["other"] * (forward.rows // self.R)
+        return ["cond"] if forward.rows == self.R and not self._open else ["other"] * (forward.rows // self.R)
 
     def _cache_context(self, original):
         @contextmanager
         def cache_context(module, name, *args, **kwargs):
-            before, self.contexts[id(module)] = self.contexts.get(id(module)), name
+            before, self._contexts[id(module)] = self._contexts.get(id(module)), name
             try:
                 with original(module, name, *args, **kwargs) as value:
                     yield value
             finally:
-                self.contexts[id(module)] = before
+                self._contexts[id(module)] = before
 
         return cache_context
 
     def _set_timesteps(self, original):
         def set_timesteps(scheduler, *args, **kwargs):
             if not self.paused:
-                self.fresh.append(scheduler)  # its next step begins a loop
-                if self.scheduler in (None, scheduler):
-                    self.open = []  # forwards that no step has used belong to none
+                self._fresh[id(scheduler)] = scheduler
+                if self._stepped in (None, scheduler):
+                    self._open = []  # forwards that no step has used belong to none
             return original(scheduler, *args, **kwargs)
 
         return set_timesteps
@@ -168,19 +191,16 @@ class Sampling:
 
         def step(scheduler, *args, **kwargs):
             anothers = any(scheduler in other.schedulers for other in LIVE if other is not self)
-            if self.paused or not self.open or (anothers and scheduler not in self.schedulers):
+            if self.paused or not self._open or (anothers and scheduler not in self.schedulers):
                 return original(scheduler, *args, **kwargs)
-            # scheduler, model output, timestep, sample: by place, whatever their names
-            values = []
-            for name, value in signature.bind_partial(scheduler, *args, **kwargs).arguments.items():
-                kind = signature.parameters[name].kind
-                values += value if kind is inspect.Parameter.VAR_POSITIONAL else [value]
-            self.scheduler = scheduler
-            if any(scheduler is fresh for fresh in self.fresh):
-                self.fresh, self.index = [fresh for fresh in self.fresh if fresh is not scheduler], 0
-            forwards, self.open = self.open, []
+            self._stepped = scheduler
+            if self._fresh.pop(id(scheduler), None) is not None:
+                self.index = 0
+            timesteps = getattr(scheduler, "timesteps", None)
+            self.num_steps = len(timesteps) if isinstance(timesteps, Sized) else None
+            forwards, self._open = self._open, []
             self.called |= {f.denoiser for f in forwards}
-            self._close(forwards, scheduler, *values[1:4])
+            self._close(forwards, *values_by_place(signature, scheduler, *args, **kwargs)[:4])
             self.index += 1
             result = original(scheduler, *args, **kwargs)
             if self.replace is not None:
@@ -193,34 +213,45 @@ class Sampling:
         return step
 
     def _close(self, forwards, scheduler, model_output, timestep, sample=None):
+        """A step is complete: label its forwards, compare them with the plan, hand it to `on_step`."""
         rows = len(sample) if torch.is_tensor(sample) else self.R
-        if self.R is None:
-            self.P = self.R = rows
-        fewer = rows < self.R and rows % self.P == 0  # some pipelines ignore the number of images per prompt
-        more = rows > self.R and any(f.rows % rows == 0 and f.rows > rows for f in forwards)  # and some add to it
-        if fewer or more:
-            self.R = rows
+        self._count(rows, forwards)
         if self.on_step is None and self.plan is None:
             return
         doubled = rows == 2 * self.R and torch.equal(*sample.chunk(2))  # both chunks of the guidance are stepped
         if rows != self.R and not doubled:
             raise UsageError(f"{rows} rows are sampled, not {self.R}: say how many prompts there are, and images of each")
-        pattern, expected = pattern_of(forwards), [f.roles for f in forwards]
-        if pattern in self.known:
-            for f, roles in zip(forwards, self.known[pattern]):
-                f.roles = roles
-        else:
-            used = assign_roles(forwards, model_output, self.R)
-            for f in forwards:
-                f.roles = f.roles if f in used else []
-            self.known[pattern] = [f.roles for f in forwards]
-        if self.plan is not None and [f.roles for f in forwards if f.roles] != [e for e, f in zip(expected, forwards) if f.roles]:
+        expected = [f.roles for f in forwards]
+        pattern = pattern_of(forwards)
+        if pattern not in self.known:
+            self.known[pattern] = find_roles(forwards, model_output, self.R)
+        for f, roles in zip(forwards, self.known[pattern]):
+            f.roles = roles
+        if self.plan is not None and any(f.roles and f.roles != planned for f, planned in zip(forwards, expected)):
             raise UsageError(
                 f"the passes of step {self.index} are not those of the first step, so an edit may have met the wrong rows: "
                 "use rows='all', or limit it to earlier steps"
             )
         if self.on_step is not None:
             self.on_step(Step(self.index, timestep, [f for f in forwards if f.roles], scheduler, self.R, sample))
+
+    def _count(self, rows, forwards):
+        """Correct P and R by the rows that are stepped."""
+        if self.R is None:
+            self.P = self.R = rows
+        fewer = rows < self.R and rows % self.P == 0  # some pipelines ignore the number of images per prompt
+        more = rows > self.R and any(f.rows % rows == 0 and f.rows > rows for f in forwards)  # and some add to it
+        if fewer or more:
+            self.R = rows
+
+
+def values_by_place(signature, *args, **kwargs):
+    """The arguments of a call by place, whatever their names: scheduler, model output, timestep, sample, ..."""
+    values = []
+    for name, value in signature.bind_partial(*args, **kwargs).arguments.items():
+        several = signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL
+        values += value if several else [value]
+    return values
 
 
 def pattern_of(forwards):
@@ -288,17 +319,22 @@ def same_random_numbers():
 @contextmanager
 def undisturbed(pipe, schedulers, denoisers, kwargs):
     """Leave no trace of a generation: random states, the generators in `kwargs`, what the pipeline and its schedulers note of
-    themselves and the attention processors that it sets are put back, and no progress bar is shown.
+    themselves and the attention processors that it sets are put back; no progress bar is shown, no watching sampling sees it.
     """
     processors = {m: dict(m.attn_processors) for m in map(unwrap, denoisers.values()) if hasattr(m, "set_attn_processor")}
     generators = [g for v in kwargs.values() for g in (v if isinstance(v, list) else [v]) if isinstance(g, torch.Generator)]
     states = [g.get_state() for g in generators]
     notes = [(o, {k: list(v) if isinstance(v, list) else v for k, v in vars(o).items()}) for o in (pipe, *schedulers)]
+    watching = [(s, s.paused) for s in LIVE if not set(s.denoisers.values()).isdisjoint(denoisers.values())]
     with same_random_numbers():
         try:
+            for other, _ in watching:
+                other.paused = True
             vars(pipe)["_progress_bar_config"] = vars(pipe).get("_progress_bar_config", {}) | {"disable": True}
             yield
         finally:
+            for other, before in watching:
+                other.paused = before
             for o, before in notes:
                 vars(o).clear()
                 vars(o).update(before)

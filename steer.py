@@ -38,9 +38,8 @@ from edits import Edits, Typical, check_features, redirect, steer
 from errors import UsageError
 from formats import newest_sae
 from graft import trained_on
-from hook import HookedDiffusionModel, find_model
+from hook import HookedDiffusionModel, find_model, per_prompt, tensors
 from prompts import load_prompts
-from rows import per_prompt, tensors
 from sae import Sae
 from sources import read_description, read_prompts
 from unlearn import GRIDS, domains_of, split_prompts, summary, unlearn

@@ -5,11 +5,12 @@ No table of architectures says so: `probe.py` finds it out, once for each set of
 
 import itertools
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from rows import tensors, with_tensor
+from signatures import tensors, with_tensor
 
 
 def row_view(x, rows, form):
@@ -33,6 +34,13 @@ def by_token(x, rows, form="tokens"):
     """As `row_view`, flattened to (rows, tokens, d), the tokens in raster order."""
     x = row_view(x, rows, form)
     return x.flatten(2) if form.startswith("heads") else x.flatten(1, -2)
+
+
+@dataclass(frozen=True)
+class NotHookable:
+    """Stands in a layout's place where a module has no such tokens."""
+
+    reason: str  # a predicate, such as "never ran": messages put the module's name before it
 
 
 class Layout(NamedTuple):

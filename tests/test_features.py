@@ -23,9 +23,8 @@ from bench.maps import drawn, overlap
 from cli import HERE
 from disk import checksum
 from features import Config, main, nearest, open_source, over_represented, scan
-from hook import HookedDiffusionModel
+from hook import HookedDiffusionModel, tensors
 from images import decoded
-from rows import tensors
 from sae import Sae
 
 STRANGE = ["<script>alert(1)</script>", '</script><img src=x onerror="alert(2)">', "{{data}} & <b>bold</b> \u2028 ' \" é"]

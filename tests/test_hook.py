@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny import PROMPTS, build, generate_options, sd15, tiny_unet
 
+from guidance import guidance_weights
 from hook import Edit, HookedDiffusionModel
-from rows import guidance_weights
 from tokens import by_token
 
 HOOK = "up_blocks.0.attentions.1"
@@ -183,6 +183,19 @@ def test_a_module_that_runs_twice_is_refused_by_name_and_left_out_of_a_glob(pipe
         run(pipe, hook_names=twice)
     _, cache = run(pipe, hook_names="up_blocks.0.resnets.0.*")
     assert twice not in cache["output"] and "up_blocks.0.resnets.0.conv1" in cache["output"]
+
+
+def test_layouts_say_why_there_is_none(pipe):
+    names = [HOOK, "time_embedding"]
+    layouts, num_steps = HookedDiffusionModel.from_pipeline(pipe).layouts(names, PROMPTS[:2], **generate_options(2))
+    assert (layouts[HOOK].grid, layouts[HOOK].d, num_steps) == ((8, 8), 16, 2)
+    assert layouts["time_embedding"].reason.startswith("its output holds no image tokens")
+
+
+def test_an_option_of_a_cache_that_is_none_is_refused(pipe):
+    hooked = HookedDiffusionModel.from_pipeline(pipe)
+    with pytest.raises(TypeError, match="save_outputs"):
+        hooked.cache(HOOK, 2, save_outputs=True).__enter__()
 
 
 def test_modules_that_never_run_are_refused(pipe):

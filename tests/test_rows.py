@@ -3,7 +3,7 @@
 import pytest
 import torch
 from families import RECIPES, cogvideox, lumina, pag, sana, sd3, svd, zimage
-from test_families import Case
+from test_families import Case, shared
 from test_hook import HOOK, Denoiser, Euler
 from tiny import PROMPTS, build, generate_options, sd15, tiny_unet
 
@@ -17,7 +17,7 @@ def named(name):
 @pytest.mark.parametrize("recipe", [*map(named, ("sd15", "sdxl", "pixart", "ltx", "cogvideox")), sd3, lumina, sana])
 def test_one_prompt_with_different_negative_prompts(recipe):
     """It is the unconditional rows that differ then: guidance subtracts them all the same."""
-    case = Case(recipe)
+    case = shared(recipe)
     hook_name = case.by_hand.hook_name if case.by_hand else case.hooked.hook_names("*.1")[0]
     rows = lambda negative: case.cache(hook_name, 2, [PROMPTS[0]] * 2, keep=dict(rows="both"), negative_prompt=negative)[1]
     before, after = rows(["blurry", "ugly it"]), rows(["blurry", "ugly at"])
@@ -86,6 +86,16 @@ def test_a_foreign_scheduler_of_the_same_class_changes_nothing():
     assert cache["output"][HOOK].shape[1] == 3
     hooked.run_with_hooks({HOOK: Edit(lambda x: edited.append(len(x)), steps=[0])}, PROMPTS[:2], **options)
     assert edited == [2]
+
+
+def test_a_dry_step_is_hidden_from_others_that_watch_the_model():
+    """Another HookedDiffusionModel's first step would have two forwards, of which one would count as unconditional."""
+    model, scheduler = Denoiser(), Euler()
+    loop = dict(get_timesteps=lambda n, device: range(n, 0, -1), sample_shape=(3, 4, 5))
+    loop["encode_prompt"] = lambda prompt, *args: (torch.ones(len(prompt), 5), None)
+    one, other = (HookedDiffusionModel(model, scheduler, **loop) for _ in range(2))
+    with pytest.raises(ValueError, match="no unconditional rows"), one.cache("out", 2, rows="uncond"):
+        other.run_with_hooks({"out": Edit(lambda x: x)}, ["a", "b"], num_inference_steps=2, guidance_scale=1.0)
 
 
 def test_two_models_that_take_turns_keep_their_own_steps():

@@ -3,17 +3,17 @@
 import pytest
 import torch
 from families import EXTRAS, RECIPES
-from test_families import Case
+from test_families import shared
 from test_hook import Euler
 from torch import nn
 
-from hook import HookedDiffusionModel
+from hook import HookedDiffusionModel, NotHookable
 
 
 @pytest.mark.parametrize("recipe", [*RECIPES, *EXTRAS], ids=lambda recipe: recipe.__name__)
 def test_the_width_of_each_layer_is_its_own(recipe):
     """d of a layer's output is what the layer itself says: channels of a convolution, features of a linear layer."""
-    case, checked = Case(recipe), 0
+    case, checked = shared(recipe), 0
     prompt, options = case.arguments(2)
     layouts, _ = case.hooked.layouts("**", prompt, **options)
     modules = case.hooked.modules()
@@ -21,7 +21,7 @@ def test_the_width_of_each_layer_is_its_own(recipe):
         module = modules[name][1]
         width = {nn.Linear: "out_features", nn.GroupNorm: "num_channels", nn.LayerNorm: "normalized_shape"}.get(type(module))
         width = "out_channels" if isinstance(module, nn.modules.conv._ConvNd) else width
-        if width and not isinstance(layout, str) and not layout.form.startswith("heads"):
+        if width and not isinstance(layout, NotHookable) and not layout.form.startswith("heads"):
             value = getattr(module, width)
             assert layout.d == (value[-1] if isinstance(value, tuple) else value), (name, layout)
             checked += 1
