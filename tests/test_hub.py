@@ -147,14 +147,16 @@ def test_push_and_load(tmp_path, stand_in):
     assert {Path(name).name for name in fetched} == {"cfg.json", "sae.safetensors"}
 
 
-def test_several_in_one_repository_and_the_card_of_another_stays(tmp_path, stand_in):
+def test_several_in_one_repository_and_the_card_that_is_there_stays(tmp_path, stand_in, capsys):
     make_folder(tmp_path / "a")
     sae = make_folder(tmp_path / "b", fvu=0.5)
-    stand_in.repos["models/me/saes"] = {"mid.1/README.md": b"my own words", "mid.2/README.md": hub.MARK.encode()}
+    stand_in.repos["models/me/saes"] = {"mid.1/README.md": b"my own words"}
     for run, name in (("a", "mid.1"), ("b", "mid.2")):
         hub.push(tmp_path / run, "me/saes", "sae", name)
     files = stand_in.repos["models/me/saes"]
     assert files["mid.1/README.md"] == b"my own words" and b"| 0.5 |" in files["mid.2/README.md"]
+    assert b'Sae.load_from_hub("me/saes", "mid.2")' in files["mid.2/README.md"]
+    assert capsys.readouterr().out.startswith("me/saes keeps its mid.1/README.md")
     assert {f"mid.{i}/{name}" for i in (1, 2) for name in ("cfg.json", "sae.safetensors")} < files.keys()
     stand_in.gets.clear()
     assert torch.equal(Sae.load_from_hub("me/saes", "mid.2")(X), sae(X))
@@ -165,9 +167,10 @@ def test_several_in_one_repository_and_the_card_of_another_stays(tmp_path, stand
 
 def test_a_readme_in_the_folder_is_the_card(tmp_path, stand_in):
     make_folder(tmp_path / "run")
-    (tmp_path / "run/README.md").write_text("mine")
-    hub.push(tmp_path / "run", "me/saes", "sae")
-    assert stand_in.repos["models/me/saes"]["README.md"] == b"mine"
+    for text in ("mine", "mine too"):
+        (tmp_path / "run/README.md").write_text(text)
+        hub.push(tmp_path / "run", "me/saes", "sae")
+        assert stand_in.repos["models/me/saes"]["README.md"] == text.encode()
 
 
 def test_no_pickle_is_fetched(stand_in):
@@ -233,7 +236,7 @@ def test_the_script_where_there_is_no_hub(tmp_path, stand_in):
 def test_the_card_of_an_sae(tmp_path):
     make_folder(tmp_path)
     text = hub.card(tmp_path, "me/saes", "sae", "mid.1")
-    assert text.startswith("---\ntags:\n- sparse-autoencoder\n- diffusion\n---\n" + hub.MARK)
+    assert text.startswith("---\ntags:\n- sparse-autoencoder\n- diffusion\n---\n\n# mid.1\n")
     rows = dict(line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ") and line != "| | |")
     assert (rows["hook name"], rows["vector width d"], rows["latents M"], rows["active k"]) == ("mid.1", "12", "30", "4")
     assert rows["held-out vectors"] == "50" and "training vectors" not in rows and "model" not in rows
