@@ -36,12 +36,11 @@ from concepts import find_features, image_scores, toward, with_word
 from disk import read_json, write_atomically
 from edits import Edits, Typical, check_features, redirect, steer
 from errors import UsageError
-from formats import newest_sae
 from graft import trained_on
 from hook import HookedDiffusionModel, find_model
 from prompts import load_prompts
 from rows import per_prompt, tensors
-from sae import Sae
+from sae import Sae, newest_sae
 from sources import read_description, read_prompts
 from unlearn import GRIDS, domains_of, split_prompts, summary, unlearn
 

@@ -15,7 +15,7 @@ import collect
 import train
 from cli import HERE, gather_lists, resolve_device, resolve_dtype, run
 
-SCRIPTS = ["ablate", "collect", "diagnose", "train", "evaluate", "features", "toy", "formats", "steer"]
+SCRIPTS = ["ablate", "collect", "diagnose", "train", "evaluate", "features", "toy", "export", "steer"]
 
 
 def command_line(monkeypatch, capsys, script, *options):
