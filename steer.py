@@ -242,7 +242,7 @@ def digest(sae):
 
 def unlearning(cfg, saes, meta, device):
     """--unlearn: the table of unlearn.py, gone on with where it stopped."""
-    from toy import CONCEPTS, Classifier, to_model
+    from toy.concepts import CONCEPTS, Classifier, to_model
 
     # 1. What to unlearn, and whether it can be judged
     values = {name: [v for v in CONCEPTS[name] if cfg.unlearn in (v, "all")] for name in ("object", "style")}
