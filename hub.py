@@ -104,45 +104,43 @@ def card(folder, repo_id, kind, path_in_repo=None):
         raise UsageError(f"{folder} is no folder")
     if kind == "sae":
         tags = ["sparse-autoencoder", "diffusion"]
-        lines = describe_sae(folder, repo_id, path_in_repo)
+        text = describe_sae(folder, repo_id, path_in_repo)
     else:
         tags = ["activations", "diffusion"]
-        lines = describe_activations(folder, repo_id, path_in_repo)
-    front_matter = ["---", "tags:", *(f"- {tag}" for tag in tags), "---", ""]
-    return "\n".join(front_matter + lines) + "\n"
+        text = describe_activations(folder, repo_id, path_in_repo)
+    front_matter = "\n".join(["---", "tags:", *(f"- {tag}" for tag in tags), "---"])
+    return f"{front_matter}\n\n{text}"
 
 
 def describe_sae(folder, repo_id, path_in_repo):
-    """Lines of the card of an SAE folder, ours or SAELens'; only what its cfg.json says."""
+    """The card of an SAE folder, ours or SAELens'; only what its cfg.json says."""
     if not (folder / "cfg.json").exists() or not any((folder / name).exists() for name in TENSORS):
         raise UsageError(f"{folder} has no finished SAE: expected cfg.json and {' or '.join(TENSORS)}")
     cfg = read_json(folder / "cfg.json")
     saelens = {"num_latents": cfg.get("d_sae"), "activation": cfg.get("architecture")}
     cfg = {**(cfg.get("metadata") or {}), **saelens, **cfg}
     facts = {name: cfg.get(key) for name, key in SAE_FACTS.items()}
-    arguments = [repo_id, path_in_repo] if path_in_repo else [repo_id]
-    arguments = ", ".join(json.dumps(argument) for argument in arguments)
+    where = f'"{repo_id}", "{path_in_repo}"' if path_in_repo else f'"{repo_id}"'
     shape = "(samples, tokens, d)" if str(cfg.get("activation")).startswith("sampletopk") else "(N, d)"
-    title = path_in_repo or cfg.get("hook_name") or repo_id
-    return [
-        f"# {title}",
-        "",
-        "A sparse autoencoder of a diffusion model's activations.",
-        "",
-        *table(facts),
-        "",
-        "With the Python files of diffusion-sae in the working directory:",
-        "",
-        "```python",
-        "from sae import Sae",
-        f"sae = Sae.load_from_hub({arguments})",
-        f"codes = sae.encode(x)  # x: raw activations {shape}",
-        "```",
-    ]
+    return f"""\
+# {path_in_repo or cfg.get("hook_name") or repo_id}
+
+A sparse autoencoder of a diffusion model's activations.
+
+{table(facts)}
+
+With the Python files of diffusion-sae in the working directory:
+
+```python
+from sae import Sae
+sae = Sae.load_from_hub({where})
+codes = sae.encode(x)  # x: raw activations {shape}
+```
+"""
 
 
 def describe_activations(folder, repo_id, path_in_repo):
-    """Lines of the card of an activation folder; only what the .json beside each file says."""
+    """The card of an activation folder; only what the .json beside each file says."""
     unfinished = [path.name for path in folder.iterdir() if path.match("*.partial") or path.match("*.new")]
     if unfinished:
         raise UsageError(f"{folder} is not finished ({unfinished[0]}); let collect.py go on with it first")
@@ -157,38 +155,37 @@ def describe_activations(folder, repo_id, path_in_repo):
     first, record = next(iter(records.items()))
     facts = {name: record.get(key) for name, key in ACTIVATION_FACTS.items()}
     files = {}
-    for file, record in records.items():
+    for name, record in records.items():
         shape = tuple(record.get("shape") or ())
-        files[f"`{file}`"] = f"{shape} {record.get('dtype') or ''}"
+        files[f"`{name}`"] = f"{shape} {record.get('dtype') or ''}"
     has_bfloat16 = any(record.get("dtype") == "bfloat16" for record in records.values())
     bits = ", bfloat16 as its bits in uint16" if has_bfloat16 else ""
-    path = json.dumps(f"{path_in_repo}/{first}" if path_in_repo else first)
-    return [
-        f"# {path_in_repo or repo_id}",
-        "",
-        "Activations of a diffusion model.",
-        "",
-        *table(facts),
-        "",
-        f"One NumPy array `(prompts, steps, tokens, d)` a file{bits}; the `.json` beside it says how it was made.",
-        "",
-        *table(files),
-        "",
-        "```python",
-        "import numpy as np",
-        "from huggingface_hub import hf_hub_download",
-        f'path = hf_hub_download("{repo_id}", {path}, repo_type="dataset")',
-        'x = np.load(path, mmap_mode="r")',
-        "```",
-    ]
+    file = json.dumps(f"{path_in_repo}/{first}" if path_in_repo else first)
+    return f"""\
+# {path_in_repo or repo_id}
+
+Activations of a diffusion model.
+
+{table(facts)}
+
+One NumPy array `(prompts, steps, tokens, d)` a file{bits}; the `.json` beside it says how it was made.
+
+{table(files)}
+
+```python
+import numpy as np
+from huggingface_hub import hf_hub_download
+x = np.load(hf_hub_download("{repo_id}", {file}, repo_type="dataset"), mmap_mode="r")
+```
+"""
 
 
 def table(facts):
-    """Lines of a Markdown table of two columns; facts that are None are left out."""
+    """A Markdown table of two columns; facts that are None are left out."""
     lines = ["| | |", "|---|---|"]
     for name, value in facts.items():
         if isinstance(value, float):
             value = f"{value:.4g}"
         if value is not None:
             lines.append(f"| {name} | {value} |")
-    return lines
+    return "\n".join(lines)
