@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
 
 from errors import UsageError
 
@@ -52,6 +51,8 @@ def run(main, Config):
     torch.distributed says when another process has ended. Anything else is a bug and keeps its traceback.
     Ctrl-C exits with 130. Of the processes of torchrun only the first prints, and those that fail say which they are.
     """
+    import tyro  # here, so that what imports another function of this file does not wait for it
+
     rank, count = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     if rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115

@@ -23,11 +23,10 @@ from activations import open_activations
 from cli import check_positive, resolve_device, resolve_dtype, run
 from disk import read_json, write_atomically
 from errors import UsageError
-from formats import newest_sae
 from graft import clip_distance, graft, picture
 from hook import HookedDiffusionModel, per_prompt
 from metrics import evaluate, plot_evaluation, total
-from sae import Sae
+from sae import Sae, newest_sae
 from sources import read_description, read_prompts
 
 

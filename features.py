@@ -45,10 +45,9 @@ from activations import open_activations
 from cli import HERE, check_positive, resolve_device, resolve_dtype, run
 from disk import write_atomically
 from errors import UsageError
-from formats import newest_sae
 from hook import HookedDiffusionModel
 from images import decoded
-from sae import Sae
+from sae import Sae, newest_sae
 from sources import open_file, read_lengths, read_prompts
 
 CURVE = 50  # points of a time curve at most

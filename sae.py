@@ -14,7 +14,7 @@ With `input_unit_norm` a vector is first given mean 0 and variance 1 over its d 
 
 A folder holds `cfg.json` and `sae.safetensors` with the keys `encoder.weight (M, d)`, `encoder.bias (M,)`, `W_dec (M, d)`,
 `b_dec (d,)`, and `threshold ()` or `(M,)` where there is one: the layout of EleutherAI's sparsify, whose TopK SAEs load here as
-ours load there. Folders of SAELens and dictionary_learning load too, see formats.py.
+ours load there. Folders of SAELens and dictionary_learning load too, see foreign_saes.py.
 
 Sources: TopK SAEs, Gao et al. 2024 (arXiv 2406.04093); BatchTopK, Bussmann et al. 2024 (arXiv 2412.06410); sample-topk and
 input_unit_norm, SAeUron (arXiv 2501.18052); the folder, https://github.com/EleutherAI/sparsify.
@@ -36,6 +36,7 @@ from processes import ALONE
 from tensors import save_tensors, swap_in
 
 ACTIVATIONS = ("topk", "batchtopk", "sampletopk", "jumprelu")
+SAFE_WEIGHTS = ("sae.safetensors", "sae_weights.safetensors")  # what is looked for; a pickle must be named
 UNIT_NORM = "_unitnorm"  # at the end of a file's "activation", so that sparsify refuses what it would get wrong
 ROWS = 4096  # of random numbers drawn at once
 MOST = 8  # times k active latents that a vector can have where their number varies
@@ -228,9 +229,9 @@ class Sae(nn.Module):
         `path` is the folder, or the file with the weights in it. A pickle is read only here, and only as tensors:
         dictionary_learning's ae.pt. Raises UsageError for one that computes something else (transcoders, groupmax, skip
         connections, the ancestor's batch_topk, sample_topk and input_unit_norm, which it did not save whole, variants that this
-        version does not know; formats.py says what of other packages), OSError where a file is not there.
+        version does not know; foreign_saes.py says what of other packages), OSError where a file is not there.
         """
-        from formats import find_weights, read_foreign  # which imports this file
+        from foreign_saes import find_weights, read_foreign
 
         weights = find_weights(path)
         path = weights.parent
@@ -256,8 +257,7 @@ class Sae(nn.Module):
         or repeat. `pattern`: a glob on that path (`*` crosses slashes). Pickles are left out: name their folder to
         `load_from_disk`. Raises UsageError if there is no SAE, or one can't be loaded.
         """
-        found = {path.parent for name in ("sae.safetensors", "sae_weights.safetensors") for path in Path(folder).rglob(name)}
-        names = {path.relative_to(folder).as_posix(): path for path in sorted(found)}
+        names = sae_folders(folder)
         saes = {n: Sae.load_from_disk(path, device) for n, path in names.items() if pattern is None or fnmatch(n, pattern)}
         if not saes:
             raise UsageError(f"{folder} has no SAE" + (f" in a folder {pattern!r}, only in {', '.join(names)}" if names else ""))
@@ -274,6 +274,21 @@ class Sae(nn.Module):
         from hub import download
 
         return Sae.load_from_disk(download(repo_id, hook_name), device)
+
+
+def sae_folders(folder) -> dict[str, Path]:
+    """{path relative to `folder`: SAE folder} of every SAE in it and below it; folders with a pickle alone are left out."""
+    folders = {path.parent for name in SAFE_WEIGHTS for path in Path(folder).rglob(name)}
+    return {path.relative_to(folder).as_posix(): path for path in sorted(folders)}
+
+
+def newest_sae(root="saes") -> Path:
+    """The SAE folder whose cfg.json was written last, of those in `root` and in its folders; UsageError if there is none."""
+    descriptions = [*Path(root).glob("*/cfg.json"), *Path(root).glob("*/*/cfg.json")]
+    if not descriptions:
+        raise UsageError(f"no SAE in {root}/: run train.py first, or name one with --sae")
+    newest = max(descriptions, key=lambda path: path.stat().st_mtime)
+    return newest.parent
 
 
 def build(cfg, state, weights):

@@ -36,11 +36,10 @@ from concepts import find_features, image_scores, toward, with_word
 from disk import read_json, write_atomically
 from edits import Edits, Typical, check_features, redirect, steer
 from errors import UsageError
-from formats import newest_sae
 from graft import trained_on
 from hook import HookedDiffusionModel, find_model, per_prompt, tensors
 from prompts import load_prompts
-from sae import Sae
+from sae import Sae, newest_sae
 from sources import read_description, read_prompts
 from unlearn import GRIDS, domains_of, split_prompts, summary, unlearn
 
@@ -242,7 +241,7 @@ def digest(sae):
 
 def unlearning(cfg, saes, meta, device):
     """--unlearn: the table of unlearn.py, gone on with where it stopped."""
-    from toy import CONCEPTS, Classifier, to_model
+    from toy.concepts import CONCEPTS, Classifier, to_model
 
     # 1. What to unlearn, and whether it can be judged
     values = {name: [v for v in CONCEPTS[name] if cfg.unlearn in (v, "all")] for name in ("object", "style")}

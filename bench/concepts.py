@@ -24,7 +24,7 @@ from concepts import auroc, image_scores
 from errors import UsageError
 from sae import Sae
 from sources import read_prompts
-from toy import CONCEPTS
+from toy.concepts import CONCEPTS
 
 
 @dataclass

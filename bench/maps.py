@@ -21,10 +21,9 @@ from activations import open_activations
 from bench.step import conditions
 from cli import check_positive, resolve_device
 from errors import UsageError
-from formats import newest_sae
 from hook import HookedDiffusionModel
 from images import decoded
-from sae import Sae
+from sae import Sae, newest_sae
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """Headless Chromium, driven by the DevTools protocol over two pipes: no driver, no port, no package."""
 
 import base64
+import fcntl
 import json
 import os
 import shutil
@@ -18,17 +19,18 @@ class Browser:
         self.profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         theirs, self.to = os.pipe()
         self.source, answers = os.pipe()
-        ours = [os.dup2(fd, at) for fd, at in ((theirs, 93), (answers, 94))]  # out of the way of 3 and 4
+        # Chromium reads from 3 and writes to 4; these copies are neither, and no file that is open already
+        commands, replies = (fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 5) for fd in (theirs, answers))
 
         def pipes():
-            os.dup2(93, 3)
-            os.dup2(94, 4)
+            os.dup2(commands, 3)
+            os.dup2(replies, 4)
 
         arguments = ["--headless=new", "--no-sandbox", "--remote-debugging-pipe", "--disable-gpu", "--disable-dev-shm-usage"]
         arguments += [f"--user-data-dir={self.profile.name}", "--no-first-run", "--disable-background-networking", "about:blank"]
         quiet = dict(stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        self.process = subprocess.Popen([CHROMIUM, *arguments], preexec_fn=pipes, pass_fds=(3, 4, 93, 94), **quiet)
-        for fd in (*ours, theirs, answers):
+        self.process = subprocess.Popen([CHROMIUM, *arguments], preexec_fn=pipes, pass_fds=(3, 4), **quiet)
+        for fd in (commands, replies, theirs, answers):
             os.close(fd)
         self.number, self.buffer, self.session, self.errors, self.dialogs = 0, b"", None, [], []
         target = self.send("Target.createTarget", url="about:blank")["targetId"]

@@ -1,12 +1,16 @@
 """Fixtures that several test files share."""
 
 import os
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import pytest
 from tiny import build, sd15, sdxl
+
+# A background job ignores SIGINT and so do the processes that it starts; tests that press Ctrl-C need what a terminal gives.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(params=[sd15, sdxl], ids=lambda f: f.__name__)

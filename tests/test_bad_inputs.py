@@ -30,14 +30,14 @@ import cli
 import collect
 import diagnose
 import evaluate
+import export
 import features
-import formats
 import steer
 import train
 from sae import Sae
 
 ROOT = Path(cli.__file__).parent
-SCRIPTS = {module.__name__: module for module in (ablate, collect, diagnose, evaluate, features, formats, steer, train)}
+SCRIPTS = {module.__name__: module for module in (ablate, collect, diagnose, evaluate, export, features, steer, train)}
 SECONDS = 30  # for one case, which takes one or two
 X = np.random.default_rng(0).normal(size=(20, 3, 4, 8)).astype(np.float32)
 refused = []  # command lines and the line that each ended in, of which some are run again in earnest
@@ -108,10 +108,10 @@ def command(script, *more):
         "evaluate": "--sae sae --data x.npy",
         "features": "--sae sae --data x.npy",
         "steer": "--sae acts/sae --num_prompts 1 --multiply 0",
-        "formats": "--sae sae --export saelens --out_dir exported",
+        "export": "--sae sae --export saelens --out_dir exported",
         "train": "--data x.npy --num_latents 16 --k 2 --max_examples 100 --effective_batch_size 50",
     }[script]
-    return [script, *base.split(), *("--out_dir out".split() if script not in ("formats", "evaluate") else []), *more]
+    return [script, *base.split(), *("--out_dir out".split() if script not in ("export", "evaluate") else []), *more]
 
 
 def run(good, words, damage=lambda folder: None):
@@ -231,7 +231,7 @@ def test_cfg_json(good, data):
     changed = st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=3).map(lambda more: json.dumps(cfg | more).encode())
     dropped = st.sampled_from(sorted(cfg)).map(lambda key: json.dumps({k: v for k, v in cfg.items() if k != key}).encode())
     raw = data.draw(changed | dropped | damaged(json.dumps(cfg).encode()) | VALUES.map(lambda v: json.dumps(v).encode()))
-    script = data.draw(st.sampled_from(["evaluate", "formats"]))
+    script = data.draw(st.sampled_from(["evaluate", "export"]))
     run(good, command(script), lambda folder: (folder / "sae" / "cfg.json").write_bytes(raw))
 
 
@@ -239,7 +239,7 @@ def test_cfg_json(good, data):
 @given(data=st.data())
 def test_safetensors(good, data):
     raw = data.draw(damaged((good / "sae" / "sae.safetensors").read_bytes()) | st.binary(max_size=100))
-    script = data.draw(st.sampled_from(["evaluate", "formats"]))
+    script = data.draw(st.sampled_from(["evaluate", "export"]))
     run(good, command(script), lambda folder: (folder / "sae" / "sae.safetensors").write_bytes(raw))
 
 
@@ -287,7 +287,7 @@ def test_no_file_can_run_code(good, tmp_path):
     raw = pickle.dumps(Escape())
     for script, name in (
         ("train", "x.npy"), ("diagnose", "x.npy"), ("evaluate", "x.npy"), ("evaluate", "sae/sae.safetensors"),
-        ("evaluate", "sae/cfg.json"), ("formats", "sae/sae.safetensors"), ("collect", "prompts.csv"), ("train", "x.json"),
+        ("evaluate", "sae/cfg.json"), ("export", "sae/sae.safetensors"), ("collect", "prompts.csv"), ("train", "x.json"),
     ):  # fmt: skip
         run(good, command(script), lambda folder, name=name: (folder / name).write_bytes(raw))
     objects = io.BytesIO()

@@ -1,5 +1,6 @@
 """What a user can do wrong ends in one line and status 2; scripts can be pasted into a notebook."""
 
+import importlib
 import inspect
 import os
 import subprocess
@@ -15,7 +16,7 @@ import collect
 import train
 from cli import HERE, gather_lists, resolve_device, resolve_dtype, run
 
-SCRIPTS = ["ablate", "collect", "diagnose", "train", "evaluate", "features", "toy", "formats", "steer"]
+SCRIPTS = ["ablate", "collect", "diagnose", "train", "evaluate", "features", "toy.make", "export", "steer"]
 
 
 def command_line(monkeypatch, capsys, script, *options):
@@ -253,9 +254,11 @@ def test_a_real_command_line_has_no_traceback(tmp_path):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_names_every_option(script):
-    done = subprocess.run([sys.executable, HERE / f"{script}.py", "--help"], capture_output=True, text=True)
+    words = ["-m", script] if "." in script else [f"{script}.py"]
+    done = subprocess.run([sys.executable, *words, "--help"], cwd=HERE, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    module = __import__(script)
+    assert done.stdout.startswith(f"usage: {'python -m ' if '.' in script else ''}{words[-1]} "), done.stdout
+    module = importlib.import_module(script)
     classes = [cls for cls in module.Config.__mro__ if cls is not object]
     lines = [line for cls in classes for line in inspect.getsource(cls).splitlines()]
     for name in module.Config.__dataclass_fields__:
@@ -279,7 +282,7 @@ def shell(monkeypatch, tmp_path):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_pasted_into_a_notebook_defines_its_names_and_runs_nothing(shell, script, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
-    shell.run_cell((HERE / f"{script}.py").read_text()).raise_error()
+    shell.run_cell((HERE / f"{script.replace('.', '/')}.py").read_text()).raise_error()
     assert shell.user_ns["__name__"] == "__main__" and shell.user_ns["Config"].__dataclass_fields__
     assert callable(shell.user_ns["main"]) and capsys.readouterr().out == ""
 

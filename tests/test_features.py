@@ -16,7 +16,6 @@ from tiny import build, generate_options, sd15, sdxl
 
 import collect
 import features
-import toy
 import train
 from activations import open_activations
 from bench.maps import drawn, overlap
@@ -26,6 +25,7 @@ from features import Config, main, nearest, open_source, over_represented, scan
 from hook import HookedDiffusionModel, tensors
 from images import decoded
 from sae import Sae
+from toy.concepts import Classifier, to_model
 
 STRANGE = ["<script>alert(1)</script>", '</script><img src=x onerror="alert(2)">', "{{data}} & <b>bold</b> \u2028 ' \" é"]
 
@@ -197,7 +197,7 @@ def opened(data, e):
 def test_an_image_row_leads_back_to_the_picture_of_its_prompt(toy_page):
     path, data, rows = toy_page
     pictures = np.stack([opened(data, e) for e in range(len(data["examples"]))])
-    seen = toy.Classifier.load(HERE / "toy").predict(toy.to_model(torch.from_numpy(pictures).permute(0, 3, 1, 2)))
+    seen = Classifier.load(HERE / "toy").predict(to_model(torch.from_numpy(pictures).permute(0, 3, 1, 2)))
     hooked, right, places = HookedDiffusionModel.from_pretrained("toy"), 0, []
     for (text, where, _), names in zip(data["examples"], seen):
         places.append(int(re.match(r"row (\d+)", where)[1]))

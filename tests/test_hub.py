@@ -17,6 +17,7 @@ import pytest
 import torch
 from test_sae import X, make_sae
 
+import export
 import hub
 from sae import Sae
 
@@ -147,14 +148,16 @@ def test_push_and_load(tmp_path, stand_in):
     assert {Path(name).name for name in fetched} == {"cfg.json", "sae.safetensors"}
 
 
-def test_several_in_one_repository_and_the_card_of_another_stays(tmp_path, stand_in):
+def test_several_in_one_repository_and_the_card_that_is_there_stays(tmp_path, stand_in, capsys):
     make_folder(tmp_path / "a")
     sae = make_folder(tmp_path / "b", fvu=0.5)
-    stand_in.repos["models/me/saes"] = {"mid.1/README.md": b"my own words", "mid.2/README.md": hub.MARK.encode()}
+    stand_in.repos["models/me/saes"] = {"mid.1/README.md": b"my own words"}
     for run, name in (("a", "mid.1"), ("b", "mid.2")):
         hub.push(tmp_path / run, "me/saes", "sae", name)
     files = stand_in.repos["models/me/saes"]
     assert files["mid.1/README.md"] == b"my own words" and b"| 0.5 |" in files["mid.2/README.md"]
+    assert b'Sae.load_from_hub("me/saes", "mid.2")' in files["mid.2/README.md"]
+    assert capsys.readouterr().out.startswith("me/saes keeps its mid.1/README.md")
     assert {f"mid.{i}/{name}" for i in (1, 2) for name in ("cfg.json", "sae.safetensors")} < files.keys()
     stand_in.gets.clear()
     assert torch.equal(Sae.load_from_hub("me/saes", "mid.2")(X), sae(X))
@@ -165,9 +168,10 @@ def test_several_in_one_repository_and_the_card_of_another_stays(tmp_path, stand
 
 def test_a_readme_in_the_folder_is_the_card(tmp_path, stand_in):
     make_folder(tmp_path / "run")
-    (tmp_path / "run/README.md").write_text("mine")
-    hub.push(tmp_path / "run", "me/saes", "sae")
-    assert stand_in.repos["models/me/saes"]["README.md"] == b"mine"
+    for text in ("mine", "mine too"):
+        (tmp_path / "run/README.md").write_text(text)
+        hub.push(tmp_path / "run", "me/saes", "sae")
+        assert stand_in.repos["models/me/saes"]["README.md"] == text.encode()
 
 
 def test_no_pickle_is_fetched(stand_in):
@@ -205,17 +209,36 @@ def test_what_the_hub_says_is_an_oserror_with_the_name(tmp_path, stand_in, monke
         Sae.load_from_hub(repo_id)
 
 
-def run_formats(tmp_path, endpoint, *args):
-    """formats.py as a user calls it -> exit status, what it printed, what it complained of."""
+def test_a_folder_of_several_saes_is_pushed_each_in_its_folder(tmp_path, stand_in):
+    saes = {name: make_folder(tmp_path / "saes" / name, fvu=fvu) for name, fvu in (("one", 0.25), ("deep/two", 0.5))}
+    export.main(export.Config(sae=str(tmp_path / "saes"), to_hub="me/saes", private=True))
+    files = stand_in.repos["models/me/saes"]
+    names = ("README.md", "cfg.json", "metrics.jsonl", "sae.safetensors")
+    assert sorted(files) == sorted(f"{folder}/{name}" for folder in saes for name in names)
+    assert stand_in.private == {"models/me/saes": True}
+    for name, sae in saes.items():
+        assert torch.equal(Sae.load_from_hub("me/saes", name)(X), sae(X))
+        assert f'Sae.load_from_hub("me/saes", "{name}")' in files[f"{name}/README.md"].decode()
+
+
+def test_activations_are_pushed_by_the_script(tmp_path, stand_in, capsys):
+    make_activations(tmp_path)
+    assert export.main(export.Config(activations=str(tmp_path), to_hub="me/acts")) == []
+    assert capsys.readouterr().out == f"{stand_in.address}/datasets/me/acts\n"
+    assert "mid.1.npy" in stand_in.repos["datasets/me/acts"]
+
+
+def run_export(tmp_path, endpoint, *args):
+    """export.py as a user calls it -> exit status, what it printed, what it complained of."""
     here = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_test"}
-    args = (sys.executable, ROOT / "formats.py", "--sae", "run", *args)
+    args = (sys.executable, ROOT / "export.py", "--sae", "run", *args)
     result = subprocess.run(args, cwd=tmp_path, env=os.environ | here, capture_output=True, text=True, timeout=120, check=False)
     return result.returncode, result.stdout, result.stderr
 
 
 def test_the_script_pushes_what_it_exported(tmp_path, stand_in):
     make_folder(tmp_path / "run")
-    code, out, error = run_formats(tmp_path, stand_in.address, "--export", "saelens", "--to_hub", "me/lens")
+    code, out, error = run_export(tmp_path, stand_in.address, "--export", "saelens", "--to_hub", "me/lens")
     assert code == 0, error
     assert out.splitlines()[-1] == f"{stand_in.address}/me/lens"
     files = stand_in.repos["models/me/lens"]
@@ -226,14 +249,14 @@ def test_the_script_pushes_what_it_exported(tmp_path, stand_in):
 
 def test_the_script_where_there_is_no_hub(tmp_path, stand_in):
     make_folder(tmp_path / "run")
-    code, _, error = run_formats(tmp_path, "http://127.0.0.1:1", "--to_hub", "me/saes")
-    assert code == 2 and error.startswith("formats.py: error: me/saes: ") and error.count("\n") == 1, error
+    code, _, error = run_export(tmp_path, "http://127.0.0.1:1", "--to_hub", "me/saes")
+    assert code == 2 and error.startswith("export.py: error: me/saes: ") and error.count("\n") == 1, error
 
 
 def test_the_card_of_an_sae(tmp_path):
     make_folder(tmp_path)
     text = hub.card(tmp_path, "me/saes", "sae", "mid.1")
-    assert text.startswith("---\ntags:\n- sparse-autoencoder\n- diffusion\n---\n" + hub.MARK)
+    assert text.startswith("---\ntags:\n- sparse-autoencoder\n- diffusion\n---\n\n# mid.1\n")
     rows = dict(line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ") and line != "| | |")
     assert (rows["hook name"], rows["vector width d"], rows["latents M"], rows["active k"]) == ("mid.1", "12", "30", "4")
     assert rows["held-out vectors"] == "50" and "training vectors" not in rows and "model" not in rows

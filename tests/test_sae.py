@@ -3,14 +3,19 @@
 import json
 import os
 import resource
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from foreign_saes import save_saelens
 from metrics import Metrics, count_active, geometric_median
-from sae import Sae
+from sae import Sae, newest_sae
 from tensors import save_tensors
 
+ROOT = Path(__file__).parents[1]
 X = torch.randn(50, 12, generator=torch.Generator().manual_seed(1)) + 3
 
 
@@ -169,6 +174,35 @@ def test_damaged_and_missing_files(tmp_path, name):
     (tmp_path / name).unlink()
     with pytest.raises(OSError):
         Sae.load_from_disk(tmp_path)
+
+
+def test_the_newest_sae_is_found_also_one_folder_deeper(tmp_path):
+    with pytest.raises(ValueError, match="no SAE in"):
+        newest_sae(tmp_path)
+    for age, run in enumerate(("a", "group/b", "c")):
+        make_sae().save_to_disk(tmp_path / run)
+        os.utime(tmp_path / run / "cfg.json", (1e9 - age, 1e9 - age))
+    assert newest_sae(tmp_path) == tmp_path / "a"
+    os.utime(tmp_path / "group/b/cfg.json", (1e9 + 1, 1e9 + 1))
+    assert newest_sae(tmp_path) == tmp_path / "group/b"
+
+
+HEAVY = ("tyro", "diffusers", "transformers", "matplotlib", "cli", "hub", "export")
+
+
+@pytest.mark.parametrize("package", ["ours", "saelens"])
+def test_loading_one_imports_little(tmp_path, package):
+    sae = make_sae()
+    if package == "ours":
+        sae.save_to_disk(tmp_path)
+    else:
+        save_saelens(sae.cfg, sae.state_dict(), tmp_path)
+    code = (
+        f"import sys; from sae import Sae; Sae.load_from_disk({str(tmp_path)!r}); "
+        f"print(sorted(sys.modules.keys() & set({HEAVY!r})))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done
 
 
 def test_fvu_by_hand_and_not_a_mean_of_ratios():

@@ -1,4 +1,4 @@
-"""The embedded model is what toy.py says: a diffusers folder that loads with no network and draws what it is asked."""
+"""The embedded model is what toy/make.py says: a diffusers folder that loads with no network and draws what it is asked."""
 
 import csv
 import json
@@ -7,24 +7,24 @@ import numpy as np
 import pytest
 import torch
 
-import toy
 from cli import HERE
+from toy import concepts, make
 
 TOY = HERE / "toy"
 
 
 def test_drawings_are_seeded_and_labelled():
-    pixels, attributes = toy.draw_many(6, 3)
-    again, _ = toy.draw_many(6, 3)
+    pixels, attributes = concepts.draw_many(6, 3)
+    again, _ = concepts.draw_many(6, 3)
     assert pixels.shape == (6, 3, 64, 64) and torch.equal(pixels, again)
-    assert {a["object"] for a in attributes} <= set(toy.OBJECTS)
-    assert all(a["colour"] in " ".join(toy.captions(a)) for a in attributes)
+    assert {a["object"] for a in attributes} <= set(concepts.OBJECTS)
+    assert all(a["colour"] in " ".join(concepts.captions(a)) for a in attributes)
 
 
 def test_every_word_of_a_caption_is_one_token():
-    tokenizer = toy.build_tokenizer()
-    for a in toy.draw_many(50, 0)[1]:
-        for caption in toy.captions(a):
+    tokenizer = make.build_tokenizer()
+    for a in concepts.draw_many(50, 0)[1]:
+        for caption in concepts.captions(a):
             words = caption.replace(",", " ,").split()
             assert len(tokenizer(caption).input_ids) == len(words) + 2 <= tokenizer.model_max_length
 
@@ -45,8 +45,8 @@ def test_training_goes_on_where_it_stopped(tmp_path):
             return layer(torch.randn(4, 3, generator=generator)).square().sum()
 
         folder.mkdir(exist_ok=True)
-        cfg = toy.Config("train", work_dir=str(folder), save_every=3)
-        toy.fit("layer", {"layer": layer}, loss, 6, 0.1, cfg, torch.device("cpu"))
+        cfg = make.Config("train", work_dir=str(folder), save_every=3)
+        make.fit("layer", {"layer": layer}, loss, 6, 0.1, cfg, torch.device("cpu"))
         return layer.weight.detach()
 
     with pytest.raises(KeyboardInterrupt):
@@ -63,14 +63,14 @@ def test_the_folder_is_small_and_complete():
 
 
 def test_the_classifier_knows_the_drawings():
-    pixels, attributes = toy.draw_many(600, 77)
-    seen = toy.Classifier.load(TOY).predict(toy.to_model(pixels))
+    pixels, attributes = concepts.draw_many(600, 77)
+    seen = concepts.Classifier.load(TOY).predict(concepts.to_model(pixels))
     for name in ("object", "style", "colour"):
         assert np.mean([s[name] == a[name] for s, a in zip(seen, attributes)]) >= 0.99, name
 
 
 def test_it_draws_what_it_is_asked():
-    """A small part of `toy.py check`: 24 prompts, 20 steps."""
+    """A small part of `python -m toy.make check`: 24 prompts, 20 steps."""
     from diffusers import DiffusionPipeline
 
     pipe = DiffusionPipeline.from_pretrained(TOY, dtype=torch.float32)
@@ -81,34 +81,34 @@ def test_it_draws_what_it_is_asked():
         rows = list(csv.DictReader(f))[-24:]
     generators = [torch.Generator().manual_seed(i) for i in range(24)]
     options = dict(num_inference_steps=20, guidance_scale=5.0, generator=generators, output_type="pt")
-    seen = toy.Classifier.load(TOY).predict(2 * pipe([r["prompt"] for r in rows], **options).images - 1)
+    seen = concepts.Classifier.load(TOY).predict(2 * pipe([r["prompt"] for r in rows], **options).images - 1)
     for name, at_least in (("object", 0.9), ("style", 0.9), ("colour", 0.95)):
         assert np.mean([s[name] == r[name] for s, r in zip(seen, rows)]) >= at_least, name
 
 
 def test_draw(tmp_path):
-    toy.main(toy.Config("draw", folder=str(tmp_path)))
+    make.main(make.Config("draw", folder=str(tmp_path)))
     assert (tmp_path / "drawings.png").stat().st_size > 10_000
 
 
 def test_training_from_nothing_ends_with_a_model_that_loads_and_is_never_overwritten(tmp_path):
     small = dict(num_drawings=48, classifier_iterations=2, vae_iterations=2, unet_iterations=2, batch_size=4)
-    cfg = toy.Config("train", folder=str(tmp_path / "mine"), work_dir=str(tmp_path / "work"), device="cpu", **small)
-    toy.main(cfg)
-    toy.main(toy.Config("check", folder=cfg.folder, num_prompts=3, num_inference_steps=2, device="cpu"))
+    cfg = make.Config("train", folder=str(tmp_path / "mine"), work_dir=str(tmp_path / "work"), device="cpu", **small)
+    make.main(cfg)
+    make.main(make.Config("check", folder=cfg.folder, num_prompts=3, num_inference_steps=2, device="cpu"))
     report = json.loads((tmp_path / "mine" / "check.json").read_text())
     assert set(report["generated"]) == {"object", "style", "colour"} and (tmp_path / "mine" / "check.png").exists()
     with pytest.raises(ValueError, match="report made with other options"):
-        toy.main(toy.Config("check", folder=cfg.folder, num_prompts=4, num_inference_steps=2, device="cpu"))
+        make.main(make.Config("check", folder=cfg.folder, num_prompts=4, num_inference_steps=2, device="cpu"))
     with pytest.raises(ValueError, match="holds a trained model"):
-        toy.main(cfg)
+        make.main(cfg)
     with pytest.raises(ValueError, match="other options"):
-        toy.main(toy.Config("train", folder=str(tmp_path / "other"), work_dir=cfg.work_dir, seed=1, **small))
+        make.main(make.Config("train", folder=str(tmp_path / "other"), work_dir=cfg.work_dir, seed=1, **small))
 
 
 def test_training_that_goes_on_from_a_folder_keeps_its_classifier_and_autoencoder(tmp_path):
     small = dict(num_drawings=48, unet_iterations=2, batch_size=4, start_from=str(TOY), device="cpu")
-    toy.main(toy.Config("train", folder=str(tmp_path / "mine"), work_dir=str(tmp_path / "work"), **small))
+    make.main(make.Config("train", folder=str(tmp_path / "mine"), work_dir=str(tmp_path / "work"), **small))
     same = lambda path: (TOY / path).read_bytes() == (tmp_path / "mine" / path).read_bytes()
     assert same("classifier.safetensors") and same("vae/diffusion_pytorch_model.safetensors")
     assert not same("unet/diffusion_pytorch_model.safetensors") and not same("text_encoder/model.safetensors")

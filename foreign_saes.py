@@ -1,57 +1,36 @@
-"""Other packages' files: folders of SAELens and dictionary_learning are read here, those of SAELens written too.
+"""Other packages' SAE files: those of SAELens and dictionary_learning are read here, those of SAELens written too.
 
-    python formats.py --export saelens                                          # the newest run in saes/
-    python formats.py --sae saes/mine --export saelens --out_dir exported/mine
-    python formats.py --sae saes/mine --to_hub me/my-sae                        # as it is; with --export, what was exported
-
-`Sae.load_from_disk` reads what it finds in the folder, and gives the numbers that the package itself gives:
-
-    sae.safetensors         + cfg.json      ours, sparsify, universal-diffsae (sae.py)
+    sae.safetensors         + cfg.json      ours, sparsify, universal-diffsae (sae.py reads them)
     sae_weights.safetensors + cfg.json      SAELens: topk, jumprelu, standard (a ReLU: thresholds of 0)
     ae.pt                   + config.json   dictionary_learning: AutoEncoderTopK, AutoEncoder, JumpReluAutoEncoder, and
                                             BatchTopKSAE, MatryoshkaBatchTopKSAE with their threshold
 
+An SAE is handed around as what our own folder holds: a description (cfg.json) and tensors (sae.safetensors).
 All but the TopK ones become "jumprelu"; where the file names no k, k is num_latents, the most that can be active.
 Folded into the weights, in float64: SAELens' rescale_acts_by_decoder_norm; inputs from which b_dec is not subtracted; the
 decoder norms of AutoEncoder, which dictionary_learning divides by when it loads one.
 Refused: gated and other kinds, normalised inputs, hook_z. SAELens' layer_norm is not our input_unit_norm: it divides by the
 deviation of d - 1 degrees of freedom plus 1e-5, and multiplies by it without the 1e-5.
 
-Reads   --sae, an SAE folder of any of these.
-Writes  <out_dir>/: cfg.json, sae_weights.safetensors. topk stays topk; batchtopk becomes jumprelu, which keeps pre_acts above
-        a threshold, not those that reach it: one step of float32 below ours. It has no limit on how many latents of a vector
-        are active, ours has 8 k.
-Not for sampletopk and input_unit_norm, which SAELens can't express.
+Written for SAELens: topk stays topk; batchtopk becomes jumprelu, which keeps pre_acts above a threshold, not those that reach
+it: one step of float32 below ours. It has no limit on how many latents of a vector are active, ours has 8 k.
+sampletopk and input_unit_norm are refused, since SAELens can't express them.
 
-Checked against sae-lens 6.54, dictionary-learning 0.1 (tests/test_formats.py).
+Checked against sae-lens 6.54, dictionary-learning 0.1 (tests/test_foreign_saes.py).
 """
 
 import json
 import pickle
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from cli import run
 from disk import read_json, write_atomically
 from errors import UsageError
-from hub import push
-from sae import Sae
 from tensors import save_tensors
-
-
-@dataclass
-class Config:
-    sae: str | None = None  # an SAE folder (None: the newest in saes/)
-    export: Literal["saelens"] | None = None  # write it in another package's format
-    out_dir: str | None = None  # the folder for it (None: exported/<name of the SAE folder>)
-    to_hub: str | None = None  # push it to this repository on the Hugging Face Hub: <user>/<name>
-    private: bool = False  # if that repository is new, only you can see it
-
 
 WEIGHTS = ("sae.safetensors", "sae_weights.safetensors", "ae.pt")
 ARRAYS = {"W_enc": "dM", "b_enc": "M", "W_dec": "Md", "b_dec": "d"}  # axes: d input width, M latents
@@ -213,62 +192,52 @@ def load_pickle(path):
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def save_saelens(sae, path):
-    """Write `cfg.json` and `sae_weights.safetensors` into the folder `path`; `sae_lens.SAE.load_from_disk(path)` reads them.
+def save_saelens(cfg, state, path):
+    """Write an SAE of ours in SAELens' format: `cfg.json` and `sae_weights.safetensors` in the folder `path`.
 
-    Same codes and x_hat, to rounding; of a batchtopk also where a vector has more than 8 k active latents, of which ours keeps
-    the 8 k largest and SAELens all. Raises UsageError for a variant that SAELens has not, and for a folder with another SAE.
+    cfg, state: as in our own files (`Sae.cfg`, `Sae.state_dict()`). `sae_lens.SAE.load_from_disk(path)` gives the same codes and
+    x_hat, to rounding; of a batchtopk also where a vector has more than 8 k active latents, of which ours keeps the 8 k largest
+    and SAELens all. Raises UsageError for a variant that SAELens has not, and for a folder with another SAE.
     """
-    if sae.input_unit_norm:
+    if cfg.get("input_unit_norm"):
         raise UsageError("input_unit_norm can't be exported: SAELens' layer_norm adds 1e-5 to the deviation, other numbers")
-    if sae.activation == "sampletopk":
+    if cfg["activation"] == "sampletopk":
         raise UsageError("sampletopk can't be exported: SAELens has nothing that shares k out over the tokens of a sample")
     path = Path(path)
-    if taken := [name for name in WEIGHTS if name != "sae_weights.safetensors" and (path / name).exists()]:
-        raise UsageError(f"{path} has another SAE in it ({taken[0]}); use another folder")
-    tensors = {"W_enc": sae.encoder.weight.T, "b_enc": sae.encoder.bias, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
-    cfg = {"architecture": "topk", "d_in": sae.d_in, "d_sae": sae.num_latents, "dtype": "float32", "device": "cpu"}
-    cfg |= {"apply_b_dec_to_input": True, "normalize_activations": "none", "reshape_activations": "none"}
-    if sae.activation == "topk":
-        cfg |= {"k": sae.k, "rescale_acts_by_decoder_norm": False}
+    others = [name for name in WEIGHTS if name != "sae_weights.safetensors" and (path / name).exists()]
+    if others:
+        raise UsageError(f"{path} has another SAE in it ({others[0]}); use another folder")
+
+    tensors = {
+        "W_enc": state["encoder.weight"].T,
+        "b_enc": state["encoder.bias"],
+        "W_dec": state["W_dec"],
+        "b_dec": state["b_dec"],
+    }
+    exported = {
+        "architecture": "topk",
+        "d_in": cfg["d_in"],
+        "d_sae": cfg["num_latents"],
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+    }
+    if cfg["activation"] == "topk":
+        exported["k"] = cfg["k"]
+        exported["rescale_acts_by_decoder_norm"] = False
     else:
-        threshold = sae.threshold.detach().float()
-        if sae.activation == "batchtopk":  # ours keeps what reaches the threshold, SAELens what is above it
-            threshold = torch.nextafter(threshold, torch.tensor(-torch.inf)).clamp_min(0)
-        tensors["threshold"] = threshold.expand(sae.num_latents)
-        cfg["architecture"] = "jumprelu"
+        exported["architecture"] = "jumprelu"
+        threshold = state["threshold"].float()
+        if cfg["activation"] == "batchtopk":  # ours keeps what reaches the threshold, SAELens what is above it
+            just_below = torch.nextafter(threshold, torch.tensor(-torch.inf))
+            threshold = just_below.clamp_min(0)
+        tensors["threshold"] = threshold.expand(cfg["num_latents"])
     # the version says which format this is: without it SAELens takes the file for one older than 6.0
-    cfg["metadata"] = {**sae.cfg, "sae_lens_version": "6.0.0", "sae_lens_training_version": None}
+    exported["metadata"] = {**cfg, "sae_lens_version": "6.0.0", "sae_lens_training_version": None}
+
     path.mkdir(parents=True, exist_ok=True)
-    save_tensors(path / "sae_weights.safetensors", {name: t.float() for name, t in tensors.items()}, {"format": "pt"})
-    write_atomically(path / "cfg.json", (json.dumps(cfg, indent=1) + "\n").encode())
-
-
-def newest_sae(root="saes"):
-    """The folder in `root` whose cfg.json was written last."""
-    paths = sorted(Path(root).glob("*/cfg.json"), key=lambda path: path.stat().st_mtime)
-    if not paths:
-        raise UsageError(f"no SAE in {root}/: run train.py first, or name one with --sae")
-    return paths[-1].parent
-
-
-def main(cfg):
-    if not (cfg.export or cfg.to_hub):
-        raise UsageError("nothing to do: expected --export saelens, --to_hub <user>/<name> or both")
-    if cfg.out_dir and not cfg.export:
-        raise UsageError(f"--out_dir {cfg.out_dir}: nothing is written there without --export saelens")
-    folder = Path(cfg.sae) if cfg.sae else newest_sae()
-    sae = Sae.load_from_disk(folder)
-    if cfg.export:
-        out_dir = Path(cfg.out_dir or Path("exported") / find_weights(folder).parent.resolve().name)
-        if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-            raise UsageError(f"--out_dir {out_dir} is there already; use another, or move it away")
-        save_saelens(sae, out_dir)
-        print(f"{out_dir}/: cfg.json, sae_weights.safetensors; SAELens reads it by SAE.load_from_disk({str(out_dir)!r})")
-        folder = out_dir
-    if cfg.to_hub:
-        print(push(find_weights(folder).parent, cfg.to_hub, "sae", private=cfg.private or None))
-
-
-if __name__ == "__main__" and "get_ipython" not in globals():
-    run(main, Config)
+    tensors = {name: tensor.float() for name, tensor in tensors.items()}
+    save_tensors(path / "sae_weights.safetensors", tensors, {"format": "pt"})
+    write_atomically(path / "cfg.json", (json.dumps(exported, indent=1) + "\n").encode())

@@ -1,17 +1,21 @@
 """Other packages' files: folders written by hand against the formulas in float64, and against the packages themselves."""
 
 import json
-import sys
 
 import pytest
 import torch
 from test_sae import VARIANTS, X, make_sae
 
-import formats
+from foreign_saes import save_saelens
 from sae import Sae
+from tensors import save_tensors
 
 D, M, K = 12, 30, 4
 BENCH = "is not installed: pip install -r requirements-bench.txt"
+
+
+def export(sae, path):
+    save_saelens(sae.cfg, sae.state_dict(), path)
 
 
 def draw(*shape, seed=0):
@@ -32,7 +36,7 @@ def arrays():
 def save_saelens_by_hand(folder, architecture, old=False, **cfg):
     tensors = arrays() | ({"threshold": draw(M, seed=1)} if architecture == "jumprelu" else {})
     folder.mkdir(exist_ok=True)
-    formats.save_tensors(folder / "sae_weights.safetensors", tensors, {})
+    save_tensors(folder / "sae_weights.safetensors", tensors, {})
     cfg = {"architecture": architecture, "d_in": D, "d_sae": M, "dtype": "float32"} | cfg
     if architecture == "topk":
         cfg |= {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": K}} if old else {"k": K}
@@ -151,13 +155,13 @@ def sae_to_export(cfg):
 @pytest.mark.parametrize("cfg", EXPORTS, ids=str)
 def test_an_export_comes_back(tmp_path, cfg):
     sae = sae_to_export(cfg)
-    formats.save_saelens(sae, tmp_path)
+    export(sae, tmp_path)
     again = Sae.load_from_disk(tmp_path)
     assert_same(dense(again, X), dense(sae, X))
     assert again.cfg["hook_name"] == "up_blocks.1" and again.cfg["saelens"]["metadata"]["fvu"] == 0.25
     if cfg:
         assert again.activation == "jumprelu" and (dense(sae, X)[0] == sae.threshold).sum() == 1
-        formats.save_saelens(again, tmp_path / "twice")
+        export(again, tmp_path / "twice")
         assert_same(dense(Sae.load_from_disk(tmp_path / "twice"), X), dense(sae, X))
 
 
@@ -165,7 +169,7 @@ def test_an_export_comes_back(tmp_path, cfg):
 def test_saelens_itself_reads_an_export(tmp_path, cfg):
     sae_lens = pytest.importorskip("sae_lens", reason=f"sae-lens {BENCH}")
     sae = sae_to_export(cfg)
-    formats.save_saelens(sae, tmp_path)
+    export(sae, tmp_path)
     theirs = sae_lens.SAE.load_from_disk(tmp_path)
     with torch.no_grad():
         codes = theirs.encode(X)
@@ -191,10 +195,10 @@ def test_exports_that_are_refused(tmp_path):
         (dict(input_unit_norm=True), "input_unit_norm can't"),
     ):
         with pytest.raises(ValueError, match=message):
-            formats.save_saelens(make_sae(cfg=cfg), tmp_path / "new")
+            export(make_sae(cfg=cfg), tmp_path / "new")
     make_sae().save_to_disk(tmp_path)
     with pytest.raises(ValueError, match="another SAE"):
-        formats.save_saelens(make_sae(), tmp_path)
+        export(make_sae(), tmp_path)
     assert not (tmp_path / "new").exists() and Sae.load_from_disk(tmp_path).k == 4
 
 
@@ -331,28 +335,3 @@ def test_load_many(tmp_path):
     assert Sae.load_many(tmp_path)["c"].activation == "jumprelu"
     with pytest.raises(ValueError, match="'x', only in a/one, a/two, b, c"):
         Sae.load_many(tmp_path, "x")
-
-
-def run_script(monkeypatch, *args):
-    monkeypatch.setattr(sys, "argv", ["formats.py", *args])
-    formats.run(formats.main, formats.Config)
-
-
-def test_the_script(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    make_sae().save_to_disk("saes/mine")
-    run_script(monkeypatch, "--export", "saelens")
-    assert "exported/mine/: cfg.json, sae_weights.safetensors" in capsys.readouterr().out
-    assert_same(dense(Sae.load_from_disk("exported/mine"), X), dense(make_sae(), X))
-    make_sae(cfg=dict(activation="sampletopk")).save_to_disk("saes/shared")
-    for args, message in (
-        (["--sae", "saes/mine", "--export", "saelens"], "--out_dir exported/mine is there already"),
-        (["--sae", "saes/mine"], "nothing to do"),
-        (["--sae", "saes/mine", "--to_hub", "a/b", "--out_dir", "x"], "--out_dir x"),
-        (["--sae", "saes/none", "--export", "saelens"], "saes/none is no SAE folder"),
-        (["--sae", "saes/shared", "--export", "saelens"], "sampletopk can't be exported"),
-    ):
-        with pytest.raises(SystemExit) as stopped:
-            run_script(monkeypatch, *args)
-        error = capsys.readouterr().err
-        assert stopped.value.code == 2 and message in error and error.count("\n") == 1
