@@ -37,11 +37,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from cli import run
-from disk import read_json, write_atomically
+from disk import read_json, save_tensors, write_atomically
 from errors import UsageError
 from hub import push
 from sae import Sae
-from tensors import save_tensors
 
 
 @dataclass

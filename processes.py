@@ -16,8 +16,6 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from errors import UsageError
-
 FOREVER = timedelta(days=30)
 
 
@@ -111,25 +109,6 @@ class Processes:
             return bool(value)
         dist.all_reduce(found := torch.tensor([float(bool(value))]))
         return bool(found)
-
-    def grid(self, latents):
-        """Two groups that this process is in: those that split the vectors, and `latents` neighbours that split the latents.
-
-        Raises UsageError where the processes can't be arranged so. All processes have to call it.
-        """
-        if latents < 1 or self.count % latents:
-            raise UsageError(
-                f"--shard_latents {latents}: expected a divisor of {self.count}, the processes that torchrun started"
-            )
-        if self.count == 1:
-            return ALONE, ALONE
-        rows = [tuple(range(start, start + latents)) for start in range(0, self.count, latents)]
-        found = []
-        for ranks in [*zip(*rows), *rows]:
-            group = dist.new_group(ranks, FOREVER)  # which every process has to make
-            if self.rank in ranks:
-                found.append(Group(ranks, self.rank, group, self.device))
-        return tuple(found)
 
     def next(self, name):
         """0, 1, 2, ...: no two processes of the group get the same number under a name."""

@@ -7,9 +7,10 @@ import resource
 import pytest
 import torch
 
-from metrics import Metrics, count_active, geometric_median
+from disk import save_tensors
+from kernels import count_active
+from metrics import Metrics, geometric_median
 from sae import Sae
-from tensors import save_tensors
 
 X = torch.randn(50, 12, generator=torch.Generator().manual_seed(1)) + 3
 
@@ -66,15 +67,6 @@ def test_folding_a_power_of_two_is_exact():
     assert torch.equal(raw_acts, acts * 2.0**5) and torch.equal(raw_indices, indices)
     assert torch.equal(raw(X), sae(X * 2.0**-5) * 2.0**5)
     assert torch.equal(raw.W_dec, sae.W_dec)
-
-
-def test_decoder_rows():
-    sae = make_sae()
-    sae.W_dec.grad = torch.randn(30, 12)
-    sae.normalize_decoder()
-    sae.remove_parallel_gradient()
-    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(30))
-    torch.testing.assert_close((sae.W_dec.grad * sae.W_dec).sum(1), torch.zeros(30), atol=1e-6, rtol=0)
 
 
 def test_save_and_load_give_the_same_bits(tmp_path):
