@@ -56,10 +56,6 @@ class Group:
             dist.broadcast(x, self.ranks[0], self.group)
         return x
 
-    def barrier(self):
-        if self.count > 1:
-            dist.all_reduce(torch.zeros(1), group=self.group)  # by gloo; nccl's would have to guess the device
-
 
 ALONE = Group()
 

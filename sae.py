@@ -93,6 +93,8 @@ class Sae(nn.Module):
         self.input_unit_norm = bool(self.cfg.get("input_unit_norm"))
         self.activation = self.cfg["activation"].removesuffix(UNIT_NORM)
         self.cfg["activation"] = self.activation + UNIT_NORM * self.input_unit_norm
+        if self.activation not in VARIANTS:
+            raise UsageError(f"activation {self.activation!r}: expected {', '.join(VARIANTS)}")
         self.variant = VARIANTS[self.activation]
         if k < 1 or k > num_latents and not self.takes_samples:
             raise UsageError(f"k is {k}, expected 1 to num_latents = {num_latents}")

@@ -73,7 +73,7 @@ def worker(folder):
                 metadata = {"said": json.dumps(said), "rank": "0" * (1 + latents.index)}
                 if latents.count > 1:
                     save_rows(path, update.state, metadata, latents)
-                    latents.barrier()  # the first one gives the file its name
+                    latents.sum(torch.zeros(1))  # waits until the first one has given the file its name
                     again = load_rows(path, latents)
                     assert all(torch.equal(again[name], tensor) for name, tensor in update.state.items())
                 else:

@@ -127,6 +127,42 @@ def test_twenty_steps_against_float64(monkeypatch, alpha, multi_topk, unit_norm,
         assert sae.threshold.item() == pytest.approx(least.item(), rel=1e-4)
 
 
+def test_forward_and_backward_change_nothing():
+    """So that forward, backward and step may be called one by one, with the bits of a call; of every variant."""
+    for cfg, options in (({}, {}), (dict(activation="batchtopk"), dict(matryoshka=[40])), ({}, dict(multi_topk=True))):
+        (_, one), (_, other) = (make(cfg=cfg, auxk_alpha=1.0, dead_feature_threshold=60, **options) for _ in range(2))
+        for seed in range(4):
+            x = torch.randn(40, 24, generator=torch.Generator().manual_seed(seed))
+            whole, norm = one(x, 1e-3)
+            if seed == 0:
+                other.list_dead()
+            before = {name: tensor.clone() for name, tensor in other.state.items()}
+            forward = other.forward(x)
+            gradients = other.backward(forward)
+            assert all(torch.equal(before[name], tensor) for name, tensor in other.state.items())
+            assert torch.equal(other.step(gradients, 1e-3), norm) and torch.equal(forward.loss, whole.loss)
+        assert all(torch.equal(one.state[name], tensor) for name, tensor in other.state.items())
+
+
+def test_what_does_not_go_together():
+    for cfg, options, message in (
+        (dict(activation="batchtopk"), dict(multi_topk=True), "multi_topk"),
+        (dict(activation="sampletopk"), dict(multi_topk=True), "multi_topk"),
+        ({}, dict(multi_topk=True, matryoshka=[40]), "multi_topk"),
+        ({}, dict(matryoshka=[0]), "matryoshka 0"),
+        ({}, dict(matryoshka=[40, 97]), "matryoshka 97: expected 1 to num_latents = 96"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make(cfg=cfg, **options)
+
+
+def test_places_that_fill_up_a_reconstruction_are_pairs_of_no_latent():
+    """multi_topk: of 4 k places k are used again. Were the others latent 0's, a GPU would add them up one by one."""
+    _, update = make(multi_topk=True)
+    gradients = update.backward(update.forward(torch.randn(40, 24)))
+    assert gradients.W_enc.ends.diff()[0] < 40 and gradients.W_enc.ends[-1] <= 40 * (4 * 5 + 5)
+
+
 def test_a_gradient_that_is_not_kept_gives_the_same_bits():
     states = []
     for kept in (True, False):
