@@ -46,9 +46,9 @@ class Group:
         """Every process's x (n, k), of one shape: (n, count k)."""
         if self.count == 1:
             return x
-        out = x.new_empty(self.count * len(x), x.shape[1])
-        dist.all_gather_into_tensor(out, x.contiguous(), group=self.group)
-        return out.view(self.count, *x.shape).transpose(0, 1).flatten(1)
+        every = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.count)]
+        dist.all_gather(every, x.contiguous(), group=self.group)
+        return torch.cat(every, dim=1)
 
     def share(self, x):
         """The first process's x, in place."""
