@@ -1,5 +1,11 @@
 """One training update of an SAE: forward, backward with gradients written out by hand, and the optimizer's step.
 
+    update = SparseUpdate(sae, variance)
+    update.list_dead()                         now and then: which latents AuxK brings back
+    forward = update.forward(x)
+    gradients = update.backward(forward)
+    grad_norm = update.step(gradients, lr)     only this one changes weights and state
+
     loss      = (|x - x_hat|^2 / variance + auxk_alpha * AuxK / residual) / n       summed over the update's n vectors
     x_hat     = top_acts . W_dec[top_indices] + b_dec
     e         = x_hat - x;   s = 2 / (n variance)                                   s e = d loss / d x_hat (n, d)
