@@ -35,7 +35,7 @@ def save_tensors(path, tensors, metadata):
         safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
         umask = os.umask(0)
         os.umask(umask)
-        partial.chmod(0o666 & ~umask)  # the package leaves it readable by its owner alone
+        partial.chmod(0o644 & ~umask)  # the package leaves it readable by its owner alone
         with opened(partial):  # which waits until it is safe
             pass
     except (SafetensorError, OSError) as error:
