@@ -13,7 +13,7 @@ Writes  <out_dir>/<name of the first file>.png and .json; only a diagnosis of th
 
 It does not change the data, and it does not foresee what comes after the trial: a latent can still die, or revive, later.
 
-Sources: outliers and dead latents, Simon et al. 2026 (arXiv 2605.31518); updates and AuxK, see step.py.
+Sources: outliers and dead latents, Simon et al. 2026 (arXiv 2605.31518); updates and AuxK, see kernels/update.py.
 """
 
 import io
@@ -37,7 +37,7 @@ from disk import read_json, write_atomically
 from errors import UsageError
 from health import OUTLIER, ratio
 from jobs import default_lr
-from step import Step
+from kernels.update import SparseUpdate
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Config:
 
 
 BATCH_SIZE = 1024  # train.py's effective_batch_size
-AUXK_FROM = 98  # updates after which no latent can yet be dead for step.py, at 100,000 vectors
+AUXK_FROM = 98  # updates after which no latent can yet be dead, at 100,000 vectors
 WORDS = {"median": "centred on the median", "mean": "centred on the mean", "none": "not centred"}
 
 
@@ -70,14 +70,15 @@ def trial(sae, x, updates, cfg, dtype, bar):
     """Train `sae`, which takes x (N, d) as it is, by the first of so many updates. Returns the seconds of each that was done."""
     scale = health.input_scale(sae, x)
     sae.scale_inputs(1 / scale)  # from here on it takes scale * x, as in train.py
-    step = Step(sae, scale**2 * x.var(0, correction=0).sum().item(), dtype=dtype)
+    update = SparseUpdate(sae, scale**2 * x.var(0, correction=0).sum().item(), dtype=dtype)
     generator, seconds, deadline = torch.Generator().manual_seed(cfg.seed), [], time.perf_counter() + cfg.trial_seconds
     wanted = min(updates, cfg.trial_updates)
     epochs = -(-wanted * BATCH_SIZE // len(x))
     order = torch.cat([torch.randperm(len(x), generator=generator) for _ in range(epochs)]).to(x.device)
     for i, rows in enumerate(order[: wanted * BATCH_SIZE].split(BATCH_SIZE)):
         started = time.perf_counter()
-        loss = step(x[rows] * scale, learning_rate(i, updates, sae.num_latents)).loss.item()  # .item() waits for a GPU
+        forward, _ = update(x[rows] * scale, learning_rate(i, updates, sae.num_latents))
+        loss = forward.loss.item()  # waits for a GPU
         seconds.append(time.perf_counter() - started)
         if not math.isfinite(loss):
             raise UsageError(f"the loss is {loss} after {i + 1} updates of the trial; nothing can be learned from these vectors")

@@ -1,10 +1,13 @@
-"""Files that are whole or not there: atomic writes, locks, JSON, and what a folder already holds."""
+"""Files that are whole or not there: atomic writes, safetensors, locks, JSON, and what a folder already holds."""
 
 import hashlib
 import json
 import os
 from contextlib import contextmanager
 from pathlib import Path
+
+import safetensors.torch
+from safetensors import SafetensorError
 
 from errors import UsageError
 
@@ -20,6 +23,30 @@ def write_atomically(path, data):
     with opened(partial, os.O_CREAT | os.O_TRUNC) as fd:
         write_all(fd, data, 0)
     rename(partial, path)
+
+
+def save_tensors(path, tensors, metadata):
+    """Write {name: tensor} and metadata {str: str} as a safetensors file; `path` has its old content or all of the new.
+
+    Raises OSError, as on a full disk.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
+        umask = os.umask(0)
+        os.umask(umask)
+        partial.chmod(0o644 & ~umask)  # the package leaves it readable by its owner alone
+        with opened(partial):  # which waits until it is safe
+            pass
+    except (SafetensorError, OSError) as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(f"{path} can't be written: {error}") from None
+    rename(partial, path)
+
+
+def load_tensors(path):
+    """{name: tensor} of a safetensors file, on the CPU."""
+    return safetensors.torch.load_file(path)
 
 
 def rename(old, new):

@@ -28,9 +28,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from disk import read_json, write_atomically
+from disk import read_json, save_tensors, write_atomically
 from errors import UsageError
-from tensors import save_tensors
 
 WEIGHTS = ("sae.safetensors", "sae_weights.safetensors", "ae.pt")
 ARRAYS = {"W_enc": "dM", "b_enc": "M", "W_dec": "Md", "b_dec": "d"}  # axes: d input width, M latents

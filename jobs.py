@@ -14,14 +14,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from cli import product_dtype
-from disk import lock, read_json
+from disk import load_tensors, lock, read_json, save_tensors
 from errors import UsageError
+from kernels.update import SparseUpdate
 from log import plot_training, read_rows
 from metrics import Metrics, middle, plot_evaluation, total
 from processes import ALONE
 from sae import Sae
-from step import Step
-from tensors import load_tensors, save_tensors
+from sharded import parts
 
 # options that a resumed run may change (whether the data are the same is seen from a sample), and those that name SAEs
 FREE = ("data", "out_dir", "run_name", "device", "log_every", "save_every", "log_to", "wandb_project", "memory_gb", "hf_repo_id")
@@ -146,13 +146,15 @@ def find_run(folder, settings):
 class Job:
     """One SAE in training and its folder. `state` is what the checkpoint says beside the tensors.
 
-    Several processes have it together: `vectors` and `latents` are the groups of `Processes.grid` that split them.
+    Several processes have it together: `vectors` and `latents` are the groups of `sharded.grid` that split them.
     """
 
     def __init__(self, cfg, activations, folder, k, num_latents, seed, processes, vectors=ALONE, latents=ALONE):
         self.cfg, self.activations, self.folder, self.seed = cfg, activations, folder, seed
         self.vectors, self.latents = vectors, latents
         self.first = vectors.index == latents.index == 0  # writes what one process can
+        plain = Sae, SparseUpdate, save_tensors, load_tensors
+        self.make_sae, self.make_update, self.save_tensors, self.load_tensors = parts(latents) if latents.count > 1 else plain
         self.last = 0.0  # loss and norm of the last update together
         self.began = 0.0  # when it would have, had it not been stopped; train.py sets it
         self.k, self.num_latents, self.checkpoint = k, num_latents, folder / "checkpoint.safetensors"
@@ -176,14 +178,14 @@ class Job:
         cfg = self.cfg
         activation = "batchtopk" if cfg.batch_topk else "sampletopk" if cfg.sample_topk else "topk"
         variant = {"activation": activation, "input_unit_norm": cfg.input_unit_norm}
-        self.sae = Sae(self.activations.d, self.num_latents, self.k, variant, self.seed, self.latents).to(device)
+        self.sae = self.make_sae(self.activations.d, self.num_latents, self.k, variant, self.seed).to(device)
         if self.found == "nothing":
             self.state = {"iteration": 0, "vectors": 0, "seconds": 0.0, "run_id": secrets.token_hex(4), "training": self.settings}
             self.state |= {"scale": inputs.scale, "variance": inputs.variance, "weights": inputs.weights}
             self.state["product"] = str(product_dtype(cfg.mixed_precision, device))[6:]
             self.sae.b_dec.data.copy_(inputs.center)
         self.weights = self.state["weights"] and torch.tensor(self.state["weights"], device=device)
-        self.step = Step(
+        self.step = self.make_update(
             self.sae,
             self.state["variance"],
             auxk_alpha=cfg.auxk_alpha,
@@ -192,14 +194,14 @@ class Job:
             multi_topk=cfg.multi_topk,
             matryoshka=cfg.matryoshka,
             dtype=getattr(torch, self.state["product"]),
-            vectors=self.vectors,
+            group=self.vectors,
         )
         if self.found == "nothing":
             if self.vectors.index == 0:
                 self.folder.mkdir(parents=True, exist_ok=True)
             self.save()
         else:
-            self.step.load(load_tensors(self.checkpoint, self.latents) if self.vectors.index == 0 else {})
+            self.step.load_state_dict(self.load_tensors(self.checkpoint) if self.vectors.index == 0 else {})
             print(f"going on at iteration {self.state['iteration']} of {self.folder}")
 
     def check(self):
@@ -212,7 +214,7 @@ class Job:
         self.check()
         if self.vectors.index == 0:
             state = {"state": json.dumps(self.state)}
-            save_tensors(self.checkpoint, self.step.state, state, self.num_latents, self.latents)
+            self.save_tensors(self.checkpoint, self.step.state, state)
 
     def update(self, x, step, n, tokens, iterations, log):
         """One iteration with n vectors, of which x (n or fewer, d) of timesteps step are this process's; its row, where one is
@@ -224,22 +226,21 @@ class Job:
         given = x.unflatten(0, (len(x) // tokens, tokens)) if cfg.sample_topk else x
         weights = None if self.weights is None else self.weights[step]
         parts, begun = min(n, cfg.grad_acc_steps * cfg.micro_acc_steps), iteration >= TOPK_FIRST * iterations
-        loss, norm, e, *found = self.step(given, lr, weights, parts, each=not begun, n=n)
+        forward, norm = self.step(given, lr, n, not begun, weights, parts)
         state["iteration"], state["vectors"] = iteration + 1, state["vectors"] + n
         last, row = iteration + 1 == iterations, None
         due, save = (iteration + 1) % cfg.log_every == 0 or last, (iteration + 1) % cfg.save_every == 0 or last
-        self.last = loss + norm
+        self.last = forward.loss + norm
         if due:
             self.check()
         state["seconds"] = round(time.perf_counter() - self.began, 4)
         if due:  # the numbers of this batch, by the weights that it found
             metrics = Metrics(self.num_latents)
-            metrics.update(x, x + e, *found)
+            metrics.update(forward.x, forward.x_hat, forward.top_acts, forward.top_indices)
             metrics = metrics.gather(self.vectors, self.activations.d)
             row = {name: state[name] for name in ("iteration", "vectors", "seconds")} | {"fvu": metrics.fvu, "l0": metrics.l0}
-            dead = (self.step.state["silent_for"] >= cfg.dead_feature_threshold).sum()
-            row["dead"] = self.latents.sum(dead).item() / self.num_latents
-            row |= {"loss": loss.item(), "lr": lr}
+            row["dead"] = self.step.num_dead() / self.num_latents
+            row |= {"loss": forward.loss.item(), "lr": lr}
             if last:
                 state["row"] = row  # waits for the held-out numbers
             else:

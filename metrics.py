@@ -14,16 +14,10 @@ import math
 import torch
 from tqdm import tqdm
 
+from kernels import count_active
 from processes import ALONE
 
 ALWAYS = 0.9
-
-
-def count_active(top_acts, top_indices, num_latents):
-    """How many vectors each latent is active on: (N, K), (N, K) -> int64 (M,). A zero activation is never active."""
-    active = torch.where(top_acts > 0, top_indices, num_latents).flatten()  # zeros go to one bin more, thrown away
-    counts = active.new_zeros(num_latents + 1)  # bincount would make a GPU wait
-    return counts.scatter_add_(0, active, torch.ones_like(active))[:num_latents]
 
 
 class Metrics:

@@ -16,8 +16,6 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from errors import UsageError
-
 FOREVER = timedelta(days=30)
 
 
@@ -48,19 +46,15 @@ class Group:
         """Every process's x (n, k), of one shape: (n, count k)."""
         if self.count == 1:
             return x
-        out = x.new_empty(self.count * len(x), x.shape[1])
-        dist.all_gather_into_tensor(out, x.contiguous(), group=self.group)
-        return out.view(self.count, *x.shape).transpose(0, 1).flatten(1)
+        every = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.count)]
+        dist.all_gather(every, x.contiguous(), group=self.group)
+        return torch.cat(every, dim=1)
 
     def share(self, x):
         """The first process's x, in place."""
         if self.count > 1:
             dist.broadcast(x, self.ranks[0], self.group)
         return x
-
-    def barrier(self):
-        if self.count > 1:
-            dist.all_reduce(torch.zeros(1), group=self.group)  # by gloo; nccl's would have to guess the device
 
 
 ALONE = Group()
@@ -111,25 +105,6 @@ class Processes:
             return bool(value)
         dist.all_reduce(found := torch.tensor([float(bool(value))]))
         return bool(found)
-
-    def grid(self, latents):
-        """Two groups that this process is in: those that split the vectors, and `latents` neighbours that split the latents.
-
-        Raises UsageError where the processes can't be arranged so. All processes have to call it.
-        """
-        if latents < 1 or self.count % latents:
-            raise UsageError(
-                f"--shard_latents {latents}: expected a divisor of {self.count}, the processes that torchrun started"
-            )
-        if self.count == 1:
-            return ALONE, ALONE
-        rows = [tuple(range(start, start + latents)) for start in range(0, self.count, latents)]
-        found = []
-        for ranks in [*zip(*rows), *rows]:
-            group = dist.new_group(ranks, FOREVER)  # which every process has to make
-            if self.rank in ranks:
-                found.append(Group(ranks, self.rank, group, self.device))
-        return tuple(found)
 
     def next(self, name):
         """0, 1, 2, ...: no two processes of the group get the same number under a name."""

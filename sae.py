@@ -6,7 +6,7 @@ N vectors of width d, M latents, k of them active. Which of the pre_acts stay, `
 
     topk        the k largest of each vector
     batchtopk   the k N largest of a batch in training; in use those of at least `threshold`, a running mean of the smallest
-                that a batch kept, set anew at the end of training; at most MOST k of a vector
+                that a batch kept, set anew at the end of training; at most 8 k of a vector
     sampletopk  the k largest of a sample, that is of all tokens of one step of one prompt, as many as they are
     jumprelu    those above the latent's own threshold (only loaded, from other packages' files)
 
@@ -30,16 +30,33 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from disk import save_tensors, write_atomically
 from errors import UsageError
-from kernels import decode, encode, keep_largest, merge, topk
-from processes import ALONE
-from tensors import save_tensors, swap_in
+from kernels import decode, encode, keep_largest, topk
 
-ACTIVATIONS = ("topk", "batchtopk", "sampletopk", "jumprelu")
+
+class Variant(NamedTuple):
+    """What sets one `activation` apart from another."""
+
+    together: str
+    """The vectors that share their active latents in training: those of a "vector", "sample" or "batch"; "" can't be trained."""
+
+    spread: int
+    """A vector has at most so many times its equal share of the active latents."""
+
+    threshold: str | None = None
+    """Axes of the buffer `threshold`, which decides in use: "" one number, "M" one per latent."""
+
+
+VARIANTS = {
+    "topk": Variant("vector", 1),
+    "batchtopk": Variant("batch", 8, ""),
+    "sampletopk": Variant("sample", 8),
+    "jumprelu": Variant("", 8, "M"),
+}
 SAFE_WEIGHTS = ("sae.safetensors", "sae_weights.safetensors")  # what is looked for; a pickle must be named
 UNIT_NORM = "_unitnorm"  # at the end of a file's "activation", so that sparsify refuses what it would get wrong
 ROWS = 4096  # of random numbers drawn at once
-MOST = 8  # times k active latents that a vector can have where their number varies
 
 
 class EncoderOutput(NamedTuple):
@@ -68,27 +85,26 @@ class Sae(nn.Module):
 
     Starts with random unit decoder rows, drawn from `seed`, and the encoder as the decoder's transpose. `cfg` is what
     `cfg.json` says beside these three: "activation" and "input_unit_norm", training options, final numbers, provenance.
-    latents: a processes.Group whose processes hold a slice of the latents each, `own`, and call everything together; what they
-    get is as if each held all, but for gradients, which nothing here gives them.
     """
 
-    def __init__(self, d_in, num_latents, k, cfg=None, seed=0, latents=ALONE):
+    def __init__(self, d_in, num_latents, k, cfg=None, seed=0):
         super().__init__()
-        most = k if (cfg or {}).get("activation", "topk").startswith("sampletopk") else num_latents
-        if not 1 <= k <= most:
-            raise UsageError(f"k is {k}, expected 1 to num_latents = {num_latents}")
         self.d_in, self.num_latents, self.k = d_in, num_latents, k
         self.cfg = {"activation": "topk", **(cfg or {}), "d_in": d_in, "num_latents": num_latents, "k": k}
         self.input_unit_norm = bool(self.cfg.get("input_unit_norm"))
         self.activation = self.cfg["activation"].removesuffix(UNIT_NORM)
         self.cfg["activation"] = self.activation + UNIT_NORM * self.input_unit_norm
-        self.latents, self.own = latents, latents.part(num_latents)
-        W_dec = random_rows(num_latents, d_in, self.own, seed)
+        if self.activation not in VARIANTS:
+            raise UsageError(f"activation {self.activation!r}: expected {', '.join(VARIANTS)}")
+        self.variant = VARIANTS[self.activation]
+        if k < 1 or k > num_latents and not self.takes_samples:
+            raise UsageError(f"k is {k}, expected 1 to num_latents = {num_latents}")
+        W_dec = self.random_rows(seed)
         self.W_dec = nn.Parameter(W_dec / W_dec.norm(dim=1, keepdim=True))
         self.b_dec = nn.Parameter(torch.zeros(d_in))
         self.encoder = nn.utils.skip_init(nn.Linear, d_in, len(W_dec))  # leaves the user's random state alone
-        if self.activation in ("batchtopk", "jumprelu"):
-            self.register_buffer("threshold", torch.zeros((num_latents,) if self.activation == "jumprelu" else ()))
+        if self.variant.threshold is not None:
+            self.register_buffer("threshold", torch.zeros([num_latents] * len(self.variant.threshold)))
         with torch.no_grad():
             self.encoder.weight.copy_(self.W_dec)
             self.encoder.bias.zero_()
@@ -96,7 +112,16 @@ class Sae(nn.Module):
     @property
     def takes_samples(self) -> bool:
         """Whether latents are chosen for all tokens of a sample together, so that `encode` needs whole samples."""
-        return self.activation == "sampletopk"
+        return self.variant.together == "sample"
+
+    @property
+    def takes_batches(self) -> bool:
+        """Whether training chooses latents for all vectors of a batch together."""
+        return self.variant.together == "batch"
+
+    def random_rows(self, seed):
+        """Normal numbers that W_dec starts from."""
+        return random_rows(self.num_latents, self.d_in, slice(0, self.num_latents), seed)
 
     def standardize(self, x):
         """x (..., d), and the mean and std (..., 1) that were taken out of it; None where input_unit_norm is off."""
@@ -108,75 +133,64 @@ class Sae(nn.Module):
 
     def width(self, tokens):
         """How many of a vector's largest pre_acts are looked at; `tokens`: vectors of a sample."""
-        each = {"topk": self.k, "sampletopk": MOST * -(-self.k // max(1, tokens))}.get(self.activation, MOST * self.k)
-        return min(each, self.num_latents)
+        k = -(-self.k // max(1, tokens)) if self.takes_samples else self.k
+        return min(self.variant.spread * k, self.num_latents)
 
-    def keep(self, acts, tokens, each=False):
+    def keep(self, acts, tokens, plain_topk=False):
         """Training's choice among each vector's largest (N, K): the others are set to 0; and batchtopk's smallest that stays, ().
 
-        each: of every vector alike the k largest are taken, of a sample's the share that is each one's.
+        plain_topk: every vector keeps its k largest, or, of the k of a sample, its equal share.
         """
-        if self.activation == "topk":
+        if not self.variant.together:
+            raise UsageError(f"a {self.activation} SAE can't be trained")
+        if self.variant.together == "vector":
             return acts, None
-        if self.activation == "batchtopk" and not each:
+        if self.takes_batches and not plain_topk:
             return keep_largest(acts, self.k * len(acts))
-        together, k = (tokens, self.k) if self.activation == "sampletopk" else (1, self.k)
-        if each:
+        together, k = (tokens, self.k) if self.takes_samples else (1, self.k)
+        if plain_topk:
             together, k = 1, -(-k // together)
         rows = acts.reshape(-1, together * acts.shape[1])
         values, places = topk(rows, min(k, rows.shape[1]))
         kept = torch.zeros_like(rows).scatter(1, places, values).view_as(acts)
-        return kept, values.amin() if self.activation == "batchtopk" else None
+        return kept, values.amin() if self.takes_batches else None
 
     @torch.no_grad()
     def calibrate(self, x):
         """Set the threshold of a batchtopk SAE so that the vectors x (N, d) have k active latents on average."""
-        weights = self.encoder.weight, self.encoder.bias, self.b_dec
         parts = self.standardize(x)[0].split(4096)
-        acts = torch.cat([self.largest(part, *weights, self.width(1))[0] for part in parts])
+        acts = torch.cat([self.largest(part, self.width(1))[0] for part in parts])
         self.threshold.copy_(keep_largest(acts, self.k * len(x))[1])
 
-    def largest(self, x, W_enc, b_enc, b_dec, k, dtype=None):
-        """`kernels.encode` over the latents of all processes."""
-        acts, indices = encode(x, W_enc, b_enc, b_dec, min(k, len(W_enc)), dtype)
-        return self.of_all(acts, indices, k)
+    def largest(self, x, k, dtype=None):
+        """The k largest pre_acts of each vector x (N, d), and their latents: (N, k), (N, k)."""
+        return encode(x, self.encoder.weight, self.encoder.bias, self.b_dec, k, dtype)
 
-    def of_all(self, acts, indices, k):
-        """The k largest of what the processes found each among its own latents: (N, up to k), indices among their own."""
-        if self.latents.count == 1:
-            return acts, indices
-        missing = (0, k - acts.shape[1])
-        acts, indices = nn.functional.pad(acts, missing), nn.functional.pad(indices + self.own.start, missing)
-        return merge(self.latents.side_by_side(acts), self.latents.side_by_side(indices), k)
-
-    def of_own(self, acts, indices):
-        """Of (N, K) chosen from all latents those that are this process's; the others are zeros of its first latent."""
-        if self.latents.count == 1:
-            return acts, indices
-        own = (indices >= self.own.start) & (indices < self.own.stop)
-        return acts * own, torch.where(own, indices - self.own.start, 0)
+    def add_up(self, top_acts, top_indices):
+        """top_acts . W_dec[top_indices] + b_dec: (N, K), (N, K) -> (N, d)"""
+        return decode(top_acts, top_indices, self.W_dec, self.b_dec)
 
     def encode(self, x, dtype=None):
         """Which latents are active on each vector, and how much: x (N, d) -> EncoderOutput. `dtype`: of the product, if another.
 
-        x may also be (samples, tokens, d), and must be where `takes_samples`; the outputs are then (samples, tokens, K). K is k, or,
-        where the number of active latents varies, that of the vector with the most; with input_unit_norm, a UnitNormOutput.
+        x may also be (samples, tokens, d), and must be where `takes_samples`; the outputs are then (samples, tokens, K). K is k,
+        or, where the number of active latents varies, that of the vector with the most; with input_unit_norm, a UnitNormOutput.
         Differentiable.
         """
         if self.takes_samples and x.ndim != 3:
             raise UsageError(f"{self.activation} expects x (samples, tokens, d), got {tuple(x.shape)}")
         x, *stats = self.standardize(x.to(self.W_dec.dtype))
-        weights, tokens = (self.encoder.weight, self.encoder.bias, self.b_dec), x.shape[-2]
-        if self.activation == "jumprelu":
-            pre_acts = torch.nn.functional.linear(x - self.b_dec, *weights[:2])
+        vectors, tokens = x.flatten(0, -2), x.shape[-2]
+        if self.variant.threshold == "M":
+            pre_acts = nn.functional.linear(vectors - self.b_dec, self.encoder.weight, self.encoder.bias)
             top_acts, top_indices = longest(torch.relu(pre_acts) * (pre_acts > self.threshold))
         else:
-            top_acts, top_indices = self.largest(x.flatten(0, -2), *weights, self.width(tokens), dtype)
-            if self.activation == "batchtopk":
+            top_acts, top_indices = self.largest(vectors, self.width(tokens), dtype)
+            if self.variant.threshold == "":
                 top_acts = top_acts * (top_acts >= self.threshold)
-            elif self.activation == "sampletopk":
+            elif self.takes_samples:
                 top_acts = top_acts * (self.keep(top_acts.detach(), tokens)[0] > 0)
-            if self.activation != "topk":
+            if self.variant.spread > 1:
                 top_acts, places = longest(top_acts)
                 top_indices = top_indices.gather(1, places)
         codes = (codes.unflatten(0, x.shape[:-1]) for codes in (top_acts, top_indices))
@@ -184,12 +198,7 @@ class Sae(nn.Module):
 
     def decode(self, top_acts, top_indices, mean=None, std=None):
         """top_acts . W_dec[top_indices] + b_dec: (..., K), (..., K) -> x_hat (..., d); mean, std: see UnitNormOutput."""
-        codes = self.of_own(top_acts.flatten(0, -2), top_indices.flatten(0, -2))
-        if self.latents.count == 1:
-            x_hat = decode(*codes, self.W_dec, self.b_dec)
-        else:
-            x_hat = self.latents.sum(decode(*codes, self.W_dec, torch.zeros_like(self.b_dec))) + self.b_dec
-        x_hat = x_hat.unflatten(0, top_acts.shape[:-1])
+        x_hat = self.add_up(top_acts.flatten(0, -2), top_indices.flatten(0, -2)).unflatten(0, top_acts.shape[:-1])
         return x_hat if mean is None else x_hat * std + mean
 
     def forward(self, x):
@@ -201,26 +210,15 @@ class Sae(nn.Module):
         for tensor in (self.encoder.bias, self.b_dec, *self.buffers()):
             tensor.div_(scale)
 
-    @torch.no_grad()
-    def normalize_decoder(self):
-        """Give every row of W_dec unit norm."""
-        self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp_min(torch.finfo(self.W_dec.dtype).tiny))
-
-    @torch.no_grad()
-    def remove_parallel_gradient(self):
-        """Take from the gradient of each row of W_dec what lies along the row: normalising would undo it anyway."""
-        W, g = self.W_dec, self.W_dec.grad
-        g.sub_((g * W).sum(1, keepdim=True) * W)
-
     def save_to_disk(self, path):
         """Write `cfg.json` and `sae.safetensors` into the folder `path`, each swapped in whole."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
-        save_tensors(path / "sae.safetensors", self.state_dict(), {"format": "pt"}, self.num_latents, self.latents)
-        if self.latents.index == 0:
-            partial = path / "cfg.json.partial"
-            partial.write_text(json.dumps(self.cfg, indent=1) + "\n")
-            swap_in(partial, path / "cfg.json")
+        save_tensors(path / "sae.safetensors", self.state_dict(), {"format": "pt"})
+        self.save_cfg(path)
+
+    def save_cfg(self, path):
+        write_atomically(path / "cfg.json", (json.dumps(self.cfg, indent=1) + "\n").encode())
 
     @staticmethod
     def load_from_disk(path, device="cpu"):
@@ -294,11 +292,13 @@ def newest_sae(root="saes") -> Path:
 def build(cfg, state, weights):
     """The SAE of a description and its tensors, which came from the file `weights`; UsageError where they don't fit."""
     activation = str(cfg.get("activation", "topk")).removesuffix(UNIT_NORM)
-    if activation not in ACTIVATIONS:
-        raise UsageError(f"{weights.parent / 'cfg.json'} says activation {activation!r}; expected {', '.join(ACTIVATIONS)}")
+    if activation not in VARIANTS:
+        raise UsageError(f"{weights.parent / 'cfg.json'} says activation {activation!r}; expected {', '.join(VARIANTS)}")
     M, d = state["W_dec"].shape if "W_dec" in state and state["W_dec"].ndim == 2 else (0, 0)
     expected = {"encoder.weight": (M, d), "encoder.bias": (M,), "W_dec": (M, d), "b_dec": (d,)}
-    expected |= {"batchtopk": {"threshold": ()}, "jumprelu": {"threshold": (M,)}}.get(activation, {})
+    threshold = VARIANTS[activation].threshold
+    if threshold is not None:
+        expected["threshold"] = (M,) * len(threshold)
     if {name: tuple(tensor.shape) for name, tensor in state.items()} != expected or cfg.get("d_in", d) != d:
         shapes = ", ".join(f"{name} {shape}" for name, shape in expected.items())
         raise UsageError(f"{weights}: expected {shapes}")

@@ -21,7 +21,6 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns where
 import pytest
 
 from kernels import decode, encode, sum_by_latent
-from processes import Group
 
 FILES = ("adam", "decode", "encode", "grad", "threshold", "topk")
 ADAM, DECODE, ENCODE, GRAD, THRESHOLD, TOPK = (sys.modules[f"kernels.{name}"] for name in FILES)
@@ -63,7 +62,7 @@ CHOSEN = {(n, b): getattr(DECODE, f"{b}_{n}") for n in ("gather_sum", "gather_do
 CHOSEN |= {("decode_error", b): getattr(DECODE, f"{b}_decode_error") for b in BACKENDS}
 CHOSEN |= {("topk", b): getattr(TOPK, f"{b}_topk") for b in BACKENDS}
 CHOSEN |= {("keep_largest", b): getattr(THRESHOLD, f"{b}_keep_largest") for b in BACKENDS}
-CHOSEN |= {(n, b): getattr(ADAM, f"{b}_{n}") for n in ("squared_norm", "sum_over", "update") for b in BACKENDS}
+CHOSEN |= {(n, b): getattr(ADAM, f"{b}_{n}") for n in ("squared_norm", "sum_over", "update_rows") for b in BACKENDS}
 CHOSEN |= {("sum_by_latent", b): getattr(GRAD, f"{b}_sum_by_latent") for b in BACKENDS}
 
 
@@ -199,8 +198,8 @@ def check_decode_error(shape, dtype, backend):
     return {"e": error(e, expected), "d_acts": error(d_acts, dots)}
 
 
-class Twins(Group):
-    """Two processes with the same numbers."""
+class Twins:
+    """Stands for two processes with the same numbers."""
 
     def sum(self, x):
         return x.mul_(2)
@@ -229,7 +228,7 @@ def check_adam(shape, dtype, backend):
                 if together:
                     gradient = CHOSEN["sum_over", backend](Twins(), gradient, torch.full_like(W, torch.nan))
                 norm = CHOSEN["squared_norm", backend](gradient, given)
-                CHOSEN["update", backend](mine, gradient, m, v, t, 0.01, clip, given, copy)
+                CHOSEN["update_rows", backend](mine, gradient, m, v, t, 0.01, clip, given, copy)
             g = full if along is None else full - along[:, None] * w
             errors["norm"] = worst([errors.get("norm", 0.0), error(norm, g.square().sum())])
             g = g / 1.5

@@ -41,6 +41,7 @@ from jobs import SAMPLE, Job, agree, held, measure
 from log import import_tracker, open_log, plot_sweep
 from metrics import evaluate, total
 from processes import Processes
+from sharded import grid
 
 
 @dataclass
@@ -264,7 +265,7 @@ def main(cfg):
     device = resolve_device(cfg.device)
     processes = Processes(device)
     device = processes.device
-    vectors, latents = processes.grid(cfg.shard_latents)
+    vectors, latents = grid(processes, cfg.shard_latents)
     if cfg.device == "auto" and device.type == "mps":
         device = torch.device("cpu")
         print("training on the CPU: many PyTorch versions lack embedding_bag on MPS; --device mps tries them")

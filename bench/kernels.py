@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from bench.step import conditions, percentile, sync, write_csv
 from cli import check_positive, resolve_device
-from kernels import Gradient, decode_error, keep_largest, sort_pairs, squared_norm, sum_by_latent, topk, totals, update
+from kernels import Gradient, decode_error, keep_largest, sort_pairs, squared_norm, sum_by_latent, topk, totals, update_rows
 from kernels.decode import gather_dot, gather_sum
 
 
@@ -103,7 +103,7 @@ def make_rows(cfg, device):
     dots = lambda: torch.einsum("nd,nkd->nk", x, W[indices])
     relu_topk = lambda t: F.relu(t).topk(k, sorted=False)
     adam = lambda: plain_update(theirs, made(), optimizer, one, copy)
-    fused = lambda: update(mine, gradient, *moments, one, 1e-4, one, along, copy)
+    fused = lambda: update_rows(mine, gradient, *moments, one, 1e-4, one, along, copy)
     single, half = "float32", "bfloat16"
     return [
         Row("copy", single, 8 * len(source), lambda: target.copy_(source)),
@@ -119,7 +119,10 @@ def make_rows(cfg, device):
             "sum_by_latent", single, read + matrix + 4 * M,
             lambda: sum_by_latent(acts, indices, x, M), lambda: plain_sum_by_latent(acts, indices, x, M), index_add,
         ),
-        Row("update", single, read + 6 * matrix + matrix // 2 + 12 * M, fused, adam, index_add + ", Adam(fused), norm, copy"),
+        Row(
+            "update_rows", single, read + 6 * matrix + matrix // 2 + 12 * M, fused, adam,
+            index_add + ", Adam(fused), norm, copy",
+        ),
         Row(
             "squared_norm", single, read + 12 * M,
             lambda: squared_norm(gradient), lambda: made().square().sum(), index_add + ", sum",

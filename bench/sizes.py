@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from bench.step import conditions, sync
 from cli import check_positive, resolve_device, resolve_dtype
+from kernels.update import SparseUpdate
 from sae import Sae
-from step import Step
 
 
 @dataclass
@@ -36,8 +36,8 @@ class Config:
 
 def make(N, d, M, k, device, dtype):
     x = torch.randn(N, d, generator=torch.Generator().manual_seed(0)).to(device)
-    step = Step(Sae(d, M, k).to(device), variance=float(d), dtype=dtype)
-    return lambda: step(x, 1e-4)
+    update = SparseUpdate(Sae(d, M, k).to(device), variance=float(d), dtype=dtype)
+    return lambda: update(x, 1e-4)
 
 
 def peak_gb(device):

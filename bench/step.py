@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 from cli import HERE, check_positive, resolve_device
 from errors import UsageError
+from kernels.update import SparseUpdate
 from sae import Sae
-from step import Step
 
 COLUMNS = "bench,name,dtype,ms_p20,ms_p50,ms_p80,vectors_per_s,peak_mb,device,versions,commit".split(",")
 
@@ -58,8 +58,8 @@ def start_weights(cfg, device):
 
 
 def ours(cfg, device, x, dtype, graph=False):
-    step = Step(start_weights(cfg, device), variance=float(cfg.d), dtype=dtype, graph=graph)
-    return lambda: step(x, 1e-4)
+    update = SparseUpdate(start_weights(cfg, device), variance=float(cfg.d), dtype=dtype, graph=graph)
+    return lambda: update(x, 1e-4)
 
 
 def dense(cfg, device, x):
@@ -72,9 +72,20 @@ def dense(cfg, device, x):
         top_acts, top_indices = pre_acts.topk(cfg.k, sorted=False)
         codes = torch.zeros_like(pre_acts).scatter(1, top_indices, top_acts)
         loss = (codes @ sae.W_dec + sae.b_dec - x).square().sum() / (len(x) * cfg.d)
-        finish(params, loss, optimizer, sae.remove_parallel_gradient, sae.normalize_decoder)
+        finish(params, loss, optimizer, lambda: remove_parallel_gradient(sae.W_dec), lambda: normalize_rows(sae.W_dec))
 
     return step
+
+
+@torch.no_grad()
+def remove_parallel_gradient(W):
+    """Take from each row's gradient what lies along the row: normalising would undo it anyway."""
+    W.grad.sub_((W.grad * W).sum(1, keepdim=True) * W)
+
+
+@torch.no_grad()
+def normalize_rows(W):
+    W.div_(W.norm(dim=1, keepdim=True).clamp_min(torch.finfo(W.dtype).tiny))
 
 
 def eai_sparsify(cfg, device, x):

@@ -111,21 +111,21 @@ def triton_squared_norm(gradient, along=None):
     return out.sum() if along is None else out.sum() - along.square().sum()
 
 
-def triton_update(W, gradient, exp_avg, exp_avg_sq, step, lr, clip, along=None, copy=None):
+def triton_update_rows(W, gradient, exp_avg, exp_avg_sq, step, lr, clip, along=None, copy=None):
     hyper = torch.stack([lr / (1 - BETAS[0] ** step), 1 / (1 - BETAS[1] ** step), 1 / clip])
     tensors = (W, exp_avg, exp_avg_sq, W if copy is None else copy, W if along is None else along, hyper)
     launch(update_kernel, gradient, W, tensors, (), *BETAS, EPS, UNIT=along is not None, COPY=copy is not None)
 
 
-def triton_sum_over(vectors, gradient, out):
+def triton_sum_over(group, gradient, out):
     launch(make_kernel, gradient, gradient.x, (), (out,))
     every = torch.arange(len(out), device=out.device)
     empty = dict(weights=gradient.weights[:0], vectors=gradient.vectors[:0], ends=torch.zeros_like(gradient.ends))
-    return Gradient(**empty, x=gradient.x, rows=every, dense=vectors.sum(out))
+    return Gradient(**empty, x=gradient.x, rows=every, dense=group.sum(out))
 
 
-def torch_sum_over(vectors, gradient, out):
-    out = vectors.sum(gradient.keep(out).made)
+def torch_sum_over(group, gradient, out):
+    out = group.sum(gradient.keep(out).made)
     return gradient._replace(made=out, norm=torch.linalg.vector_norm(out).square())
 
 
@@ -136,7 +136,7 @@ def torch_squared_norm(gradient, along=None):
     return total if along is None else total - along.square().sum()
 
 
-def torch_update(W, gradient, exp_avg, exp_avg_sq, step, lr, clip, along=None, copy=None):
+def torch_update_rows(W, gradient, exp_avg, exp_avg_sq, step, lr, clip, along=None, copy=None):
     for start, stop in reversed([*blocks(len(W))]):  # what was made last is in the cache still
         rows, g = W[start:stop], gradient.block(start, stop) / clip  # a gradient that is kept is not written again
         if along is not None:
@@ -152,14 +152,14 @@ def in_triton(W):
     return triton is not None and W.is_cuda and W.shape[1] <= WIDEST
 
 
-def sum_over(vectors, gradient, out):
-    """The sum of every process's gradient over the processes.Group `vectors`, made in the memory `out` (M, d).
+def sum_over(group, gradient, out):
+    """The sum of every process's gradient, made in the memory `out` (M, d). `group.sum(x)` adds x up over them, in place.
 
-    Of a process alone the gradient, made if there is memory for it.
+    group: None for a process alone, whose gradient is made if there is memory for it.
     """
-    if vectors.count == 1:
+    if group is None:
         return gradient.keep(out)
-    return (triton_sum_over if in_triton(gradient.x) else torch_sum_over)(vectors, gradient, out)
+    return (triton_sum_over if in_triton(gradient.x) else torch_sum_over)(group, gradient, out)
 
 
 def squared_norm(gradient, along=None):
@@ -167,11 +167,11 @@ def squared_norm(gradient, along=None):
     return (triton_squared_norm if in_triton(gradient.x) else torch_squared_norm)(gradient, along)
 
 
-def update(W, gradient, exp_avg, exp_avg_sq, step, lr, clip, along=None, copy=None):
+def update_rows(W, gradient, exp_avg, exp_avg_sq, step, lr, clip, along=None, copy=None):
     """One step of Adam for a matrix W (M, d) and its moments, fp32, in place; `gradient` is a kernels.Gradient.
 
     step (): counted from 1. lr (): the learning rate. clip (): divides the gradient. along (M,): gradient[m] . W[m]; given, rows
     are projected and keep unit norm. copy: a 16-bit W to keep up to date.
     """
-    twin = triton_update if in_triton(W) else torch_update
+    twin = triton_update_rows if in_triton(W) else torch_update_rows
     twin(W, gradient, exp_avg, exp_avg_sq, step, lr, clip, along, copy)

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 
 from kernels.grad import WIDEST, sum_by_latent, warps_for
-from processes import ALONE
 
 try:
     import triton
@@ -158,18 +157,13 @@ def triton_decode_error(x, top_acts, top_indices, W_dec, b_dec):
     return e, d_acts
 
 
-def torch_decode_error(x, top_acts, top_indices, W_dec, b_dec, latents=ALONE):
-    e = latents.sum(gather_sum(top_acts, top_indices, W_dec)).add_(b_dec).sub_(x)
+def torch_decode_error(x, top_acts, top_indices, W_dec, b_dec):
+    e = gather_sum(top_acts, top_indices, W_dec).add_(b_dec).sub_(x)
     return e, gather_dot(e, top_indices, W_dec).mul_(top_acts > 0)
 
 
-def decode_error(x, top_acts, top_indices, W_dec, b_dec, latents=ALONE):
-    """e = x_hat - x (N, d), and e[n] . W_dec[top_indices[n, j]] where top_acts is not zero (N, k): a loss's two gradients.
-
-    latents: a processes.Group over which x_hat is summed.
-    """
-    if latents.count > 1:
-        return torch_decode_error(x, top_acts, top_indices, W_dec, b_dec, latents)
+def decode_error(x, top_acts, top_indices, W_dec, b_dec):
+    """e = x_hat - x (N, d), and e[n] . W_dec[top_indices[n, j]] where top_acts is not zero (N, k): a loss's two gradients."""
     twin = triton_decode_error if triton is not None and x.is_cuda and x.shape[1] <= WIDEST else torch_decode_error
     return twin(x, top_acts, top_indices, W_dec, b_dec)
 

@@ -36,6 +36,13 @@ def sort_pairs(top_indices, num_latents):
     return order, (count_ends if latents.device.type == "cpu" else search_ends)(latents, num_latents)
 
 
+def count_active(top_acts, top_indices, num_latents):
+    """How many vectors each latent is active on: (N, K), (N, K) -> int64 (M,). A zero activation is never active."""
+    active = torch.where(top_acts > 0, top_indices, num_latents).flatten()  # zeros go to one bin more, thrown away
+    counts = active.new_zeros(num_latents + 1)  # bincount would make a GPU wait
+    return counts.scatter_add_(0, active, torch.ones_like(active))[:num_latents]
+
+
 def search_ends(latents, num_latents):
     return torch.searchsorted(latents, torch.arange(num_latents + 1, device=latents.device, dtype=latents.dtype))
 

@@ -28,46 +28,57 @@ D, M, K, N, TOKENS, STEPS = 24, 97, 5, 60, 10, 20
 
 def twenty_updates(case, vectors, latents):
     """Parameters and what every update said, after 20 of them; of the last batch one of 4 processes has nothing."""
-    import step as step_module
+    from kernels import update as update_module
+    from kernels.update import SparseUpdate
     from sae import Sae
-    from step import Step
+    from sharded import ShardedSae, ShardedUpdate
 
-    step_module.REFRESH = 3
+    update_module.LIST_DEAD_EVERY = 3
     of_sae, of_step = CASES[case]
     k = 3 * TOKENS if of_sae.get("activation") == "sampletopk" else K
-    sae = Sae(D, M, k, of_sae, seed=1, latents=latents)
+    sae = ShardedSae(D, M, k, of_sae, seed=1, latents=latents) if latents.count > 1 else Sae(D, M, k, of_sae, seed=1)
+    own = latents.part(M)
     g = torch.Generator().manual_seed(0)
     sae.b_dec.data.copy_(torch.randn(D, generator=g))
-    sae.encoder.bias.data.copy_((0.1 * torch.randn(M, generator=g) - 1.0 * (torch.arange(M) % 3 == 0))[sae.own])  # many are dead
-    step = Step(sae, 7.0, auxk_alpha=1.0, dead_feature_threshold=50, vectors=vectors, **of_step)
+    sae.encoder.bias.data.copy_((0.1 * torch.randn(M, generator=g) - 1.0 * (torch.arange(M) % 3 == 0))[own])  # many are dead
+    make = ShardedUpdate if latents.count > 1 else SparseUpdate
+    update = make(sae, 7.0, auxk_alpha=1.0, dead_feature_threshold=50, group=vectors, **of_step)
     said = []
     for i in range(STEPS):
-        tokens = TOKENS if sae.activation == "sampletopk" else 1
+        tokens = TOKENS if sae.takes_samples else 1
         n = N if i < STEPS - 1 else max(3, tokens)
         x, weights = torch.randn(n, D, generator=g) * 3 + 1, torch.rand(n, generator=g) + 0.5
         part = vectors.part(n // tokens)
         here = slice(part.start * tokens, part.stop * tokens)
         x = x[here].unflatten(0, (part.stop - part.start, tokens)) if tokens > 1 else x[here]
-        result = step(x, 1e-2, weights[here], each=i < 5, n=n)
-        said.append([result.loss.item(), result.norm.item(), float(step.num_dead)])
-    return sae, step, said
+        forward, norm = update(x, 1e-2, n, i < 5, weights[here])
+        said.append([forward.loss.item(), norm.item(), float(update.num_listed), float(update.num_dead())])
+    return sae, update, said
 
 
 def worker(folder):
     """One of the processes: every case, whose whole state goes to a file that all write together."""
+    from disk import save_tensors
     from processes import Processes
-    from tensors import save_tensors
+    from sharded import grid, load_rows, save_rows
 
     torch.set_num_threads(1)
     processes = Processes()
     for shards in [s for s in (1, 2, 4) if processes.count % s == 0]:
-        vectors, latents = processes.grid(shards)
+        vectors, latents = grid(processes, shards)
         for case in CASES:
-            sae, step, said = twenty_updates(case, vectors, latents)
+            _, update, said = twenty_updates(case, vectors, latents)
             if vectors.index == 0:
                 path = Path(folder) / f"{case}_{processes.count}_{shards}.safetensors"
-                save_tensors(path, step.state, {"said": json.dumps(said), "rank": "0" * (1 + latents.index)}, M, latents)
-            own = torch.stack([p.detach().double().sum() for p in step.params.values()])  # equal in all that split vectors
+                metadata = {"said": json.dumps(said), "rank": "0" * (1 + latents.index)}
+                if latents.count > 1:
+                    save_rows(path, update.state, metadata, latents)
+                    latents.sum(torch.zeros(1))  # waits until the first one has given the file its name
+                    again = load_rows(path, latents)
+                    assert all(torch.equal(again[name], tensor) for name, tensor in update.state.items())
+                else:
+                    save_tensors(path, update.state, metadata)
+            own = torch.stack([p.detach().double().sum() for p in update.params.values()])  # equal in all that split vectors
             assert torch.equal(vectors.share(own.clone()), own), case
     processes.close()
 
@@ -101,17 +112,17 @@ def torchrun(count, *command):
 def test_twenty_updates_are_those_of_one_process(folder, case, count, shards):
     from processes import ALONE
 
-    sae, step, said = twenty_updates(case, ALONE, ALONE)
+    _, update, said = twenty_updates(case, ALONE, ALONE)
     with safe_open(folder / f"{case}_{count}_{shards}.safetensors", "pt") as file:
-        assert set(file.keys()) == set(step.state)
-        for name, expected in step.state.items():
+        assert set(file.keys()) == set(update.state)
+        for name, expected in update.state.items():
             found = file.get_tensor(name)
             assert found.shape == expected.shape and found.dtype == expected.dtype
             error = (found.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-12)
             assert error < 1e-5, (name, error)
         theirs = torch.tensor(json.loads(file.metadata()["said"]), dtype=torch.float64)
     assert ((theirs - torch.tensor(said).double()).abs() <= 1e-4 * torch.tensor(said).double().abs()).all()
-    assert max(dead for _, _, dead in said) > D // 2  # AuxK has to choose among the dead latents
+    assert max(dead for _, _, dead, _ in said) > D // 2  # AuxK has to choose among the dead latents
 
 
 @pytest.fixture(scope="module")
@@ -128,10 +139,10 @@ FULL = """
 import resource, sys, torch
 from pathlib import Path
 from processes import Processes
-from tensors import save_tensors
+from sharded import grid, save_rows
 processes, path = Processes(), Path(sys.argv[1])
-_, latents = processes.grid(2)
-save = lambda x: save_tensors(path / "a.safetensors", {"x": x[latents.part(1000)]}, {}, 1000, latents)
+_, latents = grid(processes, 2)
+save = lambda x: save_rows(path / "a.safetensors", {"x": x[latents.part(1000)]}, {}, latents)
 save(torch.zeros(1000))
 for full in (0, 1):
     if processes.rank == full:

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from disk import save_tensors
 from foreign_saes import save_saelens
-from metrics import Metrics, count_active, geometric_median
+from kernels import count_active
+from metrics import Metrics, geometric_median
 from sae import Sae, newest_sae
-from tensors import save_tensors
 
 ROOT = Path(__file__).parents[1]
 X = torch.randn(50, 12, generator=torch.Generator().manual_seed(1)) + 3
@@ -71,15 +72,6 @@ def test_folding_a_power_of_two_is_exact():
     assert torch.equal(raw_acts, acts * 2.0**5) and torch.equal(raw_indices, indices)
     assert torch.equal(raw(X), sae(X * 2.0**-5) * 2.0**5)
     assert torch.equal(raw.W_dec, sae.W_dec)
-
-
-def test_decoder_rows():
-    sae = make_sae()
-    sae.W_dec.grad = torch.randn(30, 12)
-    sae.normalize_decoder()
-    sae.remove_parallel_gradient()
-    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(30))
-    torch.testing.assert_close((sae.W_dec.grad * sae.W_dec).sum(1), torch.zeros(30), atol=1e-6, rtol=0)
 
 
 def test_save_and_load_give_the_same_bits(tmp_path):
@@ -303,3 +295,36 @@ def test_input_unit_norm_gives_back_what_it_took():
     torch.testing.assert_close(codes.top_acts, plain.encode(z).top_acts)
     torch.testing.assert_close(sae(X), plain(z) * codes.std + codes.mean)
     torch.testing.assert_close(sae(1000 * X + 7), 1000 * sae(X) + 7, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("cfg", [*VARIANTS, dict(activation="topk"), dict(activation="jumprelu")], ids=str)
+def test_every_variant_takes_whole_samples(cfg):
+    """(samples, tokens, d) gives what the same vectors give; where samples share their latents, what each gives alone."""
+    sae = make_sae(cfg=cfg)
+    if sae.variant.threshold is not None:
+        sae.threshold.fill_(0.5)
+    samples = X.view(5, 10, 12)
+    codes, x_hat = sae.encode(samples), sae(samples)
+    assert codes.top_acts.shape[:2] == (5, 10) and x_hat.shape == samples.shape
+    expected = torch.cat([sae(sample[None]) for sample in samples]) if sae.takes_samples else sae(X).view_as(samples)
+    torch.testing.assert_close(x_hat, expected)
+    torch.testing.assert_close(sae.decode(*codes), expected)
+
+
+def test_what_can_t_be_is_refused():
+    with pytest.raises(ValueError, match="activation 'groupmax': expected topk, batchtopk"):
+        make_sae(cfg=dict(activation="groupmax"))
+    with pytest.raises(ValueError, match="jumprelu SAE can't be trained"):
+        make_sae(cfg=dict(activation="jumprelu")).keep(torch.ones(2, 3), 1)
+    assert make_sae(k=40, cfg=dict(activation="sampletopk")).k == 40  # of a sample's
+    with pytest.raises(ValueError, match="k is 40"):
+        make_sae(k=40)
+
+
+def test_using_one_needs_no_command_line_and_no_diffusion_model(tmp_path):
+    """Nor plots, nor the processes that torchrun starts."""
+    make_sae().save_to_disk(tmp_path)
+    code = "import sys, sae; unwanted = {'tyro', 'diffusers', 'transformers', 'matplotlib', 'cli', 'hub', 'processes'}"
+    code += "; print(*unwanted & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("\n", 0), done.stdout + done.stderr

@@ -135,7 +135,7 @@ def dense_reference(sae, x, dead, alpha, variance, residual):
 @pytest.mark.parametrize("normalize", [True, False])
 def test_updates_against_float64_autograd_and_torch_adam(data, tmp_path, normalize, monkeypatch):
     """Six updates of `train`: the gradient, what is projected and clipped, the learning rate, Adam, who is dead."""
-    monkeypatch.setattr("step.REFRESH", 1)
+    monkeypatch.setattr("kernels.update.LIST_DEAD_EVERY", 1)
     cfg = config(data, tmp_path, max_examples=600, lr=0.01, lr_warmup_steps=1, auxk_alpha=20.0, dead_feature_threshold=200)
     cfg.normalize_decoder = normalize
     main(cfg)
@@ -299,7 +299,7 @@ def test_stopped_and_resumed_is_the_same_to_the_bit(data, tmp_path, undisturbed,
 
 
 def test_ctrl_c_saves_each_sae_once(data, tmp_path, monkeypatch):
-    update, save, calls, saved = jobs.Step.__call__, jobs.save_tensors, [], []
+    update, save, calls, saved = jobs.SparseUpdate.__call__, jobs.save_tensors, [], []
 
     def interrupted(*args, **options):
         calls.append(args)
@@ -307,7 +307,7 @@ def test_ctrl_c_saves_each_sae_once(data, tmp_path, monkeypatch):
             signal.raise_signal(signal.SIGINT)
         return update(*args, **options)
 
-    monkeypatch.setattr(jobs.Step, "__call__", interrupted)
+    monkeypatch.setattr(jobs.SparseUpdate, "__call__", interrupted)
     monkeypatch.setattr(jobs, "save_tensors", lambda path, *args: saved.append(path.parent.name) or save(path, *args))
     options = dict(seeds=[0, 1], num_epochs=9, save_every=10**6)
     with pytest.raises(KeyboardInterrupt):
@@ -481,7 +481,7 @@ class FakeTracker:
 
 @pytest.mark.parametrize("log_to", ["wandb", "trackio", "tensorboard"])
 def test_log_to(data, tmp_path, monkeypatch, log_to):
-    fake, calls, update = FakeTracker(), [], jobs.Step.__call__
+    fake, calls, update = FakeTracker(), [], jobs.SparseUpdate.__call__
     monkeypatch.setitem(sys.modules, {"tensorboard": "torch.utils.tensorboard"}.get(log_to, log_to), fake)
 
     def interrupted(*args, **options):
@@ -490,7 +490,7 @@ def test_log_to(data, tmp_path, monkeypatch, log_to):
             raise KeyboardInterrupt
         return update(*args, **options)
 
-    monkeypatch.setattr(jobs.Step, "__call__", interrupted)
+    monkeypatch.setattr(jobs.SparseUpdate, "__call__", interrupted)
     options = dict(max_examples=600, log_every=1, save_every=2, log_to=log_to)
     with pytest.raises(KeyboardInterrupt):
         main(config(data, tmp_path, **options))

@@ -12,9 +12,9 @@ import jobs
 import train
 from activations import Activations
 from disk import checksum
+from kernels.update import SparseUpdate
 from metrics import evaluate, total
 from sae import Sae
-from step import Step
 from train import Config, main
 
 
@@ -121,7 +121,8 @@ def test_what_was_trained_is_what_is_used(data, tmp_path, name):
     x = x.view(-1, 50, 16) if "sample" in name else x
     with torch.no_grad():
         codes = sae.encode(x)
-    trained = Step(sae, 1.0, multi_topk="multi" in name, matryoshka=VARIANTS[name].get("matryoshka", ()))(x, 1e-3)
+    update = SparseUpdate(sae, 1.0, multi_topk="multi" in name, matryoshka=VARIANTS[name].get("matryoshka", ()))
+    trained = update.forward(x)
     if "batch" in name:
         assert (codes.top_acts > 0).sum().item() == pytest.approx((trained.top_acts > 0).sum().item(), rel=0.01)
         assert sae.cfg["l0"] == pytest.approx(3, rel=0.03)  # of other prompts

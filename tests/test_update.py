@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import step as step_module
+import kernels.update as update_module
 from kernels import Gradient, encode, sort_pairs, squared_norm
 from kernels.topk import torch_topk
+from kernels.update import SparseUpdate
 from processes import Group
 from sae import Sae
-from step import Step
 
 NAMES = ("encoder.weight", "encoder.bias", "W_dec", "b_dec")
 EPS = 6.25e-10
@@ -26,7 +26,7 @@ def make(d=24, M=96, k=5, seed=0, cfg=None, **options):
     sae.b_dec.data.copy_(torch.randn(d, generator=g))
     sae.encoder.weight.data.add_(0.1 * torch.randn(M, d, generator=g))
     sae.encoder.bias.data.copy_(0.1 * torch.randn(M, generator=g))
-    return sae, Step(sae, variance=7.0, **options)
+    return sae, SparseUpdate(sae, variance=7.0, **options)
 
 
 def top(a, k):
@@ -44,7 +44,7 @@ def select(pre_acts, k, activation):
 
 
 def dense_loss(params, x, variance, dead, residual, weights, alpha, multi_topk, prefixes, k, activation):
-    """The loss of step.py's first lines by dense autograd: what it is, the codes (N, M) and the error (N, d)."""
+    """The loss of kernels/update.py's first lines by dense autograd: what it is, the codes (N, M) and the error (N, d)."""
     W_enc, b_enc, W_dec, b_dec = params
     pre_acts = torch.relu((x - b_dec) @ W_enc.T + b_enc)
     codes = select(pre_acts, k, activation)
@@ -77,7 +77,7 @@ OPTIONS = [  # alpha, multi_topk, unit_norm, variance, more
 def test_twenty_steps_against_float64(monkeypatch, alpha, multi_topk, unit_norm, variance, more):
     """Every variant; AuxK, Multi-TopK and unit norm on and off; a variance so small that every gradient is clipped, and a large
     one. Dead latents are looked up every third step."""
-    monkeypatch.setattr(step_module, "REFRESH", 3)
+    monkeypatch.setattr(update_module, "LIST_DEAD_EVERY", 3)
     more = dict(activation="topk", k=5, matryoshka=[], weighted=False, input_unit_norm=False, padded=False, each=False) | more
     cfg = {name: more[name] for name in ("activation", "input_unit_norm")}
     options = dict(auxk_alpha=alpha, multi_topk=multi_topk, normalize_decoder=unit_norm, matryoshka=more["matryoshka"])
@@ -111,12 +111,12 @@ def test_twenty_steps_against_float64(monkeypatch, alpha, multi_topk, unit_norm,
         least += (codes[codes > 0].min() - least) / min(iteration + 1, 10)
 
         sample = given.view(4, 10, 24) if more["activation"] == "sampletopk" else given
-        result = step(sample, 1e-3, weights if more["weighted"] else None, each=more["each"])
+        result, norm = step(sample, 1e-3, weights=weights if more["weighted"] else None, plain_topk=more["each"])
         torch.testing.assert_close(result.loss.double(), loss.detach(), rtol=1e-5, atol=0)
-        torch.testing.assert_close(result.norm.double().item(), norms[-1], rtol=1e-4, atol=0)
+        torch.testing.assert_close(norm.double().item(), norms[-1], rtol=1e-4, atol=0)
         spread = given.std(1, correction=0, keepdim=True) if more["input_unit_norm"] else 1
         dense = torch.zeros(40, 96).scatter(1, result.top_indices, result.top_acts)
-        for mine, expected in ((result.e, e * spread), (dense, codes)):
+        for mine, expected in ((result.e, e * spread), (result.x_hat - given, e * spread), (dense, codes)):
             assert (mine.double() - expected).norm() <= 1e-5 * expected.norm()
     assert (auxk_ran > 3 or more["activation"] == "sampletopk") and (min(norms) > 1 if variance < 1 else max(norms) < 1 or alpha)
     for name, p in zip(NAMES, params):
@@ -125,6 +125,42 @@ def test_twenty_steps_against_float64(monkeypatch, alpha, multi_topk, unit_norm,
     assert step.state["silent_for"].tolist() == silent.tolist()
     if more["activation"] == "batchtopk":
         assert sae.threshold.item() == pytest.approx(least.item(), rel=1e-4)
+
+
+def test_forward_and_backward_change_nothing():
+    """So that forward, backward and step may be called one by one, with the bits of a call; of every variant."""
+    for cfg, options in (({}, {}), (dict(activation="batchtopk"), dict(matryoshka=[40])), ({}, dict(multi_topk=True))):
+        (_, one), (_, other) = (make(cfg=cfg, auxk_alpha=1.0, dead_feature_threshold=60, **options) for _ in range(2))
+        for seed in range(4):
+            x = torch.randn(40, 24, generator=torch.Generator().manual_seed(seed))
+            whole, norm = one(x, 1e-3)
+            if seed == 0:
+                other.list_dead()
+            before = {name: tensor.clone() for name, tensor in other.state.items()}
+            forward = other.forward(x)
+            gradients = other.backward(forward)
+            assert all(torch.equal(before[name], tensor) for name, tensor in other.state.items())
+            assert torch.equal(other.step(gradients, 1e-3), norm) and torch.equal(forward.loss, whole.loss)
+        assert all(torch.equal(one.state[name], tensor) for name, tensor in other.state.items())
+
+
+def test_what_does_not_go_together():
+    for cfg, options, message in (
+        (dict(activation="batchtopk"), dict(multi_topk=True), "multi_topk"),
+        (dict(activation="sampletopk"), dict(multi_topk=True), "multi_topk"),
+        ({}, dict(multi_topk=True, matryoshka=[40]), "multi_topk"),
+        ({}, dict(matryoshka=[0]), "matryoshka 0"),
+        ({}, dict(matryoshka=[40, 97]), "matryoshka 97: expected 1 to num_latents = 96"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make(cfg=cfg, **options)
+
+
+def test_places_that_fill_up_a_reconstruction_are_pairs_of_no_latent():
+    """multi_topk: of 4 k places k are used again. Were the others latent 0's, a GPU would add them up one by one."""
+    _, update = make(multi_topk=True)
+    gradients = update.backward(update.forward(torch.randn(40, 24)))
+    assert gradients.W_enc.ends.diff()[0] < 40 and gradients.W_enc.ends[-1] <= 40 * (4 * 5 + 5)
 
 
 def test_a_gradient_that_is_not_kept_gives_the_same_bits():
@@ -159,7 +195,7 @@ def test_a_saved_state_goes_on_to_the_same_bits():
             whole(x, 1e-3)
         for x in batches[:3]:
             first(x, 1e-3)
-        second.load(first.state)
+        second.load_state_dict(first.state)
         for x in batches[3:]:
             second(x, 1e-3)
         assert all(torch.equal(whole.state[name], second.state[name]) for name in whole.state)
@@ -172,23 +208,34 @@ def test_auxk_predicts_the_residual_with_dead_latents_alone():
         sae.W_dec.copy_(torch.tensor([[1.0, 0], [0, 1], [-1, 0]]))
         sae.encoder.weight.copy_(sae.W_dec)
         sae.b_dec.fill_(10)
-    step = Step(sae, variance=1.0, auxk_alpha=1.0)
+    step = SparseUpdate(sae, variance=1.0, auxk_alpha=1.0)
     x, dead = torch.tensor([[13.0, 11.0]]), torch.tensor([1])  # b_dec + (3, 1): latent 0 takes the 3, the residual is +(0, 1)
-    auxk = lambda: step.auxk(x - sae.b_dec.data, sae(x).detach() - x, dead, torch.ones(1, 1))
-    loss, _, db_enc, dW_enc, dW_dec, along = auxk()
-    assert loss == 0 and not dW_enc.any() and not dW_dec.any() and not db_enc.any()
+
+    def auxk():
+        without = step.forward(x)
+        step.dead, step.num_listed = dead, 1
+        forward = step.forward(x)
+        gradients = step.backward(forward)
+        step.num_listed = 0
+        torch.testing.assert_close(forward.loss, without.loss + forward.auxk.loss)
+        return forward.auxk.loss, gradients
+
+    loss, gradients = auxk()
+    assert loss == 0 and not gradients.W_enc.dense.any() and not gradients.W_dec.dense.any() and not gradients.b_enc[1]
     sae.W_dec.data[1] *= 1.5
-    loss, _, db_enc, dW_enc, dW_dec, along = auxk()  # it says 1.5 where 1 is left over
-    assert loss.item() == pytest.approx(0.25) and db_enc.tolist() == pytest.approx([1.5])
-    assert dW_dec.tolist() == [pytest.approx([0, 1])] and dW_enc.tolist() == [pytest.approx([4.5, 1.5])]
-    assert along.tolist() == pytest.approx([1.5])
+    loss, gradients = auxk()  # it says 1.5 where 1 is left over
+    assert loss.item() == pytest.approx(0.25) and gradients.b_enc[1].item() == pytest.approx(1.5)
+    dW_enc, dW_dec = gradients.W_enc, gradients.W_dec
+    assert dW_enc.rows.tolist() == dW_dec.rows.tolist() == [1]
+    assert dW_dec.dense.tolist() == [pytest.approx([0, 1])] and dW_enc.dense.tolist() == [pytest.approx([4.5, 1.5])]
+    assert gradients.along[1].item() == pytest.approx(1.5)
 
 
 def test_zero_activations_move_nothing():
     sae, step = make(auxk_alpha=0.0)
     sae.encoder.bias.data.fill_(-100)
     before = {name: sae.get_parameter(name).clone() for name in NAMES}
-    result = step(torch.randn(40, 24), 1e-3)
+    result, _ = step(torch.randn(40, 24), 1e-3)
     assert not result.top_acts.any() and (step.state["silent_for"] == 40).all()
     for name in NAMES[:3]:
         torch.testing.assert_close(sae.get_parameter(name), before[name], rtol=1e-6, atol=0)
@@ -256,7 +303,7 @@ class Pair(Group):
 
 @pytest.mark.parametrize(
     "options",
-    [dict(), dict(multi_topk=True), dict(matryoshka=[40]), dict(cfg=dict(activation="batchtopk")), dict(vectors=Pair((0, 1)))],
+    [dict(), dict(multi_topk=True), dict(matryoshka=[40]), dict(cfg=dict(activation="batchtopk")), dict(group=Pair((0, 1)))],
 )
 def test_update_never_waits_for_the_device(options):
     """As on a GPU, through Triton's launchers, whose kernels do nothing here: so that a CUDA graph can hold the step."""
@@ -266,9 +313,9 @@ def test_update_never_waits_for_the_device(options):
         pytest.skip("Triton is not installed")
     modules = {name: sys.modules[f"kernels.{name}"] for name in ("adam", "decode", "grad", "threshold", "topk")}
     _, step = make(auxk_alpha=1.0, dead_feature_threshold=0, dtype=torch.bfloat16, **options)
-    step.padded, step.memory = True, step.memory if "vectors" in options else [None, None]
+    step.padded, step.memory = True, step.memory if "group" in options else [None, None]
     step.state["dead"][:9] = True
-    step.list_dead()
+    step.index_dead()
     assert step.dead.tolist() == [*range(9), *[96] * 7]
     kernels = {(m, n): k for m, module in modules.items() for n, k in vars(module).items() if n.endswith("_kernel")}
     launched = []
@@ -286,16 +333,14 @@ def test_update_never_waits_for_the_device(options):
         stack.enter_context(patch.object(torch.Tensor, "new_empty", torch.Tensor.new_zeros))
         for name, module in dict(topk="topk", decode_error="decode", keep_largest="threshold").items():
             chosen = getattr(modules[module], f"triton_{name}")
-            if name == "decode_error":
-                chosen = lambda *tensors, of_triton=chosen: of_triton(*tensors[:5])
-            for user in (step_module, sys.modules["kernels.encode"], sys.modules["sae"]):
+            for user in (update_module, sys.modules["kernels.encode"], sys.modules["sae"]):
                 if hasattr(user, name):
                     stack.enter_context(patch.object(user, name, chosen))
         stack.enter_context(patch.object(modules["grad"], "count_ends", modules["grad"].search_ends))
         stack.enter_context(patch.object(modules["adam"], "in_triton", lambda W: True))
-        stack.enter_context(patch.object(step_module, "totals", lambda weights, ends: weights.new_zeros(len(ends) - 1)))
+        stack.enter_context(patch.object(update_module, "totals", lambda weights, ends: weights.new_zeros(len(ends) - 1)))
         stack.enter_context(patch.object(torch.cuda, "device_of", lambda tensor: contextlib.nullcontext()))
         stack.enter_context(NoWaiting())
-        step.update(torch.randn(40, 24))
-    assert ("make_kernel" in launched) == ("vectors" in options)
+        step.run(torch.randn(40, 24))
+    assert ("make_kernel" in launched) == ("group" in options)
     assert {"topk_kernel", "decode_error_kernel", "squared_norm_kernel", "update_kernel"} <= set(launched)
