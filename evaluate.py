@@ -26,7 +26,8 @@ from errors import UsageError
 from formats import newest_sae
 from graft import clip_distance, graft, picture
 from hook import HookedDiffusionModel
-from metrics import evaluate, plot_evaluation, total
+from metrics import evaluate, total
+from plots import plot_evaluation
 from rows import per_prompt
 from sae import Sae
 from sources import read_description, read_prompts

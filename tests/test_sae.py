@@ -7,7 +7,8 @@ import resource
 import pytest
 import torch
 
-from metrics import Metrics, count_active, geometric_median
+from data_stats import geometric_median
+from metrics import Metrics, count_active
 from sae import Sae
 from tensors import save_tensors
 
