@@ -37,7 +37,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from activations import newest_activations, open_activations
+from activations import Activations, newest_activations, open_activations
 from cli import check_positive, product_dtype, resolve_device
 from cli import run as run_script
 from data_stats import TRAINING_SAMPLE, DataStats, measure
@@ -45,9 +45,9 @@ from disk import make_folder, read_json, write_atomically
 from errors import UsageError
 from metrics import Metrics, evaluate, total
 from plots import plot_evaluation, plot_sweep, plot_training
-from processes import Processes
+from processes import Group, Processes
 from sae import Sae
-from step import Step
+from step import Result, Step
 from tensors import load_tensors, save_tensors
 
 # Of its updates batchtopk and sampletopk make like top-k: on the toy batchtopk ended with an FVU of 0.074, not 0.096,
@@ -106,7 +106,7 @@ class Schedule:
     """Vectors that stay together: the tokens of one prompt and step for sampletopk, else 1."""
 
     @classmethod
-    def plan(cls, cfg, dataset):
+    def plan(cls, cfg: Config, dataset: Activations) -> "Schedule":
         """Whole samples only. Raises UsageError for sampletopk without samples, and where --max_examples is less than one."""
         takes_samples = Sae(1, 1, 1, {"activation": cfg.activation}).takes_samples
         tokens = dataset.sample_tokens() if takes_samples else 1
@@ -117,26 +117,26 @@ class Schedule:
         return cls(num_vectors, samples_per_batch * tokens, tokens)
 
     @property
-    def iterations(self):
+    def iterations(self) -> int:
         return math.ceil(self.num_vectors / self.batch_size)
 
-    def vectors_until(self, iteration):
+    def vectors_until(self, iteration: int) -> int:
         """How many vectors come before an iteration; only the last batch can be smaller."""
         return min(iteration * self.batch_size, self.num_vectors)
 
-    def is_due(self, iteration, every):
+    def is_due(self, iteration: int, every: int) -> bool:
         """True in every `every`-th iteration and in the last one."""
         return (iteration + 1) % every == 0 or iteration + 1 == self.iterations
 
 
-def peak_learning_rate(iterations, num_latents):
+def peak_learning_rate(iterations: int, num_latents: int) -> float:
     """Adam's, where --lr is not given: sparsify's 2e-4 / sqrt(num_latents / 2^14) for 30,000 iterations and more, up to 6 times
     that for fewer. On the toy (1,438 iterations) the FVU falls from 0.079 to 0.058, and in mid_block (360) from 0.16 to 0.096."""
     short_run = math.sqrt(30_000 / iterations)
     return 2e-4 / math.sqrt(num_latents / 2**14) * min(6, max(1, short_run))
 
 
-def learning_rate(iteration, iterations, num_latents, cfg):
+def learning_rate(iteration: int, iterations: int, num_latents: int, cfg: Config) -> float:
     """The learning rate of an iteration, counted from 0."""
     # 1) the peak
     peak = cfg.lr
@@ -159,9 +159,20 @@ def learning_rate(iteration, iterations, num_latents, cfg):
     return peak * rise * fall
 
 
-def train(cfg, dataset, schedule, runs, processes, vectors):
-    """Give every batch to every run, from the oldest checkpoint on. Ctrl-C saves them all, and raises KeyboardInterrupt."""
+def train(
+    cfg: Config,
+    dataset: Activations,
+    schedule: Schedule,
+    runs: list["TrainingRun"],
+    processes: Processes,
+    vectors: Group,
+) -> None:
+    """Give every batch to every run, from the oldest checkpoint on.
+
+    Ctrl-C lets the iteration end, saves all runs and raises KeyboardInterrupt. vectors: the processes that split each batch.
+    """
     device = processes.device
+    pinned = device.type == "cuda"
     iterations, batch_size, tokens = schedule.iterations, schedule.batch_size, schedule.tokens_per_sample
     start = min(run.iteration for run in runs)
     batches = dataset.batches(
@@ -173,7 +184,7 @@ def train(cfg, dataset, schedule, runs, processes, vectors):
         tokens=tokens,
         share=(vectors.index, vectors.count),
         machine=processes,
-        pin=device.type == "cuda",
+        pin=pinned,
     )
     bar = tqdm(
         total=schedule.num_vectors,
@@ -189,10 +200,11 @@ def train(cfg, dataset, schedule, runs, processes, vectors):
 
     with bar, interrupt_later() as pressed:
         for iteration, (x, timestep_index) in enumerate(batches, start):
-            x = x.to(device, non_blocking=device.type == "cuda").float()  # (n, d): this process's share of the batch
+            # this process's part of the batch, (n, d), and how many vectors the parts of all processes have
+            x = x.to(device, non_blocking=pinned).float()
+            size = schedule.vectors_until(iteration + 1) - schedule.vectors_until(iteration)
             if cfg.loss_weight == "per_step":
-                timestep_index = timestep_index.to(device)
-            size = schedule.vectors_until(iteration + 1) - schedule.vectors_until(iteration)  # of all processes' shares
+                timestep_index = timestep_index.to(device)  # which makes a GPU wait
             plain_topk = iteration < PLAIN_TOPK_UNTIL * iterations
             logging = schedule.is_due(iteration, cfg.log_every)
             saving = schedule.is_due(iteration, cfg.save_every)
@@ -207,16 +219,16 @@ def train(cfg, dataset, schedule, runs, processes, vectors):
                 samples = scaled.unflatten(0, (len(x) // tokens, tokens))
                 weights = None if run.weights is None else run.weights[timestep_index]
                 parts = min(size, cfg.grad_acc_steps)
-                update = run.step(samples, lr, weights, parts, each=plain_topk, n=size)
+                result = run.update(samples, lr, weights, parts, each=plain_topk, n=size)
 
                 # nothing above waits for a GPU, but a look at the dead latents now and then; what follows does
                 run.iteration = iteration + 1
-                run.last_loss = update.loss + update.norm  # NaN if either is
+                run.last_loss = result.loss + result.norm  # NaN if either is
                 if logging:
                     run.check_finite()
                 run.seconds = round(time.perf_counter() - run.began, 4)
                 if logging:
-                    row = run.log_batch(scaled, update, lr)
+                    row = run.log_batch(scaled, result, lr)
                     bar.set_postfix(fvu=f"{row['fvu']:.3f}", l0=f"{row['l0']:.1f}", dead=f"{row['dead']:.1%}")
                 if saving:
                     run.save()
@@ -250,7 +262,7 @@ def interrupt_later():
             signal.signal(number, action)
 
 
-def main(cfg):
+def main(cfg: Config) -> list[Path]:
     """Train one SAE per data set, size, k and seed; return their folders.
 
     Raises UsageError if an option or the data can't be used, or a folder holds another run.
@@ -268,7 +280,7 @@ def main(cfg):
     return folders
 
 
-def train_on(cfg, dataset, is_only, processes, vectors, latents):
+def train_on(cfg, dataset, is_only, processes, vectors, latents) -> list[Path]:
     """All SAEs of one data set, each vector read once for all. Returns their folders."""
     # 1. The runs: new ones, ones to be resumed, and finished ones
     schedule = Schedule.plan(cfg, dataset)
@@ -284,10 +296,10 @@ def train_on(cfg, dataset, is_only, processes, vectors, latents):
         # 2. Train them together, then measure them on vectors that training never saw
         if unfinished:
             stats = None
-            if any(run.state is None for run in unfinished):
+            if any(run.saved is None for run in unfinished):
                 stats = measure_once(cfg, dataset, processes)
             for run in unfinished:
-                run.resume() if run.state else run.start(stats)
+                run.resume() if run.saved else run.start(stats)
             product = unfinished[0].product
             many = f"{len(unfinished)} SAEs" if len(unfinished) > 1 else "1 SAE"
             print(f"{many}: the encoder's product in {product}, the rest in float32")
@@ -355,7 +367,20 @@ class TrainingRun:
     Raises UsageError for a k or a size that the data set does not allow.
     """
 
-    def __init__(self, cfg, dataset, data, schedule, folder, k, num_latents, seed, processes, vectors, latents):
+    def __init__(
+        self,
+        cfg: Config,
+        dataset: Activations,
+        data: dict,
+        schedule: Schedule,
+        folder: Path,
+        k: int,
+        num_latents: int,
+        seed: int,
+        processes: Processes,
+        vectors: Group,
+        latents: Group,
+    ):
         self.cfg, self.dataset, self.schedule = cfg, dataset, schedule
         self.folder, self.k, self.num_latents, self.seed = folder, k, num_latents, seed
         self.processes, self.vectors, self.latents = processes, vectors, latents
@@ -377,7 +402,7 @@ class TrainingRun:
         fixed = {name: value for name, value in asdict(cfg).items() if name not in FREE_TO_CHANGE + NAMED_OTHERWISE}
         self.settings = fixed | {"k": k, "num_latents": num_latents, "seed": seed} | data
 
-    def __enter__(self):
+    def __enter__(self) -> "TrainingRun":
         """Lock the folder, and look at what it holds. Raises UsageError if that is another run, or another train.py writes it."""
         settings = json.loads(json.dumps(self.settings))
         if any(other != settings for other in self.processes.tell(settings)):
@@ -388,7 +413,7 @@ class TrainingRun:
                 if not (self.folder / "cfg.json").exists():
                     opened.enter_context(locked(self.folder))
                 found = find_run(self.folder, settings)
-            self.finished, self.state = self.processes.tell(found)[0]
+            self.finished, self.saved = self.processes.tell(found)[0]
             self.opened = opened.pop_all()
         if self.finished and self.processes.rank == 0:
             self.checkpoint.unlink(missing_ok=True)  # where a power cut came just before it went
@@ -398,33 +423,33 @@ class TrainingRun:
     def __exit__(self, *error):
         self.opened.close()
 
-    def start(self, stats):
+    def start(self, stats: DataStats) -> None:
         """Begin at the DataStats of the data set."""
         self.run_id = secrets.token_hex(4)
         product = product_dtype(self.cfg.mixed_precision, self.processes.device)
-        self.make_step(stats.scale, stats.variance, stats.weights, str(product).removeprefix("torch."))
+        self.make_update(stats.scale, stats.variance, stats.weights, str(product).removeprefix("torch."))
         self.sae.b_dec.data.copy_(stats.center)
         self.save()
         self.open_log()
 
-    def resume(self):
+    def resume(self) -> None:
         """Go back to the last checkpoint, and drop the logged rows that came after it."""
-        state = self.state
+        state = self.saved
         self.iteration, self.seconds, self.run_id = state["iteration"], state["seconds"], state["run_id"]
         self.last_row = state.get("row")
-        self.make_step(state["scale"], state["variance"], state["weights"], state["product"])
-        self.step.load(load_tensors(self.checkpoint, self.latents) if self.vectors.index == 0 else {})
+        self.make_update(state["scale"], state["variance"], state["weights"], state["product"])
+        self.update.load(load_tensors(self.checkpoint, self.latents) if self.vectors.index == 0 else {})
         self.open_log()
         print(f"going on at iteration {self.iteration} of {self.folder}")
 
-    def make_step(self, scale, variance, weights, product):
+    def make_update(self, scale, variance, weights, product):
         """The SAE, and what updates it. product: name of the dtype in which latents are chosen."""
         cfg, device = self.cfg, self.processes.device
         self.scale, self.variance, self.product = scale, variance, product
         self.weights = weights and torch.tensor(weights, device=device)
         variant = {"activation": cfg.activation, "input_unit_norm": cfg.input_unit_norm}
         self.sae = Sae(self.dataset.d, self.num_latents, self.k, variant, self.seed, self.latents).to(device)
-        self.step = Step(
+        self.update = Step(
             self.sae,
             variance,
             auxk_alpha=cfg.auxk_alpha,
@@ -459,8 +484,8 @@ class TrainingRun:
             iteration = self.iteration - 1
             raise UsageError(f"NaN or inf in the data or the loss by iteration {iteration}; {self.checkpoint} is the last good")
 
-    def save(self):
-        """Write the checkpoint: the tensors of the SAE and of its update, and what is said below beside them."""
+    def save(self) -> None:
+        """Write the checkpoint: the tensors of the SAE and of its optimizer, and beside them what stands below."""
         self.check_finite()
         if self.vectors.index > 0:
             return
@@ -475,14 +500,14 @@ class TrainingRun:
             "product": self.product,
             "row": self.last_row,
         }
-        save_tensors(self.checkpoint, self.step.state, {"state": json.dumps(state)}, self.num_latents, self.latents)
+        save_tensors(self.checkpoint, self.update.state, {"state": json.dumps(state)}, self.num_latents, self.latents)
 
-    def log_batch(self, x, update, lr):
+    def log_batch(self, x: torch.Tensor, result: Result, lr: float) -> dict[str, float]:
         """Log the numbers of this batch (n, d), by the weights that it found, as a row of metrics.jsonl; the last row waits."""
         metrics = Metrics(self.num_latents)
-        metrics.update(x, x + update.e, update.top_acts, update.top_indices)
+        metrics.update(x, x + result.e, result.top_acts, result.top_indices)
         metrics = metrics.gather(self.vectors, self.dataset.d)
-        dead = (self.step.state["silent_for"] >= self.cfg.dead_feature_threshold).sum()
+        dead = (self.update.state["silent_for"] >= self.cfg.dead_feature_threshold).sum()
         row = {
             "iteration": self.iteration,
             "vectors": self.schedule.vectors_until(self.iteration),
@@ -490,7 +515,7 @@ class TrainingRun:
             "fvu": metrics.fvu,
             "l0": metrics.l0,
             "dead": self.latents.sum(dead).item() / self.num_latents,
-            "loss": update.loss.item(),
+            "loss": result.loss.item(),
             "lr": lr,
         }
         if self.iteration == self.schedule.iterations:
@@ -499,7 +524,7 @@ class TrainingRun:
             self.log(row)
         return row
 
-    def trained_sae(self):
+    def trained_sae(self) -> Sae:
         """The SAE that takes activations as they are: the scale is folded into its biases, exactly."""
         self.sae.scale_inputs(self.scale)
         if "threshold" in self.sae.state_dict():  # instead of its running mean
@@ -507,7 +532,7 @@ class TrainingRun:
             self.sae.calibrate(sample.to(self.processes.device))
         return self.sae
 
-    def finish(self, by_step):
+    def finish(self, by_step: list[Metrics]) -> None:
         """Write the SAE, its numbers and its pictures; cfg.json last: it says that the run is finished. Say how good it is.
 
         by_step: its Metrics on the held-out vectors of each timestep.
