@@ -173,14 +173,17 @@ def diagnose(cfg, dataset, place, device):
     return found
 
 
-def main(cfg):
+def main(cfg: Config) -> list[Path]:
+    """Diagnose every data set; return the files with the numbers. Raises UsageError for what can't be measured or replaced."""
     check_positive(cfg, "expansion_factor", "num_latents", "num_epochs", "trial_updates")
     if not cfg.trial_seconds > 0:
         raise UsageError(f"--trial_seconds {cfg.trial_seconds}: expected a positive number")
     device = train.training_device(cfg.device)
     datasets = open_activations(cfg.data or [newest_activations()])
-    for dataset, place in zip(datasets, claim(Path(cfg.out_dir), datasets)):
+    places = claim(Path(cfg.out_dir), datasets)
+    for dataset, place in zip(datasets, places):
         diagnose(cfg, dataset, place, device)
+    return [place.with_name(f"{place.name}.json") for place in places]
 
 
 if __name__ == "__main__" and "get_ipython" not in globals():

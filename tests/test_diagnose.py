@@ -192,9 +192,10 @@ def test_dead_latents_are_foreseen(tmp_path, gamma):
 
 def test_files_and_screen(tmp_path, small, capsys):
     path = save(tmp_path / "mid_block.attn.npy", healthy().astype(np.float16))
-    diagnose.main(config(path, tmp_path / "d"))
+    (written,) = diagnose.main(config(path, tmp_path / "d"))
     out = capsys.readouterr().out
-    found = json.loads((tmp_path / "d" / "mid_block.attn.json").read_text())
+    assert written == tmp_path / "d" / "mid_block.attn.json"
+    found = json.loads(written.read_text())
     assert sorted(p.name for p in (tmp_path / "d").iterdir()) == ["mid_block.attn.json", "mid_block.attn.png"]
     assert min(Image.open(tmp_path / "d" / "mid_block.attn.png").size) > 800
     for text in ("(40, 3, 50, 8) float16: 6,000 vectors of 40 prompts, of 3 steps", f"gamma {found['gamma']:.2f}", "6 updates"):

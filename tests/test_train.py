@@ -57,8 +57,8 @@ def rows(folder):
 
 
 def test_a_run_ends_with_true_numbers(data, tmp_path, capsys):
-    main(config(data, tmp_path, num_epochs=3))
-    folder = tmp_path / "run"
+    (folder,) = main(config(data, tmp_path, num_epochs=3))
+    assert folder == tmp_path / "run"
     names = ["cfg.json", "evaluate.png", "metrics.jsonl", "sae.safetensors", "train.png"]
     assert sorted(path.name for path in folder.iterdir()) == names and str(folder) in capsys.readouterr().out
     cfg, sae = json.loads((folder / "cfg.json").read_text()), Sae.load_from_disk(folder)
