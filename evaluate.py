@@ -25,7 +25,8 @@ from disk import read_json, write_atomically
 from errors import UsageError
 from graft import clip_distance, graft, picture
 from hook import HookedDiffusionModel, per_prompt
-from metrics import evaluate, plot_evaluation, total
+from metrics import evaluate, total
+from plots import plot_evaluation
 from sae import Sae, newest_sae
 from sources import read_description, read_prompts
 

@@ -9,8 +9,6 @@
 "By timestep" is the same over that timestep's vectors alone, with their own mean.
 """
 
-import math
-
 import torch
 from tqdm import tqdm
 
@@ -106,7 +104,8 @@ def evaluate(saes, activations, batch_size, progress=False, vectors=ALONE):
     Where the files have no timesteps the list is of one; `total` puts them together. The processes.Group `vectors` shares out
     the prompts.
     """
-    if any(sae.activation == "sampletopk" for sae in saes):
+    takes_samples = any(sae.takes_samples for sae in saes)
+    if takes_samples:
         activations.sample_tokens()  # or a UsageError
     steps = max(1, len(activations.timesteps))
     found = [[Metrics(sae.num_latents) for _ in range(steps)] for sae in saes]
@@ -117,12 +116,12 @@ def evaluate(saes, activations, batch_size, progress=False, vectors=ALONE):
             continue
         rows = activations.read(unit[None])
         step = torch.from_numpy(activations.steps_of(unit[None])) if steps > 1 else torch.zeros(len(rows), dtype=torch.int64)
-        tokens = activations.tokens[int(unit[0])] if any(sae.activation == "sampletopk" for sae in saes) else 1
+        tokens = activations.tokens[int(unit[0])] if takes_samples else 1
         size = max(1, batch_size // tokens) * tokens  # whole samples
         for x, at in zip(rows.split(size), step.split(size)):
             x = x.to(saes[0].W_dec.device).float()
             for sae, metrics in zip(saes, found):
-                codes = sae.encode(x.unflatten(0, (-1, tokens)) if sae.activation == "sampletopk" else x)
+                codes = sae.encode(x.unflatten(0, (-1, tokens)) if sae.takes_samples else x)
                 x_hat, codes = sae.decode(*codes).view_as(x), [code.flatten(0, -2) for code in codes[:2]]
                 for s in at.unique().tolist():
                     here = (at == s).to(x.device)
@@ -136,77 +135,3 @@ def total(metrics):
     for part in metrics:
         whole.add(part)
     return whole
-
-
-def plot_evaluation(path, by_step, timesteps, title):
-    """Four panels: FVU and cosine, L0, silent and always-on latents by timestep; how often latents are active."""
-    from matplotlib.figure import Figure  # not pyplot, so that a notebook's backend stays as it is
-
-    whole, blue, orange = total(by_step), "#2f6db5", "#e07b39"
-    fig = Figure(figsize=(15, 3.7), layout="constrained")
-    numbers = f"FVU {whole.fvu:.4f}, cosine {whole.cosine:.4f}, L0 {whole.l0:.1f}, dead {whole.dead:.2%}"
-    numbers += f", always on {whole.always_on:.2%}; {whole.n:,} held-out vectors"
-    fig.suptitle(f"{title}: {numbers}", fontsize=11)
-    axes = fig.subplots(1, 4)
-    x, by_step = zip(*((t, metrics) for t, metrics in zip(timesteps or [0], by_step) if metrics.n))
-    dots = dict(marker="o", ms=3.5, lw=1.3)
-    for ax, heading, lines in (
-        (axes[0], "Variance not explained (FVU)", [("fvu", blue, "at this timestep")]),
-        (axes[1], "Active latents a vector (L0)", [("l0", blue, "at this timestep")]),
-        (axes[2], "Share of latents", [("dead", blue, "silent at this timestep"), ("always_on", orange, "always on")]),
-    ):
-        for name, color, label in lines:
-            ax.plot(x, [getattr(metrics, name) for metrics in by_step], color=color, label=label, **dots)
-        ax.set(title=heading, xlabel="timestep (noise on the left)" if timesteps else "", ylim=(0, None))
-        if not timesteps:
-            ax.set_xticks([])
-        if len(lines) == 1:
-            ax.axhline(getattr(whole, lines[0][0]), color=orange, ls="--", lw=1.2, label="of all together")
-    if len(x) > 1 and x[0] > x[-1]:
-        for ax in axes[:3]:
-            ax.invert_xaxis()
-    axes[2].yaxis.set_major_formatter("{x:.0%}")
-    plot_activity(axes[3], whole)
-    for ax in axes:
-        tidy(ax)
-    fig.savefig(path, dpi=130)
-
-
-def tidy(ax):
-    """What every panel of this project's pictures ends with."""
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(alpha=0.3, lw=0.6)
-    ax.legend(frameon=False, fontsize=8)
-
-
-def plot_activity(ax, metrics):
-    """A histogram: how many latents are active on which share of the vectors."""
-    often = metrics.counts.cpu().double() / metrics.n
-    bins = torch.logspace(-math.ceil(math.log10(max(10, metrics.n))), 0, 49).tolist()
-    ax.hist(often[often > 0].tolist(), bins, color="#2f6db5")
-    ax.axvline(max(metrics.l0, 1e-9) / len(often), color="#e07b39", lw=1.3, ls="--", label="mean, L0 / latents")
-    ax.set(title="How often latents are active", xlabel="share of held-out vectors", ylabel="latents", xscale="log")
-
-
-def middle(x, center):
-    """What stands in the middle of x (N, d): its "median" (geometric) or "mean", or "none": 0. (d,)"""
-    return {"median": geometric_median, "mean": lambda x: x.mean(0), "none": lambda x: torch.zeros_like(x[0])}[center](x)
-
-
-def geometric_median(x, iterations=100, tolerance=1e-5):
-    """The point with the least sum of distances to the vectors of x: (N, d) -> (d,), by Weiszfeld's iteration (1937).
-
-    Unlike the mean it is not dragged along by a few huge vectors. Stops when a step is below `tolerance` of the mean
-    distance to the vectors.
-    """
-    median = x.mean(0)
-    for _ in range(iterations):
-        distance = (x - median).norm(dim=1)
-        scale = distance.mean()
-        if scale == 0:  # all vectors are equal
-            break
-        nearness = scale / distance.clamp_min(1e-6 * scale)
-        previous, median = median, nearness @ x / nearness.sum()
-        if (median - previous).norm() <= tolerance * scale:
-            break
-    return median

@@ -25,7 +25,6 @@ from activations import open_activations
 from bench.step import conditions
 from cli import check_positive, resolve_device
 from errors import UsageError
-from jobs import default_lr
 from metrics import evaluate, total
 from sae import Sae
 
@@ -101,7 +100,7 @@ def sae_lens(activations, cfg, stop, lr, seed):
 
 # name: (what trains, its own default learning rate for M latents and T updates)
 PACKAGES = {
-    "ours": (ours, lambda M, T: default_lr(T, M)),
+    "ours": (ours, lambda M, T: train.peak_learning_rate(T, M)),
     "eai-sparsify": (eai_sparsify, lambda M, T: 5e-3 / (M / 2**14) ** 0.5),
     "sae-lens": (sae_lens, lambda M, T: 3e-4),
 }

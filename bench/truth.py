@@ -36,7 +36,7 @@ class Config:
     device: str = "auto"  # auto, cuda, cuda:N, mps, cpu
 
 
-VARIANTS = {"TopK": {}, "BatchTopK": {"batch_topk": True}, "Matryoshka": {"matryoshka": [256, 512]}}
+VARIANTS = {"TopK": {}, "BatchTopK": {"activation": "batchtopk"}, "Matryoshka": {"matryoshka": [256, 512]}}
 
 
 def synthetic(vectors, d, atoms, active, noise, seed=0):

@@ -9,16 +9,13 @@ import torch
 from PIL import Image
 
 import cli
+import data_stats
 import diagnose
-import health
-import jobs
 import train
 from activations import Activations
+from data_stats import geometric_median
 from disk import checksum
-from metrics import geometric_median
 from sae import Sae
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -40,7 +37,7 @@ def healthy(shape=(40, 3, 50, 8)):
 
 
 def measured(path, k=3, num_latents=24, **options):
-    return health.report(Activations([path]), k, num_latents, **options)
+    return data_stats.report(Activations([path]), k, num_latents, **options)
 
 
 def config(path, out_dir, **options):
@@ -53,24 +50,24 @@ def test_statistics_against_numpy_in_float64():
     rng = np.random.default_rng(1)
     x = (rng.standard_normal((4999, 7)) * [1, 2, 3, 4, 5, 6, 0.1] + [3000, 0, 0, -7, 0, 0, 0]).astype(np.float32)
     step = rng.integers(0, 5, 4999)
-    mean, covariance = health.moments(torch.from_numpy(x))
+    mean, covariance = data_stats.moments(torch.from_numpy(x))
     wide = x.astype(np.float64)
     expected = np.cov(wide.T, bias=True)
     np.testing.assert_allclose(mean, wide.mean(0), rtol=1e-12)
     np.testing.assert_allclose(covariance, expected, rtol=1e-9, atol=1e-9)
     gamma = np.linalg.norm(wide.mean(0)) / np.linalg.norm(wide.std(0))
-    assert health.gamma(mean, covariance.diagonal()) == pytest.approx(gamma, rel=1e-10) and gamma > 300
+    assert data_stats.gamma(mean, covariance.diagonal()) == pytest.approx(gamma, rel=1e-10) and gamma > 300
     values = np.linalg.eigvalsh(expected)
-    rank = health.effective_rank(torch.linalg.eigvalsh(covariance))
+    rank = data_stats.effective_rank(torch.linalg.eigvalsh(covariance))
     assert rank == pytest.approx(values.sum() ** 2 / (values**2).sum(), rel=1e-9) and 2 < rank < 7
-    rms = health.rms_by_step(torch.from_numpy(x), torch.from_numpy(step), 6)
+    rms = data_stats.rms_by_step(torch.from_numpy(x), torch.from_numpy(step), 6)
     np.testing.assert_allclose(rms[:5], [np.sqrt((wide[step == s] ** 2).mean()) for s in range(5)], rtol=1e-12)
     assert rms[5].isnan()
 
 
 def test_effective_rank_by_hand():
-    assert health.effective_rank(torch.tensor([5.0, 5, 5, 0])) == pytest.approx(3)
-    assert health.effective_rank(torch.tensor([3.0, 1])) == pytest.approx(16 / 10)
+    assert data_stats.effective_rank(torch.tensor([5.0, 5, 5, 0])) == pytest.approx(3)
+    assert data_stats.effective_rank(torch.tensor([3.0, 1])) == pytest.approx(16 / 10)
 
 
 def test_outliers_made_by_hand_are_found():
@@ -78,11 +75,11 @@ def test_outliers_made_by_hand_are_found():
     x[:, 7] += 30  # by its mean
     x[:, 31] *= 50  # by its variance
     x[:, 12] *= 5  # large, but no outlier
-    mean, covariance = health.moments(torch.from_numpy(x))
-    dims, share = health.outliers(mean, covariance.diagonal())
+    mean, covariance = data_stats.moments(torch.from_numpy(x))
+    dims, share = data_stats.outliers(mean, covariance.diagonal())
     power = (x.astype(np.float64) ** 2).mean(0)
     assert dims == [31, 7] and share == pytest.approx((power[7] + power[31]) / power.sum(), rel=1e-9)
-    assert health.share_of_largest(mean.square())[0] == 7 and health.share_of_largest(covariance.diagonal())[0] == 31
+    assert data_stats.share_of_largest(mean.square())[0] == 7 and data_stats.share_of_largest(covariance.diagonal())[0] == 31
 
 
 def test_report_of_a_file_with_timesteps(tmp_path, small):
@@ -103,11 +100,11 @@ def test_report_of_a_file_with_timesteps(tmp_path, small):
 def test_dead_at_the_start_is_counted_as_the_definition_says(tmp_path, small, center):
     path = tmp_path / "a.npy"
     np.save(path, healthy((40, 50, 8)) + np.float32(6) * np.eye(8, dtype=np.float32)[2])
-    found, x = measured(path, 2, 40, center=center), health.draw(Activations([path]))[0]
+    found, x = measured(path, 2, 40, center=center), data_stats.draw(Activations([path]))[0]
     assert list(found["dead"]) == [center, "none" if center != "none" else "median"]
     x = x.double().numpy()
     middle = {"mean": x.mean(0), "none": 0}.get(center, geometric_median(torch.from_numpy(x)).numpy())
-    W = health.start(torch.from_numpy(x).float(), 40, 2, center).W_dec.detach().double().numpy()
+    W = data_stats.start(torch.from_numpy(x).float(), 40, 2, center).W_dec.detach().double().numpy()
     pre_acts = np.maximum((x[: found["num_counted"]] - middle) @ W.T, 0)
     kept = np.argsort(-pre_acts, 1)[:, :2]
     active = {j for row, chosen in zip(pre_acts, kept) for j in chosen if row[j] > 0}
@@ -118,18 +115,16 @@ def test_dead_at_the_start_is_counted_as_the_definition_says(tmp_path, small, ce
 def test_the_start_the_rate_and_the_defaults_are_train_py_s(tmp_path, small):
     np.save(tmp_path / "a.npy", 10 * healthy((40, 50, 8)) + 3)
     activations, cfg = Activations([tmp_path / "a.npy"]), train.Config(data_seed=5)
-    scale, center, *_ = jobs.measure(activations, cfg, CPU)
+    stats = data_stats.measure(activations, cfg.center, seed=5)
     theirs = Sae(8, 24, 3, seed=5)
-    theirs.b_dec.data.copy_(center)
-    x = activations.sample(jobs.SAMPLE, 5)
-    mine = health.start(x, 24, 3, "median", 5)
-    assert health.input_scale(mine, x) == scale != 1
-    mine.scale_inputs(1 / scale)
+    theirs.b_dec.data.copy_(stats.center)
+    x = activations.sample(data_stats.TRAINING_SAMPLE, 5)
+    mine = data_stats.start(x, 24, 3, "median", 5)
+    assert data_stats.power_of_two(data_stats.rms_about(x, mine.b_dec.data)) == stats.scale != 1
+    mine.scale_inputs(1 / stats.scale)
     for name, tensor in theirs.state_dict().items():
         torch.testing.assert_close(mine.state_dict()[name], tensor)
-    for iterations in (1, 2, 7, 90, 1438):
-        rates = [diagnose.learning_rate(i, iterations, 24) for i in range(iterations)]
-        assert rates == pytest.approx([jobs.lr_at(i, iterations, cfg, 24) for i in range(iterations)])
+    assert train.learning_rate(7, 90, 24, diagnose.DEFAULTS) == train.learning_rate(7, 90, 24, cfg)
     mine, theirs = diagnose.Config(), train.Config()
     for name in ("data", "num_epochs", "center", "device"):
         assert getattr(mine, name) == getattr(theirs, name), name
@@ -141,9 +136,9 @@ def test_the_start_the_rate_and_the_defaults_are_train_py_s(tmp_path, small):
 def test_the_trial_leaves_an_sae_of_the_vectors_as_they_are(tmp_path, small):
     """And with a learning rate of nothing, the one it was given; it stops at the time limit."""
     x = torch.from_numpy(100 * healthy((700, 8)) + 40)
-    sae, start = (health.start(x, 24, 3) for _ in range(2))
+    sae, start = (data_stats.start(x, 24, 3) for _ in range(2))
     with diagnose.tqdm(disable=True) as bar, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(diagnose, "learning_rate", lambda *_: 0.0)
+        patch.setattr(train, "learning_rate", lambda *_: 0.0)
         assert len(diagnose.trial(sae, x, 9, config("", "", trial_updates=4), None, bar)) == 4
         for name, tensor in start.state_dict().items():
             torch.testing.assert_close(sae.state_dict()[name], tensor)
@@ -197,9 +192,10 @@ def test_dead_latents_are_foreseen(tmp_path, gamma):
 
 def test_files_and_screen(tmp_path, small, capsys):
     path = save(tmp_path / "mid_block.attn.npy", healthy().astype(np.float16))
-    diagnose.main(config(path, tmp_path / "d"))
+    (written,) = diagnose.main(config(path, tmp_path / "d"))
     out = capsys.readouterr().out
-    found = json.loads((tmp_path / "d" / "mid_block.attn.json").read_text())
+    assert written == tmp_path / "d" / "mid_block.attn.json"
+    found = json.loads(written.read_text())
     assert sorted(p.name for p in (tmp_path / "d").iterdir()) == ["mid_block.attn.json", "mid_block.attn.png"]
     assert min(Image.open(tmp_path / "d" / "mid_block.attn.png").size) > 800
     for text in ("(40, 3, 50, 8) float16: 6,000 vectors of 40 prompts, of 3 steps", f"gamma {found['gamma']:.2f}", "6 updates"):
@@ -234,7 +230,7 @@ def test_warnings_only_where_something_is_wrong(tmp_path, small):
     def warned(change=lambda x: x, updates=5000, **options):
         with np.errstate(over="ignore"):
             path = save(tmp_path / "a.npy", change(healthy((40, 3, 60, 8))))
-        return " | ".join(health.warnings(measured(path, **options) | {"updates": updates}))
+        return " | ".join(data_stats.warnings(measured(path, **options) | {"updates": updates}))
 
     def put(*where, value):
         def change(x):
@@ -257,15 +253,6 @@ def test_warnings_only_where_something_is_wrong(tmp_path, small):
     assert warned(updates=1000) == "" and "2 times as many --num_epochs" in warned(updates=999)
     narrow = np.float32(1e-3) + np.eye(8, dtype=np.float32)[0]
     assert "of the latents start out dead" in warned(lambda x: x * narrow, num_latents=54, k=1)
-
-
-def test_summary_has_three_lines_at_most(tmp_path, small):
-    lines = health.summary(measured(save(tmp_path / "a.npy", healthy((40, 3, 60, 8)))))
-    assert len(lines) == 2 and "gamma" in lines[0] and "effective rank" in lines[0] and "without centring" in lines[1]
-    np.save(tmp_path / "plain.npy", np.full((400, 8), 40, np.float16) + healthy((400, 8)) * [1, 1, 1, 1, 1, 1, 1, 0])
-    found = measured(tmp_path / "plain.npy", center="none")
-    lines = health.summary(found)
-    assert len(lines) == 3 and f"({len(health.warnings(found)) - 1} more" in lines[2]
 
 
 def test_vectors_that_are_not_finite_are_left_out_and_said(tmp_path, small, capsys):

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from data_stats import geometric_median
 from disk import save_tensors
 from foreign_saes import save_saelens
 from kernels import count_active
-from metrics import Metrics, geometric_median
+from metrics import Metrics
 from sae import Sae, newest_sae
 
 ROOT = Path(__file__).parents[1]

@@ -14,14 +14,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import cli
+import data_stats
 import disk
-import jobs
 import train
 from activations import Activations
-from jobs import lr_at, measure
-from metrics import evaluate, geometric_median, total
+from data_stats import geometric_median, measure
+from metrics import evaluate, total
 from sae import Sae
-from train import Config, main
+from train import Config, learning_rate, main
 
 ROOT = Path(train.__file__).parent
 
@@ -57,8 +57,8 @@ def rows(folder):
 
 
 def test_a_run_ends_with_true_numbers(data, tmp_path, capsys):
-    main(config(data, tmp_path, num_epochs=3))
-    folder = tmp_path / "run"
+    (folder,) = main(config(data, tmp_path, num_epochs=3))
+    assert folder == tmp_path / "run"
     names = ["cfg.json", "evaluate.png", "metrics.jsonl", "sae.safetensors", "train.png"]
     assert sorted(path.name for path in folder.iterdir()) == names and str(folder) in capsys.readouterr().out
     cfg, sae = json.loads((folder / "cfg.json").read_text()), Sae.load_from_disk(folder)
@@ -135,14 +135,15 @@ def dense_reference(sae, x, dead, alpha, variance, residual):
 @pytest.mark.parametrize("normalize", [True, False])
 def test_updates_against_float64_autograd_and_torch_adam(data, tmp_path, normalize, monkeypatch):
     """Six updates of `train`: the gradient, what is projected and clipped, the learning rate, Adam, who is dead."""
-    monkeypatch.setattr("kernels.update.LIST_DEAD_EVERY", 1)
+    monkeypatch.setattr(train, "LIST_DEAD_EVERY", 1)
     cfg = config(data, tmp_path, max_examples=600, lr=0.01, lr_warmup_steps=1, auxk_alpha=20.0, dead_feature_threshold=200)
     cfg.normalize_decoder = normalize
     main(cfg)
     activations = Activations([data])
-    scale, center, variance, _ = measure(activations, cfg, torch.device("cpu"))
+    stats = measure(activations, "median")
+    scale, variance = stats.scale, stats.variance
     sae = Sae(16, 48, 3)
-    sae.b_dec.data.copy_(center)
+    sae.b_dec.data.copy_(stats.center)
     sae, start = sae.double(), sae.W_dec.detach().clone()
     params = [sae.encoder.weight, sae.encoder.bias, sae.W_dec, sae.b_dec]
     optimizer = torch.optim.Adam(params, betas=(0.9, 0.999), eps=6.25e-10)
@@ -174,7 +175,7 @@ def test_updates_against_float64_autograd_and_torch_adam(data, tmp_path, normali
 def test_parts_add_up_to_the_whole_update(data, tmp_path):
     one = dict(max_examples=1000, auxk_alpha=1.0, dead_feature_threshold=200)
     main(config(data, tmp_path / "a", **one))
-    main(config(data, tmp_path / "b", grad_acc_steps=2, micro_acc_steps=3, **one))
+    main(config(data, tmp_path / "b", grad_acc_steps=6, **one))
     a, b = (load_file(tmp_path / name / "run" / "sae.safetensors") for name in "ab")
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-5)
@@ -183,7 +184,7 @@ def test_parts_add_up_to_the_whole_update(data, tmp_path):
 def test_more_parts_than_vectors_are_as_many(data, tmp_path):
     one = dict(max_examples=110, effective_batch_size=10)
     main(config(data, tmp_path / "a", grad_acc_steps=10, **one))
-    main(config(data, tmp_path / "b", grad_acc_steps=2**62, micro_acc_steps=5, **one))
+    main(config(data, tmp_path / "b", grad_acc_steps=2**62, **one))
     a, b = ((tmp_path / name / "run" / "sae.safetensors").read_bytes() for name in "ab")
     assert a == b
 
@@ -195,7 +196,7 @@ def test_bf16_product_changes_little(data, tmp_path):
         saes[precision] = Sae.load_from_disk(tmp_path / precision / "run")
         assert saes[precision].cfg["fvu"] == pytest.approx(saes["no"].cfg["fvu"], rel=0.2)
     same = lambda a, b: torch.equal(saes[a].W_dec, saes[b].W_dec)
-    here = jobs.product_dtype("auto", torch.device("cpu"))  # what this CPU is fast at
+    here = train.product_dtype("auto", torch.device("cpu"))  # what this CPU is fast at
     assert (
         same("auto", {torch.float32: "no", torch.bfloat16: "bf16"}[here])
         and not same("bf16", "no")
@@ -205,19 +206,19 @@ def test_bf16_product_changes_little(data, tmp_path):
 
 
 def test_b_dec_starts_at_the_geometric_median_of_all_prompts(tmp_path, monkeypatch):
-    monkeypatch.setattr(jobs, "SAMPLE", 500)
+    monkeypatch.setattr(data_stats, "TRAINING_SAMPLE", 500)
     x = np.random.default_rng(0).standard_normal((50, 40, 4), np.float32) + np.arange(50)[:, None, None].astype("f4")
     x[:, 0] = 1e4  # one vector in 40 is an outlier
     np.save(tmp_path / "a.npy", x)
     activations = Activations([tmp_path / "a.npy"])
-    scale, center, variance, _ = measure(activations, config("", "", k=2), torch.device("cpu"))
+    stats = measure(activations, "median")
     whole = geometric_median(torch.from_numpy(x.reshape(-1, 4)))
-    assert (center / scale - whole).norm() < 5  # a batch of one prompt would be up to 50 off, the mean 500
-    assert np.log2(scale) == round(np.log2(scale))
-    assert variance == pytest.approx(x.reshape(-1, 4).var(0).sum() * scale**2, rel=0.3)
+    assert (stats.center / stats.scale - whole).norm() < 5  # a batch of one prompt would be up to 50 off, the mean 500
+    assert np.log2(stats.scale) == round(np.log2(stats.scale))
+    assert stats.variance == pytest.approx(x.reshape(-1, 4).var(0).sum() * stats.scale**2, rel=0.3)
 
 
-@pytest.mark.parametrize("options", [{}, {"effective_batch_size": 50}, {"grad_acc_steps": 4, "micro_acc_steps": 5}])
+@pytest.mark.parametrize("options", [{}, {"effective_batch_size": 50}, {"grad_acc_steps": 20}])
 def test_dead_feature_threshold_counts_vectors(data, tmp_path, options):
     """Without learning and k = 1 some latents never fire: they are dead from vector 600 on, in any batches."""
     options = dict(lr=1e-30, k=1, num_latents=300, dead_feature_threshold=600, log_every=1, max_examples=1000) | options
@@ -231,7 +232,7 @@ def test_auxk_revives_latents_that_started_badly(data, tmp_path, monkeypatch):
             super().__init__(*args)
             self.encoder.weight.data[12:] *= 0.05  # three quarters of the latents never come among the k largest
 
-    monkeypatch.setattr(jobs, "Sae", Badly)
+    monkeypatch.setattr(train, "Sae", Badly)
     dead = {}
     for alpha in (0, 1 / 32):
         main(config(data, tmp_path / str(alpha), auxk_alpha=alpha, dead_feature_threshold=1000, num_epochs=3))
@@ -241,14 +242,15 @@ def test_auxk_revives_latents_that_started_badly(data, tmp_path, monkeypatch):
 
 def test_learning_rate():
     cfg = Config(lr_warmup_steps=3, lr_scheduler="linear")
-    rates = [lr_at(i, 100, cfg, 2**14) / 1.2e-3 for i in range(100)]
+    rates = [learning_rate(i, 100, 2**14, cfg) / 1.2e-3 for i in range(100)]
     assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1, 1])
     assert rates[80] == pytest.approx(1) and rates[90] == pytest.approx(0.5) and rates[99] == pytest.approx(0.05)
     constant = Config(lr=0.5, lr_scheduler="constant", lr_warmup_steps=100)
-    assert lr_at(50, 1000, constant, 1) == pytest.approx(0.5 * 51 / 101)
-    assert [lr_at(i, 10, constant, 1) for i in range(4)] == pytest.approx([0.5 / 3, 1 / 3, 0.5, 0.5])  # at most a fifth
-    assert lr_at(50, 100, cfg, 2**16) == pytest.approx(6e-4)
-    assert lr_at(500, 7500, cfg, 2**14) == pytest.approx(4e-4) and lr_at(500, 10**6, cfg, 2**14) == pytest.approx(2e-4)
+    assert learning_rate(50, 1000, 1, constant) == pytest.approx(0.5 * 51 / 101)
+    assert [learning_rate(i, 10, 1, constant) for i in range(4)] == pytest.approx([0.5 / 3, 1 / 3, 0.5, 0.5])  # at most a fifth
+    assert learning_rate(50, 100, 2**16, cfg) == pytest.approx(6e-4)
+    assert learning_rate(500, 7500, 2**14, cfg) == pytest.approx(4e-4)
+    assert learning_rate(500, 10**6, 2**14, cfg) == pytest.approx(2e-4)
 
 
 def test_device_of_the_evaluation_is_chunked_alike(data):
@@ -299,21 +301,21 @@ def test_stopped_and_resumed_is_the_same_to_the_bit(data, tmp_path, undisturbed,
 
 
 def test_ctrl_c_saves_each_sae_once(data, tmp_path, monkeypatch):
-    update, save, calls, saved = jobs.SparseUpdate.__call__, jobs.save_tensors, [], []
+    update, save, calls, saved = train.SparseUpdate.step, train.save_tensors, [], []
 
     def interrupted(*args, **options):
         calls.append(args)
-        if len(calls) == 20:
+        if len(calls) == 19:
             signal.raise_signal(signal.SIGINT)
         return update(*args, **options)
 
-    monkeypatch.setattr(jobs.SparseUpdate, "__call__", interrupted)
-    monkeypatch.setattr(jobs, "save_tensors", lambda path, *args: saved.append(path.parent.name) or save(path, *args))
+    monkeypatch.setattr(train.SparseUpdate, "step", interrupted)
+    monkeypatch.setattr(train, "save_tensors", lambda path, *args: saved.append(path.parent.name) or save(path, *args))
     options = dict(seeds=[0, 1], num_epochs=9, save_every=10**6)
     with pytest.raises(KeyboardInterrupt):
         main(config(data, tmp_path, **options))
     assert sorted(saved) == ["k3_M48"] * 2 + ["k3_M48_seed1"] * 2  # at the start, and now
-    assert len(calls) == 2 * 2 * train.TOGETHER  # to the end of the chunk in which it came
+    assert len(calls) == 20  # the batch in which it came is given to both
 
 
 @pytest.mark.parametrize("where", [(train, "evaluate"), (Sae, "save_to_disk")])
@@ -334,7 +336,7 @@ def test_ctrl_c_after_the_last_update_is_heard(data, tmp_path, monkeypatch, wher
 
 def test_seconds_are_those_that_one_waits(data, tmp_path, monkeypatch, capsys):
     """Reading and saving are in them; and what was before a Ctrl-C, but not what was between."""
-    now, stop, batches, save = [0], [3], Activations.batches, jobs.save_tensors
+    now, stop, batches, save = [0], [3], Activations.batches, train.save_tensors
 
     def read(self, *args, **options):
         for i, batch in enumerate(batches(self, *args, **options)):
@@ -349,7 +351,7 @@ def test_seconds_are_those_that_one_waits(data, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(Activations, "batches", read)
-    monkeypatch.setattr(jobs, "save_tensors", saved)
+    monkeypatch.setattr(train, "save_tensors", saved)
     cfg = config(data, tmp_path, max_examples=600, log_every=1, save_every=1)
     with pytest.raises(KeyboardInterrupt):
         main(cfg)
@@ -391,7 +393,7 @@ def test_bad_inputs_end_in_one_line(data, tmp_path, capsys, monkeypatch):
     assert "file" in say(config(data, tmp_path / "file" / "below"))
     assert "something else" in say(config(data, tmp_path / "foreign"))
     assert "--device cuda" in say(config(data, tmp_path, device="cuda")) or torch.cuda.is_available()
-    zeros = "effective_batch_size num_epochs max_examples grad_acc_steps micro_acc_steps log_every save_every buffer_gb lr"
+    zeros = "effective_batch_size num_epochs max_examples grad_acc_steps log_every save_every buffer_gb lr"
     for name in zeros.split():
         assert f"--{name} 0: expected" in say(config(data, tmp_path, **{name: 0}))
     for name, value in dict(lr=float("nan"), lr_warmup_steps=-1, auxk_alpha=-0.1, buffer_gb=float("nan")).items():
@@ -410,7 +412,7 @@ def test_bad_inputs_end_in_one_line(data, tmp_path, capsys, monkeypatch):
 
 
 def test_nan_met_later_keeps_the_last_good_checkpoint(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(jobs, "SAMPLE", 50)
+    monkeypatch.setattr(data_stats, "TRAINING_SAMPLE", 50)
     x = np.load(data)
     x[20, 1, 50] = np.inf
     np.save(tmp_path / "inf.npy", x)
@@ -437,13 +439,45 @@ def test_nan_in_held_out_vectors_is_no_result(data, tmp_path):
 def test_one_train_py_writes_to_a_folder_at_a_time(data, tmp_path):
     """Of a sweep to each; the lock of one that was killed is none, and nothing is left of it."""
     options = dict(k=[2, 3], max_examples=200)
-    with jobs.held(tmp_path / "run" / "k3_M48"), pytest.raises(ValueError, match="another train.py is writing to .*k3_M48"):
+    with train.locked(tmp_path / "run" / "k3_M48"), pytest.raises(ValueError, match="another train.py is writing to .*k3_M48"):
         main(config(data, tmp_path, **options))
     assert not list(tmp_path.iterdir())
     (tmp_path / "run" / "k3_M48").mkdir(parents=True)
     (tmp_path / "run" / "k3_M48" / "train.lock").write_text("")
     main(config(data, tmp_path, **options))
     assert len(list(tmp_path.glob("run/*/cfg.json"))) == 2 and not list(tmp_path.rglob("*.lock"))
+
+
+def as_version_0_wrote(settings):
+    """Settings of a run as they were written when --batch_topk, --sample_topk and --micro_acc_steps were options."""
+    activation = settings.pop("activation")
+    old = {"batch_topk": activation == "batchtopk", "sample_topk": activation == "sampletopk"}
+    return settings | old | {"grad_acc_steps": settings["grad_acc_steps"] // 2, "micro_acc_steps": 2}
+
+
+def test_a_run_that_an_older_version_finished_is_left_alone(data, tmp_path, capsys):
+    options = dict(max_examples=500, activation="batchtopk", grad_acc_steps=4)
+    main(config(data, tmp_path, **options))
+    path = tmp_path / "run" / "cfg.json"
+    cfg = json.loads(path.read_text())
+    path.write_text(json.dumps(cfg | {"training": as_version_0_wrote(cfg["training"])}))
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    capsys.readouterr()
+    main(config(data, tmp_path, **options))
+    assert "run is finished" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--activation batchtopk, not topk; choose another"):
+        main(config(data, tmp_path, **options | dict(activation="topk")))
+    with pytest.raises(ValueError, match="--grad_acc_steps 4, not 2; choose another"):
+        main(config(data, tmp_path, **options | dict(grad_acc_steps=2)))
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+
+
+def test_gamma_is_said_in_one_line_that_names_diagnose_py(data, tmp_path, capsys):
+    main(config(data, tmp_path, max_examples=200))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "gamma " in line]
+    x = Activations([data]).sample(10**6).double()
+    gamma = x.mean(0).norm() / x.var(0, correction=0).sum().sqrt()
+    assert f"gamma {gamma:.2f};" in line and "diagnose.py" in line
 
 
 def test_a_leftover_checkpoint_goes(data, tmp_path):
@@ -479,9 +513,17 @@ class FakeTracker:
     close = finish
 
 
+def test_a_tracker_s_own_variable_names_the_project(data, tmp_path, monkeypatch):
+    for log_to in ("wandb", "trackio"):
+        monkeypatch.setitem(sys.modules, log_to, fake := FakeTracker())
+        monkeypatch.setenv(f"{log_to.upper()}_PROJECT", "mine")
+        main(config(data, tmp_path / log_to, max_examples=200, log_to=log_to))
+        assert fake.started[0]["project"] == "mine"
+
+
 @pytest.mark.parametrize("log_to", ["wandb", "trackio", "tensorboard"])
 def test_log_to(data, tmp_path, monkeypatch, log_to):
-    fake, calls, update = FakeTracker(), [], jobs.SparseUpdate.__call__
+    fake, calls, update = FakeTracker(), [], train.SparseUpdate.step
     monkeypatch.setitem(sys.modules, {"tensorboard": "torch.utils.tensorboard"}.get(log_to, log_to), fake)
 
     def interrupted(*args, **options):
@@ -490,7 +532,7 @@ def test_log_to(data, tmp_path, monkeypatch, log_to):
             raise KeyboardInterrupt
         return update(*args, **options)
 
-    monkeypatch.setattr(jobs.SparseUpdate, "__call__", interrupted)
+    monkeypatch.setattr(train.SparseUpdate, "step", interrupted)
     options = dict(max_examples=600, log_every=1, save_every=2, log_to=log_to)
     with pytest.raises(KeyboardInterrupt):
         main(config(data, tmp_path, **options))

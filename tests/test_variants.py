@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import jobs
 import train
 from activations import Activations
 from disk import checksum
@@ -62,22 +61,13 @@ def test_a_sweep_gives_what_each_alone_gives_from_one_reading(data, tmp_path, mo
         assert all(torch.equal(mine[key], alone[key]) for key in alone)
         numbers = lambda folder: {k: v for k, v in json.loads((folder / "cfg.json").read_text()).items() if k != "training"}
         assert numbers(base / name) == numbers(tmp_path / name / "run")
-    digests = 8 * 1024 - 1024  # each job compares a sample with what it was begun with
-    assert together == sum(bytes_read) / 2 + digests
-
-
-def test_more_than_fits_takes_turns(data, tmp_path, monkeypatch):
-    groups, fit = [], train.fit
-    monkeypatch.setattr(train, "fit", lambda *args, **more: groups.append(len(args[2])) or fit(*args, **more))
-    need = 34 * 32 * 16 / 2**30
-    main(config(data, tmp_path, k=[1, 2, 3], num_latents=[32], max_examples=400, memory_gb=2.5 * need))
-    assert groups == [2, 1]
+    assert together == sum(bytes_read) / 2
 
 
 def test_a_sweep_that_is_interrupted_goes_on_to_the_same_bits(data, tmp_path, monkeypatch):
     options = dict(k=[2, 3], max_examples=4000, save_every=7)
     main(config(data, tmp_path / "whole", **options))
-    saved, calls = jobs.Job.save, []
+    saved, calls = train.TrainingRun.save, []
 
     def save(job):
         calls.append(job)
@@ -85,7 +75,7 @@ def test_a_sweep_that_is_interrupted_goes_on_to_the_same_bits(data, tmp_path, mo
             raise KeyboardInterrupt
         saved(job)
 
-    monkeypatch.setattr(jobs.Job, "save", save)
+    monkeypatch.setattr(train.TrainingRun, "save", save)
     with pytest.raises(KeyboardInterrupt):
         main(config(data, tmp_path / "torn", **options))
     monkeypatch.undo()
@@ -165,6 +155,19 @@ def test_a_weight_per_step_evens_the_steps_out(data, tmp_path):
     assert later["per_step"] < later["none"]
 
 
+@pytest.mark.parametrize("alias", ["batch_topk", "sample_topk"])
+def test_older_names_of_activations(data, tmp_path, alias):
+    """The same folder and the same bits."""
+    options = dict(run_name=None, max_examples=1000, k=[150 if alias == "sample_topk" else 3])
+    main(config(data, tmp_path / "a", **{alias: True}, **options))
+    main(config(data, tmp_path / "b", activation=alias.replace("_", ""), **options))
+    a, b = (next(folder.glob(f"acts_k*_M48_{alias}/sae.safetensors")) for folder in (tmp_path / "a", tmp_path / "b"))
+    assert a.read_bytes() == b.read_bytes()
+    training = json.loads(b.with_name("cfg.json").read_text())["training"]
+    assert training == json.loads(a.with_name("cfg.json").read_text())["training"]
+    assert training["activation"] == alias.replace("_", "") and alias not in training
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -175,7 +178,10 @@ def test_a_weight_per_step_evens_the_steps_out(data, tmp_path):
         (dict(k=[]), "--k"),
         (dict(seeds=[]), "--seeds"),
         (dict(k=[3, 49]), "--k 49"),
-        (dict(memory_gb=0), "--memory_gb 0"),
+        (dict(activation="sampletopk", batch_topk=True), "--activation sampletopk: expected no --batch_topk"),
+        (dict(activation="batchtopk", sample_topk=True), "--activation batchtopk: expected no"),
+        (dict(multi_topk=True, activation="sampletopk"), "--multi_topk True"),
+        (dict(activation="sampletopk", k=[48 * 50 + 1]), "--k 2401"),
         (dict(data_seed=-1), "--data_seed -1"),
         (dict(sample_topk=True, max_examples=5), "--max_examples 5: expected at least 50"),
     ],
@@ -215,30 +221,28 @@ def test_prompts_without_text(tmp_path):
 
 
 def test_weights_of_nan_are_never_saved(data, tmp_path, monkeypatch):
-    def spoilt(job, *args):
-        job.last = float("nan")
-        job.save()
-
-    monkeypatch.setattr(jobs.Job, "update", spoilt)
+    update = train.SparseUpdate.step
+    spoilt = lambda *args, **options: update(*args, **options) * float("nan")  # the norm of the gradients
+    monkeypatch.setattr(train.SparseUpdate, "step", spoilt)
     with pytest.raises(ValueError, match="last good"):
         main(config(data, tmp_path))
     assert all(t.isfinite().all() for t in load_file(tmp_path / "run" / "checkpoint.safetensors").values())
 
 
 def test_ctrl_c_in_the_last_update_stops_before_the_held_out_numbers(data, tmp_path, monkeypatch):
-    update = jobs.Job.update
+    update, calls = train.SparseUpdate.step, []
 
-    def pressed(job, *args):
-        row = update(job, *args)
-        if job.state["vectors"] == 400:
+    def pressed(*args, **options):
+        calls.append(args)
+        if len(calls) == 3:  # of two updates each, by the first of two SAEs
             signal.raise_signal(signal.SIGINT)
-        return row
+        return update(*args, **options)
 
-    cfg = config(data, tmp_path, k=[1, 2], max_examples=400, memory_gb=1e-6)
-    for names in (["checkpoint.safetensors"], ["cfg.json", "checkpoint.safetensors"]):  # and before the next turn
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(jobs.Job, "update", pressed)
-            main(cfg)
-        assert sorted(path.name for path in tmp_path.glob("run/*/c*")) == names
+    cfg = config(data, tmp_path, k=[1, 2], max_examples=400)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train.SparseUpdate, "step", pressed)
+        main(cfg)
+    assert len(calls) == 4
+    assert sorted(path.name for path in tmp_path.glob("run/*/c*")) == ["checkpoint.safetensors"] * 2
     main(cfg)
     assert len(list(tmp_path.glob("run/*/cfg.json"))) == 2
