@@ -95,7 +95,7 @@ def open_source(path, map_size):
     """The `Source` of one file. A file of vectors alone counts as one example, a file without a grid has maps of one line."""
     path = Path(path)
     if path.suffix != ".npy" or path.is_dir():
-        raise UsageError(f"{path}: features.py needs a finished .npy file; go on with the collection, or collect anew")
+        raise UsageError(f"{path}: features.py needs an .npy file; collect the activations anew")
     array, meta = open_file(path)
     P, S = (1, 1) if array.ndim == 2 else (len(array), array.shape[1] if array.ndim > 3 else 1)
     T = array.size // (P * S * array.shape[-1])
@@ -111,7 +111,7 @@ def open_source(path, map_size):
     high, wide = (high, wide) if h > 1 else (1, min(w, map_size * map_size))
     cells = (np.arange(h) * high // h)[:, None] * wide + np.arange(w) * wide // w
     rows = read_prompts(path) if meta and listing.exists() else None
-    lengths = read_lengths(path, array) if meta.get("stream") == "text" else None
+    lengths = read_lengths(path, array.shape) if meta.get("stream") == "text" else None
     ratio = round(w / h, 3) if h > 1 else None
     return Source(path, meta, P, S, T, rows, lengths, kept, np.tile(cells.ravel(), frames), (high, wide), ratio)
 

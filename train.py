@@ -156,7 +156,7 @@ def fit(cfg, activations, jobs, device, processes, diagnosed=False):
     size = max(1, cfg.effective_batch_size // tokens) * tokens
     iterations, done = -(-whole // size), min(job.state["vectors"] for job in jobs)
     share, pin = (vectors.index, vectors.count), device.type == "cuda"
-    batches = activations.batches(size, whole, done, cfg.data_seed, cfg.buffer_gb, tokens, share, processes, pin)
+    batches = activations.batches(size, whole, done, cfg.data_seed, cfg.buffer_gb, tokens, share, pin)
     name, weighted = jobs[0].folder.name, cfg.loss_weight == "per_step"  # moving the steps makes a GPU wait
     bar = tqdm(total=whole, initial=done, unit="vec", unit_scale=True, dynamic_ncols=True, desc=name, disable=not first)
     with ExitStack() as stack:
