@@ -15,7 +15,6 @@ here; activations.py knows what is in them.
 import mmap
 import os
 import sys
-import weakref
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -199,7 +198,7 @@ class Reader:
         self.row_bytes = files[0].rows.shape[1] * files[0].rows.itemsize
         self.plan = Plan(units, steps_of, self.row_bytes, tokens, buffer_gb * 2**30, seed)
         self.buffer = allocate(self.plan.size * self.plan.group_bytes).numpy()
-        self.reads, self.orders, self.spare = {}, {}, []
+        self.reads, self.orders = {}, {}
         self.silent = False  # no progress bar
 
     def batches(self, batch_size, stop, start, share, ahead):
@@ -245,10 +244,7 @@ class Reader:
                 for task in tasks:
                     task.result()
                 step = torch.from_numpy(np.concatenate([*taken, steps[:0]]).repeat(tokens).astype(np.int64))
-                x = rows if self.pin else torch.from_numpy(rows)
-                del rows
-                yield x[: len(step) * self.row_bytes].view(len(step), self.row_bytes), step
-                del x
+                yield rows[: len(step) * self.row_bytes].view(len(step), self.row_bytes), step
         finally:
             if not finalizing():  # else the threads have ended, and half of Python with them
                 for pool in (self.readers, self.gatherers):
@@ -306,21 +302,12 @@ class Reader:
 
     def gather(self, places, rows, at):
         """Copy groups from the buffer; NumPy's own thread, so that PyTorch's are left to the training."""
-        rows = rows.numpy() if self.pin else rows
         size = self.plan.group_bytes
-        out = rows[at * size : (at + len(places)) * size].reshape(len(places), size)
+        out = rows.numpy()[at * size : (at + len(places)) * size].reshape(len(places), size)
         np.take(self.buffer.reshape(-1, size), places, axis=0, out=out, mode="clip")  # clip: no copy between
 
     def memory(self, num_bytes):
-        """Bytes for a batch: pinned ones of PyTorch's, which keeps them, or ours, spare again when nobody holds them.
-
-        Fresh memory costs page faults: batches of 10 MB came at 10 GB/s, not at 21.
-        """
+        """Fresh memory for a batch, uint8: of PyTorch's cache of pinned memory, or of NumPy, which asks for large pages."""
         if self.pin:
             return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
-        fitting = (i for i, memory in enumerate(self.spare) if memory.nbytes == num_bytes)
-        memory = np.empty(num_bytes, np.uint8) if (i := next(fitting, None)) is None else self.spare.pop(i)
-        del self.spare[:-16]
-        rows = memory[:]  # a tensor made of it, and that tensor's views, hold this array
-        weakref.finalize(rows, self.spare.append, memory)
-        return rows
+        return torch.from_numpy(np.empty(num_bytes, np.uint8))

@@ -15,7 +15,7 @@ import torch
 import activations
 import reader
 from activations import Activations
-from reader import Plan, Reader, cut, shuffle
+from reader import Plan, cut, shuffle
 
 HERE = Path(__file__).resolve().parent.parent
 
@@ -140,19 +140,6 @@ def test_batches_that_are_kept_stay_as_they_are(tmp_path):
             kept.append(x[5:9] if i % 2 else x)  # also where only a view is kept
             copies.append(kept[-1].clone())
     assert all(map(torch.equal, kept, copies))
-
-
-def test_memory_that_nobody_holds_is_used_again(tmp_path):
-    data, _ = data_set(tmp_path / "a.npy")
-    memory = Reader(data.files, data.training_units, data.steps_of, 1, 0, 1.0).memory
-    address = lambda rows: rows.__array_interface__["data"][0]
-    first = memory(10_000)
-    begin, view = address(first), torch.from_numpy(first)[7:9]
-    del first
-    assert (second := address(memory(10_000))) != begin and address(memory(10_000)) == second
-    assert address(memory(9_999)) not in (begin, second)
-    del view
-    assert {address(one) for one in [memory(10_000), memory(10_000)]} == {begin, second}
 
 
 def test_blocks_cover_the_units():
