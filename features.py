@@ -293,24 +293,26 @@ def list_examples(activations):
 def describe(found, sae, activations, grids, examples):
     """All that the page says, but for the pictures, as an object for JSON; and the numbers of the examples that it shows."""
     shown = sorted(set(found.examples[found.examples >= 0].tolist()))
-    num_vectors, times = int(found.vectors.sum()), activations.timesteps
-    head = {
+    vectors = f"{int(found.vectors.sum()):,} vectors of width {sae.d_in}"
+    data = {
         "hook_name": activations.hook_name,
         "files": activations.paths,
-        "about": f"{sae.num_latents:,} features, {sae.activation}, k = {sae.k}; {num_vectors:,} vectors of width {sae.d_in}",
+        "about": f"{sae.num_latents:,} features, {sae.activation}, k = {sae.k}; {vectors}",
         "levels": LEVELS,
-        "timesteps": short(coarse(np.array([times]))[0], 6) if times else [],
+        "timesteps": [],
         "shapes": [grid.shape for grid in grids],
         "ratios": [grid.ratio for grid in grids],
         "cells": found.maps.shape[2],
         "examples": [[examples[e].caption, examples[e].place, examples[e].file] for e in shown],
     }
-    by_feature = describe_numbers(found) | describe_images(found, shown)
-    by_feature["words"] = over_represented([example.text for example in examples], found.examples)
+    if activations.timesteps:
+        data["timesteps"] = short(coarse(np.array([activations.timesteps]))[0], 6)
+    data |= describe_numbers(found) | describe_images(found, shown)
+    data["words"] = over_represented([example.text for example in examples], found.examples)
     indices, cosines = nearest(sae.W_dec, NEAREST)
-    pairs = [zip(*row) for row in zip(indices.tolist(), cosines.tolist())]
-    by_feature["nearest"] = [[[i, round(cosine, 3)] for i, cosine in row] for row in pairs]
-    return head | by_feature, shown
+    neighbours = zip(indices.tolist(), cosines.tolist())
+    data["nearest"] = [[[f, round(cosine, 3)] for f, cosine in zip(*row)] for row in neighbours]
+    return data, shown
 
 
 def describe_numbers(found):

@@ -3,6 +3,8 @@
 After each step of the scheduler the sample becomes the pictures' latents with the noise of the next timestep, so that the
 pipeline itself does all the rest, and its denoiser sees real pictures at every timestep but the first. How latents are
 packed into a sample is read off the first noise, which can be made again from its seeds: where each number went.
+
+The other way, final samples that were stored take the place of a sampling's only step, and the pipeline decodes them.
 """
 
 import copy
@@ -138,6 +140,40 @@ class Pictures:
 
         with self.hooked.watch(replace=replace):
             yield
+
+
+@torch.no_grad()
+def decoded(hooked, samples, prompts, pipeline_kwargs, batch_size=8):
+    """What final samples show, one picture (PIL, RGB) after another; of a video, the frame in the middle.
+
+    samples: arrays as the pipeline returned them with output_type "latent". prompts: as many rows of prompts.jsonl.
+    pipeline_kwargs: of that generation. The pipeline itself unpacks and decodes, whatever it does to its latents: it samples
+    one step, whose result the samples replace. Raises UsageError where they are not its samples, or it gives no pictures.
+    """
+    dropped = lambda name: name in ("output_type", "timesteps", "sigmas") or per_prompt(name)
+    given = {name: value for name, value in pipeline_kwargs.items() if not dropped(name)}
+    options, noise = hooked.arguments(1, "pt", given | hooked.accepts(num_inference_steps=1)), None
+    for i in range(0, len(samples), batch_size):
+        x, rows = torch.from_numpy(np.stack(samples[i : i + batch_size])), prompts[i : i + batch_size]
+        own = options | {"generator": seeded([0] * len(rows))}
+        if "negative_prompt" in rows[0]:
+            own["negative_prompt"] = [row["negative_prompt"] for row in rows]
+        texts = [row["prompt"] for row in rows]
+        noise = hooked.first_sample(texts, **own) if noise is None else noise
+        if noise.shape[1:] != x.shape[1:]:
+            raise UsageError(f"{type(hooked.pipe).__name__} samples {tuple(noise.shape[1:])}, and these are {tuple(x.shape[1:])}")
+        x = x.to(noise)
+        with hooked.watch(len(rows), replace=lambda index, scheduler, x=x: x):
+            output = hooked(texts, **own)
+        images = next(iter(tensors(output)), getattr(output, "images", None))
+        if isinstance(images, np.ndarray):
+            images = torch.from_numpy(images).movedim(-1, 1)
+        if torch.is_tensor(images) and images.ndim == 5:
+            images = images[:, images.shape[1] // 2]
+        if not torch.is_tensor(images) or images.ndim != 4 or images.shape[1] not in (1, 3):
+            raise UsageError(f"{type(hooked.pipe).__name__} gives no pictures")
+        for image in images.float().clamp(0, 1).mul(255).round().to(torch.uint8).expand(-1, 3, -1, -1).cpu():
+            yield Image.fromarray(image.permute(1, 2, 0).numpy())
 
 
 def seeded(seeds):

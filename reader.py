@@ -211,7 +211,7 @@ class Reader:
             return
         waiting = deque()  # batches that are being gathered: rows, steps, and the tasks
         paths, finalizing = {file.path for file in self.files}, sys.is_finalizing
-        self.open_files = {path: os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0)) for path in paths}
+        self.open_files = {path: os.open(path, os.O_RDONLY) for path in paths}
         self.readers, self.gatherers = ThreadPoolExecutor(READERS, "reader"), ThreadPoolExecutor(GATHERERS, "gatherer")
         try:
             (stage, at), (self.last, _) = self.plan.find(start), self.plan.find(stop - 1)

@@ -204,21 +204,28 @@ def open_activation_file(path):
     images = image_prompts(path, array.shape, meta, prompt_rows)
     whole_prompts = len(set(images)) > 1
     first, end, prompts = cut_units(array.shape, images if whole_prompts else None, lengths)
-    vectors = array.reshape(-1, array.shape[-1])
-    times = meta.get("timesteps") or []
+    if not whole_prompts:
+        prompts = [(str(path), piece) for piece in prompts]
+    rows = MappedRows(str(path), getattr(array, "offset", 0), array.reshape(-1, array.shape[-1]), array.shape[-2], 0)
     return ActivationFile(
         path=path,
         meta=meta,
         shape=array.shape,
-        files=[MappedRows(str(path), getattr(array, "offset", 0), vectors, array.shape[-2], 0)],
-        timesteps=[float(t) for t in times] if array.ndim == 4 and len(times) == array.shape[1] else [],
+        files=[rows],
+        timesteps=known_timesteps(array.shape, meta),
         hook_name=str(meta.get("hook_name", "")),
         units=np.stack([np.zeros_like(first), first, end], 1),
-        prompts=prompts if whole_prompts else [(str(path), piece) for piece in prompts],
+        prompts=prompts,
         whole_prompts=whole_prompts,
         prompt_rows=prompt_rows,
         lengths=lengths,
     )
+
+
+def known_timesteps(shape, meta):
+    """The scheduler's timestep of each step of a file (prompts, steps, tokens, d), [] where its description does not say."""
+    times = meta.get("timesteps") or []
+    return [float(t) for t in times] if len(shape) == 4 and len(times) == shape[1] else []
 
 
 def image_prompts(path, shape, meta, prompt_rows):
