@@ -69,14 +69,9 @@ class Config:
 class MapGrid(NamedTuple):
     """Where the tokens of an activation file lie in its heat maps."""
 
-    cells: np.ndarray
-    """(tokens of the grid,): the cell of each one"""
-
-    shape: tuple[int, int]
-    """(height, width) of a map in cells"""
-
-    ratio: float | None
-    """width / height of the grid, and so of the image; None where the tokens lie in a line"""
+    cells: np.ndarray  # (tokens of the grid,): the cell of each one
+    shape: tuple[int, int]  # (height, width) of a map in cells
+    ratio: float | None  # width / height of the grid, and so of the image; None where the tokens lie in a line
 
 
 def map_grid(file, map_size):
@@ -259,20 +254,11 @@ def packed_maps(found):
 class Example(NamedTuple):
     """One prompt, or the one image of several that it was given."""
 
-    file: int
-    """number of its activation file"""
-
-    text: str
-    """its prompt, "" where none is known"""
-
-    caption: str
-    """what stands under its image: the prompt, or else the name of a real picture"""
-
-    place: str
-    """where it is from: file, row, seed"""
-
-    image: Path | None
-    """what collect.py saved of it, which may be missing; None where the file is not of collect.py"""
+    file: int  # number of its activation file
+    text: str  # its prompt, "" where none is known
+    caption: str  # what stands under its image: the prompt, or else the name of a real picture
+    place: str  # where it is from: file, row, seed
+    image: Path | None  # what collect.py saved of it, which may be missing; None where the file is not of collect.py
 
 
 def list_examples(activations):

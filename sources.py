@@ -20,17 +20,10 @@ class MappedRows(NamedTuple):
     """Vectors that lie one after another in a file of the disk."""
 
     path: str
-    offset: int
-    """of the first vector, in bytes"""
-
-    rows: np.ndarray
-    """(n, d), mapped from the file"""
-
-    tokens: int
-    """vectors of one (prompt, step)"""
-
-    first: int
-    """vectors of the same array that come before these"""
+    offset: int  # of the first vector, in bytes
+    rows: np.ndarray  # (n, d), mapped from the file
+    tokens: int  # vectors of one (prompt, step)
+    first: int  # vectors of the same array that come before these
 
 
 @dataclass(frozen=True)
@@ -41,31 +34,16 @@ class ActivationFile:
     """
 
     path: Path
-    meta: dict
-    """what collect.py says of the file; {} for files of other programs"""
-
+    meta: dict  # what collect.py says of the file; {} for files of other programs
     shape: tuple[int, ...]
-    files: list[MappedRows]
-    """one for an .npy file, one or more for a folder of saved rows"""
-
-    timesteps: list[float]
-    """the scheduler's value at each step; [] where the file does not say"""
-
+    files: list[MappedRows]  # one for an .npy file, one or more for a folder of saved rows
+    timesteps: list[float]  # the scheduler's value at each step; [] where the file does not say
     hook_name: str
-    units: np.ndarray
-    """(n, 3): number in `files`, first row, end row; the rows of a unit show one prompt, and none is padding"""
-
-    prompts: list
-    """(n,): which prompt each unit shows; units of the same value show the same"""
-
-    whole_prompts: bool
-    """False where the file has no prompts, or a single one, and `prompts` numbers contiguous pieces instead"""
-
-    prompt_rows: list[dict] | None = None
-    """(P,): the lines of prompts.jsonl"""
-
-    lengths: np.ndarray | None = None
-    """(P,): how many tokens are no padding; None where the file holds no text tokens"""
+    units: np.ndarray  # (n, 3): number in `files`, first row, end row; the rows of a unit show one prompt, and none is padding
+    prompts: list  # (n,): which prompt each unit shows; units of the same value show the same
+    whole_prompts: bool  # False where there are no prompts, or a single one; then `prompts` numbers contiguous pieces
+    prompt_rows: list[dict] | None = None  # (P,): the lines of prompts.jsonl
+    lengths: np.ndarray | None = None  # (P,): how many tokens are no padding; None where the file holds no text tokens
 
     @property
     def P(self) -> int:
