@@ -14,43 +14,67 @@ import torch
 from arrow_file import is_arrow
 from errors import UsageError
 from reader import Reader
-from sources import open_source, read_description, stem_of, unfinished
+from sources import open_activation_file, read_description, refuse_unfinished
 
 HELD_OUT = dict(share=0.1, at_least=100_000, at_most=1_000_000)  # vectors kept from training, in whole prompts
+BESIDE = (".tokens.npy", ".timesteps.npy", ".lengths.npy")  # files that collect.py writes beside an activation file
 
 
 def newest_activations(folder="activations"):
-    """What collect.py finished last in `folder`, or else had begun when it was stopped: a file, or a glob over node folders.
+    """What collect.py finished last in `folder`: a file, or, of a collection in several subfolders, a glob over these.
 
     Raises UsageError where there is none.
     """
-    found = {path: read_description(path) for path in files_in(Path(folder))}
-    found = {path: meta for path, meta in found.items() if meta}
-    if not found:
+    folder = Path(folder)
+    described = [path for path in files_in(folder) if read_description(path)]
+    if not described:
         raise UsageError(f"no activation file in {folder}/; run collect.py first, or name a .npy with --data")
-    changed = lambda path: (path if "unfinished" in found[path] else path.with_suffix(".json")).stat().st_mtime
-    path = max(found, key=lambda path: ("unfinished" not in found[path], changed(path)))
-    return path if path.parent == Path(folder) else Path(folder) / "node*" / stem_of(path).name
+    newest = max(described, key=lambda path: path.with_suffix(".json").stat().st_mtime)
+    return newest if newest.parent == folder else folder / "*" / newest.name
 
 
 def files_in(folder):
-    """The activation files in a folder, sorted; of a collection by several machines those in its node folders."""
-    found = sorted(path for path in folder.glob("*.npy*") if holds_activations(path))
-    return found or [path for node in sorted(folder.glob("node[0-9]*")) if node.is_dir() for path in files_in(node)]
+    """The activation files of a folder, sorted; where it has none of its own, those of its subfolders.
+
+    Raises UsageError where one of these folders holds an unfinished collection and no finished one.
+    """
+    found = own_files(folder)
+    if found:
+        return found
+    return [path for inner in sorted(folder.glob("*")) if inner.is_dir() for path in own_files(inner)]
+
+
+def own_files(folder):
+    """The activation files that lie in the folder itself, sorted. Raises UsageError where all are unfinished."""
+    found = sorted(path for path in folder.glob("*.npy") if holds_activations(path))
+    if not found:
+        for partial in sorted(folder.glob("*.npy.partial")):
+            refuse_unfinished(partial)
+    return found
+
+
+def holds_activations(path):
+    """Whether a file that was found is meant: in a folder of collect.py those that it describes, such as no samples.npy."""
+    if path.suffix != ".npy" or path.name.endswith(BESIDE):
+        return False
+    return path.with_suffix(".json").exists() or not (path.parent / "collect.json").exists()
 
 
 def find(item):
-    """The files and saved data sets that a name, folder or glob means."""
+    """The files and saved data sets that a name, folder or glob means. Raises UsageError where there is none."""
     path = Path(item)
     if path.is_dir():
-        return [path] if is_arrow(path) else files_in(path)
-    if path.exists():
-        return [path]
-    if glob.has_magic(item):
-        found = map(Path, sorted({*glob.glob(item), *glob.glob(f"{item}.partial")}))
-        return [path for path in found if (is_arrow(path) if path.is_dir() else holds_activations(path))]
-    partial = Path(f"{item}.partial")
-    return [partial if unfinished(partial) else path]
+        found = [path] if is_arrow(path) else files_in(path)
+    elif path.exists() or not glob.has_magic(item):
+        found = [path]
+    else:
+        matches = [Path(match) for match in sorted(glob.glob(item))]
+        found = [match for match in matches if (is_arrow(match) if match.is_dir() else holds_activations(match))]
+        for partial in [] if found else sorted(glob.glob(f"{item}.partial")):
+            refuse_unfinished(partial)
+    if not found:
+        raise UsageError(f"{item}: no .npy file there")
+    return found
 
 
 def open_activations(data):
@@ -60,29 +84,32 @@ def open_activations(data):
     where a glob or folder has no file, OSError where a file is not there.
     """
     paths = {}
-    for item in map(str, data):
-        found = find(item)
-        if not found:
-            raise UsageError(f"{item}: no .npy file there")
-        for path in found:
+    for item in data:
+        for path in find(str(item)):
             paths.setdefault(os.path.realpath(path), str(path))
     sets = {}
     for path in paths.values():
         meta = {"hook_name": Path(path).resolve().name} if is_arrow(path) else read_description(path)
         sets.setdefault(tuple(meta.get(key) for key in ("model", "hook_name", "side", "rows", "stream")), []).append(path)
-    found = [Activations(paths) for paths in sets.values()]
-    for note in (note for one in found for note in one.notes):
-        print(note)
-    return found
+    return [Activations(paths) for paths in sets.values()]
 
 
-def holds_activations(path):
-    """Whether a file that was found is meant: collect.py describes its activations, and not samples.npy or progress.npy."""
-    if path.name.endswith(".npy.partial"):
-        return not stem_of(path).with_suffix(".json").exists() and bool(unfinished(path))
-    side_file = path.name.endswith((".tokens.npy", ".timesteps.npy", ".lengths.npy"))
-    ours = path.with_suffix(".json").exists() or not (path.parent / "collect.json").exists() or bool(unfinished(path))
-    return path.suffix == ".npy" and not side_file and ours
+def activations_of(sae, folder, data=()):
+    """The Activations of one hook point for an SAE: of the files that `data` names, or else of those it was trained on.
+
+    sae: anything with `cfg`, whose "data" lists files, and `d_in`. folder: what messages call it. Raises UsageError where
+    no files are known, where they are of several hook points, or where their vectors have another width.
+    """
+    data = data or sae.cfg.get("data")
+    if not data:
+        raise UsageError(f"{folder} does not say which files it was trained on; name some with --data")
+    sets = open_activations(data)
+    if len(sets) > 1:
+        raise UsageError(f"--data holds {len(sets)} hook points; expected the files of one")
+    activations = sets[0]
+    if activations.d != sae.d_in:
+        raise UsageError(f"{activations.paths[0]} holds vectors of width {activations.d}, and the SAE is of {sae.d_in}")
+    return activations
 
 
 class Activations:
@@ -93,15 +120,15 @@ class Activations:
     HELD_OUT["share"] of the vectors in whole prompts, more where that is below `at_least` (up to a quarter and the rest
     of a prompt, never more than half), fewer where it is above `at_most`.
 
-    Attributes: paths; files, of which an `.npy` is one and a folder of saved rows some; shapes, one a path; hook_name ("" for
+    Attributes: paths; sources, an ActivationFile each; files, all their MappedRows; shapes, one a path; hook_name ("" for
     plain files); d; num_vectors = num_training + num_held_out; whole_prompts, False where there were none to hold out;
-    num_prompts, 0 then; timesteps, one a step of the sampling, [] where the files do not say or differ; notes, to be shown.
+    num_prompts, 0 then; timesteps, one a step of the sampling, [] where the files do not say or differ.
     """
 
     def __init__(self, paths, seed=0):
         self.paths, self.files = [str(path) for path in paths], []
-        sources, units, prompts = [open_source(path) for path in self.paths], [], []
-        for path, source in zip(self.paths, sources):
+        self.sources, units, prompts = [open_activation_file(path) for path in self.paths], [], []
+        for path, source in zip(self.paths, self.sources):
             rows = source.files[0].rows
             if not self.files:
                 self.d, self.dtype, self.hook_name = rows.shape[1], rows.dtype, source.hook_name
@@ -111,11 +138,11 @@ class Activations:
             units.append(source.units + [len(self.files), 0, 0])
             prompts += source.prompts
             self.files += source.files
-        times = [source.timesteps for source in sources]
+        times = [source.timesteps for source in self.sources]
         self.timesteps = times[0] if all(other == times[0] for other in times) else []
         self.tokens = [file.tokens for file in self.files]
-        self.shapes, self.notes = [list(source.shape) for source in sources], [s.note for s in sources if s.note]
-        self.whole_prompts = all(source.whole_prompts for source in sources)
+        self.shapes = [list(source.shape) for source in self.sources]
+        self.whole_prompts = all(source.whole_prompts for source in self.sources)
         self.num_prompts = len(set(prompts)) if self.whole_prompts else 0
         units, numbers = np.concatenate(units), {}
         prompts = np.array([numbers.setdefault(name, len(numbers)) for name in prompts])
@@ -183,7 +210,7 @@ class Activations:
         for unit in self.held_out_units:
             yield self.read(unit[None])
 
-    def batches(self, batch_size, stop, start=0, seed=0, buffer_gb=2.0, tokens=1, share=(0, 1), machine=None, pin=False, ahead=4):
+    def batches(self, batch_size, stop, start=0, seed=0, buffer_gb=2.0, tokens=1, share=(0, 1), pin=False, ahead=4):
         """Training vectors `start` to `stop` of an endless seeded shuffle: (x (batch_size, d), step (batch_size,)), the last
         shorter. step: index of `timesteps`, None where there are none.
 
@@ -192,13 +219,13 @@ class Activations:
         stay together; all sizes are multiples of it. The order depends on the seed, the buffer's size and tokens alone:
         starting at any position gives what would have come. See reader.py.
 
-        share (i, n): of each batch only the i-th of n slices, cut at whole `tokens`. machine: the Processes, of which those on
-        one machine share one buffer; all have to call this, and to take the same batches. pin: x lies in pinned memory, so
-        that `x.to(device, non_blocking=True)` overlaps. ahead: batches that are prepared while one is used.
+        share (i, n): of each batch only the i-th of n slices, cut at whole `tokens`; each process has a buffer of its own.
+        pin: x lies in pinned memory, so that `x.to(device, non_blocking=True)` overlaps. ahead: batches that are prepared
+        while one is used.
 
         Raises UsageError where a file got shorter, OSError where it can't be read.
         """
-        reader = Reader(self.files, self.training_units, self.steps_of, tokens, seed, buffer_gb, machine, pin)
+        reader = Reader(self.files, self.training_units, self.steps_of, tokens, seed, buffer_gb, pin)
         dtype = torch.from_numpy(np.empty(0, self.dtype)).dtype
         dtype = torch.bfloat16 if dtype == torch.uint16 else dtype
 

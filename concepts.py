@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from activations import Activations
 from errors import UsageError
-from sources import open_file
 
 MOST = 1 << 28  # numbers that image scores may take: 1 GiB
 
@@ -38,26 +38,25 @@ def image_scores(sae, path, pool="mean", pictures=None, most=MOST):
     pool: mean or max over the tokens; padding of text does not count. P is at most `pictures`, and fewer, a seeded choice, where
     all would be more than `most` numbers. Raises UsageError for a file of another width, or not of (prompts, steps, tokens, d).
     """
-    array, meta = open_file(path)
-    if array.ndim != 4 or array.shape[3] != sae.d_in:
-        raise UsageError(f"{path} is {array.shape}; expected (prompts, steps, tokens, {sae.d_in})")
-    P, S, T, d = array.shape
-    fit = max(2, min(P, pictures or P, most // (S * sae.num_latents)))
+    activations = Activations([path])
+    (file,) = activations.sources
+    if len(file.shape) != 4 or file.d != sae.d_in:
+        raise UsageError(f"{path} is {file.shape}; expected (prompts, steps, tokens, {sae.d_in})")
+    P, S, T, M = file.P, file.S, file.T, sae.num_latents
+    fit = max(2, min(P, pictures or P, most // (S * M)))
     chosen = np.sort(np.random.default_rng(0).permutation(P)[:fit])
-    device, text = sae.W_dec.device, meta.get("stream") == "text"
-    scores = torch.zeros(len(chosen), S, sae.num_latents)
+    scores = torch.zeros(len(chosen), S, M)
     for out, row in zip(scores, tqdm(chosen, "encoding", unit="picture", leave=False)):
-        x = torch.from_numpy(np.array(array[row]))
-        x = (x.view(torch.bfloat16) if array.dtype == np.uint16 else x).float().to(device)
-        real = (x != 0).any(-1) if text else torch.ones(S, T, dtype=torch.bool, device=device)
-        top_acts, top_indices = sae.encode(x if sae.activation == "sampletopk" else x.flatten(0, 1))[:2]
-        top_acts = top_acts.reshape(S, T, -1) * real[:, :, None]
-        places, acts = top_indices.reshape(S, -1), top_acts.reshape(S, -1)
+        all_vectors = np.array([[0, row * S * T, (row + 1) * S * T]])
+        x = activations.read(all_vectors).to(sae.W_dec.device).float().view(S, T, -1)
+        top_acts, top_indices = sae.encode(x)[:2]
+        num_real = T if file.lengths is None else int(file.lengths[row])  # without the padding of text
+        acts, indices = top_acts[:, :num_real].flatten(1), top_indices[:, :num_real].flatten(1)
+        pooled = torch.zeros(S, M, device=x.device)
         if pool == "mean":
-            acts = torch.zeros(S, sae.num_latents, device=device).scatter_add_(1, places, acts)
-            out.copy_(acts / real.sum(1, keepdim=True).clamp_min(1))
+            out.copy_(pooled.scatter_add_(1, indices, acts) / max(1, num_real))
         else:
-            out.copy_(torch.zeros(S, sae.num_latents, device=device).scatter_reduce_(1, places, acts, "amax"))
+            out.copy_(pooled.scatter_reduce_(1, indices, acts, "amax"))
     return scores, chosen
 
 

@@ -14,11 +14,10 @@ All vectors are read once, those of training and those held out, and a feature's
     words     that more of these prompts have than of the others: log-odds with a prior, 1.96 deviations or more above 0
     nearest   the features with the largest cosine between their rows of W_dec and its own
 
-Reads   an SAE folder; activation files of collect.py (with prompts.jsonl, samples.npy), or any .npy; the model that they are
-        of, whose pipeline decodes the samples: one forward of the denoiser a picture, in place of a generation.
-Writes  <out_dir>/<name of the SAE>.html; where that would be above --max_mb also <name>_files/ with the pictures.
+Reads   an SAE folder; activation files of collect.py (with prompts.jsonl and images/), or any .npy.
+Writes  <out_dir>/<name of the SAE>.html.
 Of a video it shows the frame in the middle, and a map that is the mean over the frames. Where part of the tokens was kept, a
-cell without any is blank. Without samples or the model there are maps and words only. It names no feature, changes no SAE.
+cell without any is blank. Without images/ there are maps and words only. It names no feature, changes no SAE.
 
 Sources: log-odds, Monroe, Colaresi & Quinn 2008 (Political Analysis 16), equations 16 to 22; the page is features.html.
 """
@@ -34,22 +33,19 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import quote
 
 import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
 
-from activations import open_activations
-from cli import HERE, check_positive, resolve_device, resolve_dtype, run
-from disk import write_atomically
+from activations import activations_of
+from cli import HERE, check_positive, resolve_device, run
+from disk import check_same, make_folder, write_atomically
 from errors import UsageError
-from hook import HookedDiffusionModel
-from images import decoded
 from sae import Sae, newest_sae
-from sources import open_file, read_lengths, read_prompts
 
+PAGE = HERE / "features.html"  # in which the fields in double braces are filled in
 CURVE = 50  # points of a time curve at most
 LEVELS = 31  # of a heat map, beside 0: fewer compress better
 WORDS, NEAREST = 6, 6  # a feature has at most
@@ -62,57 +58,39 @@ class Config:
     sae: str | None = None  # its folder (None: the newest in saes/)
     data: list[str] = field(default_factory=list)  # activation files of one hook point (none: those that it was trained on)
     out_dir: str = "features"  # in which each SAE gets a page
-    model_name: str | None = None  # that decodes the samples (None: the model that the activations are of)
-    pictures: bool = True  # decode the samples; without them no model is loaded
     top_images: int = 12  # of a feature
     map_size: int = 16  # cells a side of a heat map at most; a finer grid is averaged
     picture_size: int = 256  # pixels a side at most; a larger picture is made smaller
-    max_mb: float = 25.0  # of the page; above it pictures go to a folder, and if need be features get fewer
     batch_size: int = 4096  # vectors that go through the SAE together
-    decode_batch_size: int = 8  # samples decoded together
-    cpu_offload: bool = False  # of the model, keep only the running component on the GPU
     device: str = "auto"  # auto, cuda, cuda:N, mps, cpu
 
 
-class Source(NamedTuple):
-    """An activation file, seen as (P, S, T, d): what its rows are of, and where its tokens are in a heat map."""
+class MapGrid(NamedTuple):
+    """Where the tokens of an activation file lie in its heat maps."""
 
-    path: Path
-    meta: dict
-    P: int
-    S: int
-    T: int
-    rows: list | None  # of prompts.jsonl
-    lengths: np.ndarray | None  # (P,): tokens that are no padding, of text
-    kept: np.ndarray | None  # (P, S, T): which tokens of the grid were kept, if not all
-    cells: np.ndarray  # of each token of the grid, its cell in the map
-    shape: tuple  # (h, w) of the map
-    ratio: float | None  # width / height of the grid, and so of the picture; None where it is a line
+    cells: np.ndarray  # (tokens of the grid,): the cell of each one
+    shape: tuple[int, int]  # (height, width) of a map in cells
+    ratio: float | None  # width / height of the grid, and so of the image; None where the tokens lie in a line
 
 
-def open_source(path, map_size):
-    """The `Source` of one file. A file of vectors alone counts as one example, a file without a grid has maps of one line."""
-    path = Path(path)
-    if path.suffix != ".npy" or path.is_dir():
-        raise UsageError(f"{path}: features.py needs a finished .npy file; go on with the collection, or collect anew")
-    array, meta = open_file(path)
-    P, S = (1, 1) if array.ndim == 2 else (len(array), array.shape[1] if array.ndim > 3 else 1)
-    T = array.size // (P * S * array.shape[-1])
-    kept, listing = path.with_suffix(".tokens.npy"), path.with_name("prompts.jsonl")
-    kept = np.load(kept, mmap_mode="r", allow_pickle=False) if kept.exists() else None
-    grid = tuple(meta.get("grid") or ())
-    if kept is None and int(np.prod(grid)) != T:
-        grid = (T,)
-    if kept is not None and kept.shape != (P, S, T):
-        raise UsageError(f"{path.with_suffix('.tokens.npy')} has shape {kept.shape}, expected {(P, S, T)}")
-    frames, h, w = int(np.prod(grid[:-2])), *(1, 1, *grid)[-2:]
-    high, wide = (max(1, round(n * min(1, map_size / max(h, w)))) for n in (h, w))  # the shape of the picture is kept
-    high, wide = (high, wide) if h > 1 else (1, min(w, map_size * map_size))
-    cells = (np.arange(h) * high // h)[:, None] * wide + np.arange(w) * wide // w
-    rows = read_prompts(path) if meta and listing.exists() else None
-    lengths = read_lengths(path, array) if meta.get("stream") == "text" else None
-    ratio = round(w / h, 3) if h > 1 else None
-    return Source(path, meta, P, S, T, rows, lengths, kept, np.tile(cells.ravel(), frames), (high, wide), ratio)
+def map_grid(file, map_size):
+    """The `MapGrid` of an ActivationFile. Where no grid is known, a map has one line.
+
+    Raises UsageError for a folder of saved rows.
+    """
+    if file.path.is_dir():
+        raise UsageError(f"{file.path}: features.py needs an .npy file; collect the activations anew")
+    height, width = (1, 1, *file.grid)[-2:]
+    frames = int(np.prod(file.grid[:-2]))
+    shrink = min(1, map_size / max(height, width))  # the shape of the image is kept
+    rows, columns = max(1, round(height * shrink)), max(1, round(width * shrink))
+    if height == 1:
+        rows, columns = 1, min(width, map_size * map_size)
+    row_of = np.arange(height) * rows // height
+    column_of = np.arange(width) * columns // width
+    cells = row_of[:, None] * columns + column_of
+    ratio = round(width / height, 3) if height > 1 else None
+    return MapGrid(np.tile(cells.ravel(), frames), (rows, columns), ratio)
 
 
 class Statistics:
@@ -161,37 +139,51 @@ class Statistics:
 
 
 @torch.no_grad()
-def scan(sae, activations, sources, top_images, batch_size):
-    """Read every vector once: the `Statistics` of all features, sorted. Examples are numbered through all sources."""
-    samples, device, examples = sae.activation == "sampletopk", sae.W_dec.device, sum(source.P for source in sources)
-    S, C = max(1, len(activations.timesteps)), max(int(source.cells.max()) + 1 for source in sources)
-    found = Statistics(sae.num_latents, S, min(top_images, examples), C, device)
-    if samples:
+def scan(sae, activations, grids, top_images, batch_size):
+    """Read every vector once: the `Statistics` of all features, sorted. Examples are numbered through all files.
+
+    grids: the MapGrid of each of `activations.sources`. Raises UsageError for numbers that are not finite, and where the SAE
+    needs whole samples and the files do not hold such.
+    """
+    num_examples = sum(file.P for file in activations.sources)
+    S = max(1, len(activations.timesteps))
+    C = max(int(grid.cells.max()) + 1 for grid in grids)
+    found = Statistics(sae.num_latents, S, min(top_images, num_examples), C, sae.W_dec.device)
+    if sae.takes_samples:
         activations.sample_tokens()  # or a UsageError
-    with tqdm(total=examples, unit="prompt", desc="features") as bar:
-        for number, source in enumerate(sources):
-            for p in range(source.P):
-                n = source.T if source.lengths is None else int(source.lengths[p])
-                size = max(n, batch_size // max(1, n) * n) if samples else batch_size
-                for pieces in pieces_of(number, source, p, n, size):
-                    x = activations.read(pieces).to(device).float()
-                    if not torch.isfinite(x).all():
-                        raise UsageError(f"{source.path}: prompt {p} holds numbers that are not finite")
-                    codes = sae.encode(x.unflatten(0, (-1, n)) if samples else x)
-                    row = np.concatenate([np.arange(first, end) for _, first, end in pieces.tolist()])
-                    s, t = row // source.T % source.S, row % source.T
-                    t = t if source.kept is None else np.asarray(source.kept[p])[s, t]
-                    step, cell = (torch.from_numpy(i).to(device) for i in (s if S > 1 else 0 * s, source.cells[t]))
-                    found.add(codes[0].flatten(0, -2), codes[1].flatten(0, -2), step, cell)
+    with tqdm(total=num_examples, unit="prompt", desc="features") as bar:
+        for number, (file, grid) in enumerate(zip(activations.sources, grids)):
+            for p in range(file.P):
+                scan_prompt(found, sae, activations, number, p, grid, batch_size)
                 found.finish(bar.n)
                 bar.update()
     found.sort()
     return found
 
 
-def pieces_of(number, source, p, n, size):
-    """The first n tokens of each step of example p as pieces for `Activations.read`, together at most `size` vectors a time."""
-    starts = (p * source.S + np.arange(source.S))[:, None] * source.T + np.arange(0, n, size)
+def scan_prompt(found, sae, activations, number, p, grid, batch_size):
+    """Add the vectors of prompt p in the file of that number to the statistics."""
+    file, device = activations.sources[number], sae.W_dec.device
+    n = file.T if file.lengths is None else int(file.lengths[p])
+    size = max(n, batch_size // max(1, n) * n) if sae.takes_samples else batch_size
+    for pieces in pieces_of(number, file, p, n, size):
+        x = activations.read(pieces).to(device).float()
+        if not torch.isfinite(x).all():
+            raise UsageError(f"{file.path}: prompt {p} holds numbers that are not finite")
+        top_acts, top_indices = sae.encode(x.unflatten(0, (-1, n)) if sae.takes_samples else x)[:2]
+        row = np.concatenate([np.arange(first, end) for _, first, end in pieces.tolist()])
+        step, token = row // file.T % file.S, row % file.T
+        if file.tokens_kept is not None:
+            token = np.asarray(file.tokens_kept[p])[step, token]
+        if not activations.timesteps:
+            step = np.zeros_like(step)
+        step, cell = torch.from_numpy(step).to(device), torch.from_numpy(grid.cells[token]).to(device)
+        found.add(top_acts.flatten(0, -2), top_indices.flatten(0, -2), step, cell)
+
+
+def pieces_of(number, file, p, n, size):
+    """The first n tokens of each step of prompt p as pieces for `Activations.read`, together at most `size` vectors a time."""
+    starts = (p * file.S + np.arange(file.S))[:, None] * file.T + np.arange(0, n, size)
     ends = np.minimum(starts + size, starts[:, :1] + n)
     pieces = np.stack([np.full(starts.size, number), starts.ravel(), ends.ravel()], 1)
     together = max(1, size // max(1, n))
@@ -237,34 +229,6 @@ def nearest(W_dec, n, block=1024):
     return torch.cat([part.indices for part in parts]).cpu(), torch.cat([part.values for part in parts]).cpu()
 
 
-def pictures_of(cfg, sources, examples, device):
-    """{example: WebP} of these examples, and why there are none of some or all, "" if there are."""
-    found, first = {}, 0
-    wanted = [source for source in sources if source.rows and source.path.with_name("samples.npy").exists()]
-    if not wanted:
-        return {}, "samples.npy and prompts.jsonl are not beside the activations"
-    try:
-        meta = wanted[0].meta
-        named = {key: meta.get(key) for key in ("variant", "revision")}
-        name, dtype = cfg.model_name or meta["model"], resolve_dtype("auto", device)
-        hooked = HookedDiffusionModel.from_pretrained(name, dtype, device, cfg.cpu_offload, **named)
-        hooked.pipe.set_progress_bar_config(disable=True)
-        with tqdm(total=len(examples), unit="picture", desc="pictures") as bar:
-            for source in sources:
-                here = [e for e in examples if first <= e < first + source.P] if source in wanted else []
-                samples = np.load(source.path.with_name("samples.npy"), mmap_mode="r", allow_pickle=False) if here else ()
-                given = ([samples[e - first] for e in here], [source.rows[e - first] for e in here])
-                for e, picture in zip(here, decoded(hooked, *given, source.meta["pipeline_kwargs"], cfg.decode_batch_size)):
-                    picture.thumbnail((cfg.picture_size, cfg.picture_size), Image.Resampling.LANCZOS)
-                    picture.save(file := io.BytesIO(), "webp", quality=85)
-                    found[e] = file.getvalue()
-                    bar.update()
-                first += source.P
-    except Exception as error:  # any pipeline runs here, after a scan of hours; a page without pictures is better than none
-        return found, f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return found, ""
-
-
 def short(values, digits=4):
     """Numbers for JSON, of so many significant digits."""
     return [float(f"{v:.{digits}g}") for v in values]
@@ -275,158 +239,199 @@ def coarse(curve):
     return np.stack([part.mean(1) for part in np.array_split(curve, min(CURVE, curve.shape[1]), axis=1)], 1)
 
 
-def packed_maps(found, top):
+def packed_maps(found):
     """Of each feature one string for the page: its maps, C bytes of 0 to LEVELS each, deflated, in base64."""
-    share = (found.peaks / found.peaks[:, :1].clamp_min(1e-30))[:, :top, None].numpy()  # all have the scale of the first
+    share = (found.peaks / found.peaks[:, :1].clamp_min(1e-30))[:, :, None].numpy()  # all have the scale of the first
     strings = []
-    for maps, part in zip(found.maps[:, :top].numpy(), share):
+    for maps, part in zip(found.maps.numpy(), share):
         levels = np.rint(maps * part * (LEVELS / 255)).astype(np.uint8)[part[:, 0] > 0]
         deflate = zlib.compressobj(9, zlib.DEFLATED, -15)
         strings.append(base64.b64encode(deflate.compress(levels.tobytes()) + deflate.flush()).decode() if levels.size else "")
     return strings
 
 
-def describe(found, sae, activations, sources, top):
-    """All that the page says, but for the pictures: an object for JSON."""
-    vectors, counts = found.vectors.double(), found.counts.double()
-    total, n = counts.sum(1), int(vectors.sum())
-    by_step = coarse((found.sums / vectors.clamp_min(1)).numpy())
-    curves = np.rint(255 * by_step / by_step.max(1, keepdims=True).clip(1e-300)).astype(np.uint8)
-    places = [(source, p) for source in sources for p in range(source.P)]
-    rows = [source.rows[p] if source.rows else {} for source, p in places]
-    texts = [str(row.get("prompt") or "") for row in rows]
-    chosen = found.examples[:, :top]
-    shown = sorted(set(chosen[chosen >= 0].tolist()))
-    index = {e: i for i, e in enumerate(shown)}
-    indices, cosines = nearest(sae.W_dec, NEAREST)
-    several = len(sources) > 1
-    captions = [texts[e] or str(rows[e].get("image") or "") for e in shown]
-    where = [f"{places[e][0].path.parent.name}/ " * several + f"row {places[e][1]}" for e in shown]
-    where = [w + (f", seed {rows[e]['seed']}" if "seed" in rows[e] else "") for w, e in zip(where, shown)]
-    return shown, {
+class Example(NamedTuple):
+    """One prompt, or the one image of several that it was given."""
+
+    file: int  # number of its activation file
+    text: str  # its prompt, "" where none is known
+    caption: str  # what stands under its image: the prompt, or else the name of a real picture
+    place: str  # where it is from: file, row, seed
+    image: Path | None  # what collect.py saved of it, which may be missing; None where the file is not of collect.py
+
+
+def list_examples(activations):
+    """Every row of the files as an `Example`, in the order of `scan`'s numbers."""
+    examples = []
+    for number, file in enumerate(activations.sources):
+        folder = f"{file.path.parent.name}/ " if len(activations.sources) > 1 else ""
+        for p in range(file.P):
+            row = file.prompt_rows[p] if file.prompt_rows else {}
+            text = str(row.get("prompt") or "")
+            caption = text or str(row.get("image") or "")
+            seed = f", seed {row['seed']}" if "seed" in row else ""
+            image = file.path.with_name("images") / f"{p}.webp" if file.prompt_rows else None
+            examples.append(Example(number, text, caption, f"{folder}row {p}{seed}", image))
+    return examples
+
+
+def describe(found, sae, activations, grids, examples):
+    """All that the page says, but for the pictures, as an object for JSON; and the numbers of the examples that it shows."""
+    shown = sorted(set(found.examples[found.examples >= 0].tolist()))
+    vectors = f"{int(found.vectors.sum()):,} vectors of width {sae.d_in}"
+    data = {
         "hook_name": activations.hook_name,
         "files": activations.paths,
-        "about": f"{sae.num_latents:,} features, {sae.activation}, k = {sae.k}; {n:,} vectors of width {sae.d_in}",
+        "about": f"{sae.num_latents:,} features, {sae.activation}, k = {sae.k}; {vectors}",
         "levels": LEVELS,
-        "timesteps": short(coarse(np.array([activations.timesteps]))[0], 6) if activations.timesteps else [],
-        "shapes": [source.shape for source in sources],
-        "ratios": [source.ratio for source in sources],
+        "timesteps": [],
+        "shapes": [grid.shape for grid in grids],
+        "ratios": [grid.ratio for grid in grids],
         "cells": found.maps.shape[2],
-        "examples": [[c, w, sources.index(places[e][0])] for c, w, e in zip(captions, where, shown)],
-        "density": short((total / max(1, n)).tolist()),
-        "mean": short((found.sums.sum(1) / total.clamp_min(1)).tolist()),
+        "examples": [[examples[e].caption, examples[e].place, examples[e].file] for e in shown],
+    }
+    if activations.timesteps:
+        data["timesteps"] = short(coarse(np.array([activations.timesteps]))[0], 6)
+    data |= describe_numbers(found) | describe_images(found, shown)
+    data["words"] = over_represented([example.text for example in examples], found.examples)
+    indices, cosines = nearest(sae.W_dec, NEAREST)
+    neighbours = zip(indices.tolist(), cosines.tolist())
+    data["nearest"] = [[[f, round(cosine, 3)] for f, cosine in zip(*row)] for row in neighbours]
+    return data, shown
+
+
+def describe_numbers(found):
+    """How often, how much and when each feature is active."""
+    active = found.counts.double().sum(1)
+    by_step = coarse((found.sums / found.vectors.double().clamp_min(1)).numpy())
+    height = by_step.max(1)
+    curves = np.rint(255 * by_step / height[:, None].clip(1e-300)).astype(np.uint8)
+    return {
+        "density": short((active / max(1, int(found.vectors.sum()))).tolist()),
+        "mean": short((found.sums.sum(1) / active.clamp_min(1)).tolist()),
         "max": short(found.largest.cpu().tolist()),
-        "height": short(by_step.max(1).tolist()),
+        "height": short(height.tolist()),
         "curves": base64.b64encode(curves.tobytes()).decode(),
-        "top": [[index[e] for e in examples if e >= 0] for examples in chosen.tolist()],
-        "peaks": [short((p for p in peaks if p > 0), 3) for peaks in found.peaks[:, :top].tolist()],
-        "words": over_represented(texts, chosen),
-        "nearest": [[[i, round(c, 3)] for i, c in zip(*row)] for row in zip(indices.tolist(), cosines.tolist())],
-        "maps": packed_maps(found, top),
     }
 
 
-def files_of(path):
-    """The folder beside a page in which its pictures are, where they are not in it."""
-    return path.with_name(path.stem + "_files")
+def describe_images(found, shown):
+    """In which of the shown examples each feature is most active, and where."""
+    index = {example: i for i, example in enumerate(shown)}
+    return {
+        "top": [[index[e] for e in examples if e >= 0] for examples in found.examples.tolist()],
+        "peaks": [short((peak for peak in peaks if peak > 0), 3) for peaks in found.peaks.tolist()],
+        "maps": packed_maps(found),
+    }
 
 
-def write_page(path, about, data, pictures, max_mb):
-    """Write the page of `describe`'s data, with the pictures (files as bytes, None for none) in it, or beside it if it would
-    be above `max_mb`: the folder in which they are, or None.
+def read_images(examples, size):
+    """The image of each example as the bytes of a small WebP, None where there is none, and a note that says why, or ""."""
+    images = [small_image(example.image, size) for example in tqdm(examples, unit="picture", desc="pictures")]
+    missing = [example.image for example, image in zip(examples, images) if image is None]
+    if not missing:
+        return images, ""
+    path = missing[0]
+    if path is None:
+        reason = "prompts.jsonl and images/ of collect.py are not beside the activations"
+    elif path.with_suffix(".wav").exists():
+        reason = "the model made sound"
+    else:
+        reason = f"{path} is not there or can't be read; collect again to have it"
+    kind = "no pictures" if len(missing) == len(images) else "some pictures are missing"
+    return images, f"{kind}: {reason}"
+
+
+def small_image(path, size):
+    """An image as the bytes of a WebP of at most `size` pixels a side; of a video the frame in the middle. None without one."""
+    if path is None or not path.exists():
+        return None
+    try:
+        with Image.open(path) as opened:
+            opened.seek(getattr(opened, "n_frames", 1) // 2)
+            image = opened.convert("RGB")
+    except (OSError, ValueError, EOFError):  # after a scan of hours a page without it is better than none
+        return None
+    image.thumbnail((size, size), Image.Resampling.LANCZOS)
+    image.save(file := io.BytesIO(), "webp", quality=85)
+    return file.getvalue()
+
+
+def write_page(path, about, data, images):
+    """Write the page of `describe`'s data, with the images (WebP files as bytes, None for none) in it.
 
     Whatever comes from outside is data: JSON without a "<", which the page's script shows as text alone. The page may run that
-    one script, which its hash names, and load pictures from its own bytes or from beside it, nothing else.
+    one script, which its hash names, and show images from its own bytes, nothing else.
     """
-    folder, text = files_of(path), json.dumps(data, separators=(",", ":"), allow_nan=False)
-    beside = len(text) + sum(len(picture or b"") for picture in pictures) * 4 / 3 > max_mb * 1e6
-    sources = []
-    for old in folder.glob("*.webp"):  # of the page that this one takes the place of
-        if old.stem.isdigit():
-            old.unlink()
-    for number, picture in enumerate(pictures):
-        if beside and picture:
-            folder.mkdir(exist_ok=True)
-            (folder / f"{number}.webp").write_bytes(picture)
-        inline = lambda: f"data:image/webp;base64,{base64.b64encode(picture).decode()}"  # noqa: B023
-        sources.append(picture and (f"{quote(folder.name)}/{number}.webp" if beside else inline()))
-    template = (HERE / "features.html").read_text("utf-8")
-    style, script = (re.search(f"<{tag}>(.*?)</{tag}>", template, re.DOTALL)[1] for tag in ("style", "script"))
-    style, script = (base64.b64encode(hashlib.sha256(code.encode()).digest()).decode() for code in (style, script))
-    images = "data: 'self' file:" if beside else "data:"
-    policy = f"default-src 'none'; img-src {images}; style-src 'sha256-{style}'; "
-    policy += f"script-src 'sha256-{script}'; base-uri 'none'; form-action 'none'"
-    text = json.dumps(data | {"name": path.stem, "pictures": sources}, separators=(",", ":")).replace("<", "\\u003c")
-    fields = {"title": html.escape(path.stem), "about": html.escape(json.dumps(about)), "policy": policy, "data": text}
+    urls = [image and f"data:image/webp;base64,{base64.b64encode(image).decode()}" for image in images]
+    text = json.dumps(data | {"name": path.stem, "pictures": urls}, separators=(",", ":"), allow_nan=False)
+    template = PAGE.read_text("utf-8")
+    fields = {
+        "title": html.escape(path.stem),
+        "about": html.escape(json.dumps(about)),
+        "policy": security_policy(template),
+        "data": text.replace("<", "\\u003c"),
+    }
     page = re.sub(r"\{\{(\w+)\}\}", lambda match: fields[match[1]], template)
     write_atomically(path, page.encode())
-    if not beside and folder.exists() and not any(folder.iterdir()):
-        folder.rmdir()
-    return folder if beside else None
+
+
+def security_policy(template):
+    """What a browser may do with the page: nothing but its own style, script and images."""
+    hashes = {}
+    for tag in ("style", "script"):
+        code = re.search(f"<{tag}>(.*?)</{tag}>", template, re.DOTALL)[1]
+        hashes[tag] = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+    return (
+        f"default-src 'none'; img-src data:; style-src 'sha256-{hashes['style']}'; script-src 'sha256-{hashes['script']}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
 
 
 def check_page(path, about):
-    """UsageError where the page, or what is in its place, is not of this SAE and these activations. Makes its folder."""
-    whose = lambda about: [Path(p).resolve() for p in (about["sae"], *about["data"])]
+    """Make the page's folder. Raises UsageError where the page, or what is in its place, is not of this SAE and these files."""
+    remedy = "use another --out_dir"
     if path.exists():
         try:
-            before = whose(json.loads(html.unescape(ABOUT.search(path.read_bytes()[:65536])[1].decode())))
+            theirs = resolved(json.loads(html.unescape(ABOUT.search(path.read_bytes()[:65536])[1].decode())))
         except (TypeError, KeyError, ValueError):
-            before = None
-        if before != whose(about):
-            raise UsageError(f"{path} is the page of another SAE or other activations; use another --out_dir")
-    elif files_of(path).exists():
-        raise UsageError(f"{files_of(path)} is there, and {path} is not: use another --out_dir")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out_dir {path.parent} can't be made: {error.strerror}") from None
+            raise UsageError(f"{path} is no page of features.py; {remedy}") from None
+        check_same(path, theirs, resolved(about), remedy)
+    make_folder(path.parent)
+
+
+def resolved(about):
+    """The same SAE and data whatever folder they were named from."""
+    return {"sae": str(Path(about["sae"]).resolve()), "data": [str(Path(name).resolve()) for name in about["data"]]}
 
 
 def main(cfg):
     # 1. The SAE, and all vectors of its hook point
-    check_positive(cfg, "top_images", "map_size", "picture_size", "batch_size", "decode_batch_size")
-    if not cfg.max_mb > 0:
-        raise UsageError(f"--max_mb {cfg.max_mb:g}: expected more than 0")
+    check_positive(cfg, "top_images", "map_size", "picture_size", "batch_size")
     device = resolve_device(cfg.device)
     folder = Path(cfg.sae) if cfg.sae else newest_sae()
     sae = Sae.load_from_disk(folder, device)
-    names = cfg.data or sae.cfg.get("data")
-    if not names:
-        raise UsageError(f"{folder} does not say which files it was trained on; name some with --data")
-    sets = open_activations(names)
-    if len(sets) > 1:
-        raise UsageError(f"--data holds {len(sets)} hook points; expected the files of one")
-    activations = sets[0]
-    if activations.d != sae.d_in:
-        raise UsageError(f"{activations.paths[0]} holds vectors of width {activations.d}, and the SAE is of {sae.d_in}")
+    activations = activations_of(sae, folder, cfg.data)
     path = Path(cfg.out_dir) / f"{(folder if folder.is_dir() else folder.parent).resolve().name}.html"
     about = {"sae": str(folder), "data": activations.paths}
     check_page(path, about)
-    sources = [open_source(name, cfg.map_size) for name in activations.paths]
+    grids = [map_grid(file, cfg.map_size) for file in activations.sources]
 
-    # 2. Their numbers and maps; fewer of these where the page would be too large without any picture
-    found, top = scan(sae, activations, sources, cfg.top_images, cfg.batch_size), cfg.top_images
-    shown, data = describe(found, sae, activations, sources, top)
-    while len(json.dumps(data)) > cfg.max_mb * 1e6 and top > 1:
-        top = -(-top // 2)
-        shown, data = describe(found, sae, activations, sources, top)
-    if top < cfg.top_images:
-        print(f"note: {top} images a feature, not {cfg.top_images}: with those the page would be above --max_mb {cfg.max_mb:g}")
+    # 2. Their numbers and maps
+    found = scan(sae, activations, grids, cfg.top_images, cfg.batch_size)
+    examples = list_examples(activations)
+    data, shown = describe(found, sae, activations, grids, examples)
 
-    # 3. The pictures of the prompts that are shown
-    pictures, note = pictures_of(cfg, sources, shown, device) if cfg.pictures else ({}, "")
-    data["note"] = note and f"{'no pictures' if not pictures else 'some pictures are missing'}: {note}"
-    if note:
+    # 3. The images of the prompts that are shown, and the page
+    images, data["note"] = read_images([examples[e] for e in shown], cfg.picture_size)
+    if data["note"]:
         print(f"note: {data['note']}")
-
-    # 4. The page
-    files = write_page(path, about, data, [pictures.get(e) for e in shown], cfg.max_mb)
+    write_page(path, about, data, images)
     alive = sum(density > 0 for density in data["density"])
+    num_images = sum(image is not None for image in images)
     print(f"{folder}: {alive:,} of {sae.num_latents:,} features are active on {int(found.vectors.sum()):,} vectors")
-    print(
-        f"saved in {path} ({path.stat().st_size / 1e6:.1f} MB), {len(pictures)} pictures {f'in {files}/' if files else 'in it'}"
-    )
+    print(f"saved in {path} ({path.stat().st_size / 1e6:.1f} MB), {num_images} pictures in it")
+    return path
 
 
 if __name__ == "__main__" and "get_ipython" not in globals():

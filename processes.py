@@ -1,4 +1,4 @@
-"""The processes that torchrun started together: which one this is, what they tell each other, and memory that they share.
+"""The processes that torchrun started together: which one this is, and what they tell each other.
 
     torchrun --nproc_per_node 4 collect.py ...
     torchrun --nnodes 2 --nproc_per_node 4 --rdzv_backend c10d --rdzv_endpoint first-machine:29500 train.py ...
@@ -7,10 +7,7 @@ Without torchrun there is one process, and everything here is free. Messages are
 """
 
 import json
-import mmap
 import os
-import tempfile
-from contextlib import suppress
 from datetime import timedelta
 
 import torch
@@ -89,7 +86,6 @@ class Processes:
         for node in sorted(set(machines)):  # every process has to make every group
             group = dist.new_group([r for r, n in enumerate(machines) if n == node], FOREVER, "gloo")
             self.here = group if node == self.node else self.here
-        self.machine = [r for r, n in enumerate(machines) if n == self.node]  # ranks on this one
 
     def tell(self, value):
         """Every process's value, by rank; all have to call it. Values are what JSON can hold."""
@@ -118,42 +114,6 @@ class Processes:
         if self.count > 1:
             dist.all_reduce(torch.zeros(1), group=self.here if local else None)
 
-    def shared(self, num_bytes):
-        """Memory that the processes of this machine share, of this one alone if it is alone: a tensor (num_bytes,) uint8.
-
-        Not in /dev/shm, of which containers have little. All processes have to call it.
-        """
-        fd, path = None, None
-        if self.local_count > 1 and self.local_rank == 0:
-            if hasattr(os, "memfd_create"):
-                fd = os.memfd_create("buffer")
-                path = f"/proc/{os.getpid()}/fd/{fd}"
-            else:
-                fd, path = tempfile.mkstemp()
-            os.ftruncate(fd, num_bytes)
-        paths = self.tell(path)
-        if self.local_count == 1:
-            return allocate(num_bytes)
-        mine = os.open(paths[self.machine[0]], os.O_RDWR)
-        memory = mmap.mmap(mine, num_bytes)
-        os.close(mine)
-        self.barrier(local=True)  # all have it open
-        if fd is not None:
-            os.close(fd)
-            if not path.startswith("/proc"):
-                os.unlink(path)
-        return torch.frombuffer(memory, dtype=torch.uint8)
-
     def close(self):
         if self.count > 1:
             dist.destroy_process_group()
-
-
-def allocate(num_bytes):
-    """Memory (num_bytes,) uint8, in large pages where there are such: rows are gathered a third faster from them."""
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(num_bytes, dtype=torch.uint8)
-    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)

@@ -1,6 +1,7 @@
 """The shuffle buffer: rows of files read by background threads in large blocks, and given out in seeded random batches.
 
-What comes is fixed by the seed, the buffer's size and the rows alone, so it can start anywhere, and be shared by processes.
+What comes is fixed by the seed, the buffer's size and the rows alone, so it can start anywhere, and processes that each have
+a buffer agree on it.
 
     fits     the rows fit the buffer: read once, shuffled as a whole every epoch.
     else     the blocks of an epoch are permuted and cut into S parts of an eighth of the buffer, a slab. In stage t, parts t to
@@ -11,11 +12,12 @@ Two rows of one block meet in a batch 1.15 to 1.45 x (bytes of the rows / buffer
 here; activations.py knows what is in them.
 """
 
+import mmap
 import os
 import sys
-import weakref
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import lru_cache
 
 import numpy as np
@@ -23,7 +25,6 @@ import torch
 from tqdm import tqdm
 
 from errors import UsageError
-from processes import allocate
 
 BLOCK_BYTES = 1 << 20  # read at once: large enough for a sequential read's speed, small enough to mix prompts
 SLABS = 8
@@ -64,6 +65,16 @@ def shuffle(steps, seed):
             here /= max(count, 1)
         order = order[np.argsort(place)]
     return order
+
+
+def allocate(num_bytes):
+    """Memory (num_bytes,) uint8, in large pages where there are such: rows are gathered a third faster from them."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(num_bytes, dtype=torch.uint8)
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 class Plan:
@@ -176,30 +187,31 @@ class Plan:
 
 
 class Reader:
-    """Endless shuffled rows of files, from a buffer of its own or one that the processes of a machine share.
+    """Endless shuffled rows of files, from a buffer in memory.
 
     files: (path, first byte, rows) each, rows an array (n, d) mapped from there; units (n, 3): file, first row, end row, of what
     is read; steps_of(pieces): the step of each of their rows, at most 32,767. The rest as in `Activations.batches`.
     """
 
-    def __init__(self, files, units, steps_of, tokens, seed, buffer_gb, machine=None, pin=False):
-        self.files, self.tokens, self.machine, self.pin = files, tokens, machine, pin
+    def __init__(self, files, units, steps_of, tokens, seed, buffer_gb, pin=False):
+        self.files, self.tokens, self.pin = files, tokens, pin
         self.row_bytes = files[0].rows.shape[1] * files[0].rows.itemsize
         self.plan = Plan(units, steps_of, self.row_bytes, tokens, buffer_gb * 2**30, seed)
-        num_bytes = self.plan.size * self.plan.group_bytes
-        self.buffer = (allocate if machine is None else machine.shared)(num_bytes).numpy()
-        self.reads, self.orders, self.spare = {}, {}, []
+        self.buffer = allocate(self.plan.size * self.plan.group_bytes).numpy()
+        self.reads, self.orders = {}, {}
+        self.silent = False  # no progress bar
 
     def batches(self, batch_size, stop, start, share, ahead):
         """(rows (n, row_bytes) uint8, their steps (n,) int64) of each batch: what is this process' share of it."""
         tokens, (mine, many) = self.tokens, share
+        self.silent = mine > 0
         assert not start % tokens and not stop % tokens and not batch_size % tokens
         start, stop, size = start // tokens, stop // tokens, batch_size // tokens
         if start >= stop:
             return
         waiting = deque()  # batches that are being gathered: rows, steps, and the tasks
         paths, finalizing = {file.path for file in self.files}, sys.is_finalizing
-        self.open_files = {path: os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0)) for path in paths}
+        self.open_files = {path: os.open(path, os.O_RDONLY) for path in paths}
         self.readers, self.gatherers = ThreadPoolExecutor(READERS, "reader"), ThreadPoolExecutor(GATHERERS, "gatherer")
         try:
             (stage, at), (self.last, _) = self.plan.find(start), self.plan.find(stop - 1)
@@ -232,10 +244,7 @@ class Reader:
                 for task in tasks:
                     task.result()
                 step = torch.from_numpy(np.concatenate([*taken, steps[:0]]).repeat(tokens).astype(np.int64))
-                x = rows if self.pin else torch.from_numpy(rows)
-                del rows
-                yield x[: len(step) * self.row_bytes].view(len(step), self.row_bytes), step
-                del x
+                yield rows[: len(step) * self.row_bytes].view(len(step), self.row_bytes), step
         finally:
             if not finalizing():  # else the threads have ended, and half of Python with them
                 for pool in (self.readers, self.gatherers):
@@ -260,25 +269,20 @@ class Reader:
         return order
 
     def ask(self, first, last):
-        """Read parts in the background, of each this process' share."""
-        mine, many = (0, 1) if self.machine is None else (self.machine.local_rank, self.machine.local_count)
+        """Read parts in the background."""
         for part in range(first, last + 1):
             if part not in self.reads:
                 pieces = self.plan.pieces(part)
                 sizes = (pieces[:, 2] - pieces[:, 1]) * self.row_bytes
                 at = self.plan.place(part) * self.plan.group_bytes + np.cumsum(sizes) - sizes
-                work = zip(pieces[mine::many].tolist(), at[mine::many].tolist())
-                self.reads[part] = [self.readers.submit(self.read, *piece, at) for piece, at in work]
+                self.reads[part] = [self.readers.submit(self.read, *piece, at) for piece, at in zip(pieces.tolist(), at.tolist())]
 
     def wait(self):
-        """Until all that was asked for is there, in every process of this machine."""
+        """Until all that was asked for is there."""
         tasks = [task for tasks in self.reads.values() for task in tasks]
-        silent = self.machine is not None and self.machine.rank > 0
-        for task in tqdm(tasks, "reading", unit="block", leave=False, delay=2, disable=silent):
+        for task in tqdm(tasks, "reading", unit="block", leave=False, delay=2, disable=self.silent):
             task.result()
         self.reads = dict.fromkeys(self.reads, ())
-        if self.machine is not None:
-            self.machine.barrier(local=True)
 
     def read(self, number, first, end, at):
         """Copy rows of a file into the buffer, whose byte `at` is where the first goes."""
@@ -298,21 +302,12 @@ class Reader:
 
     def gather(self, places, rows, at):
         """Copy groups from the buffer; NumPy's own thread, so that PyTorch's are left to the training."""
-        rows = rows.numpy() if self.pin else rows
         size = self.plan.group_bytes
-        out = rows[at * size : (at + len(places)) * size].reshape(len(places), size)
+        out = rows.numpy()[at * size : (at + len(places)) * size].reshape(len(places), size)
         np.take(self.buffer.reshape(-1, size), places, axis=0, out=out, mode="clip")  # clip: no copy between
 
     def memory(self, num_bytes):
-        """Bytes for a batch: pinned ones of PyTorch's, which keeps them, or ours, spare again when nobody holds them.
-
-        Fresh memory costs page faults: batches of 10 MB came at 10 GB/s, not at 21.
-        """
+        """Fresh memory for a batch, uint8: of PyTorch's cache of pinned memory, or of NumPy, which asks for large pages."""
         if self.pin:
             return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
-        fitting = (i for i, memory in enumerate(self.spare) if memory.nbytes == num_bytes)
-        memory = np.empty(num_bytes, np.uint8) if (i := next(fitting, None)) is None else self.spare.pop(i)
-        del self.spare[:-16]
-        rows = memory[:]  # a tensor made of it, and that tensor's views, hold this array
-        weakref.finalize(rows, self.spare.append, memory)
-        return rows
+        return torch.from_numpy(np.empty(num_bytes, np.uint8))

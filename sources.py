@@ -1,9 +1,9 @@
-"""What one path holds: an activation file of collect.py, finished or not, any float `.npy`, or a folder of saved rows.
-
-Of a collection that was stopped only the finished batches count. No pickle is read.
-"""
+"""What one path holds: an activation file of collect.py, any float `.npy`, or a folder of saved rows. No pickle is read."""
 
 import json
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,75 +12,99 @@ import numpy as np
 from arrow_file import is_arrow, open_arrow
 from disk import checksum, read_json
 from errors import UsageError
-from store import check_size, safe_counts
+
+PIECES = 32  # that a file without prompts is cut into
 
 
-class File(NamedTuple):
-    """Rows that lie one after another in a file."""
+class MappedRows(NamedTuple):
+    """Vectors that lie one after another in a file of the disk."""
 
     path: str
-    offset: int
-    """of the first row, in bytes"""
+    offset: int  # of the first vector, in bytes
+    rows: np.ndarray  # (n, d), mapped from the file
+    tokens: int  # vectors of one (prompt, step)
+    first: int  # vectors of the same array that come before these
 
-    rows: np.ndarray
-    """(rows, d), mapped from the file"""
 
-    tokens: int
-    """rows of one (prompt, step)"""
+@dataclass(frozen=True)
+class ActivationFile:
+    """One opened path, seen as (P, S, T, d): prompts (one per image), steps, tokens and the width of a vector.
 
-    first: int
-    """rows of the same array that come before these"""
+    A file of vectors alone counts as one prompt and one step.
+    """
+
+    path: Path
+    meta: dict  # what collect.py says of the file; {} for files of other programs
+    shape: tuple[int, ...]
+    files: list[MappedRows]  # one for an .npy file, one or more for a folder of saved rows
+    timesteps: list[float]  # the scheduler's value at each step; [] where the file does not say
+    hook_name: str
+    units: np.ndarray  # (n, 3): number in `files`, first row, end row; the rows of a unit show one prompt, and none is padding
+    prompts: list  # (n,): which prompt each unit shows; units of the same value show the same
+    whole_prompts: bool  # False where there are no prompts, or a single one; then `prompts` numbers contiguous pieces
+    prompt_rows: list[dict] | None = None  # (P,): the lines of prompts.jsonl
+    lengths: np.ndarray | None = None  # (P,): how many tokens are no padding; None where the file holds no text tokens
+
+    @property
+    def P(self) -> int:
+        return 1 if len(self.shape) == 2 else self.shape[0]
+
+    @property
+    def S(self) -> int:
+        return self.shape[1] if len(self.shape) > 3 else 1
+
+    @property
+    def T(self) -> int:
+        return prod(self.shape[:-1]) // (self.P * self.S)
+
+    @property
+    def d(self) -> int:
+        return self.shape[-1]
+
+    @cached_property
+    def tokens_kept(self) -> np.ndarray | None:
+        """(P, S, T): which token of the grid each one is; None where all were kept. Raises UsageError for another shape."""
+        path = self.path.with_suffix(".tokens.npy")
+        if not path.exists():
+            return None
+        kept = np.load(path, mmap_mode="r", allow_pickle=False)
+        expected = (self.P, self.S, self.T)
+        if kept.shape != expected:
+            raise UsageError(f"{path} has shape {kept.shape}, expected {expected}")
+        return kept
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """([frames,] height, width) on which the tokens lie; (T,) where no such grid is known."""
+        grid = tuple(self.meta.get("grid") or ())
+        if self.tokens_kept is None and prod(grid) != self.T:
+            return (self.T,)
+        return grid
 
 
 def read_description(path):
-    """What collect.py says of an activation file, {} where it does not: its `.json`, or what `unfinished` finds.
-
-    Raises UsageError if it is damaged.
-    """
+    """The `.json` that collect.py wrote beside an activation file, {} where it wrote none. Raises UsageError if it is damaged."""
     path = Path(path)
-    record = stem_of(path).with_suffix(".json")
+    record = path.with_suffix(".json")
     if path.suffix != ".npy" or not record.exists():
-        return unfinished(path)
+        return {}
     meta = read_json(record)
-    if "checksum" not in meta and not {"format", "hook_name", "mean_norm"} <= meta.keys():
+    if "checksum" not in meta and not {"format", "hook_name"} <= meta.keys():
         return {}  # somebody else's
     if meta.get("checksum") != checksum(meta):
         raise UsageError(f"{record} was changed after it was written (its checksum differs); collect again or remove it")
     return meta
 
 
-def stem_of(path):
-    """`<name>.npy` of `<name>.npy` and `<name>.npy.partial`."""
-    return path.with_suffix("") if path.suffix == ".partial" else path
-
-
-def unfinished(path):
-    """The description of a file of a collection that was stopped, and "unfinished": its folder's progress.npy. Else {}."""
+def refuse_unfinished(path):
+    """Raise UsageError where a path names a file of a collection that was stopped, and the finished file is not there."""
     path = Path(path)
-    record, progress = path.with_name("collect.json"), path.with_name("progress.npy")
-    if not (record.exists() and progress.exists() and path.exists()):
-        return {}
-    there = read_json(record)
-    settings, facts = there.get("settings") or {}, there.get("facts") or {}
-    end = {"output": "", "input": ".input", "diff": ".diff"}[settings.get("side", "output")]
-    end += ".text" if settings.get("stream") == "text" else ""
-    for hook_name in facts:
-        for rows in ("cond", "uncond") if settings.get("rows") == "both" else (settings.get("rows"),):
-            if stem_of(path).name == f"{hook_name}{'.uncond' if rows == 'uncond' else ''}{end}.npy":
-                meta = settings | {"hook_name": hook_name, "rows": rows, **facts[hook_name]}
-                return meta | {"shape": list(check_size(path)), "unfinished": str(progress)}
-    return {}
-
-
-def safe_rows(array, meta):
-    """Which rows of a file's first axis are written: all but those of batches that collect.py had not done: bool (prompts,)."""
-    safe = np.ones(len(array), bool)
-    if "unfinished" in meta:
-        batch = meta["batch_size"] * meta["num_images_per_prompt"]
-        number, row = np.divmod(np.arange(len(array)), batch)
-        done = safe_counts(np.load(meta["unfinished"], allow_pickle=False))
-        safe = row < np.pad(done, (0, max(0, number[-1] + 1 - len(done))))[number]
-    return safe
+    partial = path if path.suffix == ".partial" else Path(f"{path}.partial")
+    if partial.exists() and not (path.exists() and path != partial):
+        raise UsageError(
+            f"{partial} is not finished: the same collect.py command resumes it, "
+            "and with a smaller --max_num_examples finishes it at that length"
+        )
 
 
 def open_file(path):
@@ -89,11 +113,12 @@ def open_file(path):
     Raises UsageError for anything but floats of at least two axes, or bfloat16 bits that the description says are such.
     """
     path = Path(path)
+    refuse_unfinished(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
+    if path.suffix != ".npy":
+        raise UsageError(f"{path} is no .npy file")
     meta = read_description(path)
-    if path.suffix != ".npy" and not meta:
-        raise UsageError(f"{path} is no .npy file, nor one of a collection that was stopped")
     try:
         array = np.lib.format.open_memmap(path, mode="r")  # never unpickles
     except OSError:
@@ -112,8 +137,11 @@ def open_file(path):
     return array, meta
 
 
-def read_prompts(path):
-    """The rows of prompts.jsonl beside an activation file, one a picture. Raises UsageError where it is not there, or damaged."""
+def read_prompts(path, count=None):
+    """The rows of prompts.jsonl beside an activation file, one per image. Raises UsageError where it is not there, or damaged.
+
+    count: how many images the file holds (None: it is opened to see).
+    """
     listing = Path(path).with_name("prompts.jsonl")
     if not listing.exists():
         raise UsageError(f"{listing} is not there, so it is not known which prompts the activations are of")
@@ -121,87 +149,95 @@ def read_prompts(path):
         rows = [json.loads(line) for line in listing.read_text("utf-8").splitlines()]
     except ValueError as error:
         raise UsageError(f"{listing} is damaged: {error}") from None
-    if len(rows) < len(open_file(path)[0]) or not all(isinstance(row, dict) and "prompt" in row for row in rows):
+    if count is None:
+        count = len(open_file(path)[0])
+    if len(rows) < count or not all(isinstance(row, dict) and "prompt" in row for row in rows):
         raise UsageError(f"{listing} does not say the prompts of {path}, one a line")
     return rows
 
 
-def prompts_of(path, array, meta):
-    """What says which prompt each row of the file's first axis is of: its text in prompts.jsonl, or else a number."""
-    listing, n = Path(path).with_name("prompts.jsonl"), int(meta.get("num_images_per_prompt", 1))
-    if meta and listing.exists():
-        try:
-            texts = [json.loads(line).get("prompt") for line in listing.read_text("utf-8").splitlines()]
-        except (ValueError, AttributeError):
-            raise UsageError(f"{listing} can't be read; collect again, or move it away") from None
-        texts = texts[: len(array)] if "unfinished" in meta else texts  # the listing may be ahead of the file
-        if len(texts) == len(array) and None not in texts and len(set(texts)) > 1:
-            return texts
-    return [(path, row // n) for row in range(len(array))]
+def read_lengths(path, shape):
+    """How many tokens of each prompt are no padding, (prompts,), of a file of text tokens (prompts, steps, tokens, d)."""
+    path = Path(path).with_suffix(".lengths.npy")
+    try:
+        lengths = np.load(path, allow_pickle=False)
+    except Exception as error:  # a damaged header can fail in any way
+        raise UsageError(f"{path} is missing or damaged ({error}); move its folder away and collect again") from None
+    if lengths.shape != shape[:1]:
+        raise UsageError(f"{path} is of another collection: {lengths.shape} for {shape[:1]}")
+    return lengths.clip(0, shape[2])
 
 
-def read_lengths(path, array):
-    """Tokens of each prompt (prompts,) that are no padding, of a file of text tokens."""
-    path = stem_of(Path(path)).with_suffix(".lengths.npy")
-    path = path if path.exists() else Path(f"{path}.partial")
-    if check_size(path) != array.shape[:1]:
-        raise UsageError(f"{path} is of another collection: {check_size(path)} for {array.shape[:1]}")
-    return np.load(path, allow_pickle=False).clip(0, array.shape[2])
-
-
-def read_timesteps(array, meta):
-    """The scheduler's timestep of each step of a file of (prompts, steps, tokens, d), [] where it does not say."""
-    times = meta.get("timesteps") or []
-    return [float(t) for t in times] if array.ndim == 4 and len(times) == array.shape[1] else []
-
-
-class Source(NamedTuple):
-    """What one path holds."""
-
-    files: list[File]
-    units: np.ndarray
-    """(n, 3): file, first row, end row; each of one prompt"""
-
-    prompts: list
-    """which prompt each unit is of"""
-
-    timesteps: list[float]
-    shape: tuple[int, ...]
-    hook_name: str
-    whole_prompts: bool
-    note: str = ""
-
-
-def open_source(path):
-    """A `.npy` file, finished or not, or a folder of saved rows as a Source."""
+def open_activation_file(path):
+    """Open a `.npy` file or a folder of saved rows. Raises UsageError where it can't be read, OSError where it is missing."""
     if is_arrow(path):
-        return open_rows(path)
+        return open_saved_rows(path)
+    path = Path(path)
     array, meta = open_file(path)
-    rows = array.reshape(-1, array.shape[-1])
-    safe, note, whole = safe_rows(array, meta), "", True
-    names = prompts_of(path, array, meta) if array.ndim > 2 else []
-    if "unfinished" in meta:
-        n = meta["num_images_per_prompt"]
-        note = f"{path}: {safe.sum() // n} of {len(array) // n} prompts; the collection is not finished"
-        if len({name for name, there in zip(names, safe) if there}) < 2:
-            raise UsageError(f"{note}, and has too little to train on yet; go on with it")
-    elif len(set(names)) < 2:
-        names, whole = [(path, piece) for piece in range(min(32, len(rows)))], False
-    cuts = np.arange(len(names) + 1) * len(rows) // len(names)
-    first, end = cuts[:-1], cuts[1:]
-    if len(names) == len(array):
-        first, end, names = first[safe], end[safe], [name for name, there in zip(names, safe) if there]
-        if meta.get("stream") == "text":  # without the padding of each prompt's steps
-            first = (first[:, None] + np.arange(array.shape[1]) * array.shape[2]).reshape(-1)
-            end = first + read_lengths(path, array)[safe].repeat(array.shape[1])
-            names = [name for name in names for _ in range(array.shape[1])]
-    file = File(str(path), getattr(array, "offset", 0), rows, array.shape[-2], 0)
-    units, hook_name = np.stack([np.zeros_like(first), first, end], 1), str(meta.get("hook_name", ""))
-    return Source([file], units, names, read_timesteps(array, meta), array.shape, hook_name, whole, note)
+    prompt_rows, lengths = None, None
+    if meta and array.ndim > 2 and path.with_name("prompts.jsonl").exists():
+        prompt_rows = read_prompts(path, len(array))[: len(array)]  # the listing of a collection that grows is ahead of it
+    if meta.get("stream") == "text":
+        lengths = read_lengths(path, array.shape)
+    images = image_prompts(path, array.shape, meta, prompt_rows)
+    whole_prompts = len(set(images)) > 1
+    first, end, prompts = cut_units(array.shape, images if whole_prompts else None, lengths)
+    if not whole_prompts:
+        prompts = [(str(path), piece) for piece in prompts]
+    rows = MappedRows(str(path), getattr(array, "offset", 0), array.reshape(-1, array.shape[-1]), array.shape[-2], 0)
+    return ActivationFile(
+        path=path,
+        meta=meta,
+        shape=array.shape,
+        files=[rows],
+        timesteps=known_timesteps(array.shape, meta),
+        hook_name=str(meta.get("hook_name", "")),
+        units=np.stack([np.zeros_like(first), first, end], 1),
+        prompts=prompts,
+        whole_prompts=whole_prompts,
+        prompt_rows=prompt_rows,
+        lengths=lengths,
+    )
 
 
-def open_rows(folder):
-    """A folder of saved rows as a Source. Rows of one file name, or one run through the timesteps, are one prompt."""
+def known_timesteps(shape, meta):
+    """The scheduler's timestep of each step of a file (prompts, steps, tokens, d), [] where its description does not say."""
+    times = meta.get("timesteps") or []
+    return [float(t) for t in times] if len(shape) == 4 and len(times) == shape[1] else []
+
+
+def image_prompts(path, shape, meta, prompt_rows):
+    """Which prompt each image of a file shows: the text where texts are known and differ, else a number of this file."""
+    if len(shape) == 2:
+        return []
+    texts = [row["prompt"] for row in prompt_rows or []]
+    if None not in texts and len(set(texts)) > 1:
+        return texts
+    images_each = int(meta.get("num_images_per_prompt", 1))
+    return [(str(path), row // images_each) for row in range(shape[0])]
+
+
+def cut_units(shape, images, lengths):
+    """Units of an array (prompts, ..., d) whose rows are vectors: first rows (n,), end rows (n,), and what each shows (n,).
+
+    images: which prompt each of the array's images shows; None cuts contiguous pieces and numbers them.
+    lengths: of text tokens, of which each (prompt, step) is a unit without its padding.
+    """
+    num_vectors = prod(shape[:-1])
+    if lengths is not None:
+        steps, tokens = shape[1:3]
+        first = np.arange(len(lengths) * steps) * tokens
+        end = first + lengths.repeat(steps)
+        if images is None:
+            return first, end, (np.arange(len(first)) * PIECES // len(first)).tolist()
+        return first, end, [image for image in images for _ in range(steps)]
+    shows = list(range(min(PIECES, num_vectors))) if images is None else images
+    cuts = np.arange(len(shows) + 1) * num_vectors // len(shows)
+    return cuts[:-1], cuts[1:], shows
+
+
+def open_saved_rows(folder):
+    """Open a folder of saved rows. Rows of one file name, or one run through the timesteps, show one prompt."""
     arrays, columns = open_arrow(folder)
     counts = np.array([len(array) for *_, array in arrays])
     _, tokens, d = arrays[0][2].shape
@@ -215,7 +251,8 @@ def open_rows(folder):
     whole = len(set(names)) > 1
     names = names if whole else list(range(len(names)))
     begin = np.cumsum(counts) - counts
-    files = [File(path, at, a.reshape(-1, d), tokens, b * tokens) for (path, at, a), b in zip(arrays, begin.tolist())]
+    files = [MappedRows(path, at, a.reshape(-1, d), tokens, b * tokens) for (path, at, a), b in zip(arrays, begin.tolist())]
     first = np.concatenate([np.arange(count) for count in counts]) * tokens
     units = np.stack([np.arange(len(counts)).repeat(counts), first, first + tokens], 1)
-    return Source(files, units, names, timesteps, (len(first), tokens, d), Path(folder).resolve().name, whole)
+    shape, hook_name = (len(first), tokens, d), Path(folder).resolve().name
+    return ActivationFile(Path(folder), {}, shape, files, timesteps, hook_name, units, names, whole)

@@ -183,7 +183,6 @@ def train(
         buffer_gb=cfg.buffer_gb,
         tokens=tokens,
         share=(vectors.index, vectors.count),
-        machine=processes,
         pin=pinned,
     )
     bar = tqdm(

@@ -4,7 +4,7 @@
     python -m bench maps --sae saes/a saes/b
 
 A map of features.py (mean activation over the steps) fires where it is at least a quarter of its peak. The object is where the
-decoded picture differs from its background, the median of its border, by more than 40 of 255. A feature's images take turns:
+picture differs from its background, the median of its border, by more than 40 of 255. A feature's images take turns:
 half of them choose features, the other half score them, beside the same maps with their cells shuffled. Two choices:
 
     fit       the eight features that fit the object best, whatever they are of
@@ -17,12 +17,10 @@ import numpy as np
 from PIL import Image
 
 import features
-from activations import open_activations
+from activations import activations_of
 from bench.step import conditions
 from cli import check_positive, resolve_device
 from errors import UsageError
-from hook import HookedDiffusionModel
-from images import decoded
 from sae import Sae, newest_sae
 
 
@@ -57,27 +55,25 @@ def main(cfg):
     for path in cfg.sae or [str(newest_sae())]:
         # 1. The maps, and the objects in their pictures
         sae = Sae.load_from_disk(path, device)
-        (activations,) = open_activations(sae.cfg["data"])
-        (source,) = (features.open_source(name, 16) for name in activations.paths)
-        if not source.rows or "object" not in source.rows[0]:
-            raise UsageError(f"{source.path}: expected activations of the toy's own prompts")
-        found = features.scan(sae, activations, [source], cfg.top_images, 4096)
+        activations = activations_of(sae, path)
+        (file,) = activations.sources
+        if not file.prompt_rows or "object" not in file.prompt_rows[0]:
+            raise UsageError(f"{file.path}: expected activations of the toy's own prompts")
+        grid = features.map_grid(file, 16)
+        found = features.scan(sae, activations, [grid], cfg.top_images, 4096)
+        examples = features.list_examples(activations)
         shown = sorted(set(found.examples[found.examples >= 0].tolist()))
-        samples = np.load(source.path.with_name("samples.npy"), mmap_mode="r", allow_pickle=False)
-        hooked = HookedDiffusionModel.from_pretrained(source.meta["model"], device=device)
-        hooked.pipe.set_progress_bar_config(disable=True)
-        given = [samples[e] for e in shown], [source.rows[e] for e in shown]
-        masks = dict(zip(shown, map(drawn, decoded(hooked, *given, source.meta["pipeline_kwargs"], 32))))
+        masks = {e: drawn(Image.open(examples[e].image).convert("RGB")) for e in shown}
 
         # 2. Each feature's fit, in two halves of its images, and what most of them show
         fits = []  # (fit in the half that chooses, in the other, there with shuffled maps, object or None)
         for examples, maps in zip(found.examples.tolist(), found.maps.numpy()):
             if min(examples) < 0:
                 continue
-            each = [overlap(m[: np.prod(source.shape)].reshape(source.shape), masks[e], cfg.at) for m, e in zip(maps, examples)]
-            mixed = [rng.permutation(m[: np.prod(source.shape)]).reshape(source.shape) for m in maps[1::2]]
+            each = [overlap(m[: np.prod(grid.shape)].reshape(grid.shape), masks[e], cfg.at) for m, e in zip(maps, examples)]
+            mixed = [rng.permutation(m[: np.prod(grid.shape)]).reshape(grid.shape) for m in maps[1::2]]
             mixed = [overlap(m, masks[e], cfg.at) for m, e in zip(mixed, examples[1::2])]
-            objects = [source.rows[e]["object"] for e in examples]
+            objects = [file.prompt_rows[e]["object"] for e in examples]
             most = max(set(objects), key=objects.count)
             told = most if objects.count(most) >= cfg.share * len(objects) else None
             fits.append((np.mean(each[::2]), np.mean(each[1::2]), np.mean(mixed), told))

@@ -1,6 +1,7 @@
 """Reading activation files: what is refused, the split by prompt, and the seeded shuffle that starts anywhere."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -8,10 +9,10 @@ import torch
 
 import activations
 import reader
-from activations import Activations, newest_activations, open_activations
+from activations import Activations, activations_of, newest_activations, open_activations
 from disk import checksum
-from sources import open_file, prompts_of
-from store import Collection
+from errors import UsageError
+from sources import open_activation_file, open_file
 
 
 @pytest.fixture(autouse=True)
@@ -182,82 +183,117 @@ def test_each_hook_name_is_a_data_set(tmp_path):
     assert [data.paths for data in open_activations([tmp_path / "samples.npy"])] == [[str(tmp_path / "samples.npy")]]
 
 
-def stopped(folder, done, prompts=20, name="mid_block", first=0, n=1):
-    """A collection of 3 steps and 4 tokens in batches of 3 prompts, of which some are done."""
-    settings = {"model": "toy", "batch_size": 3, "num_images_per_prompt": n, "rows": "both", "side": "output", "stream": "image"}
-    rows = [{"id": i, "prompt": f"{folder.name} {i}", "seed": i} for i in range(prompts) for _ in range(n)]
-    collection = Collection(folder, settings | {"dtype": "float32"}, rows, 3 * n)
-    numbers = first + torch.arange(12.0 * prompts * n).view(-1, 3, 4, 1).expand(-1, 3, 4, 2)
-    facts = {name: {"timesteps": [9, 5, 1], "sigmas": [3, 2, 1], "grid": [2, 2]}}
-    for batch in done:
-        x = numbers[3 * n * batch : 3 * n * (batch + 1)]
-        arrays = {name: x, f"{name}.uncond": -x, "samples": x[:, 0]}
-        collection.write(batch, arrays, np.zeros(3), facts)
-    return collection
+def test_an_unfinished_collection_is_refused_in_one_line(tmp_path):
+    numbered(tmp_path / "a.npy").rename(tmp_path / "a.npy.partial")
+    (tmp_path / "collect.json").write_text("{}")
+    numbered(tmp_path / "progress.npy")
+    for item in (tmp_path / "a.npy", tmp_path / "a.npy.partial", tmp_path, tmp_path / "*.npy"):
+        with pytest.raises(UsageError, match="a.npy.partial is not finished.*smaller --max_num_examples finishes it"):
+            open_activations([item])
+    with pytest.raises(UsageError, match="a.npy.partial is not finished"):
+        newest_activations(tmp_path)
+    with pytest.raises(OSError, match="no such file"):
+        open_activations([tmp_path / "b.npy"])
+    describe(numbered(tmp_path / "b.npy"))  # beside a finished file it is no data
+    for item in (tmp_path, tmp_path / "*.npy"):
+        assert [data.paths for data in open_activations([item])] == [[str(tmp_path / "b.npy")]]
+    assert newest_activations(tmp_path) == tmp_path / "b.npy"
 
 
-def finish(collection, folder, name="mid_block"):
-    meta = collection.settings | {"hook_name": name, **collection.facts[name], "shape": collection.shape(name)}
-    collection.finish({name: meta | {"rows": "cond"}, f"{name}.uncond": meta | {"rows": "uncond"}, "samples": None})
-    collection.close()
-
-
-@pytest.mark.parametrize("n", [1, 2])
-def test_a_collection_that_was_stopped_counts_as_far_as_it_came(tmp_path, capsys, n):
-    stopped(tmp_path, [0, 3, 6], n=n).close()  # the last batch is of two
-    expected = [12 * row + i for row in (*range(3 * n), *range(9 * n, 12 * n), *range(18 * n, 20 * n)) for i in range(12)]
-    for name in ("mid_block.npy", "mid_block.npy.partial", "mid_*.npy"):
-        data = open_activations([tmp_path / name])[0]
-        found = [*data.held_out(), *(x for x, _ in data.batches(7, data.num_training))]
-        assert sorted(ids(found).tolist()) == expected and data.num_vectors == len(expected)
-        assert data.timesteps == [9, 5, 1] and data.hook_name == "mid_block" and data.num_prompts == 8
-        assert f"{tmp_path}/mid_block.npy.partial: 8 of 20 prompts; the collection is not finished" in capsys.readouterr().out
-        drawn = data.draw(1000)
-        assert (data.read(drawn)[:, 0].long() // 4 % 3).tolist() == data.steps_of(drawn).tolist()
-    both = open_activations([tmp_path])
-    assert [data.paths for data in both] == [[f"{tmp_path}/mid_block{end}.npy.partial"] for end in ("", ".uncond")]
-    assert newest_activations(tmp_path).suffix == ".partial"
-
-
-def test_a_finished_collection_that_was_being_extended(tmp_path, capsys):
-    collection = stopped(tmp_path, range(7))
-    finish(collection, tmp_path)
-    assert open_activations([tmp_path])[0].num_vectors == 240 and not capsys.readouterr().out
-    stopped(tmp_path, [8], prompts=40).close()
-    data = open_activations([tmp_path])[0]
-    assert data.paths == [f"{tmp_path}/mid_block.npy.partial"] and data.num_prompts == 20 + 3
-    assert "23 of 40 prompts" in capsys.readouterr().out
-    stopped(tmp_path, [], prompts=60).close()  # the listing has grown, and the files not yet
-    assert open_activations([tmp_path])[0].num_prompts == 23
-    path = tmp_path / "mid_block.npy.partial"
-    array, meta = open_file(path)
-    assert prompts_of(path, array, meta) == [f"{tmp_path.name} {i}" for i in range(40)]
-    np.save(tmp_path / "progress.npy", np.load(tmp_path / "progress.npy")[:7])  # not yet as long as the file
-    assert open_activations([tmp_path])[0].num_prompts == 20
-
-
-def test_one_finished_prompt_is_too_few(tmp_path):
-    collection = stopped(tmp_path, [])
-    collection.batch_size, collection.sizes = 1, np.ones(20, int)
-    collection.close()
-    with pytest.raises(ValueError, match="no .npy file"):
-        open_activations([tmp_path])
-    stopped(tmp_path, [6], prompts=19).close()
-    with pytest.raises(ValueError, match="1 of 19 prompts.*too little"):
-        open_activations([tmp_path])
-
-
-def test_what_several_machines_collected_is_one_data_set(tmp_path, capsys):
-    for node, done in enumerate(([0, 1, 2, 3, 4, 5, 6], [0, 2])):
-        collection = stopped(tmp_path / f"node{node}", done, first=1000 * node)
-        if node == 0:
-            finish(collection, tmp_path / "node0")
-        collection.close()
-    paths = [[f"{tmp_path}/node0/mid_block{end}.npy", f"{tmp_path}/node1/mid_block{end}.npy.partial"] for end in ("", ".uncond")]
+@pytest.mark.parametrize("names", [("node0", "node1"), ("shard0of2", "shard1of2")])
+def test_a_folder_means_its_own_files_or_else_those_of_its_subfolders(tmp_path, names):
+    for number, name in enumerate(names):
+        (tmp_path / name / "deeper").mkdir(parents=True)
+        (tmp_path / name / "collect.json").write_text("{}")
+        describe(numbered(tmp_path / name / "m.npy", (10, 4), first=40 * number))
+        describe(numbered(tmp_path / name / "n.npy", (10, 4)), hook_name="other")
+        numbered(tmp_path / name / "samples.npy")
+        describe(numbered(tmp_path / name / "deeper" / "m.npy"))
+    (tmp_path / "notes.txt").write_text("")
+    paths = [[str(tmp_path / name / f"{file}.npy") for name in names] for file in "mn"]
     assert [data.paths for data in open_activations([tmp_path])] == paths
+    assert [data.paths for data in open_activations([tmp_path / name for name in names])] == paths
+    os.utime(tmp_path / names[0] / "m.json", (2e9, 2e9))
     (data,) = open_activations([newest_activations(tmp_path)])
-    assert data.paths in paths and data.num_vectors == 240 + 6 * 12 and data.num_prompts == 26
-    assert capsys.readouterr().out.count("node1/mid_block") == 3
+    assert data.paths == paths[0] and data.num_vectors == 80 and data.num_prompts == 20
+
+    (tmp_path / "empty").mkdir()
+    assert len(open_activations([tmp_path])) == 2
+    numbered(tmp_path / "empty" / "m.npy").rename(tmp_path / "empty" / "m.npy.partial")  # a part that is still collected
+    with pytest.raises(UsageError, match="empty/m.npy.partial is not finished"):
+        open_activations([tmp_path])
+    describe(numbered(tmp_path / "own.npy"))
+    assert [data.paths for data in open_activations([tmp_path])] == [[str(tmp_path / "own.npy")]]
+
+
+def test_a_listing_that_is_ahead_of_its_file(tmp_path):
+    """A larger --max_num_examples lists all prompts before its first batch is written; the split stays by text."""
+    describe(numbered(tmp_path / "a.npy", (4, 5)))
+    texts = ["a", "b", "a", "b", "c", "d"]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": t}) + "\n" for t in texts))
+    assert Activations([tmp_path / "a.npy"]).num_prompts == 2
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
+    with pytest.raises(UsageError, match="does not say the prompts"):
+        Activations([tmp_path / "a.npy"])
+
+
+def test_an_opened_file_says_what_its_axes_are(tmp_path):
+    shapes = {(12, 2): (1, 1, 12), (3, 4, 2): (3, 1, 4), (3, 5, 4, 2): (3, 5, 4), (3, 5, 2, 2, 2): (3, 5, 4)}
+    for number, (shape, axes) in enumerate(shapes.items()):
+        np.save(tmp_path / f"{number}.npy", np.ones(shape, np.float32))
+        file = open_activation_file(tmp_path / f"{number}.npy")
+        assert (file.P, file.S, file.T) == axes and file.d == 2
+        assert file.grid == (axes[2],) and file.tokens_kept is None and file.prompt_rows is None and file.lengths is None
+    path = tmp_path / "2.npy"
+    describe(path, grid=[2, 2])
+    assert open_activation_file(path).grid == (2, 2)
+    describe(path, grid=[4, 4])
+    assert open_activation_file(path).grid == (4,)  # a grid of another file
+    np.save(tmp_path / "2.tokens.npy", np.zeros((3, 5, 4), np.uint16))
+    file = open_activation_file(path)
+    assert file.grid == (4, 4) and file.tokens_kept.shape == (3, 5, 4)  # 4 tokens of the 16
+    np.save(tmp_path / "2.tokens.npy", np.zeros((3, 5, 3), np.uint16))
+    with pytest.raises(UsageError, match=r"2.tokens.npy has shape \(3, 5, 3\), expected \(3, 5, 4\)"):
+        open_activation_file(path).tokens_kept  # noqa: B018
+
+
+@pytest.mark.parametrize("prompts", [1, 4])
+def test_padding_of_text_is_not_read(tmp_path, prompts):
+    """Of one prompt alone neither."""
+    path = numbered(tmp_path / "a.npy", (prompts, 3, 5))
+    describe(path, stream="text", shape=[prompts, 3, 5, 2])
+    lengths = [2, 5, 1, 4][:prompts]
+    np.save(tmp_path / "a.lengths.npy", np.array(lengths))
+    data = Activations([path])
+    found = ids([*data.held_out(), *data.batches(4, data.num_training)])
+    expected = [(p * 3 + s) * 5 + t for p in range(prompts) for s in range(3) for t in range(lengths[p])]
+    assert sorted(found.tolist()) == expected and data.whole_prompts == (prompts > 1)
+    np.save(tmp_path / "a.lengths.npy", np.array([*lengths, 1]))
+    with pytest.raises(UsageError, match="is of another collection"):
+        Activations([path])
+    (tmp_path / "a.lengths.npy").write_bytes(b"")
+    with pytest.raises(UsageError, match="a.lengths.npy is missing or damaged"):
+        Activations([path])
+
+
+class Model:
+    """What activations_of looks at in an SAE."""
+
+    def __init__(self, d_in, **cfg):
+        self.d_in, self.cfg = d_in, cfg
+
+
+def test_the_activations_of_an_sae(tmp_path):
+    a, b = numbered(tmp_path / "a.npy"), numbered(tmp_path / "b.npy")
+    assert activations_of(Model(2, data=[str(a)]), "sae").paths == [str(a)]
+    assert activations_of(Model(2, data=[str(a)]), "sae", [str(b)]).paths == [str(b)]
+    with pytest.raises(UsageError, match="sae does not say which files it was trained on; name some with --data"):
+        activations_of(Model(2), "sae")
+    with pytest.raises(UsageError, match="holds vectors of width 2, and the SAE is of 3"):
+        activations_of(Model(3, data=[str(a)]), "sae")
+    describe(b)
+    with pytest.raises(UsageError, match="--data holds 2 hook points; expected the files of one"):
+        activations_of(Model(2), "sae", [str(a), str(b)])
 
 
 def saved_rows(folder, x, column="activations", plain=False, shards=2, **columns):

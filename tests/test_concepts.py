@@ -38,6 +38,7 @@ def test_padding_of_text_does_not_count(tmp_path):
     x = np.random.default_rng(0).standard_normal((2, 2, 5, 8)).astype(np.float32)
     x[0, :, 3:] = 0
     write(tmp_path, x, stream="text")
+    np.save(tmp_path / "block.lengths.npy", np.array([3, 5]))
     sae = Sae(8, 12, 3)
     sae.b_dec.data.fill_(0.3)  # so that zeros would have activations
     for pool, of in (("mean", lambda codes: codes.mean(0)), ("max", lambda codes: codes.amax(0))):

@@ -1,18 +1,18 @@
-"""features.py: its numbers and maps against dense ones, the pictures of every kind of pipeline, the page in a real browser."""
+"""features.py: its numbers and maps against dense ones, pictures of every kind, the page in a real browser."""
 
 import base64
 import io
 import json
 import re
+import shutil
 import zlib
+from pathlib import Path
 
-import families
 import numpy as np
 import pytest
 import torch
 from browser import CHROMIUM, Browser
 from PIL import Image
-from tiny import build, generate_options, sd15, sdxl
 
 import collect
 import features
@@ -21,9 +21,8 @@ from activations import open_activations
 from bench.maps import drawn, overlap
 from cli import HERE
 from disk import checksum
-from features import Config, main, nearest, open_source, over_represented, scan
-from hook import HookedDiffusionModel, tensors
-from images import decoded
+from features import Config, Example, list_examples, main, map_grid, nearest, over_represented, read_images, scan
+from hook import HookedDiffusionModel
 from sae import Sae
 from toy.concepts import Classifier, to_model
 
@@ -40,6 +39,19 @@ def write(folder, x, **meta):
     rows = [{"id": p, "prompt": f"{folder.name} prompt {p}", "seed": p} for p in range(len(x))]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def colour_of(p):
+    return 20 * (p % 10) + 30
+
+
+def save_images(path, sizes):
+    """Grey pictures beside an activation file, as collect.py saves what the model made."""
+    folder = path.with_name("images")
+    if not folder.exists():
+        folder.mkdir()
+        for p, size in enumerate(sizes):
+            Image.new("RGB", size, (colour_of(p),) * 3).save(folder / f"{p}.webp", lossless=True)
 
 
 def read_page(path):
@@ -69,8 +81,8 @@ def test_numbers_and_maps_are_those_of_the_dense_expression(kind, batch_size, tm
             np.save(path.with_suffix(".tokens.npy"), tokens)
     sae = Sae(6, 11, 20 if kind == "samples" else 2, {"activation": "sampletopk"} if kind == "samples" else {})
     activations = open_activations(paths)[0]
-    sources = [open_source(path, 3 if kind in ("image", "video") else 16) for path in activations.paths]
-    found = scan(sae, activations, sources, 2, batch_size)
+    grids = [map_grid(file, 3 if kind in ("image", "video") else 16) for file in activations.sources]
+    found = scan(sae, activations, grids, 2, batch_size)
     counts, sums, largest, maps = np.zeros((11, 3), int), np.zeros((11, 3)), np.zeros(11), []
     high, wide = {"line": (1, 9), "text": (1, 9), "image": (2, 3), "video": (2, 3)}.get(kind, (4, 6))
     for x, n, tokens in zip(files, lengths, kept):
@@ -94,7 +106,7 @@ def test_numbers_and_maps_are_those_of_the_dense_expression(kind, batch_size, tm
                     seen[cell if len(grid) > 1 else place] += 1
             maps.append(heat / np.maximum(seen, 1))
     maps = np.stack(maps)  # (examples, M, cells)
-    assert sources[0].shape == (high, wide) and found.vectors.tolist() == [(28 if kind == "text" else 7 * T)] * 3
+    assert grids[0].shape == (high, wide) and found.vectors.tolist() == [(28 if kind == "text" else 7 * T)] * 3
     assert np.array_equal(found.counts, counts) and np.allclose(found.sums, sums) and np.allclose(found.largest, largest)
     for f, peaks in enumerate(maps.max(2).T):
         order = np.argsort(-peaks)[:2]
@@ -111,12 +123,16 @@ def test_two_files_are_one_page(tmp_path):
         write(tmp_path / name, rng.standard_normal((P, 3, 6, 4), np.float32), grid=[2, 3]) for name, P in (("a", 4), ("b", 3))
     ]
     Sae(4, 8, 2).save_to_disk(tmp_path / "sae")
-    main(
-        Config(sae=str(tmp_path / "sae"), data=[str(path) for path in paths], out_dir=str(tmp_path), pictures=False, device="cpu")
-    )
-    examples = read_page(tmp_path / "sae.html")["examples"]
-    assert [source for _, _, source in examples] == [0] * 4 + [1] * 3
-    assert examples[5][:2] == ["b prompt 1", "b/ row 1, seed 1"]
+    for path, size in zip(paths, (8, 40)):
+        save_images(path, [(size, 10)] * len(np.load(path)))
+    config = dict(sae=str(tmp_path / "sae"), data=[str(path) for path in paths], out_dir=str(tmp_path))
+    page = main(Config(**config, picture_size=20, device="cpu"))
+    data = read_page(page)
+    assert page == tmp_path / "sae.html" and data["note"] == ""
+    assert [source for _, _, source in data["examples"]] == [0] * 4 + [1] * 3
+    assert data["examples"][5][:2] == ["b prompt 1", "b/ row 1, seed 1"]
+    assert [opened(data, e).shape for e in (0, 6)] == [(10, 8, 3), (5, 20, 3)]  # made smaller, never larger
+    assert [abs(float(opened(data, e).mean()) - colour_of(p)) < 3 for e, p in ((3, 3), (4, 0), (6, 2))] == [True] * 3
 
 
 def test_words_are_monroes_log_odds():
@@ -143,34 +159,40 @@ def test_neighbours_are_those_of_the_whole_matrix_of_cosines():
     assert nearest(W[:2], 6)[0].tolist() == [[1], [0]]
 
 
-@pytest.mark.parametrize("recipe", [sd15, sdxl, families.flux, families.wan, families.zimage, families.kandinsky5])
-def test_stored_samples_are_decoded_as_the_pipeline_decodes_them(recipe):
-    hooked = HookedDiffusionModel.from_pipeline(build(recipe))
+def test_images_of_every_kind(tmp_path):
+    """A still one, an animated one (its middle frame), sound, a damaged file, none, a file of another program."""
+    frames = [Image.new("RGB", (30, 20), (40 * i, 0, 0)) for i in range(5)]
+    (tmp_path / "images").mkdir()
+    path = lambda p: tmp_path / "images" / f"{p}.webp"
+    frames[1].save(path(0), lossless=True)
+    frames[0].save(path(1), save_all=True, append_images=frames[1:], lossless=True)
+    path(2).with_suffix(".wav").write_bytes(b"RIFF")
+    path(3).write_bytes(path(0).read_bytes()[:20])
+    Image.new("RGBA", (300, 20), (0, 200, 0, 255)).save(path(4))
+    example = lambda p: Example(0, "", "", "", None if p is None else path(p))
+    images, note = read_images([example(0), example(1), example(4)], 60)
+    assert note == ""
+    opened = [Image.open(io.BytesIO(image)) for image in images]
+    assert [(image.format, image.size) for image in opened] == [("WEBP", (30, 20)), ("WEBP", (30, 20)), ("WEBP", (60, 4))]
+    for image, colour in zip(opened, ((40, 0, 0), (80, 0, 0), (0, 200, 0))):
+        assert np.abs(np.asarray(image).mean((0, 1)) - colour).max() < 6
+    for number, said in ((2, "no pictures: the model made sound"), (3, "3.webp is not there or can't be read; collect again"),
+                         (9, "9.webp is not there"), (None, "prompts.jsonl and images/ of collect.py are not")):  # fmt: skip
+        images, note = read_images([example(number)], 60)
+        assert images == [None] and said in note and note.startswith("no pictures: ")
+    images, note = read_images([example(0), example(9)], 60)
+    assert images[0] and images[1] is None and note.startswith("some pictures are missing: ")
+    assert read_images([], 60) == ([], "")
 
-    def run(**other):
-        options = generate_options(2, recipe) | other
-        return tensors(hooked(options.pop("prompt"), **options))[0]
 
-    images, options = run(output_type="pt"), generate_options(2, recipe)
-    images = images[:, images.shape[1] // 2] if images.ndim == 5 else images
-    rows = [{"prompt": prompt} for prompt in options.pop("prompt")]
-    if "negative_prompt" in options:
-        rows = [row | {"negative_prompt": text} for row, text in zip(rows, np.broadcast_to(options.pop("negative_prompt"), 2))]
-        rows = [row | {"negative_prompt": str(row["negative_prompt"])} for row in rows]
-    del options["generator"]
-    pictures = list(decoded(hooked, list(run().numpy()), rows, options, batch_size=1))
-    made = torch.stack([torch.from_numpy(np.asarray(picture).copy()) for picture in pictures]).permute(0, 3, 1, 2) / 255
-    assert made.shape == images.shape and (made - images.clamp(0, 1)).abs().max() <= 0.51 / 255
-    with pytest.raises(ValueError, match="and these are"):
-        next(decoded(hooked, [np.zeros((1, 2), np.float32)], rows, options))
-
-
-def test_audio_gives_no_pictures():
-    hooked, options = HookedDiffusionModel.from_pipeline(build(families.stable_audio)), generate_options(1, families.stable_audio)
-    rows, sample = [{"prompt": options.pop("prompt")[0]}], tensors(hooked("a", **options))[0]
-    del options["generator"]
-    with pytest.raises(ValueError, match="no pictures"):
-        next(decoded(hooked, list(sample.numpy()), rows, options))
+def test_only_files_of_collect_have_images(tmp_path):
+    rng = np.random.default_rng(0)
+    path = write(tmp_path / "a", rng.standard_normal((2, 3, 6, 4), np.float32), grid=[2, 3])
+    assert [example.image for example in list_examples(open_activations([path])[0])] == [
+        tmp_path / "a" / "images" / f"{p}.webp" for p in range(2)
+    ]
+    path.with_suffix(".json").unlink()
+    assert [example.image for example in list_examples(open_activations([path])[0])] == [None, None]
 
 
 # The toy: what its page shows is what the model drew
@@ -183,11 +205,26 @@ def toy_page(tmp_path_factory):
     acts, saes = str(base / "acts"), str(base / "saes")
     options = dict(num_inference_steps=10, guidance_scale=5.0, max_num_examples=32, batch_size=16, device="cpu")
     collect.main(collect.Config(out_dir=acts, **options))
+    if not (base / "acts" / "images").exists():
+        save_toy_images(base / "acts")
     train.main(train.Config(data=[acts], num_latents=[384], out_dir=saes, run_name="toy", device="cpu"))
     main(Config(sae=f"{saes}/toy", out_dir=str(base / "pages"), top_images=8, device="cpu"))
     path = base / "pages" / "toy.html"
     rows = [json.loads(line) for line in (base / "acts" / "prompts.jsonl").read_text().splitlines()]
     return path, read_page(path), rows
+
+
+def save_toy_images(folder):
+    """What the toy makes of the prompts and seeds in a folder's prompts.jsonl."""
+    hooked = HookedDiffusionModel.from_pretrained("toy")
+    rows = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
+    (folder / "images").mkdir()
+    for first in range(0, len(rows), 16):
+        some = rows[first : first + 16]
+        seeds = [torch.Generator().manual_seed(row["seed"]) for row in some]
+        options = dict(generator=seeds, num_inference_steps=10, guidance_scale=5.0)
+        for p, image in enumerate(hooked([row["prompt"] for row in some], **options).images, first):
+            image.save(folder / "images" / f"{p}.webp", lossless=True)
 
 
 def opened(data, e):
@@ -246,6 +283,7 @@ def large_page(model_folder, tmp_path_factory):
     options = dict(model_name=str(model_folder), device="cpu", num_inference_steps=4, height=64, width=64, batch_size=8)
     collect.main(collect.Config(hook_names=["mid_block"], dataset_name=str(prompts), out_dir=str(base / "acts"), **options))
     data = str(base / "acts" / "mid_block.npy")
+    save_images(base / "acts" / "mid_block.npy", [(64, 64)] * len(texts))
     d = np.load(data, mmap_mode="r").shape[-1]
     Sae(d, 10_000, 32, {"data": [data]}).save_to_disk(base / "saes" / "large")
     main(Config(sae=str(base / "saes" / "large"), out_dir=str(base / "pages"), device="cpu"))
@@ -337,6 +375,7 @@ def test_maps_cover_pictures_that_are_not_square(model_folder, tmp_path, height,
     prompts = dict(dataset_name="a picture", out_dir=str(tmp_path / "acts"))
     collect.main(collect.Config(hook_names=["up_blocks.0.attentions.1"], **prompts, **options))
     data = str(tmp_path / "acts" / "up_blocks.0.attentions.1.npy")
+    save_images(Path(data), [(width, height)])
     d = np.load(data, mmap_mode="r").shape[-1]
     Sae(d, 20, 8, {"data": [data]}).save_to_disk(tmp_path / "some")
     main(Config(sae=str(tmp_path / "some"), out_dir=str(tmp_path), map_size=4, device="cpu"))
@@ -355,18 +394,9 @@ def test_maps_cover_pictures_that_are_not_square(model_folder, tmp_path, height,
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
-def test_pictures_beside_a_page_that_would_be_too_large(toy_page, tmp_path, capsys):
-    _, data, rows = toy_page
-    base = toy_page[0].parent.parent
-    config = dict(sae=str(base / "saes" / "toy"), out_dir=str(tmp_path), top_images=8, device="cpu")
-    size = len(json.dumps(data["maps"])) / 1e6
-    main(Config(**config, max_mb=0.5 * size))
-    assert "images a feature, not 8" in capsys.readouterr().out
-    path = tmp_path / "toy.html"
-    files = list((tmp_path / "toy_files").iterdir())
-    assert path.stat().st_size < 0.8e6 and len(files) == len(read_page(path)["examples"])
+def test_the_page_on_a_phone(toy_page):
     with Browser(390, 844, phone=True) as browser:
-        browser.open(path)
+        browser.open(toy_page[0])
         browser.wait("document.querySelector('.row img').naturalWidth == 64")
         browser.run("document.querySelector('.row').click()")
         assert browser.run("getComputedStyle(document.getElementById('detail')).display") == "block"
@@ -389,11 +419,12 @@ def test_what_can_not_be_shown(toy_page, tmp_path, capsys, monkeypatch):
         with pytest.raises(ValueError, match="another --out_dir"):
             main(Config(sae=sae, out_dir=str(tmp_path), device="cpu"))
         assert (tmp_path / "toy.html").read_text() == text
-    (tmp_path / "mine" / "toy_files").mkdir(parents=True)
     (tmp_path / "file").write_text("")
-    for out_dir, max_mb, said in (("mine", 1, "toy_files is there"), ("file", 1, "can't be made"), ("x", 0, "more than 0")):
-        with pytest.raises(ValueError, match=said):
-            main(Config(sae=sae, out_dir=str(tmp_path / out_dir), max_mb=max_mb, device="cpu"))
+    with pytest.raises(ValueError, match="can't be made"):
+        main(Config(sae=sae, out_dir=str(tmp_path / "file"), device="cpu"))
+    other = write(tmp_path / "acts", np.ones((2, 3, 4, 96), np.float32))
+    with pytest.raises(ValueError, match="toy.html was made with data .*; use another --out_dir"):
+        main(Config(sae=sae, data=[str(other)], out_dir=str(toy_page[0].parent), device="cpu"))
     np.save(tmp_path / "inf.npy", np.full((50, 3), np.inf, np.float32))
     with pytest.raises(ValueError, match="inf.npy: prompt 0 holds numbers that are not finite"):
         main(Config(sae=str(tmp_path / "bare"), data=[str(tmp_path / "inf.npy")], out_dir=str(tmp_path), device="cpu"))
@@ -403,9 +434,11 @@ def test_what_can_not_be_shown(toy_page, tmp_path, capsys, monkeypatch):
         main(Config(sae=name, out_dir=str(toy_page[0].parent), top_images=8, device="cpu"))
     assert toy_page[0].read_bytes() == before
     capsys.readouterr()
-    main(Config(sae=sae, out_dir=str(tmp_path / "other"), model_name="me/not-here", device="cpu"))
+    shutil.copytree(base / "acts", tmp_path / "old", ignore=shutil.ignore_patterns("images"))  # of an earlier version
+    main(Config(sae=sae, data=[str(tmp_path / "old")], out_dir=str(tmp_path / "other"), device="cpu"))
     data = read_page(tmp_path / "other" / "toy.html")
-    assert "no pictures: " in data["note"] and not any(data["pictures"]) and "no pictures" in capsys.readouterr().out
+    assert "no pictures: " in data["note"] and "images/0.webp is not there" in data["note"] and not any(data["pictures"])
+    assert "collect again" in capsys.readouterr().out
     main(Config(sae=str(tmp_path / "bare"), data=[str(tmp_path / "wide.npy")], out_dir=str(tmp_path), device="cpu"))  # vectors
     data = read_page(tmp_path / "bare.html")
-    assert data["examples"] in ([["", "row 0", 0]], []) and "samples.npy" in data["note"] and features.CURVE == 50
+    assert data["examples"] == [["", "row 0", 0]] and "images/ of collect.py" in data["note"] and features.CURVE == 50

@@ -1,7 +1,6 @@
-"""The shuffle buffer: how well it mixes, what processes share, what happens when reading fails or stops in the middle."""
+"""The shuffle buffer: how well it mixes, what processes get, what happens when reading fails or stops in the middle."""
 
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -16,7 +15,7 @@ import torch
 import activations
 import reader
 from activations import Activations
-from reader import Plan, Reader, cut, shuffle
+from reader import Plan, cut, shuffle
 
 HERE = Path(__file__).resolve().parent.parent
 
@@ -90,51 +89,6 @@ def test_shares_put_together_are_the_batches(tmp_path, tokens):
                    for i, (part, _) in enumerate(parts))  # fmt: skip
 
 
-PROCESS = """
-import sys, torch, activations, reader
-from activations import Activations
-from processes import Processes
-reader.BLOCK_BYTES, activations.HELD_OUT = 1024, dict(share=0.05, at_least=0, at_most=10**9)
-path, buffer_gb, stop = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
-machine, read = Processes(), []
-original = reader.Reader.read
-reader.Reader.read = lambda self, number, first, end, at: (read.append(end - first), original(self, number, first, end, at))
-share = (machine.rank, machine.count)
-found = list(Activations([path]).batches(96, stop, 10, 3, buffer_gb, share=share, machine=machine))
-torch.save([x for x, _ in found] + [torch.tensor(sum(read))], f"{path}.{machine.rank}")
-machine.close()
-"""
-
-
-@pytest.mark.parametrize("times", [0.5, 3])
-def test_processes_of_a_machine_fill_one_buffer_together(tmp_path, times):
-    data, num_bytes = data_set(tmp_path / "a.npy")
-    buffer_gb, stop = num_bytes / times / 2**30, 2 * data.num_training + 50
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    command = [sys.executable, "-c", PROCESS, str(tmp_path / "a.npy"), str(buffer_gb), str(stop)]
-    same = {
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "PYTHONPATH": str(HERE),
-    }
-    ranks = [subprocess.Popen(command, env=os.environ | same | {"RANK": r, "LOCAL_RANK": r}) for r in "01"]
-    try:
-        assert [process.wait(100) for process in ranks] == [0, 0]
-    finally:
-        for process in ranks:
-            process.kill()
-    (*first, read_0), (*second, read_1) = (torch.load(f"{tmp_path}/a.npy.{rank}", weights_only=True) for rank in range(2))
-    alone = [x for x, _ in data.batches(96, stop, 10, 3, buffer_gb)]
-    for x, *parts in zip(alone, first, second, strict=True):
-        assert torch.equal(x, torch.cat(parts))
-    assert 0.4 < read_0 / (read_0 + read_1) < 0.6
-    assert read_0 + read_1 < (1 if times < 1 else 3) * data.num_training + 1
-
-
 def test_a_file_that_gets_shorter_is_named(tmp_path):
     data, num_bytes = data_set(tmp_path / "a.npy")
     batches = data.batches(64, 10 * data.num_training, buffer_gb=num_bytes / 3 / 2**30)
@@ -188,19 +142,6 @@ def test_batches_that_are_kept_stay_as_they_are(tmp_path):
             kept.append(x[5:9] if i % 2 else x)  # also where only a view is kept
             copies.append(kept[-1].clone())
     assert all(map(torch.equal, kept, copies))
-
-
-def test_memory_that_nobody_holds_is_used_again(tmp_path):
-    data, _ = data_set(tmp_path / "a.npy")
-    memory = Reader(data.files, data.training_units, data.steps_of, 1, 0, 1.0).memory
-    address = lambda rows: rows.__array_interface__["data"][0]
-    first = memory(10_000)
-    begin, view = address(first), torch.from_numpy(first)[7:9]
-    del first
-    assert (second := address(memory(10_000))) != begin and address(memory(10_000)) == second
-    assert address(memory(9_999)) not in (begin, second)
-    del view
-    assert {address(one) for one in [memory(10_000), memory(10_000)]} == {begin, second}
 
 
 def test_blocks_cover_the_units():
