@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 import secrets
 import time
 from contextlib import contextmanager, suppress
@@ -11,10 +10,11 @@ from dataclasses import asdict
 from typing import NamedTuple
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
 from cli import product_dtype
-from disk import lock, read_json
+from disk import read_json
 from errors import UsageError
 from log import plot_training, read_rows
 from metrics import Metrics, middle, plot_evaluation, total
@@ -97,20 +97,18 @@ def held(folder):
     """No other train.py writes to the folder meanwhile, in which nothing remains of this. UsageError where one does already."""
     made, path = [path for path in (folder, *folder.parents) if not path.exists()], folder / "train.lock"
     folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, timeout=0)
     try:
-        fd = lock(path)
-        if os.name == "posix" and not os.fstat(fd).st_nlink:
-            os.close(fd)
-            raise BlockingIOError  # the other one has just ended, and taken the file away
-    except BlockingIOError:
+        lock.acquire()
+    except Timeout:
         what = "wait for it, or choose another --run_name or --out_dir"
         raise UsageError(f"another train.py is writing to {folder}; {what}") from None
     try:
         yield
     finally:
-        with suppress(OSError):  # Windows does not while it is open
+        lock.release()
+        with suppress(OSError):
             path.unlink()
-        os.close(fd)
         for empty in made:
             with suppress(OSError):  # it is not
                 empty.rmdir()

@@ -12,7 +12,7 @@ import numpy as np
 from arrow_file import is_arrow, open_arrow
 from disk import checksum, read_json
 from errors import UsageError
-from store import check_size, safe_counts
+from store import check_size, read_progress
 
 
 class File(NamedTuple):
@@ -42,7 +42,7 @@ def read_description(path):
     if path.suffix != ".npy" or not record.exists():
         return unfinished(path)
     meta = read_json(record)
-    if "checksum" not in meta and not {"format", "hook_name", "mean_norm"} <= meta.keys():
+    if "checksum" not in meta and not {"format", "hook_name", "shape"} <= meta.keys():
         return {}  # somebody else's
     if meta.get("checksum") != checksum(meta):
         raise UsageError(f"{record} was changed after it was written (its checksum differs); collect again or remove it")
@@ -55,9 +55,9 @@ def stem_of(path):
 
 
 def unfinished(path):
-    """The description of a file of a collection that was stopped, and "unfinished": its folder's progress.npy. Else {}."""
+    """The description of a file of a collection that was stopped, and "unfinished": its folder's progress.jsonl. Else {}."""
     path = Path(path)
-    record, progress = path.with_name("collect.json"), path.with_name("progress.npy")
+    record, progress = path.with_name("collect.json"), path.with_name("progress.jsonl")
     if not (record.exists() and progress.exists() and path.exists()):
         return {}
     there = read_json(record)
@@ -78,8 +78,8 @@ def safe_rows(array, meta):
     if "unfinished" in meta:
         batch = meta["batch_size"] * meta["num_images_per_prompt"]
         number, row = np.divmod(np.arange(len(array)), batch)
-        done = safe_counts(np.load(meta["unfinished"], allow_pickle=False))
-        safe = row < np.pad(done, (0, max(0, number[-1] + 1 - len(done))))[number]
+        progress = read_progress(Path(meta["unfinished"]))
+        safe = row < np.array([progress.get(b, {"rows": 0})["rows"] for b in range(number[-1] + 1)])[number]
     return safe
 
 

@@ -4,7 +4,7 @@
     python -m bench maps --sae saes/a saes/b
 
 A map of features.py (mean activation over the steps) fires where it is at least a quarter of its peak. The object is where the
-decoded picture differs from its background, the median of its border, by more than 40 of 255. A feature's images take turns:
+picture differs from its background, the median of its border, by more than 40 of 255. A feature's images take turns:
 half of them choose features, the other half score them, beside the same maps with their cells shuffled. Two choices:
 
     fit       the eight features that fit the object best, whatever they are of
@@ -22,8 +22,7 @@ from bench.step import conditions
 from cli import check_positive, resolve_device
 from errors import UsageError
 from formats import newest_sae
-from hook import HookedDiffusionModel
-from images import decoded
+from images import image_path
 from sae import Sae
 
 
@@ -64,11 +63,10 @@ def main(cfg):
             raise UsageError(f"{source.path}: expected activations of the toy's own prompts")
         found = features.scan(sae, activations, [source], cfg.top_images, 4096)
         shown = sorted(set(found.examples[found.examples >= 0].tolist()))
-        samples = np.load(source.path.with_name("samples.npy"), mmap_mode="r", allow_pickle=False)
-        hooked = HookedDiffusionModel.from_pretrained(source.meta["model"], device=device)
-        hooked.pipe.set_progress_bar_config(disable=True)
-        given = [samples[e] for e in shown], [source.rows[e] for e in shown]
-        masks = dict(zip(shown, map(drawn, decoded(hooked, *given, source.meta["pipeline_kwargs"], 32))))
+        paths = {e: image_path(source.path.with_name("images"), e) for e in shown}
+        if None in paths.values():
+            raise UsageError(f"{source.path}: no images beside it; collect again")
+        masks = {e: drawn(Image.open(path).convert("RGB")) for e, path in paths.items()}
 
         # 2. Each feature's fit, in two halves of its images, and what most of them show
         fits = []  # (fit in the half that chooses, in the other, there with shuffled maps, object or None)

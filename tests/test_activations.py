@@ -192,7 +192,7 @@ def stopped(folder, done, prompts=20, name="mid_block", first=0, n=1):
     for batch in done:
         x = numbers[3 * n * batch : 3 * n * (batch + 1)]
         arrays = {name: x, f"{name}.uncond": -x, "samples": x[:, 0]}
-        collection.write(batch, arrays, np.zeros(3), facts)
+        collection.write(batch, arrays, facts)
     return collection
 
 
@@ -232,14 +232,13 @@ def test_a_finished_collection_that_was_being_extended(tmp_path, capsys):
     path = tmp_path / "mid_block.npy.partial"
     array, meta = open_file(path)
     assert prompts_of(path, array, meta) == [f"{tmp_path.name} {i}" for i in range(40)]
-    np.save(tmp_path / "progress.npy", np.load(tmp_path / "progress.npy")[:7])  # not yet as long as the file
+    lines = (tmp_path / "progress.jsonl").read_text().splitlines()[:7]
+    (tmp_path / "progress.jsonl").write_text("".join(f"{line}\n" for line in lines))
     assert open_activations([tmp_path])[0].num_prompts == 20
 
 
 def test_one_finished_prompt_is_too_few(tmp_path):
-    collection = stopped(tmp_path, [])
-    collection.batch_size, collection.sizes = 1, np.ones(20, int)
-    collection.close()
+    stopped(tmp_path, []).close()
     with pytest.raises(ValueError, match="no .npy file"):
         open_activations([tmp_path])
     stopped(tmp_path, [6], prompts=19).close()

@@ -6,13 +6,11 @@ import json
 import re
 import zlib
 
-import families
 import numpy as np
 import pytest
 import torch
 from browser import CHROMIUM, Browser
 from PIL import Image
-from tiny import build, generate_options, sd15, sdxl
 
 import collect
 import features
@@ -24,8 +22,6 @@ from cli import HERE
 from disk import checksum
 from features import Config, main, nearest, open_source, over_represented, scan
 from hook import HookedDiffusionModel
-from images import decoded
-from rows import tensors
 from sae import Sae
 
 STRANGE = ["<script>alert(1)</script>", '</script><img src=x onerror="alert(2)">', "{{data}} & <b>bold</b> \u2028 ' \" é"]
@@ -142,36 +138,6 @@ def test_neighbours_are_those_of_the_whole_matrix_of_cosines():
         indices, values = nearest(W, 4, block)
         assert torch.equal(indices, cosines.topk(4).indices) and torch.allclose(values, cosines.topk(4).values, atol=1e-6)
     assert nearest(W[:2], 6)[0].tolist() == [[1], [0]]
-
-
-@pytest.mark.parametrize("recipe", [sd15, sdxl, families.flux, families.wan, families.zimage, families.kandinsky5])
-def test_stored_samples_are_decoded_as_the_pipeline_decodes_them(recipe):
-    hooked = HookedDiffusionModel.from_pipeline(build(recipe))
-
-    def run(**other):
-        options = generate_options(2, recipe) | other
-        return tensors(hooked(options.pop("prompt"), **options))[0]
-
-    images, options = run(output_type="pt"), generate_options(2, recipe)
-    images = images[:, images.shape[1] // 2] if images.ndim == 5 else images
-    rows = [{"prompt": prompt} for prompt in options.pop("prompt")]
-    if "negative_prompt" in options:
-        rows = [row | {"negative_prompt": text} for row, text in zip(rows, np.broadcast_to(options.pop("negative_prompt"), 2))]
-        rows = [row | {"negative_prompt": str(row["negative_prompt"])} for row in rows]
-    del options["generator"]
-    pictures = list(decoded(hooked, list(run().numpy()), rows, options, batch_size=1))
-    made = torch.stack([torch.from_numpy(np.asarray(picture).copy()) for picture in pictures]).permute(0, 3, 1, 2) / 255
-    assert made.shape == images.shape and (made - images.clamp(0, 1)).abs().max() <= 0.51 / 255
-    with pytest.raises(ValueError, match="and these are"):
-        next(decoded(hooked, [np.zeros((1, 2), np.float32)], rows, options))
-
-
-def test_audio_gives_no_pictures():
-    hooked, options = HookedDiffusionModel.from_pipeline(build(families.stable_audio)), generate_options(1, families.stable_audio)
-    rows, sample = [{"prompt": options.pop("prompt")[0]}], tensors(hooked("a", **options))[0]
-    del options["generator"]
-    with pytest.raises(ValueError, match="no pictures"):
-        next(decoded(hooked, list(sample.numpy()), rows, options))
 
 
 # The toy: what its page shows is what the model drew
@@ -404,9 +370,6 @@ def test_what_can_not_be_shown(toy_page, tmp_path, capsys, monkeypatch):
         main(Config(sae=name, out_dir=str(toy_page[0].parent), top_images=8, device="cpu"))
     assert toy_page[0].read_bytes() == before
     capsys.readouterr()
-    main(Config(sae=sae, out_dir=str(tmp_path / "other"), model_name="me/not-here", device="cpu"))
-    data = read_page(tmp_path / "other" / "toy.html")
-    assert "no pictures: " in data["note"] and not any(data["pictures"]) and "no pictures" in capsys.readouterr().out
     main(Config(sae=str(tmp_path / "bare"), data=[str(tmp_path / "wide.npy")], out_dir=str(tmp_path), device="cpu"))  # vectors
     data = read_page(tmp_path / "bare.html")
-    assert data["examples"] in ([["", "row 0", 0]], []) and "samples.npy" in data["note"] and features.CURVE == 50
+    assert data["examples"] in ([["", "row 0", 0]], []) and "images/" in data["note"] and features.CURVE == 50
