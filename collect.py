@@ -63,6 +63,10 @@ Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 DEFAULT_HOOK_NAMES = ("up_blocks.1.attentions.1",)
 FACTS = ("timesteps", "sigmas", "grid")  # of a hook point, the same for every prompt
 SUFFIXES = {"cond": {"cond": ""}, "uncond": {"uncond": ""}, "both": {"cond": "", "uncond": "_uncond"}}  # of a cache's keys
+SETTINGS = (  # options that decide the bytes
+    *("images", "variant", "revision", "rows", "side", "stream", "cache_every_n_timesteps", "batch_size", "seed"),
+    *("num_images_per_prompt", "tokens_per_step", "save_images", "save_samples", "shard"),
+)
 VERSIONS = ("torch", "diffusers", "transformers", "numpy")
 
 
@@ -295,7 +299,8 @@ def main(cfg: Config) -> list[Path]:
         raise UsageError(f"torchrun over {processes.nodes} machines: on each of them collect with --shard instead, 0/2, 1/2, ...")
     first = processes.rank == 0
     dtype = resolve_dtype(cfg.dtype, processes.device)
-    store_dtype = resolve_store_dtype(cfg.store_dtype, dtype)
+    half = torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
+    store_dtype = half if cfg.store_dtype == "auto" else getattr(torch, cfg.store_dtype)
     hooked = load_model(cfg, dtype, processes)
     options = pipeline_options(cfg, hooked)
 
@@ -312,7 +317,9 @@ def main(cfg: Config) -> list[Path]:
     sites, num_steps = find_sites(hooked, cfg, texts, options | own, store_dtype)
 
     # 4. Room on the disk, before anything is written
-    folder = folder_of(cfg)
+    folder = Path(cfg.out_dir)
+    if cfg.shard is not None:
+        folder /= "shard{}of{}".format(*parse_shard(cfg.shard))
     check_disk(folder, cfg, sites, len(prompts), num_steps, first)
 
     # 5. Generate batch by batch, and write on another thread; the processes take turns
@@ -336,7 +343,8 @@ def main(cfg: Config) -> list[Path]:
             finish(collection, hooked, sites, cfg)
     processes.barrier()  # torchrun's store, which hands out the batches, ends with the first process
     processes.close()
-    print(f"{what(cfg)} in {folder / 'prompts.jsonl'}; next: python train.py{data_option(cfg)}")
+    where = "" if str(folder) == Config().out_dir else f" --data {folder}"
+    print(f"{what(cfg)} in {folder / 'prompts.jsonl'}; next: python train.py{where}")
     return [folder / f"{site.point.file_name}.npy" for site in sites]
 
 
@@ -362,25 +370,15 @@ def parse_shard(text: str | None) -> tuple[int, int]:
     return int(index), int(count)
 
 
-def folder_of(cfg: Config) -> Path:
-    """Where the files are written."""
-    if cfg.shard is None:
-        return Path(cfg.out_dir)
-    index, count = parse_shard(cfg.shard)
-    return Path(cfg.out_dir) / f"shard{index}of{count}"
-
-
 def check_shards(cfg: Config) -> None:
     """Raise UsageError where --out_dir holds a collection with another number of shards: training would read rows twice."""
-    out_dir, (_, count) = Path(cfg.out_dir), parse_shard(cfg.shard)
-    others = [record.parent for record in out_dir.glob("shard*of*/collect.json")]
-    if cfg.shard is None:
-        others += [record.parent for record in out_dir.glob("node*/collect.json")]
-    else:
-        others = [folder for folder in others if not folder.name.endswith(f"of{count}")]
-        others += [record.parent for record in out_dir.glob("collect.json")]
-    if others:
-        raise UsageError(f"{others[0]} is of a collection with another --shard, or none; use another --out_dir")
+    _, count = parse_shard(cfg.shard)
+    ours = "" if cfg.shard is None else f"of{count}"
+    for pattern in ("collect.json", "shard*of*/collect.json", "node*/collect.json"):
+        for record in Path(cfg.out_dir).glob(pattern):
+            name = "" if record.parent == Path(cfg.out_dir) else record.parent.name
+            if not name.endswith(ours) or bool(name) != bool(ours):
+                raise UsageError(f"{record.parent} is of a collection with another --shard, or none; use another --out_dir")
 
 
 def load_rows(cfg: Config) -> tuple[list[dict], list | None]:
@@ -406,13 +404,6 @@ def check_images(sources: list, prompts: list[dict]) -> None:
     """Raise UsageError for a real image that can't be read, before anything is written."""
     for i in tqdm(sorted({prompt["id"] for prompt in prompts}), "reading", unit="image"):
         open_image(sources[i])
-
-
-def resolve_store_dtype(choice: str, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the files, for the dtype of the model; 16 bits unless asked otherwise."""
-    if choice != "auto":
-        return getattr(torch, choice)
-    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
 
 
 def load_model(cfg: Config, dtype: torch.dtype, processes: Processes) -> HookedDiffusionModel:
@@ -526,39 +517,21 @@ def check_disk(folder: Path, cfg: Config, sites: list[Site], num_rows: int, num_
 
 
 def settings_of(
-    cfg: Config,
-    hooked: HookedDiffusionModel,
-    options: dict,
-    sites: list[Site],
-    device: torch.device,
-    dtype: torch.dtype,
-    store_dtype: torch.dtype,
+    cfg: Config, hooked: HookedDiffusionModel, options: dict, sites: list[Site], device: torch.device, *dtypes: torch.dtype
 ) -> dict:
-    """All that decides the bytes: a collection is resumed with the same settings only."""
+    """All that decides the bytes: a collection is resumed with the same settings only. dtypes: of the model, in the files."""
+    model_dtype, dtype = (str(dtype).removeprefix("torch.") for dtype in dtypes)
     return {
         "format": 1,
-        "images": cfg.images,
         "model": cfg.model_name,
-        "variant": cfg.variant,
-        "revision": cfg.revision,
+        **{name: getattr(cfg, name) for name in SETTINGS},
         "pipeline": type(hooked.pipe).__name__,
         "hook_names": list(dict.fromkeys(site.point.hook_name for site in sites)),
-        "rows": cfg.rows,
-        "side": cfg.side,
-        "stream": cfg.stream,
-        "cache_every_n_timesteps": cfg.cache_every_n_timesteps,
-        "batch_size": cfg.batch_size,
-        "seed": cfg.seed,
-        "dtype": str(store_dtype).removeprefix("torch."),
-        "model_dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype,
+        "model_dtype": model_dtype,
         "device": device.type,
-        "num_images_per_prompt": cfg.num_images_per_prompt,
-        "save_images": cfg.save_images,
-        "save_samples": cfg.save_samples,
-        "shard": cfg.shard,
         "pipeline_kwargs": options,
         "text_tokens": {site.point.hook_name: site.text_tokens for site in sites if site.text_tokens is not None},
-        "tokens_per_step": cfg.tokens_per_step,
     }
 
 
@@ -589,13 +562,6 @@ def finish(collection: Collection, hooked: HookedDiffusionModel, sites: list[Sit
     for site in sites:
         record = descriptions[site.point.file_name]
         print(f"{collection.out_dir / site.point.file_name}.npy  {tuple(record['shape'])} {record['dtype']}")
-
-
-def data_option(cfg: Config) -> str:
-    """What train.py needs on its command line to find the files."""
-    if cfg.shard is not None:
-        return f" --data {cfg.out_dir}/shard*of{parse_shard(cfg.shard)[1]}/*.npy, when all shards are there"
-    return "" if cfg.out_dir == Config().out_dir else f" --data {cfg.out_dir}"
 
 
 if __name__ == "__main__" and "get_ipython" not in globals():

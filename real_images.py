@@ -50,7 +50,7 @@ def to_pixels(image: Image.Image) -> torch.Tensor:
 
 
 def first_weight(vae):
-    """Of its first convolution over pictures or frames, (width, colours, ...); None where it has none."""
+    """Of its first convolution over images or frames, (width, colours, ...); None where it has none."""
     return next((p for p in vae.parameters() if p.ndim > 3), None)
 
 
