@@ -291,7 +291,8 @@ def main(cfg: Config) -> list[Path]:
     check_config(cfg)
 
     # 1. Prompts: one row of every file for each prompt and image
-    prompts, sources = load_rows(cfg)
+    everything, sources = load_rows(cfg)
+    prompts = shard_of(everything, cfg)
 
     # 2. The model, each process its own
     processes = Processes(resolve_device(cfg.device))
@@ -304,8 +305,8 @@ def main(cfg: Config) -> list[Path]:
     hooked = load_model(cfg, dtype, processes)
     options = pipeline_options(cfg, hooked)
 
-    # 3. What its layers give in one step that is thrown away
-    texts, own = batch_options(prompts[: cfg.batch_size * cfg.num_images_per_prompt], cfg.num_images_per_prompt)
+    # 3. What its layers give in one step that is thrown away: that of the first batch, in every shard
+    texts, own = batch_options(everything[: cfg.batch_size * cfg.num_images_per_prompt], cfg.num_images_per_prompt)
     if cfg.list_hooks:
         print_hooks(hooked, texts, options | own, cfg, store_dtype.itemsize)
         return []
@@ -382,22 +383,24 @@ def check_shards(cfg: Config) -> None:
 
 
 def load_rows(cfg: Config) -> tuple[list[dict], list | None]:
-    """What is collected: (the lines of prompts.jsonl, the real images by "id" or None)."""
+    """What is collected in all shards: (the lines of prompts.jsonl, the real images by "id" or None)."""
     sources = None
     if cfg.images is None:
         dataset_name = cfg.dataset_name or default_dataset(find_model(cfg.model_name))
         texts = load_prompts(dataset_name, cfg.split, cfg.column, cfg.negative_prompt, cfg.max_num_examples)
     else:
         texts, sources = load_pictures(cfg.images, cfg.dataset_name, cfg.split, cfg.column, cfg.max_num_examples)
-    index, count = parse_shard(cfg.shard)
     n = cfg.num_images_per_prompt
-    prompts = []
-    for i, text in enumerate(texts):
-        if i // cfg.batch_size % count == index:
-            prompts += [{"id": i, **text, "seed": cfg.seed + i * n + j} for j in range(n)]
-    if not prompts:
+    return [{"id": i, **text, "seed": cfg.seed + i * n + j} for i, text in enumerate(texts) for j in range(n)], sources
+
+
+def shard_of(prompts: list[dict], cfg: Config) -> list[dict]:
+    """The rows that --shard means: every n-th batch."""
+    index, count = parse_shard(cfg.shard)
+    mine = [prompt for prompt in prompts if prompt["id"] // cfg.batch_size % count == index]
+    if not mine:
         raise UsageError(f"--shard {cfg.shard}: there are fewer batches than that; lower --batch_size")
-    return prompts, sources
+    return mine
 
 
 def check_images(sources: list, prompts: list[dict]) -> None:
