@@ -1,4 +1,4 @@
-"""Files that are whole or not there: atomic writes, safetensors, locks, JSON, and what a folder already holds."""
+"""Files that are whole or not there: atomic writes, safetensors, JSON, and what a folder already holds."""
 
 import hashlib
 import json
@@ -10,11 +10,6 @@ import safetensors.torch
 from safetensors import SafetensorError
 
 from errors import UsageError
-
-try:
-    import fcntl
-except ImportError:  # Windows: nothing is locked there
-    fcntl = None
 
 
 def write_atomically(path, data):
@@ -52,32 +47,21 @@ def load_tensors(path):
 def rename(old, new):
     """Rename, and make the folder remember it."""
     os.replace(old, new)
+    sync_folder(new.parent)
+
+
+def sync_folder(folder):
+    """Make a folder remember which files it has, also after a power cut."""
     if os.name == "posix":
-        folder = os.open(new.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        fd = os.open(folder, os.O_RDONLY)
+        os.fsync(fd)
+        os.close(fd)
 
 
 def checksum(meta):
     """SHA-256 of a description without its "checksum", over its canonical JSON."""
     canonical = json.dumps({key: meta[key] for key in meta if key != "checksum"}, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def lock(path, exclusive=True, wait=False):
-    """A file descriptor that locks the file against other processes until it, and any `os.dup` of it, is closed, however the
-    process ends. BlockingIOError if another has it; a file system that can't lock does not.
-    """
-    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    if fcntl is not None:
-        try:
-            fcntl.flock(fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            os.close(fd)
-            raise
-        except OSError:
-            pass
-    return fd
 
 
 @contextmanager

@@ -87,7 +87,7 @@ class Config:
     dead_feature_threshold: int = 100_000  # a latent is dead after this many vectors without a nonzero activation
     grad_acc_steps: int = 1  # an update goes through in this many parts, to save memory
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"  # of the encoder's product; auto: 16 bits where they are fast
-    buffer_gb: float = 2.0  # memory of the shuffle buffer; a file that fits is shuffled perfectly
+    buffer_gb: float = 2.0  # memory of the shuffle buffer of each process; a file that fits is shuffled perfectly
     shard_latents: int = 1  # neighbouring processes of torchrun that own a slice of the latents each; else vectors are split
     data_seed: int = 0  # of the order of the vectors; the held-out prompts are the same for every seed
     device: str = "auto"  # auto, cuda, cuda:N, mps, cpu

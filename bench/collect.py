@@ -3,10 +3,10 @@
     python -m bench collect                      # the toy, and two tiny pipelines whose steps take milliseconds
     python -m bench collect --rounds 5 --tiny wan zimage
 
-A round is one batch: first the pipeline alone, with the same prompts, seeds and output_type="latent", then collect.py's
-generation, conversion and writing of it, until it asks for the next. They come one after another here, where collect.py writes
-beside the next batch's generation, so that all that it costs is counted. The first round is not. Medians of the paired ratios
-and differences.
+A round is one batch: first the pipeline alone, with the same prompts, seeds and output_type, then collect.py's generation,
+conversion and writing of it, until it asks for the next, without the images unless --save_images. They come one after another
+here, where collect.py writes beside the next batch's generation, so that all that it costs is counted. The first round is not.
+Medians of the paired ratios and differences.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from unittest.mock import patch
@@ -26,12 +27,15 @@ import collect
 from cli import HERE, resolve_device, resolve_dtype
 from errors import UsageError
 from hook import HookedDiffusionModel
-from writer import Writer
 
 
-class AtOnce(Writer):
-    def put(self, *arguments):
-        self.work(*arguments)
+class AtOnce(ThreadPoolExecutor):
+    """Writes before the next batch is generated."""
+
+    def submit(self, *arguments):
+        future = super().submit(*arguments)
+        future.result()
+        return future
 
 
 @dataclass
@@ -40,6 +44,7 @@ class Config:
     tiny: list[str] = field(default_factory=lambda: ["sd15", "sd3"])  # recipes of tests/families.py
     num_inference_steps: int = 20
     batch_size: int = 16  # of the toy; the tiny pipelines have 2
+    save_images: bool = False  # with the images: both sides decode them, and collect.py saves them
     device: str = "auto"  # auto, cuda, cuda:N, mps, cpu
 
 
@@ -71,12 +76,13 @@ def measure(cfg, hooked, hook_name, rounds, batch_size, **pipeline_kwargs):
             max_num_examples=None,
             num_inference_steps=cfg.num_inference_steps,
             pipeline_kwargs=json.dumps(pipeline_kwargs),
+            save_images=cfg.save_images,
             device=cfg.device,
         )
         with (
             patch.object(HookedDiffusionModel, "from_pretrained", lambda *args, **kwargs: hooked),
             patch.object(HookedDiffusionModel, "run_with_cache", run_with_cache),
-            patch.object(collect, "Writer", AtOnce),
+            patch.object(collect, "ThreadPoolExecutor", AtOnce),
         ):
             collect.main(config)
     return [(middle - begin, end - middle) for begin, middle, end in zip(marks[0::2], marks[1::2], marks[2::2])][1:]

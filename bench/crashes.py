@@ -30,7 +30,7 @@ import collect
 from cli import HERE, run
 from disk import read_json
 from sources import open_file
-from store import HEADER
+from store import read_progress
 
 PROMPTS, BATCH = 12, 2
 ARGS = f"--hook_names mid_block --num_inference_steps 4 --batch_size {BATCH} --max_num_examples {PROMPTS} --device cpu".split()
@@ -95,14 +95,12 @@ class Run:
 
 def done(folder):
     """Batches that are safe."""
-    path = folder / "progress.npy"
-    with suppress(ValueError, OSError):
-        return int((np.load(path)[:, 0] > 0).sum())
-    return 0
+    return len(read_progress(folder / "progress.jsonl"))
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()} if folder.is_dir() else None
+    """{path below the folder: bytes} of all its files."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 class Table:
@@ -191,7 +189,7 @@ def fill(folder, leave=0):
 def full_at_once(table):
     mount((folder := table.fresh()).parent)
     need = len(table.expected["mid_block.npy"])
-    fill(folder.parent, int(need / 0.97))  # enough for what collect.py asks for, and not for samples.npy too
+    fill(folder.parent, int(need / 0.97))  # enough for what collect.py asks for, and not for the images too
     seen = Run(folder).seen()
     (folder.parent / "filler").unlink()
     return [(*table.again(folder), seen)]
@@ -281,7 +279,7 @@ def flipped_record(table, name):
     process.send(signal.SIGKILL)
     process.end()
     results, good = [], (half / name).read_bytes()
-    for place in table.rng.integers(0 if name != "progress.npy" else HEADER, len(good), table.cfg.flips).tolist():
+    for place in table.rng.integers(0, len(good), table.cfg.flips).tolist():
         shutil.copytree(half, folder := table.fresh())
         (folder / name).write_bytes(good[:place] + bytes([good[place] ^ 1 << int(table.rng.integers(8))]) + good[place + 1 :])
         process = Run(folder)
@@ -292,6 +290,22 @@ def flipped_record(table, name):
             (folder / name).write_bytes(good)
             seen = re.split(r"[\r\n]+", process.text().strip())[-1].replace(f"{folder.parent}/", "")
             results.append((*table.again(folder), f"{status}: {seen}"))
+        shutil.rmtree(folder.parent)
+    return results
+
+
+def torn_progress(table):
+    """The last line at each length that a power cut may leave."""
+    process = Run(half := table.fresh()).until(3)
+    process.send(signal.SIGKILL)
+    process.end()
+    good = (half / "progress.jsonl").read_bytes()
+    last = good.rindex(b"\n", 0, -1) + 1
+    results = []
+    for length in np.linspace(last, len(good) - 1, table.cfg.flips).astype(int):
+        shutil.copytree(half, folder := table.fresh())
+        (folder / "progress.jsonl").write_bytes(good[:length])
+        results.append((*table.again(folder), "0"))
         shutil.rmtree(folder.parent)
     return results
 
@@ -343,7 +357,7 @@ def main(cfg):
             "truncated file, finished": truncated_when_finished,
             "flipped byte in .json, each in turn": flipped_description,
             "flipped byte in collect.json": lambda t: flipped_record(t, "collect.json"),
-            "flipped byte in progress.npy": lambda t: flipped_record(t, "progress.npy"),
+            "torn line in progress.jsonl": torn_progress,
             "flipped byte in prompts.jsonl": lambda t: flipped_record(t, "prompts.jsonl"),
             "a second collect.py on the folder": two_on_one_folder,
             "two at the same moment": two_at_the_same_moment,

@@ -61,9 +61,10 @@ def rates(cfg, device, folder):
     x, times = torch.randn(shape).half(), []
     for batch in range(rows):
         start = time.perf_counter()
-        collection.write(batch, {"x": x}, [], {})
+        collection.write(batch, {"x": x}, {})
         times.append(time.perf_counter() - start)
     collection.finish({"x": None})
+    collection.close()
     written = x.nbytes / sorted(times)[rows // 2]
     activations, start, seen = Activations([folder / "acts" / "x.npy"]), time.perf_counter(), 0
     for batch, _ in activations.batches(cfg.N, activations.num_training, buffer_gb=0.25):
@@ -116,7 +117,7 @@ def check(cfg, folder):
         seconds = run("collect.py", *wanted, "--out_dir", acts)
         train = lambda i, n=n, acts=acts: run("train.py", "--data", acts, "--out_dir", folder / "saes", "--run_name", f"{n}_{i}")
         trained = sorted(map(train, range(3)))[1]
-        stored = sum(path.stat().st_size for path in acts.iterdir())
+        stored = sum(path.stat().st_size for path in acts.rglob("*") if path.is_file())
         found.append((seconds, trained, stored))
         print(f"{n:7,} prompts: collect.py {seconds:7.1f} s, {size(stored)}; train.py {trained:6.1f} s", flush=True)
     print(f"\n{'of ' + format(counts[2], ',') + ' prompts':20} {'predicted':>12} {'measured':>12} {'off by':>8}")

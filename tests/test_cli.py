@@ -233,10 +233,10 @@ def test_no_free_space(monkeypatch, capsys, tmp_path, short):
 def test_other_settings(monkeypatch, capsys, tmp_path, short):
     monkeypatch.setattr(sys, "argv", ["collect.py", *map(str, short)])
     run(collect.main, collect.Config)
-    before = {p: p.read_bytes() for p in (tmp_path / "a").iterdir()}
+    before = {p: p.read_bytes() for p in (tmp_path / "a").rglob("*") if p.is_file()}
     status, err = command_line(monkeypatch, capsys, collect, *short, "--seed", 5)
     assert status == 2 and "another --out_dir" in err
-    assert {p: p.read_bytes() for p in (tmp_path / "a").iterdir()} == before
+    assert {p: p.read_bytes() for p in (tmp_path / "a").rglob("*") if p.is_file()} == before
 
 
 def test_a_real_command_line_has_no_traceback(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 ROWS = {
     "kill -9, 3 random moments": r"-9 with \d, \d, \d batches safe",
     "kill -9 of one of two processes": r"1: torchrun: failed \(exitcode: -9\)",
-    "Ctrl-C": "130: interrupted: the same command goes on",
+    "Ctrl-C": "130: interrupted: the same command resumes",
     "Ctrl-C twice": "130: interrupted$",
     "the same, without reserving space": "2: .* can't be written: No space left on device; finished batches are kept",
     "folder that can't be written": "2: .*can't be written: Read-only",
