@@ -21,12 +21,13 @@ import torch
 
 from capture import Edit, Recorder
 from errors import UsageError
+from generate import Generation
 from loop import Loop
 from probe import NEVER_RAN, find_layouts
 from rows import per_prompt, sample_name, time_parameter, unwrap
 from sampling import Sampling, undisturbed
 
-__all__ = ["Edit", "HookedDiffusionModel"]
+__all__ = ["Edit", "Generation", "HookedDiffusionModel"]
 OURS = ("self", "prompt", "negative_prompt", "generator", "output_type")  # pipeline arguments with options of their own
 
 
@@ -425,3 +426,20 @@ def count_prompts(prompt, kwargs):
     sized = (prompt, *(kwargs.get(name) for name in ("prompt_embeds", "class_labels")))
     P = next((1 if isinstance(v, str) else len(v) for v in sized if v is not None), kwargs.get("batch_size"))
     return P, next((v for k, v in kwargs.items() if per_prompt(k)), 1)
+
+
+def model_of(meta, model_name=None, device=None, dtype=None):
+    """The model that made a file's activations, hooked, and the pipeline's options at that time: (model, options).
+
+    meta: the description beside the file. model_name: another model, such as a copy of it in another place. What has an option of
+    its own in every script, the kind of output and the number of images per prompt, is left out.
+    """
+    model = HookedDiffusionModel.from_pretrained(
+        model_name or meta["model"], dtype, device, variant=meta.get("variant"), revision=meta.get("revision")
+    )
+    model.pipe.set_progress_bar_config(disable=True)
+    options = {}
+    for name, value in meta["pipeline_kwargs"].items():
+        if name != "output_type" and not per_prompt(name):
+            options[name] = value
+    return model, options

@@ -12,6 +12,7 @@ import numpy as np
 from arrow_file import is_arrow, open_arrow
 from disk import checksum, read_json
 from errors import UsageError
+from hook_point import HookPoint
 from store import check_size, safe_counts
 
 
@@ -219,3 +220,23 @@ def open_rows(folder):
     first = np.concatenate([np.arange(count) for count in counts]) * tokens
     units = np.stack([np.arange(len(counts)).repeat(counts), first, first + tokens], 1)
     return Source(files, units, names, timesteps, (len(first), tokens, d), Path(folder).resolve().name, whole)
+
+
+def trained_on(sae) -> HookPoint:
+    """The hook point of an SAE's training vectors, from the descriptions beside the files that `sae.cfg["data"]` names.
+
+    Raises UsageError where a file has no description (moved, or not made by collect.py), or where two name different ones.
+    """
+    found = []
+    for path in sae.cfg.get("data") or []:
+        meta = read_description(path)
+        try:
+            found.append(HookPoint.from_description(meta))
+        except UsageError as error:
+            raise UsageError(f"{Path(path).with_suffix('.json')} is not there or not complete: {error}") from None
+    if not found:
+        raise UsageError("the SAE's cfg.json names no activation file, so it is not known where in the model it belongs")
+    for other in found:
+        if other != found[0]:
+            raise UsageError(f"the SAE was trained on files of several hook points, {found[0]} and {other}")
+    return found[0]
