@@ -85,10 +85,7 @@ def describe(name: str, mode: str, first_step: dict) -> dict:
 
 
 def ablate(
-    model: HookedDiffusionModel,
-    generation: Generation,
-    records: list[dict],
-    mode: str,
+    model: HookedDiffusionModel, generation: Generation, records: list[dict], mode: str
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Generate untouched, and with each hook point ablated that can be; its distances are added to its record.
 

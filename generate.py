@@ -90,15 +90,6 @@ class Generated(NamedTuple):
     images: Tensor | None
     """(P, 3, H, W) in [0, 1]; of a video the frame in the middle. None if the pipeline returns no images."""
 
-    @classmethod
-    def concatenate(cls, parts: list["Generated"]) -> "Generated":
-        """One after another."""
-        sample = torch.cat([part.sample for part in parts])
-        images = None
-        if parts[0].images is not None:
-            images = torch.cat([part.images for part in parts])
-        return cls(sample, images)
-
 
 def generate(model, batch: Generation, make_edits: MakeEdits | None = None, on_step: Callable | None = None) -> Generated:
     """Generate all prompts of `batch` together, with the edits that `make_edits` returns.
@@ -135,11 +126,7 @@ def generate_batches(
 
 
 def generate_images(
-    model,
-    generation: Generation,
-    batch_size: int,
-    make_edits: MakeEdits | None = None,
-    bar: tqdm | None = None,
+    model, generation: Generation, batch_size: int, make_edits: MakeEdits | None = None, bar: tqdm | None = None
 ) -> Tensor:
     """The images of all prompts, (P, 3, H, W) float32 in [0, 1]. Raises UsageError if the pipeline returns none."""
     images = []

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import PROMPTS, build, generate_options, sd15
 
-from generate import Generated, Generation, generate, generate_batches, generate_images, images_of, required_images
+from generate import Generation, generate, generate_batches, generate_images, images_of, required_images
 from hook import Edit, HookedDiffusionModel
 
 HOOK = "up_blocks.0.attentions.1"
@@ -84,12 +84,12 @@ def test_each_batch_has_its_own_edits_and_steps(model):
     on_step = lambda step: indices.append(step.index)
     parts = list(generate_batches(model, generation, 2, make_edits, on_step, Bar))
     assert sizes == [(2, 0), (2, 1), (1, 0), (1, 1)] and indices == [0, 1, 0, 1] and advanced == [2, 1]
-    whole = Generated.concatenate(parts)
-    assert whole.images is None and torch.allclose(whole.sample, generate(model, generation).sample, atol=1e-4)
+    sample = torch.cat([part.sample for part in parts])
+    assert torch.allclose(sample, generate(model, generation).sample, atol=1e-4)
     images = generate_images(model, generation_of(output_type="pt"), 2)
     assert torch.allclose(images, generate(model, generation_of(output_type="pt")).images, atol=1e-4)
     zero = lambda sampling: {HOOK: Edit(torch.zeros_like)}
-    assert not torch.allclose(generate(model, generation, zero).sample, whole.sample, atol=1e-3)
+    assert not torch.allclose(generate(model, generation, zero).sample, sample, atol=1e-3)
 
 
 def test_the_images_of_an_output():
