@@ -326,6 +326,9 @@ def test_a_report_and_its_picture(tmp_path):
     assert all(x.shape == (2, 3, 32, 32) for x in pictures.values()) and list(pictures) == list(GRAFT_ROWS)
     _, more = run(pipe, sd15, lossy(16), options=options, num_shown=8)
     assert all(x.shape == (3, 3, 32, 32) and torch.equal(x[:2], pictures[name]) for name, x in more.items())
+    for mode in ("graft", "mean"):  # the pictures are those of all steps
+        moved = evaluate.rms(more[mode], more["untouched"]).mean().item()
+        assert moved == pytest.approx(report["all"]["images"][mode], rel=1e-6)
     assert pictures["graft"].ne(pictures["untouched"]).any() and pictures["mean"].ne(pictures["graft"]).any()
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     for window in (report["all"], *report["windows"]):
