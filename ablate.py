@@ -1,4 +1,4 @@
-"""Stage 1: which layer? Disable hook points one at a time and see what the pictures lose.
+"""Stage 1: which layer? Disable hook points one at a time and see what the images lose.
 
     python ablate.py                                                       # the toy's attention blocks, skipped
     python ablate.py --model_name sd-legacy/stable-diffusion-v1-5 --dataset_name "a cat on a chair" --num_inference_steps 20
@@ -17,19 +17,20 @@ pixels and channels of the pictures in [0, 1]. It does not search for combinatio
 """
 
 import json
-import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
-from matplotlib.figure import Figure
+from torch import Tensor
 from tqdm import tqdm
 
 from cli import GenerationConfig, check_positive, parse_object, resolve_device, resolve_dtype, run
-from disk import read_json, write_atomically
+from disk import claim_folder, write_atomically
 from errors import UsageError
-from hook import Edit, HookedDiffusionModel, find_model, tensors
+from generate import Generated, generate, required_images
+from hook import Edit, Generation, HookedDiffusionModel, find_model
+from plots import ImageRow, plot_ablation_ranking, plot_images
 from prompts import default_dataset, load_prompts
 
 SHOWN = 40  # rows of pictures at most, and bars: the hook points that matter most
@@ -50,136 +51,121 @@ EDITS = {
 }
 
 
-def generate(hooked, hooks, prompts, seed, options):
-    """Final latents (R, ...) and pictures (R, 3, H, W) in [0, 1], float32 on the CPU, of the same seeds every time."""
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
-    with hooked.watch() as sampling:
-        output = hooked.run_with_hooks(hooks, prompts, generator=generators, **options)
-    images = tensors(output)[0]
-    if images.ndim == 5:  # video: the frame in the middle
-        images = images[:, images.shape[1] // 2]
-    return sampling.sample.float().cpu(), images.float().cpu()
-
-
-def distances(a, b):
-    """|a - b| / |b| of latents and root mean square difference of pictures, each the mean over the R prompts."""
-    (latents, images), (latents_0, images_0) = a, b
-    relative = (latents - latents_0).flatten(1).norm(dim=1) / latents_0.flatten(1).norm(dim=1)
-    return relative.mean().item(), (images - images_0).square().flatten(1).mean(1).sqrt().mean().item()
-
-
-def picture_grid(path, rows, prompts):
-    """One row of pictures for each (label, (R, 3, H, W)); the prompts stand above the columns."""
-    R = len(prompts)
-    texts = [textwrap.wrap(prompt, 20, max_lines=4, placeholder=" …") for prompt in prompts]
-    left, top = 2.6, 0.2 + 0.14 * max(map(len, texts))  # inches
-    fig = Figure(figsize=(left + 1.25 * R, top + 1.25 * len(rows)), facecolor="white")
-    W, H = fig.get_size_inches()
-    for r, (label, images) in enumerate(rows):
-        for c in range(R):
-            ax = fig.add_axes(((left + 1.25 * c) / W, 1 - (top + 1.25 * (r + 1) - 0.05) / H, 1.2 / W, 1.2 / H))
-            ax.imshow(images[c].permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
-            ax.set_axis_off()
-        y = 1 - (top + 1.25 * r + 0.6) / H
-        fig.text((left - 0.12) / W, y, label, ha="right", va="center", fontsize=8, parse_math=False)
-    for c, text in enumerate("\n".join(lines) for lines in texts):
-        fig.text(
-            (left + 1.25 * c + 0.6) / W, 1 - (top - 0.06) / H, text, ha="center", va="bottom", fontsize=6.5, parse_math=False
-        )
-    fig.savefig(path, dpi=150)
-
-
-def ranking(path, hooks, title):
-    """Bars of both distances, the largest first."""
-    fig = Figure(figsize=(10, 1.3 + 0.3 * len(hooks)), layout="constrained")
-    axes = fig.subplots(1, 2, sharey=True)
-    fig.suptitle(title, fontsize=10)
-    names = [h["hook_name"] for h in hooks][::-1]
-    for ax, key, label in zip(axes, ("latents", "images"), ("latents: |a - b| / |b|", "pictures: root mean square")):
-        bars = ax.barh(names, [h[key] for h in hooks][::-1], color="#2f6db5", height=0.7)
-        ax.bar_label(bars, fmt="%.3f", padding=3, fontsize=8)
-        ax.set_xlabel("distance to the untouched " + label, fontsize=9)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.tick_params(labelsize=8)
-        ax.margins(x=0.12)
-    fig.savefig(path, dpi=130)
-
-
-def main(cfg):
-    # 1. What to generate
-    check_positive(cfg, "max_num_examples", "num_inference_steps")
+def load_rows(cfg: Config) -> list[dict]:
+    """The prompts, each with its seed. Raises UsageError for --mode mean of a single one."""
     dataset_name = cfg.dataset_name or default_dataset(find_model(cfg.model_name))
     rows = load_prompts(dataset_name, cfg.split, cfg.column, cfg.negative_prompt, cfg.max_num_examples)
-    prompts = [r["prompt"] for r in rows]
-    if cfg.mode == "mean" and len(prompts) < 2:
+    if cfg.mode == "mean" and len(rows) < 2:
         raise UsageError("--mode mean needs two prompts or more to take the mean over; raise --max_num_examples")
-    out_dir = Path(cfg.out_dir)
-    settings = {k: v for k, v in vars(cfg).items() if k not in ("out_dir", "device", "cpu_offload")}
+    return [row | {"seed": cfg.seed + i} for i, row in enumerate(rows)]
 
-    # 2. The model, and the shapes of what its layers take and give
+
+def load_model(cfg: Config) -> tuple[HookedDiffusionModel, dict]:
+    """The model, and the pipeline's arguments."""
     device = resolve_device(cfg.device)
-    hooked = HookedDiffusionModel.from_pretrained(
-        cfg.model_name, resolve_dtype(cfg.dtype, device), device, cfg.cpu_offload, variant=cfg.variant, revision=cfg.revision
+    dtype = resolve_dtype(cfg.dtype, device)
+    model = HookedDiffusionModel.from_pretrained(
+        cfg.model_name, dtype, device, cfg.cpu_offload, variant=cfg.variant, revision=cfg.revision
     )
-    hooked.pipe.set_progress_bar_config(disable=True)
+    model.pipe.set_progress_bar_config(disable=True)
     extra = parse_object(cfg.pipeline_kwargs, "--pipeline_kwargs")
-    options = hooked.arguments(1, "pt", extra, **cfg.pipeline_options())
-    if "negative_prompt" in rows[0]:
-        options["negative_prompt"] = [r["negative_prompt"] for r in rows]
-    dry = hooked.first_step(cfg.hook_names, prompts, save_input=True, **options)
-    if (out_dir / "ablate.json").exists():
-        there = read_json(out_dir / "ablate.json").get("options") or {}
-        if other := [k for k in settings if there.get(k) != settings[k]]:
-            told = ", ".join(f"{k} {there.get(k)!r}" for k in other)
-            raise UsageError(f"{out_dir} holds a run with {told}; choose another --out_dir")
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out_dir {out_dir} can't be made: {error.strerror}") from None
+    return model, model.arguments(1, "pt", extra, **cfg.pipeline_options())
 
-    # 3. One run untouched, then one a hook point
-    done, failed, pictures = [], [], {}
-    with tqdm(total=1 + len(dry["grid"]), unit="run", desc="ablating") as bar:
-        untouched = generate(hooked, {}, prompts, cfg.seed, options)
+
+def describe(name: str, mode: str, first_step: dict) -> dict:
+    """What is known of a hook point before it is ablated. first_step: of `HookedDiffusionModel.first_step`, with inputs."""
+    before = tuple(first_step["input"][name].shape[2:])
+    after = tuple(first_step["output"][name].shape[2:])
+    tokens, d = after
+    record = {"hook_name": name, "mode": mode, "grid": first_step["grid"][name], "tokens": tokens, "d": d}
+    record["mb_per_prompt"] = first_step["num_steps"] * tokens * d * 2 / 1e6
+    if mode == "skip" and before != after:
+        record["error"] = f"can't be skipped: it turns {before} into {after}"
+    return record
+
+
+def ablate(
+    model: HookedDiffusionModel, generation: Generation, records: list[dict], mode: str
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Generate untouched, and with each hook point ablated that can be; its distances are added to its record.
+
+    Returns the untouched images (P, 3, H, W) in [0, 1], and {hook_name: images}.
+    """
+    images = {}
+    with tqdm(total=1 + len(records), unit="run", desc="ablating") as bar:
+        untouched = generate(model, generation)
+        untouched_images = required_images(model, untouched)
         bar.update()
-        for name, grid in dry["grid"].items():
-            before, after = (tuple(dry[side][name].shape[2:]) for side in ("input", "output"))
-            megabytes = dry["num_steps"] * after[0] * after[1] * 2 / 1e6
-            record = {
-                "hook_name": name,
-                "mode": cfg.mode,
-                "grid": grid,
-                "tokens": after[0],
-                "d": after[1],
-                "mb_per_prompt": megabytes,
-            }
-            if cfg.mode == "skip" and before != after:
-                failed.append(record | {"error": f"can't be skipped: it turns {before} into {after}"})
-            else:
-                made = generate(hooked, {name: EDITS[cfg.mode]}, prompts, cfg.seed, options)
+        for record in records:
+            name = record["hook_name"]
+            if "error" not in record:
+                made = generate(model, generation, lambda sampling, name=name: {name: EDITS[mode]})
                 record["latents"], record["images"] = distances(made, untouched)
-                done.append(record)
-                pictures[name] = made[1]
+                images[name] = required_images(model, made)
             bar.update()
-    done.sort(key=lambda h: -h["latents"])
+    return untouched_images, images
+
+
+def distances(made: Generated, untouched: Generated) -> tuple[float, float]:
+    """|a - b| / |b| of latents and root mean square difference of images, each the mean over the prompts."""
+    latents, latents_0 = made.sample.float(), untouched.sample.float()
+    relative = (latents - latents_0).flatten(1).norm(dim=1) / latents_0.flatten(1).norm(dim=1)
+    difference = made.images.float() - untouched.images.float()
+    return relative.mean().item(), difference.square().flatten(1).mean(1).sqrt().mean().item()
+
+
+def print_table(done: list[dict], failed: list[dict]) -> None:
+    print(f"{'hook name':48} {'latents':>8} {'pictures':>9} {'tokens x d':>12} {'MB a prompt':>12}")
+    for hook in done:
+        shape = f"{hook['tokens']} x {hook['d']}"
+        numbers = f"{hook['latents']:8.3f} {hook['images']:9.3f} {shape:>12} {hook['mb_per_prompt']:12.1f}"
+        print(f"{hook['hook_name']:48} {numbers}")
+    for hook in failed:
+        print(f"{hook['hook_name']:48} {hook['error']}")
+
+
+def main(cfg: Config) -> list[Path]:
+    """Ablate every hook point; return the files that were written.
+
+    Raises UsageError for an option or prompts that can't be used, and if out_dir holds something else.
+    """
+    check_positive(cfg, "max_num_examples", "num_inference_steps")
+
+    # 1. What to generate, and the shapes of what the layers take and return
+    rows = load_rows(cfg)
+    model, options = load_model(cfg)
+    generation = Generation.from_rows(rows, options)
+    first_step = model.first_step(cfg.hook_names, generation.prompts, save_input=True, **generation.arguments())
+    records = [describe(name, cfg.mode, first_step) for name in first_step["grid"]]
+
+    # 2. A folder that holds nothing else
+    out_dir = Path(cfg.out_dir)
+    settings = {name: value for name, value in vars(cfg).items() if name not in ("out_dir", "device", "cpu_offload")}
+    claim_folder(out_dir, "ablate.json", settings)
+
+    # 3. One run untouched, then one per hook point
+    untouched, images = ablate(model, generation, records, cfg.mode)
+    done = [record for record in records if "error" not in record]
+    failed = [record for record in records if "error" in record]
+    done.sort(key=lambda record: -record["latents"])
 
     # 4. The table, the numbers and the pictures
-    print(f"{'hook name':48} {'latents':>8} {'pictures':>9} {'tokens x d':>12} {'MB a prompt':>12}")
-    for h in done:
-        shape = f"{h['tokens']} x {h['d']}"
-        print(f"{h['hook_name']:48} {h['latents']:8.3f} {h['images']:9.3f} {shape:>12} {h['mb_per_prompt']:12.1f}")
-    for h in failed:
-        print(f"{h['hook_name']:48} {h['error']}")
-    seeds = [cfg.seed + i for i in range(len(prompts))]
-    report = {"options": settings, "prompts": prompts, "seeds": seeds, "hooks": done + failed}
-    write_atomically(out_dir / "ablate.json", (json.dumps(report, indent=1) + "\n").encode())
-    labels = [(f"{h['hook_name']}\n{h['latents']:.3f}", pictures[h["hook_name"]]) for h in done[:SHOWN]]
-    picture_grid(out_dir / "ablate.png", [("untouched", untouched[1]), *labels], prompts)
-    written = [out_dir / "ablate.png"]
+    print_table(done, failed)
+    report = {"options": settings, "prompts": generation.prompts, "seeds": generation.seeds, "hooks": done + failed}
+    written = [out_dir / "ablate.json", out_dir / "ablate.png"]
+    write_atomically(written[0], (json.dumps(report, indent=1) + "\n").encode())
+
+    grid = [ImageRow("untouched", untouched)]
+    for record in done[:SHOWN]:
+        label = f"{record['hook_name']}\n{record['latents']:.3f}"
+        grid.append(ImageRow(label, images[record["hook_name"]]))
+    plot_images(written[1], grid, generation.prompts)
     if done:
         written.append(out_dir / "ablate_ranking.png")
-        ranking(written[1], done[:SHOWN], f"{cfg.mode}: what each hook point does, mean over {len(prompts)} prompts")
-    print(f"pictures in {' and '.join(map(str, written))}, numbers in {out_dir / 'ablate.json'}")
+        title = f"{cfg.mode}: what each hook point does, mean over {len(rows)} prompts"
+        plot_ablation_ranking(written[2], done[:SHOWN], title)
+    print(f"pictures in {' and '.join(map(str, written[1:]))}, numbers in {written[0]}")
+    return written
 
 
 if __name__ == "__main__" and "get_ipython" not in globals():

@@ -123,11 +123,13 @@ def check_same(place, theirs, ours, remedy="choose another --out_dir"):
 def claim_folder(folder, record, settings, key="options", option="--out_dir"):
     """Make the folder of a result. Raises UsageError if it holds a result of other settings, or something else.
 
-    record: name of the JSON file that describes the result, whose object `key` holds the settings that it was made with.
+    record: name of the JSON file that describes the result, whose object `key` holds the settings that it was made with; with
+    key None they stand in it beside the result.
     """
     folder = Path(folder)
     if (folder / record).exists():
-        theirs = read_json(folder / record).get(key)
+        theirs = read_json(folder / record)
+        theirs = theirs.get(key) if key else {name: theirs.get(name) for name in settings}
         check_same(folder, theirs if isinstance(theirs, dict) else {}, settings, f"choose another {option}")
     elif folder.is_dir() and any(folder.iterdir()):
         raise UsageError(f"{folder} holds something else; choose another {option}")

@@ -10,14 +10,24 @@ How far an edit leaves the activations that the model itself makes is measured a
 (`Typical`): steering that looks harmless by its features can push what later layers get far off (arXiv 2606.31699).
 """
 
-from collections import defaultdict
+from collections.abc import Callable, Container
+from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from activations import open_activations
 from errors import UsageError
-from hook import ROLES, Edit
+from hook import Edit
+from hook_point import HookPoint
+from sae import Sae
+
+ROLES = {"cond": ("cond",), "uncond": ("uncond",), "both": ("cond", "uncond")}
+"""Which chunks of the guidance an edit of these rows gets, each on its own."""
+
+Change = Callable[[Tensor, float], Tensor | None]
+"""(x (P, T, d) float32, timestep) -> what is added to x (P, T, d), or None for nothing."""
 
 
 def check_features(sae, features):
@@ -30,30 +40,50 @@ def check_features(sae, features):
     return torch.as_tensor(features, device=sae.W_dec.device)
 
 
+def check_width(sae: Sae, x: Tensor) -> None:
+    """Raise UsageError if the vectors x (..., d) are of another width than those that the SAE takes."""
+    if x.shape[-1] != sae.d_in:
+        raise UsageError(f"the SAE is of vectors of width {sae.d_in}, and those of this hook point have width {x.shape[-1]}")
+
+
+def map_samples(fn: Callable[[Tensor], Tensor], x: Tensor, stream: str, device: torch.device) -> Tensor:
+    """fn (1, n, d) -> (1, n, d) of each prompt's tokens on its own: x (P, T, d) -> (P, T, d).
+
+    Memory does not grow with P. Padding of text, tokens that are all zeros, stays zero and is not given to fn, which runs on
+    `device`.
+    """
+    result = torch.zeros_like(x)
+    for tokens, out in zip(x, result):
+        real = (tokens != 0).any(1) if stream == "text" else slice(None)
+        vectors = tokens[real].to(device)
+        if len(vectors):
+            out[real] = fn(vectors[None])[0].to(out)
+    return result
+
+
 @torch.no_grad()
-def delta(sae, x, features, new, stream="image"):
+def delta(sae: Sae, x: Tensor, features: Tensor, new: Callable[[Tensor], Tensor], stream: str = "image") -> Tensor:
     """What changing features adds to the tokens x (P, T, d) float32: (P, T, d), exactly 0 where nothing changes.
 
-    features: int64 (F,). new(acts (n, F)) -> their new activations (n, F). It goes one picture at a time, as memory allows; a
-    sample-topk SAE gets each whole. Padding of text, which is zeros, stays. Raises UsageError where widths differ.
+    features: int64 (F,). new(acts (n, F)) -> their new activations (n, F). Padding of text, which is zeros, stays. Raises
+    UsageError where widths differ.
     """
-    P, T, d = x.shape
-    if d != sae.d_in:
-        raise UsageError(f"the SAE is of vectors of width {sae.d_in}, and those of this hook point have width {d}")
+    check_width(sae, x)
     F = len(features)
     column = torch.full((sae.num_latents,), F, device=features.device)  # of each latent among the chosen; F is none of them
     column[features] = torch.arange(F, device=features.device)
-    added, samples = torch.zeros_like(x), sae.activation == "sampletopk"
-    for tokens, out in zip(x, added):
-        there = (tokens != 0).any(1) if stream == "text" else slice(None)
-        if not len(vectors := tokens[there].to(sae.W_dec.device)):
-            continue
-        top_acts, top_indices, *stats = sae.encode(vectors[None] if samples else vectors)
-        top_acts, top_indices = top_acts.flatten(0, -2), top_indices.flatten(0, -2)
-        acts = top_acts.new_zeros(len(top_acts), F + 1).scatter_add_(1, column[top_indices], top_acts)[:, :F]
-        change = (new(acts) - acts) @ sae.W_dec[features]
-        out[there] = (change * stats[1].view(-1, 1) if stats else change).to(out)
-    return added
+
+    def change(vectors: Tensor) -> Tensor:  # (1, n, d)
+        top_acts, top_indices, *stats = sae.encode(vectors)
+        top_acts, top_indices = top_acts[0], top_indices[0]
+        acts = top_acts.new_zeros(len(top_acts), F + 1)
+        acts = acts.scatter_add_(1, column[top_indices], top_acts)[:, :F]
+        added = (new(acts) - acts) @ sae.W_dec[features]
+        if stats:  # input_unit_norm: W_dec is in units of each vector's standard deviation
+            added = added * stats[1].view(-1, 1)
+        return added[None]
+
+    return map_samples(change, x, stream, sae.W_dec.device)
 
 
 def step_norm(x, stream="image"):
@@ -106,89 +136,159 @@ def time_of(sampling):
     return float(times[sampling.index]) if sampling.index < len(times) else float("nan")
 
 
-def hooks(
-    change,
-    sampling,
-    side="output",
-    stream="image",
-    rows="cond",
-    steps=None,
-    where=None,
-    renormalize=False,
-    measure=None,
-    of="both",
-):
-    """The `capture.Edit`s that add `change(x)` to what a module returns, for `HookedDiffusionModel.run_with_hooks`.
+def replacing_edits(
+    hook_point: HookPoint,
+    replace: Callable[[str, Tensor, Tensor], Tensor | None],
+    rows: str | None = None,
+    steps: Container[int] | None = None,
+) -> list[Edit]:
+    """The edits in which replace(role, output, x) takes the place of what a module returns.
 
-    change(x, timestep) -> delta or None, x (P, T, d) float32: the output, or output - input for side "diff". rows: cond, uncond
-    or both. steps: those to edit in, None for all. where: bool (T,), the tokens to edit, None for all. renormalize: an edited
-    token gets its norm of before back. measure(x after the edit, step, timestep) is called for each edited chunk of the rows
-    `of`, also where nothing changes. sampling: of `HookedDiffusionModel.watch`, which knows the step. Raises UsageError for side
-    "input", for a mask of another number of tokens, and where a module turns its input into another shape and the side is diff.
+    role: cond or uncond. output: (P, T, d), the module's. x: (P, T, d) float32, what an SAE of this hook point takes: the
+    output, or output - input for side "diff". replace returns another output, or None to leave it. rows: cond, uncond or both;
+    by default the hook point's. steps: those to edit in, None for all. Raises UsageError for side "input", and where a module
+    turns its input into another shape and the side is "diff".
     """
-    if side == "input":
+    rows = rows or hook_point.rows
+    if rows not in ROLES:
+        raise UsageError(f"rows: expected {', '.join(ROLES)}, got {rows!r}")
+    if hook_point.side == "input":
         raise UsageError("the SAE was trained on --side input, and only what a module returns can be edited, not what it takes")
 
-    def fn(role, output, before=None):
-        if before is not None and before.shape != output.shape:
-            raise UsageError(f"side diff: {tuple(before.shape[1:])} becomes {tuple(output.shape[1:])}; there is no difference")
-        full = output.float()
-        x = full if before is None else full - before.float()
-        if where is not None and len(where) != x.shape[1]:
-            raise UsageError(f"the mask is of {len(where)} tokens, and here are {x.shape[1]}")
-        added = change(x, timestep := time_of(sampling))
+    def edit(role: str, output: Tensor, before: Tensor | None = None) -> Tensor | None:
+        x = output.float()
+        if before is not None:
+            if before.shape != output.shape:
+                turns = f"{tuple(before.shape[1:])} into {tuple(output.shape[1:])}"
+                raise UsageError(f"side diff: {hook_point.hook_name} turns {turns}, and there is no difference")
+            x = x - before.float()
+        return replace(role, output, x)
+
+    with_input = hook_point.side == "diff"
+    return [Edit(partial(edit, role), role, hook_point.stream, steps, with_input) for role in ROLES[rows]]
+
+
+def adding_edits(
+    hook_point: HookPoint,
+    change: Change,
+    sampling,
+    rows: str | None = None,
+    steps: Container[int] | None = None,
+    mask: Tensor | None = None,
+    renormalize: bool = False,
+    measure: Callable[[Tensor, float], None] | None = None,
+) -> list[Edit]:
+    """The edits that add `change(x, timestep)` to what a module returns; x, rows and steps as in `replacing_edits`.
+
+    sampling: of `HookedDiffusionModel.watch`, which knows the step. mask: bool (T,), the tokens to edit, None for all.
+    renormalize: an edited token gets its norm of before back. measure(x after the edit, timestep) is called for each edited
+    chunk of the hook point's own rows, also where nothing changes. Raises UsageError for a mask of another number of tokens.
+    """
+
+    def replace(role: str, output: Tensor, x: Tensor) -> Tensor | None:
+        if mask is not None and len(mask) != x.shape[1]:
+            raise UsageError(f"the mask is of {len(mask)} tokens, and here are {x.shape[1]}")
+        timestep = time_of(sampling)
+        added = change(x, timestep)
         if added is not None:
             moved = (added != 0).any(-1, keepdim=True)
-            if where is not None:
-                moved &= where.to(moved.device)[:, None]
+            if mask is not None:
+                moved &= mask.to(moved.device)[:, None]
             new = x + added
             if renormalize:
                 new = new * (x.norm(dim=-1, keepdim=True) / new.norm(dim=-1, keepdim=True).clamp_min(1e-12))
-            added, x = new - x, torch.where(moved, new, x)
-        if measure is not None and role in ROLES[of].values():
-            measure(x, sampling.index, timestep)
+            added = new - x
+            x = torch.where(moved, new, x)
+        if measure is not None and role == hook_point.rows:
+            measure(x, timestep)
         if added is None:
             return None
-        largest = torch.finfo(output.dtype).max  # a float16 that overflows would be NaN from here on
-        # a token that is not touched keeps its bits: not even -0 + 0 is computed
-        return torch.where(moved, (full + added).clamp(-largest, largest), full).to(output.dtype)
 
-    return [Edit(partial(fn, role), role, stream, steps, with_input=side == "diff") for role in ROLES[rows].values()]
+        full = output.float()
+        largest = torch.finfo(output.dtype).max  # a float16 that overflows would be NaN from here on
+        edited = (full + added).clamp(-largest, largest)
+        # a token that is not touched keeps its bits: not even -0 + 0 is computed
+        return torch.where(moved, edited, full).to(output.dtype)
+
+    return replacing_edits(hook_point, replace, rows, steps)
+
+
+@dataclass
+class Target:
+    """Features of one SAE that are edited, and where."""
+
+    path: str
+    sae: Sae
+    hook_point: HookPoint
+    features: list[int]
+
+    scores: list[float] | None = None
+    """By which the features were found."""
+
+    direction: Tensor | None = None
+    """(d,), of length 1: what is put in the features' place, see `redirect`."""
+
+    mask: Tensor | None = None
+    """bool (T,): the tokens to edit; None for all."""
+
+    typical: "Typical | None" = None
+    """None: it is not measured how far edited activations are from those of training."""
 
 
 class Edits:
-    """The edits of one run, at the hook point of every SAE, and how far off they are from what is typical there.
+    """The edits of one run, at the hook point of every target, and how far off they are from what is typical there.
 
     Of the edited rows only those that the SAE was trained on, cond or uncond, have something to be typical of.
-    changes: functions of `steer`; places: what `graft.trained_on` says; typical: a `Typical` or None; where: a mask or None;
-    each one an SAE. options: keywords of `hooks` for all.
+    changes: one per target.
     """
 
-    def __init__(self, changes, places, typical, options, where):
-        self.changes, self.places, self.typical, self.options, self.where = changes, places, typical, options, where
-        self.measured = defaultdict(list)  # {(first prompt, SAE): [(norm, distance), each (P,), of a chunk at a step]}
+    def __init__(
+        self,
+        targets: list[Target],
+        changes: list[Change],
+        rows: str = "cond",
+        steps: Container[int] | None = None,
+        renormalize: bool = False,
+    ):
+        self.targets = targets
+        self.changes = changes
+        self.rows = rows
+        self.steps = steps
+        self.renormalize = renormalize
+        self.measured = []  # of each batch {target: [(2, P): norm and distance, of every step]}
 
-    def __call__(self, sampling, start):
-        """{hook_name: [Edit]} for the batch that begins with prompt `start`."""
-        found = {}
-        for i, (change, place, where) in enumerate(zip(self.changes, self.places, self.where)):
+    def __call__(self, sampling) -> dict[str, list[Edit]]:
+        """{hook_name: [Edit]} for the next batch of prompts."""
+        measured = {}
+        self.measured.append(measured)
+        edits = {}
+        for i, (target, change) in enumerate(zip(self.targets, self.changes)):
+            measure = None
+            if target.typical is not None:
+                measure = partial(self.measure, measured, i)
+            edits[target.hook_point.hook_name] = adding_edits(
+                target.hook_point, change, sampling, self.rows, self.steps, target.mask, self.renormalize, measure
+            )
+        return edits
 
-            def measure(x, step, timestep, i=i, text=place["stream"] == "text"):
-                if self.typical[i] is not None:
-                    self.measured[start, i].append(torch.stack(self.typical[i](x, timestep, text)))
+    def measure(self, measured: dict, i: int, x: Tensor, timestep: float) -> None:
+        """Note how typical target i's activations x (P, T, d) are at one step."""
+        target = self.targets[i]
+        numbers = target.typical(x, timestep, target.hook_point.stream == "text")
+        measured.setdefault(i, []).append(torch.stack(numbers))
 
-            kwargs = dict(side=place["side"], stream=place["stream"], where=where, measure=measure, of=place["rows"])
-            found[place["hook_name"]] = hooks(change, sampling, **self.options, **kwargs)
-        return found
-
-    def numbers(self, P):
-        """Each picture's (norm, distance), means over edited steps, at the hook point that is furthest off; None if not known."""
-        if not self.measured:
+    def numbers(self, P: int) -> list[list[float] | None]:
+        """Each image's (norm, distance), means over edited steps, at the hook point that is furthest off; None if not known."""
+        known = sorted({i for measured in self.measured for i in measured})
+        if not known:
             return [None] * P
-        starts, known = (sorted(set(column)) for column in zip(*self.measured))
-        each = [torch.cat([torch.stack(self.measured[start, i]).mean(0) for start in starts], 1) for i in known]
-        each = torch.stack(each)  # (SAEs, 2, P): a norm is as far off at a half as at two
-        furthest = torch.stack([each[:, 0].clamp_min(1e-12).log().abs(), each[:, 1]], 1).argmax(0, keepdim=True)
+        each = []
+        for i in known:
+            batches = [torch.stack(measured[i]).mean(0) for measured in self.measured]
+            each.append(torch.cat(batches, 1))
+        each = torch.stack(each)  # (targets, 2, P)
+        norm_off = each[:, 0].clamp_min(1e-12).log().abs()  # a norm is as far off at a half as at two
+        furthest = torch.stack([norm_off, each[:, 1]], 1).argmax(0, keepdim=True)
         return each.gather(0, furthest)[0].T.tolist()
 
 

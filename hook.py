@@ -20,17 +20,19 @@ import torch
 
 from edit import Edit
 from errors import UsageError
+from generate import Generation
 from hook_point import HookPoint
 from loop import Loop
 from names import check_hookable, find_modules, is_pattern, match_names
 from probe import NEVER_RAN, find_layouts
-from recorder import ROLES, CacheOptions, Recorder
+from recorder import CacheOptions, Recorder
 from sampling import DryRunOver, Sampling, undisturbed
 from signatures import count_prompts, per_prompt, prompt_arguments, sample_name, tensors, time_parameter, unwrap
 from tokens import Layout, NotHookable
 
 __all__ = [
-    "ROLES", "Edit", "HookPoint", "HookedDiffusionModel", "Layout", "NotHookable", "find_model", "per_prompt", "tensors", "unwrap"
+    "Edit", "Generation", "HookPoint", "HookedDiffusionModel", "Layout", "NotHookable", "find_model", "model_of", "per_prompt",
+    "tensors", "unwrap",
 ]  # fmt: skip
 OURS = ("self", "prompt", "negative_prompt", "generator", "output_type")  # pipeline arguments with options of their own
 
@@ -334,3 +336,21 @@ def find_model(model_name):
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(model_name)):
         raise UsageError(f"no folder {str(model_name)!r} here, and a hub id looks like owner/name")
     return str(model_name)
+
+
+
+def model_of(meta, model_name=None, device=None, dtype=None):
+    """The model that made a file's activations, hooked, and the pipeline's options at that time: (model, options).
+
+    meta: the description beside the file. model_name: another model, such as a copy of it in another place. What has an option of
+    its own in every script, the kind of output and the number of images per prompt, is left out.
+    """
+    model = HookedDiffusionModel.from_pretrained(
+        model_name or meta["model"], dtype, device, variant=meta.get("variant"), revision=meta.get("revision")
+    )
+    model.pipe.set_progress_bar_config(disable=True)
+    options = {}
+    for name, value in meta["pipeline_kwargs"].items():
+        if name != "output_type" and not per_prompt(name):
+            options[name] = value
+    return model, options

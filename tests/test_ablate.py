@@ -10,6 +10,7 @@ from PIL import Image
 from tiny import PROMPTS, build, generate_options, sd15
 
 import ablate
+from generate import Generated
 from hook import HookedDiffusionModel
 
 HOOK = "up_blocks.0.attentions.1"
@@ -44,19 +45,8 @@ def test_what_each_mode_puts_in_place(mode):
 
 def test_distances_by_hand():
     latents, images = torch.ones(2, 1, 2, 2), torch.zeros(2, 3, 2, 2)
-    moved = (latents * torch.tensor([2.0, 1.0]).view(2, 1, 1, 1), images + 0.5)
-    assert ablate.distances(moved, (latents, images)) == pytest.approx((0.5, 0.5))
-
-
-def test_the_untouched_run_is_the_pipelines():
-    pipe = build(sd15)
-    options = {k: v for k, v in generate_options(2).items() if k != "generator"}
-    latents, images = ablate.generate(
-        HookedDiffusionModel.from_pipeline(pipe), {}, PROMPTS[:2], 7, options | {"output_type": "pt"}
-    )
-    seeds = [torch.Generator().manual_seed(7 + i) for i in range(2)]
-    assert torch.equal(latents, pipe(PROMPTS[:2], **options | {"generator": seeds}).images)
-    assert images.shape == (2, 3, 32, 32) and 0 <= images.min() and images.max() <= 1
+    moved = Generated(latents * torch.tensor([2.0, 1.0]).view(2, 1, 1, 1), images + 0.5)
+    assert ablate.distances(moved, Generated(latents, images)) == pytest.approx((0.5, 0.5))
 
 
 @pytest.mark.parametrize("mode", ["skip", "zero", "mean"])
@@ -80,8 +70,23 @@ def test_a_report(config, mode, capsys):
 def test_other_settings_and_too_few_prompts_are_refused(config):
     ablate.main(config)
     before = (Path(config.out_dir) / "ablate.png").read_bytes()
-    with pytest.raises(ValueError, match="choose another --out_dir"):
+    with pytest.raises(ValueError, match="was made with mode 'skip', not 'zero'; choose another --out_dir"):
         ablate.main(replace(config, mode="zero"))
     assert (Path(config.out_dir) / "ablate.png").read_bytes() == before
     with pytest.raises(ValueError, match="two prompts"):
         ablate.main(replace(config, mode="mean", max_num_examples=1, out_dir=config.out_dir + "2"))
+
+
+def test_a_folder_of_something_else_is_not_written_into(config):
+    out = Path(config.out_dir)
+    out.mkdir()
+    (out / "ablate.png").write_text("of another program")
+    with pytest.raises(ValueError, match="holds something else; choose another --out_dir"):
+        ablate.main(config)
+    assert (out / "ablate.png").read_text() == "of another program"
+
+
+def test_the_files_that_were_written_are_returned(config):
+    written = ablate.main(config)
+    assert [path.name for path in written] == ["ablate.json", "ablate.png", "ablate_ranking.png"]
+    assert sorted(written) == sorted(Path(config.out_dir).iterdir())

@@ -5,11 +5,13 @@ import pytest
 import torch
 from tiny import PROMPTS, build, generate_options, sd15
 
-from edits import Edits, Typical, delta, hooks, redirect, steer, step_norm
+from edits import Edits, Typical, adding_edits, delta, redirect, steer, step_norm
 from hook import HookedDiffusionModel
+from hook_point import HookPoint
 from sae import Sae
 
 HOOK, D = "mid_block.attentions.0", 16  # followed by mid_block.resnets.1, which sees what became of it
+POINT = HookPoint(HOOK)
 EVERY = {"topk": {}, "batchtopk": {}, "sampletopk": {}, "unit norm": {"input_unit_norm": True}}
 
 
@@ -73,10 +75,12 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="width 24, and those of this hook point have width 16"):
         steer(sae, [3], multiply=0)(torch.randn(1, 2, 16))
     with pytest.raises(ValueError, match="--side input"):
-        hooks(None, None, side="input")
+        adding_edits(HookPoint(HOOK, "input"), None, None)
+    with pytest.raises(ValueError, match="rows: expected cond, uncond, both, got 'all'"):
+        adding_edits(HookPoint(HOOK), None, None, rows="all")
 
 
-def generate(change, steps=None, dtype=None, **options):
+def generate(change, steps=None, dtype=None, hook_point=POINT, **options):
     """(latents, [(output of the module, what follows it got)] a step, chunks as the pipeline stacks them) of two prompts."""
     pipe, seen = build(sd15), []
     if dtype is not None:
@@ -88,7 +92,7 @@ def generate(change, steps=None, dtype=None, **options):
         follow = lambda module, args: seen[-1].append(args[0].clone()) if not sampling.paused else None
         module.register_forward_hook(listen)
         follower.register_forward_pre_hook(follow)
-        edits = {} if change is None else {HOOK: hooks(change, sampling, steps=steps, **options)}
+        edits = {} if change is None else {HOOK: adding_edits(hook_point, change, sampling, steps=steps, **options)}
         out = hooked.run_with_hooks(edits, PROMPTS[:2], **generate_options(2, num_inference_steps=3)).images
     tokens = lambda x: x.flatten(2).transpose(1, 2)
     return out, [(tokens(a), tokens(b)) for a, b in seen]
@@ -109,14 +113,14 @@ def test_multiply_1_is_the_identity_bit_for_bit(dtype, rows):
 def test_only_the_rows_steps_and_tokens_asked_for_are_touched(rows, there):
     sae = some_sae(D)
     T = generate(None)[1][0][0].shape[1]
-    where = torch.arange(T) % 3 == 0
-    _, seen = generate(steer(sae, [1], add=1.0), steps=range(1, 2), rows=rows, where=where)
+    mask = torch.arange(T) % 3 == 0
+    _, seen = generate(steer(sae, [1], add=1.0), steps=range(1, 2), rows=rows, mask=mask)
     assert len(seen) == 3  # each with an output before the edit, and what the next module got
     for step, (before, after) in enumerate(seen):
         for chunk, edited in enumerate(there):
             part = slice(2 * chunk, 2 * chunk + 2)
             moved = (before[part] != after[part]).any(-1)
-            expected = where.expand(2, T) if edited and step == 1 else torch.zeros(2, T, dtype=torch.bool)
+            expected = mask.expand(2, T) if edited and step == 1 else torch.zeros(2, T, dtype=torch.bool)
             assert torch.equal(moved, expected)
             x = before[part]
             added = step_norm(x) * torch.nn.functional.normalize(sae.W_dec[1], dim=0) * expected[..., None]
@@ -125,16 +129,16 @@ def test_only_the_rows_steps_and_tokens_asked_for_are_touched(rows, there):
 
 def test_renormalize_and_what_is_measured():
     sae, seen = some_sae(D), []
-    measure = lambda x, step, timestep: seen.append((x, step, timestep))
+    measure = lambda x, timestep: seen.append((x, timestep))
     _, both = generate(steer(sae, [1], add=3.0), renormalize=True, measure=measure)
-    for (before, after), (x, _, _) in zip(both, seen):
+    for (before, after), (x, _) in zip(both, seen):
         assert torch.allclose(before[2:].norm(dim=-1), after[2:].norm(dim=-1), rtol=1e-4)
         assert not torch.equal(before[2:], after[2:]) and torch.allclose(x, after[2:], atol=1e-6)
-    assert [step for _, step, _ in seen] == [0, 1, 2] and seen[0][2] > seen[1][2] > seen[2][2]
+    assert len(seen) == 3 and seen[0][1] > seen[1][1] > seen[2][1]
     for of, expected in (("cond", slice(2, 4)), ("uncond", slice(0, 2))):  # both are edited, one is measured
         seen.clear()
-        _, both = generate(steer(sae, [1], add=3.0), rows="both", measure=measure, of=of)
-        assert len(seen) == 3 and all(torch.allclose(x, a[expected], atol=1e-5) for (_, a), (x, _, _) in zip(both, seen))
+        _, both = generate(steer(sae, [1], add=3.0), rows="both", measure=measure, hook_point=HookPoint(HOOK, rows=of))
+        assert len(seen) == 3 and all(torch.allclose(x, a[expected], atol=1e-5) for (_, a), (x, _) in zip(both, seen))
 
 
 def test_what_overflows_float16_stays_finite():
@@ -143,16 +147,19 @@ def test_what_overflows_float16_stays_finite():
 
 
 def test_the_hook_point_that_is_furthest_off_is_told():
-    edits = Edits([None] * 3, [None] * 3, [None] * 3, {}, [None] * 3)
+    edits = Edits([None] * 3, [None] * 3)
+    assert edits.numbers(2) == [None, None]
+    edits.measured = [{}, {}]  # two batches of one prompt
     for i, (norm, distance) in enumerate(((0.05, 1.0), (1.0, 3.0), (2.0, 0.5))):
         for step in (-0.5, 0.5):  # means over steps
-            edits.measured[0, i].append(torch.tensor([[norm * (1 + step)], [distance]]))
-    assert edits.numbers(1) == [pytest.approx([0.05, 3.0])]
+            for number, measured in enumerate(edits.measured):
+                measured.setdefault(i, []).append(torch.tensor([[norm * (1 + step)], [distance + number]]))
+    assert edits.numbers(2) == [pytest.approx([0.05, 3.0]), pytest.approx([0.05, 4.0])]
 
 
 def test_side_diff_moves_the_output_by_the_change_of_the_difference():
     sae = some_sae(D)
-    _, seen = generate(steer(sae, [1], add=1.0), side="diff")
+    _, seen = generate(steer(sae, [1], add=1.0), hook_point=HookPoint(HOOK, "diff"))
     before, after = seen[0]
     moved = (after - before)[2:]
     direction = torch.nn.functional.normalize(sae.W_dec[1], dim=0)

@@ -41,14 +41,15 @@ def test_the_numbers_are_those_that_training_ended_with(trained, tmp_path, capsy
 
 
 def test_graft_generates_held_out_prompts_with_the_seeds_of_the_activations(trained, tmp_path, monkeypatch):
-    asked, real, of = {}, evaluate.graft, evaluate.read_description
+    asked, real, of = [], evaluate.graft, evaluate.read_description
     several = lambda path: of(path) | {"pipeline_kwargs": of(path)["pipeline_kwargs"] | {"num_videos_per_prompt": 2}}
     monkeypatch.setattr(evaluate, "read_description", several)  # of which one each is generated again
-    monkeypatch.setattr(evaluate, "graft", lambda *args, **options: asked.update(options) or real(*args, **options))
-    main(config(trained, tmp_path, graft=True, num_prompts=2, windows=2))
+    monkeypatch.setattr(evaluate, "graft", lambda *args, **options: asked.append(args[3]) or real(*args, **options))
+    written = main(config(trained, tmp_path, graft=True, num_prompts=2, windows=2))
+    assert [path.name for path in written] == ["evaluate.json", "evaluate.png", "graft.json", "graft.png"]
     report = json.loads((tmp_path / "run" / "graft.json").read_text())
     rows = [json.loads(line) for line in trained[0].with_name("prompts.jsonl").read_text().splitlines()]
-    assert all(any(row["prompt"] == p and row["seed"] == s for row in rows) for p, s in zip(asked["prompts"], asked["seeds"]))
+    assert all(any(row["prompt"] == p and row["seed"] == s for row in rows) for p, s in zip(asked[0].prompts, asked[0].seeds))
     assert report["hook_name"] == "mid_block" and report["num_steps"] == 4 and len(report["windows"]) == 2
     assert report["all"]["latents"]["mean"] > 0 and (tmp_path / "run" / "graft.png").exists()
 
@@ -59,7 +60,7 @@ def test_an_sae_on_other_data(trained, tmp_path):
     )
     main(config(trained, tmp_path / "out", data=[str(tmp_path / "flat.npy")]))
     assert json.loads((tmp_path / "out" / "run" / "evaluate.json").read_text())["by_timestep"] == []
-    with pytest.raises(ValueError, match="another --out_dir"):
+    with pytest.raises(ValueError, match="run was made with data .*; choose another --out_dir"):
         main(config(trained, tmp_path / "out"))
     with pytest.raises(ValueError, match="not known what to generate"):
         main(config(trained, tmp_path / "out2", data=[str(tmp_path / "flat.npy")], graft=True))

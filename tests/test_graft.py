@@ -1,6 +1,7 @@
 """Grafts and mean ablations against hooks as anybody would write them, and the numbers made of them by hand."""
 
 import json
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -10,10 +11,15 @@ from PIL import Image
 from test_families import BY_HAND
 from tiny import PROMPTS, build, generate_options, sd15
 
-import graft
+import evaluate
 from disk import checksum
-from hook import Edit, HookedDiffusionModel
+from evaluate import graft
+from generate import generate
+from hook import Edit, Generation, HookedDiffusionModel
+from hook_point import HookPoint
+from plots import GRAFT_ROWS, plot_graft
 from sae import Sae
+from sources import trained_on
 
 
 class Hand(NamedTuple):
@@ -70,10 +76,11 @@ def by_hand(pipe, recipe, change, stream="image", **options):
         handle.remove()
 
 
-def run(pipe, recipe, sae, stream="image", **options):
-    keys = dict(windows=[range(1), range(1, S)], batch_size=2, options=options.pop("options", options_of(recipe)), stream=stream)
-    hooked = HookedDiffusionModel.from_pipeline(pipe)
-    return graft.graft(hooked, sae, HANDS[recipe].hook_name, PROMPTS[:P], SEEDS, **(keys | options))
+def run(pipe, recipe, sae, stream="image", side="output", **options):
+    generation = Generation(PROMPTS[:P], SEEDS, options=options.pop("options", options_of(recipe)))
+    keys = dict(windows=[range(1), range(1, S)], batch_size=2) | options
+    model = HookedDiffusionModel.from_pipeline(pipe)
+    return graft(model, sae, HookPoint(HANDS[recipe].hook_name, side, stream), generation, **keys)
 
 
 def perfect(d, activation="topk", k=None):
@@ -102,7 +109,7 @@ def lossy(d):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("side", graft.SIDES)
+@pytest.mark.parametrize("side", ["output", "diff"])
 @pytest.mark.parametrize("recipe, stream", PLACES)
 def test_the_identity_changes_no_bit(recipe, stream, side, dtype):
     pipe, seen = build(recipe).to(dtype), []
@@ -114,10 +121,10 @@ def test_the_identity_changes_no_bit(recipe, stream, side, dtype):
     hooked, name = HookedDiffusionModel.from_pipeline(pipe), HANDS[recipe].hook_name
     if recipe is sd15 and side == "diff":
         name += ".transformer_blocks.0.attn1"  # its output is far from its input: output - input + input is another number
-    change = lambda role, step, x: graft.reconstruct(identity, x, stream)
-    place = dict(side=side, stream=stream, rows="both")
-    latents, _ = graft.generate(hooked, name, change, None, PROMPTS[:P], SEEDS, options_of(recipe), **place)
-    assert torch.equal(latents, by_hand(pipe, recipe, lambda *x: None))
+    replacement = lambda role, step, x: evaluate.reconstruct(identity, x, stream)
+    make_edits = partial(evaluate.grafting_edits, HookPoint(name, side, stream), replacement, "both", None)
+    made = generate(hooked, Generation(PROMPTS[:P], SEEDS, options=options_of(recipe)), make_edits)
+    assert torch.equal(made.sample, by_hand(pipe, recipe, lambda *x: None))
     assert set(seen) == {torch.float32} and len(seen) == P * S * 2
 
 
@@ -178,20 +185,15 @@ def test_a_perfect_sae_recovers_all_and_the_mean_nothing(activation, k):
     assert first == pytest.approx(0, abs=1e-3) and abs(rest) > 1e-2  # it is the mean of the first step alone
 
 
-def test_a_sample_topk_sae_gets_whole_samples():
-    pipe, shapes = build(sd15), []
+def test_an_sae_gets_whole_samples_one_at_a_time():
+    shapes = []
 
     def fake(x):
         shapes.append(tuple(x.shape))
         return x
 
-    fake.activation = "sampletopk"
-    run(pipe, sd15, fake)
-    assert set(shapes) == {(1, 64, 16)}
-    fake.activation = "topk"
-    shapes.clear()
-    run(pipe, sd15, fake)
-    assert set(shapes) == {(64, 16)}
+    run(build(sd15), sd15, fake)
+    assert set(shapes) == {(1, 64, 16)} and len(shapes) == P * S * 2  # in all steps, and in each step of the windows
 
 
 @pytest.mark.parametrize("recipe", [*RECIPES, wan22], ids=lambda recipe: recipe.__name__)
@@ -202,10 +204,11 @@ def test_every_family(recipe):
     options = {name: value for name, value in options.items() if name not in ("generator", "class_labels", "batch_size")}
     name = "transformer_2.blocks.1" if recipe is wan22 else BY_HAND[recipe.__name__].hook_name
     hooked = HookedDiffusionModel.from_pipeline(build(recipe))
-    keys = dict(windows=1 if recipe is wan22 else 2, options=options, batch_size=1)
-    report, pictures = graft.graft(hooked, lambda x: 0.9 * x, name, prompts, [1, 2], **keys)
-    assert pictures is None and len(report["windows"]) == keys["windows"] == report["num_steps"]
-    assert len(graft.generate(hooked, name, lambda *x: None, None, prompts, [1, 2], options)[0]) == 2
+    windows = 1 if recipe is wan22 else 2
+    generation = Generation(prompts, [1, 2], options=options)
+    report, pictures = graft(hooked, lambda x: 0.9 * x, HookPoint(name), generation, windows, batch_size=1)
+    assert pictures is None and len(report["windows"]) == windows == report["num_steps"]
+    assert len(generate(hooked, generation).sample) == 2
     for window in (report["all"], *report["windows"]):
         record = window["latents"]
         assert min(record["graft"], record["mean"], record["graft_se"]) > 0 and record["recovered"] < 1
@@ -222,10 +225,11 @@ def test_padding_of_text_is_in_no_mean_and_in_no_reconstruction():
     assert lengths == [len(prompt) for prompt in prompts]
 
     def half(x):
-        counts.append(len(x))
+        counts.append(x.shape[1])
         return x / 2
 
-    report, _ = graft.graft(hooked, half, name, prompts, SEEDS, windows=(), options=options, side="diff", stream="text")
+    generation = Generation(prompts, SEEDS, options=options)
+    report, _ = graft(hooked, half, HookPoint(name, "diff", "text"), generation, windows=[])
     assert counts[:P] == lengths and len(counts) == P * S
 
     def latents(edits):
@@ -253,12 +257,12 @@ def test_where_the_mean_moves_nothing_there_is_no_share():
 def test_what_can_not_be_grafted_is_said():
     pipe = build(sd15)
     for options, match in (
-        (dict(side="input"), "only what a module returns can be replaced"),
-        (dict(side="sideways"), "side: expected output, diff"),
+        (dict(side="input"), "only what a module returns can be edited"),
+        (dict(side="sideways"), "side: expected output"),
         (dict(rows="all"), "rows: expected cond"),
         (dict(windows=4), "4 windows of 3 steps"),
         (dict(windows=[range(7, 9)]), "none of the window"),
-        (dict(batch_size=0), "expected a seed for each prompt"),
+        (dict(batch_size=0), "expected at least 1"),
         (dict(rows="both", options=options_of(sd15, guidance_scale=1.0)), "no unconditional rows"),
     ):
         with pytest.raises(ValueError, match=match):
@@ -266,29 +270,28 @@ def test_what_can_not_be_grafted_is_said():
     with pytest.raises(ValueError, match="width 8, and those of this hook point have width 16"):
         run(pipe, sd15, perfect(8))
     with pytest.raises(ValueError, match="there is no difference"):
-        graft.graft(
-            HookedDiffusionModel.from_pipeline(pipe), perfect(16), "down_blocks.0", PROMPTS, SEEDS, 1, options_of(sd15), "diff"
-        )
+        generation = Generation(PROMPTS, SEEDS, options=options_of(sd15))
+        graft(HookedDiffusionModel.from_pipeline(pipe), perfect(16), HookPoint("down_blocks.0", "diff"), generation, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------- the numbers
 
 
 def test_windows_by_hand():
-    assert graft.equal_windows(list(range(10)), 4) == [range(0, 2), range(2, 5), range(5, 7), range(7, 10)]
-    assert graft.equal_windows([3, 4, 5, 6], 2) == [range(3, 5), range(5, 7)]
+    assert evaluate.equal_windows(list(range(10)), 4) == [range(0, 2), range(2, 5), range(5, 7), range(7, 10)]
+    assert evaluate.equal_windows([3, 4, 5, 6], 2) == [range(3, 5), range(5, 7)]
 
 
 def test_the_record_by_hand():
-    record = graft.compare(torch.tensor([1.0, 3.0]), torch.tensor([4.0, 4.0]))
+    record = evaluate.compare(torch.tensor([1.0, 3.0]), torch.tensor([4.0, 4.0]))
     expected = dict(graft=2, graft_se=1, mean=4, mean_se=0, recovered=0.5, recovered_se=0.25)
     assert record == pytest.approx(expected)
-    paired = graft.compare(torch.tensor([1.0, 3.0, 2.0]), torch.tensor([2.0, 6.0, 4.0]))
+    paired = evaluate.compare(torch.tensor([1.0, 3.0, 2.0]), torch.tensor([2.0, 6.0, 4.0]))
     assert (paired["recovered"], paired["recovered_se"]) == pytest.approx((0.5, 0))  # of each prompt exactly half
-    one = graft.compare(torch.tensor([1.0]), torch.tensor([4.0]))
+    one = evaluate.compare(torch.tensor([1.0]), torch.tensor([4.0]))
     assert one == dict(graft=1, graft_se=None, mean=4, mean_se=None, recovered=0.75, recovered_se=None)
-    assert graft.compare(torch.tensor([1.0, 3.0]), torch.tensor([0.1, 0.1]), floor=0.2)["recovered"] is None
-    broken = graft.compare(torch.tensor([1.0, torch.nan]), torch.tensor([1.0, 1.0]))
+    assert evaluate.compare(torch.tensor([1.0, 3.0]), torch.tensor([0.1, 0.1]), floor=0.2)["recovered"] is None
+    broken = evaluate.compare(torch.tensor([1.0, torch.nan]), torch.tensor([1.0, 1.0]))
     assert broken["graft"] is broken["recovered"] is None and json.dumps(broken, allow_nan=False)
 
 
@@ -296,7 +299,7 @@ def test_the_standard_error_is_that_of_samples_of_prompts():
     torch.manual_seed(0)
     size = torch.rand(4000, 50) + 0.5  # 4000 experiments of 50 prompts, some of which move more than others
     grafts, means = size * (0.3 + 0.1 * torch.randn(4000, 50)), size
-    records = [graft.compare(g, m) for g, m in zip(grafts, means)]
+    records = [evaluate.compare(g, m) for g, m in zip(grafts, means)]
     spread = torch.tensor([r["recovered"] for r in records]).std().item()
     assert torch.tensor([r["recovered_se"] for r in records]).mean().item() == pytest.approx(spread, rel=0.05)
 
@@ -307,22 +310,25 @@ def test_where_an_sae_belongs(tmp_path):
         there = meta | changed | {"model": "toy"}
         (tmp_path / f"{name}.json").write_text(json.dumps(there | {"checksum": checksum(there)}))
     sae = lambda *names: Sae(4, 8, 2, {"data": [str(tmp_path / f"{name}.npy") for name in names]})
-    assert graft.trained_on(sae("a", "b")) == meta
-    for names, match in (("ac", "files of several kinds"), ("d", "d.json is not there"), ("", "names no activation file")):
+    assert trained_on(sae("a", "b")) == HookPoint(**meta)
+    for names, match in (("ac", "files of several hook points"), ("d", "d.json is not there"), ("", "names no activation file")):
         with pytest.raises(ValueError, match=match):
-            graft.trained_on(sae(*names))
+            trained_on(sae(*names))
 
 
 def test_a_report_and_its_picture(tmp_path):
     pipe, seen = build(sd15), []
     options = options_of(sd15, output_type="pt", negative_prompt=["blurry", "dark", "cut"])
-    clip = lambda a, b: seen.append(a) or graft.rms(a, b)
-    report, pictures = run(pipe, sd15, lossy(16), options=options, shown=2, clip=clip)
+    clip = lambda a, b: seen.append(a) or evaluate.rms(a, b)
+    report, pictures = run(pipe, sd15, lossy(16), options=options, num_shown=2, clip=clip)
     untouched = pipe(PROMPTS[:P], generator=[torch.Generator().manual_seed(seed) for seed in SEEDS], **options).images
     assert torch.allclose(pictures["untouched"], untouched[:2], atol=1e-5)
-    assert all(x.shape == (2, 3, 32, 32) for x in pictures.values()) and list(pictures) == list(graft.ROWS)
-    _, more = run(pipe, sd15, lossy(16), options=options, shown=8)
+    assert all(x.shape == (2, 3, 32, 32) for x in pictures.values()) and list(pictures) == list(GRAFT_ROWS)
+    _, more = run(pipe, sd15, lossy(16), options=options, num_shown=8)
     assert all(x.shape == (3, 3, 32, 32) and torch.equal(x[:2], pictures[name]) for name, x in more.items())
+    for mode in ("graft", "mean"):  # the pictures are those of all steps
+        moved = evaluate.rms(more[mode], more["untouched"]).mean().item()
+        assert moved == pytest.approx(report["all"]["images"][mode], rel=1e-6)
     assert pictures["graft"].ne(pictures["untouched"]).any() and pictures["mean"].ne(pictures["graft"]).any()
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     for window in (report["all"], *report["windows"]):
@@ -331,7 +337,7 @@ def test_a_report_and_its_picture(tmp_path):
     sizes = []
     report["windows"][0]["latents"] |= {"recovered": None, "recovered_se": None}
     for name, shown in (("with", pictures), ("without", None)):
-        graft.picture(tmp_path / f"{name}.png", report, shown)
+        plot_graft(tmp_path / f"{name}.png", report, shown)
         sizes.append(Image.open(tmp_path / f"{name}.png").size)
     assert sizes[0][0] == sizes[1][0] > 1000 and sizes[0][1] > sizes[1][1] + 400 > 800
 
@@ -339,13 +345,13 @@ def test_a_report_and_its_picture(tmp_path):
 def test_clip_is_used_where_it_is_and_its_absence_said(tmp_path):
     from transformers import CLIPConfig, CLIPModel
 
-    distance, line = graft.clip_distance(str(tmp_path / "nowhere"))
+    distance, line = evaluate.clip_distance(str(tmp_path / "nowhere"))
     assert distance is None and line.startswith("no CLIP distance") and "not on this machine" in line
     small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     vision, text = small | dict(image_size=16, patch_size=8), small | dict(vocab_size=50)
     torch.manual_seed(0)
     CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(tmp_path)
-    distance, line = graft.clip_distance(str(tmp_path))
+    distance, line = evaluate.clip_distance(str(tmp_path))
     a, b = torch.rand(2, 2, 3, 32, 32)
     assert distance(a, a).tolist() == pytest.approx([0, 0], abs=1e-6) and line.startswith("CLIP distance")
     assert distance(a, b).min() > 1e-4 and distance(a, b).shape == (2,)

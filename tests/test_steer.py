@@ -46,8 +46,9 @@ def report_of(config, name):
 
 
 def test_with_no_feature_named_the_one_that_varies_most(config, trained, capsys):
-    main(config)
+    written = main(config)
     folder = next(Path(config.out_dir).iterdir())
+    assert sorted(folder.iterdir()) == sorted(written)
     report, sae = report_of(config, folder.name), Sae.load_from_disk(trained[0])
     scores = image_scores(sae, sae.cfg["data"][0])[0].mean(1)
     assert report["saes"][0]["features"] == [int(scores.std(0).argmax())] and folder.name == f"{scores.std(0).argmax()}_x0_x4"
@@ -63,7 +64,7 @@ def test_with_no_feature_named_the_one_that_varies_most(config, trained, capsys)
     picture = Image.open(folder / "steer.png")
     assert min(picture.size) > 400 and "norm" in capsys.readouterr().out
     main(config)  # again: the same
-    with pytest.raises(ValueError, match="other num_prompts; choose another --out_dir"):
+    with pytest.raises(ValueError, match="was made with num_prompts 3, not 2; choose another --out_dir"):
         main(replace(config, num_prompts=2))
 
 
@@ -110,7 +111,7 @@ def test_every_option_reaches_the_pictures(config):
 
 def test_untouched_is_what_the_model_makes_of_each_prompt_and_seed(config, trained, monkeypatch):
     shown = []
-    monkeypatch.setattr(steer, "picture", lambda path, rows, prompts: shown.extend((rows, prompts)))
+    monkeypatch.setattr(steer, "plot_images", lambda path, rows, prompts: shown.extend((rows, prompts)))
     main(replace(config, features=["3"], multiply=[0.0]))  # three prompts, two a batch
     (_, images, _), *_ = shown[0]
     report = report_of(config, "3_x0")
@@ -174,14 +175,12 @@ def test_what_is_refused(config, trained, tmp_path):
     for options, said in (
         (dict(features=["40"]), "feature 40: the SAE has 40, numbered 0 to 39"),
         (dict(concept="green"), "concept 'green': none of the 12 prompts"),
-        (dict(features=["1"], concept="red"), "one of --features, --concept and --unlearn"),
+        (dict(features=["1"], concept="red"), "one of --features and --concept"),
         (dict(features=["1"], multiply=[1.0], add=[1.0]), "one of --multiply, --add and --toward"),
         (dict(concept="red", add=[1.0], toward="blue"), "one of --multiply, --add and --toward"),
         (dict(features=["1"], toward="blue"), "--toward is of --concept"),
         (dict(concept="red", toward="green"), "concept 'green': none"),
         (dict(concept=""), "concept ''"),
-        (dict(unlearn=""), "--unlearn : the toy has no such"),
-        (dict(unlearn="star", steps="0-3"), "--steps is not of --unlearn"),
         (dict(features=["1"], steps="2-9"), "--steps 2-9: the sampling has 4 steps"),
         (dict(sae=[*trained[:1], *trained[:1]], features=["0:1"]), "two SAEs of one hook point"),
     ):
@@ -201,3 +200,12 @@ def test_without_the_activations_there_is_no_meter(config, trained, tmp_path, mo
     main(replace(config, features=["3"], multiply=[0.0]))
     assert "not measured" in capsys.readouterr().out
     assert report_of(config, "3_x0")["runs"][1]["pictures"][0]["norm"] is None
+
+
+def test_a_folder_of_something_else_is_not_written_into(config):
+    folder = Path(config.out_dir) / "3_x0"
+    folder.mkdir(parents=True)
+    (folder / "steer.png").write_text("of another program")
+    with pytest.raises(ValueError, match="holds something else; choose another --out_dir"):
+        main(replace(config, features=["3"], multiply=[0.0]))
+    assert (folder / "steer.png").read_text() == "of another program"

@@ -8,15 +8,16 @@ import pytest
 import torch
 
 import collect
-import steer
+import toy
 import train
-import unlearn
-from graft import trained_on
+from bench import unlearn
+from bench.unlearn import Config, Domain, judge, main, method, split_prompts, summary
+from hook_point import HookPoint
 from prompts import load_prompts
 from sae import Sae
-from unlearn import Domain, judge, method, split_prompts, summary
+from sources import trained_on
 
-TOY = Path(unlearn.__file__).parent / "toy"
+TOY = Path(toy.__file__).parent / "toy"
 
 
 def test_scores_by_hand():
@@ -47,8 +48,7 @@ def domain():
     """Four pictures at two steps, of which two are of a star."""
     sae, generator = Sae(6, 10, 3), torch.Generator().manual_seed(0)
     scores, means = torch.rand(4, 2, 10, generator=generator), torch.randn(4, 2, 6, generator=generator)
-    place = {"hook_name": "x", "side": "output", "stream": "image", "rows": "cond"}
-    return Domain("object", sae, place, scores, means, torch.tensor([900.0, 100.0]), ["star", "moon", "star", "moon"])
+    return Domain("object", sae, HookPoint("x"), scores, means, torch.tensor([900.0, 100.0]), ["star", "moon", "star", "moon"])
 
 
 def test_saeuron_multiplies_what_is_above_the_mean_by_a_negative_multiple_of_the_concepts_mean(domain):
@@ -94,10 +94,10 @@ def trained(tmp_path_factory):
 
 def test_the_table_as_a_user_runs_it(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(unlearn, "GRIDS", {"features": {"object": [dict(count=8, multiply=m) for m in (1, -30)]}})
-    monkeypatch.setattr(steer, "GRIDS", unlearn.GRIDS)
-    config = steer.Config(sae=[str(trained)], unlearn="moon", num_inference_steps=2, out_dir=str(tmp_path), device="cpu")
-    steer.main(config)
-    report = json.loads((tmp_path / "unlearn_moon" / "unlearn.json").read_text())
+    config = Config(sae=[str(trained)], unlearn="moon", num_inference_steps=2, out_dir=str(tmp_path), device="cpu")
+    path = tmp_path / "moon" / "unlearn.json"
+    assert main(config) == [path]
+    report = json.loads(path.read_text())
     table, said = report["table"], capsys.readouterr().out
     assert set(table) == {"none", "features"} and "UA" in said and "features" in said
     assert report["pictures"] == 48 + 2 * (6 + 12) + 48 and len(report["done"]) == 4
@@ -108,10 +108,10 @@ def test_the_table_as_a_user_runs_it(trained, tmp_path, monkeypatch, capsys):
     assert all(sum(f" {o} " in p for p in half) == 6 for o in ("moon", "star", "ring")) and len(same) == 4
     start = report["seconds"]
     monkeypatch.setattr(unlearn, "generate", None)  # everything is there: nothing is generated again
-    steer.main(config)
-    assert json.loads((tmp_path / "unlearn_moon" / "unlearn.json").read_text())["seconds"] == start
-    with pytest.raises(ValueError, match="other num_inference_steps; choose another --out_dir"):
-        steer.main(replace(config, num_inference_steps=3))
+    main(config)
+    assert json.loads(path.read_text())["seconds"] == start
+    with pytest.raises(ValueError, match="was made with num_inference_steps 2, not 3; choose another --out_dir"):
+        main(replace(config, num_inference_steps=3))
 
 
 def rows_of(prompt):
@@ -127,7 +127,7 @@ def test_multiply_1_unlearns_nothing(trained):
     hooked.pipe.set_progress_bar_config(disable=True)
     sae = Sae.load_from_disk(trained)
     domain = unlearn.domains_of([sae], {"object": ("moon", "star")})["object"]
-    assert domain.place == trained_on(sae) and domain.scores.shape == (48, 2, 64) and domain.means.shape == (48, 2, 160)
+    assert domain.hook_point == trained_on(sae) and domain.scores.shape == (48, 2, 64) and domain.means.shape == (48, 2, 160)
     options = hooked.arguments(1, "pt", num_inference_steps=2)
     make = lambda m: unlearn.generate(
         hooked, ["a solid red moon"], [3], options, domain, *method("features", dict(count=8, multiply=m), domain, "moon")
@@ -137,10 +137,10 @@ def test_multiply_1_unlearns_nothing(trained):
 
 
 def test_what_is_refused(trained, model_folder, tmp_path):
-    config = steer.Config(sae=[str(trained)], out_dir=str(tmp_path), device="cpu")
+    config = Config(sae=[str(trained)], out_dir=str(tmp_path), device="cpu")
     with pytest.raises(ValueError, match="--unlearn dog: the toy has no such object or style; expected all, circle"):
-        steer.main(replace(config, unlearn="dog"))
+        main(replace(config, unlearn="dog"))
     with pytest.raises(ValueError, match="has no classifier"):
-        steer.main(replace(config, unlearn="star", model_name=str(model_folder)))
-    with pytest.raises(ValueError, match="--report is of --unlearn"):
-        steer.main(replace(config, report=True))
+        main(replace(config, unlearn="star", model_name=str(model_folder)))
+    with pytest.raises(ValueError, match="two SAEs of one hook point"):
+        main(replace(config, sae=[str(trained), str(trained)]))

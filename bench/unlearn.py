@@ -1,4 +1,7 @@
-"""Unlearning a concept of the toy, and how well it went: the protocol of UnlearnCanvas, judged by the toy's own classifier.
+"""Unlearning concepts of the toy, and how well it goes: the protocol of UnlearnCanvas, judged by the toy's own classifier.
+
+    python -m bench unlearn --sae saes/a saes/b --report            # every concept, against four baselines
+    python -m bench unlearn --sae saes/a --unlearn star
 
     UA    unlearning accuracy: share of the pictures whose prompt has the concept that are not classified as it
     IRA   in-domain retain accuracy: of the other prompts, share whose picture shows the right value of the same domain
@@ -17,23 +20,35 @@ half is reported, all of it, with seeds of its own.
     negative_prompt  the word, for the unconditional rows
     mean_direction   of the same module, s times what x has more than the other prompts' mean along the difference of means
 
-SAeUron's code adds x_hat - x for the error where its text keeps x - x_hat; here the error is kept. Sources: UnlearnCanvas, Zhang
-et al. 2024 (arXiv 2402.11846); SAeUron's CRA, like here, is over all prompts.
+Writes <out_dir>/<concept>/unlearn.json; the same command resumes where it stopped. SAeUron's code adds x_hat - x for the error
+where its text keeps x - x_hat; here the error is kept. Sources: UnlearnCanvas, Zhang et al. 2024 (arXiv 2402.11846); SAeUron's
+CRA, like here, is over all prompts.
 """
 
+import hashlib
 import itertools
+import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from cli import check_positive, parse_object, product_dtype, resolve_device
 from concepts import auroc, find_features, image_scores, saeuron, toward
-from edits import delta, hooks, redirect, steer
+from disk import claim_folder, read_json, write_atomically
+from edits import adding_edits, delta, redirect, steer
 from errors import UsageError
-from graft import trained_on
-from sources import open_file, read_prompts
+from generate import generate_images
+from hook import Generation, HookedDiffusionModel, find_model, model_of
+from hook_point import HookPoint
+from prompts import load_prompts
+from sae import Sae, newest_sae
+from sources import open_file, read_description, read_prompts, trained_on
+from toy.concepts import CONCEPTS, Classifier, to_model
 
 DOMAINS = {"object": "style", "style": "object"}  # and the other, of which CRA is
 PAIRS = lambda first, second, numbers: [{first: a, second: b} for a, b in numbers]
@@ -50,13 +65,30 @@ GRIDS = {  # the settings that are tried, as many of each method
 }
 
 
+BATCH = 48  # prompts generated together
+
+
+@dataclass
+class Config:
+    sae: list[str] = field(default_factory=list)  # their folders, each at a hook point of its own (none: the newest in saes/)
+    unlearn: str = "all"  # an object or style of the toy, or all
+    report: bool = False  # also SAeUron, a negative prompt and removing the mean direction
+    per_cell: int = 1  # prompts of each object and style, in either half
+    model_name: str | None = None  # None: the model that the activations are of
+    num_inference_steps: int = 10
+    guidance_scale: float | None = None  # None: that of the activations
+    pipeline_kwargs: str = "{}"  # JSON object: anything else that the pipeline takes
+    out_dir: str = "unlearn"  # in which each concept gets a folder
+    device: str = "auto"  # auto, cuda, cuda:N, mps, cpu
+
+
 @dataclass
 class Domain:
     """Where a domain's concepts are unlearned, and what is known of them there."""
 
     name: str  # object or style
     sae: torch.nn.Module
-    place: dict  # hook_name, side, stream, rows, as graft.trained_on says
+    hook_point: HookPoint
     scores: torch.Tensor  # (P, S, M): mean activation over tokens of the activation file's pictures
     means: torch.Tensor  # (P, S, d): their mean vector
     times: torch.Tensor  # (S,): timesteps
@@ -82,18 +114,18 @@ def domains_of(saes, values):
     """
     found, best = {}, dict.fromkeys(values, -1.0)
     for sae in saes:
-        path, place = sae.cfg["data"][0], trained_on(sae)
+        path, hook_point = sae.cfg["data"][0], trained_on(sae)
         rows = read_prompts(path)
         scores, chosen = image_scores(sae, path)
         array, meta = open_file(path)
-        if place["rows"] != "cond" or not meta.get("timesteps") or any(name not in rows[0] for name in values):
-            raise UsageError(f"{path}: --unlearn needs --rows cond of generated pictures, with prompts of toy/prompts.csv")
+        if hook_point.rows != "cond" or not meta.get("timesteps") or any(name not in rows[0] for name in values):
+            raise UsageError(f"{path}: unlearning needs --rows cond of generated pictures, with prompts of toy/prompts.csv")
         means = torch.from_numpy(np.stack([array[i].astype(np.float32).mean(1) for i in chosen]))
         for name in values:
             labels = [rows[i][name] for i in chosen]
             if absent := [value for value in values[name] if value not in labels or set(labels) == {value}]:
                 raise UsageError(f"{path}: {absent[0]} is shown by {'all' if absent[0] in labels else 'none'} of its pictures")
-            domain = Domain(name, sae, place, scores, means, torch.tensor(meta["timesteps"]), labels)
+            domain = Domain(name, sae, hook_point, scores, means, torch.tensor(meta["timesteps"]), labels)
             each = [auroc(scores.mean(1), domain.there(value)).max() for value in sorted(set(labels))]
             if (told := float(torch.stack(each).mean())) > best[name]:
                 best[name], found[name] = told, domain
@@ -117,7 +149,7 @@ def split_prompts(rows, used, per_cell, seed=0):
 
 def method(name, setting, domain, value):
     """What a method does with a setting: (change or None, rows, pipeline options)."""
-    there, sae, stream = domain.there(value), domain.sae, domain.place["stream"]
+    there, sae, stream = domain.there(value), domain.sae, domain.hook_point.stream
     if name == "features":
         features, _ = find_features(domain.scores, there, "contrast", setting["count"])
         if "toward" in setting:
@@ -152,19 +184,20 @@ def method(name, setting, domain, value):
     return None, "cond", {}
 
 
-def generate(hooked, prompts, seeds, options, domain=None, change=None, rows="cond", extra=None, batch_size=48):
-    """Pictures (P, 3, H, W) in [0, 1] of prompts, with the change at the domain's hook point."""
-    extra, made = dict(extra or {}), []
+def generate(hooked, prompts, seeds, options, domain=None, change=None, rows="cond", extra=None):
+    """Images (P, 3, H, W) in [0, 1] of prompts, with the change at the domain's hook point."""
+    extra = dict(extra or {})
     text = extra.pop("text", None)
-    for start in range(0, len(prompts), batch_size):
-        here, seed = prompts[start : start + batch_size], seeds[start : start + batch_size]
-        given = options | extra | ({} if text is None else {"negative_prompt": [text] * len(here)})
-        with hooked.watch(len(here)) as sampling:
-            place = {} if change is None else {k: domain.place[k] for k in ("side", "stream")}
-            edits = {} if change is None else {domain.place["hook_name"]: hooks(change, sampling, rows=rows, **place)}
-            generators = [torch.Generator().manual_seed(s) for s in seed]
-            made.append(hooked.run_with_hooks(edits, here, generator=generators, **given).images.float().cpu())
-    return torch.cat(made)
+    negative_prompts = None if text is None else [text] * len(prompts)
+    generation = Generation(prompts, seeds, negative_prompts, options | extra)
+
+    make_edits = None
+    if change is not None:
+
+        def make_edits(sampling):
+            return {domain.hook_point.hook_name: adding_edits(domain.hook_point, change, sampling, rows)}
+
+    return generate_images(hooked, generation, BATCH, make_edits)
 
 
 def judge(seen, rows, name, value):
@@ -232,3 +265,106 @@ def summary(records):
     columns = {key: [record[key] for record in records] for key in ("UA", "IRA", "CRA")}
     columns["mean"] = [mean(record) for record in records]
     return {key: (float(np.mean(numbers)), float(np.std(numbers))) for key, numbers in columns.items()}
+
+
+def digest(sae: Sae) -> str:
+    """A checksum of an SAE's numbers, hexadecimal."""
+    found = hashlib.sha256()
+    for _, value in sorted(sae.state_dict().items()):
+        found.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()[:16]
+
+
+def load_model(cfg: Config, meta: dict, device: torch.device, dtype: torch.dtype) -> tuple[HookedDiffusionModel, dict]:
+    """The model of the activations, and the pipeline's arguments: theirs, or those of the options."""
+    hooked, options = model_of(meta, cfg.model_name, device, dtype)
+    for module in (*hooked.denoisers.values(), hooked.pipe.vae):
+        module.to(memory_format=torch.channels_last)
+    if cfg.model_name:
+        options = {}
+    options["num_inference_steps"] = cfg.num_inference_steps
+    if cfg.guidance_scale is not None:
+        options["guidance_scale"] = cfg.guidance_scale
+    options |= parse_object(cfg.pipeline_kwargs, "--pipeline_kwargs")
+    return hooked, hooked.arguments(1, "pt", options)
+
+
+def values_of(name: str) -> dict[str, list[str]]:
+    """{domain: concepts} of one concept's name, or of all. Raises UsageError for a name that the toy does not know."""
+    values = {}
+    for domain in DOMAINS:
+        found = [value for value in CONCEPTS[domain] if name in (value, "all")]
+        if found:
+            values[domain] = found
+    if not values:
+        known = ", ".join([*CONCEPTS["object"], *CONCEPTS["style"]])
+        raise UsageError(f"--unlearn {name}: the toy has no such object or style; expected all, {known}")
+    return values
+
+
+def summarize(values: dict[str, list[str]], table: dict) -> dict:
+    """Mean and standard deviation over the concepts of each domain, and over all; they are printed too."""
+    found = {}
+    for name, concepts in {**values, "all": sum(values.values(), [])}.items():
+        found[name] = {method: summary([records[value] for value in concepts]) for method, records in table.items()}
+        print(f"\n{name}, mean ± standard deviation over {len(concepts)}: {', '.join(concepts)}")
+        print(f"{'':16} {'UA':>14} {'IRA':>14} {'CRA':>14} {'mean':>14}")
+        for method, numbers in found[name].items():
+            columns = [f"{100 * value:6.1f} ± {100 * std:5.1f}" for value, std in numbers.values()]
+            print(f"{method:16} {' '.join(columns)}")
+    return found
+
+
+def write_report(path: Path, report: dict) -> None:
+    write_atomically(path, (json.dumps(report, indent=1) + "\n").encode())
+
+
+def main(cfg: Config) -> list[Path]:
+    """Print the table; return the file that holds it. Raises UsageError for options, SAEs and a model that can't be used."""
+    # 1. What to unlearn, and whether it can be judged
+    check_positive(cfg, "per_cell", "num_inference_steps")
+    device = resolve_device(cfg.device)
+    paths = cfg.sae or [str(newest_sae())]
+    saes = [Sae.load_from_disk(path, device) for path in paths]
+    if len({trained_on(sae).hook_name for sae in saes}) < len(saes):
+        raise UsageError("--sae names two SAEs of one hook point; expected one each")
+    values = values_of(cfg.unlearn)
+    meta = read_description(saes[0].cfg["data"][0])
+    model_name = cfg.model_name or meta["model"]
+    model = Path(find_model(model_name))
+    if not (model / "classifier.safetensors").exists():
+        raise UsageError(f"{model} has no classifier that could judge its pictures; this benchmark is for the toy")
+
+    # 2. The model, and a folder that holds nothing else
+    dtype = product_dtype("auto", device)  # bfloat16 also on a CPU that multiplies it by itself: twice as fast
+    hooked, arguments = load_model(cfg, meta, device, dtype)
+    options = {"unlearn": cfg.unlearn, "per_cell": cfg.per_cell, "sae": {path: digest(sae) for path, sae in zip(paths, saes)}}
+    options = json.loads(json.dumps(options | {"model": model_name, "dtype": str(dtype)} | arguments))
+    path = Path(cfg.out_dir) / cfg.unlearn / "unlearn.json"
+    claim_folder(path.parent, path.name, options)
+    done = read_json(path).get("done", {}) if path.exists() else {}
+
+    # 3. Where each domain is edited, the prompts, and who judges
+    domains = domains_of(saes, values)
+    used = {row["prompt"] for sae in saes for row in read_prompts(sae.cfg["data"][0])}
+    halves = split_prompts(load_prompts(str(model / "prompts.csv")), used, cfg.per_cell)
+    classifier = Classifier.load(model).to(device)
+
+    def look(images):
+        return classifier.predict(to_model((images * 255).round()).to(device))
+
+    # 4. The table
+    report = {"options": options, "done": done}
+    report["hook_names"] = {name: domain.hook_point.hook_name for name, domain in domains.items()}
+    report["prompts"] = {name: [row["prompt"] for row in half] for name, half in zip(("choice", "report"), halves)}
+    report["seeds"] = "the place of the prompt in the two lists, one after the other, from 0"
+    save = partial(write_report, path, report)
+    methods = tuple(GRIDS) if cfg.report else ("features",)
+    report["table"] = unlearn(hooked, look, domains, values, halves, arguments, done, save, methods=methods)
+    report["seconds"] = round(sum(record["seconds"] for record in done.values()))
+    report["pictures"] = sum(record["pictures"] for record in done.values())
+    report["summary"] = summarize(values, report["table"])
+    save()
+    count = f"{report['pictures']} pictures in {arguments['num_inference_steps']} steps, {report['seconds']} s"
+    print(f"\n{count}; on {len(halves[1])} prompts that chose nothing; settings, prompts and seeds in {path}")
+    return [path]

@@ -1,0 +1,155 @@
+"""Generating with seeds and edits: what ablate.py, evaluate.py, steer.py and the benchmarks have in common.
+
+    generation = Generation(["a red star", "a blue ring"], seeds=[0, 1], options=model.arguments(output_type="pt"))
+    made = generate(model, generation)
+    made.sample, made.images                                             # (P, ...), (P, 3, H, W) in [0, 1]
+
+Every prompt has a seed of its own, so an image depends on its neighbours in the batch by rounding only.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from errors import UsageError
+from sampling import Sampling
+from signatures import tensors
+
+MakeEdits = Callable[[Sampling], dict[str, list]]
+"""{hook_name: [Edit]} for one batch. An edit that needs to know the step asks the batch's sampling."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What is generated: one image per prompt. Raises UsageError where prompts and seeds do not match."""
+
+    prompts: list[str]
+
+    seeds: list[int]
+    """One per prompt."""
+
+    negative_prompts: list[str] | None = None
+    """One per prompt."""
+
+    options: dict = field(default_factory=dict)
+    """Further arguments of the pipeline, as `HookedDiffusionModel.arguments` returns them."""
+
+    def __post_init__(self) -> None:
+        count = len(self.prompts)
+        if not count or len(self.seeds) != count:
+            raise UsageError(f"{count} prompts and {len(self.seeds)} seeds: expected a seed for each prompt")
+        if self.negative_prompts is not None and len(self.negative_prompts) != count:
+            raise UsageError(f"{count} prompts and {len(self.negative_prompts)} negative prompts: expected one for each prompt")
+
+    @classmethod
+    def from_rows(cls, rows: list[dict], options: dict) -> "Generation":
+        """From rows of prompts.jsonl, which have a "prompt", a "seed" and perhaps a "negative_prompt"."""
+        prompts = [row["prompt"] for row in rows]
+        seeds = [row["seed"] for row in rows]
+        negative_prompts = None
+        if "negative_prompt" in rows[0]:
+            negative_prompts = [row["negative_prompt"] for row in rows]
+        return cls(prompts, seeds, negative_prompts, options)
+
+    def arguments(self) -> dict:
+        """All arguments of the pipeline but the prompts and the random generators."""
+        if self.negative_prompts is None:
+            return dict(self.options)
+        return self.options | {"negative_prompt": self.negative_prompts}
+
+    def batches(self, n: int) -> Iterator["Generation"]:
+        """Consecutive parts of at most n prompts. Raises UsageError for n below 1.
+
+        A list among the options belongs to the prompts if its name says so, as that of prompt_2 does, and is cut with them.
+        """
+        if n < 1:
+            raise UsageError(f"batches of {n} prompts: expected at least 1")
+
+        for start in range(0, len(self.prompts), n):
+            part = slice(start, start + n)
+            options = {}
+            for name, value in self.options.items():
+                is_per_prompt = "prompt" in name and isinstance(value, list)
+                options[name] = value[part] if is_per_prompt else value
+            negative_prompts = self.negative_prompts
+            if negative_prompts is not None:
+                negative_prompts = negative_prompts[part]
+            yield Generation(self.prompts[part], self.seeds[part], negative_prompts, options)
+
+
+class Generated(NamedTuple):
+    """What a model made of P prompts, on the CPU, in the model's own dtypes."""
+
+    sample: Tensor
+    """(P, ...): what the scheduler's last step returned; latents, where the model has a VAE."""
+
+    images: Tensor | None
+    """(P, 3, H, W) in [0, 1]; of a video the frame in the middle. None if the pipeline returns no images."""
+
+
+def generate(model, batch: Generation, make_edits: MakeEdits | None = None, on_step: Callable | None = None) -> Generated:
+    """Generate all prompts of `batch` together, with the edits that `make_edits` returns.
+
+    model: a HookedDiffusionModel. on_step(sampling.Step) is called at every step. Raises UsageError as `run_with_hooks` does.
+    """
+    generators = [torch.Generator().manual_seed(seed) for seed in batch.seeds]
+    options = batch.arguments()
+
+    with model.watch(len(batch.prompts), on_step=on_step) as sampling:
+        edits = {} if make_edits is None else make_edits(sampling)
+        output = model.run_with_hooks(edits, batch.prompts, generator=generators, **options)
+
+    sample = sampling.sample[: sampling.R]  # some pipelines step the unconditional rows too
+    images = None
+    if options.get("output_type") != "latent":
+        images = images_of(output)
+    return Generated(sample.cpu(), images if images is None else images.cpu())
+
+
+def generate_batches(
+    model,
+    generation: Generation,
+    batch_size: int,
+    make_edits: MakeEdits | None = None,
+    on_step: Callable | None = None,
+    bar: tqdm | None = None,
+) -> Iterator[Generated]:
+    """`generate` at most `batch_size` prompts at a time; `bar` counts the prompts."""
+    for batch in generation.batches(batch_size):
+        yield generate(model, batch, make_edits, on_step)
+        if bar is not None:
+            bar.update(len(batch.prompts))
+
+
+def generate_images(
+    model, generation: Generation, batch_size: int, make_edits: MakeEdits | None = None, bar: tqdm | None = None
+) -> Tensor:
+    """The images of all prompts, (P, 3, H, W) float32 in [0, 1]. Raises UsageError if the pipeline returns none."""
+    images = []
+    for made in generate_batches(model, generation, batch_size, make_edits, bar=bar):
+        images.append(required_images(model, made))
+    return torch.cat(images)
+
+
+def images_of(output) -> Tensor | None:
+    """The images in what a pipeline returned: (P, 3, H, W), of a video the frame in the middle. None if there are none."""
+    found = tensors(output)
+    if not found:
+        return None
+    images = found[0]
+    if images.ndim == 5:  # (P, frames, 3, H, W)
+        images = images[:, images.shape[1] // 2]
+    if images.ndim != 4 or images.shape[1] != 3:
+        return None
+    return images
+
+
+def required_images(model, made: Generated) -> Tensor:
+    """The images as float32. Raises UsageError if there are none."""
+    if made.images is None:
+        raise UsageError(f"{type(model.pipe).__name__} returns no images to show")
+    return made.images.float()

@@ -1,0 +1,100 @@
+"""Generating with seeds and edits: the images are those of the pipeline itself, however they are batched."""
+
+import pytest
+import torch
+from tiny import PROMPTS, build, generate_options, sd15
+
+from generate import Generation, generate, generate_batches, generate_images, images_of, required_images
+from hook import Edit, HookedDiffusionModel
+
+HOOK = "up_blocks.0.attentions.1"
+
+
+def options_of(**options):
+    """Of the tiny pipeline, but the prompts and generators."""
+    return {name: value for name, value in generate_options(1, **options).items() if name != "generator"}
+
+
+def generation_of(n=3, **options):
+    return Generation(PROMPTS[:n], list(range(7, 7 + n)), options=options_of(**options))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return HookedDiffusionModel.from_pipeline(build(sd15))
+
+
+def test_what_is_generated_is_the_pipelines(model):
+    generation = generation_of(2, output_type="pt")
+    made = generate(model, generation)
+    for output_type, ours in (("latent", made.sample), ("pt", made.images)):
+        generators = [torch.Generator().manual_seed(seed) for seed in (7, 8)]
+        options = generation.options | {"output_type": output_type}
+        assert torch.equal(ours, model.pipe(PROMPTS[:2], generator=generators, **options).images)
+    assert made.images.shape == (2, 3, 32, 32) and 0 <= made.images.min() and made.images.max() <= 1
+    without = generate(model, generation_of(2))  # latents only
+    assert without.images is None and torch.equal(without.sample, made.sample)
+    with pytest.raises(ValueError, match="StableDiffusionPipeline returns no images to show"):
+        required_images(model, without)
+
+
+def test_batches_cut_all_that_belongs_to_a_prompt():
+    options = {"prompt_2": ["x", "y", "z"], "guidance_scale": 3.0, "sigmas": [2.0, 1.0, 0.0]}
+    whole = Generation(["a", "b", "c"], [5, 6, 7], ["not a", "not b", "not c"], options)
+    first, second = whole.batches(2)
+    assert (first.prompts, first.seeds) == (["a", "b"], [5, 6]) and (second.prompts, second.seeds) == (["c"], [7])
+    assert second.arguments() == {
+        "prompt_2": ["z"],
+        "guidance_scale": 3.0,
+        "sigmas": [2.0, 1.0, 0.0],
+        "negative_prompt": ["not c"],
+    }
+    assert first.arguments()["negative_prompt"] == ["not a", "not b"] and "negative_prompt" not in whole.options
+    assert [batch.prompts for batch in whole.batches(3)] == [whole.prompts]
+    assert "negative_prompt" not in generation_of().arguments()
+    rows = [{"prompt": "a", "seed": 1, "negative_prompt": "x"}, {"prompt": "b", "seed": 2, "negative_prompt": "y"}]
+    assert Generation.from_rows(rows, {}) == Generation(["a", "b"], [1, 2], ["x", "y"])
+    assert Generation.from_rows([{"prompt": "a", "seed": 1}], {}) == Generation(["a"], [1])
+
+
+def test_what_does_not_match_is_said():
+    with pytest.raises(ValueError, match="2 prompts and 1 seeds: expected a seed for each prompt"):
+        Generation(["a", "b"], [1])
+    with pytest.raises(ValueError, match="0 prompts"):
+        Generation([], [])
+    with pytest.raises(ValueError, match="2 prompts and 1 negative prompts"):
+        Generation(["a", "b"], [1, 2], ["c"])
+    with pytest.raises(ValueError, match="batches of 0 prompts: expected at least 1"):
+        next(generation_of().batches(0))
+
+
+def test_each_batch_has_its_own_edits_and_steps(model):
+    sizes, indices, advanced = [], [], []
+
+    class Bar:
+        update = staticmethod(advanced.append)
+
+    def make_edits(sampling):
+        def note(x):
+            sizes.append((len(x), sampling.index))
+
+        return {HOOK: Edit(note)}
+
+    generation = generation_of()
+    on_step = lambda step: indices.append(step.index)
+    parts = list(generate_batches(model, generation, 2, make_edits, on_step, Bar))
+    assert sizes == [(2, 0), (2, 1), (1, 0), (1, 1)] and indices == [0, 1, 0, 1] and advanced == [2, 1]
+    sample = torch.cat([part.sample for part in parts])
+    assert torch.allclose(sample, generate(model, generation).sample, atol=1e-4)
+    images = generate_images(model, generation_of(output_type="pt"), 2)
+    assert torch.allclose(images, generate(model, generation_of(output_type="pt")).images, atol=1e-4)
+    zero = lambda sampling: {HOOK: Edit(torch.zeros_like)}
+    assert not torch.allclose(generate(model, generation, zero).sample, sample, atol=1e-3)
+
+
+def test_the_images_of_an_output():
+    video = torch.rand(2, 5, 3, 8, 8)
+    assert torch.equal(images_of({"frames": video}), video[:, 2])
+    assert torch.equal(images_of((video[:, 0], video)), video[:, 0])
+    for none in (torch.rand(2, 1, 8, 8), torch.rand(2, 400), [], {"images": "of PIL"}):
+        assert images_of(none) is None
