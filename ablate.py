@@ -16,7 +16,6 @@ Distances are to the untouched run with the same seeds: |a - b| / |b| of the fin
 pixels and channels of the pictures in [0, 1]. It does not search for combinations of layers.
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -26,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cli import GenerationConfig, check_positive, parse_object, resolve_device, resolve_dtype, run
-from disk import claim_folder, write_atomically
+from disk import claim_folder, write_json
 from errors import UsageError
 from generate import Generated, generate, required_images
 from hook import Edit, Generation, HookedDiffusionModel, find_model
@@ -153,7 +152,7 @@ def main(cfg: Config) -> list[Path]:
     print_table(done, failed)
     report = {"options": settings, "prompts": generation.prompts, "seeds": generation.seeds, "hooks": done + failed}
     written = [out_dir / "ablate.json", out_dir / "ablate.png"]
-    write_atomically(written[0], (json.dumps(report, indent=1) + "\n").encode())
+    write_json(written[0], report)
 
     grid = [ImageRow("untouched", untouched)]
     for record in done[:SHOWN]:

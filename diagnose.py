@@ -16,7 +16,6 @@ It does not change the data, and it does not foresee what comes after the trial:
 Sources: outliers and dead latents, Simon et al. 2026 (arXiv 2605.31518); updates and AuxK, see kernels/update.py.
 """
 
-import json
 import math
 import os
 import statistics
@@ -33,7 +32,7 @@ import train
 from activations import newest_activations, open_activations
 from cli import check_positive, product_dtype, run
 from data_stats import OUTLIER, ratio
-from disk import check_same, make_folder, read_json, write_atomically
+from disk import check_same, make_folder, read_json, write_json
 from errors import UsageError
 from kernels.update import SparseUpdate
 from plots import CENTERED, plot_diagnosis
@@ -168,7 +167,7 @@ def diagnose(cfg, dataset, place, device):
     # 3. The screen and the files
     print("\n".join([*screen(found), *(f"warning   {line}" for line in data_stats.warnings(found))]))
     numbers = {name: value for name, value in found.items() if name != "fires"}
-    write_atomically(place.with_name(f"{place.name}.json"), (json.dumps(numbers, indent=1) + "\n").encode())
+    write_json(place.with_name(f"{place.name}.json"), numbers)
     plot_diagnosis(place.with_name(f"{place.name}.png"), found, place.name)
     print(f"picture in {place}.png, numbers in {place}.json")
     return found

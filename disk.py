@@ -85,6 +85,12 @@ def write_all(fd, data, offset):
         view, offset = view[n:], offset + n
 
 
+def write_json(path: Path, record: dict) -> None:
+    """Write a JSON object, whole or not at all. Raises ValueError for NaN and infinity, which JSON does not have."""
+    text = json.dumps(record, indent=1, allow_nan=False)
+    write_atomically(path, f"{text}\n".encode())
+
+
 def read_json(path):
     """A JSON object; UsageError in one line if the file is none."""
     try:

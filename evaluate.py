@@ -27,7 +27,6 @@ Writes  <out_dir>/<name of the SAE>/: evaluate.json, evaluate.png; graft.json, g
 What is held out is the choice that train.py makes in the same files. It does not train, and changes no SAE.
 """
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -39,9 +38,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from activations import Activations, open_activations
+from activations import Activations, activations_of
 from cli import check_positive, resolve_device, resolve_dtype, run
-from disk import claim_folder, write_atomically
+from disk import claim_folder, write_json
 from edits import check_width, map_samples, replacing_edits
 from errors import UsageError
 from generate import Generated, generate_batches
@@ -76,20 +75,6 @@ class Config:
     device: str = "auto"  # auto, cuda, cuda:N, mps, cpu
 
 
-def open_data(cfg: Config, sae: Sae, path: Path) -> Activations:
-    """The vectors that the SAE is measured on. Raises UsageError where they are not those of one hook point and of its width."""
-    data = cfg.data or sae.cfg.get("data")
-    if not data:
-        raise UsageError(f"{path} does not say which files it was trained on; name some with --data")
-    sets = open_activations(data)
-    if len(sets) > 1:
-        raise UsageError(f"--data holds {len(sets)} hook points; expected the files of one")
-    activations = sets[0]
-    if activations.d != sae.d_in:
-        raise UsageError(f"{activations.paths[0]} holds vectors of width {activations.d}, and the SAE is of {sae.d_in}")
-    return activations
-
-
 def write_numbers(folder: Path, about: dict, activations: Activations, by_step: list[Metrics], name: str) -> dict:
     """Write evaluate.json and evaluate.png; the record that evaluate.json holds."""
     by_timestep = []
@@ -102,11 +87,6 @@ def write_numbers(folder: Path, about: dict, activations: Activations, by_step: 
     write_json(folder / "evaluate.json", record)
     plot_evaluation(folder / "evaluate.png", by_step, activations.timesteps, name)
     return record
-
-
-def write_json(path: Path, record: dict) -> None:
-    text = json.dumps(record, indent=1, allow_nan=False)
-    write_atomically(path, f"{text}\n".encode())
 
 
 def print_numbers(record: dict) -> None:
@@ -420,7 +400,7 @@ def main(cfg: Config) -> list[Path]:
     device = resolve_device(cfg.device)
     path = Path(cfg.sae) if cfg.sae else newest_sae()
     sae = Sae.load_from_disk(path, device)
-    activations = open_data(cfg, sae, path)
+    activations = activations_of(sae, path, cfg.data)
     about = {"sae": str(path), "data": activations.paths}
     folder = Path(cfg.out_dir) / (path if path.is_dir() else path.parent).resolve().name
     claim_folder(folder, "evaluate.json", about, key=None)

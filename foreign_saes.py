@@ -19,7 +19,6 @@ sampletopk and input_unit_norm are refused, since SAELens can't express them.
 Checked against sae-lens 6.54, dictionary-learning 0.1 (tests/test_foreign_saes.py).
 """
 
-import json
 import pickle
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +27,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from disk import read_json, save_tensors, write_atomically
+from disk import read_json, save_tensors, write_json
 from errors import UsageError
 
 WEIGHTS = ("sae.safetensors", "sae_weights.safetensors", "ae.pt")
@@ -239,4 +238,4 @@ def save_saelens(cfg, state, path):
     path.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.float() for name, tensor in tensors.items()}
     save_tensors(path / "sae_weights.safetensors", tensors, {"format": "pt"})
-    write_atomically(path / "cfg.json", (json.dumps(exported, indent=1) + "\n").encode())
+    write_json(path / "cfg.json", exported)

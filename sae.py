@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from disk import save_tensors, write_atomically
+from disk import save_tensors, write_json
 from errors import UsageError
 from kernels import decode, encode, keep_largest, topk
 
@@ -218,7 +218,7 @@ class Sae(nn.Module):
         self.save_cfg(path)
 
     def save_cfg(self, path):
-        write_atomically(path / "cfg.json", (json.dumps(self.cfg, indent=1) + "\n").encode())
+        write_json(path / "cfg.json", self.cfg)
 
     @staticmethod
     def load_from_disk(path, device="cpu"):

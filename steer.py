@@ -17,7 +17,6 @@ unlearned says `python -m bench unlearn`.
 """
 
 import hashlib
-import json
 import re
 import time
 from dataclasses import dataclass, field
@@ -32,7 +31,7 @@ from tqdm import tqdm
 
 from cli import check_positive, parse_object, resolve_device, resolve_dtype, run
 from concepts import find_features, image_scores, toward, with_word
-from disk import claim_folder, write_atomically
+from disk import claim_folder, write_json
 from edits import Change, Edits, Target, Typical, check_features, redirect, steer
 from errors import UsageError
 from generate import generate_images
@@ -375,7 +374,7 @@ def main(cfg: Config) -> list[Path]:
         report["saes"].append(target.hook_point.as_dict() | known)
         print(f"{target.hook_point.hook_name}: features {' '.join(map(str, target.features))}")
     report["seconds"] = round(time.perf_counter() - start, 1)
-    write_atomically(written[1], (json.dumps(report, indent=1) + "\n").encode())
+    write_json(written[1], report)
     print(f"pictures in {written[0]}, numbers in {written[1]}")
     return written
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
-from disk import check_same, checksum, make_folder, opened, read_json, rename, write_all, write_atomically
+from disk import check_same, checksum, make_folder, opened, read_json, rename, write_all, write_atomically, write_json
 from errors import UsageError
 from images import remove_images, save_images
 
@@ -76,7 +76,7 @@ class Collection:
     Of several processes on a machine the first one begins, and locks the folder for as long as the collection is open; then
     the others join it. Each writes batches of its own.
 
-    More prompts than before extend a collection. Fewer finish one that was stopped at that length: what lies behind is cut off.
+    More prompts than before extend a collection. Fewer finish one that was stopped, at that length, if no batch lies behind it.
 
     Raises UsageError for a folder with batches of other settings or prompts, with files of another program, with records that
     are damaged, and while another program writes there.
@@ -173,6 +173,14 @@ class Collection:
         partial = next(self.out_dir.glob("*.npy.partial"), None)
         if partial is None and not self._pending_of(len(old)):
             raise UsageError(f"{self.out_dir} holds {len(old)} rows, more than {len(lines)}; nothing to do")
+        progress = read_progress(self.progress)
+        last = max(progress)
+        end = last * self.batch_size + progress[last]["rows"]
+        if end > len(lines):
+            raise UsageError(
+                f"{self.out_dir} holds a stopped collection whose row {end - 1} is done: it can be finished "
+                f"with {end} rows or more, not with {len(lines)}"
+            )
         print(f"{self.out_dir}: a stopped collection of {len(old)} rows, which ends with row {len(lines)} now")
 
     def _read_record(self):
@@ -183,7 +191,7 @@ class Collection:
 
     def _write_record(self):
         record = {"settings": self.settings, "facts": self.facts}
-        write_atomically(self.record, (json.dumps(record | {"checksum": checksum(record)}, indent=1) + "\n").encode())
+        write_json(self.record, record | {"checksum": checksum(record)})
 
     def _write_progress(self, progress):
         """In the order of the batches, each once: the same bytes whatever happened meanwhile, and no torn line to append to."""
@@ -311,12 +319,10 @@ class Collection:
     def finish(self, descriptions: dict[str, dict | None]) -> None:
         """Give the files their final names and write `<name>.json` for {name: description or None}.
 
-        Every batch must be done. What lies behind the last row, of a collection that was to be longer, is cut off.
+        Every batch must be done. The room behind the last row, of a collection that was to be longer, is cut off.
         """
         assert not self.pending()
-        progress, num_batches = read_progress(self.progress), len(range(0, len(self.prompts), self.batch_size))
-        # before anything is cut off: it must not be taken for safe then
-        self._write_progress({batch: line for batch, line in progress.items() if batch < num_batches})
+        self._write_progress(read_progress(self.progress))
         remove_images(self.images, first=len(self.prompts))
         for name, record in descriptions.items():
             final, partial = self.out_dir / f"{name}.npy", self.out_dir / f"{name}.npy.partial"
@@ -324,8 +330,7 @@ class Collection:
             if partial.exists():
                 rename(partial, final)
             if record is not None:
-                text = json.dumps(record | {"checksum": checksum(record)}, indent=1)
-                write_atomically(self.out_dir / f"{name}.json", f"{text}\n".encode())
+                write_json(self.out_dir / f"{name}.json", record | {"checksum": checksum(record)})
 
     def _cut(self, name):
         """Let a file end with its last row."""

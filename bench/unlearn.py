@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from cli import check_positive, parse_object, product_dtype, resolve_device
 from concepts import auroc, find_features, image_scores, saeuron, toward
-from disk import claim_folder, read_json, write_atomically
+from disk import claim_folder, read_json, write_json
 from edits import adding_edits, delta, redirect, steer
 from errors import UsageError
 from generate import generate_images
@@ -316,7 +316,7 @@ def summarize(values: dict[str, list[str]], table: dict) -> dict:
 
 
 def write_report(path: Path, report: dict) -> None:
-    write_atomically(path, (json.dumps(report, indent=1) + "\n").encode())
+    write_json(path, report)
 
 
 def main(cfg: Config) -> list[Path]:

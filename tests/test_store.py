@@ -213,39 +213,51 @@ def test_a_batch_is_safe_only_after_its_data(tmp_path, monkeypatch):
 
 
 def test_a_smaller_number_finishes_a_stopped_collection(tmp_path, capsys):
-    """Whichever batches are there: all of the smaller number, or more, or fewer; and back again before it is finished."""
-    description = {"x": {"shape": [3, 3]}}
+    """Whichever of its batches are there; and back again before it is finished."""
+    description = {"x": {"shape": [4, 3]}}
     expected = tmp_path / "expected"
-    with collection(expected, rows=3) as c:
+    with collection(expected, rows=4) as c:
         c.write(0, array(0, 2), {})
-        c.write(1, array(1, 1), {})
+        c.write(1, array(1, 2), {})
         c.finish(description)
     capsys.readouterr()
-    for number, done in enumerate(([0, 1], [0, 1, 3], [3], [0, 1, 2, 3])):
+    for number, done in enumerate(([0, 1], [0], [1])):
         folder = tmp_path / str(number)
         with collection(folder, rows=8) as c:
             for batch in done:
                 c.write(batch, array(batch, 2), {})
-        with collection(folder, rows=3) as c:
-            assert c.pending() == ([1] if 0 in done else [0, 1])  # of one row now
-            c.write(1, array(1, 1), {})
-        assert "a stopped collection of 8 rows, which ends with row 3 now" in capsys.readouterr().out
+        with collection(folder, rows=4) as c:
+            assert c.pending() == sorted({0, 1} - {*done})
+        assert "a stopped collection of 8 rows, which ends with row 4 now" in capsys.readouterr().out
         with collection(folder, rows=8) as c:  # not yet finished: nothing has been cut off
-            assert c.pending() == sorted({0, 1, 2, 3} - {*done} | {1})
+            assert c.pending() == sorted({0, 1, 2, 3} - {*done})
             assert c.shape("x") == [8, 3]
-        with collection(folder, rows=3) as c:
+        with collection(folder, rows=4) as c:
             for batch in c.pending():
                 c.write(batch, array(batch, len(c.batch(batch).rows)), {})
             (folder / "images").mkdir(exist_ok=True)
-            for row in (1, 3, 7):
+            for row in (1, 4, 7):
                 (folder / "images" / f"{row}.webp").write_bytes(b"")
             c.finish(description)
         assert [path.name for path in (folder / "images").iterdir()] == ["1.webp"]
         shutil.rmtree(folder / "images")
         for path in expected.iterdir():
             assert path.read_bytes() == (folder / path.name).read_bytes(), path.name
-        with pytest.raises(ValueError, match="holds 3 rows, more than 2; nothing to do"):
+        with pytest.raises(ValueError, match="holds 4 rows, more than 2; nothing to do"):
             collection(folder, rows=2)
+
+
+def test_no_finished_batch_is_thrown_away(tmp_path):
+    with collection(tmp_path, rows=8) as c:
+        for batch in (0, 2):
+            c.write(batch, array(batch, 2), {})
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for rows in (2, 4, 5):
+        with pytest.raises(ValueError, match=f"finished with 6 rows or more, not with {rows}"):
+            collection(tmp_path, rows=rows)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    with collection(tmp_path, rows=6) as c:
+        assert c.pending() == [1]
 
 
 def test_nothing_is_cut_off_a_finished_file_that_is_extended(tmp_path):
