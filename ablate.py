@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from analysis.plots import ImageRow, plot_ablation_ranking, plot_images
 from cli import GenerationConfig, check_positive, parse_object, resolve_device, resolve_dtype, run
-from disk import claim_folder, write_json
+from diffusion.generate import Generated, generate, required_images
 from errors import UsageError
-from generate import Generated, generate, required_images
 from hook import Edit, Generation, HookedDiffusionModel, find_model
-from plots import ImageRow, plot_ablation_ranking, plot_images
-from prompts import default_dataset, load_prompts
+from store.disk import claim_folder, write_json
+from store.prompts import default_dataset, load_prompts
 
 SHOWN = 40  # rows of pictures at most, and bars: the hook points that matter most
 

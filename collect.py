@@ -22,7 +22,7 @@ Writes  <out_dir>/<hook_name>[.uncond][.input|.diff][.text].npy, (prompts, steps
         step gave. With --shard i/n all of this stands in <out_dir>/shard<i>of<n>/.
 
 Real images go through the VAE, get the noise of timesteps spread over the schedule, and through the denoiser once for each,
-without guidance. The pipeline samples for this, its sample being replaced after each step, see real_images.py.
+without guidance. The pipeline samples for this, its sample being replaced after each step, see diffusion/real_images.py.
 
 While a batch is generated, the one before it is copied from the GPU, converted and written: two are in memory.
 
@@ -49,14 +49,14 @@ import torch
 from tqdm import tqdm
 
 from cli import GenerationConfig, check_positive, parse_object, resolve_device, resolve_dtype, run
+from diffusion.real_images import RealImages, open_image, seeded
+from distributed import Processes
 from errors import UsageError
 from hook import HookedDiffusionModel, NotHookable, find_model, unwrap
-from hook_point import HookPoint
-from images import sampling_rate_of
-from processes import Processes
-from prompts import default_dataset, load_pictures, load_prompts
-from real_images import RealImages, open_image, seeded
-from store import Collection, CollectionBatch
+from store.collection import Collection, CollectionBatch
+from store.hook_point import HookPoint
+from store.images import sampling_rate_of
+from store.prompts import default_dataset, load_pictures, load_prompts
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 DEFAULT_HOOK_NAMES = ("up_blocks.1.attentions.1",)

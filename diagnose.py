@@ -4,9 +4,9 @@
     python diagnose.py --data activations/mid_block.npy --k 32 --expansion_factor 8
     python diagnose.py --data "shards/*.npy" --num_epochs 2 --center none
 
-Measures 65,536 training vectors (data_stats.py): their mean, outlier dimensions, RMS by timestep and rank. How many latents
-will be dead is tried: train.py's own start, and then its first updates on the sample, once with the centring asked for and
-once without (or with it, for --center none). The same updates say how long training takes.
+Measures 65,536 training vectors (analysis/data_stats.py): their mean, outlier dimensions, RMS by timestep and rank. How many
+latents will be dead is tried: train.py's own start, and then its first updates on the sample, once with the centring asked for
+and once without (or with it, for --center none). The same updates say how long training takes.
 
 Reads   activation files as train.py does; one diagnosis a hook name.
 Writes  <out_dir>/<name of the first file>.png and .json; only a diagnosis of the same files is replaced.
@@ -27,15 +27,15 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-import data_stats
 import train
-from activations import newest_activations, open_activations
+from analysis import data_stats
+from analysis.data_stats import OUTLIER, ratio
+from analysis.plots import CENTERED, plot_diagnosis
 from cli import check_positive, product_dtype, run
-from data_stats import OUTLIER, ratio
-from disk import check_same, make_folder, read_json, write_json
 from errors import UsageError
 from kernels.update import SparseUpdate
-from plots import CENTERED, plot_diagnosis
+from store.dataset import newest_activations, open_activations
+from store.disk import check_same, make_folder, read_json, write_json
 
 
 @dataclass

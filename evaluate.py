@@ -4,8 +4,8 @@
     python evaluate.py --sae saes/mid_block_k32_M20480 --graft
     python evaluate.py --sae theirs --data activations/mid_block.npy    # any SAE that Sae.load_from_disk reads
 
-FVU, explained variance, L0, cosine, silent and always-on latents of the vectors that training never saw (metrics.py says what
-each is). With --graft the SAE's reconstruction is put in the hook point's place in a window of steps, and in all steps:
+FVU, explained variance, L0, cosine, silent and always-on latents of the vectors that training never saw (analysis/metrics.py
+says what each is). With --graft the SAE's reconstruction is put in the hook point's place in a window of steps, and in all steps:
 
     untouched      the model's own run at these seeds
     graft          in the steps of a window the hook point gives x_hat = sae(x) instead of x
@@ -38,18 +38,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from activations import Activations, activations_of
+from analysis.feature_edits import check_width, map_samples, replacing_edits
+from analysis.metrics import Metrics, evaluate, total
+from analysis.plots import plot_evaluation, plot_graft
 from cli import check_positive, resolve_device, resolve_dtype, run
-from disk import claim_folder, write_json
-from edits import check_width, map_samples, replacing_edits
+from diffusion.generate import Generated, generate_batches
 from errors import UsageError
-from generate import Generated, generate_batches
 from hook import Generation, HookedDiffusionModel, model_of
-from hook_point import HookPoint
-from metrics import Metrics, evaluate, total
-from plots import plot_evaluation, plot_graft
 from sae import Sae, newest_sae
-from sources import read_description, read_prompts
+from store.activation_file import read_description, read_prompts
+from store.dataset import Activations, activations_of
+from store.disk import claim_folder, write_json
+from store.hook_point import HookPoint
 
 CLIP = "openai/clip-vit-large-patch14"
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of its training's pictures
@@ -174,7 +174,7 @@ def graft(
     """Generate with the SAE's reconstruction at the hook point, and with its mean, in each window of steps and in all steps.
 
     sae: an Sae, or a function (1, tokens, d) -> (1, tokens, d) in float32. hook_point: where the SAE belongs, see
-    `sources.trained_on`. generation: with output_type "latent", or where the pipeline gives no images, only latents are compared.
+    `trained_on`. generation: with output_type "latent", or where the pipeline gives no images, only latents are compared.
     windows: into how many equal ones to cut the steps in which the hook point runs, or ranges of steps. rows: those that are
     edited, by default the hook point's, of which guidance magnifies every change; "both" edits the others too, with a mean of
     their own. batch_size: prompts generated together. num_shown: of how many prompts images are returned. clip: the function of

@@ -8,7 +8,7 @@
 
 Reads   --sae, an SAE folder (ours, sparsify's, SAELens' or dictionary_learning's) or a folder that has some below it;
         --activations, a folder of collect.py.
-Writes  <out_dir>/: cfg.json, sae_weights.safetensors; foreign_saes.py says how exact they are.
+Writes  <out_dir>/: cfg.json, sae_weights.safetensors; store/foreign_saes.py says how exact they are.
 Pushes  the files of the folder, and a README.md that says how to load them, if neither the folder nor the repository has one.
 """
 
@@ -18,9 +18,9 @@ from typing import Literal
 
 from cli import run
 from errors import UsageError
-from foreign_saes import find_weights, save_saelens
-from hub import push
 from sae import Sae, newest_sae, sae_folders
+from store.foreign_saes import find_weights, save_saelens
+from store.hub import push
 
 
 @dataclass

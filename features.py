@@ -39,13 +39,13 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from activations import activations_of
 from cli import HERE, check_positive, resolve_device, run
-from disk import check_same, make_folder, write_atomically
 from errors import UsageError
 from sae import Sae, newest_sae
+from store.dataset import activations_of
+from store.disk import check_same, make_folder, write_atomically
 
-PAGE = HERE / "features.html"  # in which the fields in double braces are filled in
+PAGE = HERE / "analysis/features.html"  # in which the fields in double braces are filled in
 CURVE = 50  # points of a time curve at most
 LEVELS = 31  # of a heat map, beside 0: fewer compress better
 WORDS, NEAREST = 6, 6  # a feature has at most

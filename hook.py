@@ -6,8 +6,9 @@
     cache["output"]["up_blocks.1.attentions.1"]                          # (prompts, steps, tokens, d), conditional rows
     model.run_with_hooks({"mid_block": lambda module, input, output: 0 * output}, "a red star")
 
-The user's own pipeline runs as it is, whatever its family. `sampling.py` watches its denoiser and its scheduler, `guidance.py`
-tells which rows are conditional, `probe.py` finds where the image's tokens are, `recorder.py` keeps them, `edit.py` edits them.
+The user's own pipeline runs as it is, whatever its family. In diffusion/, `trace.py` watches its denoiser and its scheduler,
+`guidance.py` tells which rows are conditional, `locate.py` finds where the image's tokens are, `recorder.py` keeps them, and
+`edit.py` edits them.
 """
 
 import inspect
@@ -18,17 +19,17 @@ from pathlib import Path
 
 import torch
 
-from edit import Edit
+from diffusion.edit import Edit
+from diffusion.generate import Generation
+from diffusion.hook_names import check_hookable, find_modules, is_pattern, match_names
+from diffusion.locate import NEVER_RAN, find_layouts
+from diffusion.recorder import CacheOptions, Recorder
+from diffusion.sampling_loop import Loop
+from diffusion.signatures import count_prompts, per_prompt, prompt_arguments, sample_name, tensors, time_parameter, unwrap
+from diffusion.token_layout import Layout, NotHookable
+from diffusion.trace import DryRunOver, Sampling, undisturbed
 from errors import UsageError
-from generate import Generation
-from hook_point import HookPoint
-from loop import Loop
-from names import check_hookable, find_modules, is_pattern, match_names
-from probe import NEVER_RAN, find_layouts
-from recorder import CacheOptions, Recorder
-from sampling import DryRunOver, Sampling, undisturbed
-from signatures import count_prompts, per_prompt, prompt_arguments, sample_name, tensors, time_parameter, unwrap
-from tokens import Layout, NotHookable
+from store.hook_point import HookPoint
 
 __all__ = [
     "Edit", "Generation", "HookPoint", "HookedDiffusionModel", "Layout", "NotHookable", "find_model", "model_of", "per_prompt",

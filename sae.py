@@ -14,7 +14,7 @@ With `input_unit_norm` a vector is first given mean 0 and variance 1 over its d 
 
 A folder holds `cfg.json` and `sae.safetensors` with the keys `encoder.weight (M, d)`, `encoder.bias (M,)`, `W_dec (M, d)`,
 `b_dec (d,)`, and `threshold ()` or `(M,)` where there is one: the layout of EleutherAI's sparsify, whose TopK SAEs load here as
-ours load there. Folders of SAELens and dictionary_learning load too, see foreign_saes.py.
+ours load there. Folders of SAELens and dictionary_learning load too, see store/foreign_saes.py.
 
 Sources: TopK SAEs, Gao et al. 2024 (arXiv 2406.04093); BatchTopK, Bussmann et al. 2024 (arXiv 2412.06410); sample-topk and
 input_unit_norm, SAeUron (arXiv 2501.18052); the folder, https://github.com/EleutherAI/sparsify.
@@ -30,9 +30,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from disk import save_tensors, write_json
 from errors import UsageError
 from kernels import decode, encode, keep_largest, topk
+from store.disk import save_tensors, write_json
 
 
 class Variant(NamedTuple):
@@ -227,9 +227,9 @@ class Sae(nn.Module):
         `path` is the folder, or the file with the weights in it. A pickle is read only here, and only as tensors:
         dictionary_learning's ae.pt. Raises UsageError for one that computes something else (transcoders, groupmax, skip
         connections, the ancestor's batch_topk, sample_topk and input_unit_norm, which it did not save whole, variants that this
-        version does not know; foreign_saes.py says what of other packages), OSError where a file is not there.
+        version does not know; store/foreign_saes.py says what of other packages), OSError where a file is not there.
         """
-        from foreign_saes import find_weights, read_foreign
+        from store.foreign_saes import find_weights, read_foreign
 
         weights = find_weights(path)
         path = weights.parent
@@ -269,7 +269,7 @@ class Sae(nn.Module):
         Only its description and weights are downloaded, never a pickle. Raises as `load_from_disk` does, and OSError where the
         repository can't be had.
         """
-        from hub import download
+        from store.hub import download
 
         return Sae.load_from_disk(download(repo_id, hook_name), device)
 

@@ -6,14 +6,14 @@
     python steer.py --concept star --num_features 16 --toward ring    # and in their place what rings have more of
     python steer.py --sae saes/a saes/b --features 0:12 1:98 --add 2.5 --mask 0 0 1 0.5
 
-The change is added to the activation, x + delta, so what the SAE does not explain of it stays (edits.py). Beside each picture
-stands how far the edited activations are from those that the SAE was trained on, as norm and distance, 1 for typical ones
-(`edits.Typical`): far above 1, the picture says less about the feature than about a broken model.
+The change is added to the activation, x + delta, so what the SAE does not explain of it stays (analysis/feature_edits.py).
+Beside each picture stands how far the edited activations are from those that the SAE was trained on, as norm and distance, 1 for
+typical ones (`feature_edits.Typical`): far above 1, the picture says less about the feature than about a broken model.
 
 Reads   SAE folders, the activation files that they were trained on, and the model that these are of.
 Writes  <out_dir>/<what was changed>/: steer.png (a prompt a column, untouched above), steer.json.
-It changes no weight: an edit lasts for the generation. Sources: see edits.py and concepts.py. How well concepts of the toy are
-unlearned says `python -m bench unlearn`.
+It changes no weight: an edit lasts for the generation. Sources: see feature_edits.py and concepts.py
+in analysis/. How well concepts of the toy are unlearned says `python -m bench unlearn`.
 """
 
 import hashlib
@@ -29,17 +29,17 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from analysis.concepts import find_features, image_scores, toward, with_word
+from analysis.feature_edits import Change, Edits, Target, Typical, check_features, redirect, steer
+from analysis.plots import ImageRow, plot_images
 from cli import check_positive, parse_object, resolve_device, resolve_dtype, run
-from concepts import find_features, image_scores, toward, with_word
-from disk import claim_folder, write_json
-from edits import Change, Edits, Target, Typical, check_features, redirect, steer
+from diffusion.generate import generate_images
 from errors import UsageError
-from generate import generate_images
 from hook import Generation, HookedDiffusionModel, model_of
-from plots import ImageRow, plot_images
-from prompts import load_prompts
 from sae import Sae, newest_sae
-from sources import read_description, read_prompts, trained_on
+from store.activation_file import read_description, read_prompts, trained_on
+from store.disk import claim_folder, write_json
+from store.prompts import load_prompts
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Config:
     features: list[str] = field(default_factory=list)  # such as 12; of several SAEs 0:12 for the first, 1:12 for the second
     concept: str | None = None  # a word of the prompts: its features are found (neither: the feature that varies most)
     num_features: int = 1  # of the concept, in each SAE
-    score: Literal["contrast", "saeuron"] = "contrast"  # that finds them, see concepts.py
+    score: Literal["contrast", "saeuron"] = "contrast"  # that finds them, see analysis/concepts.py
     num_pictures: int = 128  # of the activation files, that features are found from
     multiply: list[float] = field(default_factory=list)  # of the activations: 1 changes nothing, 0 ablates; a row for each
     add: list[float] = field(default_factory=list)  # to x along decoder rows, in RMS norms of the step (neither: multiply 0 4)

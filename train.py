@@ -7,7 +7,8 @@
 
 A TopK SAE with the auxiliary loss that revives dead latents (AuxK), trained by Adam on vectors shuffled one by one over
 all prompts. b_dec starts at the geometric median of a sample, the encoder as the decoder's transpose; decoder rows keep
-unit norm. A tenth of the prompts is kept from training and gives the final numbers, by timestep and overall (metrics.py).
+unit norm. A tenth of the prompts is kept from training and gives the final numbers, by timestep and overall
+(analysis/metrics.py).
 
 Reads   activation files (.npy: floats, last axis d; see README), several, a glob or a folder; one SAE a hook name.
 Writes  <out_dir>/<run_name>/: cfg.json, sae.safetensors, metrics.jsonl, train.png, evaluate.png; checkpoint.safetensors
@@ -37,18 +38,18 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from activations import Activations, newest_activations, open_activations
+from analysis.data_stats import TRAINING_SAMPLE, DataStats, measure
+from analysis.metrics import Metrics, evaluate, total
+from analysis.plots import plot_evaluation, plot_sweep, plot_training
+from analysis.sharded import grid, parts
 from cli import check_positive, product_dtype, resolve_device
 from cli import run as run_script
-from data_stats import TRAINING_SAMPLE, DataStats, measure
-from disk import load_tensors, make_folder, read_json, save_tensors, write_atomically
+from distributed import Group, Processes
 from errors import UsageError
 from kernels.update import LIST_DEAD_EVERY, Forward, SparseUpdate
-from metrics import Metrics, evaluate, total
-from plots import plot_evaluation, plot_sweep, plot_training
-from processes import Group, Processes
 from sae import Sae
-from sharded import grid, parts
+from store.dataset import Activations, newest_activations, open_activations
+from store.disk import load_tensors, make_folder, read_json, save_tensors, write_atomically
 
 # Of its updates batchtopk and sampletopk make like top-k: on the toy batchtopk ended with an FVU of 0.074, not 0.096,
 # sampletopk in mid_block with 0.108, not 0.123; and in bench truth batchtopk found 99 % of the atoms, not 79 %.

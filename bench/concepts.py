@@ -18,12 +18,12 @@ import torch
 
 import collect
 import train
+from analysis.concepts import auroc, image_scores
 from bench.step import conditions
 from cli import check_positive, resolve_device
-from concepts import auroc, image_scores
 from errors import UsageError
 from sae import Sae
-from sources import read_prompts
+from store.activation_file import read_prompts
 from toy.concepts import CONCEPTS
 
 

@@ -28,9 +28,9 @@ import torch
 
 import collect
 from cli import HERE, run
-from disk import read_json
-from sources import open_file
-from store import read_progress
+from store.activation_file import open_file
+from store.collection import read_progress
+from store.disk import read_json
 
 PROMPTS, BATCH = 12, 2
 ARGS = f"--hook_names mid_block --num_inference_steps 4 --batch_size {BATCH} --max_num_examples {PROMPTS} --device cpu".split()

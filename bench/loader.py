@@ -24,10 +24,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import activations
-from activations import Activations
 from bench.step import conditions
 from cli import check_positive
+from store import dataset
+from store.dataset import Activations
 
 MB = 1 << 20
 
@@ -175,7 +175,7 @@ def measure(ways, num_vectors, rounds):
 def main(cfg):
     check_positive(cfg, "tokens", "d", "batch_size", "rounds")
     where, versions, commit = conditions(torch.device("cpu"))
-    activations.HELD_OUT.update(at_least=0, share=1e-9)  # a single image is not trained on
+    dataset.HELD_OUT.update(at_least=0, share=1e-9)  # a single image is not trained on
     images = max(2, int(cfg.gb * 1e9 / (2 * cfg.tokens * cfg.d)))
     with tempfile.TemporaryDirectory(dir=cfg.folder) as folder:
         folder = Path(folder)

@@ -17,11 +17,11 @@ import numpy as np
 from PIL import Image
 
 import features
-from activations import activations_of
 from bench.step import conditions
 from cli import check_positive, resolve_device
 from errors import UsageError
 from sae import Sae, newest_sae
+from store.dataset import activations_of
 
 
 @dataclass

@@ -5,7 +5,7 @@
 For each package and file the learning rate is the best of three (half, once and twice the package's own default, by the
 held-out FVU of the first seed), then every seed is trained with it. The peers are otherwise at their own defaults: eai-sparsify
 as its Trainer does it (b_dec from the first batch, sign descent in a schedule-free wrapper, no AuxK), SAELens by its SAETrainer.
-Ours are train.py's defaults. All three get the same batches in the same order; the numbers are metrics.py's, on the same
+Ours are train.py's defaults. All three get the same batches in the same order; the numbers are analysis/metrics.py's, on the same
 held-out prompts.
 """
 
@@ -21,12 +21,12 @@ import torch
 from tqdm import tqdm
 
 import train
-from activations import open_activations
+from analysis.metrics import evaluate, total
 from bench.step import conditions
 from cli import check_positive, resolve_device
 from errors import UsageError
-from metrics import evaluate, total
 from sae import Sae
+from store.dataset import open_activations
 
 
 @dataclass

@@ -18,11 +18,11 @@ from pathlib import Path
 
 import torch
 
-from activations import Activations
 from bench.sizes import make
 from bench.step import conditions, sync
 from cli import HERE, check_positive, product_dtype, resolve_device
-from store import Collection
+from store.collection import Collection
+from store.dataset import Activations
 
 
 @dataclass

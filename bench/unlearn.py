@@ -37,17 +37,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from analysis.concepts import auroc, find_features, image_scores, saeuron, toward
+from analysis.feature_edits import adding_edits, delta, redirect, steer
 from cli import check_positive, parse_object, product_dtype, resolve_device
-from concepts import auroc, find_features, image_scores, saeuron, toward
-from disk import claim_folder, read_json, write_json
-from edits import adding_edits, delta, redirect, steer
+from diffusion.generate import generate_images
 from errors import UsageError
-from generate import generate_images
 from hook import Generation, HookedDiffusionModel, find_model, model_of
-from hook_point import HookPoint
-from prompts import load_prompts
 from sae import Sae, newest_sae
-from sources import open_file, read_description, read_prompts, trained_on
+from store.activation_file import open_file, read_description, read_prompts, trained_on
+from store.disk import claim_folder, read_json, write_json
+from store.hook_point import HookPoint
+from store.prompts import load_prompts
 from toy.concepts import CONCEPTS, Classifier, to_model
 
 DOMAINS = {"object": "style", "style": "object"}  # and the other, of which CRA is

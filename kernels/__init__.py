@@ -18,10 +18,10 @@ __path__ += _namesake.folders()
 __getattr__ = _namesake.attribute
 
 from kernels.adam import adam, squared_norm, sum_over, update_rows  # noqa: E402
+from kernels.batch_topk import keep_largest  # noqa: E402
 from kernels.decode import decode, decode_error  # noqa: E402
 from kernels.encode import Selector, encode, merge  # noqa: E402
 from kernels.grad import KEPT, Gradient, count_active, sort_pairs, sum_by_latent, totals, weighted_sum  # noqa: E402
-from kernels.threshold import keep_largest  # noqa: E402
 from kernels.topk import topk  # noqa: E402
 
 __all__ = [

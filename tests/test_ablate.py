@@ -10,7 +10,7 @@ from PIL import Image
 from tiny import PROMPTS, build, generate_options, sd15
 
 import ablate
-from generate import Generated
+from diffusion.generate import Generated
 from hook import HookedDiffusionModel
 
 HOOK = "up_blocks.0.attentions.1"

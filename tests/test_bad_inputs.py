@@ -72,7 +72,7 @@ def offline_and_small(monkeypatch):
     """No case may use all of the machine's memory, or ask a hub."""
     resource = pytest.importorskip("resource")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("activations.HELD_OUT", dict(share=0.1, at_least=0, at_most=10**9))
+    monkeypatch.setattr("store.dataset.HELD_OUT", dict(share=0.1, at_least=0, at_most=10**9))
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() if Path("/proc").exists() else 0
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (used + (8 << 30), before[1]))

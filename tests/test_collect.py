@@ -14,19 +14,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from collection.disk import checksum
+from collection.hook_point import HookPoint
+from collection.images import image_path, save_images
 from families import ddpm, dit, flux, stable_audio, wan, zimage
 from PIL import Image
 from tiny import build, generate_options, sd15
 
-import activations
 import collect
-import real_images
-import store
 from collect import Config
-from disk import checksum
+from diffusion import real_images
 from hook import HookedDiffusionModel
-from hook_point import HookPoint
-from images import image_path, save_images
+from store import collection, dataset
 
 HOOKS = ["up_blocks.0.attentions.1", "mid_block"]
 
@@ -165,7 +164,7 @@ def test_a_crash_at_any_system_call_costs_no_byte(config, monkeypatch, start):
         collect.main(replace(config, max_num_examples=4, out_dir=str(started)))
     if start == "shrinking":
         with monkeypatch.context() as patch:
-            patch.setattr(store.Collection, "finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(collection.Collection, "finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 collect.main(replace(config, max_num_examples=8, out_dir=str(started)))
     for moment in range(200):
@@ -259,7 +258,7 @@ def test_a_deleted_file_is_not_made_anew_with_zeros(config):
 def test_truncated_files_are_not_filled_with_zeros(config, monkeypatch, calls):
     """Cut while there is more to write, and cut when there is nothing left to do but to finish."""
     with monkeypatch.context() as patch:
-        real, batches = store.Collection.write, []
+        real, batches = collection.Collection.write, []
 
         def write(self, batch, *rest):
             batches.append(batch)
@@ -267,8 +266,8 @@ def test_truncated_files_are_not_filled_with_zeros(config, monkeypatch, calls):
                 raise KeyboardInterrupt
             real(self, batch, *rest)
 
-        patch.setattr(store.Collection, "write", write)
-        patch.setattr(store.Collection, "finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(collection.Collection, "write", write)
+        patch.setattr(collection.Collection, "finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             collect.main(config)
     partial = Path(config.out_dir) / "mid_block.npy.partial"
@@ -296,8 +295,8 @@ def test_pipeline_arguments_fill_in_defaults():
 
 def during_write(monkeypatch, action):
     """Let `action(batch)` run before each batch is written."""
-    real = store.Collection.write
-    monkeypatch.setattr(store.Collection, "write", lambda self, batch, *rest: (action(batch), real(self, batch, *rest)))
+    real = collection.Collection.write
+    monkeypatch.setattr(collection.Collection, "write", lambda self, batch, *rest: (action(batch), real(self, batch, *rest)))
 
 
 def counting_steps(monkeypatch):
@@ -342,10 +341,10 @@ def test_an_error_of_the_disk_ends_it_at_the_next_batch_and_loses_nothing(config
         with pytest.raises(OSError, match="No space"):
             collect.main(config)
     assert len(steps) == 1 + 4 * 3  # with the step that was thrown away
-    undone = store.Collection.pending
+    undone = collection.Collection.pending
     with monkeypatch.context() as patch:
         left = []
-        patch.setattr(store.Collection, "pending", lambda self: left.append(undone(self)) or left[-1])
+        patch.setattr(collection.Collection, "pending", lambda self: left.append(undone(self)) or left[-1])
         collect.main(config)
     assert left[0] == [2, 3, 4, 5, 6, 7]
     collect.main(replace(config, out_dir=config.out_dir + "-undisturbed"))
@@ -367,7 +366,7 @@ def test_ctrl_c_writes_what_was_generated(config, monkeypatch, capsys):
         with pytest.raises(KeyboardInterrupt, match="the same command resumes"):
             collect.main(config)
     assert "finishing what is generated" in capsys.readouterr().err
-    assert store.read_progress(Path(config.out_dir) / "progress.jsonl") == {0: {"batch": 0, "rows": 5}}
+    assert collection.read_progress(Path(config.out_dir) / "progress.jsonl") == {0: {"batch": 0, "rows": 5}}
 
     def fail(batch):
         threading.Event().wait(0.5)
@@ -392,7 +391,7 @@ def test_what_is_generated_is_written_when_the_next_fails(config, monkeypatch):
         patch.setattr(HookedDiffusionModel, "run_with_cache", fail)
         with pytest.raises(RuntimeError):
             collect.main(config)
-    assert list(store.read_progress(Path(config.out_dir) / "progress.jsonl")) == [0]
+    assert list(collection.read_progress(Path(config.out_dir) / "progress.jsonl")) == [0]
     collect.main(config)  # and the folder is not locked
 
 
@@ -458,7 +457,7 @@ def test_many_tokens_need_wider_indices():
     cache["tokens"] = {"a": torch.tensor([[[5, 89_999]]])}
     sites = [collect.Site(HookPoint("a"), "", None, 0)]
     arrays = collect.batch_arrays(cache, sites, Config(), torch.float16)
-    assert store.as_numpy(arrays["a.tokens"]).dtype == np.uint32 and arrays["a.tokens"].tolist() == [[[5, 89_999]]]
+    assert collection.as_numpy(arrays["a.tokens"]).dtype == np.uint32 and arrays["a.tokens"].tolist() == [[[5, 89_999]]]
 
 
 # ------------------------------------------------------------------------------------------------- several processes
@@ -486,7 +485,7 @@ def test_shards_are_parts_of_the_whole(config, monkeypatch):
             assert image_path(folder / "images", here).read_bytes() == image_path(Path(one.out_dir) / "images", row).read_bytes()
         record = json.loads((folder / "mid_block.json").read_text())
         assert (record["shard"], record["num_prompts"]) == (f"{shard}/2", len(rows) // 2)
-    data = activations.open_activations(sorted(out.glob("*/mid_block.npy")))
+    data = dataset.open_activations(sorted(out.glob("*/mid_block.npy")))
     assert len(data) == 1 and data[0].num_prompts == 7
 
     for wrong in (config, replace(one, shard="0/2"), replace(config, shard="0/3")):
@@ -632,10 +631,10 @@ def test_text_tokens_are_padded_to_one_length_and_not_trained_on(tmp_path):
     assert x.shape == (3, 2, 40, 32) and lengths.tolist() == [len(p) + 2 for p in prompts]
     for row, n in zip(x, lengths):
         assert row[:, :n].any(-1).all() and not row[:, n:].any()
-    data = activations.Activations([path])
+    data = dataset.Activations([path])
     vectors = torch.cat([*data.held_out(), *(x for x, _ in data.batches(64, data.num_training))])
     assert len(vectors) == data.num_vectors == 2 * lengths.sum() and vectors.any(-1).all()
-    assert [s.paths for s in activations.open_activations([path.parent])] == [[str(path)]]
+    assert [s.paths for s in dataset.open_activations([path.parent])] == [[str(path)]]
 
 
 def photos(folder, n, size=(40, 30)):

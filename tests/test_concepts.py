@@ -5,10 +5,10 @@ import pytest
 import torch
 from test_features import write
 
+from analysis.concepts import auroc, contrast, find_features, image_scores, saeuron, toward, with_word
 from bench.concepts import best_features
-from concepts import auroc, contrast, find_features, image_scores, saeuron, toward, with_word
 from sae import Sae
-from sources import read_prompts
+from store.activation_file import read_prompts
 
 
 @pytest.mark.parametrize("pool", ["mean", "max"])

@@ -9,18 +9,18 @@ import torch
 from PIL import Image
 
 import cli
-import data_stats
 import diagnose
 import train
-from activations import Activations
-from data_stats import geometric_median
-from disk import checksum
+from analysis import data_stats
+from analysis.data_stats import geometric_median
 from sae import Sae
+from store.dataset import Activations
+from store.disk import checksum
 
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr("activations.HELD_OUT", dict(share=0.1, at_least=0, at_most=10**9))
+    monkeypatch.setattr("store.dataset.HELD_OUT", dict(share=0.1, at_least=0, at_most=10**9))
 
 
 def save(path, x, **meta):

@@ -17,13 +17,13 @@ from PIL import Image
 import collect
 import features
 import train
-from activations import open_activations
 from bench.maps import drawn, overlap
 from cli import HERE
-from disk import checksum
 from features import Config, Example, list_examples, main, map_grid, nearest, over_represented, read_images, scan
 from hook import HookedDiffusionModel
 from sae import Sae
+from store.dataset import open_activations
+from store.disk import checksum
 from toy.concepts import Classifier, to_model
 
 STRANGE = ["<script>alert(1)</script>", '</script><img src=x onerror="alert(2)">', "{{data}} & <b>bold</b> \u2028 ' \" é"]

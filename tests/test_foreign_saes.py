@@ -6,9 +6,9 @@ import pytest
 import torch
 from test_sae import VARIANTS, X, make_sae
 
-from disk import save_tensors
-from foreign_saes import save_saelens
 from sae import Sae
+from store.disk import save_tensors
+from store.foreign_saes import save_saelens
 
 D, M, K = 12, 30, 4
 BENCH = "is not installed: pip install -r requirements-bench.txt"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import PROMPTS, build, generate_options, sd15
 
-from generate import Generation, generate, generate_batches, generate_images, images_of, required_images
+from diffusion.generate import Generation, generate, generate_batches, generate_images, images_of, required_images
 from hook import Edit, HookedDiffusionModel
 
 HOOK = "up_blocks.0.attentions.1"

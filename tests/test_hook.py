@@ -4,9 +4,9 @@ import pytest
 import torch
 from tiny import PROMPTS, build, generate_options, sd15, tiny_unet
 
-from guidance import guidance_weights
+from diffusion.guidance import guidance_weights
+from diffusion.token_layout import by_token
 from hook import Edit, HookedDiffusionModel
-from tokens import by_token
 
 HOOK = "up_blocks.0.attentions.1"
 

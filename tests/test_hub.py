@@ -18,8 +18,8 @@ import torch
 from test_sae import X, make_sae
 
 import export
-import hub
 from sae import Sae
+from store import hub
 
 ROOT = Path(__file__).parents[1]
 

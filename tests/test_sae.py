@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_stats import geometric_median
-from disk import save_tensors
-from foreign_saes import save_saelens
+from analysis.data_stats import geometric_median
+from analysis.metrics import Metrics
 from kernels import count_active
-from metrics import Metrics
 from sae import Sae, newest_sae
+from store.disk import save_tensors
+from store.foreign_saes import save_saelens
 
 ROOT = Path(__file__).parents[1]
 X = torch.randn(50, 12, generator=torch.Generator().manual_seed(1)) + 3

@@ -12,7 +12,7 @@ from PIL import Image
 import collect
 import steer
 import train
-from concepts import contrast, image_scores
+from analysis.concepts import contrast, image_scores
 from hook import HookedDiffusionModel
 from sae import Sae
 from steer import Config, main, parse_features, parse_steps, token_mask

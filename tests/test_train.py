@@ -14,13 +14,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import cli
-import data_stats
-import disk
 import train
-from activations import Activations
-from data_stats import geometric_median, measure
-from metrics import evaluate, total
+from analysis import data_stats
+from analysis.data_stats import geometric_median, measure
+from analysis.metrics import evaluate, total
 from sae import Sae
+from store import disk
+from store.dataset import Activations
 from train import Config, learning_rate, main
 
 ROOT = Path(train.__file__).parent
@@ -28,7 +28,7 @@ ROOT = Path(train.__file__).parent
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr("activations.HELD_OUT", dict(share=0.1, at_least=0, at_most=10**9))
+    monkeypatch.setattr("store.dataset.HELD_OUT", dict(share=0.1, at_least=0, at_most=10**9))
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ def known(tmp_path_factory):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_known_atoms_are_recovered(known, tmp_path, monkeypatch, variant):
-    monkeypatch.setattr("activations.HELD_OUT", dict(share=0.1, at_least=0, at_most=10**9))
+    monkeypatch.setattr("store.dataset.HELD_OUT", dict(share=0.1, at_least=0, at_most=10**9))
     path, dictionary = known
     options = {name: [64, 128] if name == "matryoshka" else value for name, value in VARIANTS[variant].items()}
     options |= dict(num_latents=[128], k=[3], num_epochs=20, lr=4e-3, device="cpu", run_name="run")

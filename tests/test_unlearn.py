@@ -12,10 +12,10 @@ import toy
 import train
 from bench import unlearn
 from bench.unlearn import Config, Domain, judge, main, method, split_prompts, summary
-from hook_point import HookPoint
-from prompts import load_prompts
 from sae import Sae
-from sources import trained_on
+from store.activation_file import trained_on
+from store.hook_point import HookPoint
+from store.prompts import load_prompts
 
 TOY = Path(toy.__file__).parent / "toy"
 

@@ -10,10 +10,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels.update as update_module
+from distributed import Group
 from kernels import Gradient, encode, sort_pairs, squared_norm
 from kernels.topk import torch_topk
 from kernels.update import SparseUpdate
-from processes import Group
 from sae import Sae
 
 NAMES = ("encoder.weight", "encoder.bias", "W_dec", "b_dec")

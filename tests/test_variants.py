@@ -9,17 +9,17 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from activations import Activations
-from disk import checksum
+from analysis.metrics import evaluate, total
 from kernels.update import SparseUpdate
-from metrics import evaluate, total
 from sae import Sae
+from store.dataset import Activations
+from store.disk import checksum
 from train import Config, main
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr("activations.HELD_OUT", dict(share=0.2, at_least=0, at_most=10**9))
+    monkeypatch.setattr("store.dataset.HELD_OUT", dict(share=0.2, at_least=0, at_most=10**9))
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_a_sweep_that_is_interrupted_goes_on_to_the_same_bits(data, tmp_path, mo
     with pytest.raises(KeyboardInterrupt):
         main(config(data, tmp_path / "torn", **options))
     monkeypatch.undo()
-    monkeypatch.setattr("activations.HELD_OUT", dict(share=0.2, at_least=0, at_most=10**9))
+    monkeypatch.setattr("store.dataset.HELD_OUT", dict(share=0.2, at_least=0, at_most=10**9))
     main(config(data, tmp_path / "torn", **options))
     for name in ("k2_M48", "k3_M48"):
         a, b = (tmp_path / kind / "run" / name for kind in ("whole", "torn"))

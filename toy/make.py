@@ -4,7 +4,7 @@
     python -m toy.make train --folder mine     # such a model from nothing; goes on where it stopped
     python -m toy.make check                   # what its pictures show, against what the prompts asked
 
-The drawings are those of concepts.py.
+The drawings are those of analysis/concepts.py.
 `train` fits, in this order, a classifier of (object, style, colour), an AutoencoderKL (64 x 64 x 3 -> 32 x 32 x 4) and
 a UNet2DConditionModel together with its CLIPTextModel (v-prediction, cosine betas, EMA of the weights, 10 % empty
 captions, timesteps drawn from a logit-normal), and writes them as an ordinary diffusers folder. An update of the UNet takes
@@ -12,7 +12,7 @@ captions, timesteps drawn from a logit-normal), and writes them as an ordinary d
 The weights that ship had 6000 updates in several sessions, of which the first 2250 were in batches of 64 and 1750 without the
 logit-normal, and then `python -m toy.make train --start_from toy --unet_iterations 13000 --seed 2`, 104 minutes on one core.
 
-Reads   nothing; the drawings are made by concepts.py.
+Reads   nothing; the drawings are made by analysis/concepts.py.
 Writes  draw: <folder>/drawings.png. train: <folder>/ and checkpoints in <work_dir>/. check: check.png and check.json in
         <out_dir>/, else <folder>/.
 Does not download anything, and does not try to be a good image model: it is a model whose every concept is known.

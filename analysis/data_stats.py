@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from analysis.metrics import count_active
 from errors import UsageError
-from metrics import count_active
 from sae import Sae
 
 TRAINING_SAMPLE = 32_768  # vectors that training checks, and takes b_dec's start and the scale from

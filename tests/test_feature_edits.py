@@ -5,10 +5,10 @@ import pytest
 import torch
 from tiny import PROMPTS, build, generate_options, sd15
 
-from edits import Edits, Typical, adding_edits, delta, redirect, steer, step_norm
+from analysis.feature_edits import Edits, Typical, adding_edits, delta, redirect, steer, step_norm
 from hook import HookedDiffusionModel
-from hook_point import HookPoint
 from sae import Sae
+from store.hook_point import HookPoint
 
 HOOK, D = "mid_block.attentions.0", 16  # followed by mid_block.resnets.1, which sees what became of it
 POINT = HookPoint(HOOK)

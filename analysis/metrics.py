@@ -12,8 +12,8 @@
 import torch
 from tqdm import tqdm
 
+from distributed import ALONE
 from kernels import count_active
-from processes import ALONE
 
 ALWAYS = 0.9
 

@@ -12,18 +12,17 @@ import numpy as np
 import pytest
 import torch
 
-import activations
-import reader
-from activations import Activations
-from reader import Plan, cut, shuffle
+from store import dataset, shuffle
+from store.dataset import Activations
+from store.shuffle import Plan, cut
 
 HERE = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(activations, "HELD_OUT", dict(share=0.05, at_least=0, at_most=10**9))
-    monkeypatch.setattr(reader, "BLOCK_BYTES", 1024)
+    monkeypatch.setattr(dataset, "HELD_OUT", dict(share=0.05, at_least=0, at_most=10**9))
+    monkeypatch.setattr(shuffle, "BLOCK_BYTES", 1024)
 
 
 def data_set(path, prompts=128, tokens=64, steps=1):
@@ -151,7 +150,7 @@ def test_blocks_cover_the_units():
 
 
 def test_a_billion_vectors_are_planned_in_seconds():
-    reader.BLOCK_BYTES = 1 << 20
+    shuffle.BLOCK_BYTES = 1 << 20
     units = np.stack([np.zeros(10**5, np.int64), np.arange(10**5) * 10**4, np.arange(1, 10**5 + 1) * 10**4], 1)
     units = units[np.arange(10**5) % 10 > 0]
     steps_of = lambda pieces: np.zeros(int((pieces[:, 2] - pieces[:, 1]).sum()), np.int64)
@@ -166,7 +165,7 @@ def test_a_billion_vectors_are_planned_in_seconds():
 
 def test_planning_takes_little_memory_and_the_order_of_a_seed_stays():
     """Stopped runs go on in it; the numbers are from when indices had 64 bits, which took 46 bytes a row and not 26."""
-    reader.BLOCK_BYTES, n = 1 << 20, 200_000
+    shuffle.BLOCK_BYTES, n = 1 << 20, 200_000
     steps_of = lambda pieces: np.concatenate([np.arange(first, end) // 50 % 40 for _, first, end in pieces.tolist()])
     plan = Plan(np.array([[0, 0, n]]), steps_of, 10_000, 1, 1e10, 0)
     tracemalloc.start()
@@ -181,6 +180,6 @@ def test_planning_takes_little_memory_and_the_order_of_a_seed_stays():
 
 def test_shuffle_is_a_permutation():
     steps = np.array([0, 1, 1, 2] * 50, np.int16)
-    order = shuffle(steps, [1])
-    assert np.array_equal(np.sort(order), np.arange(200)) and not np.array_equal(order, shuffle(steps, [2]))
-    assert np.array_equal(order, shuffle(steps, [1]))
+    order = shuffle.shuffle(steps, [1])
+    assert np.array_equal(np.sort(order), np.arange(200)) and not np.array_equal(order, shuffle.shuffle(steps, [2]))
+    assert np.array_equal(order, shuffle.shuffle(steps, [1]))

@@ -12,9 +12,9 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from disk import read_json
-from prompts import load_prompts
-from store import Collection, npy_header
+from store.collection import Collection, npy_header
+from store.disk import read_json
+from store.prompts import load_prompts
 
 
 @pytest.mark.parametrize("suffix", ["txt", "csv", "jsonl", "parquet"])

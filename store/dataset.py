@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from arrow_file import is_arrow
 from errors import UsageError
-from reader import Reader
-from sources import open_activation_file, read_description, refuse_unfinished
+from store.activation_file import open_activation_file, read_description, refuse_unfinished
+from store.arrow import is_arrow
+from store.shuffle import Reader
 
 HELD_OUT = dict(share=0.1, at_least=100_000, at_most=1_000_000)  # vectors kept from training, in whole prompts
 BESIDE = (".tokens.npy", ".timesteps.npy", ".lengths.npy")  # files that collect.py writes beside an activation file
@@ -217,7 +217,7 @@ class Activations:
         Every vector comes once an epoch of `num_training`; a batch may span two epochs, so nothing is dropped. Where the
         files have timesteps, each stretch of a buffer holds the same share of every step. tokens: so many consecutive vectors
         stay together; all sizes are multiples of it. The order depends on the seed, the buffer's size and tokens alone:
-        starting at any position gives what would have come. See reader.py.
+        starting at any position gives what would have come. See store/shuffle.py.
 
         share (i, n): of each batch only the i-th of n slices, cut at whole `tokens`; each process has a buffer of its own.
         pin: x lies in pinned memory, so that `x.to(device, non_blocking=True)` overlaps. ahead: batches that are prepared

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from diffusion.signatures import tensors
 from errors import UsageError
-from signatures import tensors
 
 CONTEXTS = {"cond": "cond", "pred_cond": "cond", "uncond": "uncond", "pred_uncond": "uncond"}  # names of cache_context
 

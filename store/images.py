@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from disk import opened, sync_folder, write_all
 from errors import UsageError
+from store.disk import opened, sync_folder, write_all
 
 SUFFIXES = (".webp", ".wav")
 QUALITY = 90  # of lossy WebP, of 100

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from disk import read_json
 from errors import UsageError
+from store.disk import read_json
 
 COLUMNS = ("activations", "values")  # what the ancestor's versions call it
 

@@ -12,14 +12,14 @@ from test_families import BY_HAND
 from tiny import PROMPTS, build, generate_options, sd15
 
 import evaluate
-from disk import checksum
+from analysis.plots import GRAFT_ROWS, plot_graft
+from diffusion.generate import generate
 from evaluate import graft
-from generate import generate
 from hook import Edit, Generation, HookedDiffusionModel
-from hook_point import HookPoint
-from plots import GRAFT_ROWS, plot_graft
 from sae import Sae
-from sources import trained_on
+from store.activation_file import trained_on
+from store.disk import checksum
+from store.hook_point import HookPoint
 
 
 class Hand(NamedTuple):

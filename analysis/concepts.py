@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from activations import Activations
 from errors import UsageError
+from store.dataset import Activations
 
 MOST = 1 << 28  # numbers that image scores may take: 1 GiB
 

@@ -6,8 +6,8 @@ from collections import Counter
 
 import torch
 
+from diffusion.signatures import unwrap
 from errors import UsageError
-from signatures import unwrap
 
 WILDCARDS = {"**": ".*", "*": "[^.]*", "?": "[^.]"}
 

@@ -10,8 +10,8 @@ import json
 from contextlib import contextmanager
 from pathlib import Path
 
-from disk import read_json
 from errors import UsageError
+from store.disk import read_json
 
 TYPES = {"sae": "model", "activations": "dataset"}
 DESCRIPTIONS, TENSORS = ("cfg.json",), ("sae.safetensors", "sae_weights.safetensors")

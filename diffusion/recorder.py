@@ -5,10 +5,10 @@ from dataclasses import dataclass, field, fields
 
 import torch
 
+from diffusion.locate import NEVER_RAN, SEVERAL_TIMES, find_layouts
+from diffusion.token_layout import NotHookable
 from errors import UsageError, check_choice
-from hook_point import STREAMS
-from probe import NEVER_RAN, SEVERAL_TIMES, find_layouts
-from tokens import NotHookable
+from store.hook_point import STREAMS
 
 # What `rows` asks for: the role of the rows under each suffix of the cache's keys.
 ROLES = {"cond": {"": "cond"}, "uncond": {"": "uncond"}, "both": {"": "cond", "_uncond": "uncond"}}

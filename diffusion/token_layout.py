@@ -1,6 +1,6 @@
 """Which numbers of what a module takes or returns are image tokens, which are text tokens, and on which grid they lie.
 
-No table of architectures says so: `probe.py` finds it out, once for each set of shapes and masks, not once a step.
+No table of architectures says so: `diffusion/locate.py` finds it out, once for each set of shapes and masks, not once a step.
 """
 
 import itertools
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from signatures import tensors, with_tensor
+from diffusion.signatures import tensors, with_tensor
 
 
 def row_view(x, rows, form):

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from diffusion.signatures import per_prompt, tensors
 from errors import UsageError
-from signatures import per_prompt, tensors
 
 ROWS = 4  # noises that are compared to find the order: in 16 bits many numbers of one noise are the same
 

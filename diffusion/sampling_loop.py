@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import torch
 
+from diffusion.signatures import tensors
 from errors import UsageError
-from signatures import tensors
 
 
 class Loop:

@@ -27,8 +27,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from disk import read_json, save_tensors, write_json
 from errors import UsageError
+from store.disk import read_json, save_tensors, write_json
 
 WEIGHTS = ("sae.safetensors", "sae_weights.safetensors", "ae.pt")
 ARRAYS = {"W_enc": "dM", "b_enc": "M", "W_dec": "Md", "b_dec": "d"}  # axes: d input width, M latents

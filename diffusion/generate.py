@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from diffusion.signatures import tensors
+from diffusion.trace import Sampling
 from errors import UsageError
-from sampling import Sampling
-from signatures import tensors
 
 MakeEdits = Callable[[Sampling], dict[str, list]]
 """{hook_name: [Edit]} for one batch. An edit that needs to know the step asks the batch's sampling."""

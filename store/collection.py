@@ -1,4 +1,4 @@
-"""The file side, writing: activation files created, resumed, written and described; activations.py reads them.
+"""The file side, writing: activation files created, resumed, written and described; store/dataset.py reads them.
 
 An activation file is a plain NumPy array (prompts, steps, tokens, d) that `np.load(path, mmap_mode="r")` opens anywhere,
 with a `.json` beside it that says what it holds. No pickle is read or written.
@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
-from disk import check_same, checksum, make_folder, opened, read_json, rename, write_all, write_atomically, write_json
 from errors import UsageError
-from images import remove_images, save_images
+from store.disk import check_same, checksum, make_folder, opened, read_json, rename, write_all, write_atomically, write_json
+from store.images import remove_images, save_images
 
 HEADER = 128  # bytes
 

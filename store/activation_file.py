@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from arrow_file import is_arrow, open_arrow
-from disk import checksum, read_json
 from errors import UsageError
-from hook_point import HookPoint
+from store.arrow import is_arrow, open_arrow
+from store.disk import checksum, read_json
+from store.hook_point import HookPoint
 
 PIECES = 32  # that a file without prompts is cut into
 

@@ -9,7 +9,7 @@ a buffer agree on it.
              in which it is there (7; at the ends of an epoch fewer), and a stage shuffles all that it was given.
 
 Two rows of one block meet in a batch 1.15 to 1.45 x (bytes of the rows / buffer) times as often as by chance. Rows are bytes
-here; activations.py knows what is in them.
+here; store/dataset.py knows what is in them.
 """
 
 import mmap

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
+from diffusion.token_layout import NotHookable
 from errors import UsageError, check_choice
-from hook_point import STREAMS
-from tokens import NotHookable
+from store.hook_point import STREAMS
 
 
 @dataclass(frozen=True)

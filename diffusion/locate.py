@@ -16,10 +16,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from diffusion.signatures import forward_signature, sample_name, tensors, time_parameter, unwrap
+from diffusion.token_layout import Layout, NotHookable, by_token, sample_grid, spatial_shape
+from diffusion.trace import same_random_numbers
 from errors import UsageError
-from sampling import same_random_numbers
-from signatures import forward_signature, sample_name, tensors, time_parameter, unwrap
-from tokens import Layout, NotHookable, by_token, sample_grid, spatial_shape
 
 NEVER_RAN = NotHookable("never ran in a forward of the denoiser; is it compiled, or are its projections fused?")
 SEVERAL_TIMES = NotHookable("runs several times in one forward of the denoiser")

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure  # not pyplot, so that a notebook's backend
 from matplotlib.ticker import LogLocator
 from torch import Tensor
 
-from data_stats import OUTLIER
-from metrics import total
+from analysis.data_stats import OUTLIER
+from analysis.metrics import total
 
 BLUE, ORANGE, GREY = "#2f6db5", "#e07b39", "#888888"
 CENTERED = {"median": "centred on the median", "mean": "centred on the mean", "none": "not centred"}

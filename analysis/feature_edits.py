@@ -17,11 +17,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from activations import open_activations
 from errors import UsageError
 from hook import Edit
-from hook_point import HookPoint
 from sae import Sae
+from store.dataset import open_activations
+from store.hook_point import HookPoint
 
 ROLES = {"cond": ("cond",), "uncond": ("uncond",), "both": ("cond", "uncond")}
 """Which chunks of the guidance an edit of these rows gets, each on its own."""

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
+from diffusion.guidance import CONTEXTS, find_roles
+from diffusion.signatures import forward_signature, sample_name, tensors, time_parameter, unwrap, with_tensor
 from errors import UsageError
-from guidance import CONTEXTS, find_roles
-from signatures import forward_signature, sample_name, tensors, time_parameter, unwrap, with_tensor
 
 LIVE = []  # the samplings that are being watched
 
@@ -33,7 +33,7 @@ class Forward:
     conditioning: list  # what else has one entry a row, other than the time: tensors, or lists of tensors
     roles: list | None = None  # "cond", "uncond" or "other", one a chunk; while it runs, those of the plan if there is one
     output: torch.Tensor | None = None  # the prediction, (rows, ...)
-    layouts: dict = field(default_factory=dict)  # where the wanted tokens are, see tokens.py
+    layouts: dict = field(default_factory=dict)  # where the wanted tokens are, see diffusion/token_layout.py
     captured: dict = field(default_factory=dict)  # what hooks left here
 
 

@@ -7,18 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-import activations
-import reader
-from activations import Activations, activations_of, newest_activations, open_activations
-from disk import checksum
 from errors import UsageError
-from sources import open_activation_file, open_file
+from store import dataset, shuffle
+from store.activation_file import open_activation_file, open_file
+from store.dataset import Activations, activations_of, newest_activations, open_activations
+from store.disk import checksum
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(activations, "HELD_OUT", dict(share=0.1, at_least=0, at_most=10**9))
-    monkeypatch.setattr(reader, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(dataset, "HELD_OUT", dict(share=0.1, at_least=0, at_most=10**9))
+    monkeypatch.setattr(shuffle, "BLOCK_BYTES", 64)
 
 
 def numbered(path, shape=(20, 3, 8), dtype=np.float32, first=0):
@@ -92,7 +91,7 @@ def test_never_more_than_half_is_held_out(tmp_path, seed):
 
 def test_how_much_is_held_out(tmp_path, monkeypatch):
     path = numbered(tmp_path / "a.npy", (100, 4))
-    held_out = lambda **limits: (monkeypatch.setattr(activations, "HELD_OUT", limits), Activations([path]).num_held_out)[1]
+    held_out = lambda **limits: (monkeypatch.setattr(dataset, "HELD_OUT", limits), Activations([path]).num_held_out)[1]
     assert held_out(share=0.1, at_least=0, at_most=10**6) == 40
     assert held_out(share=0.1, at_least=70, at_most=10**6) == 72  # whole prompts
     assert held_out(share=0.1, at_least=300, at_most=10**6) == 100  # but only up to a quarter
@@ -127,14 +126,14 @@ def test_shuffle_starts_anywhere_and_repeats_every_epoch(tmp_path, buffer_rows):
 
 def test_each_row_is_read_once_an_epoch_and_once_at_all_where_they_fit(tmp_path, monkeypatch):
     data, reads = Activations([numbered(tmp_path / "a.npy")]), []
-    read = reader.Reader.read
+    read = shuffle.Reader.read
 
     def counting(self, number, first, end, at):
         reads.extend(range(first, end))
         read(self, number, first, end, at)
         assert at + (end - first) * self.row_bytes <= len(self.buffer) <= 3456  # all rows, or the buffer
 
-    monkeypatch.setattr(reader.Reader, "read", counting)
+    monkeypatch.setattr(shuffle.Reader, "read", counting)
     for _ in data.batches(10, 2 * 432, buffer_gb=200 * 8 / 2**30):
         pass
     assert set(np.bincount(reads)) <= {0, 2} and len(reads) == 2 * 432

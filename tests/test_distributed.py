@@ -28,10 +28,10 @@ D, M, K, N, TOKENS, STEPS = 24, 97, 5, 60, 10, 20
 
 def twenty_updates(case, vectors, latents):
     """Parameters and what every update said, after 20 of them; of the last batch one of 4 processes has nothing."""
+    from analysis.sharded import ShardedSae, ShardedUpdate
     from kernels import update as update_module
     from kernels.update import SparseUpdate
     from sae import Sae
-    from sharded import ShardedSae, ShardedUpdate
 
     update_module.LIST_DEAD_EVERY = 3
     of_sae, of_step = CASES[case]
@@ -58,9 +58,9 @@ def twenty_updates(case, vectors, latents):
 
 def worker(folder):
     """One of the processes: every case, whose whole state goes to a file that all write together."""
-    from disk import save_tensors
-    from processes import Processes
-    from sharded import grid, load_rows, save_rows
+    from analysis.sharded import grid, load_rows, save_rows
+    from distributed import Processes
+    from store.disk import save_tensors
 
     torch.set_num_threads(1)
     processes = Processes()
@@ -110,7 +110,7 @@ def torchrun(count, *command):
 @pytest.mark.parametrize("count, shards", [(2, 1), (2, 2), (4, 1), (4, 2), (4, 4)])
 @pytest.mark.parametrize("case", CASES)
 def test_twenty_updates_are_those_of_one_process(folder, case, count, shards):
-    from processes import ALONE
+    from distributed import ALONE
 
     _, update, said = twenty_updates(case, ALONE, ALONE)
     with safe_open(folder / f"{case}_{count}_{shards}.safetensors", "pt") as file:
@@ -138,8 +138,8 @@ def data(tmp_path_factory):
 FULL = """
 import resource, sys, torch
 from pathlib import Path
-from processes import Processes
-from sharded import grid, save_rows
+from distributed import Processes
+from analysis.sharded import grid, save_rows
 processes, path = Processes(), Path(sys.argv[1])
 _, latents = grid(processes, 2)
 save = lambda x: save_rows(path / "a.safetensors", {"x": x[latents.part(1000)]}, {}, latents)

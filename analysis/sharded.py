@@ -21,13 +21,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import safe_open
 
-from disk import rename
+from distributed import ALONE, FOREVER, Group
 from errors import UsageError
 from kernels import merge, topk
 from kernels.decode import gather_dot, gather_sum
 from kernels.update import Reconstruction, SparseUpdate
-from processes import ALONE, FOREVER, Group
 from sae import Sae, random_rows
+from store.disk import rename
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.bool: "BOOL"}
 
