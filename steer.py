@@ -37,8 +37,9 @@ from diffusion.generate import generate_images
 from errors import UsageError
 from hook import Generation, HookedDiffusionModel, model_of
 from sae import Sae, newest_sae
-from store.activation_file import read_description, read_prompts, trained_on
+from store.activation_file import read_description, read_prompts
 from store.disk import claim_folder, write_json
+from store.hook_point import trained_on
 from store.prompts import load_prompts
 
 

@@ -41,10 +41,9 @@ from tqdm import tqdm
 from analysis.data_stats import TRAINING_SAMPLE, DataStats, measure
 from analysis.metrics import Metrics, evaluate, total
 from analysis.plots import plot_evaluation, plot_sweep, plot_training
-from analysis.sharded import grid, parts
 from cli import check_positive, product_dtype, resolve_device
 from cli import run as run_script
-from distributed import Group, Processes
+from distributed import ALONE, Group, Processes
 from errors import UsageError
 from kernels.update import LIST_DEAD_EVERY, Forward, SparseUpdate
 from sae import Sae
@@ -274,7 +273,11 @@ def main(cfg: Config) -> list[Path]:
     cfg = with_activation(cfg)
     check_options(cfg)
     processes = Processes(training_device(cfg.device))
-    vectors, latents = grid(processes, cfg.shard_latents)
+    vectors = latents = ALONE
+    if processes.count > 1 or cfg.shard_latents != 1:
+        from analysis.sharded import grid
+
+        vectors, latents = grid(processes, cfg.shard_latents)
     datasets = open_activations(cfg.data or [newest_activations()])
     folders = []
     for dataset in datasets:
@@ -388,9 +391,12 @@ class TrainingRun:
         self.cfg, self.dataset, self.schedule = cfg, dataset, schedule
         self.folder, self.k, self.num_latents, self.seed = folder, k, num_latents, seed
         self.processes, self.vectors = processes, vectors
-        plain = Sae, SparseUpdate, save_tensors, load_tensors
-        of_this_process = parts(latents) if latents.count > 1 else plain
-        self.make_sae, self.make_sparse_update, self.save_tensors, self.load_tensors = of_this_process
+        parts = Sae, SparseUpdate, save_tensors, load_tensors
+        if latents.count > 1:
+            from analysis.sharded import parts_of
+
+            parts = parts_of(latents)
+        self.make_sae, self.make_sparse_update, self.save_tensors, self.load_tensors = parts
         self.checkpoint = folder / "checkpoint.safetensors"
         self.metrics = folder / "metrics.jsonl"
         self.opened = ExitStack()

@@ -52,7 +52,7 @@ def grid(processes, shards):
     return tuple(found)
 
 
-def parts(latents):
+def parts_of(latents):
     """What takes the place of Sae, SparseUpdate, save_tensors and load_tensors, with the same arguments."""
     group = dict(latents=latents)
     return partial(ShardedSae, **group), ShardedUpdate, partial(save_rows, **group), partial(load_rows, **group)

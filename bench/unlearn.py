@@ -44,9 +44,9 @@ from diffusion.generate import generate_images
 from errors import UsageError
 from hook import Generation, HookedDiffusionModel, find_model, model_of
 from sae import Sae, newest_sae
-from store.activation_file import open_file, read_description, read_prompts, trained_on
+from store.activation_file import open_file, read_description, read_prompts
 from store.disk import claim_folder, read_json, write_json
-from store.hook_point import HookPoint
+from store.hook_point import HookPoint, trained_on
 from store.prompts import load_prompts
 from toy.concepts import CONCEPTS, Classifier, to_model
 

@@ -12,7 +12,6 @@ import numpy as np
 from errors import UsageError
 from store.arrow import is_arrow, open_arrow
 from store.disk import checksum, read_json
-from store.hook_point import HookPoint
 
 PIECES = 32  # that a file without prompts is cut into
 
@@ -257,23 +256,3 @@ def open_saved_rows(folder):
     units = np.stack([np.arange(len(counts)).repeat(counts), first, first + tokens], 1)
     shape, hook_name = (len(first), tokens, d), Path(folder).resolve().name
     return ActivationFile(Path(folder), {}, shape, files, timesteps, hook_name, units, names, whole)
-
-
-def trained_on(sae) -> HookPoint:
-    """The hook point of an SAE's training vectors, from the descriptions beside the files that `sae.cfg["data"]` names.
-
-    Raises UsageError where a file has no description (moved, or not made by collect.py), or where two name different ones.
-    """
-    found = []
-    for path in sae.cfg.get("data") or []:
-        meta = read_description(path)
-        try:
-            found.append(HookPoint.from_description(meta))
-        except UsageError as error:
-            raise UsageError(f"{Path(path).with_suffix('.json')} is not there or not complete: {error}") from None
-    if not found:
-        raise UsageError("the SAE's cfg.json names no activation file, so it is not known where in the model it belongs")
-    for other in found:
-        if other != found[0]:
-            raise UsageError(f"the SAE was trained on files of several hook points, {found[0]} and {other}")
-    return found[0]

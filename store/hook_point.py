@@ -1,8 +1,10 @@
 """HookPoint: what one activation file is of, and what an SAE was trained on."""
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from errors import UsageError, check_choice
+from store.activation_file import read_description
 
 SIDES = ("output", "input", "diff")
 STREAMS = ("image", "text")
@@ -52,3 +54,23 @@ class HookPoint:
         if self.stream == "text":
             name += ".text"
         return name
+
+
+def trained_on(sae) -> HookPoint:
+    """The hook point of an SAE's training vectors, from the descriptions beside the files that `sae.cfg["data"]` names.
+
+    Raises UsageError where a file has no description (moved, or not made by collect.py), or where two name different ones.
+    """
+    found = []
+    for path in sae.cfg.get("data") or []:
+        meta = read_description(path)
+        try:
+            found.append(HookPoint.from_description(meta))
+        except UsageError as error:
+            raise UsageError(f"{Path(path).with_suffix('.json')} is not there or not complete: {error}") from None
+    if not found:
+        raise UsageError("the SAE's cfg.json names no activation file, so it is not known where in the model it belongs")
+    for other in found:
+        if other != found[0]:
+            raise UsageError(f"the SAE was trained on files of several hook points, {found[0]} and {other}")
+    return found[0]

@@ -17,9 +17,8 @@ from diffusion.generate import generate
 from evaluate import graft
 from hook import Edit, Generation, HookedDiffusionModel
 from sae import Sae
-from store.activation_file import trained_on
 from store.disk import checksum
-from store.hook_point import HookPoint
+from store.hook_point import HookPoint, trained_on
 
 
 class Hand(NamedTuple):

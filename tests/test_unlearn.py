@@ -13,8 +13,7 @@ import train
 from bench import unlearn
 from bench.unlearn import Config, Domain, judge, main, method, split_prompts, summary
 from sae import Sae
-from store.activation_file import trained_on
-from store.hook_point import HookPoint
+from store.hook_point import HookPoint, trained_on
 from store.prompts import load_prompts
 
 TOY = Path(toy.__file__).parent / "toy"
