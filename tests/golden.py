@@ -30,12 +30,13 @@ SMALL_SAE = ["--data", DATA, "--expansion_factor", "4", "--log_every", "2", "--s
 
 # Differences that CHANGELOG.md names ("Results change: yes"): {file, as a regular expression: reason}
 NAMED = {
-    r"features/.*\.html": "pictures are those that collect.py saved, no longer decoded from stored samples",
     r".*/(collect\.json|progress\.npy)": "the progress of a collection is in progress.jsonl",
     r".*\.png": "figures share one grid and one style",
 }
-# Never compared: times, versions, and what only describes the run itself
-LEFT_OUT = {"seconds", "seconds_each", "versions", "checksum", "mean_norm", "run_id", "pictures", "note", "vectors_per_second"}
+# Never compared: times and versions, what CHANGELOG.md names as gone or new in a description, and pictures of the page
+LEFT_OUT = {"seconds", "seconds_each", "versions", "checksum", "run_id", "vectors_per_second"}
+LEFT_OUT |= {"mean_norm", "machines", "machine", "shard", "save_images", "save_samples", "output_type"}
+LEFT_OUT |= {"training", "unlearn", "report", "per_cell", "pictures", "note"}
 
 
 @dataclass
