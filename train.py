@@ -302,6 +302,7 @@ def train_on(cfg, dataset, is_only, processes, vectors, latents) -> list[Path]:
 
         # 2. Train them together, then measure them on vectors that training never saw
         if unfinished:
+            check_memory(unfinished, dataset, processes, latents)
             stats = None
             if any(run.saved is None for run in unfinished):
                 stats = measure_once(cfg, dataset, processes)
@@ -718,6 +719,26 @@ def with_activation(cfg):
     if cfg.activation not in ("topk", activation):
         raise UsageError(f"--activation {cfg.activation}: expected no --batch_topk or --sample_topk with it")
     return replace(cfg, activation=activation)
+
+
+def check_memory(runs, dataset, processes, latents):
+    """Raise UsageError if the weights and moments of all SAEs together need more memory than is free on this device."""
+    meminfo = Path("/proc/meminfo")
+    free = math.inf
+    if processes.device.type == "cuda":
+        free = torch.cuda.mem_get_info(processes.device)[0]
+    elif meminfo.exists():
+        available = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
+        free = 1024 * int(available.split()[1]) / processes.local_count
+    free = min(processes.tell(free))
+    num_latents = sum(run.num_latents for run in runs)
+    needed = 24 * num_latents * dataset.d / latents.count  # two matrices in float32, each with two moments
+    if needed > free:
+        sizes = " ".join(dict.fromkeys(str(run.num_latents) for run in runs))
+        raise UsageError(
+            f"--num_latents {sizes}: {needed / 1e9:.3g} GB for the weights and moments of {len(runs)} SAEs, "
+            f"where {free / 1e9:.3g} GB are free"
+        )
 
 
 def check_options(cfg):
