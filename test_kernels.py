@@ -22,7 +22,7 @@ import pytest
 
 from kernels import decode, encode, sum_by_latent
 
-FILES = ("adam", "decode", "encode", "grad", "threshold", "topk")
+FILES = ("adam", "decode", "encode", "grad", "batch_topk", "topk")
 ADAM, DECODE, ENCODE, GRAD, THRESHOLD, TOPK = (sys.modules[f"kernels.{name}"] for name in FILES)
 BACKENDS = ["torch"] + ["triton"] * (GRAD.triton is not None)
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # of the largest element: rounding twice

@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 import kernels  # noqa: F401  loads the modules below
 from errors import UsageError
 
-ADAM, DECODE, GRAD, THRESHOLD, TOPK = (sys.modules[f"kernels.{n}"] for n in ("adam", "decode", "grad", "threshold", "topk"))
+ADAM, DECODE, GRAD, THRESHOLD, TOPK = (sys.modules[f"kernels.{n}"] for n in ("adam", "decode", "grad", "batch_topk", "topk"))
 WIDTHS = (8, 16, 32, 64, 128, 256, 320, 640, 1280, 2560, 4096)  # of d, with every power of two among their blocks
 
 

@@ -15,7 +15,7 @@ from store.disk import read_json
 
 TYPES = {"sae": "model", "activations": "dataset"}
 DESCRIPTIONS, TENSORS = ("cfg.json",), ("sae.safetensors", "sae_weights.safetensors")
-UNFINISHED = ("*.partial", "*.new", "checkpoint.safetensors")
+UNFINISHED = ("*.partial", "*.new", "*.lock", "checkpoint.safetensors")
 SAE_FACTS = {  # what a card says, and the key of cfg.json that knows it
     "hook name": "hook_name",
     "model": "model_name",

@@ -36,6 +36,8 @@ import steer
 import train
 from sae import Sae
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(cli.__file__).parent
 SCRIPTS = {module.__name__: module for module in (ablate, collect, diagnose, evaluate, export, features, steer, train)}
 SECONDS = 30  # for one case, which takes one or two

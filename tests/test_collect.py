@@ -14,9 +14,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from collection.disk import checksum
-from collection.hook_point import HookPoint
-from collection.images import image_path, save_images
 from families import ddpm, dit, flux, stable_audio, wan, zimage
 from PIL import Image
 from tiny import build, generate_options, sd15
@@ -26,6 +23,11 @@ from collect import Config
 from diffusion import real_images
 from hook import HookedDiffusionModel
 from store import collection, dataset
+from store.disk import checksum
+from store.hook_point import HookPoint
+from store.images import image_path, save_images
+
+pytestmark = pytest.mark.slow
 
 HOOKS = ["up_blocks.0.attentions.1", "mid_block"]
 
@@ -164,8 +166,15 @@ def test_a_crash_at_any_system_call_costs_no_byte(config, monkeypatch, start):
         collect.main(replace(config, max_num_examples=4, out_dir=str(started)))
     if start == "shrinking":
         with monkeypatch.context() as patch:
-            patch.setattr(collection.Collection, "finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
-            with pytest.raises(KeyboardInterrupt):
+            write = collection.Collection.write
+
+            def only_the_first(self, batch, *rest):
+                if batch > 0:
+                    raise OSError("stopped")
+                write(self, batch, *rest)
+
+            patch.setattr(collection.Collection, "write", only_the_first)
+            with pytest.raises(OSError, match="stopped"):
                 collect.main(replace(config, max_num_examples=8, out_dir=str(started)))
     for moment in range(200):
         shutil.rmtree(config.out_dir, ignore_errors=True)

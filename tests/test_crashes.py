@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROWS = {
     "kill -9, 3 random moments": r"-9 with \d, \d, \d batches safe",
     "kill -9 of one of two processes": r"1: torchrun: failed \(exitcode: -9\)",

@@ -17,6 +17,8 @@ from sae import Sae
 from store.dataset import Activations
 from store.disk import checksum
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def small(monkeypatch):

@@ -14,6 +14,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parents[1]
 CASES = {  # name: (of the SAE, of the step)
     "topk": ({}, {}),

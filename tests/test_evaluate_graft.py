@@ -20,6 +20,8 @@ from sae import Sae
 from store.disk import checksum
 from store.hook_point import HookPoint, trained_on
 
+pytestmark = pytest.mark.slow
+
 
 class Hand(NamedTuple):
     """What is known of a pipeline: a hook point, which of what it returns are image and text tokens, the chunks of a step."""

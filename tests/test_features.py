@@ -26,6 +26,8 @@ from store.dataset import open_activations
 from store.disk import checksum
 from toy.concepts import Classifier, to_model
 
+pytestmark = pytest.mark.slow
+
 STRANGE = ["<script>alert(1)</script>", '</script><img src=x onerror="alert(2)">', "{{data}} & <b>bold</b> \u2028 ' \" é"]
 
 

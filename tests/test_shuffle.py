@@ -123,7 +123,8 @@ def test_closing_ends_the_threads_and_closes_the_files(tmp_path):
 def test_a_program_that_leaves_off_in_the_middle_ends(tmp_path, end):
     data_set(tmp_path / "a.npy")
     code = (
-        f"from activations import Activations\nb = Activations([{str(tmp_path / 'a.npy')!r}]).batches(64, 10**9)\nnext(b)\n{end}"
+        "from store.dataset import Activations\n"
+        f"b = Activations([{str(tmp_path / 'a.npy')!r}]).batches(64, 10**9)\nnext(b)\n{end}"
     )
     started = time.time()
     done = subprocess.run(

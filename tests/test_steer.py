@@ -17,6 +17,8 @@ from hook import HookedDiffusionModel
 from sae import Sae
 from steer import Config, main, parse_features, parse_steps, token_mask
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def trained(model_folder, tmp_path_factory):

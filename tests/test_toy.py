@@ -10,6 +10,8 @@ import torch
 from cli import HERE
 from toy import concepts, make
 
+pytestmark = pytest.mark.slow
+
 TOY = HERE / "toy"
 
 

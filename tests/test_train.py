@@ -23,6 +23,8 @@ from store import disk
 from store.dataset import Activations
 from train import Config, learning_rate, main
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(train.__file__).parent
 
 

@@ -7,6 +7,8 @@ import train
 from bench.truth import VARIANTS, recovered, synthetic
 from sae import Sae
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def known(tmp_path_factory):

@@ -2,21 +2,22 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 import collect
-import toy
 import train
 from bench import unlearn
 from bench.unlearn import Config, Domain, judge, main, method, split_prompts, summary
+from cli import HERE
 from sae import Sae
 from store.hook_point import HookPoint, trained_on
 from store.prompts import load_prompts
 
-TOY = Path(toy.__file__).parent / "toy"
+pytestmark = pytest.mark.slow
+
+TOY = HERE / "toy"
 
 
 def test_scores_by_hand():

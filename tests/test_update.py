@@ -311,7 +311,7 @@ def test_update_never_waits_for_the_device(options):
 
     if triton is None:
         pytest.skip("Triton is not installed")
-    modules = {name: sys.modules[f"kernels.{name}"] for name in ("adam", "decode", "grad", "threshold", "topk")}
+    modules = {name: sys.modules[f"kernels.{name}"] for name in ("adam", "decode", "grad", "batch_topk", "topk")}
     _, step = make(auxk_alpha=1.0, dead_feature_threshold=0, dtype=torch.bfloat16, **options)
     step.padded, step.memory = True, step.memory if "group" in options else [None, None]
     step.state["dead"][:9] = True
@@ -331,7 +331,7 @@ def test_update_never_waits_for_the_device(options):
         for (module, name), _ in kernels.items():
             stack.enter_context(patch.object(modules[module], name, Nothing(name)))
         stack.enter_context(patch.object(torch.Tensor, "new_empty", torch.Tensor.new_zeros))
-        for name, module in dict(topk="topk", decode_error="decode", keep_largest="threshold").items():
+        for name, module in dict(topk="topk", decode_error="decode", keep_largest="batch_topk").items():
             chosen = getattr(modules[module], f"triton_{name}")
             for user in (update_module, sys.modules["kernels.encode"], sys.modules["sae"]):
                 if hasattr(user, name):

@@ -16,6 +16,8 @@ from store.dataset import Activations
 from store.disk import checksum
 from train import Config, main
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
