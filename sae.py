@@ -1,4 +1,4 @@
-"""The dictionary: the SAE module, its folder on disk, and every number said about it.
+"""The dictionary: the SAE module, what it computes, and its folder on disk.
 
     pre_acts = relu((x - b_dec) W_enc^T + b_enc);   top-k;   x_hat = top_acts . W_dec[top_indices] + b_dec
 

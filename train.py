@@ -499,7 +499,11 @@ class TrainingRun:
             raise UsageError(f"NaN or inf in the data or the loss by iteration {iteration}; {self.checkpoint} is the last good")
 
     def save(self) -> None:
-        """Write the checkpoint: the tensors of the SAE and of its optimizer, and beside them what stands below."""
+        """Write the checkpoint: the tensors of `SparseUpdate.state`, and beside them what stands below.
+
+        The tensors are the SAE's own (and the threshold of a batchtopk), Adam's two moments of each and its step, and for each
+        latent how long it was silent and whether it counts as dead. The place in the data follows from the iteration.
+        """
         self.check_finite()
         if self.vectors.index > 0:
             return

@@ -54,7 +54,7 @@ class Metrics:
         self.n, self.error, self.cosines = n, self.error + other.error, self.cosines + other.cosines
 
     def gather(self, group, d):
-        """The numbers of all processes of a processes.Group together, in each of them. d: width of the vectors."""
+        """The numbers of all processes of a distributed.Group together, in each of them. d: width of the vectors."""
         if group.count == 1:
             return self
         mean = self.mean if self.n else torch.zeros(d)
@@ -101,7 +101,7 @@ class Metrics:
 def evaluate(saes, activations, batch_size, progress=False, vectors=ALONE):
     """Metrics of SAEs on the held-out vectors of `activations`, which are read once: for each SAE a list, one a timestep.
 
-    Where the files have no timesteps the list is of one; `total` puts them together. The processes.Group `vectors` shares out
+    Where the files have no timesteps the list is of one; `total` puts them together. The distributed.Group `vectors` shares out
     the prompts.
     """
     takes_samples = any(sae.takes_samples for sae in saes)

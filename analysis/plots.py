@@ -242,7 +242,7 @@ def plot_ablation_ranking(path: Path, hooks: list[dict], title: str) -> None:
     fig.suptitle(title, fontsize=10)
     names = [hook["hook_name"] for hook in hooks]
     for ax, key, label in zip(axes, ("latents", "images"), ("latents: |a - b| / |b|", "pictures: root mean square")):
-        bars = ax.barh(names, [hook[key] for hook in hooks], color="#2f6db5", height=0.7)
+        bars = ax.barh(names, [hook[key] for hook in hooks], color=BLUE, height=0.7)
         ax.bar_label(bars, fmt="%.3f", padding=3, fontsize=8)
         ax.set_xlabel("distance to the untouched " + label, fontsize=9)
         ax.spines[["top", "right"]].set_visible(False)
@@ -311,7 +311,7 @@ def draw_recovered(ax: Axes, report: dict) -> None:
         for x, share, error, record in zip(places, shares, errors, records):
             text = "×" if record["recovered"] is None else f"{share:.2f}"
             ax.text(x, max(0, share + error) + 0.02, text, ha="center", va="bottom", fontsize=7)
-    ax.axhline(1, color="#888888", linewidth=0.8, linestyle=":")
+    ax.axhline(1, color=GREY, linewidth=0.8, linestyle=":")
     ax.axhline(0, color="#333333", linewidth=0.8)
     ax.set_ylim(top=max(1.1, ax.get_ylim()[1]))
     ax.set_xticks(range(len(windows)), list(windows), fontsize=7.5)

@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node 4 train.py --shard_latents 2             # 2 x 2: vectors and latents are split
 
-`vectors` and `latents` are the two `processes.Group`s that a process is in. What `ShardedSae` and `ShardedUpdate` give is what
+`vectors` and `latents` are the two `distributed.Group`s that a process is in. What `ShardedSae` and `ShardedUpdate` give is what
 `Sae` and `SparseUpdate` give, as if each process held all latents: these are chosen among all (each process finds the largest
 among its own, then they are merged), and x_hat is the sum over the processes. Indices count all latents where they are given
 or returned, and own rows within an update. A file holds all rows, as if one process had written it.

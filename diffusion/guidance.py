@@ -48,7 +48,7 @@ def same(a, b):
 
 @dataclass(eq=False)
 class Chunk:
-    """The rows of one forward that belong together: one for every sample. `forward`: a `sampling.Forward`."""
+    """The rows of one forward that belong together: one for every sample. `forward`: a `trace.Forward`."""
 
     forward: Any
     rows: slice

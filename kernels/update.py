@@ -145,7 +145,7 @@ class SparseUpdate:
     without activity in the last `dead_feature_threshold` vectors learn to predict what the others leave over. normalize_decoder:
     rows of W_dec keep unit norm. multi_topk: 4 k latents are to reconstruct as well, with an eighth of the weight. matryoshka:
     numbers of latents; the first so many are to reconstruct as well, all with the same weight. dtype: of the product that
-    latents are chosen from. group: a `processes.Group` that splits each update's vectors; it sums over the processes.
+    latents are chosen from. group: a `distributed.Group` that splits each update's vectors; it sums over the processes.
     graph: calls replay a CUDA graph instead of launching kernels one by one; not yet tried on a GPU.
 
     `state` holds all tensors that updates change, by name: the SAE's own, Adam's moments and step, `silent_for` (vectors since

@@ -252,6 +252,7 @@ def test_a_real_command_line_has_no_traceback(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_names_every_option(script):
     words = ["-m", script] if "." in script else [f"{script}.py"]

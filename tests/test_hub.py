@@ -236,6 +236,7 @@ def run_export(tmp_path, endpoint, *args):
     return result.returncode, result.stdout, result.stderr
 
 
+@pytest.mark.slow
 def test_the_script_pushes_what_it_exported(tmp_path, stand_in):
     make_folder(tmp_path / "run")
     code, out, error = run_export(tmp_path, stand_in.address, "--export", "saelens", "--to_hub", "me/lens")
@@ -247,6 +248,7 @@ def test_the_script_pushes_what_it_exported(tmp_path, stand_in):
     assert "| latents M | 30 |" in card and "| 0.1235 |" in card
 
 
+@pytest.mark.slow
 def test_the_script_where_there_is_no_hub(tmp_path, stand_in):
     make_folder(tmp_path / "run")
     code, _, error = run_export(tmp_path, "http://127.0.0.1:1", "--to_hub", "me/saes")
