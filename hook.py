@@ -315,7 +315,7 @@ class HookedDiffusionModel:
         return first.P, first.R // first.P, first.known if wanted != {"all"} else None
 
     def watch(self, P=1, n=1, on_forward=None, on_step=None, plan=None, replace=None):
-        """Context in which a sampling of P prompts x n images is followed, see `sampling.Sampling`, which it yields."""
+        """Context in which a sampling of P prompts x n images is followed, see `trace.Sampling`, which it yields."""
         return Sampling(self.denoisers, self.schedulers, P, n, on_forward, on_step, plan, replace).watch()
 
 

@@ -94,7 +94,7 @@ class Generated(NamedTuple):
 def generate(model, batch: Generation, make_edits: MakeEdits | None = None, on_step: Callable | None = None) -> Generated:
     """Generate all prompts of `batch` together, with the edits that `make_edits` returns.
 
-    model: a HookedDiffusionModel. on_step(sampling.Step) is called at every step. Raises UsageError as `run_with_hooks` does.
+    model: a HookedDiffusionModel. on_step(trace.Step) is called at every step. Raises UsageError as `run_with_hooks` does.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in batch.seeds]
     options = batch.arguments()
