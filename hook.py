@@ -339,7 +339,6 @@ def find_model(model_name):
     return str(model_name)
 
 
-
 def model_of(meta, model_name=None, device=None, dtype=None):
     """The model that made a file's activations, hooked, and the pipeline's options at that time: (model, options).
 

@@ -122,9 +122,7 @@ class RealImages:
         noises = torch.stack([torch.randn(size, generator=g, dtype=sample.dtype) for g in seeded(range(ROWS))])
         self.order = infer_packing(noises.double(), sample.flatten(1).double())
         if self.order is None:
-            raise UsageError(
-                f"--images: the sample of {name} is no rearrangement of noise on latents, so images can't be put in"
-            )
+            raise UsageError(f"--images: the sample of {name} is no rearrangement of noise on latents, so images can't be put in")
         shapes = encode(self.vae, torch.zeros(1, 3, 64, 64)).shape
         channels, shrinks = shapes[1], 64 // shapes[-1]
         side = math.isqrt(size // channels) * shrinks

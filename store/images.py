@@ -1,7 +1,7 @@
 """What a model made, saved beside its activations: one small file for each row of prompts.jsonl.
 
-    images/0.webp     an image, or a video as an animation
-    images/0.wav      audio
+images/0.webp     an image, or a video as an animation
+images/0.wav      audio
 """
 
 import io
