@@ -361,7 +361,7 @@ def check_config(cfg: Config) -> None:
 
 
 def parse_shard(text: str | None) -> tuple[int, int]:
-    """ "1/4" -> (1, 4); None -> (0, 1)."""
+    """(1, 4) for 1/4, and (0, 1) for None."""
     if text is None:
         return 0, 1
     index, _, count = text.partition("/")
