@@ -718,7 +718,7 @@ def training_device(name):
 def with_activation(cfg):
     """The options with `activation` as --batch_topk or --sample_topk says, its older names. Raises UsageError for two of them."""
     if cfg.batch_topk and cfg.sample_topk:
-        raise UsageError("--sample_topk True: expected no --batch_topk with it")
+        raise UsageError("--sample_topk: expected no --batch_topk with it")
     activation = "batchtopk" if cfg.batch_topk else "sampletopk" if cfg.sample_topk else cfg.activation
     if cfg.activation not in ("topk", activation):
         raise UsageError(f"--activation {cfg.activation}: expected no --batch_topk or --sample_topk with it")
@@ -726,7 +726,7 @@ def with_activation(cfg):
 
 
 def check_memory(runs, dataset, processes, latents):
-    """Raise UsageError if the weights and moments of all SAEs together need more memory than is free on this device."""
+    """Raise UsageError if all SAEs together need more memory in training than is free on this device."""
     meminfo = Path("/proc/meminfo")
     free = math.inf
     if processes.device.type == "cuda":
@@ -736,12 +736,12 @@ def check_memory(runs, dataset, processes, latents):
         free = 1024 * int(available.split()[1]) / processes.local_count
     free = min(processes.tell(free))
     num_latents = sum(run.num_latents for run in runs)
-    needed = 24 * num_latents * dataset.d / latents.count  # two matrices in float32, each with two moments
+    # bytes for each of M x d: 24 for two matrices and their moments, 8 for gradients (or to draw the first rows), 2 for a copy
+    needed = 34 * num_latents * dataset.d / latents.count
     if needed > free:
         sizes = " ".join(dict.fromkeys(str(run.num_latents) for run in runs))
         raise UsageError(
-            f"--num_latents {sizes}: {needed / 1e9:.3g} GB for the weights and moments of {len(runs)} SAEs, "
-            f"where {free / 1e9:.3g} GB are free"
+            f"--num_latents {sizes}: training {len(runs)} SAE(s) takes {needed / 1e9:.3g} GB, where {free / 1e9:.3g} GB are free"
         )
 
 

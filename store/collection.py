@@ -137,8 +137,8 @@ class Collection:
         names = [path.name for path in self.out_dir.iterdir()]
         if "progress.npy" in names:
             raise UsageError(
-                f"{self.out_dir} holds a collection of an earlier version, which that version can resume or extend; "
-                "use another --out_dir"
+                f"{self.out_dir} holds a collection of an earlier version: if it is finished, train.py and the later stages "
+                "read it, but only that version can resume or extend it; use another --out_dir"
             )
         foreign = [name for name in names if name.endswith(".npy")]
         if not self.record.exists():

@@ -277,7 +277,7 @@ def test_a_folder_of_an_earlier_version_is_named(tmp_path):
     np.save(tmp_path / "x.npy", np.zeros(3))
     np.save(tmp_path / "progress.npy", np.zeros((1, 2)))
     (tmp_path / "collect.json").write_text("{}")
-    with pytest.raises(ValueError, match="of an earlier version, which that version can resume or extend"):
+    with pytest.raises(ValueError, match="of an earlier version: if it is finished, train.py and the later stages read it"):
         collection(tmp_path)
 
 

@@ -175,7 +175,7 @@ def test_older_names_of_activations(data, tmp_path, alias):
     [
         (dict(matryoshka=[49]), "--matryoshka 49"),
         (dict(matryoshka=[0]), "--matryoshka 0"),
-        (dict(sample_topk=True, batch_topk=True), "--sample_topk True: expected no --batch_topk"),
+        (dict(sample_topk=True, batch_topk=True), "--sample_topk: expected no --batch_topk"),
         (dict(multi_topk=True, batch_topk=True), "--multi_topk True"),
         (dict(k=[]), "--k"),
         (dict(seeds=[]), "--seeds"),
