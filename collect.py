@@ -54,7 +54,9 @@ from distributed import Processes
 from errors import UsageError
 from hook import HookedDiffusionModel, NotHookable, find_model, unwrap
 from store.collection import Collection, CollectionBatch
+from store.disk import relative_to
 from store.hook_point import HookPoint
+from store.identity import fingerprint, pipeline_fingerprints
 from store.images import sampling_rate_of
 from store.prompts import default_dataset, load_pictures, load_prompts
 
@@ -343,9 +345,15 @@ def main(cfg: Config) -> list[Path]:
             finish(collection, hooked, sites, cfg)
     processes.barrier()  # torchrun's store, which hands out the batches, ends with the first process
     processes.close()
-    where = "" if str(folder) == Config().out_dir else f" --data {folder}"
-    print(f"{what(cfg)} in {folder / 'prompts.jsonl'}; next: python train.py{where}")
+    print(f"{what(cfg)} in {folder / 'prompts.jsonl'}; next: {next_command(folder, sites)}")
     return [folder / f"{site.point.file_name}.npy" for site in sites]
+
+
+def next_command(folder: Path, sites: list[Site]) -> str:
+    """How to train on all files of the collection."""
+    if len(sites) > 1:
+        return f"python train.py --data {folder}, which trains an SAE for each of the {len(sites)} files"
+    return "python train.py" if str(folder) == Config().out_dir else f"python train.py --data {folder}"
 
 
 def check_config(cfg: Config) -> None:
@@ -533,6 +541,7 @@ def settings_of(
         "model_dtype": model_dtype,
         "device": device.type,
         "pipeline_kwargs": options,
+        "fingerprints": pipeline_fingerprints(hooked.pipe, dtypes[0]),
         "text_tokens": {site.point.hook_name: site.text_tokens for site in sites if site.text_tokens is not None},
     }
 
@@ -541,6 +550,7 @@ def finish(collection: Collection, hooked: HookedDiffusionModel, sites: list[Sit
     """Give the files of a collection whose batches are all there their names and descriptions."""
     versions = {name: version(name) for name in VERSIONS}
     descriptions = {"samples": None} if cfg.save_samples else {}
+    model = find_model(cfg.model_name)
     for site in sites:
         stem, shape = site.point.file_name, collection.shape(site.point.file_name)
         if shape is None:
@@ -554,6 +564,10 @@ def finish(collection: Collection, hooked: HookedDiffusionModel, sites: list[Sit
             **collection.facts[name],
             **site.point.as_dict(),
             "denoiser": type(unwrap(denoiser)).__name__,
+            "fingerprint": fingerprint(unwrap(denoiser), getattr(torch, collection.settings["model_dtype"])),
+            "model_folder": relative_to(model, collection.out_dir) if Path(model).is_dir() else None,
+            "id": collection.id,
+            "prompts_digest": collection.prompts_digest,
             "guidance_scale": collection.settings["pipeline_kwargs"].get("guidance_scale"),
             "tokens_per_step": shape[2] if f"{stem}.tokens" in descriptions else None,
             "shape": shape,

@@ -47,9 +47,10 @@ from errors import UsageError
 from hook import Generation, HookedDiffusionModel, model_of
 from sae import Sae, newest_sae
 from store.activation_file import read_description, read_prompts
-from store.dataset import Activations, activations_of
-from store.disk import claim_folder, write_json
+from store.dataset import Activations
+from store.disk import claim_folder, read_json, write_json
 from store.hook_point import HookPoint
+from store.identity import activations_of, check_belongs, check_held_out, fingerprint
 
 CLIP = "openai/clip-vit-large-patch14"
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of its training's pictures
@@ -65,6 +66,7 @@ Distance = Callable[[Tensor, Tensor], Tensor]
 class Config:
     sae: str | None = None  # its folder (None: the newest in saes/)
     data: list[str] = field(default_factory=list)  # activation files of one hook point (none: those that it was trained on)
+    transfer: bool = False  # use the SAE on purpose where it was not trained: another hook point, or other weights
     out_dir: str = "evaluations"  # in which each SAE gets a folder
     batch_size: int = 4096  # vectors that go through the SAE together
     graft: bool = False  # also generate with the reconstruction in the hook point's place
@@ -124,22 +126,36 @@ def held_out_prompts(activations: Activations, count: int) -> tuple[list[dict], 
 
 
 @torch.no_grad()
-def graft_held_out(cfg: Config, sae: Sae, activations: Activations, folder: Path, device: torch.device) -> list[Path]:
+def graft_held_out(cfg: Config, sae: Sae, path: Path, activations: Activations, folder: Path, device: torch.device) -> list[Path]:
     """Generate held-out prompts with the SAE in place; write graft.json and graft.png."""
     rows, meta = held_out_prompts(activations, cfg.num_prompts)
     model, options = model_of(meta, cfg.model_name, device, resolve_dtype("auto", device))
+    own = sae.cfg if "fingerprint" in sae.cfg else sae.cfg | meta  # an SAE of another package is checked by its data
+    transfer = activations.transfer + check_belongs(str(path), own, model=model, transfer=cfg.transfer)
     generation = Generation.from_rows(rows, model.arguments(1, "pt", options))
     clip, line = clip_distance(device=device)
     print(line)
 
     hook_point = HookPoint.from_description(meta)
-    report, images = graft(model, sae, hook_point, generation, cfg.windows, batch_size=cfg.graft_batch_size, clip=clip)
+    report, images = graft(
+        model, sae, hook_point, generation, cfg.windows, batch_size=cfg.graft_batch_size, clip=clip, transfer=True
+    )
 
     written = [folder / "graft.json", folder / "graft.png"]
-    write_json(written[0], report)
+    write_json(written[0], report | {"sae_fingerprint": fingerprint(sae), "transfer": transfer})
     plot_graft(written[1], report, images)
     print_graft(report)
     return written
+
+
+def remove_other_graft(folder: Path, sae_fingerprint: str) -> None:
+    """Remove graft.json and graft.png of another SAE, which lay in the same folder before this one was trained; say so."""
+    record = folder / "graft.json"
+    if not record.exists() or read_json(record).get("sae_fingerprint") == sae_fingerprint:
+        return
+    for name in ("graft.json", "graft.png"):
+        (folder / name).unlink(missing_ok=True)
+    print(f"note: {record} was of an SAE that lay at this path before; it is removed, and --graft makes it anew")
 
 
 def print_graft(report: dict) -> None:
@@ -170,6 +186,7 @@ def graft(
     batch_size: int = 8,
     num_shown: int = 8,
     clip: Distance | None = None,
+    transfer: bool = False,
 ) -> tuple[dict, dict[str, Tensor] | None]:
     """Generate with the SAE's reconstruction at the hook point, and with its mean, in each window of steps and in all steps.
 
@@ -178,16 +195,21 @@ def graft(
     windows: into how many equal ones to cut the steps in which the hook point runs, or ranges of steps. rows: those that are
     edited, by default the hook point's, of which guidance magnifies every change; "both" edits the others too, with a mean of
     their own. batch_size: prompts generated together. num_shown: of how many prompts images are returned. clip: the function of
-    `clip_distance`.
+    `clip_distance`. transfer: put the SAE on purpose in a place that it was not trained for.
 
     Returns (report, images). report: a dict for JSON; "all" and each of "windows" is {"steps": [first, last], "timesteps":
     theirs, "latents": record, "images": record, "clip": record} with records of `compare`, the latter two where there are any.
     images: {"untouched", "graft", "mean"} of (num_shown, 3, H, W), the latter two edited in all steps, or None. The untouched
     run's latents and images are held in memory, 12 bytes a pixel in float32; of the others only a few batches are.
 
-    Raises UsageError for side "input", for a module or a window in which nothing can be edited, and where widths differ.
+    Raises UsageError for side "input", for a module or a window in which nothing can be edited, where widths differ, and for an
+    SAE of another hook point or model.
     """
     rows = rows or hook_point.rows
+    if isinstance(sae, Sae) and sae.hook_point is not None and not transfer:
+        if sae.hook_point != hook_point:
+            raise UsageError(f"the SAE was trained on {sae.hook_point}, not on {hook_point}; transfer=True grafts it there")
+        check_belongs("the SAE", sae.cfg, model=model)
     num_windows = windows if isinstance(windows, int) else len(windows)
     num_runs = 1 + 2 * (1 + num_windows)
 
@@ -400,21 +422,24 @@ def main(cfg: Config) -> list[Path]:
     device = resolve_device(cfg.device)
     path = Path(cfg.sae) if cfg.sae else newest_sae()
     sae = Sae.load_from_disk(path, device)
-    activations = activations_of(sae, path, cfg.data)
+    activations = activations_of(sae, path, cfg.data, cfg.transfer)
     about = {"sae": str(path), "data": activations.paths}
+    own = {"sae_fingerprint": fingerprint(sae), "transfer": activations.transfer}
+    own["surely_unseen"] = check_held_out(sae, path, activations)
     folder = Path(cfg.out_dir) / (path if path.is_dir() else path.parent).resolve().name
     claim_folder(folder, "evaluate.json", about, key=None)
 
     # 2. Its numbers on them
     by_step = evaluate([sae], activations, cfg.batch_size, progress=True)[0]
-    record = write_numbers(folder, about, activations, by_step, path.name)
+    remove_other_graft(folder, own["sae_fingerprint"])
+    record = write_numbers(folder, about | own, activations, by_step, path.name)
     print(f"{path}: {sae.num_latents} latents, {sae.activation}, on {record['vectors']:,} held-out vectors")
     print_numbers(record)
     written = [folder / "evaluate.json", folder / "evaluate.png"]
 
     # 3. Its reconstruction in the model
     if cfg.graft:
-        written += graft_held_out(cfg, sae, activations, folder, device)
+        written += graft_held_out(cfg, sae, path, activations, folder, device)
     print(f"saved in {folder}/: {', '.join(path.name for path in written)}")
     return written
 

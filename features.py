@@ -42,8 +42,8 @@ from tqdm import tqdm
 from cli import HERE, check_positive, resolve_device, run
 from errors import UsageError
 from sae import Sae, newest_sae
-from store.dataset import activations_of
 from store.disk import check_same, make_folder, write_atomically
+from store.identity import activations_of
 
 PAGE = HERE / "analysis/features.html"  # in which the fields in double braces are filled in
 CURVE = 50  # points of a time curve at most
@@ -57,6 +57,7 @@ ABOUT = re.compile(rb'<meta name="about" content="([^"]*)">')
 class Config:
     sae: str | None = None  # its folder (None: the newest in saes/)
     data: list[str] = field(default_factory=list)  # activation files of one hook point (none: those that it was trained on)
+    transfer: bool = False  # use the SAE on purpose where it was not trained: another hook point, or other weights
     out_dir: str = "features"  # in which each SAE gets a page
     top_images: int = 12  # of a feature
     map_size: int = 16  # cells a side of a heat map at most; a finer grid is averaged
@@ -411,7 +412,7 @@ def main(cfg):
     device = resolve_device(cfg.device)
     folder = Path(cfg.sae) if cfg.sae else newest_sae()
     sae = Sae.load_from_disk(folder, device)
-    activations = activations_of(sae, folder, cfg.data)
+    activations = activations_of(sae, folder, cfg.data, cfg.transfer)
     path = Path(cfg.out_dir) / f"{(folder if folder.is_dir() else folder.parent).resolve().name}.html"
     about = {"sae": str(folder), "data": activations.paths}
     check_page(path, about)
@@ -421,6 +422,8 @@ def main(cfg):
     found = scan(sae, activations, grids, cfg.top_images, cfg.batch_size)
     examples = list_examples(activations)
     data, shown = describe(found, sae, activations, grids, examples)
+    if activations.transfer:
+        data["about"] += f"; transfer: {'; '.join(activations.transfer)}"
 
     # 3. The images of the prompts that are shown, and the page
     images, data["note"] = read_images([examples[e] for e in shown], cfg.picture_size)

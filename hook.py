@@ -345,8 +345,10 @@ def model_of(meta, model_name=None, device=None, dtype=None):
     meta: the description beside the file. model_name: another model, such as a copy of it in another place. What has an option of
     its own in every script, the kind of output and the number of images per prompt, is left out.
     """
+    folder = meta.get("model_folder")  # which `read_description` found from the activations, whatever the current folder
+    own = folder if folder is not None and Path(folder).is_dir() else meta["model"]
     model = HookedDiffusionModel.from_pretrained(
-        model_name or meta["model"], dtype, device, variant=meta.get("variant"), revision=meta.get("revision")
+        model_name or own, dtype, device, variant=meta.get("variant"), revision=meta.get("revision")
     )
     model.pipe.set_progress_bar_config(disable=True)
     options = {}

@@ -21,6 +21,7 @@ input_unit_norm, SAeUron (arXiv 2501.18052); the folder, https://github.com/Eleu
 """
 
 import json
+import re
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
@@ -32,7 +33,7 @@ from torch import nn
 
 from errors import UsageError
 from kernels import decode, encode, keep_largest, topk
-from store.disk import save_tensors, write_json
+from store.disk import relative_to, save_tensors, seen_from, write_json
 
 
 class Variant(NamedTuple):
@@ -55,6 +56,7 @@ VARIANTS = {
     "jumprelu": Variant("", 8, "M"),
 }
 SAFE_WEIGHTS = ("sae.safetensors", "sae_weights.safetensors")  # what is looked for; a pickle must be named
+TRAINING_PROMPTS = "training_prompts.txt"  # in an SAE's folder: the hash of each prompt that it was trained on, one per line
 UNIT_NORM = "_unitnorm"  # at the end of a file's "activation", so that sparsify refuses what it would get wrong
 ROWS = 4096  # of random numbers drawn at once
 
@@ -85,7 +87,11 @@ class Sae(nn.Module):
 
     Starts with random unit decoder rows, drawn from `seed`, and the encoder as the decoder's transpose. `cfg` is what
     `cfg.json` says beside these three: "activation" and "input_unit_norm", training options, final numbers, provenance.
+
+    training_prompts: hashes of the prompts that it was trained on, by `store.activation_file.prompt_key`; None if not known.
     """
+
+    training_prompts: set[str] | None = None
 
     def __init__(self, d_in, num_latents, k, cfg=None, seed=0):
         super().__init__()
@@ -110,6 +116,13 @@ class Sae(nn.Module):
             self.encoder.bias.zero_()
 
     @property
+    def hook_point(self):
+        """The `HookPoint` of its training vectors; None where cfg.json does not say it all, as in other packages."""
+        from store.hook_point import HookPoint
+
+        return HookPoint.from_description(self.cfg) if "side" in self.cfg else None
+
+    @property
     def takes_samples(self) -> bool:
         """Whether latents are chosen for all tokens of a sample together, so that `encode` needs whole samples."""
         return self.variant.together == "sample"
@@ -131,9 +144,14 @@ class Sae(nn.Module):
         std = (x - mean).square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
         return (x - mean) / std, mean, std
 
+    def sample_k(self, tokens):
+        """How many latents are active on a sample of so many tokens: as many of each token as in training."""
+        trained = self.cfg.get("tokens_per_sample") or tokens
+        return max(1, round(self.k * tokens / trained))
+
     def width(self, tokens):
         """How many of a vector's largest pre_acts are looked at; `tokens`: vectors of a sample."""
-        k = -(-self.k // max(1, tokens)) if self.takes_samples else self.k
+        k = -(-self.sample_k(tokens) // max(1, tokens)) if self.takes_samples else self.k
         return min(self.variant.spread * k, self.num_latents)
 
     def keep(self, acts, tokens, plain_topk=False):
@@ -147,7 +165,7 @@ class Sae(nn.Module):
             return acts, None
         if self.takes_batches and not plain_topk:
             return keep_largest(acts, self.k * len(acts))
-        together, k = (tokens, self.k) if self.takes_samples else (1, self.k)
+        together, k = (tokens, self.sample_k(tokens)) if self.takes_samples else (1, self.k)
         if plain_topk:
             together, k = 1, -(-k // together)
         rows = acts.reshape(-1, together * acts.shape[1])
@@ -218,7 +236,11 @@ class Sae(nn.Module):
         self.save_cfg(path)
 
     def save_cfg(self, path):
-        write_json(path / "cfg.json", self.cfg)
+        record = dict(self.cfg)
+        if "data" in record:  # the folder knows its own data wherever it is read from
+            record["data"] = [relative_to(name, path) for name in record["data"]]
+            record["data_relative_to"] = "this folder"
+        write_json(path / "cfg.json", record)
 
     @staticmethod
     def load_from_disk(path, device="cpu"):
@@ -247,20 +269,25 @@ class Sae(nn.Module):
         for key in sorted({"transcode", "skip_connection", "batch_topk", "sample_topk", "input_unit_norm"} - {unit_norm}):
             if cfg.get(key):
                 raise UsageError(f"{path / 'cfg.json'} says {key}, which no file of this project does; it can't be loaded")
-        return build(cfg, state, weights).to(device)
+        if cfg.pop("data_relative_to", None):
+            cfg["data"] = [seen_from(path, name) for name in cfg["data"]]
+        sae = build(cfg, state, weights).to(device)
+        sae.training_prompts = read_training_prompts(path)
+        return sae
 
     @staticmethod
     def load_many(folder, pattern=None, device="cpu"):
-        """Every SAE in a folder and below it: {hook name: Sae}, or {path relative to `folder`: Sae} where hook names are missing
-        or repeat. `pattern`: a glob on that path (`*` crosses slashes). Pickles are left out: name their folder to
+        """Every SAE in a folder and below it: {`HookPoint.file_name`: Sae}, the hook name where it takes what the module returns
+        in conditional rows; or {path relative to `folder`: Sae} where these are missing or repeat. `pattern`:
+        a glob on that path (`*` crosses slashes). Pickles are left out: name their folder to
         `load_from_disk`. Raises UsageError if there is no SAE, or one can't be loaded.
         """
         names = sae_folders(folder)
         saes = {n: Sae.load_from_disk(path, device) for n, path in names.items() if pattern is None or fnmatch(n, pattern)}
         if not saes:
             raise UsageError(f"{folder} has no SAE" + (f" in a folder {pattern!r}, only in {', '.join(names)}" if names else ""))
-        hook_names = {sae.cfg.get("hook_name"): sae for sae in saes.values()}
-        return saes if None in hook_names or len(hook_names) < len(saes) else hook_names
+        points = {sae.hook_point.file_name if sae.hook_point else sae.cfg.get("hook_name"): sae for sae in saes.values()}
+        return saes if None in points or len(points) < len(saes) else points
 
     @staticmethod
     def load_from_hub(repo_id, hook_name=None, device="cpu"):
@@ -274,6 +301,20 @@ class Sae(nn.Module):
         return Sae.load_from_disk(download(repo_id, hook_name), device)
 
 
+def read_training_prompts(folder: Path) -> set[str] | None:
+    """The hashes of the prompts that an SAE was trained on; None where its folder does not say.
+
+    Raises UsageError for a file that is damaged.
+    """
+    path = folder / TRAINING_PROMPTS
+    if not path.exists():
+        return None
+    found = path.read_text("ascii", errors="replace").split()
+    if not all(re.fullmatch("[0-9a-f]{16}", line) for line in found):
+        raise UsageError(f"{path} is damaged, so it is not known which prompts the SAE has seen; train it again")
+    return set(found)
+
+
 def sae_folders(folder) -> dict[str, Path]:
     """{path relative to `folder`: SAE folder} of every SAE in it and below it; folders with a pickle alone are left out."""
     folders = {path.parent for name in SAFE_WEIGHTS for path in Path(folder).rglob(name)}
@@ -281,12 +322,11 @@ def sae_folders(folder) -> dict[str, Path]:
 
 
 def newest_sae(root="saes") -> Path:
-    """The SAE folder whose cfg.json was written last, of those in `root` and in its folders; UsageError if there is none."""
-    descriptions = [*Path(root).glob("*/cfg.json"), *Path(root).glob("*/*/cfg.json")]
-    if not descriptions:
+    """The SAE folder whose cfg.json was written last, of all below `root`, at any depth; UsageError if there is none."""
+    folders = [folder for folder in sae_folders(root).values() if (folder / "cfg.json").exists()]
+    if not folders:
         raise UsageError(f"no SAE in {root}/: run train.py first, or name one with --sae")
-    newest = max(descriptions, key=lambda path: path.stat().st_mtime)
-    return newest.parent
+    return max(folders, key=lambda folder: (folder / "cfg.json").stat().st_mtime_ns)
 
 
 def build(cfg, state, weights):

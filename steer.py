@@ -37,9 +37,10 @@ from diffusion.generate import generate_images
 from errors import UsageError
 from hook import Generation, HookedDiffusionModel, model_of
 from sae import Sae, newest_sae
-from store.activation_file import read_description, read_prompts
+from store.activation_file import open_activation_file, read_description, read_prompts
 from store.disk import claim_folder, write_json
 from store.hook_point import trained_on
+from store.identity import check_belongs, origin
 from store.prompts import load_prompts
 
 
@@ -56,10 +57,12 @@ class Config:
     toward: str | None = None  # with --concept: a word of the prompts that is put in its place
     steps: str | None = None  # first-last, from 0 (None: all)
     mask: list[str] = field(default_factory=list)  # top left bottom right as fractions of the picture, or a file: white is edited
-    rows: Literal["cond", "uncond", "both"] = "cond"  # of the guidance, that are edited
+    rows: Literal["cond", "uncond", "both"] | None = None  # of the guidance, that are edited (None: those of the SAE)
     renormalize: bool = False  # give each edited token its norm of before back
     model_name: str | None = None  # None: the model that the activations are of
+    transfer: bool = False  # use an SAE on purpose where it was not trained: in a model with other weights
     dataset_name: str | None = None  # prompts: a file, a hub data set or one prompt (None: those of the activations)
+    negative_prompt: str | None = None  # with --dataset_name (None: the one that the activations were made with)
     column: str | None = None  # that holds the prompt (None: prompt, caption or text)
     num_prompts: int = 8  # the columns of the picture
     seed: int = 0  # of prompt i of --dataset_name: seed + i; those of the activations have their own
@@ -144,6 +147,9 @@ def load_targets(cfg: Config, device: torch.device) -> list[Target]:
     targets = []
     for path in cfg.sae or [str(newest_sae())]:
         sae = Sae.load_from_disk(path, device)
+        for name in sae.cfg.get("data") or []:
+            if Path(name).exists():
+                check_belongs(path, sae.cfg, open_activation_file(name), transfer=cfg.transfer)
         targets.append(Target(path, sae, trained_on(sae), features=[]))
     names = {target.hook_point.hook_name for target in targets}
     if len(names) < len(targets):
@@ -235,11 +241,30 @@ def folder_name(cfg: Config, targets: list[Target]) -> str:
 
 def choose_prompts(cfg: Config, targets: list[Target], shown: list[dict] | None) -> list[dict]:
     """What is generated: rows with a prompt and a seed."""
-    if cfg.dataset_name:
-        rows = load_prompts(cfg.dataset_name, column=cfg.column, max_num_examples=cfg.num_prompts)
-        return [row | {"seed": cfg.seed + i} for i, row in enumerate(rows)]
-    rows = shown or read_prompts(targets[0].sae.cfg["data"][0])
-    return rows[: cfg.num_prompts]
+    if not cfg.dataset_name:
+        rows = shown or read_prompts(targets[0].sae.cfg["data"][0])
+        return rows[: cfg.num_prompts]
+    negative = negative_prompt_of(cfg, targets[0])
+    rows = load_prompts(cfg.dataset_name, column=cfg.column, negative_prompt=negative, max_num_examples=cfg.num_prompts)
+    return [{"seed": cfg.seed + i, **row} for i, row in enumerate(rows)]
+
+
+def negative_prompt_of(cfg: Config, target: Target) -> str | None:
+    """The negative prompt of the option, or else of the activations: some pipelines guide only where there is one."""
+    data = target.sae.cfg["data"][0]
+    if cfg.negative_prompt is not None or not Path(data).exists():
+        return cfg.negative_prompt
+    found = {row.get("negative_prompt") for row in read_prompts(data)}
+    if len(found) > 1:
+        raise UsageError(f"{data} was collected with {len(found)} different negative prompts; choose one with --negative_prompt")
+    return found.pop()
+
+
+def check_prompts(rows: list[dict], meta: dict, model: HookedDiffusionModel) -> None:
+    """Raise UsageError where the activations are of real images without captions, so that there is nothing to generate."""
+    empty = any(row["prompt"] in (None, "") for row in rows)
+    if empty and meta.get("images") is not None and model.accepts(prompt=""):
+        raise UsageError("the activations are of real images without captions (--images): name prompts with --dataset_name")
 
 
 def load_model(cfg: Config, meta: dict, device: torch.device) -> tuple[HookedDiffusionModel, dict]:
@@ -247,6 +272,8 @@ def load_model(cfg: Config, meta: dict, device: torch.device) -> tuple[HookedDif
     model, options = model_of(meta, cfg.model_name, device, resolve_dtype("auto", device))
     if cfg.model_name:
         options = {}  # another model has defaults of its own
+    if meta.get("images") is not None:  # the steps and the guidance were those of adding noise
+        options = {name: value for name, value in options.items() if name not in ("num_inference_steps", "guidance_scale")}
     given = {"num_inference_steps": cfg.num_inference_steps, "guidance_scale": cfg.guidance_scale}
     options |= {name: value for name, value in given.items() if value is not None}
     options |= parse_object(cfg.pipeline_kwargs, "--pipeline_kwargs")
@@ -352,8 +379,10 @@ def main(cfg: Config) -> list[Path]:
     claim_folder(folder, "steer.json", settings)
 
     # 3. The model, and which tokens and steps are edited
-    meta = read_description(targets[0].sae.cfg["data"][0])
+    meta = origin(targets[0].sae.cfg, read_description(targets[0].sae.cfg["data"][0]))
     model, options = load_model(cfg, meta, device)
+    check_prompts(rows, meta, model)
+    transfers = [check_belongs(target.path, target.sae.cfg, model=model, transfer=cfg.transfer) for target in targets]
     generation = Generation.from_rows(rows, options)
     steps = place_masks(cfg, model, generation, targets)
 
@@ -370,8 +399,8 @@ def main(cfg: Config) -> list[Path]:
     report = {"options": settings, "arguments": generation.arguments(), "seeds": generation.seeds, "prompts": generation.prompts}
     report["runs"] = [made.record(runs[0]) for made in runs]
     report["saes"] = []
-    for target in targets:
-        known = {"path": target.path, "features": target.features, "scores": target.scores}
+    for target, transfer in zip(targets, transfers):
+        known = {"path": target.path, "features": target.features, "scores": target.scores, "transfer": transfer}
         report["saes"].append(target.hook_point.as_dict() | known)
         print(f"{target.hook_point.hook_name}: features {' '.join(map(str, target.features))}")
     report["seconds"] = round(time.perf_counter() - start, 1)

@@ -11,15 +11,15 @@ unit norm. A tenth of the prompts is kept from training and gives the final numb
 (analysis/metrics.py).
 
 Reads   activation files (.npy: floats, last axis d; see README), several, a glob or a folder; one SAE a hook name.
-Writes  <out_dir>/<run_name>/: cfg.json, sae.safetensors, metrics.jsonl, train.png, evaluate.png; checkpoint.safetensors
-        until done. Of several SAEs also a picture of FVU against L0, <out_dir>/<run_name or file>_sweep.png.
+Writes  <out_dir>/<run_name>/: cfg.json, sae.safetensors, training_prompts.txt (a hash of each prompt that training saw),
+        metrics.jsonl, train.png, evaluate.png; checkpoint.safetensors until done. Of several SAEs also a picture of FVU
+        against L0, <out_dir>/<run_name or file>_sweep.png.
 Stopped by Ctrl-C or kill -9, the same command goes on and ends with the same bits. A run is never overwritten.
 In a row of metrics.jsonl, fvu, l0 and loss are of that iteration's batch alone, before its update; dead counts latents.
 
 Sources: TopK and AuxK, Gao et al. 2024 (arXiv 2406.04093), sections 2.3, 2.4 and A.2; the centring, D-Scope 2026.
 """
 
-import hashlib
 import importlib
 import json
 import math
@@ -46,8 +46,9 @@ from cli import run as run_script
 from distributed import ALONE, Group, Processes
 from errors import UsageError
 from kernels.update import LIST_DEAD_EVERY, Forward, SparseUpdate
-from sae import Sae
-from store.dataset import Activations, newest_activations, open_activations
+from sae import TRAINING_PROMPTS, Sae
+from store.activation_file import provenance
+from store.dataset import Activations, files_in, newest_activations, open_activations
 from store.disk import load_tensors, make_folder, read_json, save_tensors, write_atomically
 
 # Of its updates batchtopk and sampletopk make like top-k: on the toy batchtopk ended with an FVU of 0.074, not 0.096,
@@ -278,13 +279,22 @@ def main(cfg: Config) -> list[Path]:
         from analysis.sharded import grid
 
         vectors, latents = grid(processes, cfg.shard_latents)
-    datasets = open_activations(cfg.data or [newest_activations()])
+    datasets = open_activations(cfg.data or [default_activations(processes.rank == 0)])
     folders = []
     for dataset in datasets:
         folders += train_on(cfg, dataset, len(datasets) == 1, processes, vectors, latents)
     processes.barrier()
     processes.close()
     return folders
+
+
+def default_activations(say: bool) -> Path:
+    """The newest activation file; print which one, and how many others lie beside it."""
+    newest = newest_activations()
+    others = len(set(newest.parent.glob("*.npy")) & set(files_in(newest.parent))) - 1 if newest.is_file() else 0
+    if say and others > 0:
+        print(f"training on {newest}, the newest of {others + 1} files there; --data {newest.parent} trains an SAE for each")
+    return newest
 
 
 def train_on(cfg, dataset, is_only, processes, vectors, latents) -> list[Path]:
@@ -351,9 +361,7 @@ def name_of(cfg, k, num_latents, seed):
 
 def identify(dataset):
     """What tells a data set from another: its sizes, and a digest of a sample and of the order of its vectors."""
-    order = json.dumps([dataset.timesteps, dataset.tokens]).encode()
-    digest = hashlib.sha256(dataset.sample(1024).numpy().tobytes() + order).hexdigest()[:16]
-    return {"d_in": dataset.d, "num_vectors": dataset.num_vectors, "digest": digest}
+    return {"d_in": dataset.d, "num_vectors": dataset.num_vectors, "digest": dataset.digest()}
 
 
 def measure_once(cfg, dataset, processes):
@@ -462,6 +470,8 @@ class TrainingRun:
         self.scale, self.variance, self.product = scale, variance, product
         self.weights = weights and torch.tensor(weights, device=device)
         variant = {"activation": cfg.activation, "input_unit_norm": cfg.input_unit_norm}
+        if self.schedule.tokens_per_sample > 1:
+            variant["tokens_per_sample"] = self.schedule.tokens_per_sample
         self.sae = self.make_sae(self.dataset.d, self.num_latents, self.k, variant, self.seed).to(device)
         self.update = self.make_sparse_update(
             self.sae,
@@ -562,8 +572,7 @@ class TrainingRun:
         self.log(self.last_row | {f"held_out_{name}": value for name, value in numbers.items()})
         self.sae.cfg |= {
             "normalize_decoder": self.cfg.normalize_decoder,
-            "hook_name": dataset.hook_name,
-            "data": dataset.paths,
+            **provenance(dataset.sources),
             "num_held_out": num_held_out,
             **numbers,
             "held_out_whole_prompts": dataset.whole_prompts,
@@ -574,6 +583,9 @@ class TrainingRun:
         if self.processes.rank == 0:
             plot_training(self.folder / "train.png", read_rows(self.metrics), held_out, self.folder.name)
             plot_evaluation(self.folder / "evaluate.png", by_step, dataset.timesteps, self.folder.name)
+            if dataset.training_prompts is not None:
+                prompts = "".join(f"{line}\n" for line in dataset.training_prompts)
+                write_atomically(self.folder / TRAINING_PROMPTS, prompts.encode())
         if self.vectors.index == 0:
             self.sae.save_to_disk(self.folder)
         if self.processes.rank == 0:

@@ -239,14 +239,14 @@ class Edits:
     """The edits of one run, at the hook point of every target, and how far off they are from what is typical there.
 
     Of the edited rows only those that the SAE was trained on, cond or uncond, have something to be typical of.
-    changes: one per target.
+    changes: one per target. rows: cond, uncond or both; by default those of each target's hook point.
     """
 
     def __init__(
         self,
         targets: list[Target],
         changes: list[Change],
-        rows: str = "cond",
+        rows: str | None = None,
         steps: Container[int] | None = None,
         renormalize: bool = False,
     ):

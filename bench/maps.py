@@ -21,7 +21,7 @@ from bench.step import conditions
 from cli import check_positive, resolve_device
 from errors import UsageError
 from sae import Sae, newest_sae
-from store.dataset import activations_of
+from store.identity import activations_of
 
 
 @dataclass

@@ -1,6 +1,9 @@
 """What one path holds: an activation file of collect.py, any float `.npy`, or a folder of saved rows. No pickle is read."""
 
+import hashlib
 import json
+import re
+import unicodedata
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -11,9 +14,15 @@ import numpy as np
 
 from errors import UsageError
 from store.arrow import is_arrow, open_arrow
-from store.disk import checksum, read_json
+from store.disk import checksum, read_json, seen_from
 
 PIECES = 32  # that a file without prompts is cut into
+INVISIBLE = re.compile(r"[\s\u200b-\u200d\u2060\ufeff]+")
+COLLECTED_WITH = (
+    *("variant", "revision", "pipeline", "pipeline_kwargs", "images", "seed"),
+    *("cache_every_n_timesteps", "tokens_per_step", "model_dtype"),
+)
+"""Settings of a collection that decide what its vectors are like, beside the model and the hook point."""
 
 
 class MappedRows(NamedTuple):
@@ -93,6 +102,8 @@ def read_description(path):
         return {}  # somebody else's
     if meta.get("checksum") != checksum(meta):
         raise UsageError(f"{record} was changed after it was written (its checksum differs); collect again or remove it")
+    if meta.get("model_folder") is not None:
+        meta["model_folder"] = seen_from(record.parent, meta["model_folder"])
     return meta
 
 
@@ -145,14 +156,18 @@ def read_prompts(path, count=None):
     listing = Path(path).with_name("prompts.jsonl")
     if not listing.exists():
         raise UsageError(f"{listing} is not there, so it is not known which prompts the activations are of")
+    lines = listing.read_bytes().split(b"\n")[:-1]
     try:
-        rows = [json.loads(line) for line in listing.read_text("utf-8").splitlines()]
+        rows = [json.loads(line) for line in lines]
     except ValueError as error:
         raise UsageError(f"{listing} is damaged: {error}") from None
     if count is None:
         count = len(open_file(path)[0])
     if len(rows) < count or not all(isinstance(row, dict) and "prompt" in row for row in rows):
         raise UsageError(f"{listing} does not say the prompts of {path}, one a line")
+    recorded = read_description(path).get("prompts_digest")  # earlier versions wrote none
+    if recorded not in (None, listing_digest(lines[:count])):
+        raise UsageError(f"{listing} was changed after the activations were collected; put the old one back, or collect again")
     return rows
 
 
@@ -175,7 +190,7 @@ def open_activation_file(path):
     path = Path(path)
     array, meta = open_file(path)
     prompt_rows, lengths = None, None
-    if meta and array.ndim > 2 and path.with_name("prompts.jsonl").exists():
+    if meta and array.ndim > 2:
         prompt_rows = read_prompts(path, len(array))[: len(array)]  # the listing of a collection that grows is ahead of it
     if meta.get("stream") == "text":
         lengths = read_lengths(path, array.shape)
@@ -207,12 +222,12 @@ def known_timesteps(shape, meta):
 
 
 def image_prompts(path, shape, meta, prompt_rows):
-    """Which prompt each image of a file shows: the text where texts are known and differ, else a number of this file."""
+    """Which prompt each image of a file shows: its `prompt_key` where these are known and differ, else a number of this file."""
     if len(shape) == 2:
         return []
-    texts = [row["prompt"] for row in prompt_rows or []]
-    if None not in texts and len(set(texts)) > 1:
-        return texts
+    keys = [prompt_key(row) for row in prompt_rows or []]
+    if len(set(keys)) > 1:
+        return keys
     images_each = int(meta.get("num_images_per_prompt", 1))
     return [(str(path), row // images_each) for row in range(shape[0])]
 
@@ -256,3 +271,52 @@ def open_saved_rows(folder):
     units = np.stack([np.arange(len(counts)).repeat(counts), first, first + tokens], 1)
     shape, hook_name = (len(first), tokens, d), Path(folder).resolve().name
     return ActivationFile(Path(folder), {}, shape, files, timesteps, hook_name, units, names, whole)
+
+
+def prompt_key(row: dict) -> str:
+    """What tells one prompt from another as the model sees it, of a row of prompts.jsonl.
+
+    Text encoders cut long prompts (the row then says what was `seen`), and some drop case, white space or the form of an
+    accent. Prompts that differ in these alone count as one for every model: at worst one more is kept from training. A row
+    without a text is known by the name of its real image, or else by its seed.
+    """
+    text = row.get("seen", row.get("prompt"))
+    if isinstance(text, str) and text.strip():
+        return "text " + INVISIBLE.sub("", unicodedata.normalize("NFKC", text).casefold())
+    if row.get("image"):
+        return f"image {row['image']}"
+    if text not in (None, ""):
+        return f"label {json.dumps(text)}"
+    return f"seed {row.get('seed')}"
+
+
+def hash_key(key: str) -> str:
+    """16 hex digits of a prompt's key: an SAE's folder tells which prompts it has seen, and not what they say."""
+    return hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+def listing_digest(lines: list[bytes]) -> str:
+    """A digest of the first lines of prompts.jsonl, as the description of an activation file holds it."""
+    return hashlib.sha256(b"\n".join(lines)).hexdigest()[:16]
+
+
+def collected_with(meta: dict) -> dict:
+    """The settings in a file's description that decide what its vectors are like."""
+    return {name: meta.get(name) for name in COLLECTED_WITH}
+
+
+def provenance(sources: list) -> dict:
+    """What an SAE's cfg.json says of its training data, of the ActivationFiles `sources`.
+
+    "data": their paths. Where collect.py made them also the HookPoint ("hook_name", "side", "stream", "rows"), "model_name", the
+    "fingerprint" of the denoiser and its "model_dtype", the ids of the "collections", and the settings that the first was
+    "collected_with".
+    """
+    record = {"data": [str(source.path) for source in sources], "hook_name": sources[0].hook_name}
+    meta = sources[0].meta
+    if "side" in meta:
+        record |= {name: meta.get(name) for name in ("side", "stream", "rows", "fingerprint", "model_dtype")}
+        record["model_name"] = meta.get("model")
+        record["collections"] = [source.meta.get("id") for source in sources]
+        record["collected_with"] = collected_with(meta)
+    return record

@@ -17,7 +17,9 @@ import torch
 from filelock import FileLock, Timeout
 
 from errors import UsageError
+from store.activation_file import listing_digest
 from store.disk import check_same, checksum, make_folder, opened, read_json, rename, write_all, write_atomically, write_json
+from store.identity import collection_id
 from store.images import remove_images, save_images
 
 HEADER = 128  # bytes
@@ -147,7 +149,7 @@ class Collection:
             raise UsageError(f"{self.out_dir} has files of another origin ({foreign[0]}); use another --out_dir")
 
     def _begin(self):
-        lines = [json.dumps(prompt).encode() for prompt in self.prompts]
+        lines = self.lines
         if read_progress(self.progress):
             self._compare(lines)
         else:  # nothing is safe yet: begin anew
@@ -163,7 +165,7 @@ class Collection:
         there = self._read_record()
         self.facts = there.get("facts")
         remedy = "use the same options to resume it, or another --out_dir"
-        check_same(self.out_dir, there.get("settings") or {}, self.settings, remedy)
+        self._compare_settings(there.get("settings") or {}, remedy)
 
         old = self.listing.read_bytes().split(b"\n")[:-1] if self.listing.exists() else []
         if old[: len(lines)] != lines[: len(old)]:
@@ -182,6 +184,21 @@ class Collection:
                 f"with {end} rows or more, not with {len(lines)}"
             )
         print(f"{self.out_dir}: a stopped collection of {len(old)} rows, which ends with row {len(lines)} now")
+
+    def _compare_settings(self, theirs, remedy):
+        """Raise UsageError unless the settings are the same; a collection of an earlier version does not say which weights."""
+        weights, ours = theirs.get("fingerprints"), dict(self.settings)
+        if weights is None:
+            ours.pop("fingerprints", None)
+        elif weights != ours.get("fingerprints"):
+            changed = [
+                name for name in {**weights, **ours["fingerprints"]} if weights.get(name) != ours["fingerprints"].get(name)
+            ]
+            raise UsageError(
+                f"{self.out_dir} was collected from a model with other weights or settings of its {', '.join(changed)}, "
+                "under the same name; use another --out_dir"
+            )
+        check_same(self.out_dir, theirs, ours, remedy)
 
     def _read_record(self):
         record = read_json(self.record)
@@ -206,6 +223,21 @@ class Collection:
             if batch not in progress or progress[batch]["rows"] != rows:
                 pending.append(batch)
         return pending
+
+    @property
+    def lines(self) -> list[bytes]:
+        """The lines of prompts.jsonl."""
+        return [json.dumps(prompt).encode() for prompt in self.prompts]
+
+    @property
+    def prompts_digest(self) -> str:
+        """What the descriptions say of the lines of prompts.jsonl."""
+        return listing_digest(self.lines)
+
+    @property
+    def id(self) -> str:
+        """What tells this collection from every other: of its settings, the weights of the model, and its prompts."""
+        return collection_id(self.settings, self.lines)
 
     def pending(self) -> list[int]:
         """The batches that are not safe. One that has grown or shrunk is generated again: its bits depend on its size."""

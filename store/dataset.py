@@ -5,6 +5,9 @@ whose last is the vectors' width, or in a folder of Hugging Face `datasets` rows
 """
 
 import glob
+import hashlib
+import json
+import math
 import os
 from pathlib import Path
 
@@ -12,7 +15,7 @@ import numpy as np
 import torch
 
 from errors import UsageError
-from store.activation_file import open_activation_file, read_description, refuse_unfinished
+from store.activation_file import hash_key, open_activation_file, read_description, refuse_unfinished
 from store.arrow import is_arrow
 from store.shuffle import Reader
 
@@ -77,11 +80,12 @@ def find(item):
     return found
 
 
-def open_activations(data):
+def open_activations(data, seen=None):
     """Open files, folders and globs as data sets, one a model and hook name (side, rows, stream): a list of Activations.
 
-    Files without a description are one data set together, and a file that is named twice is read once. Raises UsageError
-    where a glob or folder has no file, OSError where a file is not there.
+    seen: hashes of the prompts of which none may be held out, see `Activations`. Files without a description are one data set
+    together, and a file that is named twice is read once. Raises UsageError where a glob or folder has no file, OSError where a
+    file is not there.
     """
     paths = {}
     for item in data:
@@ -90,26 +94,10 @@ def open_activations(data):
     sets = {}
     for path in paths.values():
         meta = {"hook_name": Path(path).resolve().name} if is_arrow(path) else read_description(path)
-        sets.setdefault(tuple(meta.get(key) for key in ("model", "hook_name", "side", "rows", "stream")), []).append(path)
-    return [Activations(paths) for paths in sets.values()]
-
-
-def activations_of(sae, folder, data=()):
-    """The Activations of one hook point for an SAE: of the files that `data` names, or else of those it was trained on.
-
-    sae: anything with `cfg`, whose "data" lists files, and `d_in`. folder: what messages call it. Raises UsageError where
-    no files are known, where they are of several hook points, or where their vectors have another width.
-    """
-    data = data or sae.cfg.get("data")
-    if not data:
-        raise UsageError(f"{folder} does not say which files it was trained on; name some with --data")
-    sets = open_activations(data)
-    if len(sets) > 1:
-        raise UsageError(f"--data holds {len(sets)} hook points; expected the files of one")
-    activations = sets[0]
-    if activations.d != sae.d_in:
-        raise UsageError(f"{activations.paths[0]} holds vectors of width {activations.d}, and the SAE is of {sae.d_in}")
-    return activations
+        weights = meta.get("fingerprint") or meta.get("model")
+        key = (weights, *(meta.get(name) for name in ("hook_name", "side", "rows", "stream")))
+        sets.setdefault(key, []).append(path)
+    return [Activations(paths, seen=seen) for paths in sets.values()]
 
 
 class Activations:
@@ -120,12 +108,16 @@ class Activations:
     HELD_OUT["share"] of the vectors in whole prompts, more where that is below `at_least` (up to a quarter and the rest
     of a prompt, never more than half), fewer where it is above `at_most`.
 
+    seen: hashes (`hash_key`) of the prompts that an SAE was trained on. Then held out are the others, all of them up to
+    HELD_OUT["at_most"] vectors, where every prompt has a text (or an image, or a seed) to tell it by.
+
     Attributes: paths; sources, an ActivationFile each; files, all their MappedRows; shapes, one a path; hook_name ("" for
-    plain files); d; num_vectors = num_training + num_held_out; whole_prompts, False where there were none to hold out;
+    plain files); d; num_vectors = num_training + num_held_out; whole_prompts, False where there were none to hold out; unseen,
+    whether what is held out is known from `seen`; training_prompts, hashes of the prompts that are not held out, None if unknown;
     num_prompts, 0 then; timesteps, one a step of the sampling, [] where the files do not say or differ.
     """
 
-    def __init__(self, paths, seed=0):
+    def __init__(self, paths, seed=0, seen=None):
         self.paths, self.files = [str(path) for path in paths], []
         self.sources, units, prompts = [open_activation_file(path) for path in self.paths], [], []
         for path, source in zip(self.paths, self.sources):
@@ -152,11 +144,20 @@ class Activations:
         self.num_vectors = int(sizes.sum())
         order = np.random.default_rng([seed, 0]).permutation(len(sizes))
         wanted = max(HELD_OUT["share"] * self.num_vectors, min(HELD_OUT["at_least"], self.num_vectors / 4))
+        hashes = [hash_key(name) if isinstance(name, str) else None for name in numbers]
+        known = self.whole_prompts and None not in hashes
+        self.unseen = known and seen is not None
+        if self.unseen:
+            order = order[[hashes[i] not in seen for i in order]]
+            wanted = math.inf
         enough = np.searchsorted(np.cumsum(sizes[order]), min(wanted, HELD_OUT["at_most"])) + 1
-        chosen = order[: min(enough, len(order) - 1)]
+        chosen = order[: enough if self.unseen else min(enough, len(order) - 1)]
         held_out = np.isin(prompts, chosen)
-        if 2 * sizes[chosen].sum() > self.num_vectors:  # few prompts of very different sizes
+        if 2 * sizes[chosen].sum() > self.num_vectors and not self.unseen:  # few prompts of very different sizes
             held_out = ~held_out
+        kept = set(prompts[~held_out].tolist())
+        self.training_prompts = sorted(hashes[i] for i in kept) if known else None
+        self.transfer = []
         self.held_out_units, self.training_units = units[held_out], units[~held_out]
         self.num_held_out = int((self.held_out_units[:, 2] - self.held_out_units[:, 1]).sum())
         self.num_training = self.num_vectors - self.num_held_out
@@ -195,6 +196,11 @@ class Activations:
     def sample(self, n, seed=0):
         """The same vectors: float32 (n, d)."""
         return self.read(self.draw(n, seed)).float()
+
+    def digest(self):
+        """16 hex digits of a sample of the training vectors, of the steps' timesteps and of the number of tokens."""
+        order = json.dumps([self.timesteps, self.tokens]).encode()
+        return hashlib.sha256(self.sample(1024).numpy().tobytes() + order).hexdigest()[:16]
 
     def sample_tokens(self):
         """Vectors of one (prompt, step). Raises UsageError where the files do not hold whole samples of one size."""

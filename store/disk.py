@@ -140,3 +140,18 @@ def claim_folder(folder, record, settings, key="options", option="--out_dir"):
     elif folder.is_dir() and any(folder.iterdir()):
         raise UsageError(f"{folder} holds something else; choose another {option}")
     make_folder(folder, option)
+
+
+def relative_to(path: str | Path, folder: Path) -> str:
+    """A path as seen from a folder; absolute where there is no way from one to the other, as between drives."""
+    try:
+        return Path(os.path.relpath(Path(path).resolve(), Path(folder).resolve())).as_posix()
+    except ValueError:
+        return str(Path(path).resolve())
+
+
+def seen_from(folder: Path, path: str) -> str:
+    """The inverse of `relative_to`: the path as seen from the current folder, absolute where it does not lie in it."""
+    full = (Path(folder).resolve() / path).resolve()
+    here = Path.cwd().resolve()
+    return str(full.relative_to(here) if full.is_relative_to(here) else full)

@@ -57,10 +57,12 @@ class HookPoint:
 
 
 def trained_on(sae) -> HookPoint:
-    """The hook point of an SAE's training vectors, from the descriptions beside the files that `sae.cfg["data"]` names.
+    """The hook point of an SAE's training vectors: as its cfg.json says, or else the descriptions beside its training files.
 
     Raises UsageError where a file has no description (moved, or not made by collect.py), or where two name different ones.
     """
+    if sae.hook_point is not None:
+        return sae.hook_point
     found = []
     for path in sae.cfg.get("data") or []:
         meta = read_description(path)

@@ -14,7 +14,7 @@ from errors import UsageError
 from store.disk import read_json
 
 TYPES = {"sae": "model", "activations": "dataset"}
-DESCRIPTIONS, TENSORS = ("cfg.json",), ("sae.safetensors", "sae_weights.safetensors")
+DESCRIPTIONS, TENSORS = ("cfg.json", "training_prompts.txt"), ("sae.safetensors", "sae_weights.safetensors")
 UNFINISHED = ("*.partial", "*.new", "*.lock", "checkpoint.safetensors")
 SAE_FACTS = {  # what a card says, and the key of cfg.json that knows it
     "hook name": "hook_name",

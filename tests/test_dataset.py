@@ -10,8 +10,9 @@ import torch
 from errors import UsageError
 from store import dataset, shuffle
 from store.activation_file import open_activation_file, open_file
-from store.dataset import Activations, activations_of, newest_activations, open_activations
+from store.dataset import Activations, newest_activations, open_activations
 from store.disk import checksum
+from store.identity import activations_of
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +31,9 @@ def numbered(path, shape=(20, 3, 8), dtype=np.float32, first=0):
 def describe(path, **meta):
     meta = {"format": 1, "hook_name": "mid_block", "side": "output", "rows": "cond", "stream": "image", **meta}
     path.with_suffix(".json").write_text(json.dumps(meta | {"checksum": checksum(meta)}))
+    listing = path.with_name("prompts.jsonl")
+    if not listing.exists():  # without texts, so that a prompt is known by its place in its file
+        listing.write_text('{"prompt": ""}\n' * 64)
 
 
 def ids(tensors):
@@ -279,7 +283,7 @@ class Model:
     """What activations_of looks at in an SAE."""
 
     def __init__(self, d_in, **cfg):
-        self.d_in, self.cfg = d_in, cfg
+        self.d_in, self.cfg, self.training_prompts = d_in, cfg, None
 
 
 def test_the_activations_of_an_sae(tmp_path):
@@ -291,7 +295,7 @@ def test_the_activations_of_an_sae(tmp_path):
     with pytest.raises(UsageError, match="holds vectors of width 2, and the SAE is of 3"):
         activations_of(Model(3, data=[str(a)]), "sae")
     describe(b)
-    with pytest.raises(UsageError, match="--data holds 2 hook points; expected the files of one"):
+    with pytest.raises(UsageError, match="--data holds 2 hook points or models; expected the files of one"):
         activations_of(Model(2), "sae", [str(a), str(b)])
 
 
