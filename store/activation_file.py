@@ -302,7 +302,7 @@ def listing_digest(lines: list[bytes]) -> str:
 
 def collected_with(meta: dict) -> dict:
     """The settings in a file's description that decide what its vectors are like."""
-    return {name: meta.get(name) for name in COLLECTED_WITH}
+    return {name: meta[name] for name in COLLECTED_WITH if name in meta}
 
 
 def provenance(sources: list) -> dict:

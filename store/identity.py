@@ -95,15 +95,16 @@ def collection_id(settings: dict, lines: list[bytes]) -> str:
 
 
 def differences(theirs: dict, ours: dict) -> list[str]:
-    """Sentences such as "seed 5, not 0": the settings of ours that are not the same in theirs, those of an object one by one."""
+    """Sentences such as "seed 5, not 0": what both say, and ours otherwise; of an object each of its names."""
     found = []
-    for name in dict.fromkeys((*theirs, *ours)):
-        before, now = theirs.get(name), ours.get(name)
+    for name in theirs.keys() & ours.keys():
+        before, now = theirs[name], ours[name]
         if isinstance(before, dict) and isinstance(now, dict):
-            found += differences(before, now)
+            missing = dict.fromkeys((*before, *now))
+            found += differences(missing | before, missing | now)
         elif before != now:
             found.append(f"{name} {now!r}, not {before!r}")
-    return found
+    return sorted(found)
 
 
 def origin(cfg: dict, description: dict) -> dict:

@@ -426,7 +426,7 @@ def test_what_can_not_be_shown(toy_page, tmp_path, capsys, monkeypatch):
         main(Config(sae=sae, out_dir=str(tmp_path / "file"), device="cpu"))
     other = write(tmp_path / "acts", np.ones((2, 3, 4, 96), np.float32))
     with pytest.raises(ValueError, match="toy.html was made with data .*; use another --out_dir"):
-        main(Config(sae=sae, data=[str(other)], out_dir=str(toy_page[0].parent), device="cpu"))
+        main(Config(sae=sae, data=[str(other)], out_dir=str(toy_page[0].parent), transfer=True, device="cpu"))
     np.save(tmp_path / "inf.npy", np.full((50, 3), np.inf, np.float32))
     with pytest.raises(ValueError, match="inf.npy: prompt 0 holds numbers that are not finite"):
         main(Config(sae=str(tmp_path / "bare"), data=[str(tmp_path / "inf.npy")], out_dir=str(tmp_path), device="cpu"))

@@ -111,6 +111,7 @@ def test_each_hook_name_gets_an_sae(tmp_path, monkeypatch):
         np.save(tmp_path / f"{name}.npy", np.random.default_rng(0).standard_normal((20, 30, 6), np.float32))
         meta = {"hook_name": name}
         (tmp_path / f"{name}.json").write_text(json.dumps(meta | {"checksum": disk.checksum(meta)}))
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": ""}\n' * 20)
     monkeypatch.chdir(tmp_path)
     main(Config(data=["."], k=[2], expansion_factor=[2], max_examples=64))
     assert sorted(path.name for path in Path("saes").iterdir()) == ["a_k2_M12", "b_k2_M12"]
