@@ -36,7 +36,11 @@ NAMED = {
 # Never compared: times and versions, what CHANGELOG.md names as gone or new in a description, and pictures of the page
 LEFT_OUT = {"seconds", "seconds_each", "versions", "checksum", "run_id", "vectors_per_second"}
 LEFT_OUT |= {"mean_norm", "machines", "machine", "shard", "save_images", "save_samples", "output_type"}
-LEFT_OUT |= {"training", "unlearn", "report", "per_cell", "pictures", "note"}
+LEFT_OUT |= {"training", "unlearn", "report", "per_cell", "pictures", "note", "data", "crc32"}
+# Keys that an older version did not write: what a collection and an SAE say of themselves so that stages can check it
+ADDED = {"fingerprint", "fingerprints", "id", "prompts_digest", "model_folder", "model_dtype", "model_name", "collections"}
+ADDED |= {"side", "stream", "rows", "collected_with", "data_relative_to", "tokens_per_sample"}
+ADDED |= {"sae_fingerprint", "surely_unseen", "transfer", "negative_prompt"}
 
 
 @dataclass
@@ -94,9 +98,9 @@ def commands() -> list[Command]:
     found.append(Command("features", "features.py", ["--sae", sae], ["features/*.html"]))
     steer = ["--sae", sae, "--num_prompts", "4", "--num_pictures", "16"]
     for name, arguments in {
-        "multiply": ["--features", "3", "5", "--multiply", "0", "4"],
+        "multiply": ["--features", "3", "5", "--multiply", "0", "4", "--rows", "cond"],
         "add": ["--features", "3", "--add", "0.5", "--steps", "1-3", "--rows", "both", "--mask", "0", "0", "1", "0.5"],
-        "concept": ["--num_features", "2", "--renormalize"],
+        "concept": ["--num_features", "2", "--renormalize", "--rows", "cond"],
     }.items():
         files = [f"steer_{name}/*/steer.json", f"steer_{name}/*/steer.png"]
         found.append(Command(f"steer {name}", "steer.py", [*steer, *arguments, "--out_dir", f"steer_{name}"], files))
@@ -170,7 +174,7 @@ def difference(old: object, new: object, where: str = "") -> str | None:
         return f"{where}: {len(unequal)} of {old.size} numbers"
     if isinstance(old, dict) and isinstance(new, dict):
         for key in [*old, *(key for key in new if key not in old)]:
-            if key in LEFT_OUT:
+            if key in LEFT_OUT or key not in old and key in ADDED:
                 continue
             if key not in new or key not in old:
                 return f"{where}.{key} is {'gone' if key in old else 'new'}"
