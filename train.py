@@ -47,7 +47,7 @@ from distributed import ALONE, Group, Processes
 from errors import UsageError
 from kernels.update import LIST_DEAD_EVERY, Forward, SparseUpdate
 from sae import TRAINING_PROMPTS, Sae
-from store.activation_file import provenance
+from store.activation_file import collected_with, differences, provenance
 from store.dataset import Activations, files_in, newest_activations, open_activations
 from store.disk import load_tensors, make_folder, read_json, save_tensors, write_atomically
 
@@ -300,6 +300,8 @@ def default_activations(say: bool) -> Path:
 def train_on(cfg, dataset, is_only, processes, vectors, latents) -> list[Path]:
     """All SAEs of one data set, each vector read once for all. Returns their folders."""
     # 1. The runs: new ones, ones to be resumed, and finished ones
+    if processes.rank == 0:
+        say_what_differs(dataset)
     schedule = Schedule.plan(cfg, dataset)
     base, wanted = plan_folders(cfg, dataset, is_only)
     data = identify(dataset)
@@ -335,6 +337,15 @@ def train_on(cfg, dataset, is_only, processes, vectors, latents) -> list[Path]:
     if len(runs) > 1 and processes.rank == 0:
         summarize(list(wanted), base / f"{Path(dataset.paths[0]).stem}_sweep.png")
     return list(wanted)
+
+
+def say_what_differs(dataset: Activations) -> None:
+    """Print one line for each file that was collected with other options than the first one."""
+    first, *others = dataset.sources
+    for other in others:
+        found = differences(collected_with(first.meta) | {"seed": None}, collected_with(other.meta) | {"seed": None})
+        if found:
+            print(f"note: {other.path} was collected otherwise than {first.path}: {'; '.join(found)}")
 
 
 def plan_folders(cfg, dataset, is_only):

@@ -20,7 +20,7 @@ PIECES = 32  # that a file without prompts is cut into
 INVISIBLE = re.compile(r"[\s\u200b-\u200d\u2060\ufeff]+")
 COLLECTED_WITH = (
     *("variant", "revision", "pipeline", "pipeline_kwargs", "images", "seed"),
-    *("cache_every_n_timesteps", "tokens_per_step", "model_dtype"),
+    *("cache_every_n_timesteps", "tokens_per_step", "model_dtype", "fingerprints"),
 )
 """Settings of a collection that decide what its vectors are like, beside the model and the hook point."""
 
@@ -303,6 +303,19 @@ def listing_digest(lines: list[bytes]) -> str:
 def collected_with(meta: dict) -> dict:
     """The settings in a file's description that decide what its vectors are like."""
     return {name: meta[name] for name in COLLECTED_WITH if name in meta}
+
+
+def differences(theirs: dict, ours: dict) -> list[str]:
+    """Sentences such as "seed 5, not 0": what both say, and ours otherwise; of an object each of its names."""
+    found = []
+    for name in theirs.keys() & ours.keys():
+        before, now = theirs[name], ours[name]
+        if isinstance(before, dict) and isinstance(now, dict):
+            missing = dict.fromkeys((*before, *now))
+            found += differences(missing | before, missing | now)
+        elif before != now:
+            found.append(f"{name} {now!r}, not {before!r}")
+    return sorted(found)
 
 
 def provenance(sources: list) -> dict:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from errors import UsageError
-from store.activation_file import collected_with, listing_digest
+from store.activation_file import collected_with, differences, listing_digest
 from store.dataset import open_activations
 
 SAMPLED = 64  # values of each tensor, evenly spaced, that a fingerprint looks at one by one
@@ -92,19 +92,6 @@ def collection_id(settings: dict, lines: list[bytes]) -> str:
     """16 hex digits of all that decides a collection: its settings, with the fingerprints of the model, and its prompts."""
     text = json.dumps(settings, sort_keys=True)
     return hashlib.sha256(text.encode() + listing_digest(lines).encode()).hexdigest()[:16]
-
-
-def differences(theirs: dict, ours: dict) -> list[str]:
-    """Sentences such as "seed 5, not 0": what both say, and ours otherwise; of an object each of its names."""
-    found = []
-    for name in theirs.keys() & ours.keys():
-        before, now = theirs[name], ours[name]
-        if isinstance(before, dict) and isinstance(now, dict):
-            missing = dict.fromkeys((*before, *now))
-            found += differences(missing | before, missing | now)
-        elif before != now:
-            found.append(f"{name} {now!r}, not {before!r}")
-    return sorted(found)
 
 
 def origin(cfg: dict, description: dict) -> dict:
@@ -193,6 +180,13 @@ def compare_with_model(cfg, model, wrong, unknown):
     found = fingerprint(denoiser, dtype) if cfg.get("fingerprint") else None
     name = getattr(model.pipe, "name_or_path", None) or type(denoiser).__name__
     compare_weights(cfg, found, str(dtype).removeprefix("torch."), name, wrong, unknown)
+    theirs = (cfg.get("collected_with") or {}).get("fingerprints") or {}
+    ours = pipeline_fingerprints(model.pipe, dtype) if theirs and dtype == recorded else {}
+    changed = [part for part in theirs.keys() & ours.keys() - {modules[hook_name][0]} if theirs[part] != ours[part]]
+    if changed:
+        print(
+            f"note: the {', '.join(sorted(changed))} of {name} is not what it was when the SAE's training vectors were collected"
+        )
 
 
 # ------------------------------------------------------------------------------------------------ an SAE and activations

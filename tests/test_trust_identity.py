@@ -406,6 +406,24 @@ def test_models_with_other_weights_are_refused(copy, tmp_path):
         steer.main(steer.Config(sae=["saes/sae", "saes/finetuned"], **options | dict(features=["0:1", "1:1"])))
 
 
+def test_another_text_encoder_is_said(copy, capsys):
+    pipe = DiffusionPipeline.from_pretrained("model")
+    with torch.no_grad():
+        next(pipe.text_encoder.parameters()).mul_(1.01)
+    pipe.text_encoder.save_pretrained("model/text_encoder")
+    config = steer.Config(sae=["saes/sae"], features=["1"], multiply=[0.0], num_prompts=1, device="cpu")
+    steer.main(config)
+    assert "note: the text_encoder of" in capsys.readouterr().out
+
+
+def test_files_that_were_collected_otherwise_are_said(copy, capsys):
+    collect.main(collect_config(guidance_scale=2.0, seed=40, out_dir="weak"))
+    capsys.readouterr()
+    train.main(train.Config(data=[f"acts/{HOOK}.npy", f"weak/{HOOK}.npy"], num_latents=[64], k=[4], device="cpu"))
+    assert "was collected otherwise than acts/" in (out := capsys.readouterr().out) and "guidance_scale 2.0, not" in out
+    assert "seed" not in out
+
+
 def test_activations_of_two_models_under_one_name_are_not_mixed(copy):
     other_weights(copy / "model")
     collect.main(collect_config(out_dir="others"))
