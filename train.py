@@ -69,7 +69,7 @@ class Config:
     num_latents: list[int] = field(default_factory=list)  # sizes of the dictionary, instead of expansion_factor
     k: list[int] = field(default_factory=lambda: [16])  # active latents a vector; with sampletopk, of a whole sample
     seeds: list[int] = field(default_factory=lambda: [0])  # of the weights; every k, size and seed gives an SAE
-    activation: Literal["topk", "batchtopk", "sampletopk"] = "topk"  # which latents stay active: the table at the top of sae.py
+    activation: Literal["topk", "batchtopk", "sampletopk"] | None = None  # which latents stay: see sae.py (None: topk)
     batch_topk: bool = False  # the same as --activation batchtopk: k a vector on average over a batch; in use, a threshold
     sample_topk: bool = False  # the same as --activation sampletopk: k for all tokens of one (prompt, step)
     multi_topk: bool = False  # 4 k latents are to reconstruct as well, with an eighth of the weight
@@ -738,14 +738,17 @@ def training_device(name):
     return device
 
 
-def with_activation(cfg):
-    """The options with `activation` as --batch_topk or --sample_topk says, its older names. Raises UsageError for two of them."""
-    if cfg.batch_topk and cfg.sample_topk:
-        raise UsageError("--sample_topk: expected no --batch_topk with it")
-    activation = "batchtopk" if cfg.batch_topk else "sampletopk" if cfg.sample_topk else cfg.activation
-    if cfg.activation not in ("topk", activation):
-        raise UsageError(f"--activation {cfg.activation}: expected no --batch_topk or --sample_topk with it")
-    return replace(cfg, activation=activation)
+def with_activation(cfg: Config) -> Config:
+    """The options with `activation` said, also by its older names --batch_topk and --sample_topk.
+
+    Raises UsageError where two of them say something else.
+    """
+    said = {cfg.activation} - {None}
+    said |= {"batchtopk"} if cfg.batch_topk else set()
+    said |= {"sampletopk"} if cfg.sample_topk else set()
+    if len(said) > 1:
+        raise UsageError(f"--activation, --batch_topk and --sample_topk: expected one, got {' and '.join(sorted(said))}")
+    return replace(cfg, activation=said.pop() if said else "topk")
 
 
 def check_memory(runs, dataset, processes, latents):

@@ -3,6 +3,7 @@
 import json
 import os
 
+import described
 import numpy as np
 import pytest
 import torch
@@ -29,11 +30,8 @@ def numbered(path, shape=(20, 3, 8), dtype=np.float32, first=0):
 
 
 def describe(path, **meta):
-    meta = {"format": 1, "hook_name": "mid_block", "side": "output", "rows": "cond", "stream": "image", **meta}
-    path.with_suffix(".json").write_text(json.dumps(meta | {"checksum": checksum(meta)}))
-    listing = path.with_name("prompts.jsonl")
-    if not listing.exists():  # without texts, so that a prompt is known by its place in its file
-        listing.write_text('{"prompt": ""}\n' * 64)
+    site = {"hook_name": "mid_block", "side": "output", "rows": "cond", "stream": "image"}
+    described.describe(path, **{"format": 1} | site | meta)
 
 
 def ids(tensors):

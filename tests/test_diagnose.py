@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from described import describe
 from PIL import Image
 
 import cli
@@ -15,7 +16,6 @@ from analysis import data_stats
 from analysis.data_stats import geometric_median
 from sae import Sae
 from store.dataset import Activations
-from store.disk import checksum
 
 pytestmark = pytest.mark.slow
 
@@ -29,7 +29,7 @@ def save(path, x, **meta):
     """A file as collect.py describes it: (prompts, steps, tokens, d)."""
     np.save(path, x)
     meta = {"hook_name": path.stem, "stream": "image", "timesteps": list(range(900, 900 - 100 * x.shape[1], -100)), **meta}
-    path.with_suffix(".json").write_text(json.dumps(meta | {"checksum": checksum(meta)}))
+    describe(path, **meta)
     return path
 
 

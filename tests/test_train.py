@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from described import describe
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -19,7 +20,6 @@ from analysis import data_stats
 from analysis.data_stats import geometric_median, measure
 from analysis.metrics import evaluate, total
 from sae import Sae
-from store import disk
 from store.dataset import Activations
 from train import Config, learning_rate, main
 
@@ -109,9 +109,7 @@ def test_a_finished_run_is_left_alone(data, tmp_path, capsys):
 def test_each_hook_name_gets_an_sae(tmp_path, monkeypatch):
     for name in ("a", "b"):
         np.save(tmp_path / f"{name}.npy", np.random.default_rng(0).standard_normal((20, 30, 6), np.float32))
-        meta = {"hook_name": name}
-        (tmp_path / f"{name}.json").write_text(json.dumps(meta | {"checksum": disk.checksum(meta)}))
-    (tmp_path / "prompts.jsonl").write_text('{"prompt": ""}\n' * 20)
+        describe(tmp_path / f"{name}.npy", hook_name=name)
     monkeypatch.chdir(tmp_path)
     main(Config(data=["."], k=[2], expansion_factor=[2], max_examples=64))
     assert sorted(path.name for path in Path("saes").iterdir()) == ["a_k2_M12", "b_k2_M12"]

@@ -6,6 +6,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from described import describe
 from safetensors.torch import load_file
 
 import train
@@ -13,7 +14,6 @@ from analysis.metrics import evaluate, total
 from kernels.update import SparseUpdate
 from sae import Sae
 from store.dataset import Activations
-from store.disk import checksum
 from train import Config, main
 
 pytestmark = pytest.mark.slow
@@ -35,7 +35,7 @@ def data(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "acts.npy"
     np.save(path, (x + 5).astype(np.float32))
     meta = {"format": 1, "hook_name": "mid_block", "timesteps": [900, 600, 300, 0], "shape": list(x.shape)}
-    path.with_suffix(".json").write_text(json.dumps(meta | {"checksum": checksum(meta)}))
+    describe(path, **meta)
     return path
 
 
@@ -61,7 +61,7 @@ def test_a_sweep_gives_what_each_alone_gives_from_one_reading(data, tmp_path, mo
         main(config(data, tmp_path / name, max_examples=4000, **options))
         mine, alone = weights(base / name), weights(tmp_path / name / "run")
         assert all(torch.equal(mine[key], alone[key]) for key in alone)
-        numbers = lambda folder: {k: v for k, v in json.loads((folder / "cfg.json").read_text()).items() if k != "training"}
+        numbers = lambda folder: json.loads((folder / "cfg.json").read_text()) | {"training": None, "data": None}  # a path
         assert numbers(base / name) == numbers(tmp_path / name / "run")
     assert together == sum(bytes_read) / 2
 
@@ -175,13 +175,14 @@ def test_older_names_of_activations(data, tmp_path, alias):
     [
         (dict(matryoshka=[49]), "--matryoshka 49"),
         (dict(matryoshka=[0]), "--matryoshka 0"),
-        (dict(sample_topk=True, batch_topk=True), "--sample_topk: expected no --batch_topk"),
+        (dict(sample_topk=True, batch_topk=True), "expected one, got batchtopk and sampletopk"),
+        (dict(activation="topk", batch_topk=True), "expected one, got batchtopk and topk"),
         (dict(multi_topk=True, batch_topk=True), "--multi_topk True"),
         (dict(k=[]), "--k"),
         (dict(seeds=[]), "--seeds"),
         (dict(k=[3, 49]), "--k 49"),
-        (dict(activation="sampletopk", batch_topk=True), "--activation sampletopk: expected no --batch_topk"),
-        (dict(activation="batchtopk", sample_topk=True), "--activation batchtopk: expected no"),
+        (dict(activation="sampletopk", batch_topk=True), "expected one, got batchtopk and sampletopk"),
+        (dict(activation="batchtopk", sample_topk=True), "expected one, got batchtopk and sampletopk"),
         (dict(multi_topk=True, activation="sampletopk"), "--multi_topk True"),
         (dict(activation="sampletopk", k=[48 * 50 + 1]), "--k 2401"),
         (dict(data_seed=-1), "--data_seed -1"),
@@ -205,7 +206,7 @@ def test_a_single_prompt_has_held_out_vectors_of_some_steps_only(tmp_path):
     x = np.random.default_rng(0).standard_normal((1, 50, 20, 8), np.float32)
     np.save(tmp_path / "one.npy", x)
     meta = {"format": 1, "hook_name": "mid_block", "timesteps": list(range(50, 0, -1)), "shape": list(x.shape)}
-    (tmp_path / "one.json").write_text(json.dumps(meta | {"checksum": checksum(meta)}))
+    describe(tmp_path / "one.npy", **meta)
     main(config(tmp_path / "one.npy", tmp_path))
     assert 0 < len(Sae.load_from_disk(tmp_path / "run").cfg["by_timestep"]) < 50
 
@@ -215,7 +216,7 @@ def test_prompts_without_text(tmp_path):
     np.save(tmp_path / "text.npy", x)
     np.save(tmp_path / "text.lengths.npy", np.array([10, 0, 7, 10] * 5))
     meta = {"format": 1, "hook_name": "b", "stream": "text", "timesteps": [3, 2, 1], "shape": list(x.shape)}
-    (tmp_path / "text.json").write_text(json.dumps(meta | {"checksum": checksum(meta)}))
+    describe(tmp_path / "text.npy", **meta)
     main(config(tmp_path / "text.npy", tmp_path))
     assert Sae.load_from_disk(tmp_path / "run").cfg["num_held_out"] > 0
     with pytest.raises(ValueError, match="whole samples"):
