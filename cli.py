@@ -28,7 +28,7 @@ class GenerationConfig:
     dataset_name: str | None = None  # prompt file, hub data set or one prompt (None: the model folder's prompts.csv)
     split: str = "train"  # of a hub data set
     column: str | None = None  # that holds the prompt (None: prompt, caption or text)
-    negative_prompt: str | None = None  # a text for all prompts, or the column that holds each one's
+    negative_prompt: str | None = None  # a text for all, or the column that holds each one's (None: negative_prompt, if any)
     num_inference_steps: int | None = None  # None: the pipeline's own default, as for the next three
     guidance_scale: float | None = None  # classifier-free guidance
     height: int | None = None  # pixels
@@ -36,7 +36,7 @@ class GenerationConfig:
     pipeline_kwargs: str = "{}"  # JSON object: anything else that the pipeline takes
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"  # of the model (auto: float32 on a CPU, else 16 bits)
     cpu_offload: bool = False  # keep only the running component on the GPU
-    seed: int = 0  # row i is generated with seed + i
+    seed: int = 0  # row i is generated with seed + i; where the data set has a column seed, with what that says
     device: str = "auto"  # auto (cuda, else mps, else cpu), cuda:1, ...
 
     def pipeline_options(self) -> dict:

@@ -12,8 +12,9 @@ In a notebook:
 
     paths = main(Config(hook_names=["mid_block"], dataset_name="a cat on a chair"))
 
-Reads   a diffusers folder or hub id, and prompts: a .txt, .csv, .jsonl or .parquet file, a hub data set, or one prompt;
-        or images, a folder or a column of such a data set.
+Reads   a diffusers folder or hub id, and prompts: a .txt, .csv, .tsv, .json, .jsonl or .parquet file, a hub data set, or one
+        prompt; or images, a folder or a column of such a data set. Of a table also the columns negative_prompt and seed: row i
+        is generated with its own seed (its image j with seed + j), and without such a column with --seed + i.
 Writes  <out_dir>/<hook_name>[.uncond][.input|.diff][.text].npy, (prompts, steps, tokens, d), with a .json that describes
         it, prompts.jsonl (line p describes row p), images/<p>.webp (or .wav: what the model made), and for the next start
         collect.json and progress.jsonl. Of text also <name>.lengths.npy (prompts,), each one's tokens; of images also
@@ -56,7 +57,7 @@ from hook import HookedDiffusionModel, NotHookable, find_model, unwrap
 from store.collection import Collection, CollectionBatch
 from store.hook_point import HookPoint
 from store.images import sampling_rate_of
-from store.prompts import default_dataset, load_pictures, load_prompts
+from store.prompts import default_dataset, load_pictures, load_prompts, with_seeds
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 DEFAULT_HOOK_NAMES = ("up_blocks.1.attentions.1",)
@@ -390,7 +391,8 @@ def load_rows(cfg: Config) -> tuple[list[dict], list | None]:
     else:
         texts, sources = load_pictures(cfg.images, cfg.dataset_name, cfg.split, cfg.column, cfg.max_num_examples)
     n = cfg.num_images_per_prompt
-    return [{"id": i, **text, "seed": cfg.seed + i * n + j} for i, text in enumerate(texts) for j in range(n)], sources
+    rows = with_seeds(texts, cfg.seed, n)
+    return [{"id": number // n, **row} for number, row in enumerate(rows)], sources
 
 
 def shard_of(prompts: list[dict], cfg: Config) -> list[dict]:

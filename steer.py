@@ -40,7 +40,7 @@ from sae import Sae, newest_sae
 from store.activation_file import read_description, read_prompts
 from store.disk import claim_folder, write_json
 from store.hook_point import trained_on
-from store.prompts import load_prompts
+from store.prompts import load_prompts, with_seeds
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Config:
     dataset_name: str | None = None  # prompts: a file, a hub data set or one prompt (None: those of the activations)
     column: str | None = None  # that holds the prompt (None: prompt, caption or text)
     num_prompts: int = 8  # the columns of the picture
-    seed: int = 0  # of prompt i of --dataset_name: seed + i; those of the activations have their own
+    seed: int = 0  # of prompt i of --dataset_name: seed + i, or its column seed; those of the activations have their own
     num_inference_steps: int | None = None  # None: those of the activations
     guidance_scale: float | None = None  # None: that of the activations
     pipeline_kwargs: str = "{}"  # JSON object: anything else that the pipeline takes
@@ -237,7 +237,7 @@ def choose_prompts(cfg: Config, targets: list[Target], shown: list[dict] | None)
     """What is generated: rows with a prompt and a seed."""
     if cfg.dataset_name:
         rows = load_prompts(cfg.dataset_name, column=cfg.column, max_num_examples=cfg.num_prompts)
-        return [row | {"seed": cfg.seed + i} for i, row in enumerate(rows)]
+        return with_seeds(rows, cfg.seed)
     rows = shown or read_prompts(targets[0].sae.cfg["data"][0])
     return rows[: cfg.num_prompts]
 

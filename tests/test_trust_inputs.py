@@ -1,0 +1,190 @@
+"""Inputs are used as they were meant, or refused in one line: prompt files, foreign SAEs, words, leftovers of killed runs."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny import PROMPTS
+
+import collect
+from errors import UsageError
+from store.prompts import load_pictures, load_prompts, with_seeds
+
+pytestmark = pytest.mark.slow
+
+
+def write(folder, name, text, encoding="utf-8"):
+    path = folder / name
+    path.write_bytes(text.encode(encoding))
+    return str(path)
+
+
+def prompts_of(path, **options):
+    return [row["prompt"] for row in load_prompts(path, **options)]
+
+
+# ------------------------------------------------------------------------------------------------------- prompt files
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
+def test_the_header_of_a_table_says_its_separator(tmp_path, separator):
+    fox, bottles = f'"a red fox{separator} in snow"', "three, green; bottles | in\tall".replace(separator, " ")
+    lines = [["style", "Prompt"], ["oil", fox], ["ink", bottles]]
+    path = write(tmp_path, "p.csv", "".join(separator.join(line) + "\r\n" for line in lines))
+    assert load_prompts(path) == [{"prompt": fox.strip('"'), "style": "oil"}, {"prompt": bottles, "style": "ink"}]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("prompt\na red fox, in snow\n", "line 2, 'a red fox', has 2 fields where the first line has 1"),
+        ("prompt,style\na blue star,oil\na red fox, in snow,oil\n", "line 3, 'a red fox', has 3 fields"),
+        ("prompt,style\na red fox\n", "line 2, 'a red fox', has 1 fields where the first line has 2"),
+        ("prompt;style\na red fox\n", "line 2, 'a red fox', has 1 fields"),
+        ('prompt,style\n"a red\nfox",oil\na dog\n', "line 4, 'a dog'"),
+        ("a red fox\na blue star\n", "put a line with the word prompt above it"),
+        ("a red fox, in snow\na blue star, at night\n", "no column prompt, caption or text in its first line"),
+        ("prompt,style;caption\na,b;c\n", "several separators"),
+        ("prompt,style,prompt\na,b,c\n", "names column 'prompt' twice"),
+        ('prompt,style\n"a red fox" in snow,oil\n', "line 2"),
+    ],
+)
+def test_a_table_that_can_be_read_in_several_ways_is_refused(tmp_path, text, message):
+    path = write(tmp_path, "p.csv", text)
+    with pytest.raises(UsageError, match="can't be read as csv: ") as refusal:
+        load_prompts(path)
+    assert message in str(refusal.value)
+
+
+def test_a_column_of_an_unusual_name_is_named(tmp_path):
+    path = write(tmp_path, "p.csv", "beschreibung\nein Fuchs\n")
+    with pytest.raises(UsageError, match="choose with --column from: beschreibung"):
+        load_prompts(path)
+    assert prompts_of(path, column="beschreibung") == ["ein Fuchs"]
+    path = write(tmp_path, "q.csv", "beschreibung;gegenteil\nein Fuchs;hell\n")
+    found = load_prompts(path, column="beschreibung", negative_prompt="gegenteil")
+    assert found == [{"prompt": "ein Fuchs", "negative_prompt": "hell"}]
+
+
+def test_blank_lines_spaces_and_marks(tmp_path):
+    assert prompts_of(write(tmp_path, "a.csv", "\n\nprompt\n\na fox\n\n")) == ["a fox"]
+    assert load_prompts(write(tmp_path, "b.csv", "prompt,style\na fox,oil\n,\n,\n")) == [{"prompt": "a fox", "style": "oil"}]
+    assert load_prompts(write(tmp_path, "c.csv", 'style, prompt\noil, "a fox, red"\n')) == [
+        {"prompt": "a fox, red", "style": "oil"}
+    ]
+    assert prompts_of(write(tmp_path, "d.csv", 'prompt,style\n"a fox\nin snow",oil\n')) == ["a fox\nin snow"]
+    assert prompts_of(write(tmp_path, "e.txt", "a fox\ra dog\r")) == ["a fox", "a dog"]
+    assert load_prompts(write(tmp_path, "f.tsv", "prompt\tstyle\na fox, red\toil\n")) == [
+        {"prompt": "a fox, red", "style": "oil"}
+    ]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("name", ["p.csv", "P.CSV", "P.TXT", "p.jsonl"])
+def test_encodings_that_the_file_names(tmp_path, encoding, name):
+    lines = {"csv": "prompt\nblé 🎨\n", "txt": "blé 🎨\n", "jsonl": '{"prompt": "blé 🎨"}\n'}
+    path = write(tmp_path, name, lines[name[2:].lower()], encoding)
+    assert load_prompts(path) == [{"prompt": "blé 🎨"}]
+
+
+def test_encodings_that_nobody_names_are_not_guessed(tmp_path):
+    with pytest.raises(UsageError, match="byte 9 is no UTF-8; save it as UTF-8"):
+        load_prompts(write(tmp_path, "a.csv", "prompt\nblé\n", "latin-1"))
+    with pytest.raises(UsageError, match="UTF-16 without a byte-order mark"):
+        load_prompts(write(tmp_path, "b.txt", "a fox\n", "utf-16-le"))
+
+
+def test_json_arrays(tmp_path):
+    assert load_prompts(write(tmp_path, "a.json", '["a fox", "a dog"]')) == [{"prompt": "a fox"}, {"prompt": "a dog"}]
+    assert load_prompts(write(tmp_path, "b.JSON", '[\n{"prompt": "a fox",\n "n": 1}]')) == [{"prompt": "a fox", "n": 1}]
+    for text in ('{"prompt": {"0": "a fox"}}', '{"prompt": "a"}\n{"prompt": "b"}\n', "[1]"):
+        with pytest.raises(UsageError, match="array of objects or of texts|is named .jsonl"):
+            load_prompts(write(tmp_path, "c.json", text))
+
+
+def test_rows_without_a_prompt_are_named(tmp_path):
+    with pytest.raises(UsageError, match="row 1: column 'prompt' is no text: None"):  # and style is not taken for it
+        load_prompts(write(tmp_path, "a.jsonl", '{"prompt": null, "style": "oil"}\n{"prompt": "a fox", "style": "ink"}\n'))
+    with pytest.raises(UsageError, match="row 2: column 'prompt' is no text: None"):
+        load_prompts(write(tmp_path, "b.jsonl", '{"prompt": "a fox"}\n{"caption": "a dog"}\n'))
+    with pytest.raises(UsageError, match="row 2: column 'no' is no text"):
+        load_prompts(
+            write(tmp_path, "c.jsonl", '{"prompt": "a", "no": "b"}\n{"prompt": "a", "no": ["c"]}\n'), negative_prompt="no"
+        )
+
+
+@pytest.mark.parametrize("text", ["prompt\na fox\n", "prompt,seed\na fox,1\n", "Caption\tstyle\na fox\toil\n"])
+def test_a_table_named_txt_is_refused(tmp_path, text):
+    with pytest.raises(UsageError, match="names columns; name a table .csv"):
+        load_prompts(write(tmp_path, "p.txt", text))
+    assert prompts_of(write(tmp_path, "q.txt", "a prompt, text, in red\n")) == ["a prompt, text, in red"]
+
+
+def test_a_missing_file_is_no_prompt(tmp_path):
+    for name in ("my prompts.csv", "./my prompts", "/a folder/prompts", "P.TSV"):
+        with pytest.raises(UsageError, match="no prompt file"):
+            load_prompts(name)
+
+
+def test_seeds_and_negative_prompts_of_a_table(tmp_path):
+    path = write(tmp_path, "p.csv", "prompt,Negative Prompt,seed,style\na fox,dark,7,oil\na dog,,3.0,ink\n")
+    rows = load_prompts(path)
+    assert rows == [
+        {"prompt": "a fox", "negative_prompt": "dark", "style": "oil", "seed": 7},
+        {"prompt": "a dog", "negative_prompt": "", "style": "ink", "seed": 3},
+    ]
+    assert [row["seed"] for row in with_seeds(rows, 0)] == [7, 3]
+    assert [row["seed"] for row in with_seeds(rows, 0, images_each=2)] == [7, 8, 3, 4]
+    assert [row["seed"] for row in with_seeds([{"prompt": "a"}, {"prompt": "b"}], 5, images_each=2)] == [5, 6, 7, 8]
+    assert [row["negative_prompt"] for row in load_prompts(path, negative_prompt="grey")] == ["grey", "grey"]
+    with pytest.raises(UsageError, match="--seed 5: the data set has a column seed"):
+        with_seeds(rows, 5)
+    empty = write(tmp_path, "q.csv", "prompt,negative_prompt\na fox,\n")
+    assert load_prompts(empty) == [{"prompt": "a fox"}]
+
+
+@pytest.mark.parametrize("seed", ["x", "", "1.5", "1e3", "99999999999999999999", "nan"])
+def test_seeds_that_are_none(tmp_path, seed):
+    with pytest.raises(UsageError, match="row 2: column 'seed' is no whole number"):
+        load_prompts(write(tmp_path, "p.csv", f"prompt,seed\na,1\nb,{seed}\n"))
+
+
+def test_seeds_of_some_rows_only(tmp_path):
+    with pytest.raises(UsageError, match="row 1: it has no seed, and other rows have one"):
+        load_prompts(write(tmp_path, "p.jsonl", '{"prompt": "a"}\n{"prompt": "b", "seed": 3}\n'))
+    with pytest.raises(UsageError, match="'seed' is no whole number of 64 bits: True"):
+        load_prompts(write(tmp_path, "q.jsonl", '{"prompt": "b", "seed": true}\n'))
+
+
+def collect_tiny(model_folder, tmp_path, **options):
+    """Collect mid_block of the tiny model in two steps; the lines of prompts.jsonl."""
+    defaults = dict(model_name=str(model_folder), hook_names=["mid_block"], num_inference_steps=2, height=32, width=32)
+    defaults |= dict(out_dir=str(tmp_path / "acts"), store_dtype="float32", device="cpu")
+    cfg = collect.Config(**defaults | options)
+    collect.main(cfg)
+    return [json.loads(line) for line in (Path(cfg.out_dir) / "prompts.jsonl").read_text("utf-8").splitlines()]
+
+
+def test_a_collection_uses_the_columns_of_its_data_set(model_folder, tmp_path):
+    """With the seeds and negative prompts in the table it has the bytes of one whose options say the same."""
+    path = write(
+        tmp_path, "P.CSV", "prompt;negative_prompt;seed\n" + "".join(f"{p};dark;{7 + i}\n" for i, p in enumerate(PROMPTS))
+    )
+    plain = write(tmp_path, "p.txt", "\n".join(PROMPTS))
+    lines = collect_tiny(model_folder, tmp_path, dataset_name=path, out_dir=str(tmp_path / "a"))
+    same = collect_tiny(model_folder, tmp_path, dataset_name=plain, out_dir=str(tmp_path / "b"), seed=7, negative_prompt="dark")
+    other = collect_tiny(model_folder, tmp_path, dataset_name=plain, out_dir=str(tmp_path / "c"))
+    assert lines == same and [line["seed"] for line in lines] == [7, 8, 9] and other != lines
+    a, b, c = ((tmp_path / name / "mid_block.npy").read_bytes() for name in "abc")
+    assert a == b != c
+
+
+def test_files_of_macos_are_no_pictures(tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "._a.png").write_bytes(b"\x00\x05\x16\x07")
+    (tmp_path / ".thumbs").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / ".thumbs" / "a.png")
+    prompts, sources = load_pictures(str(tmp_path))
+    assert prompts == [{"prompt": "", "image": "a.png"}] and sources == [str(tmp_path / "a.png")]
