@@ -4,10 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from test_foreign_saes import save_dictionary_by_hand, save_saelens_by_hand
 from tiny import PROMPTS
 
 import collect
 from errors import UsageError
+from sae import Sae
 from store.prompts import load_pictures, load_prompts, with_seeds
 
 pytestmark = pytest.mark.slow
@@ -188,3 +191,91 @@ def test_files_of_macos_are_no_pictures(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / ".thumbs" / "a.png")
     prompts, sources = load_pictures(str(tmp_path))
     assert prompts == [{"prompt": "", "image": "a.png"}] and sources == [str(tmp_path / "a.png")]
+
+
+# ----------------------------------------------------------------------------------------- descriptions of other packages
+
+
+def change_json(path, change):
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"signed": True},
+        {"jumprelu": 0.1},
+        {"abs_topk": True},
+        {"dataset_norm": 3.5},
+        {"normalize_input": "layer_norm"},
+        {"W_skip": 1},
+        {"training": {"signed": True}, "pre_bias": -1.0},
+    ],
+    ids=str,
+)
+def test_a_sparsify_folder_with_an_unknown_key_is_refused(tmp_path, change):
+    Sae(12, 30, 4).save_to_disk(tmp_path)
+    change_json(tmp_path / "cfg.json", change)
+    with pytest.raises(UsageError, match=f"cfg.json says {list(change)[-1]}.* can't be loaded"):
+        Sae.load_from_disk(tmp_path)
+
+
+def test_what_changes_nothing_is_loaded(tmp_path):
+    Sae(12, 30, 4).save_to_disk(tmp_path)
+    off = {"signed": False, "jumprelu": None, "transcode": False, "multi_topk": True, "expansion_factor": 32, "some_list": []}
+    change_json(tmp_path / "cfg.json", off)
+    assert Sae.load_from_disk(tmp_path).k == 4
+    change_json(tmp_path / "cfg.json", {"training": {"digest": "0"}, "of_another_version": 1})  # of train.py
+    assert Sae.load_from_disk(tmp_path).k == 4
+    change_json(tmp_path / "cfg.json", {"num_latents": 31})
+    with pytest.raises(UsageError, match="expected encoder.weight"):
+        Sae.load_from_disk(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "old, change, name",
+    [
+        (False, {"use_error_term_bias": 1.5}, "use_error_term_bias"),
+        (False, {"signed": True}, "signed"),
+        (True, {"signed": True}, "signed"),
+        (True, {"activation_fn_kwargs": {"k": 4, "signed": True}}, "signed"),
+        (True, {"input_scale": 2.0}, "input_scale"),
+    ],
+    ids=str,
+)
+def test_a_saelens_folder_with_an_unknown_key_is_refused(tmp_path, old, change, name):
+    save_saelens_by_hand(tmp_path, "topk", old=old)
+    assert Sae.load_from_disk(tmp_path).k == 4
+    change_json(tmp_path / "cfg.json", change)
+    with pytest.raises(UsageError, match=f"says {name} "):
+        Sae.load_from_disk(tmp_path)
+
+
+@pytest.mark.parametrize("where", ["config", "trainer"])
+def test_a_dictionary_learning_folder_with_an_unknown_key_is_refused(tmp_path, where):
+    save_dictionary_by_hand(tmp_path, "AutoEncoderTopK")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (config if where == "config" else config["trainer"])["dataset_norm"] = 3.5
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match="config.json says dataset_norm 3.5"):
+        Sae.load_from_disk(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "kind, missing", [("AutoEncoderTopK", ["k", "threshold"]), ("AutoEncoderTopK", ["threshold"]), ("BatchTopKSAE", ["k"])]
+)
+def test_old_dictionary_learning_files_have_k_in_their_config(tmp_path, kind, missing):
+    save_dictionary_by_hand(tmp_path, kind)
+    expected = Sae.load_from_disk(tmp_path)
+    state = torch.load(tmp_path / "ae.pt", weights_only=True)
+    torch.save({name: tensor for name, tensor in state.items() if name not in missing}, tmp_path / "ae.pt")
+    sae = Sae.load_from_disk(tmp_path)
+    x = torch.randn(20, sae.d_in, generator=torch.Generator().manual_seed(0)) + 3
+    assert sae.k == expected.k == 4 and torch.equal(sae(x), expected(x))
+    if kind == "AutoEncoderTopK":
+        config = json.loads((tmp_path / "config.json").read_text())
+        del config["trainer"]["k"]
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        torch.save({name: tensor for name, tensor in state.items() if name != "k"}, tmp_path / "ae.pt")
+        with pytest.raises(UsageError, match="k is None"):
+            Sae.load_from_disk(tmp_path)
