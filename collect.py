@@ -51,6 +51,7 @@ from tqdm import tqdm
 
 from cli import GenerationConfig, check_positive, parse_object, resolve_device, resolve_dtype, run
 from diffusion.real_images import RealImages, open_image, seeded
+from diffusion.seen_text import SeenText, watch_tokenizers
 from distributed import Processes
 from errors import UsageError
 from hook import HookedDiffusionModel, NotHookable, find_model, unwrap
@@ -315,7 +316,9 @@ def main(cfg: Config) -> list[Path]:
         real = RealImages(hooked, texts[0], options, cfg.width, cfg.height)
         if first:
             check_images(sources, prompts)
-    sites, num_steps = find_sites(hooked, cfg, texts, options | own, store_dtype)
+    with watch_tokenizers(hooked.pipe) as calls:
+        sites, num_steps = find_sites(hooked, cfg, texts, options | own, store_dtype)
+    add_seen_text(prompts, SeenText(calls, texts))
 
     # 4. Room on the disk, before anything is written
     folder = Path(cfg.out_dir)
@@ -467,6 +470,16 @@ def find_sites(
             sites.append(Site(point, suffix, text_tokens, step_bytes))
     num_steps = math.ceil((dry["num_steps"] or options["num_inference_steps"]) / cfg.cache_every_n_timesteps)
     return sites, num_steps - (cfg.images is not None)
+
+
+def add_seen_text(prompts: list[dict], seen: SeenText) -> None:
+    """Note in the rows whose prompt the text encoders cut how far they receive it, as "seen"; say how many these are."""
+    texts = {text: seen.text(text) for text in {prompt["prompt"] for prompt in prompts}}
+    cut = [prompt for prompt in prompts if texts[prompt["prompt"]] != prompt["prompt"]]
+    for prompt in cut:
+        prompt["seen"] = texts[prompt["prompt"]]
+    if cut:
+        print(f'note: {len(cut)} prompts are longer than the text encoders take; "seen" in prompts.jsonl says what they get')
 
 
 def kept_bytes(tokens: int, vector_bytes: int, cfg: Config) -> int:

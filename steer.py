@@ -40,7 +40,7 @@ from sae import Sae, newest_sae
 from store.activation_file import read_description, read_prompts
 from store.disk import claim_folder, write_json
 from store.hook_point import trained_on
-from store.prompts import load_prompts, with_seeds
+from store.prompts import load_prompts, seen_text, with_seeds
 
 
 @dataclass
@@ -172,7 +172,7 @@ def choose_features(cfg: Config, targets: list[Target]) -> list[dict] | None:
 def choose_of_concept(cfg: Config, target: Target, listing: list[dict]) -> tuple[np.ndarray, np.ndarray]:
     """The features that fire for prompts with the word. Returns the rows of the listing with it, and those without."""
     scores, rows = image_scores(target.sae, target.sae.cfg["data"][0], pictures=cfg.num_pictures)
-    texts = [listing[row]["prompt"] for row in rows]
+    texts = [seen_text(listing[row]) for row in rows]
     has_word = with_word(texts, cfg.concept)
     if cfg.toward is not None:
         other = with_word(texts, cfg.toward) & ~has_word

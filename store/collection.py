@@ -49,6 +49,18 @@ def as_numpy(x: torch.Tensor) -> np.ndarray:
     return x.contiguous().numpy()
 
 
+def without_seen(lines: list[bytes]) -> list[bytes]:
+    """Lines of prompts.jsonl without what the model saw of a prompt, which earlier versions did not write."""
+    found = []
+    for line in lines:
+        if b'"seen": ' in line:
+            row = json.loads(line)
+            row.pop("seen", None)
+            line = json.dumps(row).encode()
+        found.append(line)
+    return found
+
+
 def read_progress(path: Path) -> dict[int, dict]:
     """{batch: its line in progress.jsonl} of the batches that are safe; {} where there is no such file.
 
@@ -166,7 +178,7 @@ class Collection:
         check_same(self.out_dir, there.get("settings") or {}, self.settings, remedy)
 
         old = self.listing.read_bytes().split(b"\n")[:-1] if self.listing.exists() else []
-        if old[: len(lines)] != lines[: len(old)]:
+        if without_seen(old[: len(lines)]) != without_seen(lines[: len(old)]):
             raise UsageError(f"{self.out_dir} holds a collection of other prompts; use another --out_dir")
         if len(old) <= len(lines):
             return

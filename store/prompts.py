@@ -11,7 +11,7 @@ from errors import UsageError
 TABLES = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".parquet")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 KINDS = "a .txt, .csv, .tsv, .json, .jsonl or .parquet file, a hub data set (owner/name) or a prompt"
-OURS = ("id", "prompt", "negative_prompt", "seed")  # keys of prompts.jsonl that a column of the data set must not fill
+OURS = ("id", "prompt", "negative_prompt", "seed", "seen")  # keys of prompts.jsonl that a column of the data set must not fill
 PROMPT_COLUMNS = ("prompt", "caption", "text")  # that hold the prompt where --column names none; the first of these
 SEPARATORS = ",;\t|"
 BYTE_ORDER_MARKS = {b"\xff\xfe\x00\x00": "utf-32", b"\x00\x00\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
@@ -75,6 +75,14 @@ def with_seeds(rows, seed, images_each=1):
         first = row["seed"] if "seed" in row else seed + i * images_each
         seeded += [own | {"seed": first + j} for j in range(images_each)]
     return seeded
+
+
+def seen_text(row):
+    """The prompt of a row of prompts.jsonl as far as the model saw it, "" where there is none.
+
+    collect.py writes it as "seen" where the text encoders cut the prompt; earlier versions did not.
+    """
+    return str(row.get("seen", row.get("prompt")) or "")
 
 
 def column_name(name, named):

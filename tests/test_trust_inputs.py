@@ -5,13 +5,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from browser import CHROMIUM, Browser
+from families import flux, lumina2
+from test_features import read_page
 from test_foreign_saes import save_dictionary_by_hand, save_saelens_by_hand
-from tiny import PROMPTS
+from tiny import PROMPTS, build, generate_options, sd15, sdxl
 
 import collect
+import features
+import steer
+from analysis.concepts import with_word
+from analysis.feature_edits import Target
+from diffusion.seen_text import SeenText, watch_tokenizers
 from errors import UsageError
 from sae import Sae
-from store.prompts import load_pictures, load_prompts, with_seeds
+from store.prompts import load_pictures, load_prompts, seen_text, with_seeds
+from store.words import words_of
 
 pytestmark = pytest.mark.slow
 
@@ -279,3 +288,127 @@ def test_old_dictionary_learning_files_have_k_in_their_config(tmp_path, kind, mi
         torch.save({name: tensor for name, tensor in state.items() if name != "k"}, tmp_path / "ae.pt")
         with pytest.raises(UsageError, match="k is None"):
             Sae.load_from_disk(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------ what the model sees
+
+
+@pytest.mark.parametrize(
+    "text, word, has",
+    [
+        ("a dotted star", "dot", False),
+        ("a Dot, red", "dot", True),
+        ("a caf\u00e9 at night", "cafe\u0301", True),  # the same letter, typed in two ways
+        ("a cafe\u0301 at night", "caf\u00e9", True),
+        ("a cafe\u0301 at night", "cafe", False),
+        ("eine Straße", "STRASSE", True),
+        ("雪の中の赤い狐", "狐", True),
+        ("一只红色的狐狸在雪中", "狐狸", True),
+        ("一只红色的狐狸在雪中", "狗", False),
+        ("แมวสีแดง", "แมว", True),
+        ("ที่บ้าน", "ท", False),  # a vowel sign belongs to the letter before it
+        ("हिन्दी", "ह", False),
+        ("a red fox", "red fox", True),
+        ("a_b", "a", False),
+        ("赤いfox", "fox", True),
+    ],
+)
+def test_which_prompts_have_a_word(text, word, has):
+    assert with_word([text, "x" if has else word], word).tolist() == [has, not has]
+
+
+def test_words_with_accents_and_signs_stay_whole():
+    assert words_of("Cafe\u0301, l’été; हिन्दी red-hot") == ["caf\u00e9", "l’été", "हिन्दी", "red-hot"]
+
+
+@pytest.mark.parametrize("recipe", [sd15, sdxl, flux, lumina2], ids=lambda f: f.__name__)
+def test_the_text_that_the_encoders_receive(recipe):
+    """A long prompt gives the encoders the ids that `Encoding.ids` says, and no other word would fit in."""
+    pipe = build(recipe)
+    prompt, received = " ".join(f"w{i}" for i in range(400)), []
+    listen = lambda module, args, kwargs: received.append(kwargs.get("input_ids", args[0] if args else None))
+    for component in pipe.components.values():
+        if hasattr(component, "get_input_embeddings"):
+            component.register_forward_pre_hook(listen, with_kwargs=True)
+    with watch_tokenizers(pipe) as calls:
+        pipe(**generate_options(1, recipe, prompt=[prompt]))
+    seen, rows = SeenText(calls, [prompt]), [row.tolist() for ids in received for row in ids]
+    assert seen.encodings and calls
+    for encoding in seen.encodings:
+        ids = list(encoding.ids(prompt))
+        assert any(row[: len(ids)] == ids for row in rows) and len(ids) <= encoding.limit
+    text = seen.text(prompt)
+    more = prompt[: len(text)] + prompt[len(text) :].partition(" w")[0] + " w999"
+    assert 0 < len(text) < len(prompt) and prompt.startswith(f"{text} ") and seen.text(more) == text
+    assert seen.text("a red fox") == "a red fox"
+    assert seen.key(prompt) == seen.key(f"{prompt} and more") != seen.key("a red fox")
+    calls.clear()
+    pipe.tokenizer("a red fox")
+    assert not calls  # they are not watched any more
+
+
+def test_keys_without_a_tokenizer():
+    seen = SeenText([], [])
+    assert seen.key(" A  red fox ") == seen.key("a red fox") != seen.key("a red box") and seen.text("a fox") == "a fox"
+
+
+LONG = "a picture with very many words that go on and on until the end of what the encoder takes dotted"
+
+
+@pytest.fixture
+def long_collection(model_folder, tmp_path):
+    """Six prompts, two of which say "dotted" behind the 77 tokens of the encoder, one before; the tiny one counts letters."""
+    prompts = [LONG, f"{LONG} too", "a dotted star", "a red fox", "a blue star", "green bottles"]
+    path = write(tmp_path, "p.txt", "\n".join(prompts))
+    return path, collect_tiny(model_folder, tmp_path, dataset_name=path), tmp_path / "acts"
+
+
+def test_words_behind_the_end_of_the_encoder_do_not_count(long_collection, tmp_path, monkeypatch):
+    _, lines, folder = long_collection
+    cut = lines[0]["seen"]
+    assert LONG.startswith(f"{cut} ") and "dotted" not in cut and len(cut.replace(" ", "")) <= 75
+    assert [line.get("seen") for line in lines] == [cut, cut, None, None, None, None]
+    assert [line["prompt"] for line in lines[:2]] == [LONG, f"{LONG} too"]
+
+    data = str(folder / "mid_block.npy")
+    Sae(16, 40, 4, {"data": [data], "hook_name": "mid_block"}).save_to_disk(tmp_path / "sae")
+    page = features.main(features.Config(sae=str(tmp_path / "sae"), out_dir=str(tmp_path / "pages"), device="cpu"))
+    shown = read_page(page)
+    where = [caption for caption, *_ in shown["examples"]].index(LONG)
+    assert shown["seen"][str(where)] == cut and len(shown["seen"]) == 2
+    assert with_word([seen_text(line) for line in lines], "dotted").tolist() == [False, False, True, False, False, False]
+
+    target = Target(str(tmp_path / "sae"), Sae.load_from_disk(tmp_path / "sae"), None, features=[])
+    with_it, without = steer.choose_of_concept(steer.Config(concept="dotted"), target, lines)
+    assert with_it.tolist() == [2] and sorted(without.tolist()) == [0, 1, 3, 4, 5]
+
+
+def test_a_collection_of_an_earlier_version_is_extended(long_collection, model_folder, tmp_path):
+    """Its prompts.jsonl does not say what the encoders cut."""
+    path, lines, folder = long_collection
+    old = [{name: value for name, value in line.items() if name != "seen"} for line in lines]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in old))
+    Path(path).write_text(Path(path).read_text() + "\na yellow ring")
+    extended = collect_tiny(model_folder, tmp_path, dataset_name=path)
+    assert extended[:6] == lines and len(extended) == 7
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
+def test_the_search_of_the_page_uses_what_the_encoder_receives(model_folder, tmp_path):
+    path = write(tmp_path, "p.txt", "\n".join([LONG, "a dotted star", "a caf\u00e9", "红色的狐狸", "a red fox", "a dog"]))
+    collect_tiny(model_folder, tmp_path, dataset_name=path)
+    data = str(tmp_path / "acts" / "mid_block.npy")
+    Sae(16, 40, 4, {"data": [data], "hook_name": "mid_block"}).save_to_disk(tmp_path / "sae")
+    options = dict(sae=str(tmp_path / "sae"), out_dir=str(tmp_path / "pages"), device="cpu", top_images=1)
+    page = features.main(features.Config(**options))
+    shown = read_page(page)
+    captions = [caption for caption, *_ in shown["examples"]]
+    of_feature = [captions[top[0]] if top else None for top in shown["top"]]
+    with Browser() as browser:
+        browser.open(page)
+        set_value = "(() => {{ const q = document.getElementById('{}'); q.value = '{}'; q.dispatchEvent(new Event('{}')); }})()"
+        browser.run(set_value.format("where", "prompts", "change"))
+        for query, captions_found in (("dotted", ["a dotted star"]), ("CAFE\u0301", ["a caf\u00e9"]), ("狐狸", ["红色的狐狸"])):
+            browser.run(set_value.format("query", query, "input"))
+            count = int(browser.run("document.getElementById('count').textContent").split()[0])
+            assert count == sum(caption in captions_found for caption in of_feature), query
