@@ -20,6 +20,7 @@ sampletopk and input_unit_norm are refused, since SAELens can't express them.
 Checked against sae-lens 6.54, dictionary-learning 0.1 (tests/test_foreign_saes.py).
 """
 
+import json
 import pickle
 from pathlib import Path
 from typing import NamedTuple
@@ -265,20 +266,43 @@ def load_pickle(path):
 
 
 def save_saelens(cfg, state, path):
-    """Write an SAE of ours in SAELens' format: `cfg.json` and `sae_weights.safetensors` in the folder `path`.
+    """Write an SAE of ours in SAELens' format: `cfg.json` and `sae_weights.safetensors` in the folder `path`, the former last.
 
-    cfg, state: as in our own files (`Sae.cfg`, `Sae.state_dict()`). `sae_lens.SAE.load_from_disk(path)` gives the same codes and
+    cfg, state: as in our own files (`Sae.cfg`, `Sae.state_dict()`). Raises UsageError for a variant that SAELens has not, and for
+    a folder with another SAE.
+    """
+    exported, tensors = as_saelens(cfg, state)
+    path = Path(path)
+    others = [name for name in WEIGHTS if name != "sae_weights.safetensors" and (path / name).exists()]
+    if others:
+        raise UsageError(f"{path} has another SAE in it ({others[0]}); use another folder")
+    path.mkdir(parents=True, exist_ok=True)
+    save_tensors(path / "sae_weights.safetensors", tensors, {"format": "pt"})
+    write_json(path / "cfg.json", exported)
+
+
+def is_saved_saelens(cfg, state, path):
+    """Whether the folder `path` holds just what `save_saelens` would write there."""
+    exported, tensors = as_saelens(cfg, state)
+    if not (path / "cfg.json").exists() or not (path / "sae_weights.safetensors").exists():
+        return False
+    try:
+        theirs = load_file(path / "sae_weights.safetensors")
+    except SafetensorError:
+        return False
+    same = theirs.keys() == tensors.keys() and all(torch.equal(theirs[name], tensors[name].cpu()) for name in tensors)
+    return same and read_json(path / "cfg.json") == json.loads(json.dumps(exported))
+
+
+def as_saelens(cfg, state):
+    """The description and the tensors of SAELens' format. `sae_lens.SAE.load_from_disk(path)` gives the same codes and
     x_hat, to rounding; of a batchtopk also where a vector has more than 8 k active latents, of which ours keeps the 8 k largest
-    and SAELens all. Raises UsageError for a variant that SAELens has not, and for a folder with another SAE.
+    and SAELens all. Raises UsageError for a variant that SAELens has not.
     """
     if cfg.get("input_unit_norm"):
         raise UsageError("input_unit_norm can't be exported: SAELens' layer_norm adds 1e-5 to the deviation, other numbers")
     if cfg["activation"] == "sampletopk":
         raise UsageError("sampletopk can't be exported: SAELens has nothing that shares k out over the tokens of a sample")
-    path = Path(path)
-    others = [name for name in WEIGHTS if name != "sae_weights.safetensors" and (path / name).exists()]
-    if others:
-        raise UsageError(f"{path} has another SAE in it ({others[0]}); use another folder")
 
     tensors = {
         "W_enc": state["encoder.weight"].T,
@@ -309,7 +333,4 @@ def save_saelens(cfg, state, path):
     # the version says which format this is: without it SAELens takes the file for one older than 6.0
     exported["metadata"] = {**cfg, "sae_lens_version": "6.0.0", "sae_lens_training_version": None}
 
-    path.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.float() for name, tensor in tensors.items()}
-    save_tensors(path / "sae_weights.safetensors", tensors, {"format": "pt"})
-    write_json(path / "cfg.json", exported)
+    return exported, {name: tensor.float() for name, tensor in tensors.items()}

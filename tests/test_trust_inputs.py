@@ -1,17 +1,21 @@
 """Inputs are used as they were meant, or refused in one line: prompt files, foreign SAEs, words, leftovers of killed runs."""
 
+import importlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from browser import CHROMIUM, Browser
+from commands import run_script
 from families import flux, lumina2
 from test_features import read_page
 from test_foreign_saes import save_dictionary_by_hand, save_saelens_by_hand
 from tiny import PROMPTS, build, generate_options, sd15, sdxl
 
 import collect
+import export
 import features
 import steer
 from analysis.concepts import with_word
@@ -19,6 +23,7 @@ from analysis.feature_edits import Target
 from diffusion.seen_text import SeenText, watch_tokenizers
 from errors import UsageError
 from sae import Sae
+from store.disk import claim_folder, write_json
 from store.prompts import load_pictures, load_prompts, seen_text, with_seeds
 from store.words import words_of
 
@@ -412,3 +417,105 @@ def test_the_search_of_the_page_uses_what_the_encoder_receives(model_folder, tmp
             browser.run(set_value.format("query", query, "input"))
             count = int(browser.run("document.getElementById('count').textContent").split()[0])
             assert count == sum(caption in captions_found for caption in of_feature), query
+
+
+# --------------------------------------------------------------------------------------------- leftovers of a killed run
+
+
+class Killed(Exception):
+    """What stands for kill -9: nothing is put in order after it."""
+
+
+def kill_at(monkeypatch, module, name, count=1):
+    """Let the count-th call of a module's function end the program."""
+    calls, original = [], getattr(module, name)
+
+    def call(*args, **options):
+        calls.append(name)
+        if len(calls) == count:
+            raise Killed
+        return original(*args, **options)
+
+    monkeypatch.setattr(module, name, call)
+
+
+@pytest.fixture(scope="module")
+def trained(model_folder, tmp_path_factory):
+    """A tiny collection and an SAE of it that nobody trained: (activation file, SAE folder)."""
+    base = tmp_path_factory.mktemp("trained")
+    collect_tiny(model_folder, base, height=64, width=64)
+    data = str(base / "acts" / "mid_block.npy")
+    Sae(16, 40, 4, {"data": [data], "hook_name": "mid_block"}).save_to_disk(base / "sae")
+    return data, str(base / "sae")
+
+
+STAGES = {  # module, its options, which of its functions is killed, what is left then
+    "steer, its model": ("steer", {"features": ["3"], "num_prompts": 2}, "load_model", ["steer.json"]),
+    "steer, its numbers": ("steer", {"features": ["3"], "num_prompts": 2}, "write_json", ["steer.json", "steer.png"]),
+    "ablate": ("ablate", {"hook_names": ["mid_block"], "max_num_examples": 2}, "ablate", ["ablate.json"]),
+    "evaluate": ("evaluate", {}, "write_json", ["evaluate.json"]),
+    "evaluate, its picture": ("evaluate", {}, "plot_evaluation", ["evaluate.json"]),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_same_command_again_after_a_kill(trained, model_folder, tmp_path, monkeypatch, stage):
+    name, options, function, left = STAGES[stage]
+    module = importlib.import_module(name)
+    size = dict(num_inference_steps=2, pipeline_kwargs='{"height": 64, "width": 64}')
+    own = {"steer": dict(sae=[trained[1]], **size), "evaluate": dict(sae=trained[1])}
+    own["ablate"] = dict(model_name=str(model_folder), num_inference_steps=2, height=64, width=64)
+    cfg = module.Config(out_dir=str(tmp_path / "out"), device="cpu", **own[name], **options)
+    with monkeypatch.context() as patch:
+        kill_at(patch, module, function)
+        with pytest.raises(Killed):
+            module.main(cfg)
+    folder = tmp_path / "out" if name == "ablate" else next((tmp_path / "out").iterdir())
+    assert sorted(path.name for path in folder.iterdir()) == left
+    record = folder / f"{name}.json"
+    assert json.loads(record.read_text()).get("unfinished") or function == "plot_evaluation"
+    assert module.main(cfg)
+    assert "unfinished" not in json.loads(record.read_text()) and (folder / f"{name}.png").exists()
+    if name != "evaluate":
+        with pytest.raises(UsageError, match="was made with seed 0, not 1"):
+            module.main(replace(cfg, seed=1))
+
+
+def test_leftovers_of_an_unfinished_run_are_nobody_s_result(tmp_path):
+    """One killed before its first file was whole, and one whose options were wrong: the next may have other options."""
+    (tmp_path / "steer.json.partial").write_text('{"options": ')
+    (tmp_path / "._steer.png").write_bytes(b"\0")
+    claim_folder(tmp_path, "steer.json", {"seed": 0})
+    (tmp_path / "steer.png").write_bytes(b"half")
+    claim_folder(tmp_path, "steer.json", {"seed": 1})
+    write_json(tmp_path / "steer.json", {"options": {"seed": 1}})
+    claim_folder(tmp_path, "steer.json", {"seed": 1})
+    with pytest.raises(UsageError, match="was made with seed 1, not 0"):
+        claim_folder(tmp_path, "steer.json", {"seed": 0})
+    (tmp_path / "steer.json").unlink()
+    with pytest.raises(UsageError, match="holds something else; choose another --out_dir .steer.png is there"):
+        claim_folder(tmp_path, "steer.json", {"seed": 1})
+
+
+@pytest.mark.parametrize("left", ["sae_weights.safetensors.partial", "sae_weights.safetensors", "both"])
+def test_export_again_after_a_kill(tmp_path, left):
+    Sae(12, 30, 4).save_to_disk(tmp_path / "saes" / "mine")
+    command = ("export.py", "--sae", "saes/mine", "--export", "saelens")
+    whole = tmp_path / "whole"
+    Sae.load_from_disk(tmp_path / "saes" / "mine")
+    export.main(export.Config(sae=str(tmp_path / "saes" / "mine"), export="saelens", out_dir=str(whole)))
+    out = tmp_path / "exported" / "mine"
+    out.mkdir(parents=True)
+    weights = (whole / "sae_weights.safetensors").read_bytes()
+    if left == "both":
+        (out / "cfg.json").write_bytes((whole / "cfg.json").read_bytes())
+        (out / "sae_weights.safetensors").write_bytes(weights)
+    else:
+        (out / left).write_bytes(weights[:500])
+    done = run_script(*command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert all((out / name).read_bytes() == (whole / name).read_bytes() for name in ("cfg.json", "sae_weights.safetensors"))
+    (out / "notes.txt").write_text("mine")
+    (out / "cfg.json").unlink()
+    with pytest.raises(UsageError, match="holds something else; choose another --out_dir .notes.txt is there"):
+        export.main(export.Config(sae=str(tmp_path / "saes" / "mine"), export="saelens", out_dir=str(out)))
