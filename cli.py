@@ -51,6 +51,7 @@ def run(main, Config):
     torch.distributed says when another process has ended. Anything else is a bug and keeps its traceback.
     Ctrl-C exits with 130. Of the processes of torchrun only the first prints, and those that fail say which they are.
     """
+    check_system()
     import tyro  # here, so that what imports another function of this file does not wait for it
 
     rank, count = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
@@ -84,6 +85,14 @@ def run(main, Config):
         said = "another process ended; the same command goes on" if gone else said
         print(f"{program}{who}: error: {said}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def check_system():
+    """Say on Windows that it is not supported, and exit with status 2: files are written by os.pwrite, which it does not have."""
+    if sys.platform == "win32":
+        program = Path(sys.argv[0]).name
+        print(f"{program}: error: Windows is not supported; run this in WSL (wsl --install)", file=sys.stderr)
+        raise SystemExit(2)
 
 
 def gather_lists(args, Config):

@@ -17,7 +17,18 @@ import torch
 from filelock import FileLock, Timeout
 
 from errors import UsageError
-from store.disk import check_same, checksum, make_folder, opened, read_json, rename, write_all, write_atomically, write_json
+from store.disk import (
+    check_same,
+    checksum,
+    is_apple_double,
+    make_folder,
+    opened,
+    read_json,
+    rename,
+    write_all,
+    write_atomically,
+    write_json,
+)
 from store.images import remove_images, save_images
 
 HEADER = 128  # bytes
@@ -146,7 +157,7 @@ class Collection:
         make_folder(self.out_dir)
         if self.progress.exists():
             return
-        names = [path.name for path in self.out_dir.iterdir()]
+        names = [path.name for path in self.out_dir.iterdir() if not is_apple_double(path)]
         if "progress.npy" in names:
             raise UsageError(
                 f"{self.out_dir} holds a collection of an earlier version: if it is finished, train.py and the later stages "
@@ -182,8 +193,8 @@ class Collection:
             raise UsageError(f"{self.out_dir} holds a collection of other prompts; use another --out_dir")
         if len(old) <= len(lines):
             return
-        partial = next(self.out_dir.glob("*.npy.partial"), None)
-        if partial is None and not self._pending_of(len(old)):
+        partial = [path for path in self.out_dir.glob("*.npy.partial") if not is_apple_double(path)]
+        if not partial and not self._pending_of(len(old)):
             raise UsageError(f"{self.out_dir} holds {len(old)} rows, more than {len(lines)}; nothing to do")
         progress = read_progress(self.progress)
         last = max(progress)

@@ -102,6 +102,11 @@ def read_json(path):
     return record
 
 
+def is_apple_double(path):
+    """Whether a file is one of the ._ files in which macOS keeps what other systems' disks can't hold of its neighbour."""
+    return Path(path).name.startswith("._")
+
+
 def make_folder(folder, option="--out_dir"):
     """Make a folder and those above it. Raises UsageError where that can't be done."""
     try:

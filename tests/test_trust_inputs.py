@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from test_features import read_page
 from test_foreign_saes import save_dictionary_by_hand, save_saelens_by_hand
 from tiny import PROMPTS, build, generate_options, sd15, sdxl
 
+import cli
 import collect
 import export
 import features
@@ -23,6 +25,8 @@ from analysis.feature_edits import Target
 from diffusion.seen_text import SeenText, watch_tokenizers
 from errors import UsageError
 from sae import Sae
+from store import hub
+from store.dataset import newest_activations, open_activations
 from store.disk import claim_folder, write_json
 from store.prompts import load_pictures, load_prompts, seen_text, with_seeds
 from store.words import words_of
@@ -519,3 +523,35 @@ def test_export_again_after_a_kill(tmp_path, left):
     (out / "cfg.json").unlink()
     with pytest.raises(UsageError, match="holds something else; choose another --out_dir .notes.txt is there"):
         export.main(export.Config(sae=str(tmp_path / "saes" / "mine"), export="saelens", out_dir=str(out)))
+
+
+# ------------------------------------------------------------------------------------------------------ other systems
+
+
+def test_files_of_macos_are_passed_over(trained, model_folder, tmp_path):
+    folder = tmp_path / "acts"
+    folder.mkdir()
+    for name in ("mid_block.npy", "mid_block.json", "prompts.jsonl", "mid_block.npy.partial"):
+        (folder / f"._{name}").write_bytes(b"\x00\x05\x16\x07")
+    collect_tiny(model_folder, tmp_path)  # into this folder
+    assert newest_activations(folder) == folder / "mid_block.npy"
+    (data,) = open_activations([str(folder)])
+    assert data.paths == [str(folder / "mid_block.npy")]
+    assert "mid_block.npy" in hub.card(folder, "me/acts", "activations")
+    with pytest.raises(UsageError, match="holds 12 rows, more than 5; nothing to do"):
+        collect_tiny(model_folder, tmp_path, max_num_examples=5)
+
+    for name in ("sae.safetensors", "cfg.json"):
+        (Path(trained[1]) / f"._{name}").write_bytes(b"\x00\x05\x16\x07")
+    assert list(Sae.load_many(Path(trained[1]).parent)) == ["mid_block"]
+
+
+@pytest.mark.parametrize("script", ["collect", "train", "steer"])
+def test_on_windows_the_first_line_says_that_it_is_not_supported(script, monkeypatch, capsys):
+    module = importlib.import_module(script)
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(sys, "argv", [f"{script}.py"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(module.main, module.Config)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.startswith(f"{script}.py: error: Windows is not supported; run this in WSL")
