@@ -30,7 +30,7 @@ from diffusion.generate import Generated, generate, required_images
 from errors import UsageError
 from hook import Edit, Generation, HookedDiffusionModel, find_model
 from store.disk import claim_folder, write_json
-from store.prompts import default_dataset, load_prompts
+from store.prompts import default_dataset, load_prompts, with_seeds
 
 SHOWN = 40  # rows of pictures at most, and bars: the hook points that matter most
 
@@ -56,7 +56,7 @@ def load_rows(cfg: Config) -> list[dict]:
     rows = load_prompts(dataset_name, cfg.split, cfg.column, cfg.negative_prompt, cfg.max_num_examples)
     if cfg.mode == "mean" and len(rows) < 2:
         raise UsageError("--mode mean needs two prompts or more to take the mean over; raise --max_num_examples")
-    return [row | {"seed": cfg.seed + i} for i, row in enumerate(rows)]
+    return with_seeds(rows, cfg.seed)
 
 
 def load_model(cfg: Config) -> tuple[HookedDiffusionModel, dict]:

@@ -28,7 +28,7 @@ class GenerationConfig:
     dataset_name: str | None = None  # prompt file, hub data set or one prompt (None: the model folder's prompts.csv)
     split: str = "train"  # of a hub data set
     column: str | None = None  # that holds the prompt (None: prompt, caption or text)
-    negative_prompt: str | None = None  # a text for all prompts, or the column that holds each one's
+    negative_prompt: str | None = None  # a text for all, or the column that holds each one's (None: negative_prompt, if any)
     num_inference_steps: int | None = None  # None: the pipeline's own default, as for the next three
     guidance_scale: float | None = None  # classifier-free guidance
     height: int | None = None  # pixels
@@ -36,7 +36,7 @@ class GenerationConfig:
     pipeline_kwargs: str = "{}"  # JSON object: anything else that the pipeline takes
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"  # of the model (auto: float32 on a CPU, else 16 bits)
     cpu_offload: bool = False  # keep only the running component on the GPU
-    seed: int = 0  # row i is generated with seed + i
+    seed: int = 0  # row i is generated with seed + i; where the data set has a column seed, with what that says
     device: str = "auto"  # auto (cuda, else mps, else cpu), cuda:1, ...
 
     def pipeline_options(self) -> dict:
@@ -51,6 +51,7 @@ def run(main, Config):
     torch.distributed says when another process has ended. Anything else is a bug and keeps its traceback.
     Ctrl-C exits with 130. Of the processes of torchrun only the first prints, and those that fail say which they are.
     """
+    check_system()
     import tyro  # here, so that what imports another function of this file does not wait for it
 
     rank, count = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
@@ -84,6 +85,14 @@ def run(main, Config):
         said = "another process ended; the same command goes on" if gone else said
         print(f"{program}{who}: error: {said}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def check_system():
+    """Say on Windows that it is not supported, and exit with status 2: files are written by os.pwrite, which it does not have."""
+    if sys.platform == "win32":
+        program = Path(sys.argv[0]).name
+        print(f"{program}: error: Windows is not supported; run this in WSL (wsl --install)", file=sys.stderr)
+        raise SystemExit(2)
 
 
 def gather_lists(args, Config):

@@ -12,8 +12,9 @@ In a notebook:
 
     paths = main(Config(hook_names=["mid_block"], dataset_name="a cat on a chair"))
 
-Reads   a diffusers folder or hub id, and prompts: a .txt, .csv, .jsonl or .parquet file, a hub data set, or one prompt;
-        or images, a folder or a column of such a data set.
+Reads   a diffusers folder or hub id, and prompts: a .txt, .csv, .tsv, .json, .jsonl or .parquet file, a hub data set, or one
+        prompt; or images, a folder or a column of such a data set. Of a table also the columns negative_prompt and seed: row i
+        is generated with its own seed (its image j with seed + j), and without such a column with --seed + i.
 Writes  <out_dir>/<hook_name>[.uncond][.input|.diff][.text].npy, (prompts, steps, tokens, d), with a .json that describes
         it, prompts.jsonl (line p describes row p), images/<p>.webp (or .wav: what the model made), and for the next start
         collect.json and progress.jsonl. Of text also <name>.lengths.npy (prompts,), each one's tokens; of images also
@@ -50,6 +51,7 @@ from tqdm import tqdm
 
 from cli import GenerationConfig, check_positive, parse_object, resolve_device, resolve_dtype, run
 from diffusion.real_images import RealImages, open_image, seeded
+from diffusion.seen_text import SeenText, watch_tokenizers
 from distributed import Processes
 from errors import UsageError
 from hook import HookedDiffusionModel, NotHookable, find_model, unwrap
@@ -58,7 +60,7 @@ from store.disk import relative_to
 from store.hook_point import HookPoint
 from store.identity import fingerprint, pipeline_fingerprints
 from store.images import sampling_rate_of
-from store.prompts import default_dataset, load_pictures, load_prompts
+from store.prompts import default_dataset, load_pictures, load_prompts, with_seeds
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 DEFAULT_HOOK_NAMES = ("up_blocks.1.attentions.1",)
@@ -316,7 +318,9 @@ def main(cfg: Config) -> list[Path]:
         real = RealImages(hooked, texts[0], options, cfg.width, cfg.height)
         if first:
             check_images(sources, prompts)
-    sites, num_steps = find_sites(hooked, cfg, texts, options | own, store_dtype)
+    with watch_tokenizers(hooked.pipe) as calls:
+        sites, num_steps = find_sites(hooked, cfg, texts, options | own, store_dtype)
+    add_seen_text(prompts, SeenText(calls, texts))
 
     # 4. Room on the disk, before anything is written
     folder = Path(cfg.out_dir)
@@ -398,7 +402,8 @@ def load_rows(cfg: Config) -> tuple[list[dict], list | None]:
     else:
         texts, sources = load_pictures(cfg.images, cfg.dataset_name, cfg.split, cfg.column, cfg.max_num_examples)
     n = cfg.num_images_per_prompt
-    return [{"id": i, **text, "seed": cfg.seed + i * n + j} for i, text in enumerate(texts) for j in range(n)], sources
+    rows = with_seeds(texts, cfg.seed, n)
+    return [{"id": number // n, **row} for number, row in enumerate(rows)], sources
 
 
 def shard_of(prompts: list[dict], cfg: Config) -> list[dict]:
@@ -473,6 +478,16 @@ def find_sites(
             sites.append(Site(point, suffix, text_tokens, step_bytes))
     num_steps = math.ceil((dry["num_steps"] or options["num_inference_steps"]) / cfg.cache_every_n_timesteps)
     return sites, num_steps - (cfg.images is not None)
+
+
+def add_seen_text(prompts: list[dict], seen: SeenText) -> None:
+    """Note in the rows whose prompt the text encoders cut how far they receive it, as "seen"; say how many these are."""
+    texts = {text: seen.text(text) for text in {prompt["prompt"] for prompt in prompts}}
+    cut = [prompt for prompt in prompts if texts[prompt["prompt"]] != prompt["prompt"]]
+    for prompt in cut:
+        prompt["seen"] = texts[prompt["prompt"]]
+    if cut:
+        print(f'note: {len(cut)} prompts are longer than the text encoders take; "seen" in prompts.jsonl says what they get')
 
 
 def kept_bytes(tokens: int, vector_bytes: int, cfg: Config) -> int:

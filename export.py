@@ -19,7 +19,8 @@ from typing import Literal
 from cli import run
 from errors import UsageError
 from sae import Sae, newest_sae, sae_folders
-from store.foreign_saes import find_weights, save_saelens
+from store.disk import check_empty
+from store.foreign_saes import find_weights, is_saved_saelens, save_saelens
 from store.hub import push
 
 
@@ -46,11 +47,16 @@ def find_saes(path: Path) -> dict[str | None, Path]:
 
 
 def export_saelens(path: Path, out_dir: Path) -> None:
-    """Write the SAE at `path` into the folder `out_dir`, which must be new or empty."""
+    """Write the SAE at `path` into the folder `out_dir`, which must be new or empty, or hold this very SAE or a part of it."""
     sae = Sae.load_from_disk(path)
-    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise UsageError(f"--out_dir {out_dir} is there already; use another, or move it away")
-    save_saelens(sae.cfg, sae.state_dict(), out_dir)
+    if out_dir.exists() and not out_dir.is_dir():
+        raise UsageError(f"--out_dir {out_dir} is a file; use another, or move it away")
+    is_finished = (out_dir / "cfg.json").exists()  # which is written last
+    if not is_finished:
+        check_empty(out_dir, ("cfg.json", "sae_weights.safetensors"))
+        save_saelens(sae.cfg, sae.state_dict(), out_dir)
+    elif not is_saved_saelens(sae.cfg, sae.state_dict(), out_dir):
+        raise UsageError(f"--out_dir {out_dir} is there already, with another SAE; use another, or move it away")
     print(f"{out_dir}/: cfg.json, sae_weights.safetensors; SAELens reads it by SAE.load_from_disk({str(out_dir)!r})")
 
 

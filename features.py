@@ -44,6 +44,8 @@ from errors import UsageError
 from sae import Sae, newest_sae
 from store.disk import check_same, make_folder, write_atomically
 from store.identity import activations_of
+from store.prompts import seen_text
+from store.words import words_of
 
 PAGE = HERE / "analysis/features.html"  # in which the fields in double braces are filled in
 CURVE = 50  # points of a time curve at most
@@ -203,7 +205,7 @@ def over_represented(texts, chosen):
     """
     numbers = {}
     distinct = [numbers.setdefault(text, len(numbers)) for text in texts]
-    words = [frozenset(re.findall(r"\w[\w'’-]*", text.lower())) for text in numbers]
+    words = [frozenset(words_of(text)) for text in numbers]
     everywhere, total = Counter(word for text in words for word in text), len(words)
     found = []
     for examples in chosen.tolist():
@@ -255,7 +257,7 @@ class Example(NamedTuple):
     """One prompt, or the one image of several that it was given."""
 
     file: int  # number of its activation file
-    text: str  # its prompt, "" where none is known
+    text: str  # its prompt, as far as the model saw it; "" where none is known
     caption: str  # what stands under its image: the prompt, or else the name of a real picture
     place: str  # where it is from: file, row, seed
     image: Path | None  # what collect.py saved of it, which may be missing; None where the file is not of collect.py
@@ -268,8 +270,8 @@ def list_examples(activations):
         folder = f"{file.path.parent.name}/ " if len(activations.sources) > 1 else ""
         for p in range(file.P):
             row = file.prompt_rows[p] if file.prompt_rows else {}
-            text = str(row.get("prompt") or "")
-            caption = text or str(row.get("image") or "")
+            text = seen_text(row)
+            caption = str(row.get("prompt") or row.get("image") or "")
             seed = f", seed {row['seed']}" if "seed" in row else ""
             image = file.path.with_name("images") / f"{p}.webp" if file.prompt_rows else None
             examples.append(Example(number, text, caption, f"{folder}row {p}{seed}", image))
@@ -294,6 +296,9 @@ def describe(found, sae, activations, grids, examples):
     if activations.timesteps:
         data["timesteps"] = short(coarse(np.array([activations.timesteps]))[0], 6)
     data |= describe_numbers(found) | describe_images(found, shown)
+    cut = {i: examples[e].text for i, e in enumerate(shown) if examples[e].text and examples[e].text != examples[e].caption}
+    if cut:
+        data["seen"] = cut
     data["words"] = over_represented([example.text for example in examples], found.examples)
     indices, cosines = nearest(sae.W_dec, NEAREST)
     neighbours = zip(indices.tolist(), cosines.tolist())

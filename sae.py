@@ -248,8 +248,9 @@ class Sae(nn.Module):
 
         `path` is the folder, or the file with the weights in it. A pickle is read only here, and only as tensors:
         dictionary_learning's ae.pt. Raises UsageError for one that computes something else (transcoders, groupmax, skip
-        connections, the ancestor's batch_topk, sample_topk and input_unit_norm, which it did not save whole, variants that this
-        version does not know; store/foreign_saes.py says what of other packages), OSError where a file is not there.
+        connections, the ancestor's batch_topk, sample_topk and input_unit_norm, which it did not save whole, variants and other
+        keys of cfg.json that this version does not know; store/foreign_saes.py says what of other packages), OSError where a
+        file is not there.
         """
         from store.foreign_saes import find_weights, read_foreign
 
@@ -264,11 +265,7 @@ class Sae(nn.Module):
             raise UsageError(f"{path} is not a readable SAE folder: {error}") from None
         if not isinstance(cfg, dict):
             raise UsageError(f"{path / 'cfg.json'}: expected a JSON object")
-        activation = str(cfg.get("activation", "topk"))
-        unit_norm = "input_unit_norm" if activation.endswith(UNIT_NORM) else ""
-        for key in sorted({"transcode", "skip_connection", "batch_topk", "sample_topk", "input_unit_norm"} - {unit_norm}):
-            if cfg.get(key):
-                raise UsageError(f"{path / 'cfg.json'} says {key}, which no file of this project does; it can't be loaded")
+        check_description(path / "cfg.json", cfg)
         if cfg.pop("data_relative_to", None):
             cfg["data"] = [seen_from(path, name) for name in cfg["data"]]
         sae = build(cfg, state, weights).to(device)
@@ -329,6 +326,22 @@ def newest_sae(root="saes") -> Path:
     return max(folders, key=lambda folder: (folder / "cfg.json").stat().st_mtime_ns)
 
 
+def check_description(path, cfg):
+    """Raise UsageError for a cfg.json of ours, sparsify's or universal-diffsae's whose SAE would compute something else here."""
+    from store.foreign_saes import OUR_KEYS, SPARSIFY_KEYS, check_keys
+
+    activation = str(cfg.get("activation", "topk"))
+    unit_norm = "input_unit_norm" if activation.endswith(UNIT_NORM) else ""
+    refused = {"transcode", "skip_connection", "batch_topk", "sample_topk", "signed", "input_unit_norm"} - {unit_norm}
+    for key in sorted(refused):
+        if cfg.get(key):
+            raise UsageError(f"{path} says {key}, which no file of this project does; it can't be loaded")
+    training = cfg.get("training")
+    made_by_train = isinstance(training, dict) and "digest" in training  # of any version, each with keys of its own
+    if not made_by_train:
+        check_keys(path, cfg, SPARSIFY_KEYS | OUR_KEYS)
+
+
 def build(cfg, state, weights):
     """The SAE of a description and its tensors, which came from the file `weights`; UsageError where they don't fit."""
     activation = str(cfg.get("activation", "topk")).removesuffix(UNIT_NORM)
@@ -339,7 +352,8 @@ def build(cfg, state, weights):
     threshold = VARIANTS[activation].threshold
     if threshold is not None:
         expected["threshold"] = (M,) * len(threshold)
-    if {name: tuple(tensor.shape) for name, tensor in state.items()} != expected or cfg.get("d_in", d) != d:
+    sizes_fit = cfg.get("d_in", d) == d and (cfg.get("num_latents") or M) == M  # sparsify's 0 is d times expansion_factor
+    if {name: tuple(tensor.shape) for name, tensor in state.items()} != expected or not sizes_fit:
         shapes = ", ".join(f"{name} {shape}" for name, shape in expected.items())
         raise UsageError(f"{weights}: expected {shapes}")
     k = cfg.get("k")

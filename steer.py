@@ -41,7 +41,7 @@ from store.activation_file import open_activation_file, read_description, read_p
 from store.disk import claim_folder, write_json
 from store.hook_point import trained_on
 from store.identity import check_belongs, origin
-from store.prompts import load_prompts
+from store.prompts import load_prompts, seen_text, with_seeds
 
 
 @dataclass
@@ -65,7 +65,7 @@ class Config:
     negative_prompt: str | None = None  # with --dataset_name (None: the one that the activations were made with)
     column: str | None = None  # that holds the prompt (None: prompt, caption or text)
     num_prompts: int = 8  # the columns of the picture
-    seed: int = 0  # of prompt i of --dataset_name: seed + i; those of the activations have their own
+    seed: int = 0  # of prompt i of --dataset_name: seed + i, or its column seed; those of the activations have their own
     num_inference_steps: int | None = None  # None: those of the activations
     guidance_scale: float | None = None  # None: that of the activations
     pipeline_kwargs: str = "{}"  # JSON object: anything else that the pipeline takes
@@ -178,7 +178,7 @@ def choose_features(cfg: Config, targets: list[Target]) -> list[dict] | None:
 def choose_of_concept(cfg: Config, target: Target, listing: list[dict]) -> tuple[np.ndarray, np.ndarray]:
     """The features that fire for prompts with the word. Returns the rows of the listing with it, and those without."""
     scores, rows = image_scores(target.sae, target.sae.cfg["data"][0], pictures=cfg.num_pictures)
-    texts = [listing[row]["prompt"] for row in rows]
+    texts = [seen_text(listing[row]) for row in rows]
     has_word = with_word(texts, cfg.concept)
     if cfg.toward is not None:
         other = with_word(texts, cfg.toward) & ~has_word
@@ -246,7 +246,7 @@ def choose_prompts(cfg: Config, targets: list[Target], shown: list[dict] | None)
         return rows[: cfg.num_prompts]
     negative = negative_prompt_of(cfg, targets[0])
     rows = load_prompts(cfg.dataset_name, column=cfg.column, negative_prompt=negative, max_num_examples=cfg.num_prompts)
-    return [{"seed": cfg.seed + i, **row} for i, row in enumerate(rows)]
+    return with_seeds(rows, cfg.seed)
 
 
 def negative_prompt_of(cfg: Config, target: Target) -> str | None:

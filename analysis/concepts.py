@@ -9,22 +9,23 @@ activation over the tokens: the *image score*. A concept is a word of the prompt
     auroc      the share of pairs (a picture with, one without) that the score puts in the right order; ties count half
 """
 
-import re
-
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from errors import UsageError
 from store.dataset import Activations
+from store.words import has_word
 
 MOST = 1 << 28  # numbers that image scores may take: 1 GiB
 
 
 def with_word(prompts, word):
-    """bool (P,): which prompts hold the word. Raises UsageError where none does, or all."""
-    pattern = re.compile(rf"(?<!\w){re.escape(word)}(?!\w)", re.IGNORECASE)
-    found = torch.tensor([bool(pattern.search(str(prompt))) for prompt in prompts])
+    """bool (P,): which prompts have the word, see store/words.py. Raises UsageError where none has, or all have.
+
+    prompts: as far as the model sees them, `store.prompts.seen_text` of a row.
+    """
+    found = torch.tensor([has_word(str(prompt), word) for prompt in prompts])
     if not found.any() or found.all():
         number = "none" if not found.any() else "all"
         raise UsageError(f"concept {word!r}: {number} of the {len(prompts)} prompts has it; expected some with and some without")

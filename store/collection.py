@@ -18,7 +18,18 @@ from filelock import FileLock, Timeout
 
 from errors import UsageError
 from store.activation_file import listing_digest
-from store.disk import check_same, checksum, make_folder, opened, read_json, rename, write_all, write_atomically, write_json
+from store.disk import (
+    check_same,
+    checksum,
+    is_apple_double,
+    make_folder,
+    opened,
+    read_json,
+    rename,
+    write_all,
+    write_atomically,
+    write_json,
+)
 from store.identity import collection_id
 from store.images import remove_images, save_images
 
@@ -49,6 +60,18 @@ def as_numpy(x: torch.Tensor) -> np.ndarray:
     if x.dtype == torch.bfloat16:
         x = x.view(torch.uint16)
     return x.contiguous().numpy()
+
+
+def without_seen(lines: list[bytes]) -> list[bytes]:
+    """Lines of prompts.jsonl without what the model saw of a prompt, which earlier versions did not write."""
+    found = []
+    for line in lines:
+        if b'"seen": ' in line:
+            row = json.loads(line)
+            row.pop("seen", None)
+            line = json.dumps(row).encode()
+        found.append(line)
+    return found
 
 
 def read_progress(path: Path) -> dict[int, dict]:
@@ -136,7 +159,7 @@ class Collection:
         make_folder(self.out_dir)
         if self.progress.exists():
             return
-        names = [path.name for path in self.out_dir.iterdir()]
+        names = [path.name for path in self.out_dir.iterdir() if not is_apple_double(path)]
         if "progress.npy" in names:
             raise UsageError(
                 f"{self.out_dir} holds a collection of an earlier version: if it is finished, train.py and the later stages "
@@ -168,12 +191,12 @@ class Collection:
         self._compare_settings(there.get("settings") or {}, remedy)
 
         old = self.listing.read_bytes().split(b"\n")[:-1] if self.listing.exists() else []
-        if old[: len(lines)] != lines[: len(old)]:
+        if without_seen(old[: len(lines)]) != without_seen(lines[: len(old)]):
             raise UsageError(f"{self.out_dir} holds a collection of other prompts; use another --out_dir")
         if len(old) <= len(lines):
             return
-        partial = next(self.out_dir.glob("*.npy.partial"), None)
-        if partial is None and not self._pending_of(len(old)):
+        partial = [path for path in self.out_dir.glob("*.npy.partial") if not is_apple_double(path)]
+        if not partial and not self._pending_of(len(old)):
             raise UsageError(f"{self.out_dir} holds {len(old)} rows, more than {len(lines)}; nothing to do")
         progress = read_progress(self.progress)
         last = max(progress)

@@ -17,6 +17,7 @@ import torch
 from errors import UsageError
 from store.activation_file import hash_key, open_activation_file, read_description, refuse_unfinished
 from store.arrow import is_arrow
+from store.disk import is_apple_double
 from store.shuffle import Reader
 
 HELD_OUT = dict(share=0.1, at_least=100_000, at_most=1_000_000)  # vectors kept from training, in whole prompts
@@ -52,13 +53,14 @@ def own_files(folder):
     found = sorted(path for path in folder.glob("*.npy") if holds_activations(path))
     if not found:
         for partial in sorted(folder.glob("*.npy.partial")):
-            refuse_unfinished(partial)
+            if not is_apple_double(partial):
+                refuse_unfinished(partial)
     return found
 
 
 def holds_activations(path):
     """Whether a file that was found is meant: in a folder of collect.py those that it describes, such as no samples.npy."""
-    if path.suffix != ".npy" or path.name.endswith(BESIDE):
+    if path.suffix != ".npy" or path.name.endswith(BESIDE) or is_apple_double(path):
         return False
     return path.with_suffix(".json").exists() or not (path.parent / "collect.json").exists()
 

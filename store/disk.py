@@ -102,6 +102,11 @@ def read_json(path):
     return record
 
 
+def is_apple_double(path):
+    """Whether a file is one of the ._ files in which macOS keeps what other systems' disks can't hold of its neighbour."""
+    return Path(path).name.startswith("._")
+
+
 def make_folder(folder, option="--out_dir"):
     """Make a folder and those above it. Raises UsageError where that can't be done."""
     try:
@@ -130,16 +135,30 @@ def claim_folder(folder, record, settings, key="options", option="--out_dir"):
     """Make the folder of a result. Raises UsageError if it holds a result of other settings, or something else.
 
     record: name of the JSON file that describes the result, whose object `key` holds the settings that it was made with; with
-    key None they stand in it beside the result.
+    key None they stand in it beside the result. Until the caller writes it, it says "unfinished": so the next run knows the
+    leftovers of one that was killed, and writes them anew.
     """
     folder = Path(folder)
-    if (folder / record).exists():
-        theirs = read_json(folder / record)
-        theirs = theirs.get(key) if key else {name: theirs.get(name) for name in settings}
-        check_same(folder, theirs if isinstance(theirs, dict) else {}, settings, f"choose another {option}")
-    elif folder.is_dir() and any(folder.iterdir()):
-        raise UsageError(f"{folder} holds something else; choose another {option}")
-    make_folder(folder, option)
+    path = folder / record
+    theirs = read_json(path) if path.exists() else {"unfinished": True}
+    if not path.exists():
+        check_empty(folder, (record,), option)
+    if theirs.get("unfinished"):
+        make_folder(folder, option)
+        write_json(path, (settings if key is None else {key: settings}) | {"unfinished": True})
+        return
+    theirs = theirs.get(key) if key else {name: theirs.get(name) for name in settings}
+    check_same(folder, theirs if isinstance(theirs, dict) else {}, settings, f"choose another {option}")
+
+
+def check_empty(folder, files, option="--out_dir"):
+    """Raise UsageError if a folder holds anything but some of these files, finished or partial, and hidden files."""
+    if not folder.is_dir():
+        return
+    own = {name for file in files for name in (file, f"{file}.partial")}
+    others = sorted(path.name for path in folder.iterdir() if path.name not in own and not path.name.startswith("."))
+    if others:
+        raise UsageError(f"{folder} holds something else; choose another {option} ({others[0]} is there)")
 
 
 def relative_to(path: str | Path, folder: Path) -> str:

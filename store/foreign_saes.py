@@ -10,7 +10,8 @@ All but the TopK ones become "jumprelu"; where the file names no k, k is num_lat
 Folded into the weights, in float64: SAELens' rescale_acts_by_decoder_norm; inputs from which b_dec is not subtracted; the
 decoder norms of AutoEncoder, which dictionary_learning divides by when it loads one.
 Refused: gated and other kinds, normalised inputs, hook_z. SAELens' layer_norm is not our input_unit_norm: it divides by the
-deviation of d - 1 degrees of freedom plus 1e-5, and multiplies by it without the 1e-5.
+deviation of d - 1 degrees of freedom plus 1e-5, and multiplies by it without the 1e-5. Refused too, in every description, is a
+key that is not known here and not switched off, since it may change what the SAE computes.
 
 Written for SAELens: topk stays topk; batchtopk becomes jumprelu, which keeps pre_acts above a threshold, not those that reach
 it: one step of float32 below ours. It has no limit on how many latents of a vector are active, ours has 8 k.
@@ -19,6 +20,7 @@ sampletopk and input_unit_norm are refused, since SAELens can't express them.
 Checked against sae-lens 6.54, dictionary-learning 0.1 (tests/test_foreign_saes.py).
 """
 
+import json
 import pickle
 from pathlib import Path
 from typing import NamedTuple
@@ -34,6 +36,7 @@ WEIGHTS = ("sae.safetensors", "sae_weights.safetensors", "ae.pt")
 ARRAYS = {"W_enc": "dM", "b_enc": "M", "W_dec": "Md", "b_dec": "d"}  # axes: d input width, M latents
 LAYERS = {"encoder.weight": "Md", "encoder.bias": "M", "decoder.weight": "dM"}
 TOPK = {"k": "", "threshold": ""}
+LATER = {"AutoEncoderTopK": {"k", "threshold"}, "BatchTopKSAE": {"k"}}  # tensors that files of earlier versions do not have
 SAELENS = {"topk": ARRAYS, "standard": ARRAYS, "jumprelu": ARRAYS | {"threshold": "M"}}
 DICTIONARY_LEARNING = {
     "AutoEncoder": LAYERS | {"bias": "d"},
@@ -41,6 +44,61 @@ DICTIONARY_LEARNING = {
     "BatchTopKSAE": LAYERS | {"b_dec": "d"} | TOPK,
     "MatryoshkaBatchTopKSAE": ARRAYS | TOPK | {"group_sizes": "G"},
     "JumpReluAutoEncoder": ARRAYS | {"threshold": "M"},
+}
+
+# Keys of a description that say how the SAE was trained, what it was trained on, or what is looked at elsewhere in this project.
+# Keys of sparsify (and universal-diffsae), then those of ours. What train.py wrote has a digest of its data besides.
+SPARSIFY_KEYS = {"activation", "expansion_factor", "normalize_decoder", "num_latents", "k", "multi_topk", "d_in"}
+OUR_KEYS = {
+    *("side", "stream", "rows", "fingerprint", "model_dtype", "collections", "collected_with"),
+    *("data_relative_to", "tokens_per_sample", "normalize_decoder"),
+    *("input_unit_norm", "hook_name", "model_name", "data", "training", "num_training", "num_held_out", "by_timestep"),
+    *(
+        "fvu",
+        "explained_variance",
+        "l0",
+        "cosine",
+        "dead",
+        "always_on",
+        "held_out_whole_prompts",
+        "saelens",
+        "dictionary_learning",
+    ),
+}
+SAELENS_KEYS = {
+    *("architecture", "d_in", "d_sae", "dtype", "device", "apply_b_dec_to_input", "normalize_activations", "reshape_activations"),
+    *("metadata", "k", "rescale_acts_by_decoder_norm"),
+}
+OLD_SAELENS_KEYS = SAELENS_KEYS | {  # before version 6, when training options stood beside the others
+    *("activation_fn", "activation_fn_str", "activation_fn_kwargs", "finetuning_scaling_factor", "model_name", "hook_name"),
+    *("hook_layer", "hook_head_index", "hook_point", "hook_point_layer", "hook_point_head_index", "hook_eval", "prepend_bos"),
+    *(
+        "context_size",
+        "dataset_path",
+        "dataset_trust_remote_code",
+        "sae_lens_version",
+        "sae_lens_training_version",
+        "seqpos_slice",
+    ),
+    *("neuronpedia_id", "model_from_pretrained_kwargs", "model_kwargs", "model_class_name", "expansion_factor", "streaming"),
+    *("is_dataset_tokenized", "use_cached_activations", "cached_activations_path", "b_dec_init_method", "normalize_sae_decoder"),
+    *("noise_alpha", "from_pretrained_path", "decoder_orthogonal_init", "decoder_heuristic_init", "training_tokens", "seed"),
+    *("init_encoder_as_decoder_transpose", "n_batches_in_buffer", "finetuning_tokens", "finetuning_method", "tokens_per_buffer"),
+    *("store_batch_size_prompts", "store_batch_size", "train_batch_size_tokens", "train_batch_size", "act_store_device"),
+    *("autocast", "autocast_lm", "compile_llm", "compile_sae", "adam_beta1", "adam_beta2", "mse_loss_normalization", "lp_norm"),
+    *("l1_coefficient", "l1_warm_up_steps", "scale_sparsity_penalty_by_decoder_norm", "lr", "lr_end", "lr_scheduler_name"),
+    *("lr_warm_up_steps", "lr_decay_steps", "n_restart_cycles", "use_ghost_grads", "feature_sampling_window", "verbose"),
+    *("dead_feature_window", "dead_feature_threshold", "n_eval_batches", "eval_batch_size_prompts", "log_to_wandb", "resume"),
+    *("wandb_project", "wandb_entity", "wandb_id", "run_name", "wandb_log_frequency", "eval_every_n_wandb_logs", "n_checkpoints"),
+    *("log_activations_store_to_wandb", "log_optimizer_state_to_wandb", "checkpoint_path", "prefer_float_from_disk"),
+    *("jumprelu_init_threshold", "jumprelu_bandwidth", "seqpos_slice"),
+}
+TRAINER_KEYS = {  # of dictionary_learning
+    *("dict_class", "trainer_class", "activation_dim", "dict_size", "k", "lr", "steps", "auxk_alpha", "warmup_steps", "seed"),
+    *("decay_start", "threshold_beta", "threshold_start_step", "top_k_aux", "device", "layer", "lm_name", "wandb_name"),
+    *("submodule_name", "group_fractions", "group_weights", "group_sizes", "bandwidth", "sparsity_penalty", "target_l0"),
+    *("sparsity_warmup_steps", "l1_penalty", "resample_steps", "sparsity_function", "p_start", "p_end", "anneal_start"),
+    *("anneal_end", "sparsity_queue_length", "n_sparsity_updates", "initial_sparsity_penalty", "sparsity_loss", "norm_factor"),
 }
 
 
@@ -60,6 +118,16 @@ def find_weights(path):
     if len(found) > 1:
         raise UsageError(f"{path} has {' and '.join(file.name for file in found)}; name the one that is meant")
     return found[0]
+
+
+def check_keys(path, cfg, known):
+    """Raise UsageError for a key of a description that is not known and not switched off: it may change what is computed."""
+    for key, value in cfg.items():
+        if key not in known and value not in (None, False, "none", "", [], {}):
+            raise UsageError(
+                f"{path} says {key} {repr(value)[:60]}, which is not known here and may change what the SAE computes; "
+                "it can't be loaded. If it changes nothing, remove it from a copy of the file"
+            )
 
 
 def read_foreign(weights):
@@ -116,6 +184,9 @@ def read_saelens(weights):
     """The Foreign of SAELens' sae_weights.safetensors and cfg.json, also those of versions before 6; raises as read_foreign."""
     path = weights.with_name("cfg.json")
     cfg = read_description(path)
+    is_old = not isinstance(cfg.get("metadata"), dict)
+    check_keys(path, cfg, OLD_SAELENS_KEYS if is_old else SAELENS_KEYS)
+    check_keys(path, cfg.get("activation_fn_kwargs") or {}, {"k"})
     kind, function = cfg.get("architecture", "standard"), cfg.get("activation_fn", cfg.get("activation_fn_str", "relu"))
     k, metadata = cfg.get("k"), cfg["metadata"] if isinstance(cfg.get("metadata"), dict) else cfg
     if function == "topk":  # before version 6
@@ -143,11 +214,13 @@ def read_dictionary_learning(weights):
     path = weights.with_name("config.json")
     cfg = read_description(path)
     trainer = cfg.get("trainer") if isinstance(cfg.get("trainer"), dict) else {}
+    check_keys(path, cfg, {"trainer", "buffer"})
     kind = trainer.get("dict_class")
     if kind not in DICTIONARY_LEARNING:
         raise UsageError(f"{path} says dict_class {kind!r}; {', '.join(DICTIONARY_LEARNING)} can be loaded")
-    tensors = read_tensors(weights, load_pickle, DICTIONARY_LEARNING[kind])
-    k = int(tensors["k"]) if "k" in tensors else None
+    check_keys(path, trainer, TRAINER_KEYS)
+    tensors = read_tensors(weights, load_pickle, DICTIONARY_LEARNING[kind], LATER.get(kind, set()))
+    k = int(tensors["k"]) if "k" in tensors else trainer.get("k")
     if k != trainer.get("k", k):
         raise UsageError(f"{path} says k {trainer['k']!r}, {weights} {k}")
     threshold = tensors.get("threshold", torch.zeros(1))
@@ -166,13 +239,17 @@ def read_description(path):
     return read_json(path)
 
 
-def read_tensors(weights, load, axes):
-    """{name: float32 tensor} of a file, whose names and shapes are to fit `axes` {name: one letter an axis}."""
+def read_tensors(weights, load, axes, optional=frozenset()):
+    """{name: float32 tensor} of a file, whose names and shapes are to fit `axes` {name: one letter an axis}.
+
+    optional: names that may be missing.
+    """
     try:
         tensors = load(weights)
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, AttributeError) as error:
         raise UsageError(f"{weights} is not a readable file of tensors: {str(error).splitlines()[0]}") from None
+    axes = {name: letters for name, letters in axes.items() if name in shapes or name not in optional}
     sizes = {}
     fits = shapes.keys() == axes.keys() and all(
         len(shapes[name]) == len(letters) and all(sizes.setdefault(a, n) == n for a, n in zip(letters, shapes[name]))
@@ -191,20 +268,43 @@ def load_pickle(path):
 
 
 def save_saelens(cfg, state, path):
-    """Write an SAE of ours in SAELens' format: `cfg.json` and `sae_weights.safetensors` in the folder `path`.
+    """Write an SAE of ours in SAELens' format: `cfg.json` and `sae_weights.safetensors` in the folder `path`, the former last.
 
-    cfg, state: as in our own files (`Sae.cfg`, `Sae.state_dict()`). `sae_lens.SAE.load_from_disk(path)` gives the same codes and
+    cfg, state: as in our own files (`Sae.cfg`, `Sae.state_dict()`). Raises UsageError for a variant that SAELens has not, and for
+    a folder with another SAE.
+    """
+    exported, tensors = as_saelens(cfg, state)
+    path = Path(path)
+    others = [name for name in WEIGHTS if name != "sae_weights.safetensors" and (path / name).exists()]
+    if others:
+        raise UsageError(f"{path} has another SAE in it ({others[0]}); use another folder")
+    path.mkdir(parents=True, exist_ok=True)
+    save_tensors(path / "sae_weights.safetensors", tensors, {"format": "pt"})
+    write_json(path / "cfg.json", exported)
+
+
+def is_saved_saelens(cfg, state, path):
+    """Whether the folder `path` holds just what `save_saelens` would write there."""
+    exported, tensors = as_saelens(cfg, state)
+    if not (path / "cfg.json").exists() or not (path / "sae_weights.safetensors").exists():
+        return False
+    try:
+        theirs = load_file(path / "sae_weights.safetensors")
+    except SafetensorError:
+        return False
+    same = theirs.keys() == tensors.keys() and all(torch.equal(theirs[name], tensors[name].cpu()) for name in tensors)
+    return same and read_json(path / "cfg.json") == json.loads(json.dumps(exported))
+
+
+def as_saelens(cfg, state):
+    """The description and the tensors of SAELens' format. `sae_lens.SAE.load_from_disk(path)` gives the same codes and
     x_hat, to rounding; of a batchtopk also where a vector has more than 8 k active latents, of which ours keeps the 8 k largest
-    and SAELens all. Raises UsageError for a variant that SAELens has not, and for a folder with another SAE.
+    and SAELens all. Raises UsageError for a variant that SAELens has not.
     """
     if cfg.get("input_unit_norm"):
         raise UsageError("input_unit_norm can't be exported: SAELens' layer_norm adds 1e-5 to the deviation, other numbers")
     if cfg["activation"] == "sampletopk":
         raise UsageError("sampletopk can't be exported: SAELens has nothing that shares k out over the tokens of a sample")
-    path = Path(path)
-    others = [name for name in WEIGHTS if name != "sae_weights.safetensors" and (path / name).exists()]
-    if others:
-        raise UsageError(f"{path} has another SAE in it ({others[0]}); use another folder")
 
     tensors = {
         "W_enc": state["encoder.weight"].T,
@@ -235,7 +335,4 @@ def save_saelens(cfg, state, path):
     # the version says which format this is: without it SAELens takes the file for one older than 6.0
     exported["metadata"] = {**cfg, "sae_lens_version": "6.0.0", "sae_lens_training_version": None}
 
-    path.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.float() for name, tensor in tensors.items()}
-    save_tensors(path / "sae_weights.safetensors", tensors, {"format": "pt"})
-    write_json(path / "cfg.json", exported)
+    return exported, {name: tensor.float() for name, tensor in tensors.items()}

@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from errors import UsageError
-from store.disk import read_json
+from store.disk import is_apple_double, read_json
 
 TYPES = {"sae": "model", "activations": "dataset"}
 DESCRIPTIONS, TENSORS = ("cfg.json", "training_prompts.txt"), ("sae.safetensors", "sae_weights.safetensors")
-UNFINISHED = ("*.partial", "*.new", "*.lock", "checkpoint.safetensors")
+NOT_PUSHED = ("*.partial", "*.new", "*.lock", "checkpoint.safetensors", "._*", "*/._*", ".DS_Store")
 SAE_FACTS = {  # what a card says, and the key of cfg.json that knows it
     "hook name": "hook_name",
     "model": "model_name",
@@ -81,7 +81,7 @@ def push(folder, repo_id, kind, path_in_repo=None, private=None):
             folder_path=folder,
             path_in_repo=prefix or None,
             commit_message=f"Add {path_in_repo or folder.resolve().name}",
-            ignore_patterns=list(UNFINISHED),
+            ignore_patterns=list(NOT_PUSHED),
         )
         if not has_card and not (folder / "README.md").exists():
             api.upload_file(
@@ -141,11 +141,12 @@ codes = sae.encode(x)  # x: raw activations {shape}
 
 def describe_activations(folder, repo_id, path_in_repo):
     """The card of an activation folder; only what the .json beside each file says."""
-    unfinished = [path.name for path in folder.iterdir() if path.match("*.partial") or path.match("*.new")]
+    files = [path for path in sorted(folder.iterdir()) if not is_apple_double(path)]
+    unfinished = [path.name for path in files if path.match("*.partial") or path.match("*.new")]
     if unfinished:
         raise UsageError(f"{folder} is not finished ({unfinished[0]}); let collect.py go on with it first")
     records = {}
-    for path in sorted(folder.glob("*.npy")):
+    for path in (path for path in files if path.suffix == ".npy"):
         description = path.with_name(f"{path.stem}.json")
         if description.exists():
             records[path.name] = read_json(description)

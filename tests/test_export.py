@@ -21,14 +21,19 @@ def test_the_script(tmp_path, monkeypatch, capsys):
     run_script(monkeypatch, "--export", "saelens")
     assert "exported/mine/: cfg.json, sae_weights.safetensors" in capsys.readouterr().out
     assert_same(dense(Sae.load_from_disk("exported/mine"), X), dense(make_sae(), X))
+    run_script(monkeypatch, "--export", "saelens")  # again: the same
+    make_sae(k=5).save_to_disk("saes/other")
     make_sae(cfg=dict(activation="sampletopk")).save_to_disk("saes/shared")
     for args, message in (
-        (["--sae", "saes/mine", "--export", "saelens"], "--out_dir exported/mine is there already"),
+        (
+            ["--sae", "saes/other", "--export", "saelens", "--out_dir", "exported/mine"],
+            "mine is there already, with another SAE",
+        ),
         (["--sae", "saes/mine"], "nothing to do"),
         (["--sae", "saes/mine", "--to_hub", "a/b", "--out_dir", "x"], "--out_dir x"),
         (["--activations", "acts"], "--activations acts: expected --to_hub"),
         (["--activations", "acts", "--sae", "saes/mine", "--to_hub", "a/b"], "without --sae"),
-        (["--sae", "saes", "--export", "saelens"], "saes has several SAEs, mine, shared; name one"),
+        (["--sae", "saes", "--export", "saelens"], "saes has several SAEs, mine, other, shared; name one"),
         (["--sae", "saes/none", "--export", "saelens"], "saes/none is no SAE folder"),
         (["--sae", "saes/shared", "--export", "saelens"], "sampletopk can't be exported"),
     ):
