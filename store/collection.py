@@ -7,6 +7,7 @@ with a `.json` beside it that says what it holds. No pickle is read or written.
 import errno
 import json
 import os
+import struct
 import zlib
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,12 +19,24 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from errors import UsageError
-from store.activation_file import listing_digest
-from store.disk import check_same, checksum, make_folder, opened, read_json, rename, write_all, write_atomically, write_json
+from store.activation_file import NpyHeader, listing_digest, read_header
+from store.disk import (
+    check_same,
+    checksum,
+    fill,
+    make_folder,
+    open_to_read,
+    opened,
+    read_json,
+    rename,
+    write_all,
+    write_atomically,
+    write_json,
+)
 from store.identity import collection_id
 from store.images import images_checksum, remove_images, save_images
-from store.npy import HEADER, NpyHeader, fill, npy_header, open_to_read, read_header
 
+HEADER = 128  # bytes
 CHECKED_AT_ONCE = 1 << 24  # bytes of a file
 IMAGES = "images/"  # beside names of files in a line of progress.jsonl; no file has such a name
 
@@ -39,6 +52,12 @@ class CollectionBatch(NamedTuple):
 
     prompts: list[dict]
     """These lines."""
+
+
+def npy_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
+    """The first 128 bytes of `.npy` format 1.0, whatever the shape, so that a file can grow in place."""
+    fields = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": tuple(shape)}
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", 118) + repr(fields).encode().ljust(117) + b"\n"
 
 
 def as_numpy(x: torch.Tensor) -> np.ndarray:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from errors import UsageError
-from store.activation_file import hash_key, open_activation_file, read_description, refuse_unfinished
+from store.activation_file import hash_key, open_activation_file, read_description, read_pieces, refuse_unfinished
 from store.arrow import is_arrow
 from store.shuffle import Reader
 
@@ -111,7 +111,7 @@ class Activations:
     seen: hashes (`hash_key`) of the prompts that an SAE was trained on. Then held out are the others, all of them up to
     HELD_OUT["at_most"] vectors, where every prompt has a text (or an image, or a seed) to tell it by.
 
-    Attributes: paths; sources, an ActivationFile each; files, all their MappedRows; shapes, one a path; hook_name ("" for
+    Attributes: paths; sources, an ActivationFile each; files, all their StoredRows; shapes, one a path; hook_name ("" for
     plain files); d; num_vectors = num_training + num_held_out; whole_prompts, False where there were none to hold out; unseen,
     whether what is held out is known from `seen`; training_prompts, hashes of the prompts that are not held out, None if unknown;
     num_prompts, 0 then; timesteps, one a step of the sampling, [] where the files do not say or differ.
@@ -121,11 +121,11 @@ class Activations:
         self.paths, self.files = [str(path) for path in paths], []
         self.sources, units, prompts = [open_activation_file(path) for path in self.paths], [], []
         for path, source in zip(self.paths, self.sources):
-            rows = source.files[0].rows
+            rows = source.files[0]
             if not self.files:
-                self.d, self.dtype, self.hook_name = rows.shape[1], rows.dtype, source.hook_name
-            if (rows.shape[1], rows.dtype) != (self.d, self.dtype):
-                here, there = f"width {rows.shape[1]}, {rows.dtype}", f"width {self.d}, {self.dtype}"
+                self.d, self.dtype, self.hook_name = rows.width, rows.dtype, source.hook_name
+            if (rows.width, rows.dtype) != (self.d, self.dtype):
+                here, there = f"width {rows.width}, {rows.dtype}", f"width {self.d}, {self.dtype}"
                 raise UsageError(f"{path} holds vectors of {here}, {self.paths[0]} of {there}")
             units.append(source.units + [len(self.files), 0, 0])
             prompts += source.prompts
@@ -165,12 +165,12 @@ class Activations:
     def read(self, pieces):
         """Copy rows into one tensor (n, d) of the file's dtype (float32 for float64, which MPS can't hold).
 
-        pieces (many, 3): file, first row, end row.
+        pieces (many, 3): file, first row, end row. Raises UsageError where a file has become shorter, OSError where it can't be
+        read.
         """
-        ends = np.cumsum(pieces[:, 2] - pieces[:, 1])
-        out = np.empty((ends[-1], self.d), np.float32 if self.dtype == np.float64 else self.dtype)
-        for (file, first, end), at in zip(pieces.tolist(), ends.tolist()):
-            out[at - (end - first) : at] = self.files[file].rows[first:end]
+        out = read_pieces(self.files, pieces)
+        if out.dtype == np.float64:
+            out = out.astype(np.float32)
         tensor = torch.from_numpy(out)
         return tensor.view(torch.bfloat16) if out.dtype == np.uint16 else tensor
 
@@ -205,7 +205,7 @@ class Activations:
     def sample_tokens(self):
         """Vectors of one (prompt, step). Raises UsageError where the files do not hold whole samples of one size."""
         units = np.concatenate([self.training_units, self.held_out_units])
-        if not self.whole_prompts or len(set(self.tokens)) > 1 or ((units[:, 2] - units[:, 1]) % self.tokens[0]).any():
+        if len(set(self.tokens)) > 1 or ((units[:, 2] - units[:, 1]) % self.tokens[0]).any():
             raise UsageError(
                 f"{self.paths[0]}: sample_topk needs files of whole samples, (prompts, steps, tokens, d) of one size"
             )
