@@ -15,11 +15,19 @@ import numpy as np
 import torch
 
 from errors import UsageError
-from store.activation_file import hash_key, open_activation_file, read_description, read_pieces, refuse_unfinished
+from store.activation_file import (
+    hash_key,
+    open_activation_file,
+    read_description,
+    read_pieces,
+    read_prompts,
+    refuse_unfinished,
+)
 from store.arrow import is_arrow
 from store.shuffle import Reader
 
 HELD_OUT = dict(share=0.1, at_least=100_000, at_most=1_000_000)  # vectors kept from training, in whole prompts
+READ_BYTES = 1 << 26  # that `held_out` reads at once
 BESIDE = (".tokens.npy", ".timesteps.npy", ".lengths.npy")  # files that collect.py writes beside an activation file
 
 
@@ -100,13 +108,20 @@ def open_activations(data, seen=None):
     return [Activations(paths, seen=seen) for paths in sets.values()]
 
 
+def cut_unit(unit, most):
+    """A unit (file, first row, end row) in pieces of at most so many rows, (n, 3); an empty one is one piece."""
+    file, first, end = unit.tolist()
+    begins = np.arange(first, max(end, first + 1), most)
+    return np.stack([np.full(len(begins), file), begins, np.minimum(begins + most, end)], 1)
+
+
 class Activations:
     """The vectors of one hook point, in one or several files, split into training and held-out prompts.
 
     The split is by prompt: all images of one (the first axis of an N-D file), and of its namesakes, fall on one side. A
     file of two axes or a single prompt is cut into 32 contiguous pieces instead. Held out is a seeded choice of
     HELD_OUT["share"] of the vectors in whole prompts, more where that is below `at_least` (up to a quarter and the rest
-    of a prompt, never more than half), fewer where it is above `at_most`.
+    of a prompt, never more than half), fewer where it is above `at_most`; a piece of a file without prompts is cut at that.
 
     seen: hashes (`hash_key`) of the prompts that an SAE was trained on. Then held out are the others, all of them up to
     HELD_OUT["at_most"] vectors, where every prompt has a text (or an image, or a seed) to tell it by.
@@ -159,8 +174,22 @@ class Activations:
         self.training_prompts = sorted(hashes[i] for i in kept) if known else None
         self.transfer = []
         self.held_out_units, self.training_units = units[held_out], units[~held_out]
+        self.shorten_held_out(HELD_OUT["at_most"])
         self.num_held_out = int((self.held_out_units[:, 2] - self.held_out_units[:, 1]).sum())
         self.num_training = self.num_vectors - self.num_held_out
+
+    def shorten_held_out(self, most):
+        """Give the ends of held-out pieces back to training where all are more than `most` vectors; prompts stay whole."""
+        units = self.held_out_units
+        sizes = units[:, 2] - units[:, 1]
+        plain = np.repeat([not source.whole_prompts for source in self.sources], [len(source.files) for source in self.sources])
+        kept = np.where(plain[units[:, 0]], sizes * most // max(most, sizes.sum()), sizes)
+        if (kept == sizes).all():
+            return
+        ends = np.stack([units[:, 0], units[:, 1] + kept, units[:, 2]], 1)[kept < sizes]
+        training = np.concatenate([self.training_units, ends])
+        self.training_units = training[np.lexsort((training[:, 1], training[:, 0]))]
+        self.held_out_units = np.stack([units[:, 0], units[:, 1], units[:, 1] + kept], 1)
 
     def read(self, pieces):
         """Copy rows into one tensor (n, d) of the file's dtype (float32 for float64, which MPS can't hold).
@@ -212,9 +241,29 @@ class Activations:
         return self.tokens[0]
 
     def held_out(self):
-        """The held-out vectors, one prompt after another in the order of the files: tensors (rows, d)."""
+        """The held-out vectors, one prompt after another in the order of the files: tensors (rows, d), of a huge one several."""
+        most = max(1, READ_BYTES // self.sources[0].files[0].row_bytes)
         for unit in self.held_out_units:
-            yield self.read(unit[None])
+            for piece in cut_unit(unit, most):
+                yield self.read(piece[None])
+
+    def rows_of_prompts(self):
+        """The lines of prompts.jsonl of every image of all files, in their order: dicts. Raises UsageError where one has none."""
+        return [row for source in self.sources for row in read_prompts(source.path, source.P)[: source.P]]
+
+    def read_image(self, index):
+        """All vectors of one image, numbered through all files (prompts, steps, tokens, d): (steps, tokens, d), as in `read`.
+
+        Padding of text is left out.
+        """
+        ends = np.cumsum([source.P for source in self.sources])
+        number = int(np.searchsorted(ends, index, side="right"))
+        source = self.sources[number]
+        row = index - (ends[number] - source.P)
+        num_real = source.T if source.lengths is None else int(source.lengths[row])
+        first = (row * source.S + np.arange(source.S)) * source.T
+        pieces = np.stack([np.full(source.S, number), first, first + num_real], 1)
+        return self.read(pieces).view(source.S, num_real, self.d)
 
     def batches(self, batch_size, stop, start=0, seed=0, buffer_gb=2.0, tokens=1, share=(0, 1), pin=False, ahead=4):
         """Training vectors `start` to `stop` of an endless seeded shuffle: (x (batch_size, d), step (batch_size,)), the last
