@@ -169,6 +169,7 @@ def scan_prompt(found, sae, activations, number, p, grid, batch_size):
     file, device = activations.sources[number], sae.W_dec.device
     n = file.T if file.lengths is None else int(file.lengths[p])
     size = max(n, batch_size // max(1, n) * n) if sae.takes_samples else batch_size
+    kept = None if file.tokens_kept is None else file.read_tokens_kept(p)
     for pieces in pieces_of(number, file, p, n, size):
         x = activations.read(pieces).to(device).float()
         if not torch.isfinite(x).all():
@@ -176,8 +177,8 @@ def scan_prompt(found, sae, activations, number, p, grid, batch_size):
         top_acts, top_indices = sae.encode(x.unflatten(0, (-1, n)) if sae.takes_samples else x)[:2]
         row = np.concatenate([np.arange(first, end) for _, first, end in pieces.tolist()])
         step, token = row // file.T % file.S, row % file.T
-        if file.tokens_kept is not None:
-            token = np.asarray(file.tokens_kept[p])[step, token]
+        if kept is not None:
+            token = kept[step, token]
         if not activations.timesteps:
             step = np.zeros_like(step)
         step, cell = torch.from_numpy(step).to(device), torch.from_numpy(grid.cells[token]).to(device)

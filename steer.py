@@ -37,7 +37,8 @@ from diffusion.generate import generate_images
 from errors import UsageError
 from hook import Generation, HookedDiffusionModel, model_of
 from sae import Sae, newest_sae
-from store.activation_file import open_activation_file, read_description, read_prompts
+from store.activation_file import open_activation_file, read_description
+from store.dataset import Activations
 from store.disk import claim_folder, write_json
 from store.hook_point import trained_on
 from store.identity import check_belongs, origin
@@ -167,17 +168,23 @@ def choose_features(cfg: Config, targets: list[Target]) -> list[dict] | None:
 
     shown = None
     for target in targets:
-        listing = read_prompts(target.sae.cfg["data"][0])
-        groups = choose_varying(cfg, target) if cfg.concept is None else choose_of_concept(cfg, target, listing)
+        activations = Activations(target.sae.cfg["data"])
+        listing = activations.rows_of_prompts()
+        if cfg.concept is None:
+            groups = choose_varying(cfg, target, activations)
+        else:
+            groups = choose_of_concept(cfg, target, activations, listing)
         if shown is None:  # by the first: some images that have the feature, then some that do not
             half = -(-cfg.num_prompts // 2)
             shown = [listing[row] for row in (*groups[0][:half], *groups[1][: cfg.num_prompts - half])]
     return shown
 
 
-def choose_of_concept(cfg: Config, target: Target, listing: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+def choose_of_concept(
+    cfg: Config, target: Target, activations: Activations, listing: list[dict]
+) -> tuple[np.ndarray, np.ndarray]:
     """The features that fire for prompts with the word. Returns the rows of the listing with it, and those without."""
-    scores, rows = image_scores(target.sae, target.sae.cfg["data"][0], pictures=cfg.num_pictures)
+    scores, rows = image_scores(target.sae, activations, pictures=cfg.num_pictures)
     texts = [seen_text(listing[row]) for row in rows]
     has_word = with_word(texts, cfg.concept)
     if cfg.toward is not None:
@@ -188,9 +195,9 @@ def choose_of_concept(cfg: Config, target: Target, listing: list[dict]) -> tuple
     return rows[has_word.numpy()], rows[~has_word.numpy()]
 
 
-def choose_varying(cfg: Config, target: Target) -> tuple[np.ndarray, np.ndarray]:
+def choose_varying(cfg: Config, target: Target, activations: Activations) -> tuple[np.ndarray, np.ndarray]:
     """The features that vary most between images. Returns the rows of the listing where they are strong, and where weak."""
-    scores, rows = image_scores(target.sae, target.sae.cfg["data"][0], pictures=cfg.num_pictures)
+    scores, rows = image_scores(target.sae, activations, pictures=cfg.num_pictures)
     scores = scores.mean(1)  # (P, M), over steps
     values, features = scores.std(0).topk(min(cfg.num_features, target.sae.num_latents))
     target.features, target.scores = features.tolist(), values.tolist()
@@ -242,7 +249,7 @@ def folder_name(cfg: Config, targets: list[Target]) -> str:
 def choose_prompts(cfg: Config, targets: list[Target], shown: list[dict] | None) -> list[dict]:
     """What is generated: rows with a prompt and a seed."""
     if not cfg.dataset_name:
-        rows = shown or read_prompts(targets[0].sae.cfg["data"][0])
+        rows = shown or Activations(targets[0].sae.cfg["data"]).rows_of_prompts()
         return rows[: cfg.num_prompts]
     negative = negative_prompt_of(cfg, targets[0])
     rows = load_prompts(cfg.dataset_name, column=cfg.column, negative_prompt=negative, max_num_examples=cfg.num_prompts)
@@ -251,12 +258,12 @@ def choose_prompts(cfg: Config, targets: list[Target], shown: list[dict] | None)
 
 def negative_prompt_of(cfg: Config, target: Target) -> str | None:
     """The negative prompt of the option, or else of the activations: some pipelines guide only where there is one."""
-    data = target.sae.cfg["data"][0]
-    if cfg.negative_prompt is not None or not Path(data).exists():
+    data = target.sae.cfg["data"]
+    if cfg.negative_prompt is not None or not all(Path(path).exists() for path in data):
         return cfg.negative_prompt
-    found = {row.get("negative_prompt") for row in read_prompts(data)}
+    found = {row.get("negative_prompt") for row in Activations(data).rows_of_prompts()}
     if len(found) > 1:
-        raise UsageError(f"{data} was collected with {len(found)} different negative prompts; choose one with --negative_prompt")
+        raise UsageError(f"{data[0]} was collected with {len(found)} negative prompts; choose one with --negative_prompt")
     return found.pop()
 
 

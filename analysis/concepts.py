@@ -14,7 +14,6 @@ import torch
 from tqdm import tqdm
 
 from errors import UsageError
-from store.dataset import Activations
 from store.words import has_word
 
 MOST = 1 << 28  # numbers that image scores may take: 1 GiB
@@ -33,29 +32,30 @@ def with_word(prompts, word):
 
 
 @torch.no_grad()
-def image_scores(sae, path, pool="mean", pictures=None, most=MOST):
-    """Each picture's activation of every latent by step: ((P, S, M) float32, which rows of the file those are (P,)).
+def image_scores(sae, activations, pool="mean", pictures=None, most=MOST):
+    """Each picture's activation of every latent by step: ((P, S, M) float32, which pictures those are (P,)).
 
-    pool: mean or max over the tokens; padding of text does not count. P is at most `pictures`, and fewer, a seeded choice, where
-    all would be more than `most` numbers. Raises UsageError for a file of another width, or not of (prompts, steps, tokens, d).
+    activations: of one hook point; pictures are numbered through all of its files. pool: mean or max over the tokens; padding of
+    text does not count. P is at most `pictures`, and fewer, a seeded choice, where all would be more than `most` numbers. Raises
+    UsageError for files of another width, or not of (prompts, steps, tokens, d) with the same steps.
     """
-    activations = Activations([path])
-    (file,) = activations.sources
-    if len(file.shape) != 4 or file.d != sae.d_in:
-        raise UsageError(f"{path} is {file.shape}; expected (prompts, steps, tokens, {sae.d_in})")
-    P, S, T, M = file.P, file.S, file.T, sae.num_latents
+    S, M = activations.sources[0].S, sae.num_latents
+    for file in activations.sources:
+        if len(file.shape) != 4 or file.d != sae.d_in or file.S != S:
+            steps = "steps" if file is activations.sources[0] else S
+            raise UsageError(f"{file.path} is {file.shape}; expected (prompts, {steps}, tokens, {sae.d_in})")
+    P = sum(file.P for file in activations.sources)
     fit = max(2, min(P, pictures or P, most // (S * M)))
     chosen = np.sort(np.random.default_rng(0).permutation(P)[:fit])
     scores = torch.zeros(len(chosen), S, M)
-    for out, row in zip(scores, tqdm(chosen, "encoding", unit="picture", leave=False)):
-        all_vectors = np.array([[0, row * S * T, (row + 1) * S * T]])
-        x = activations.read(all_vectors).to(sae.W_dec.device).float().view(S, T, -1)
-        top_acts, top_indices = sae.encode(x)[:2]
-        num_real = T if file.lengths is None else int(file.lengths[row])  # without the padding of text
-        acts, indices = top_acts[:, :num_real].flatten(1), top_indices[:, :num_real].flatten(1)
+    for out, picture in zip(scores, tqdm(chosen, "encoding", unit="picture", leave=False)):
+        x = activations.read_image(picture).to(sae.W_dec.device).float()
+        if not x.numel():  # a prompt without text
+            continue
+        acts, indices = (codes.flatten(1) for codes in sae.encode(x)[:2])
         pooled = torch.zeros(S, M, device=x.device)
         if pool == "mean":
-            out.copy_(pooled.scatter_add_(1, indices, acts) / max(1, num_real))
+            out.copy_(pooled.scatter_add_(1, indices, acts) / x.shape[1])
         else:
             out.copy_(pooled.scatter_reduce_(1, indices, acts, "amax"))
     return scores, chosen

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from distributed import ALONE
 from kernels import count_active
+from store.dataset import cut_unit
 
 ALWAYS = 0.9
 
@@ -114,12 +115,11 @@ def evaluate(saes, activations, batch_size, progress=False, vectors=ALONE):
     for unit in units:
         if unit[1] == unit[2]:  # a prompt without text
             continue
-        rows = activations.read(unit[None])
-        step = torch.from_numpy(activations.steps_of(unit[None])) if steps > 1 else torch.zeros(len(rows), dtype=torch.int64)
         tokens = activations.tokens[int(unit[0])] if takes_samples else 1
         size = max(1, batch_size // tokens) * tokens  # whole samples
-        for x, at in zip(rows.split(size), step.split(size)):
-            x = x.to(saes[0].W_dec.device).float()
+        for piece in cut_unit(unit, size):
+            x = activations.read(piece[None]).to(saes[0].W_dec.device).float()
+            at = torch.from_numpy(activations.steps_of(piece[None])) if steps > 1 else torch.zeros(len(x), dtype=torch.int64)
             for sae, metrics in zip(saes, found):
                 codes = sae.encode(x.unflatten(0, (-1, tokens)) if sae.takes_samples else x)
                 x_hat, codes = sae.decode(*codes).view_as(x), [code.flatten(0, -2) for code in codes[:2]]

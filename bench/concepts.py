@@ -23,7 +23,7 @@ from bench.step import conditions
 from cli import check_positive, resolve_device
 from errors import UsageError
 from sae import Sae
-from store.activation_file import read_prompts
+from store.identity import activations_of
 from toy.concepts import CONCEPTS
 
 
@@ -76,12 +76,13 @@ def main(cfg):
     where, versions, commit = conditions(device)
     print(f"{where}; {versions}; commit {commit}")
     saes = [Sae.load_from_disk(path, device) for path in cfg.sae or train_some(cfg, Path(cfg.work_dir))]
-    files = [sae.cfg["data"][0] for sae in saes]
-    rows = read_prompts(files[0])
-    if any([r["prompt"] for r in read_prompts(file)] != [r["prompt"] for r in rows] for file in files):
+    sets = [activations_of(sae, "the SAE") for sae in saes]
+    listings = [activations.rows_of_prompts() for activations in sets]
+    rows = listings[0]
+    if any([r["prompt"] for r in listing] != [r["prompt"] for r in rows] for listing in listings):
         raise UsageError("the SAEs are of activations of different prompts")
     for pool in cfg.pool:
-        scores = [image_scores(sae, file, pool, most=1 << 40)[0].mean(1) for sae, file in zip(saes, files)]
+        scores = [image_scores(sae, activations, pool, most=1 << 40)[0].mean(1) for sae, activations in zip(saes, sets)]
         choice = torch.arange(len(rows)) % 2 == 0
         print(f"\nimage score: {pool} over tokens, mean over steps; {choice.sum()} prompts choose, {(~choice).sum()} score")
         for name, values in CONCEPTS.items():

@@ -44,9 +44,11 @@ from diffusion.generate import generate_images
 from errors import UsageError
 from hook import Generation, HookedDiffusionModel, find_model, model_of
 from sae import Sae, newest_sae
-from store.activation_file import open_file, read_description, read_prompts
+from store.activation_file import read_description
+from store.dataset import Activations
 from store.disk import claim_folder, read_json, write_json
 from store.hook_point import HookPoint, trained_on
+from store.identity import activations_of
 from store.prompts import load_prompts
 from toy.concepts import CONCEPTS, Classifier, to_model
 
@@ -114,18 +116,18 @@ def domains_of(saes, values):
     """
     found, best = {}, dict.fromkeys(values, -1.0)
     for sae in saes:
-        path, hook_point = sae.cfg["data"][0], trained_on(sae)
-        rows = read_prompts(path)
-        scores, chosen = image_scores(sae, path)
-        array, meta = open_file(path)
-        if hook_point.rows != "cond" or not meta.get("timesteps") or any(name not in rows[0] for name in values):
+        activations, hook_point = activations_of(sae, "the SAE"), trained_on(sae)
+        path, rows = activations.paths[0], activations.rows_of_prompts()
+        if hook_point.rows != "cond" or not activations.timesteps or any(name not in row for name in values for row in rows):
             raise UsageError(f"{path}: unlearning needs --rows cond of generated pictures, with prompts of toy/prompts.csv")
-        means = torch.from_numpy(np.stack([array[i].astype(np.float32).mean(1) for i in chosen]))
+        scores, chosen = image_scores(sae, activations)
+        vectors = (activations.read_image(i).float().numpy() for i in chosen)
+        means = torch.from_numpy(np.stack([x.mean(1) for x in vectors]))
         for name in values:
             labels = [rows[i][name] for i in chosen]
             if absent := [value for value in values[name] if value not in labels or set(labels) == {value}]:
                 raise UsageError(f"{path}: {absent[0]} is shown by {'all' if absent[0] in labels else 'none'} of its pictures")
-            domain = Domain(name, sae, hook_point, scores, means, torch.tensor(meta["timesteps"]), labels)
+            domain = Domain(name, sae, hook_point, scores, means, torch.tensor(activations.timesteps), labels)
             each = [auroc(scores.mean(1), domain.there(value)).max() for value in sorted(set(labels))]
             if (told := float(torch.stack(each).mean())) > best[name]:
                 best[name], found[name] = told, domain
@@ -346,7 +348,7 @@ def main(cfg: Config) -> list[Path]:
 
     # 3. Where each domain is edited, the prompts, and who judges
     domains = domains_of(saes, values)
-    used = {row["prompt"] for sae in saes for row in read_prompts(sae.cfg["data"][0])}
+    used = {row["prompt"] for sae in saes for row in Activations(sae.cfg["data"]).rows_of_prompts()}
     halves = split_prompts(load_prompts(str(model / "prompts.csv")), used, cfg.per_cell)
     classifier = Classifier.load(model).to(device)
 

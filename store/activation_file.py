@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import os
 import re
 import unicodedata
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +16,7 @@ import numpy as np
 
 from errors import UsageError
 from store.arrow import is_arrow, open_arrow
-from store.disk import checksum, read_json, seen_from
+from store.disk import checksum, fill, open_to_read, read_json, seen_from
 
 PIECES = 32  # that a file without prompts is cut into
 INVISIBLE = re.compile(r"[\s\u200b-\u200d\u2060\ufeff]+")
@@ -25,14 +27,65 @@ COLLECTED_WITH = (
 """Settings of a collection that decide what its vectors are like, beside the model and the hook point."""
 
 
-class MappedRows(NamedTuple):
-    """Vectors that lie one after another in a file of the disk."""
+class StoredRows(NamedTuple):
+    """Rows of equal width that lie one after another in a file."""
 
     path: str
-    offset: int  # of the first vector, in bytes
-    rows: np.ndarray  # (n, d), mapped from the file
-    tokens: int  # vectors of one (prompt, step)
-    first: int  # vectors of the same array that come before these
+    offset: int  # of the first row, in bytes
+    num_rows: int
+    width: int  # numbers in a row
+    dtype: np.dtype
+    tokens: int = 1  # rows of one (prompt, step)
+    first: int = 0  # rows of the same array that come before these, in other files
+
+    @property
+    def row_bytes(self) -> int:
+        return self.width * self.dtype.itemsize
+
+
+class NpyHeader(NamedTuple):
+    """What a `.npy` file says of its array."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    offset: int  # of the first number, in bytes
+    c_order: bool
+
+
+def read_header(path: str | Path) -> NpyHeader:
+    """The NpyHeader of a file. Raises OSError where it can't be read, ValueError where it is damaged, shorter than it says, or
+    holds objects.
+    """
+    try:
+        array = np.lib.format.open_memmap(path, mode="r")  # checks all that, never unpickles, and reads only the header
+    except OSError:
+        raise
+    except Exception as error:  # a damaged header can fail in any way
+        raise ValueError(str(error)) from None
+    return NpyHeader(array.shape, array.dtype, getattr(array, "offset", 0), array.flags.c_contiguous)
+
+
+def read_pieces(files: list[StoredRows], pieces: np.ndarray) -> np.ndarray:
+    """Copy rows of files of one width and dtype into a new array (n, width).
+
+    pieces (many, 3): number of the file, first row, end row. Raises UsageError where a file has become shorter, OSError where
+    one can't be read.
+    """
+    counts = pieces[:, 2] - pieces[:, 1]
+    out = np.empty((int(counts.sum()), files[0].width), files[0].dtype)
+    memory = memoryview(out.reshape(-1).view(np.uint8))
+    at = 0
+    for number, group in groupby(pieces.tolist(), key=lambda piece: piece[0]):
+        file = files[number]
+        fd = open_to_read(file.path)
+        try:
+            for _, first, end in group:
+                num_bytes = (end - first) * file.row_bytes
+                fill(fd, memory[at : at + num_bytes], file.offset + first * file.row_bytes, file.path)
+                at += num_bytes
+        finally:
+            os.close(fd)
+    return out
 
 
 @dataclass(frozen=True)
@@ -45,12 +98,12 @@ class ActivationFile:
     path: Path
     meta: dict  # what collect.py says of the file; {} for files of other programs
     shape: tuple[int, ...]
-    files: list[MappedRows]  # one for an .npy file, one or more for a folder of saved rows
+    files: list[StoredRows]  # one for an .npy file, one or more for a folder of saved rows
     timesteps: list[float]  # the scheduler's value at each step; [] where the file does not say
     hook_name: str
     units: np.ndarray  # (n, 3): number in `files`, first row, end row; the rows of a unit show one prompt, and none is padding
     prompts: list  # (n,): which prompt each unit shows; units of the same value show the same
-    whole_prompts: bool  # False where there are no prompts, or a single one; then `prompts` numbers contiguous pieces
+    whole_prompts: bool  # False where there are none, a single one, or unknown ones; then `prompts` numbers pieces or rows
     prompt_rows: list[dict] | None = None  # (P,): the lines of prompts.jsonl
     lengths: np.ndarray | None = None  # (P,): how many tokens are no padding; None where the file holds no text tokens
 
@@ -71,15 +124,22 @@ class ActivationFile:
         return self.shape[-1]
 
     @cached_property
-    def tokens_kept(self) -> np.ndarray | None:
-        """(P, S, T): which token of the grid each one is; None where all were kept. Raises UsageError for another shape."""
+    def tokens_kept(self) -> StoredRows | None:
+        """Which token of the grid each one is, a row (S * T,) for each of P; None where all were kept: see `read_tokens_kept`.
+
+        Raises UsageError for a file that is damaged, or of another collection.
+        """
         path = self.path.with_suffix(".tokens.npy")
         if not path.exists():
             return None
-        kept = np.load(path, mmap_mode="r", allow_pickle=False)
-        expected = (self.P, self.S, self.T)
-        if kept.shape != expected:
-            raise UsageError(f"{path} has shape {kept.shape}, expected {expected}")
+        header = read_side_header(path, (self.P, self.S, self.T))
+        return StoredRows(str(path), header.offset, self.P, self.S * self.T, header.dtype)
+
+    def read_tokens_kept(self, row: int) -> np.ndarray:
+        """(S, T): which tokens of the grid image `row` has. Raises UsageError for numbers that are not on the grid."""
+        kept = read_pieces([self.tokens_kept], np.array([[0, row, row + 1]])).reshape(self.S, self.T)
+        if kept.min() < 0 or kept.max() >= prod(self.grid):
+            raise UsageError(f"{self.tokens_kept.path} is damaged: row {row} names a token outside of the grid {self.grid}")
         return kept
 
     @property
@@ -118,8 +178,8 @@ def refuse_unfinished(path):
         )
 
 
-def open_file(path):
-    """Map one activation file: its array (..., d), C order, read only, and its description ({} for a plain `.npy`).
+def open_file(path) -> tuple[NpyHeader, dict]:
+    """What one activation file holds: an array (..., d) in C order, and its description ({} for a plain `.npy`).
 
     Raises UsageError for anything but floats of at least two axes, or bfloat16 bits that the description says are such.
     """
@@ -131,21 +191,20 @@ def open_file(path):
         raise UsageError(f"{path} is no .npy file")
     meta = read_description(path)
     try:
-        array = np.lib.format.open_memmap(path, mode="r")  # never unpickles
-    except OSError:
-        raise
-    except Exception as error:  # a damaged header can fail in any way; the reason is in the message
+        header = read_header(path)
+    except ValueError as error:
         raise UsageError(f"{path} is not a complete .npy file of numbers ({error})") from None
-    bfloat16 = array.dtype == np.uint16 and meta.get("dtype") == "bfloat16"
-    if not bfloat16 and array.dtype not in (np.float16, np.float32, np.float64):
-        raise UsageError(f"{path} holds {array.dtype}, expected float16, 32 or 64 (or bfloat16 with its .json)")
-    if array.ndim < 2 or not array.flags.c_contiguous:
-        raise UsageError(f"{path} has shape {array.shape}, expected (prompts, ..., d) or (vectors, d) in C order")
-    if not array.size:
-        raise UsageError(f"{path} is empty: shape {array.shape}")
-    if list(meta.get("shape", array.shape)) != list(array.shape):
-        raise UsageError(f"{path} has shape {list(array.shape)}, but its .json says {meta['shape']}")
-    return array, meta
+    shape, dtype = header.shape, header.dtype
+    bfloat16 = dtype == np.uint16 and meta.get("dtype") == "bfloat16"
+    if not bfloat16 and dtype not in (np.float16, np.float32, np.float64):
+        raise UsageError(f"{path} holds {dtype}, expected float16, 32 or 64 (or bfloat16 with its .json)")
+    if len(shape) < 2 or not header.c_order:
+        raise UsageError(f"{path} has shape {shape}, expected (prompts, ..., d) or (vectors, d) in C order")
+    if not prod(shape):
+        raise UsageError(f"{path} is empty: shape {shape}")
+    if list(meta.get("shape", shape)) != list(shape):
+        raise UsageError(f"{path} has shape {list(shape)}, but its .json says {meta['shape']}")
+    return header, meta
 
 
 def read_prompts(path, count=None):
@@ -162,7 +221,7 @@ def read_prompts(path, count=None):
     except ValueError as error:
         raise UsageError(f"{listing} is damaged: {error}") from None
     if count is None:
-        count = len(open_file(path)[0])
+        count = open_file(path)[0].shape[0]
     if len(rows) < count or not all(isinstance(row, dict) and "prompt" in row for row in rows):
         raise UsageError(f"{listing} does not say the prompts of {path}, one a line")
     recorded = read_description(path).get("prompts_digest")  # earlier versions wrote none
@@ -171,16 +230,28 @@ def read_prompts(path, count=None):
     return rows
 
 
+def read_side_header(path, shape):
+    """The header of a file of whole numbers that collect.py wrote beside an activation file. Raises UsageError for another."""
+    try:
+        header = read_header(path)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} is missing or damaged ({error}); move its folder away and collect again") from None
+    if header.shape != shape:
+        raise UsageError(f"{path} is of another collection: it has shape {header.shape}, expected {shape}")
+    if header.dtype.kind not in "iu" or not header.c_order:
+        raise UsageError(f"{path} holds {header.dtype}, expected whole numbers; move its folder away and collect again")
+    return header
+
+
 def read_lengths(path, shape):
     """How many tokens of each prompt are no padding, (prompts,), of a file of text tokens (prompts, steps, tokens, d)."""
     path = Path(path).with_suffix(".lengths.npy")
-    try:
-        lengths = np.load(path, allow_pickle=False)
-    except Exception as error:  # a damaged header can fail in any way
-        raise UsageError(f"{path} is missing or damaged ({error}); move its folder away and collect again") from None
-    if lengths.shape != shape[:1]:
-        raise UsageError(f"{path} is of another collection: {lengths.shape} for {shape[:1]}")
-    return lengths.clip(0, shape[2])
+    header = read_side_header(path, shape[:1])
+    rows = StoredRows(str(path), header.offset, shape[0], 1, header.dtype)
+    lengths = read_pieces([rows], np.array([[0, 0, shape[0]]]))[:, 0]
+    if lengths.min() < 0 or lengths.max() > shape[2]:
+        raise UsageError(f"{path} is damaged: a prompt of {lengths.max()} tokens in a file of {shape[2]}; collect again")
+    return lengths.astype(np.int64)
 
 
 def open_activation_file(path):
@@ -188,24 +259,25 @@ def open_activation_file(path):
     if is_arrow(path):
         return open_saved_rows(path)
     path = Path(path)
-    array, meta = open_file(path)
+    header, meta = open_file(path)
+    shape = header.shape
     prompt_rows, lengths = None, None
-    if meta and array.ndim > 2:
-        prompt_rows = read_prompts(path, len(array))[: len(array)]  # the listing of a collection that grows is ahead of it
+    if meta and len(shape) > 2:
+        prompt_rows = read_prompts(path, shape[0])[: shape[0]]  # the listing of a collection that grows is ahead of it
     if meta.get("stream") == "text":
-        lengths = read_lengths(path, array.shape)
-    images = image_prompts(path, array.shape, meta, prompt_rows)
+        lengths = read_lengths(path, shape)
+    images = image_prompts(path, shape, meta, prompt_rows)
     whole_prompts = len(set(images)) > 1
-    first, end, prompts = cut_units(array.shape, images if whole_prompts else None, lengths)
+    first, end, prompts = cut_units(shape, images if whole_prompts else None, lengths)
     if not whole_prompts:
         prompts = [(str(path), piece) for piece in prompts]
-    rows = MappedRows(str(path), getattr(array, "offset", 0), array.reshape(-1, array.shape[-1]), array.shape[-2], 0)
+    rows = StoredRows(str(path), header.offset, prod(shape[:-1]), shape[-1], header.dtype, tokens=shape[-2])
     return ActivationFile(
         path=path,
         meta=meta,
-        shape=array.shape,
+        shape=shape,
         files=[rows],
-        timesteps=known_timesteps(array.shape, meta),
+        timesteps=known_timesteps(shape, meta),
         hook_name=str(meta.get("hook_name", "")),
         units=np.stack([np.zeros_like(first), first, end], 1),
         prompts=prompts,
@@ -252,25 +324,53 @@ def cut_units(shape, images, lengths):
 
 
 def open_saved_rows(folder):
-    """Open a folder of saved rows. Rows of one file name, or one run through the timesteps, show one prompt."""
+    """Open a folder of saved rows. Those that show one image are found by their file names, or by the order of their timesteps.
+
+    Where neither tells, each row is held out or trained on alone, and `whole_prompts` is False.
+    """
     arrays, columns = open_arrow(folder)
     counts = np.array([len(array) for *_, array in arrays])
     _, tokens, d = arrays[0][2].shape
-    names, times, timesteps = [(str(folder), row) for row in range(counts.sum())], columns.get("timestep"), []
-    if times and times[0] in times[1:]:  # else each row has a timestep of its own, as random ones are
-        period = times.index(times[0], 1)
-        if times == times[:period] * (len(times) // period):
-            timesteps = [float(t) for t in times[:period]]
-            names = [(str(folder), row // period) for row in range(len(times))]
-    names = columns.get("file_name") or names
-    whole = len(set(names)) > 1
-    names = names if whole else list(range(len(names)))
-    begin = np.cumsum(counts) - counts
-    files = [MappedRows(path, at, a.reshape(-1, d), tokens, b * tokens) for (path, at, a), b in zip(arrays, begin.tolist())]
+    times, timesteps = columns.get("timestep") or [], []
+    period = times.index(times[0], 1) if times and times[0] in times[1:] else 0  # else each has a timestep of its own
+    images = None
+    if period and times == times[:period] * (len(times) // period):
+        timesteps = [float(t) for t in times[:period]]
+        images = [row // period for row in range(len(times))]
+    elif period:
+        images = images_by_step(np.array(times))
+    prompts = columns.get("file_name") or [(str(folder), image) for image in images or ()]
+    whole_prompts = len(set(prompts)) > 1
+    if not whole_prompts:
+        prompts = [(str(folder), row) for row in range(counts.sum())]
+    files = []
+    for (path, offset, array), before in zip(arrays, (np.cumsum(counts) - counts).tolist()):
+        files.append(StoredRows(path, offset, len(array) * tokens, d, array.dtype, tokens, first=before * tokens))
     first = np.concatenate([np.arange(count) for count in counts]) * tokens
     units = np.stack([np.arange(len(counts)).repeat(counts), first, first + tokens], 1)
     shape, hook_name = (len(first), tokens, d), Path(folder).resolve().name
-    return ActivationFile(Path(folder), {}, shape, files, timesteps, hook_name, units, names, whole)
+    return ActivationFile(Path(folder), {}, shape, files, timesteps, hook_name, units, prompts, whole_prompts)
+
+
+def images_by_step(times):
+    """Which image each row shows where a batch of images was saved step after step, and batch after batch: a list.
+
+    times (n,): 900 900 500 500, 900 500 -> 0 1 0 1, 2 2. None for rows in another order.
+    """
+    begins = np.flatnonzero(np.append(True, times[1:] != times[:-1]))
+    counts, values = np.diff(np.append(begins, len(times))), times[begins]
+    again = np.flatnonzero(values[1:] == values[0])
+    num_steps = int(again[0]) + 1 if len(again) else len(values)
+    if len(values) % num_steps:
+        return None
+    values, counts = values.reshape(-1, num_steps), counts.reshape(-1, num_steps)
+    if len(set(values[0].tolist())) < num_steps or (values != values[0]).any() or (counts != counts[:, :1]).any():
+        return None
+    images, first = [], 0
+    for count in counts[:, 0].tolist():
+        images += list(range(first, first + count)) * num_steps
+        first += count
+    return images
 
 
 def prompt_key(row: dict) -> str:

@@ -1,4 +1,4 @@
-"""Folders of Hugging Face `datasets` rows, as the ancestor of this project wrote its activations: mapped, never copied.
+"""Folders of Hugging Face `datasets` rows, as the ancestor of this project wrote its activations: read in place, never copied.
 
 `Dataset.save_to_disk` writes Arrow streams. A column of equal lists of floats lies in them as one array a record batch, so its
 place in the file is all that reading needs. Extension types (Array2D) are taken as what they store; nothing is unpickled.
@@ -23,6 +23,7 @@ def open_arrow(folder):
     """Map a saved data set: [(path, first byte, array (rows, tokens, d))], one a record batch, and the columns that say what a
     row is of, {"timestep" or "file_name": one value a row}.
 
+    Reading from the arrays would end Python where the file becomes shorter (see `disk.fill`); they say where the numbers lie.
     Raises UsageError for rows that are no equal lists of floats, or files that are none of Arrow's.
     """
     import pyarrow as pa  # half a second, for those who have such a folder

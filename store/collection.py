@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import struct
+import zlib
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -15,14 +16,17 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
+from tqdm import tqdm
 
 from errors import UsageError
-from store.activation_file import listing_digest
+from store.activation_file import NpyHeader, listing_digest, read_header
 from store.disk import (
     check_same,
     checksum,
+    fill,
     is_apple_double,
     make_folder,
+    open_to_read,
     opened,
     read_json,
     rename,
@@ -31,9 +35,11 @@ from store.disk import (
     write_json,
 )
 from store.identity import collection_id
-from store.images import remove_images, save_images
+from store.images import images_checksum, remove_images, save_images
 
 HEADER = 128  # bytes
+CHECKED_AT_ONCE = 1 << 24  # bytes of a file
+IMAGES = "images/"  # beside names of files in a line of progress.jsonl; no file has such a name
 
 
 class CollectionBatch(NamedTuple):
@@ -96,7 +102,9 @@ class Collection:
     settings: a JSON object of all that decides the bytes. prompts: list of dicts, one for each row of the arrays, whose
     `batch_size` consecutive rows are written together. From the start there are `collect.json` (the settings, and the facts
     that `write` was given), `prompts.jsonl`, and `progress.jsonl`, which gets one line for each batch that is safely on the
-    disk: {"batch": 3, "rows": 16}. Until the end the arrays are `<name>.npy.partial`.
+    disk: {"batch": 3, "rows": 16, "crc32": {"<name>": checksum of its rows, "images/": of its images}}. Until the end the
+    arrays are `<name>.npy.partial`. What is resumed is compared with the checksums first, and a batch that differs is pending
+    again; lines of earlier versions, which have none, are believed.
 
     Of several processes on a machine the first one begins, and locks the folder for as long as the collection is open; then
     the others join it. Each writes batches of its own.
@@ -173,15 +181,17 @@ class Collection:
 
     def _begin(self):
         lines = self.lines
-        if read_progress(self.progress):
+        progress = read_progress(self.progress)
+        if progress:
             self._compare(lines)
+            progress = self._without_damaged(progress)
         else:  # nothing is safe yet: begin anew
             for path in self.out_dir.glob("*.npy.partial"):
                 path.unlink()
             remove_images(self.images)
         self._write_record()
         write_atomically(self.listing, b"".join(line + b"\n" for line in lines))
-        self._write_progress(read_progress(self.progress))
+        self._write_progress(progress)
 
     def _compare(self, lines):
         """What is there must be the beginning of what is asked for, or an unfinished collection that goes further."""
@@ -222,6 +232,57 @@ class Collection:
                 "under the same name; use another --out_dir"
             )
         check_same(self.out_dir, theirs, ours, remedy)
+
+    def _without_damaged(self, progress):
+        """The progress without the batches whose rows or images are not those that were written; they are named.
+
+        A finished collection of which nothing more is wanted is not read again.
+        """
+        partial = next(self.out_dir.glob("*.npy.partial"), None)
+        pending = self._pending_of(len(self.prompts))
+        if partial is None and not pending:
+            return progress
+        num_batches = -(-len(self.prompts) // self.batch_size)
+        progress = {batch: line for batch, line in progress.items() if batch in range(num_batches)}
+        wanted = [batch for batch in sorted(progress) if batch not in pending]
+        damaged = {}
+        for batch in tqdm(wanted, "checking what is there", unit="batch", leave=False, delay=2):
+            names = self._changed(batch, progress[batch].get("crc32", {}))
+            if names:
+                damaged[batch] = names
+        if damaged:
+            batch, names = next(iter(damaged.items()))
+            count = f"{len(damaged)} of {len(wanted)} batches are not as they were written"
+            print(f"{self.out_dir}: {count} (batch {batch} in {', '.join(names)}), and are made again")
+        return {batch: line for batch, line in progress.items() if batch not in damaged}
+
+    def _changed(self, batch, checksums):
+        """Names of the files in which a batch is not what it was. Raises UsageError where a file is missing or cut."""
+        if not isinstance(checksums, dict):
+            return [self.progress.name]
+        rows = self.batch(batch).rows
+        return [name for name, expected in checksums.items() if self._checksum(name, rows) != expected]
+
+    def _checksum(self, name, rows):
+        """`rows_checksum` of some rows as they lie on the disk; `images_checksum` for IMAGES."""
+        if name == IMAGES:
+            return images_checksum(self.images, rows)
+        path = self.path(name)
+        if path is None:
+            raise UsageError(f"{self.out_dir / name}.npy is missing; move its folder away and collect again")
+        header = check_size(path)
+        row_bytes = int(np.prod(header.shape[1:])) * header.dtype.itemsize
+        begin, end = (header.offset + row * row_bytes for row in (rows.start, rows.stop))
+        found = rows_checksum(header.shape[1:], header.dtype)
+        fd = open_to_read(path)
+        try:
+            for at in range(begin, end, CHECKED_AT_ONCE):
+                data = memoryview(bytearray(min(CHECKED_AT_ONCE, end - at)))
+                fill(fd, data, at, str(path))
+                found = zlib.crc32(data, found)
+        finally:
+            os.close(fd)
+        return found
 
     def _read_record(self):
         record = read_json(self.record)
@@ -302,13 +363,16 @@ class Collection:
         if facts != self.facts or arrays.keys() - self.ready:
             with FileLock(self.out_dir / "prepare.lock"):  # one of the processes that write here at a time
                 self._prepare(batch, arrays, facts)
+        checksums = {}
         for name, data in arrays.items():
             with opened(self.out_dir / f"{name}.npy.partial") as fd:
                 write_all(fd, data, HEADER + rows.start * data[0].nbytes)
+            checksums[name] = zlib.crc32(data, rows_checksum(data.shape[1:], data.dtype))
         if output is not None:
             save_images(output, self.images, rows, sampling_rate)
+            checksums[IMAGES] = images_checksum(self.images, rows)
         # only now: all is on the disk. One call, so that the lines of several processes do not mix
-        line = json.dumps({"batch": batch, "rows": len(rows)}) + "\n"
+        line = json.dumps({"batch": batch, "rows": len(rows), "crc32": checksums}) + "\n"
         with opened(self.progress, os.O_APPEND) as fd:
             if os.write(fd, line.encode()) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -369,7 +433,7 @@ class Collection:
     def shape(self, name: str) -> list[int] | None:
         """Shape of the array in `<name>.npy` when it is finished; None where there is no such file."""
         path = self.path(name)
-        return None if path is None else [len(self.prompts), *check_size(path)[1:]]
+        return None if path is None else [len(self.prompts), *check_size(path).shape[1:]]
 
     def finish(self, descriptions: dict[str, dict | None]) -> None:
         """Give the files their final names and write `<name>.json` for {name: description or None}.
@@ -390,7 +454,7 @@ class Collection:
     def _cut(self, name):
         """Let a file end with its last row."""
         path = self.path(name) or self.out_dir / f"{name}.npy"
-        shape, dtype = check_size(path), np.load(path, mmap_mode="r").dtype
+        shape, dtype, *_ = check_size(path)
         num_rows = len(self.prompts)
         size = HEADER + num_rows * int(np.prod(shape[1:])) * dtype.itemsize
         has = path.stat().st_size
@@ -403,10 +467,17 @@ class Collection:
             os.ftruncate(fd, size)
 
 
-def check_size(path: Path) -> tuple[int, ...]:
-    """Shape of a `.npy` file; raises UsageError if it is missing or shorter than its header says."""
+def check_size(path: Path) -> NpyHeader:
+    """The header of a `.npy` file; raises UsageError if the file is missing or shorter than its header says."""
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as error:  # a damaged header can fail in any way
+        return read_header(path)
+    except (OSError, ValueError) as error:
         raise UsageError(f"{path} is missing or damaged ({error}); move its folder away and collect again") from None
-    return array.shape
+
+
+def rows_checksum(row_shape: tuple[int, ...], dtype: np.dtype) -> int:
+    """CRC-32 of no row yet, only of what a row is: `zlib.crc32(data, this)` is that of rows, which a changed header changes too.
+
+    Four GB a second on one core, a small part of what writing takes, and it finds every error of 32 bits in a row or fewer.
+    """
+    return zlib.crc32(f"{np.dtype(dtype).str} {list(row_shape)}".encode())

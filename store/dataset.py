@@ -15,12 +15,20 @@ import numpy as np
 import torch
 
 from errors import UsageError
-from store.activation_file import hash_key, open_activation_file, read_description, refuse_unfinished
+from store.activation_file import (
+    hash_key,
+    open_activation_file,
+    read_description,
+    read_pieces,
+    read_prompts,
+    refuse_unfinished,
+)
 from store.arrow import is_arrow
 from store.disk import is_apple_double
 from store.shuffle import Reader
 
 HELD_OUT = dict(share=0.1, at_least=100_000, at_most=1_000_000)  # vectors kept from training, in whole prompts
+READ_BYTES = 1 << 26  # that `held_out` reads at once
 BESIDE = (".tokens.npy", ".timesteps.npy", ".lengths.npy")  # files that collect.py writes beside an activation file
 
 
@@ -102,18 +110,25 @@ def open_activations(data, seen=None):
     return [Activations(paths, seen=seen) for paths in sets.values()]
 
 
+def cut_unit(unit, most):
+    """A unit (file, first row, end row) in pieces of at most so many rows, (n, 3); an empty one is one piece."""
+    file, first, end = unit.tolist()
+    begins = np.arange(first, max(end, first + 1), most)
+    return np.stack([np.full(len(begins), file), begins, np.minimum(begins + most, end)], 1)
+
+
 class Activations:
     """The vectors of one hook point, in one or several files, split into training and held-out prompts.
 
     The split is by prompt: all images of one (the first axis of an N-D file), and of its namesakes, fall on one side. A
     file of two axes or a single prompt is cut into 32 contiguous pieces instead. Held out is a seeded choice of
     HELD_OUT["share"] of the vectors in whole prompts, more where that is below `at_least` (up to a quarter and the rest
-    of a prompt, never more than half), fewer where it is above `at_most`.
+    of a prompt, never more than half), fewer where it is above `at_most`; a piece of a file without prompts is cut at that.
 
     seen: hashes (`hash_key`) of the prompts that an SAE was trained on. Then held out are the others, all of them up to
     HELD_OUT["at_most"] vectors, where every prompt has a text (or an image, or a seed) to tell it by.
 
-    Attributes: paths; sources, an ActivationFile each; files, all their MappedRows; shapes, one a path; hook_name ("" for
+    Attributes: paths; sources, an ActivationFile each; files, all their StoredRows; shapes, one a path; hook_name ("" for
     plain files); d; num_vectors = num_training + num_held_out; whole_prompts, False where there were none to hold out; unseen,
     whether what is held out is known from `seen`; training_prompts, hashes of the prompts that are not held out, None if unknown;
     num_prompts, 0 then; timesteps, one a step of the sampling, [] where the files do not say or differ.
@@ -123,11 +138,11 @@ class Activations:
         self.paths, self.files = [str(path) for path in paths], []
         self.sources, units, prompts = [open_activation_file(path) for path in self.paths], [], []
         for path, source in zip(self.paths, self.sources):
-            rows = source.files[0].rows
+            rows = source.files[0]
             if not self.files:
-                self.d, self.dtype, self.hook_name = rows.shape[1], rows.dtype, source.hook_name
-            if (rows.shape[1], rows.dtype) != (self.d, self.dtype):
-                here, there = f"width {rows.shape[1]}, {rows.dtype}", f"width {self.d}, {self.dtype}"
+                self.d, self.dtype, self.hook_name = rows.width, rows.dtype, source.hook_name
+            if (rows.width, rows.dtype) != (self.d, self.dtype):
+                here, there = f"width {rows.width}, {rows.dtype}", f"width {self.d}, {self.dtype}"
                 raise UsageError(f"{path} holds vectors of {here}, {self.paths[0]} of {there}")
             units.append(source.units + [len(self.files), 0, 0])
             prompts += source.prompts
@@ -161,18 +176,32 @@ class Activations:
         self.training_prompts = sorted(hashes[i] for i in kept) if known else None
         self.transfer = []
         self.held_out_units, self.training_units = units[held_out], units[~held_out]
+        self.shorten_held_out(HELD_OUT["at_most"])
         self.num_held_out = int((self.held_out_units[:, 2] - self.held_out_units[:, 1]).sum())
         self.num_training = self.num_vectors - self.num_held_out
+
+    def shorten_held_out(self, most):
+        """Give the ends of held-out pieces back to training where all are more than `most` vectors; prompts stay whole."""
+        units = self.held_out_units
+        sizes = units[:, 2] - units[:, 1]
+        plain = np.repeat([not source.whole_prompts for source in self.sources], [len(source.files) for source in self.sources])
+        kept = np.where(plain[units[:, 0]], sizes * most // max(most, sizes.sum()), sizes)
+        if (kept == sizes).all():
+            return
+        ends = np.stack([units[:, 0], units[:, 1] + kept, units[:, 2]], 1)[kept < sizes]
+        training = np.concatenate([self.training_units, ends])
+        self.training_units = training[np.lexsort((training[:, 1], training[:, 0]))]
+        self.held_out_units = np.stack([units[:, 0], units[:, 1], units[:, 1] + kept], 1)
 
     def read(self, pieces):
         """Copy rows into one tensor (n, d) of the file's dtype (float32 for float64, which MPS can't hold).
 
-        pieces (many, 3): file, first row, end row.
+        pieces (many, 3): file, first row, end row. Raises UsageError where a file has become shorter, OSError where it can't be
+        read.
         """
-        ends = np.cumsum(pieces[:, 2] - pieces[:, 1])
-        out = np.empty((ends[-1], self.d), np.float32 if self.dtype == np.float64 else self.dtype)
-        for (file, first, end), at in zip(pieces.tolist(), ends.tolist()):
-            out[at - (end - first) : at] = self.files[file].rows[first:end]
+        out = read_pieces(self.files, pieces)
+        if out.dtype == np.float64:
+            out = out.astype(np.float32)
         tensor = torch.from_numpy(out)
         return tensor.view(torch.bfloat16) if out.dtype == np.uint16 else tensor
 
@@ -207,16 +236,36 @@ class Activations:
     def sample_tokens(self):
         """Vectors of one (prompt, step). Raises UsageError where the files do not hold whole samples of one size."""
         units = np.concatenate([self.training_units, self.held_out_units])
-        if not self.whole_prompts or len(set(self.tokens)) > 1 or ((units[:, 2] - units[:, 1]) % self.tokens[0]).any():
+        if len(set(self.tokens)) > 1 or ((units[:, 2] - units[:, 1]) % self.tokens[0]).any():
             raise UsageError(
                 f"{self.paths[0]}: sample_topk needs files of whole samples, (prompts, steps, tokens, d) of one size"
             )
         return self.tokens[0]
 
     def held_out(self):
-        """The held-out vectors, one prompt after another in the order of the files: tensors (rows, d)."""
+        """The held-out vectors, one prompt after another in the order of the files: tensors (rows, d), of a huge one several."""
+        most = max(1, READ_BYTES // self.sources[0].files[0].row_bytes)
         for unit in self.held_out_units:
-            yield self.read(unit[None])
+            for piece in cut_unit(unit, most):
+                yield self.read(piece[None])
+
+    def rows_of_prompts(self):
+        """The lines of prompts.jsonl of every image of all files, in their order: dicts. Raises UsageError where one has none."""
+        return [row for source in self.sources for row in read_prompts(source.path, source.P)[: source.P]]
+
+    def read_image(self, index):
+        """All vectors of one image, numbered through all files (prompts, steps, tokens, d): (steps, tokens, d), as in `read`.
+
+        Padding of text is left out.
+        """
+        ends = np.cumsum([source.P for source in self.sources])
+        number = int(np.searchsorted(ends, index, side="right"))
+        source = self.sources[number]
+        row = index - (ends[number] - source.P)
+        num_real = source.T if source.lengths is None else int(source.lengths[row])
+        first = (row * source.S + np.arange(source.S)) * source.T
+        pieces = np.stack([np.full(source.S, number), first, first + num_real], 1)
+        return self.read(pieces).view(source.S, num_real, self.d)
 
     def batches(self, batch_size, stop, start=0, seed=0, buffer_gb=2.0, tokens=1, share=(0, 1), pin=False, ahead=4):
         """Training vectors `start` to `stop` of an endless seeded shuffle: (x (batch_size, d), step (batch_size,)), the last

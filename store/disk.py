@@ -1,8 +1,9 @@
-"""Files that are whole or not there: atomic writes, safetensors, JSON, and what a folder already holds."""
+"""Files that are whole or not there: atomic writes, safetensors, JSON, and what a folder already holds; and reading in place."""
 
 import hashlib
 import json
 import os
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import safetensors.torch
 from safetensors import SafetensorError
 
 from errors import UsageError
+
+SEEKING = threading.Lock()  # where threads have to share a file's position
 
 
 def write_atomically(path, data):
@@ -42,6 +45,38 @@ def save_tensors(path, tensors, metadata):
 def load_tensors(path):
     """{name: tensor} of a safetensors file, on the CPU."""
     return safetensors.torch.load_file(path)
+
+
+def open_to_read(path: str | Path) -> int:
+    """A file descriptor for `fill`."""
+    return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+
+
+def fill(fd: int, memory: memoryview, offset: int, path: str | Path) -> None:
+    """Fill memory (bytes) with those of a file from `offset` on; several threads may share the descriptor.
+
+    A memory map of a file that becomes shorter would end Python with SIGBUS, without a message, and nothing in Python can catch
+    that. Raises UsageError where the file ends before, OSError where it can't be read.
+    """
+    while memory:
+        try:
+            count = read_at(fd, memory, offset)
+        except OSError as error:
+            raise OSError(f"{path} can't be read: {error.strerror}") from None
+        if not count:
+            raise UsageError(f"{path} has become shorter while it was read; start again")
+        memory, offset = memory[count:], offset + count
+
+
+def read_at(fd, memory, offset):
+    """How many bytes were read, at least 1 before the file's end."""
+    if hasattr(os, "preadv"):
+        return os.preadv(fd, [memory], offset)
+    with SEEKING:
+        os.lseek(fd, offset, os.SEEK_SET)
+        data = os.read(fd, len(memory))
+    memory[: len(data)] = data
+    return len(data)
 
 
 def rename(old, new):

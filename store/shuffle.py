@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from errors import UsageError
+from store.disk import fill, open_to_read
 
 BLOCK_BYTES = 1 << 20  # read at once: large enough for a sequential read's speed, small enough to mix prompts
 SLABS = 8
@@ -189,13 +189,13 @@ class Plan:
 class Reader:
     """Endless shuffled rows of files, from a buffer in memory.
 
-    files: (path, first byte, rows) each, rows an array (n, d) mapped from there; units (n, 3): file, first row, end row, of what
-    is read; steps_of(pieces): the step of each of their rows, at most 32,767. The rest as in `Activations.batches`.
+    files: StoredRows of one width and dtype; units (n, 3): file, first row, end row, of what is read; steps_of(pieces): the step
+    of each of their rows, at most 32,767. The rest as in `Activations.batches`.
     """
 
     def __init__(self, files, units, steps_of, tokens, seed, buffer_gb, pin=False):
         self.files, self.tokens, self.pin = files, tokens, pin
-        self.row_bytes = files[0].rows.shape[1] * files[0].rows.itemsize
+        self.row_bytes = files[0].row_bytes
         self.plan = Plan(units, steps_of, self.row_bytes, tokens, buffer_gb * 2**30, seed)
         self.buffer = allocate(self.plan.size * self.plan.group_bytes).numpy()
         self.reads, self.orders = {}, {}
@@ -211,7 +211,7 @@ class Reader:
             return
         waiting = deque()  # batches that are being gathered: rows, steps, and the tasks
         paths, finalizing = {file.path for file in self.files}, sys.is_finalizing
-        self.open_files = {path: os.open(path, os.O_RDONLY) for path in paths}
+        self.open_files = {path: open_to_read(path) for path in paths}
         self.readers, self.gatherers = ThreadPoolExecutor(READERS, "reader"), ThreadPoolExecutor(GATHERERS, "gatherer")
         try:
             (stage, at), (self.last, _) = self.plan.find(start), self.plan.find(stop - 1)
@@ -286,19 +286,9 @@ class Reader:
 
     def read(self, number, first, end, at):
         """Copy rows of a file into the buffer, whose byte `at` is where the first goes."""
-        file, left = self.files[number], memoryview(self.buffer)[at : at + (end - first) * self.row_bytes]
-        if not hasattr(os, "preadv"):
-            np.copyto(np.frombuffer(left, file.rows.dtype).reshape(end - first, -1), file.rows[first:end])
-            return
-        offset = file.offset + first * self.row_bytes
-        while left:  # straight into the buffer: a memory map would cost page faults, and SIGBUS where the file got shorter
-            try:
-                n = os.preadv(self.open_files[file.path], [left], offset)
-            except OSError as error:
-                raise OSError(f"{file.path} can't be read: {error.strerror}") from None
-            if not n:
-                raise UsageError(f"{file.path} has become shorter while it was read; start again")
-            left, offset = left[n:], offset + n
+        file = self.files[number]
+        memory = memoryview(self.buffer)[at : at + (end - first) * self.row_bytes]
+        fill(self.open_files[file.path], memory, file.offset + first * self.row_bytes, file.path)
 
     def gather(self, places, rows, at):
         """Copy groups from the buffer; NumPy's own thread, so that PyTorch's are left to the training."""

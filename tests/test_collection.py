@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 import threading
+import zlib
 from contextlib import closing
 
 import numpy as np
@@ -187,14 +188,18 @@ def test_progress_is_one_line_for_each_safe_batch(tmp_path):
     assert progress.read_text() == ""
     c.write(1, array(1, 2), {})
     c.write(0, array(0, 2), {})
-    assert progress.read_text() == '{"batch": 1, "rows": 2}\n{"batch": 0, "rows": 2}\n'
+    lines = []
+    for batch in (0, 1):
+        checksum = zlib.crc32(array(batch, 2)["x"].numpy().tobytes(), zlib.crc32(b"<f4 [3]"))
+        lines.append(json.dumps({"batch": batch, "rows": 2, "crc32": {"x": checksum}}) + "\n")
+    assert progress.read_text() == lines[1] + lines[0]
     c.close()
     for torn in ('{"batch": 2, "ro', '{"batch": 2, "rows": "1"}', "[2, 1]\n", "\x00\x00", '{"rows": 1}\n', "\udcff"):
         with progress.open("ab") as file:
             file.write(torn.encode("utf-8", "surrogateescape"))
         with collection(tmp_path) as c:
             assert c.pending() == [2]
-        assert progress.read_text() == '{"batch": 0, "rows": 2}\n{"batch": 1, "rows": 2}\n'
+        assert progress.read_text() == lines[0] + lines[1]
     progress.write_text('{"batch": 0, "rows": 2, "checksum": 7}\n{"batch": 1, "rows": 1}\n{"batch": 2, "rows": 1}\n')
     with collection(tmp_path) as c:
         assert c.pending() == [1]  # which had another size

@@ -9,6 +9,7 @@ from analysis.concepts import auroc, contrast, find_features, image_scores, saeu
 from bench.concepts import best_features
 from sae import Sae
 from store.activation_file import read_prompts
+from store.dataset import Activations
 
 
 @pytest.mark.parametrize("pool", ["mean", "max"])
@@ -17,7 +18,7 @@ def test_image_scores(tmp_path, pool, activation):
     x = np.random.default_rng(0).standard_normal((3, 2, 5, 8)).astype(np.float16)
     np.save(tmp_path / "x.npy", x)
     sae = Sae(8, 12, 3, {"activation": activation})
-    scores, chosen = image_scores(sae, tmp_path / "x.npy", pool)
+    scores, chosen = image_scores(sae, Activations([tmp_path / "x.npy"]), pool)
     assert scores.shape == (3, 2, 12) and chosen.tolist() == [0, 1, 2]
     for p in range(3):
         for s in range(2):
@@ -28,10 +29,10 @@ def test_image_scores(tmp_path, pool, activation):
                 for a, i in zip(acts.reshape(5, -1)[t], where.reshape(5, -1)[t]):
                     codes[t, i] += a
             assert torch.allclose(scores[p, s], codes.mean(0) if pool == "mean" else codes.amax(0), atol=1e-5)
-    few, chosen = image_scores(sae, tmp_path / "x.npy", pool, most=48)
+    few, chosen = image_scores(sae, Activations([tmp_path / "x.npy"]), pool, most=48)
     assert len(few) == 2 and torch.equal(few, scores[chosen])
     with pytest.raises(ValueError, match=r"expected \(prompts, steps, tokens, 9\)"):
-        image_scores(Sae(9, 12, 3), tmp_path / "x.npy")
+        image_scores(Sae(9, 12, 3), Activations([tmp_path / "x.npy"]))
 
 
 def test_padding_of_text_does_not_count(tmp_path):
@@ -42,7 +43,7 @@ def test_padding_of_text_does_not_count(tmp_path):
     sae = Sae(8, 12, 3)
     sae.b_dec.data.fill_(0.3)  # so that zeros would have activations
     for pool, of in (("mean", lambda codes: codes.mean(0)), ("max", lambda codes: codes.amax(0))):
-        scores, _ = image_scores(sae, tmp_path / "block.npy", pool)
+        scores, _ = image_scores(sae, Activations([tmp_path / "block.npy"]), pool)
         for p, tokens in enumerate((3, 5)):
             acts, where = sae.encode(torch.from_numpy(x[p, 1, :tokens]))
             assert torch.allclose(scores[p, 1], of(torch.zeros(tokens, 12).scatter(1, where, acts)), atol=1e-5)

@@ -16,6 +16,7 @@ from analysis.concepts import contrast, image_scores
 from hook import HookedDiffusionModel
 from sae import Sae
 from steer import Config, main, parse_features, parse_steps, token_mask
+from store.dataset import Activations
 
 pytestmark = pytest.mark.slow
 
@@ -52,7 +53,7 @@ def test_with_no_feature_named_the_one_that_varies_most(config, trained, capsys)
     folder = next(Path(config.out_dir).iterdir())
     assert sorted(folder.iterdir()) == sorted(written)
     report, sae = report_of(config, folder.name), Sae.load_from_disk(trained[0])
-    scores = image_scores(sae, sae.cfg["data"][0])[0].mean(1)
+    scores = image_scores(sae, Activations(sae.cfg["data"]))[0].mean(1)
     assert report["saes"][0]["features"] == [int(scores.std(0).argmax())] and folder.name == f"{scores.std(0).argmax()}_x0_x4"
     assert [run["name"] for run in report["runs"]] == ["untouched", "× 0", "× 4"] and len(report["prompts"]) == 3
     feature = scores[:, report["saes"][0]["features"][0]]
@@ -84,7 +85,7 @@ def test_a_concept_of_two_saes_in_some_steps(config, trained):
     report = report_of(config, "blue_x0_steps1-2")
     for found, folder in zip(report["saes"], trained):
         sae = Sae.load_from_disk(folder)
-        scores = image_scores(sae, sae.cfg["data"][0])[0]
+        scores = image_scores(sae, Activations(sae.cfg["data"]))[0]
         there = torch.tensor([i % 3 == 0 for i in range(12)])
         assert found["features"] == contrast(scores, there).topk(2).indices.tolist()
     assert ["blue" in prompt for prompt in report["prompts"]] == [True, True, False]
@@ -190,7 +191,7 @@ def test_what_is_refused(config, trained, tmp_path):
             main(replace(config, **options))
     other = Sae(24, 48, 4, Sae.load_from_disk(trained[0]).cfg)  # says that it is of the same activations
     other.save_to_disk(tmp_path / "other")
-    with pytest.raises(ValueError, match="width 24"):
+    with pytest.raises(ValueError, match="the SAE is of 24"):
         main(replace(config, sae=[str(tmp_path / "other")], features=["1"]))
 
 
