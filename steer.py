@@ -41,7 +41,7 @@ from store.activation_file import open_activation_file, read_description
 from store.dataset import Activations
 from store.disk import claim_folder, write_json
 from store.hook_point import trained_on
-from store.identity import check_belongs, origin
+from store.identity import check_belongs, check_width, origin
 from store.prompts import load_prompts, seen_text, with_seeds
 
 
@@ -150,7 +150,9 @@ def load_targets(cfg: Config, device: torch.device) -> list[Target]:
         sae = Sae.load_from_disk(path, device)
         for name in sae.cfg.get("data") or []:
             if Path(name).exists():
-                check_belongs(path, sae.cfg, open_activation_file(name), transfer=cfg.transfer)
+                source = open_activation_file(name)
+                check_width(sae, source)
+                check_belongs(path, sae.cfg, source, transfer=cfg.transfer)
         targets.append(Target(path, sae, trained_on(sae), features=[]))
     names = {target.hook_point.hook_name for target in targets}
     if len(names) < len(targets):

@@ -210,10 +210,15 @@ def activations_of(sae, folder, data=(), transfer=False):
     if len(sets) > 1:
         raise UsageError(f"--data holds {len(sets)} hook points or models; expected the files of one")
     activations = sets[0]
-    if activations.d != sae.d_in:
-        raise UsageError(f"{activations.paths[0]} holds vectors of width {activations.d}, and the SAE is of {sae.d_in}")
+    check_width(sae, activations.sources[0])
     activations.transfer = check_belongs(str(folder), sae.cfg, activations.sources[0], transfer=transfer)
     return activations
+
+
+def check_width(sae, source) -> None:
+    """Raise UsageError where an ActivationFile holds vectors of another width than the SAE takes."""
+    if source.d != sae.d_in:
+        raise UsageError(f"{source.path} holds vectors of width {source.d}, and the SAE is of {sae.d_in}")
 
 
 def check_held_out(sae, folder, activations):
