@@ -49,6 +49,7 @@ import torch
 from tqdm import tqdm
 
 from cli import GenerationConfig, check_positive, parse_object, resolve_device, resolve_dtype, run
+from diffusion.randomness import random_numbers_of
 from diffusion.real_images import RealImages, open_image, seeded
 from distributed import Processes
 from errors import UsageError
@@ -146,7 +147,7 @@ def generate(
         watching = real.in_place(crops, seeds)
     names = list(dict.fromkeys(site.point.hook_name for site in sites))
     own |= dict(cache_every_n_timesteps=cfg.cache_every_n_timesteps, later=True, **kept(cfg))
-    with watching as sampling:
+    with random_numbers_of(seeds, *hooked.schedulers), watching as sampling:
         output, cache = hooked.run_with_cache(names, texts, **options, **own)
     shown = (crops or output) if cfg.save_images else None
     return Generated(cache, shown, sampling.sample[: len(prompts)])

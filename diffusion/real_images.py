@@ -161,9 +161,8 @@ class RealImages:
         x = self.latents(images)
         noise = torch.stack([torch.randn(self.shape, generator=g, dtype=x.dtype) for g in seeded(seeds)]).to(x.device)
 
-        def replace(index, scheduler):
-            last = index + 1 >= len(scheduler.timesteps)
-            return x if last else add_noise(scheduler, x, noise, scheduler.timesteps[index + 1])
+        def replace(following, scheduler):
+            return x if following is None else add_noise(scheduler, x, noise, following)
 
         with self.hooked.watch(replace=replace) as sampling:
             yield sampling
