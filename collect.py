@@ -315,6 +315,8 @@ def main(cfg: Config) -> list[Path]:
         real = RealImages(hooked, texts[0], options, cfg.width, cfg.height)
         if first:
             check_images(sources, prompts)
+            if remark := real.check_reconstruction(real.crop(sources[prompts[0]["id"]])):
+                print(remark)
     sites, num_steps = find_sites(hooked, cfg, texts, options | own, store_dtype)
 
     # 4. Room on the disk, before anything is written

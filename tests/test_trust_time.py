@@ -9,15 +9,18 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from families import cogvideox, flow_matching, flux, kandinsky22, pictures, sd15_parts
-from tiny import PROMPTS, build, called_with, generate_options, sd15
+from families import cogvideox, flow_matching, flux, kandinsky22, ltx, pictures, sd15_parts
+from PIL import Image
+from tiny import PROMPTS, build, called_with, generate_options, qwen_tokenizer, sd15
 
 import ablate
 import collect
 import steer
 import train
 from analysis.feature_edits import Edits, Target, Typical, adding_edits, time_of
+from diffusion import real_images
 from diffusion.generate import Generation, generate
+from diffusion.sampling_loop import Loop
 from evaluate import graft
 from hook import Edit, HookedDiffusionModel, HookPoint
 
@@ -403,3 +406,138 @@ def test_arguments_of_a_scheduler_are_bound_by_name():
     kept = torch.cat([cache["output_uncond"][name], cache["output"][name]])
     assert torch.equal(kept, torch.stack(seen, 1))
     assert cache["timesteps"][name].tolist() == [float(t) for t in pipe.scheduler.timesteps]
+
+
+# ---------------------------------------------------------------------------------------------------------- real images
+
+
+@called_with(**ltx.options | dict(num_frames=1))
+def ltx_statistics():
+    """The statistics of its latents are buffers of the VAE, and not in the config."""
+    pipe = ltx()
+    pipe.vae.latents_mean.copy_(torch.randn(8, generator=torch.Generator().manual_seed(0)))
+    pipe.vae.latents_std.copy_(torch.rand(8, generator=torch.Generator().manual_seed(1)) + 0.5)
+    return pipe
+
+
+@called_with(height=32, width=48, max_sequence_length=64, text_encoder_out_layers=(0, 1, 2))
+def flux2():
+    """Noise is on 2 x 2 patches of latents, which a batch norm of the VAE scales."""
+    import transformers
+
+    text = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, head_dim=8, vocab_size=300)
+    text |= dict(num_attention_heads=2, num_key_value_heads=2, bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    size = dict(num_layers=1, num_single_layers=1, num_attention_heads=2, attention_head_dim=16, patch_size=1, in_channels=16)
+    size |= dict(joint_attention_dim=48, axes_dims_rope=(4, 4, 4, 4), timestep_guidance_channels=8, guidance_embeds=False)
+    blocks = dict(block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=1, sample_size=32)
+    blocks |= dict(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
+    pipe = diffusers.Flux2KleinPipeline(
+        scheduler=flow_matching(),
+        vae=diffusers.AutoencoderKLFlux2(**blocks),
+        text_encoder=transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**text)),
+        tokenizer=qwen_tokenizer(),
+        transformer=diffusers.Flux2Transformer2DModel(**size),
+    )
+    pipe.vae.bn.running_mean.normal_(generator=torch.Generator().manual_seed(0))
+    pipe.vae.bn.running_var.uniform_(0.3, 2, generator=torch.Generator().manual_seed(1))
+    return pipe
+
+
+def own_of_ltx(pipe, z):
+    scaled = pipe._normalize_latents(z, pipe.vae.latents_mean, pipe.vae.latents_std, pipe.vae.config.scaling_factor)
+    return pipe._pack_latents(scaled, 1, 1)
+
+
+def own_of_flux2(pipe, z):
+    mean, variance = pipe.vae.bn.running_mean.view(1, -1, 1, 1), pipe.vae.bn.running_var.view(1, -1, 1, 1)
+    return pipe._pack_latents((pipe._patchify_latents(z) - mean) / (variance + pipe.vae.config.batch_norm_eps).sqrt())
+
+
+def own_of_sd15(pipe, z):
+    return z * pipe.vae.config.scaling_factor
+
+
+def photo(width, height):
+    return Image.effect_mandelbrot((width, height), (-2, -1, 1, 1), 14).convert("RGB")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("recipe, own", [(ltx_statistics, own_of_ltx), (flux2, own_of_flux2), (sd15, own_of_sd15)])
+def test_latents_of_real_images_are_the_pipelines_own(recipe, own, dtype):
+    pipe = build(recipe).to(dtype)
+    _, options = prompt_and_options(1, recipe)
+    options.pop("generator")
+    size = options["width"], options["height"]
+    real = real_images.RealImages(HookedDiffusionModel.from_pipeline(pipe), "", options | dict(num_inference_steps=3), *size)
+    image = photo(*size)
+    x = real_images.to_pixels(image)[None].to(pipe.vae.dtype)  # some VAEs are computed in float32 all the same
+    with torch.no_grad():
+        z = pipe.vae.encode(x if recipe is not ltx_statistics else x[:, :, None]).latent_dist.mode()
+        expected = own(pipe, z).to(dtype).float()
+    error = (real.latents([image]).float() - expected).norm() / expected.norm()
+    assert error < (1e-5 if dtype == torch.float32 else 0.02)
+    if recipe is sd15:
+        assert torch.equal(real.latents([image]).float(), expected)
+
+
+class OwnDecoding(Loop):
+    """A pipeline with a way of its own from its sample to the VAE's latents, `before_decoding`."""
+
+    def __call__(self, prompt=None, output_type="pt", **options):
+        sample = super().__call__(prompt, output_type="latent", **options).images
+        return sample if output_type == "latent" else self.vae.decode(self.before_decoding(sample)).sample
+
+
+def with_decoding(before_decoding):
+    pipe = build(sd15)
+    hooked = HookedDiffusionModel(pipe.unet, pipe.scheduler, pipe.encode_prompt, vae=pipe.vae, sample_shape=(4, 16, 16))
+    hooked.pipe.__class__ = OwnDecoding
+    hooked.pipe.before_decoding = before_decoding
+    return hooked, pipe.vae
+
+
+def test_a_way_of_ones_own_from_sample_to_latents_is_learned():
+    offset = torch.randn(1, 4, 1, 1)
+    hooked, vae = with_decoding(lambda sample: 3 * sample.flip(1) + offset)
+    real = real_images.RealImages(hooked, "", {"num_inference_steps": 3})
+    with torch.no_grad():
+        z = vae.encode(real_images.to_pixels(photo(32, 32))[None]).latent_dist.mode()
+    assert torch.allclose(real.latents([photo(32, 32)]), ((z - offset) / 3).flip(1), atol=1e-5)
+
+
+def test_latents_that_do_not_follow_number_by_number_are_refused():
+    mix = torch.randn(4, 4)
+    hooked, _ = with_decoding(lambda sample: torch.einsum("cd,bdhw->bchw", mix, sample))
+    with pytest.raises(ValueError, match="--images: what OwnDecoding gives its VAE is no rearrangement of its sample"):
+        real_images.RealImages(hooked, "", {"num_inference_steps": 3})
+    hooked, _ = with_decoding(lambda sample: sample.square())
+    with pytest.raises(ValueError, match="no rearrangement"):
+        real_images.RealImages(hooked, "", {"num_inference_steps": 3})
+
+
+class Squares(torch.nn.Module):
+    """A VAE that gives back what it got, within the range that it is made for."""
+
+    def __init__(self, low):
+        super().__init__()
+        self.config, self.low, self.conv = None, low, torch.nn.Conv2d(3, 1, 1)
+
+    def encode(self, x):
+        return (torch.nn.functional.pixel_unshuffle(x.clamp(self.low, 1), 2),)
+
+    def decode(self, z):
+        return (torch.nn.functional.pixel_shuffle(z, 2).clamp(self.low, 1),)
+
+
+def test_a_vae_made_for_another_range_is_refused_and_a_bad_one_is_remarked(model_folder, tmp_path, capsys):
+    real = real_images.RealImages.__new__(real_images.RealImages)
+    real.vae = Squares(-1)
+    assert real.check_reconstruction(photo(32, 32)) is None
+    real.vae = Squares(0)
+    with pytest.raises(ValueError, match=r"it is made for \[0, 1\]"):
+        real.check_reconstruction(photo(32, 32))
+    (tmp_path / "photos").mkdir()
+    photo(32, 32).save(tmp_path / "photos" / "a.png")
+    options = dict(images=str(tmp_path / "photos"), timesteps_per_image=1, out_dir=str(tmp_path / "acts"), device="cpu")
+    collect.main(collect.Config(model_name=str(model_folder), hook_names=[HOOK], **options))
+    assert "note: the VAE gives an image back with an error of" in capsys.readouterr().out  # its weights are random
