@@ -141,7 +141,7 @@ def generate(
     seeds = [prompt["seed"] for prompt in prompts]
     if cfg.tokens_per_step:
         own["choose"] = random_tokens(seeds, cfg.tokens_per_step)
-    crops, watching = None, hooked.watch(len(texts), cfg.num_images_per_prompt)
+    crops, watching = None, hooked.watch(len(texts), cfg.num_images_per_prompt, row_seeds=seeds)
     if real is not None:
         crops = [real.crop(sources[prompt["id"]]) for prompt in prompts]
         watching = real.in_place(crops, seeds)

@@ -5,7 +5,7 @@
     made.sample, made.images                                             # (P, ...), (P, 3, H, W) in [0, 1]
 
 Every prompt has a seed of its own, so an image depends on its neighbours in the batch by rounding only. Only where a scheduler
-draws random numbers besides those of the generators that the pipeline gives it, they follow from the seeds of the whole batch.
+draws random numbers that can't be drawn row by row (`randomness.RowByRow`), they follow from the seeds of the whole batch.
 """
 
 from collections.abc import Callable, Iterator
@@ -102,7 +102,7 @@ def generate(model, batch: Generation, make_edits: MakeEdits | None = None, on_s
     options = batch.arguments()
 
     reproducible = random_numbers_of(batch.seeds, *model.schedulers)
-    with reproducible, model.watch(len(batch.prompts), on_step=on_step) as sampling:
+    with reproducible, model.watch(len(batch.prompts), on_step=on_step, row_seeds=batch.seeds) as sampling:
         edits = {} if make_edits is None else make_edits(sampling)
         output = model.run_with_hooks(edits, batch.prompts, generator=generators, **options)
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch.overrides import TorchFunctionMode
 
 from diffusion.signatures import tensors
 from errors import UsageError
@@ -78,14 +79,40 @@ def same_random_numbers(*owners):
                 set_state(generator, state)
 
 
+def mixed_seed(seeds: Iterable[int]) -> int:
+    """One seed that follows from several."""
+    return int.from_bytes(hashlib.sha256(repr(list(seeds)).encode()).digest()[:7], "big")
+
+
+class RowByRow(TorchFunctionMode):
+    """Context in which noise that PyTorch draws without a generator, one entry per row, is drawn for each row from its own seed.
+
+    A row's noise is then the same whichever rows are generated together. What has another first axis is left as it is.
+    """
+
+    DRAWN = {torch.randn: torch.randn, torch.randn_like: torch.randn, torch.rand: torch.rand, torch.rand_like: torch.rand}
+
+    def __init__(self, seeds: Iterable[int]):
+        super().__init__()
+        self.generators = [torch.Generator().manual_seed(mixed_seed([seed])) for seed in seeds]
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        drawn = func(*args, **kwargs)
+        if func in self.DRAWN and kwargs.get("generator") is None and drawn.ndim and len(drawn) == len(self.generators):
+            draw = self.DRAWN[func]
+            rows = [draw(drawn.shape[1:], generator=generator, dtype=drawn.dtype) for generator in self.generators]
+            drawn.copy_(torch.stack(rows))
+        return drawn
+
+
 @contextmanager
 def random_numbers_of(seeds: Iterable[int], *owners):
     """Context in which all random numbers, the global ones and those of the owners' generators, follow from the rows' seeds.
 
-    They are drawn for the whole batch, so they depend on which rows are generated together, and on nothing else.
+    They depend on which rows are generated together, and on nothing else; for a scheduler's noise, see `RowByRow`.
     """
-    digest = hashlib.sha256(repr(list(seeds)).encode()).digest()
-    seed = int.from_bytes(digest[:7], "big")
+    seed = mixed_seed(seeds)
     with same_random_numbers(*owners):
         torch.manual_seed(seed)
         np.random.seed(seed % 2**32)  # noqa: NPY002

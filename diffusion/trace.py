@@ -9,14 +9,14 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Sized
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from diffusion.guidance import CONTEXTS, find_roles
-from diffusion.randomness import check_repeatable, same_random_numbers
+from diffusion.randomness import RowByRow, check_repeatable, same_random_numbers
 from diffusion.signatures import forward_signature, sample_name, tensors, time_parameter, unwrap, with_tensor
 from errors import UsageError
 
@@ -106,6 +106,7 @@ class Sampling:
     on_step: Callable | None = None  # on_step(step), when the scheduler is called
     plan: dict | None = None  # another sampling's `known`: forwards have their roles from it while they run
     replace: Callable | None = None  # replace(next timestep or None, scheduler) -> what takes the place of its result
+    row_seeds: list | None = None  # one per row: noise that the scheduler draws without a generator is each row's own
     rehearsal: bool = False  # a dry run: a scheduler whose random numbers no seed reaches is refused
 
     R: int | None = field(init=False)  # rows a chunk: prompts x images per prompt
@@ -128,6 +129,7 @@ class Sampling:
     def __post_init__(self):
         self.R = self.P and self.P * self.n
         self.known = dict(self.plan or {})
+        self._row_by_row = self.row_seeds and RowByRow(self.row_seeds)
 
     @contextmanager
     def watch(self):
@@ -242,7 +244,8 @@ class Sampling:
             self._check_time(forwards, timestep)
             self._close(forwards, scheduler, model_output, timestep, sample)
             self.index += 1
-            result = original(scheduler, *args, **kwargs)
+            with self._row_by_row or nullcontext():
+                result = original(scheduler, *args, **kwargs)
             if self.replace is not None:
                 following = timesteps[self._position + 1 :] if self._position is not None else []
                 new = self.replace(following[0] if len(following) else None, scheduler)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from families import cogvideox, flow_matching, flux, kandinsky22, ltx, pictures, sd15_parts
 from PIL import Image
-from tiny import PROMPTS, build, called_with, generate_options, qwen_tokenizer, sd15
+from tiny import PROMPTS, build, called_with, generate_options, qwen_tokenizer, sd15, sdxl
 
 import ablate
 import collect
@@ -160,6 +160,15 @@ def test_the_timestep_of_an_edit_is_the_schedulers(recipe, name, steps):
     assert hooked.layouts(name, prompt, **options)[1] == 3
 
 
+def test_steps_that_the_pipeline_leaves_out_at_the_end_do_not_count():
+    """The first of two pipelines in turn ends early, and its scheduler's list does not."""
+    hooked = HookedDiffusionModel.from_pipeline(build(sdxl))
+    prompt, options = prompt_and_options(2, sdxl, num_inference_steps=10, denoising_end=0.6)
+    assert hooked.first_step(HOOK, prompt, **options)["num_steps"] == 6
+    _, cache = hooked.run_with_cache(HOOK, prompt, **options)
+    assert len(cache["timesteps"][HOOK]) == 6
+
+
 def test_an_edited_activation_is_compared_with_its_own_step(tmp_path):
     """Norms near 1 in an untouched run: each step of an image-to-image sampling is as typical as any."""
     hooked = HookedDiffusionModel.from_pipeline(build(img2img))
@@ -257,6 +266,19 @@ def test_an_ablation_that_does_nothing_ranks_at_zero(config, tmp_path):
     ablate.main(ablate.Config(hook_names=[name], max_num_examples=2, out_dir=str(tmp_path / "ablate"), device="cpu", **options))
     record = json.loads((tmp_path / "ablate" / "ablate.json").read_text())["hooks"][0]
     assert (record["latents"], record["images"]) == (0.0, 0.0)
+
+
+def test_noise_of_a_row_does_not_depend_on_its_neighbours():
+    """Whichever rows are generated together, a row has its own noise, and other seeds have other noise."""
+    hooked, options = (
+        HookedDiffusionModel.from_pipeline(build(stochastic)),
+        generate_options(3, stochastic, num_inference_steps=3),
+    )
+    options = {k: v[0] if k == "negative_prompt" else v for k, v in options.items() if k not in ("generator", "prompt")}
+    options["true_cfg_scale"] = 1.0
+    three = generate(hooked, Generation(["a"] * 3, [3, 4, 5], options=options)).sample
+    two = generate(hooked, Generation(["a"] * 2, [5, 3], options=options)).sample
+    assert torch.allclose(two, three[[2, 0]], atol=1e-4) and not torch.allclose(three[0], three[1], atol=0.1)
 
 
 class Noisy(diffusers.DDIMScheduler):
