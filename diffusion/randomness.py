@@ -130,9 +130,10 @@ def check_repeatable(step: Callable, scheduler, args: tuple, kwargs: dict, times
     that can't be copied, or that does not go on with such a prediction, is compared as far as it goes.
     """
     generators = list(generators_in([args, kwargs]))
+    models = {id(value): value for value in vars(scheduler).values() if isinstance(value, torch.nn.Module)}  # not to be copied
 
     def outcome():
-        twin, now = copy.deepcopy(scheduler), sample
+        twin, now = copy.deepcopy(scheduler, dict(models)), sample
         with same_random_numbers(generators), random_numbers_of([0], twin):
             for time in timesteps:
                 changed = {id(timestep): time, id(sample): now}

@@ -240,7 +240,9 @@ class Sampling:
             timesteps = self._find_position(scheduler, timestep)
             if self.rehearsal and self.index == 0:
                 rest = timesteps[self._position :] if self._position is not None else [timestep]
+                self.paused = True  # should it call the denoiser
                 check_repeatable(original, scheduler, args, kwargs, timestep, sample, rest)
+                self.paused = False
             self._check_time(forwards, timestep)
             self._close(forwards, scheduler, model_output, timestep, sample)
             self.index += 1
@@ -267,7 +269,7 @@ class Sampling:
         if self.index and self.replace is None and self._told is None:
             self._position = expected  # nobody asks, and a GPU need not be waited for
             return timesteps
-        self._position = position_of(timesteps, float(torch.as_tensor(timestep).flatten()[0]), expected)
+        self._position = position_of(timesteps, number(timestep), expected)
         if self.index == 0:
             self.num_steps = len(timesteps) - (self._position or 0) if len(timesteps) else None
         return timesteps
@@ -280,9 +282,9 @@ class Sampling:
                 "of the pipeline a sampling of its own"
             )
         told, self._told = self._told, None
-        if told is None and not self.rehearsal:
+        timestep = number(timestep) if told is not None or self.rehearsal else None
+        if timestep is None:
             return
-        timestep = float(torch.as_tensor(timestep).flatten()[0])
         for given in {number(f.time) for f in forwards} - {None}:
             self.times[given] = timestep
         known = told is not None and not math.isnan(told)
@@ -389,7 +391,7 @@ def listed_timesteps(scheduler):
 
 
 def number(time):
-    """A denoiser's time as a float; None where rows or tokens have times of their own, or it is no number."""
+    """A time as a float; None where rows or tokens have times of their own, or it is no number."""
     values = torch.as_tensor(time).flatten() if torch.is_tensor(time) or isinstance(time, (int, float)) else torch.empty(0)
     return float(values[0]) if len(values) and bool((values == values[0]).all()) else None
 
