@@ -50,6 +50,7 @@ import torch
 from tqdm import tqdm
 
 from cli import GenerationConfig, check_positive, parse_object, resolve_device, resolve_dtype, run
+from diffusion.randomness import random_numbers_of
 from diffusion.real_images import RealImages, open_image, seeded
 from diffusion.seen_text import SeenText, watch_tokenizers
 from distributed import Processes
@@ -144,13 +145,13 @@ def generate(
     seeds = [prompt["seed"] for prompt in prompts]
     if cfg.tokens_per_step:
         own["choose"] = random_tokens(seeds, cfg.tokens_per_step)
-    crops, watching = None, hooked.watch(len(texts), cfg.num_images_per_prompt)
+    crops, watching = None, hooked.watch(len(texts), cfg.num_images_per_prompt, row_seeds=seeds)
     if real is not None:
         crops = [real.crop(sources[prompt["id"]]) for prompt in prompts]
         watching = real.in_place(crops, seeds)
     names = list(dict.fromkeys(site.point.hook_name for site in sites))
     own |= dict(cache_every_n_timesteps=cfg.cache_every_n_timesteps, later=True, **kept(cfg))
-    with watching as sampling:
+    with random_numbers_of(seeds, *hooked.schedulers), watching as sampling:
         output, cache = hooked.run_with_cache(names, texts, **options, **own)
     shown = (crops or output) if cfg.save_images else None
     return Generated(cache, shown, sampling.sample[: len(prompts)])
@@ -318,6 +319,8 @@ def main(cfg: Config) -> list[Path]:
         real = RealImages(hooked, texts[0], options, cfg.width, cfg.height)
         if first:
             check_images(sources, prompts)
+            if remark := real.check_reconstruction(real.crop(sources[prompts[0]["id"]])):
+                print(remark)
     with watch_tokenizers(hooked.pipe) as calls:
         sites, num_steps = find_sites(hooked, cfg, texts, options | own, store_dtype)
     add_seen_text(prompts, SeenText(calls, texts))

@@ -303,7 +303,7 @@ def run_untouched(
     runs; and the timestep of each step.
     """
     sums, counts = defaultdict(float), defaultdict(int)
-    timesteps = {}
+    timesteps, ran = {}, set()
 
     def measure(role: str, step: int, x: Tensor) -> None:
         x = x.flatten(0, -2)
@@ -311,9 +311,12 @@ def run_untouched(
             x = x[(x != 0).any(1)]  # without the padding
         sums[role, step] = sums[role, step] + x.sum(0).cpu().double()
         counts[role, step] += len(x)
+        ran.add(step)
 
     def on_step(step) -> None:
-        timesteps.setdefault(step.index, step.time())
+        if step.index in ran:  # there may be another loop, in which the hook point does not run
+            timesteps.setdefault(step.index, step.time())
+        ran.clear()
 
     untouched = list(sample(measure, on_step=on_step))
     means = {key: (total / max(1, counts[key])).float() for key, total in sums.items()}

@@ -247,6 +247,9 @@ class HookedDiffusionModel:
         ran = set()
 
         def stop_when_all_ran(step):
+            told = getattr(self.pipe, "_num_timesteps", None)  # by a pipeline that ends before its scheduler's list does
+            if isinstance(told, int) and sampling.num_steps is not None:
+                sampling.num_steps = min(told, sampling.num_steps)
             if on_step is not None and sampling.called - ran:
                 on_step(step)
             ran.update(sampling.called)
@@ -254,7 +257,7 @@ class HookedDiffusionModel:
                 raise DryRunOver
 
         with undisturbed(self.pipe, self.schedulers, self.denoisers, kwargs), ExitStack() as stack:
-            watching = self.watch(*count_prompts(prompt, kwargs), on_forward, stop_when_all_ran)
+            watching = self.watch(*count_prompts(prompt, kwargs), on_forward, stop_when_all_ran, rehearsal=True)
             sampling = stack.enter_context(watching)
             if listen is not None:
                 listen(stack, sampling)
@@ -264,6 +267,7 @@ class HookedDiffusionModel:
                 pass
             except ValueError as error:  # what a pipeline says of its arguments is the user's to mend
                 raise UsageError(f"{error}") from error
+            sampling.tell_others()
         if not ran:
             raise UsageError("the denoiser ran, or not even that, but its scheduler never made a step")
         return sampling
@@ -314,9 +318,9 @@ class HookedDiffusionModel:
             raise UsageError(f"there are no {missing.pop()}itional rows to edit in this generation; is guidance off?")
         return first.P, first.R // first.P, first.known if wanted != {"all"} else None
 
-    def watch(self, P=1, n=1, on_forward=None, on_step=None, plan=None, replace=None):
+    def watch(self, P=1, n=1, on_forward=None, on_step=None, plan=None, replace=None, row_seeds=None, rehearsal=False):
         """Context in which a sampling of P prompts x n images is followed, see `trace.Sampling`, which it yields."""
-        return Sampling(self.denoisers, self.schedulers, P, n, on_forward, on_step, plan, replace).watch()
+        return Sampling(self.denoisers, self.schedulers, P, n, on_forward, on_step, plan, replace, row_seeds, rehearsal).watch()
 
 
 def raw(function, name, idle):

@@ -10,6 +10,7 @@ How far an edit leaves the activations that the model itself makes is measured a
 (`Typical`): steering that looks harmless by its features can push what later layers get far off (arXiv 2606.31699).
 """
 
+import math
 from collections.abc import Callable, Container
 from dataclasses import dataclass
 from functools import partial
@@ -131,9 +132,8 @@ def redirect(sae, features, direction, stream="image"):
 
 
 def time_of(sampling):
-    """The scheduler's timestep of the step that is being computed; NaN where it does not list them."""
-    times = next((s.timesteps for s in sampling.schedulers if torch.is_tensor(getattr(s, "timesteps", None))), ())
-    return float(times[sampling.index]) if sampling.index < len(times) else float("nan")
+    """The scheduler's timestep of the step that is being computed; NaN where it can't be told, see `trace.Sampling.timestep`."""
+    return sampling.timestep()
 
 
 def replacing_edits(
@@ -274,6 +274,8 @@ class Edits:
     def measure(self, measured: dict, i: int, x: Tensor, timestep: float) -> None:
         """Note how typical target i's activations x (P, T, d) are at one step."""
         target = self.targets[i]
+        if math.isnan(timestep) and len(target.typical.times) > 1:
+            return  # it is not known of which step they should be typical
         numbers = target.typical(x, timestep, target.hook_point.stream == "text")
         measured.setdefault(i, []).append(torch.stack(numbers))
 
@@ -325,7 +327,7 @@ class Typical:
 
         text: tokens that are all zeros are padding and do not count.
         """
-        step = int((self.times - timestep).abs().argmin())  # NaN: the first
+        step = int((self.times - timestep).abs().argmin())  # NaN, where there is one step: that
         x = x.float().cpu() / self.norms[step]
         real = (x != 0).any(-1).float() if text else torch.ones(x.shape[:2])
         mean = lambda squares: ((squares * real).sum(1) / real.sum(1).clamp_min(1)).sqrt()

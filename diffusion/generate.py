@@ -4,7 +4,8 @@
     made = generate(model, generation)
     made.sample, made.images                                             # (P, ...), (P, 3, H, W) in [0, 1]
 
-Every prompt has a seed of its own, so an image depends on its neighbours in the batch by rounding only.
+Every prompt has a seed of its own, so an image depends on its neighbours in the batch by rounding only. Only where a scheduler
+draws random numbers that can't be drawn row by row (`randomness.RowByRow`), they follow from the seeds of the whole batch.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from diffusion.randomness import random_numbers_of
 from diffusion.signatures import tensors
 from diffusion.trace import Sampling
 from errors import UsageError
@@ -99,7 +101,8 @@ def generate(model, batch: Generation, make_edits: MakeEdits | None = None, on_s
     generators = [torch.Generator().manual_seed(seed) for seed in batch.seeds]
     options = batch.arguments()
 
-    with model.watch(len(batch.prompts), on_step=on_step) as sampling:
+    reproducible = random_numbers_of(batch.seeds, *model.schedulers)
+    with reproducible, model.watch(len(batch.prompts), on_step=on_step, row_seeds=batch.seeds) as sampling:
         edits = {} if make_edits is None else make_edits(sampling)
         output = model.run_with_hooks(edits, batch.prompts, generator=generators, **options)
 

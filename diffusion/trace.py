@@ -5,16 +5,18 @@ about a model but a time parameter in the signature of its `forward` and a batch
 but `step(model_output, timestep, sample)`.
 """
 
+import copy
 import inspect
 import math
 from collections.abc import Callable, Sized
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from diffusion.guidance import CONTEXTS, find_roles
+from diffusion.randomness import RowByRow, check_repeatable, same_random_numbers
 from diffusion.signatures import forward_signature, sample_name, tensors, time_parameter, unwrap, with_tensor
 from errors import UsageError
 
@@ -32,6 +34,8 @@ class Forward:
     sample: Any  # its first argument: a tensor, or a list with one a row
     conditioning: list  # what else has one entry a row, other than the time: tensors, or lists of tensors
     roles: list | None = None  # "cond", "uncond" or "other", one a chunk; while it runs, those of the plan if there is one
+    time: Any = None  # as it was given
+    index: int = 0  # of the step that it belongs to
     output: torch.Tensor | None = None  # the prediction, (rows, ...)
     layouts: dict = field(default_factory=dict)  # where the wanted tokens are, see diffusion/token_layout.py
     captured: dict = field(default_factory=dict)  # what hooks left here
@@ -56,16 +60,31 @@ class Step:
         return float(values[0])
 
     def sigma(self):
-        """The scheduler's sigma at this step (noise over signal for variance-preserving schedules), or None."""
+        """The sigma that the denoiser was called at (noise over signal for variance-preserving schedules), or None.
+
+        That of the scheduler's list at this step, or, where a scheduler of second order is between two of them, the one by
+        which it scales the denoiser's input. To be asked before the scheduler goes on.
+        """
         timesteps, sigmas = getattr(self.scheduler, "timesteps", None), getattr(self.scheduler, "sigmas", None)
         if torch.is_tensor(timesteps) and torch.is_tensor(sigmas) and len(sigmas) >= len(timesteps):
-            at = (timesteps.cpu() == self.time()).nonzero()
-            return float(sigmas[at[0, 0]]) if len(at) else None
+            position = position_of(timesteps, self.time(), getattr(self.scheduler, "step_index", None))
+            return None if position is None else self._sigma_of_input(float(sigmas[position]))
         alphas = getattr(self.scheduler, "alphas_cumprod", None)
         if torch.is_tensor(alphas) and self.time() in range(len(alphas)):
             alpha = float(alphas[int(self.time())])
             return math.sqrt((1 - alpha) / alpha) if alpha > 0 else None
         return None
+
+    def _sigma_of_input(self, listed):
+        """`listed`, or the sigma of which the input's scale 1 / sqrt(sigma^2 + sigma_data^2) tells that it was another."""
+        if getattr(self.scheduler, "order", 1) == 1 or not hasattr(self.scheduler, "scale_model_input"):
+            return listed
+        twin, one = copy.copy(self.scheduler), torch.ones(1, dtype=torch.float64, device=self.sample.device)
+        scale = float(twin.scale_model_input(one, self.timestep))
+        data = getattr(getattr(self.scheduler, "config", None), "sigma_data", 1.0)
+        if scale == 1 or math.isclose(scale, 1 / math.hypot(listed, data), rel_tol=1e-4):
+            return listed
+        return math.sqrt(max(0.0, 1 / scale**2 - data**2))
 
 
 class DryRunOver(Exception):
@@ -86,16 +105,22 @@ class Sampling:
     on_forward: Callable | None = None  # on_forward(forward, module), before a denoiser runs
     on_step: Callable | None = None  # on_step(step), when the scheduler is called
     plan: dict | None = None  # another sampling's `known`: forwards have their roles from it while they run
-    replace: Callable | None = None  # replace(index, scheduler) -> what takes the place of the scheduler's result
+    replace: Callable | None = None  # replace(next timestep or None, scheduler) -> what takes the place of its result
+    row_seeds: list | None = None  # one per row: noise that the scheduler draws without a generator is each row's own
+    rehearsal: bool = False  # a dry run: a scheduler whose random numbers no seed reaches is refused
 
     R: int | None = field(init=False)  # rows a chunk: prompts x images per prompt
     current: Forward | None = field(default=None, init=False)
     index: int = field(default=0, init=False)  # of the step that is being computed, in its loop
-    num_steps: int | None = field(default=None, init=False)  # of the loop, where its scheduler lists timesteps
+    num_steps: int | None = field(default=None, init=False)  # of the loop, from its first to the last that is listed
     sample: Any = field(default=None, init=False)  # what the last step returned
     called: set = field(default_factory=set, init=False)  # names of the denoisers that ran in a step so far
     known: dict = field(init=False)  # {pattern of a step's forwards (how many rows, which context): their roles}
     paused: bool = field(default=False, init=False)  # nothing is noticed then
+    times: dict = field(default_factory=dict, init=False)  # {what a denoiser was given: the scheduler's timestep}, as far as met
+    _told: float | None = field(default=None, init=False)  # what `timestep` said in this step
+    _position: int | None = field(default=None, init=False)  # of the last step's timestep in the scheduler's list
+    _begins: bool = field(default=False, init=False)  # the next forward is the first of a loop
     _open: list = field(default_factory=list, init=False)  # forwards since the last step
     _stepped: Any = field(default=None, init=False)  # the scheduler of that step
     _fresh: dict = field(default_factory=dict, init=False)  # {id: scheduler} whose next step begins a loop
@@ -104,6 +129,7 @@ class Sampling:
     def __post_init__(self):
         self.R = self.P and self.P * self.n
         self.known = dict(self.plan or {})
+        self._row_by_row = self.row_seeds and RowByRow(self.row_seeds)
 
     @contextmanager
     def watch(self):
@@ -130,12 +156,14 @@ class Sampling:
         def hook(module, args, kwargs):
             if self.paused:
                 return
+            self._maybe_begin_loop()
             arguments = dict(signature.bind_partial(module, *args, **kwargs).arguments)
             del arguments[this]
             sample = arguments[first]
             others = [v for k, v in arguments.items() if k not in (first, time)]
             context = self._contexts.get(id(unwrap(module)))
             forward = Forward(name, len(sample), context, arguments, sample, row_wise(others, sample))
+            forward.time, forward.index = arguments.get(time), self.index
             if self.plan is not None:
                 forward.roles = self._planned(forward)
             if self.on_forward is not None:
@@ -180,11 +208,20 @@ class Sampling:
         def set_timesteps(scheduler, *args, **kwargs):
             if not self.paused:
                 self._fresh[id(scheduler)] = scheduler
+                self._begins |= self._stepped in (None, scheduler) or scheduler in self.schedulers
                 if self._stepped in (None, scheduler):
                     self._open = []  # forwards that no step has used belong to none
             return original(scheduler, *args, **kwargs)
 
         return set_timesteps
+
+    def _maybe_begin_loop(self):
+        """Before a forward: the index restarts where timesteps were set since the last step, or another scheduler's are over."""
+        if self._open:
+            return
+        over = self.num_steps is not None and self.index >= self.num_steps and self._fresh
+        if self._begins or over:
+            self.index, self._position, self._begins = 0, None, False
 
     def _step(self, original):
         signature = inspect.signature(original)
@@ -195,22 +232,100 @@ class Sampling:
                 return original(scheduler, *args, **kwargs)
             self._stepped = scheduler
             if self._fresh.pop(id(scheduler), None) is not None:
-                self.index = 0
-            timesteps = getattr(scheduler, "timesteps", None)
-            self.num_steps = len(timesteps) if isinstance(timesteps, Sized) else None
+                self.index, self._position = 0, None
+            self._begins = False
             forwards, self._open = self._open, []
             self.called |= {f.denoiser for f in forwards}
-            self._close(forwards, *values_by_place(signature, scheduler, *args, **kwargs)[:4])
+            model_output, timestep, sample = values_of_step(signature, scheduler, *args, **kwargs)
+            timesteps = self._find_position(scheduler, timestep)
+            if self.rehearsal and self.index == 0:
+                rest = timesteps[self._position :] if self._position is not None else [timestep]
+                self.paused = True  # should it call the denoiser
+                check_repeatable(original, scheduler, args, kwargs, timestep, sample, rest)
+                self.paused = False
+            self._check_time(forwards, timestep)
+            self._close(forwards, scheduler, model_output, timestep, sample)
             self.index += 1
-            result = original(scheduler, *args, **kwargs)
+            with self._row_by_row or nullcontext():
+                result = original(scheduler, *args, **kwargs)
             if self.replace is not None:
-                new = self.replace(self.index - 1, scheduler)
+                following = timesteps[self._position + 1 :] if self._position is not None else []
+                new = self.replace(following[0] if len(following) else None, scheduler)
                 n = len(tensors(result)[0]) // len(new)  # some pipelines step the chunks of the guidance too
                 result = with_tensor(result, 0, torch.cat([new] * n))
             self.sample = (tensors(result) or [None])[0]
             return result
 
         return step
+
+    def _find_position(self, scheduler, timestep):
+        """Note where the scheduler's list has this timestep, and how long the loop is; returns the list, [] without one.
+
+        A loop may begin in the middle of the list, as that of an image with a `strength` does.
+        """
+        timesteps = getattr(scheduler, "timesteps", None)
+        timesteps = timesteps if isinstance(timesteps, Sized) else []
+        expected = None if self._position is None else self._position + 1
+        if self.index and self.replace is None and self._told is None:
+            self._position = expected  # nobody asks, and a GPU need not be waited for
+            return timesteps
+        self._position = position_of(timesteps, number(timestep), expected)
+        if self.index == 0:
+            self.num_steps = len(timesteps) - (self._position or 0) if len(timesteps) else None
+        return timesteps
+
+    def _check_time(self, forwards, timestep):
+        """A step is complete: what was taken for its index and its timestep must be true."""
+        if any(f.index != self.index for f in forwards):
+            raise UsageError(
+                f"what was step {forwards[0].index} while the denoiser ran is step {self.index} of another loop: give each loop "
+                "of the pipeline a sampling of its own"
+            )
+        told, self._told = self._told, None
+        timestep = number(timestep) if told is not None or self.rehearsal else None
+        if timestep is None:
+            return
+        for given in {number(f.time) for f in forwards} - {None}:
+            self.times[given] = timestep
+        known = told is not None and not math.isnan(told)
+        if known and not math.isclose(told, timestep, rel_tol=0.01, abs_tol=1e-6):
+            raise UsageError(f"an edit of step {self.index} was told the timestep {told:g}, and the scheduler is at {timestep:g}")
+
+    def tell_others(self):
+        """What the times of a dry run are called is known to the samplings that will watch the run itself."""
+        for other in LIVE:
+            if other is not self and not set(other.denoisers.values()).isdisjoint(self.denoisers.values()):
+                other.times |= self.times
+
+    def timestep(self):
+        """The scheduler's timestep of the step that is being computed, while a denoiser runs; NaN where it can't be told.
+
+        Told by the time that the denoiser is given, of which a dry step says what the scheduler calls it, and by the step before;
+        an error when the scheduler is stepped, should it be another.
+        """
+        given = None if self.current is None else number(self.current.time)
+        self._told = self._timestep_of(given)
+        return self._told
+
+    def _timestep_of(self, given):
+        if given in self.times:
+            return self.times[given]
+        listed = listed_timesteps(self._stepped) if self.index else []
+        following = listed[self._position + 1 :] if self._position is not None else []
+        if given is not None and self.times and all(a == b for a, b in self.times.items()):  # it gets the scheduler's own
+            near = following and math.isclose(following[0], given, rel_tol=0.01)  # but for rounding
+            return following[0] if near else given
+        if following:
+            return following[0]
+        for scheduler in (*self._fresh.values(), *self.schedulers):
+            listed = listed_timesteps(scheduler)
+            if given in listed:
+                return given
+            sigmas = getattr(scheduler, "sigmas", None)
+            position = position_of(sigmas if torch.is_tensor(sigmas) else [], given)
+            if position is not None and position < len(listed):
+                return listed[position]
+        return math.nan
 
     def _close(self, forwards, scheduler, model_output, timestep, sample=None):
         """A step is complete: label its forwards, compare them with the plan, hand it to `on_step`."""
@@ -245,13 +360,40 @@ class Sampling:
             self.R = rows
 
 
-def values_by_place(signature, *args, **kwargs):
-    """The arguments of a call by place, whatever their names: scheduler, model output, timestep, sample, ..."""
-    values = []
-    for name, value in signature.bind_partial(*args, **kwargs).arguments.items():
-        several = signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL
-        values += value if several else [value]
-    return values
+def values_of_step(signature, *args, **kwargs):
+    """(model output, timestep, sample or None) of a call of a scheduler's `step`: by name, or else by place."""
+    call = signature.bind_partial(*args, **kwargs)
+    given, by_place = {}, []
+    for name, value in call.arguments.items():
+        kind = signature.parameters[name].kind
+        given |= value if kind is inspect.Parameter.VAR_KEYWORD else {name: value}
+        by_place += value if kind is inspect.Parameter.VAR_POSITIONAL else [value]
+    if "timestep" in given and "sample" in given:  # they may stand in another order
+        return given.get("model_output", by_place[1]), given["timestep"], given["sample"]
+    return tuple([*by_place, None][1:4])
+
+
+def position_of(values, value, expected=None):
+    """Index of a number in a list or tensor of numbers: `expected` if it is there, else the first; None without one."""
+    numbers = torch.as_tensor(values).detach().flatten().cpu()
+    if value is None or not len(numbers):
+        return None
+    if isinstance(expected, int) and expected < len(numbers) and numbers[expected] == value:
+        return expected
+    found = (numbers == value).nonzero()
+    return int(found[0]) if len(found) else None
+
+
+def listed_timesteps(scheduler):
+    """The timesteps that a scheduler lists, as floats; [] where it lists none."""
+    timesteps = getattr(scheduler, "timesteps", None)
+    return torch.as_tensor(timesteps).flatten().tolist() if isinstance(timesteps, Sized) else []
+
+
+def number(time):
+    """A time as a float; None where rows or tokens have times of their own, or it is no number."""
+    values = torch.as_tensor(time).flatten() if torch.is_tensor(time) or isinstance(time, (int, float)) else torch.empty(0)
+    return float(values[0]) if len(values) and bool((values == values[0]).all()) else None
 
 
 def pattern_of(forwards):
@@ -304,19 +446,6 @@ def patched(cls, name, make):
 
 
 @contextmanager
-def same_random_numbers():
-    """Random states are those of the beginning again when the context ends."""
-    cuda = range(torch.cuda.device_count())  # a seed is set on all of them
-    mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
-    with torch.random.fork_rng(devices=cuda):
-        try:
-            yield
-        finally:
-            if mps is not None:
-                torch.mps.set_rng_state(mps)
-
-
-@contextmanager
 def undisturbed(pipe, schedulers, denoisers, kwargs):
     """Leave no trace of a generation: random states, the generators in `kwargs`, what the pipeline and its schedulers note of
     themselves and the attention processors that it sets are put back; no progress bar is shown, no watching sampling sees it.
@@ -326,7 +455,7 @@ def undisturbed(pipe, schedulers, denoisers, kwargs):
     states = [g.get_state() for g in generators]
     notes = [(o, {k: list(v) if isinstance(v, list) else v for k, v in vars(o).items()}) for o in (pipe, *schedulers)]
     watching = [(s, s.paused) for s in LIVE if not set(s.denoisers.values()).isdisjoint(denoisers.values())]
-    with same_random_numbers():
+    with same_random_numbers(*schedulers):
         try:
             for other, _ in watching:
                 other.paused = True
