@@ -2,7 +2,8 @@
 
 Attention is made local for it: a token gets its own query back, so that what it holds depends on that token of the input and
 on no other. Once as it is, then with noise on the sample of half of the rows, then of the other half: tokens that change are
-the image's. With noise on the text embeddings, those that change besides are the text's. Where one half changes the other's
+the image's. What a denoiser gets in one tensor with the sample, such as a picture to edit, stays the same in all steps and
+gets no noise. With noise on the text embeddings, those that change besides are the text's. Where one half changes the other's
 rows, the first axis is no batch axis. Which axis is the width is known from the layers that made a tensor of its shape.
 """
 
@@ -74,13 +75,15 @@ def fingerprint(x):
     return x.contiguous().view(bits).sum(-1, dtype=torch.int64)
 
 
-def disturb(x, rows):
-    """A tensor, or a list with one a row, with noise added to some rows."""
+def disturb(x, rows, part=None):
+    """A tensor, or a list with one a row, with noise added to some rows, of which to the numbers in `part`, bool, if it is given."""
     if not torch.is_tensor(x):
         return [disturb(row[None], [0])[0] if r in rows else row for r, row in enumerate(x)]
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x.device, x.dtype)
     chosen = torch.zeros(len(x), *[1] * (x.ndim - 1), dtype=torch.bool)
     chosen[list(rows)] = True
+    if part is not None:
+        chosen = chosen & part.cpu()
     return torch.where(chosen.to(x.device), x + noise if x.is_floating_point() else (x - 1).abs(), x)
 
 
@@ -230,8 +233,8 @@ def probe(root, forward, places):
 
     with bare(root):
         plain = run({})
-        upper = run({sample: disturb(forward.sample, range(half))})
-        lower = run({sample: disturb(forward.sample, range(half, rows))}) if rows > 1 else plain
+        upper = run({sample: disturb(forward.sample, range(half), forward.sampled)})
+        lower = run({sample: disturb(forward.sample, range(half, rows), forward.sampled)}) if rows > 1 else plain
         texts = run(text) if any(stream == "text" for _, _, stream in places) else plain
     return Runs(plain, upper, lower, texts, has_text, attention.calls > 0)
 
@@ -321,6 +324,25 @@ def width_is_last(module, x):
     return (x.shape[-1] in sizes) if x.ndim > 1 and {x.shape[-1], x.shape[1]} & sizes else None
 
 
+def has_more_than_sample(forward, sample):
+    """Whether a denoiser's first argument has more numbers in a row than what the scheduler steps."""
+    both_tensors = torch.is_tensor(forward.sample) and torch.is_tensor(sample)
+    return both_tensors and forward.sample[0].numel() > sample[0].numel()
+
+
+def sampled_key(forward):
+    return "sampled", forward.denoiser, tuple(forward.sample.shape[1:]) if torch.is_tensor(forward.sample) else None
+
+
+def note_sampled(known, forward, before):
+    """Keep in `known` which numbers of a row of a denoiser's first argument are sampled: those not as a step `before`."""
+    if forward.sample.shape != before.shape:
+        return
+    part = (forward.sample != before).any(0)
+    if part.any() and not part.all():
+        known[sampled_key(forward)] = part
+
+
 def describe(value):
     """A nested argument as something hashable: shapes of tensors, and the numbers too of integers and of what has only two."""
     if torch.is_tensor(value):
@@ -348,7 +370,13 @@ def find_layouts(forward, module, places, known):
         return
     root = unwrap(module)
     time = time_parameter(root)
-    key = (forward.denoiser, forward.rows, describe({k: v for k, v in forward.arguments.items() if k != time}))
+    forward.sampled = known.get(sampled_key(forward))
+    key = (
+        forward.denoiser,
+        forward.rows,
+        describe({k: v for k, v in forward.arguments.items() if k != time}),
+        id(forward.sampled),
+    )
     if missing := {place: module for place, module in places.items() if (key, place) not in known}:
         runs = probe(root, forward, missing)
         known |= {(key, place): locate(runs, forward, place) for place in missing}
