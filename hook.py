@@ -25,6 +25,7 @@ from diffusion.guidance import Pass, RoleFinder, check_order
 from diffusion.hook_names import check_hookable, find_modules, is_pattern, match_names
 from diffusion.locate import NEVER_RAN, bare, find_layouts, has_more_than_sample, note_sampled
 from diffusion.recorder import CacheOptions, Recorder
+from diffusion.repeated import RunWatch
 from diffusion.sampling_loop import Loop
 from diffusion.signatures import (
     count_prompts,
@@ -214,7 +215,7 @@ class HookedDiffusionModel:
         if n_prompts is not None and not (isinstance(n_prompts, int) and n_prompts > 0):
             raise UsageError(f"n_prompts: expected how many there are, got {n_prompts!r}")
         targets, explicit = self._targets(positions)
-        recorder = Recorder(targets, self._known, options, finder)
+        recorder = Recorder(targets, self.denoisers, self._known, options, finder)
         with ExitStack() as stack:
             on_forward, on_step, roles = recorder.on_forward, recorder.on_step, recorder.finder
             watching = self.watch(n_prompts, num_images_per_prompt, on_forward, on_step, roles=roles)
@@ -228,7 +229,7 @@ class HookedDiffusionModel:
         targets, explicit = self._targets(positions)
         options, kwargs = CacheOptions.take_from(kwargs)
         finder = self._ask(positions, prompt, kwargs, options.order)
-        recorder = Recorder(targets, self._known, options, finder)
+        recorder = Recorder(targets, self.denoisers, self._known, options, finder)
         denoisers = {denoiser for denoiser, _ in targets.values()}
         sampling = self._dry_run(denoisers, prompt, kwargs, recorder.on_forward, recorder.on_step, recorder.listen, finder)
         return recorder.result(explicit) | {"num_steps": sampling.num_steps}
@@ -360,10 +361,20 @@ class HookedDiffusionModel:
             P, n, plan = self._plan({edit.rows for _, edit in edits}, prompt, kwargs, finder)
             finder = None if plan is None else RoleFinder(order, sure=finder.sure, known=dict(plan))
 
+        runs = RunWatch({name: targets[name] for name, _ in edits}, self.denoisers, self._known)
+
+        def check_runs(step):
+            for name, edit in edits:
+                for forward in step.forwards:
+                    if forward.denoiser == targets[name][0] and edit.is_for(step.index, forward.roles):
+                        runs.check(name, forward, f"step {step.index}")
+
         on_forward = partial(find_layouts, places=places, known=self._known)
         idle = dict.fromkeys(targets, "never ran")  # until it has been edited
         with ExitStack() as stack:
-            sampling = stack.enter_context(self.watch(P, n, on_forward, plan=plan, roles=finder)) if edits else None
+            if edits:
+                sampling = stack.enter_context(self.watch(P, n, on_forward, check_runs, plan=plan, roles=finder))
+                runs.listen(stack, sampling)
             for name, (_, module) in targets.items():
                 for function in hooks[name]:
                     if isinstance(function, Edit):

@@ -8,8 +8,10 @@ rows, the first axis is no batch axis. Which axis is the width is known from the
 """
 
 import inspect
+import itertools
 import math
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -17,6 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from diffusion.repeated import RunWatch
 from diffusion.signatures import forward_signature, sample_name, tensors, time_parameter, unwrap
 from diffusion.token_layout import Layout, NotHookable, by_token, sample_grid, spatial_shape
 from diffusion.trace import same_random_numbers
@@ -76,7 +79,7 @@ def fingerprint(x):
 
 
 def disturb(x, rows, part=None):
-    """A tensor, or a list with one a row, with noise added to some rows, of which to the numbers in `part`, bool, if it is given."""
+    """A tensor, or a list with one a row, with noise added to some rows; of these only to the numbers in `part`, bool."""
     if not torch.is_tensor(x):
         return [disturb(row[None], [0])[0] if r in rows else row for r, row in enumerate(x)]
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x.device, x.dtype)
@@ -219,17 +222,30 @@ class Runs(NamedTuple):
     attention_is_local: bool  # or the model's attention was never met
 
 
-def probe(root, forward, places):
-    """Call the denoiser `root` on the arguments of `forward`, changed in several ways, and look at `places`."""
+def probe(root, forward, places, known):
+    """Call the denoiser `root` on the arguments of `forward`, changed in several ways, and look at `places`.
+
+    Raises UsageError where a call is not the first one's like, since something is kept between calls.
+    """
     rows, sample, time = forward.rows, sample_name(root), time_parameter(root)
     half, attention = (rows + 1) // 2, LocalAttention()
     others = {name: value for name, value in forward.arguments.items() if name not in (sample, time)}
     text = {name: disturb_text(value, rows, isinstance(forward.sample, (list, tuple))) for name, value in others.items()}
     has_text = any(a is not b for a, b in zip(tensors(text), tensors(others)))
     modules = {(side, name): module for (side, name, _), module in places.items()}
+    targets = {name: (forward.denoiser, module) for (_, name), module in modules.items()}
+    runs = RunWatch(targets, {forward.denoiser: root}, known)
+
+    trials = itertools.count(1)
 
     def run(changes):
-        return Run(root, rows, modules).call(forward, changes, attention)
+        trial = SimpleNamespace(ran=set(), skipped=None)
+        with ExitStack() as stack:
+            runs.listen(stack, SimpleNamespace(current=trial))
+            found = Run(root, rows, modules).call(forward, changes, attention)
+        for name in targets:
+            runs.check(name, trial, f"trial run {next(trials)} of the denoiser")
+        return found
 
     with bare(root):
         plain = run({})
@@ -378,6 +394,6 @@ def find_layouts(forward, module, places, known):
         id(forward.sampled),
     )
     if missing := {place: module for place, module in places.items() if (key, place) not in known}:
-        runs = probe(root, forward, missing)
+        runs = probe(root, forward, missing, known)
         known |= {(key, place): locate(runs, forward, place) for place in missing}
     forward.layouts = {place: known[key, place] for place in places}

@@ -7,6 +7,7 @@ import torch
 
 from diffusion.guidance import RoleFinder, check_order
 from diffusion.locate import NEVER_RAN, SEVERAL_TIMES, find_layouts, has_more_than_sample, note_sampled, sampled_key
+from diffusion.repeated import RunWatch
 from diffusion.token_layout import NotHookable
 from errors import UsageError, check_choice
 from store.hook_point import STREAMS
@@ -62,14 +63,15 @@ class Recording:
 class Recorder:
     """Gathers, step by step, the wanted stream's tokens of the wanted rows from what the target modules saw.
 
-    targets: {hook_name: (denoiser, module)}; known: layouts found so far, see `locate.find_layouts`; finder: the `RoleFinder` of
-    the sampling, by default one that has only the guidance to go by.
+    targets: {hook_name: (denoiser, module)}; denoisers: {name: module}; known: layouts found so far, see `locate.find_layouts`;
+    finder: the `RoleFinder` of the sampling, by default one that has only the guidance to go by.
     """
 
-    def __init__(self, targets, known, options, finder=None):
+    def __init__(self, targets, denoisers, known, options, finder=None):
         self.targets, self.known, self.options = targets, known, options
         self.roles, self.sides, self.stream = ROLES[options.rows], options.sides, options.stream
         self.finder = finder or RoleFinder(options.order)
+        self.runs = RunWatch(targets, denoisers, known)
         self.waiting = []  # (step, its time) whose rows only a later step will tell, and all after them
         self.places = {(side, name, self.stream): target for side in self.sides for name, target in targets.items()}
         self.recordings = {}  # {(side + suffix, hook_name): Recording}
@@ -83,6 +85,7 @@ class Recorder:
     def listen(self, stack, sampling):
         """Register the hooks; `stack` removes them."""
         self.sampling = sampling
+        self.runs.listen(stack, sampling)
 
         def capture(name, side):
             def hook(module, args, kwargs, output=None):
@@ -130,7 +133,10 @@ class Recorder:
                 chunks.setdefault((forward.denoiser, role), (forward, slice(chunk * step.R, (chunk + 1) * step.R)))
         for name, (denoiser, _) in self.targets.items():
             for suffix, role in self.roles.items():
-                if (denoiser, role) in chunks and name not in self.failed:
+                if (denoiser, role) not in chunks:
+                    continue
+                self.runs.check(name, chunks[denoiser, role][0], f"step {step.index}")
+                if name not in self.failed:
                     for side in self.sides:
                         self._keep(name, side, suffix, *chunks[denoiser, role], step.index, time)
 

@@ -38,6 +38,8 @@ class Forward:
     )
     layouts: dict = field(default_factory=dict)  # where the wanted tokens are, see diffusion/token_layout.py
     captured: dict = field(default_factory=dict)  # what hooks left here
+    ran: set = field(default_factory=set)  # names of the modules that were called, see diffusion/repeated.py
+    skipped: str | None = None  # a module that was called without being run
 
 
 @dataclass(eq=False)
