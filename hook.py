@@ -21,11 +21,23 @@ import torch
 
 from diffusion.edit import Edit
 from diffusion.generate import Generation
+from diffusion.guidance import Pass, RoleFinder, check_order
 from diffusion.hook_names import check_hookable, find_modules, is_pattern, match_names
-from diffusion.locate import NEVER_RAN, find_layouts
+from diffusion.locate import NEVER_RAN, bare, find_layouts, has_more_than_sample, note_sampled
 from diffusion.recorder import CacheOptions, Recorder
+from diffusion.repeated import RunWatch
 from diffusion.sampling_loop import Loop
-from diffusion.signatures import count_prompts, per_prompt, prompt_arguments, sample_name, tensors, time_parameter, unwrap
+from diffusion.signatures import (
+    count_prompts,
+    other_prompts,
+    outline,
+    per_prompt,
+    prompt_arguments,
+    sample_name,
+    tensors,
+    time_parameter,
+    unwrap,
+)
 from diffusion.token_layout import Layout, NotHookable
 from diffusion.trace import DryRunOver, Sampling, undisturbed
 from errors import UsageError
@@ -70,7 +82,8 @@ class HookedDiffusionModel:
         for denoiser in denoisers.values():
             sample_name(denoiser)
         self.pipe, self.denoisers, self.schedulers = pipe, denoisers, schedulers
-        self._known = {}  # layouts found so far, see `probe.find_layouts`
+        self._known = {}  # layouts found so far, see `locate.find_layouts`
+        self._sure = {}  # {outline of a generation's options: `guidance.RoleFinder.sure`}
 
     @classmethod
     def from_pretrained(cls, model_name, dtype=None, device=None, cpu_offload=False, **kwargs):
@@ -162,7 +175,8 @@ class HookedDiffusionModel:
         With `later` the cache is a function instead, which waits for the device's copies and returns it, on any thread.
         """
         options, kwargs = CacheOptions.take_from(kwargs)
-        with self._record(positions_to_cache, *count_prompts(prompt, kwargs), options) as result:
+        finder = self._ask(positions_to_cache, prompt, kwargs, options.order)
+        with self._record(positions_to_cache, *count_prompts(prompt, kwargs), options, finder) as result:
             output = self(prompt, **kwargs)
         return output, result if later else result()
 
@@ -171,7 +185,7 @@ class HookedDiffusionModel:
         """Keep what the named modules compute while the body of the `with` samples `n_prompts` prompts.
 
         options: save_input=False, save_output=True, rows="cond", stream="image", cache_every_n_timesteps=1, dtype=None,
-        choose=None, see `recorder.CacheOptions`.
+        choose=None, order=None, see `recorder.CacheOptions`.
 
         Yields a dict that is complete when the context ends. `cache["output"][hook_name]` and, with `save_input`,
         `cache["input"][hook_name]` are CPU tensors (prompts, steps, tokens, d) of `dtype` (default: the model's own), with
@@ -183,9 +197,12 @@ class HookedDiffusionModel:
         choose(step, tokens) -> (prompts, n) int64, or None for all: the image tokens of each prompt that are kept at a step, for
         all modules with so many; `cache["tokens"][hook_name]` (prompts, steps, n) says which.
 
-        Raises UsageError where a named module does not run exactly once a forward (one found by a glob is left out), where
-        what it takes or returns has no batch axis or no such tokens, and where unconditional rows are asked for and there
-        are none.
+        The prompts of what the body samples can't be changed to see which rows depend on them, as `run_with_cache` does: the
+        guidance of the steps must tell, or else `order`, such as ("uncond", "cond") for the passes of each step.
+
+        Raises UsageError where a named module does not run exactly once a forward (one found by a glob is left out), or not in
+        every step, where what it takes or returns has no batch axis or no such tokens, where unconditional rows are asked for
+        and there are none, and where nothing tells which rows are conditional.
         """
         cache = {}
         with self._record(positions_to_cache, n_prompts, num_images_per_prompt, CacheOptions(**options)) as result:
@@ -193,14 +210,15 @@ class HookedDiffusionModel:
         cache |= result()
 
     @contextmanager
-    def _record(self, positions, n_prompts, num_images_per_prompt, options):
+    def _record(self, positions, n_prompts, num_images_per_prompt, options, finder=None):
         """Yields a function for the cache, to be called after the `with`."""
         if n_prompts is not None and not (isinstance(n_prompts, int) and n_prompts > 0):
             raise UsageError(f"n_prompts: expected how many there are, got {n_prompts!r}")
         targets, explicit = self._targets(positions)
-        recorder = Recorder(targets, self._known, options)
+        recorder = Recorder(targets, self.denoisers, self._known, options, finder)
         with ExitStack() as stack:
-            watching = self.watch(n_prompts, num_images_per_prompt, recorder.on_forward, recorder.on_step)
+            on_forward, on_step, roles = recorder.on_forward, recorder.on_step, recorder.finder
+            watching = self.watch(n_prompts, num_images_per_prompt, on_forward, on_step, roles=roles)
             recorder.listen(stack, stack.enter_context(watching))
             yield partial(recorder.result, explicit)
 
@@ -210,9 +228,10 @@ class HookedDiffusionModel:
         """
         targets, explicit = self._targets(positions)
         options, kwargs = CacheOptions.take_from(kwargs)
-        recorder = Recorder(targets, self._known, options)
+        finder = self._ask(positions, prompt, kwargs, options.order)
+        recorder = Recorder(targets, self.denoisers, self._known, options, finder)
         denoisers = {denoiser for denoiser, _ in targets.values()}
-        sampling = self._dry_run(denoisers, prompt, kwargs, recorder.on_forward, recorder.on_step, recorder.listen)
+        sampling = self._dry_run(denoisers, prompt, kwargs, recorder.on_forward, recorder.on_step, recorder.listen, finder)
         return recorder.result(explicit) | {"num_steps": sampling.num_steps}
 
     def first_sample(self, prompt=None, **kwargs):
@@ -227,6 +246,7 @@ class HookedDiffusionModel:
         Returns ({hook_name: Layout | NotHookable}, number of steps of the whole sampling).
         """
         targets, _ = self._targets(positions)
+        self._ask(positions, prompt, kwargs)
         places = {("output", name, stream): target for name, target in targets.items()}
         layouts = {}
 
@@ -238,11 +258,54 @@ class HookedDiffusionModel:
         sampling = self._dry_run({denoiser for denoiser, _ in targets.values()}, prompt, kwargs, on_forward)
         return {name: layouts.get(name, NEVER_RAN) for name in self.modules() if name in targets}, sampling.num_steps
 
-    def _dry_run(self, denoisers, prompt, kwargs, on_forward=None, on_step=None, listen=None):
-        """Sample until each of `denoisers` has run in a step, then put everything back.
+    def _ask(self, positions, prompt, kwargs, order=None):
+        """A `RoleFinder` for the sampling that follows.
 
-        on_step gets the first step of each denoiser only. Returns the `Sampling` that watched: `known` are the roles of rows in
-        these steps, `P` the prompts, `R` the rows of each chunk, `num_steps` the length of the whole sampling.
+        Once for all samplings with such options, one step is run with other prompts and thrown away: the rows that it changes
+        are conditional, and where a denoiser gets more than the sample, such as a picture to edit, it shows which part it is.
+        """
+        self._targets(positions)  # before anything is run for nothing
+        key = outline(kwargs | {"prompt": prompt}), order and tuple(order)
+        if key in self._sure:
+            return RoleFinder(order, sure=self._sure[key])
+        self._sure[key] = {}
+        return RoleFinder(order, self._run_with_other_prompts(prompt, kwargs), self._sure[key])
+
+    def _run_with_other_prompts(self, prompt, kwargs):
+        """The first step's forwards as `guidance.Pass`; None where there are no prompts to change, or others are refused."""
+        changed = other_prompts(prompt, kwargs)
+        other, options = changed or (prompt, kwargs)
+        options = {name: value for name, value in options.items() if not name.startswith("callback")}
+        if options.get("num_inference_steps") == 1:
+            options["num_inference_steps"] = 2  # the second shows what of the denoiser's input is sampled
+        passes, mixed = [], {}
+
+        def on_forward(forward, module):
+            if forward.denoiser in mixed:
+                note_sampled(self._known, forward, mixed[forward.denoiser])
+                raise DryRunOver
+
+        def on_step(step):
+            again = bool(passes)
+            passes.extend(Pass(f.denoiser, f.rows, f.conditioning, f.output) for f in step.forwards)
+            mixed.update({f.denoiser: f.sample for f in step.forwards if has_more_than_sample(f, step.sample)})
+            if again or not mixed:
+                raise DryRunOver
+
+        try:
+            with ExitStack() as stack:
+                for denoiser in self.denoisers.values():
+                    stack.enter_context(bare(denoiser))  # hooks of the user's own see nothing of it
+                self._dry_run({None}, other, options, on_forward, on_step)
+        except Exception:  # noqa: BLE001  it may know no such prompt; anything else that is wrong will show again
+            return None
+        return passes if changed else None
+
+    def _dry_run(self, denoisers, prompt, kwargs, on_forward=None, on_step=None, listen=None, finder=None):
+        """Sample until each of `denoisers` has run in a step whose rows are told, then put everything back.
+
+        on_step gets the first steps of each denoiser only. Returns the `Sampling` that watched: `P` the prompts, `R` the rows
+        of each chunk, `num_steps` the length of the whole sampling; `finder` knows the roles of rows in these steps.
         """
         ran = set()
 
@@ -252,12 +315,13 @@ class HookedDiffusionModel:
                 sampling.num_steps = min(told, sampling.num_steps)
             if on_step is not None and sampling.called - ran:
                 on_step(step)
-            ran.update(sampling.called)
+            if finder is None or not finder.undecided:
+                ran.update(sampling.called)
             if denoisers <= ran:
                 raise DryRunOver
 
         with undisturbed(self.pipe, self.schedulers, self.denoisers, kwargs), ExitStack() as stack:
-            watching = self.watch(*count_prompts(prompt, kwargs), on_forward, stop_when_all_ran, rehearsal=True)
+            watching = self.watch(*count_prompts(prompt, kwargs), on_forward, stop_when_all_ran, rehearsal=True, roles=finder)
             sampling = stack.enter_context(watching)
             if listen is not None:
                 listen(stack, sampling)
@@ -268,17 +332,20 @@ class HookedDiffusionModel:
             except ValueError as error:  # what a pipeline says of its arguments is the user's to mend
                 raise UsageError(f"{error}") from error
             sampling.tell_others()
-        if not ran:
+        if finder is not None:
+            finder.check_decided()
+        if not sampling.called:
             raise UsageError("the denoiser ran, or not even that, but its scheduler never made a step")
         return sampling
 
-    def run_with_hooks(self, position_hook_dict, prompt=None, **kwargs):
+    def run_with_hooks(self, position_hook_dict, prompt=None, *, order=None, **kwargs):
         """Generate with edits: {hook_name: fn or [fn]}, where fn is an `Edit`, or a function as in PyTorch.
 
         `fn(module, input, output) -> new output or None` sees the whole batch, conditional and unconditional rows alike;
         `input` is the tuple of positional arguments, or of the keyword ones where the module gets only those. An `Edit` needs
         to know which rows are conditional before the scheduler is called: one step is run first, unedited, and thrown away,
         and the plan found there is checked against every step. Hooks are removed afterwards, also after an exception.
+        order: of the passes in a step, such as ("uncond", "cond"), where neither the prompts nor the guidance tell it.
 
         Raises UsageError if a named module never ran, or no edit of it took place, if unconditional rows are to be edited
         and there are none, and if a step does not fit the plan.
@@ -291,14 +358,27 @@ class HookedDiffusionModel:
         explicit = {name for name in hooks if any(p in (name, f"{targets[name][0]}.{name}") for p in position_hook_dict)}
         edits = [(name, function) for name in hooks for function in hooks[name] if isinstance(function, Edit)]
         places = {(side, name, edit.stream): targets[name] for name, edit in edits for side in edit.sides}
-        (P, n), plan = count_prompts(prompt, kwargs), None
+        (P, n), plan, finder = count_prompts(prompt, kwargs), None, None
         if edits:
-            P, n, plan = self._plan({edit.rows for _, edit in edits}, prompt, kwargs)
+            check_order(order)
+            finder = self._ask(list(hooks), prompt, kwargs, order)
+            P, n, plan = self._plan({edit.rows for _, edit in edits}, prompt, kwargs, finder)
+            finder = None if plan is None else RoleFinder(order, sure=finder.sure, known=dict(plan))
+
+        runs = RunWatch({name: targets[name] for name, _ in edits}, self.denoisers, self._known)
+
+        def check_runs(step):
+            for name, edit in edits:
+                for forward in step.forwards:
+                    if forward.denoiser == targets[name][0] and edit.is_for(step.index, forward.roles):
+                        runs.check(name, forward, f"step {step.index}")
 
         on_forward = partial(find_layouts, places=places, known=self._known)
         idle = dict.fromkeys(targets, "never ran")  # until it has been edited
         with ExitStack() as stack:
-            sampling = stack.enter_context(self.watch(P, n, on_forward, plan=plan)) if edits else None
+            if edits:
+                sampling = stack.enter_context(self.watch(P, n, on_forward, check_runs, plan=plan, roles=finder))
+                runs.listen(stack, sampling)
             for name, (_, module) in targets.items():
                 for function in hooks[name]:
                     if isinstance(function, Edit):
@@ -310,17 +390,21 @@ class HookedDiffusionModel:
             raise UsageError("nothing was edited at " + "; ".join(why))
         return output
 
-    def _plan(self, wanted, prompt, kwargs):
+    def _plan(self, wanted, prompt, kwargs, finder):
         """Prompts, images per prompt and the roles of the rows that a generation will have, None if edits need no roles."""
-        first = self._dry_run(set(), prompt, kwargs)
-        roles = {role for of_step in first.known.values() for of_forward in of_step for role in of_forward}
+        needs_roles = wanted != {"all"}
+        first = self._dry_run(set(), prompt, kwargs, finder=finder if needs_roles else None)
+        roles = {role for of_step in finder.known.values() for of_forward in of_step for role in of_forward}
         if missing := wanted - roles - {"all"}:
             raise UsageError(f"there are no {missing.pop()}itional rows to edit in this generation; is guidance off?")
-        return first.P, first.R // first.P, first.known if wanted != {"all"} else None
+        return first.P, first.R // first.P, finder.known if needs_roles else None
 
-    def watch(self, P=1, n=1, on_forward=None, on_step=None, plan=None, replace=None, row_seeds=None, rehearsal=False):
+    def watch(
+        self, P=1, n=1, on_forward=None, on_step=None, plan=None, replace=None, row_seeds=None, rehearsal=False, roles=None
+    ):
         """Context in which a sampling of P prompts x n images is followed, see `trace.Sampling`, which it yields."""
-        return Sampling(self.denoisers, self.schedulers, P, n, on_forward, on_step, plan, replace, row_seeds, rehearsal).watch()
+        options = (on_forward, on_step, plan, replace, row_seeds, rehearsal, roles)
+        return Sampling(self.denoisers, self.schedulers, P, n, *options).watch()
 
 
 def raw(function, name, idle):

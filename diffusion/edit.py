@@ -36,6 +36,11 @@ class Edit:
     def sides(self):
         return ("output", "input") if self.with_input else ("output",)
 
+    def is_for(self, index, roles):
+        """Whether it edits rows of these roles, None where they are not told, in the step `index`."""
+        in_step = self.steps is None or index in self.steps
+        return in_step and (roles is None or self.rows == "all" or self.rows in roles)
+
     def listen(self, stack, module, name, sampling, idle, explicit):
         """Register hooks on the module `name`; `stack` removes them. `idle[name]` is why it has not edited, None once it has.
 

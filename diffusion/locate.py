@@ -2,13 +2,16 @@
 
 Attention is made local for it: a token gets its own query back, so that what it holds depends on that token of the input and
 on no other. Once as it is, then with noise on the sample of half of the rows, then of the other half: tokens that change are
-the image's. With noise on the text embeddings, those that change besides are the text's. Where one half changes the other's
+the image's. What a denoiser gets in one tensor with the sample, such as a picture to edit, stays the same in all steps and
+gets no noise. With noise on the text embeddings, those that change besides are the text's. Where one half changes the other's
 rows, the first axis is no batch axis. Which axis is the width is known from the layers that made a tensor of its shape.
 """
 
 import inspect
+import itertools
 import math
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -16,6 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from diffusion.repeated import RunWatch
 from diffusion.signatures import forward_signature, sample_name, tensors, time_parameter, unwrap
 from diffusion.token_layout import Layout, NotHookable, by_token, sample_grid, spatial_shape
 from diffusion.trace import same_random_numbers
@@ -74,13 +78,15 @@ def fingerprint(x):
     return x.contiguous().view(bits).sum(-1, dtype=torch.int64)
 
 
-def disturb(x, rows):
-    """A tensor, or a list with one a row, with noise added to some rows."""
+def disturb(x, rows, part=None):
+    """A tensor, or a list with one a row, with noise added to some rows; of these only to the numbers in `part`, bool."""
     if not torch.is_tensor(x):
         return [disturb(row[None], [0])[0] if r in rows else row for r, row in enumerate(x)]
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x.device, x.dtype)
     chosen = torch.zeros(len(x), *[1] * (x.ndim - 1), dtype=torch.bool)
     chosen[list(rows)] = True
+    if part is not None:
+        chosen = chosen & part.cpu()
     return torch.where(chosen.to(x.device), x + noise if x.is_floating_point() else (x - 1).abs(), x)
 
 
@@ -216,22 +222,35 @@ class Runs(NamedTuple):
     attention_is_local: bool  # or the model's attention was never met
 
 
-def probe(root, forward, places):
-    """Call the denoiser `root` on the arguments of `forward`, changed in several ways, and look at `places`."""
+def probe(root, forward, places, known):
+    """Call the denoiser `root` on the arguments of `forward`, changed in several ways, and look at `places`.
+
+    Raises UsageError where a call is not the first one's like, since something is kept between calls.
+    """
     rows, sample, time = forward.rows, sample_name(root), time_parameter(root)
     half, attention = (rows + 1) // 2, LocalAttention()
     others = {name: value for name, value in forward.arguments.items() if name not in (sample, time)}
     text = {name: disturb_text(value, rows, isinstance(forward.sample, (list, tuple))) for name, value in others.items()}
     has_text = any(a is not b for a, b in zip(tensors(text), tensors(others)))
     modules = {(side, name): module for (side, name, _), module in places.items()}
+    targets = {name: (forward.denoiser, module) for (_, name), module in modules.items()}
+    runs = RunWatch(targets, {forward.denoiser: root}, known)
+
+    trials = itertools.count(1)
 
     def run(changes):
-        return Run(root, rows, modules).call(forward, changes, attention)
+        trial = SimpleNamespace(ran=set(), skipped=None)
+        with ExitStack() as stack:
+            runs.listen(stack, SimpleNamespace(current=trial))
+            found = Run(root, rows, modules).call(forward, changes, attention)
+        for name in targets:
+            runs.check(name, trial, f"trial run {next(trials)} of the denoiser")
+        return found
 
     with bare(root):
         plain = run({})
-        upper = run({sample: disturb(forward.sample, range(half))})
-        lower = run({sample: disturb(forward.sample, range(half, rows))}) if rows > 1 else plain
+        upper = run({sample: disturb(forward.sample, range(half), forward.sampled)})
+        lower = run({sample: disturb(forward.sample, range(half, rows), forward.sampled)}) if rows > 1 else plain
         texts = run(text) if any(stream == "text" for _, _, stream in places) else plain
     return Runs(plain, upper, lower, texts, has_text, attention.calls > 0)
 
@@ -321,6 +340,25 @@ def width_is_last(module, x):
     return (x.shape[-1] in sizes) if x.ndim > 1 and {x.shape[-1], x.shape[1]} & sizes else None
 
 
+def has_more_than_sample(forward, sample):
+    """Whether a denoiser's first argument has more numbers in a row than what the scheduler steps."""
+    both_tensors = torch.is_tensor(forward.sample) and torch.is_tensor(sample)
+    return both_tensors and forward.sample[0].numel() > sample[0].numel()
+
+
+def sampled_key(forward):
+    return "sampled", forward.denoiser, tuple(forward.sample.shape[1:]) if torch.is_tensor(forward.sample) else None
+
+
+def note_sampled(known, forward, before):
+    """Keep in `known` which numbers of a row of a denoiser's first argument are sampled: those not as a step `before`."""
+    if forward.sample.shape != before.shape:
+        return
+    part = (forward.sample != before).any(0)
+    if part.any() and not part.all():
+        known[sampled_key(forward)] = part
+
+
 def describe(value):
     """A nested argument as something hashable: shapes of tensors, and the numbers too of integers and of what has only two."""
     if torch.is_tensor(value):
@@ -348,8 +386,14 @@ def find_layouts(forward, module, places, known):
         return
     root = unwrap(module)
     time = time_parameter(root)
-    key = (forward.denoiser, forward.rows, describe({k: v for k, v in forward.arguments.items() if k != time}))
+    forward.sampled = known.get(sampled_key(forward))
+    key = (
+        forward.denoiser,
+        forward.rows,
+        describe({k: v for k, v in forward.arguments.items() if k != time}),
+        id(forward.sampled),
+    )
     if missing := {place: module for place, module in places.items() if (key, place) not in known}:
-        runs = probe(root, forward, missing)
+        runs = probe(root, forward, missing, known)
         known |= {(key, place): locate(runs, forward, place) for place in missing}
     forward.layouts = {place: known[key, place] for place in places}

@@ -5,7 +5,9 @@ from dataclasses import dataclass, field, fields
 
 import torch
 
-from diffusion.locate import NEVER_RAN, SEVERAL_TIMES, find_layouts
+from diffusion.guidance import RoleFinder, check_order
+from diffusion.locate import NEVER_RAN, SEVERAL_TIMES, find_layouts, has_more_than_sample, note_sampled, sampled_key
+from diffusion.repeated import RunWatch
 from diffusion.token_layout import NotHookable
 from errors import UsageError, check_choice
 from store.hook_point import STREAMS
@@ -25,9 +27,11 @@ class CacheOptions:
     cache_every_n_timesteps: int = 1  # steps 0, n, 2n, ...
     dtype: torch.dtype | None = None  # of what is kept; None is the model's own
     choose: Callable | None = None  # choose(step, tokens) -> the image tokens to keep of each prompt; None is all
+    order: tuple | None = None  # of the passes in a step, such as ("uncond", "cond"), where they can't be told; None asks
 
     def __post_init__(self):
         check_choice("rows", self.rows, ROLES)
+        check_order(self.order)
         check_choice("stream", self.stream, STREAMS)
         if not self.sides:
             raise UsageError("nothing to keep: save_input and save_output are both off")
@@ -59,23 +63,29 @@ class Recording:
 class Recorder:
     """Gathers, step by step, the wanted stream's tokens of the wanted rows from what the target modules saw.
 
-    targets: {hook_name: (denoiser, module)}; known: layouts found so far, see `probe.find_layouts`.
+    targets: {hook_name: (denoiser, module)}; denoisers: {name: module}; known: layouts found so far, see `locate.find_layouts`;
+    finder: the `RoleFinder` of the sampling, by default one that has only the guidance to go by.
     """
 
-    def __init__(self, targets, known, options):
+    def __init__(self, targets, denoisers, known, options, finder=None):
         self.targets, self.known, self.options = targets, known, options
         self.roles, self.sides, self.stream = ROLES[options.rows], options.sides, options.stream
+        self.finder = finder or RoleFinder(options.order)
+        self.runs = RunWatch(targets, denoisers, known)
+        self.waiting = []  # (step, its time) whose rows only a later step will tell, and all after them
         self.places = {(side, name, self.stream): target for side in self.sides for name, target in targets.items()}
         self.recordings = {}  # {(side + suffix, hook_name): Recording}
         self.lengths = {}  # {(suffix, hook_name): text tokens of each prompt}
         self.grids = {}  # {(side, hook_name): grid of the image}
         self.failed = {}  # {hook_name: why}
         self.called, self.stepped = set(), set()  # denoisers that ran, and those whose output reached the scheduler
+        self.mixed = {}  # {sampled_key: what a denoiser got in the last step, of which not all is known to be sampled}
         self.copied = {}  # {GPU: the event of its last copy}
 
     def listen(self, stack, sampling):
         """Register the hooks; `stack` removes them."""
         self.sampling = sampling
+        self.runs.listen(stack, sampling)
 
         def capture(name, side):
             def hook(module, args, kwargs, output=None):
@@ -97,13 +107,22 @@ class Recorder:
 
     def on_forward(self, forward, module):
         self.called.add(forward.denoiser)
+        if (key := sampled_key(forward)) in self.mixed:
+            note_sampled(self.known, forward, self.mixed.pop(key))
         if self.sampling.index % self.options.cache_every_n_timesteps == 0:
             find_layouts(forward, module, self.places, self.known)
 
     def on_step(self, step):
+        for f in step.forwards:
+            if has_more_than_sample(f, step.sample) and sampled_key(f) not in self.known:
+                self.mixed[sampled_key(f)] = f.sample
         if step.index % self.options.cache_every_n_timesteps:
             return
-        time = (step.time(), step.sigma())
+        self.waiting.append((step, (step.time(), step.sigma())))
+        while self.waiting and all(f.roles is not None for f in self.waiting[0][0].forwards):
+            self._keep_step(*self.waiting.pop(0))
+
+    def _keep_step(self, step, time):
         running = {f.denoiser for f in step.forwards}
         if again := running & self.stepped if step.index == 0 else None:
             raise UsageError(f"a second sampling by {again.pop()} began inside one cache: give each its own")
@@ -114,7 +133,10 @@ class Recorder:
                 chunks.setdefault((forward.denoiser, role), (forward, slice(chunk * step.R, (chunk + 1) * step.R)))
         for name, (denoiser, _) in self.targets.items():
             for suffix, role in self.roles.items():
-                if (denoiser, role) in chunks and name not in self.failed:
+                if (denoiser, role) not in chunks:
+                    continue
+                self.runs.check(name, chunks[denoiser, role][0], f"step {step.index}")
+                if name not in self.failed:
                     for side in self.sides:
                         self._keep(name, side, suffix, *chunks[denoiser, role], step.index, time)
 
@@ -155,6 +177,7 @@ class Recorder:
 
     def result(self, explicit):
         """The cache, on any thread; raises UsageError for modules that failed, unless a glob found them among others."""
+        self.finder.check_decided()
         for event in self.copied.values():
             event.synchronize()
         for name, (denoiser, _) in self.targets.items():

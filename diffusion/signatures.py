@@ -6,6 +6,7 @@ import torch
 
 from errors import UsageError
 
+SEEDING = ("generator", "latents")
 TIME_NAMES = ("timestep", "timesteps", "timestep_ratio", "sigma", "sigmas", "t", "time", "noise_level", "noise_labels")
 
 
@@ -65,6 +66,83 @@ def with_tensor(value, index, x):
     if isinstance(value, dict):
         return type(value)(**new)
     return type(value)(*new.values()) if hasattr(value, "_fields") else type(value)(new.values())
+
+
+def other_prompts(prompt, kwargs):
+    """(prompt, kwargs) of the same generation with other positive prompts, or None where there are none to change.
+
+    Texts are exchanged, or else their words reversed, so that few of them change their length; embeddings get noise; of class
+    numbers each is the one before. What a pipeline takes besides, such as a negative prompt, stays.
+    """
+    changed = {}
+    for name, value in ({"prompt": prompt} | kwargs).items():
+        if "negative" in name or value is None:
+            continue
+        if name.startswith("prompt") and (isinstance(value, str) or isinstance(value, (list, tuple)) and texts_only(value)):
+            changed[name] = other_text(value) if isinstance(value, str) else other_texts(list(value))
+        elif "prompt_embeds" in name or name == "image_embeds":
+            changed[name] = with_noise(value)
+        elif name == "class_labels":
+            changed[name] = other_labels(value)
+    if not changed:
+        return None
+    prompt = changed.pop("prompt", prompt)
+    return prompt, kwargs | changed
+
+
+def texts_only(values):
+    return len(values) > 0 and all(isinstance(value, str) for value in values)
+
+
+def other_text(text):
+    """The words in reverse; a single word's letters; what reads the same both ways gets a word more."""
+    for other in (" ".join(reversed(text.split())), text[::-1]):
+        if other.split() != text.split():
+            return other
+    return (text + " something else").strip()
+
+
+def other_texts(texts):
+    """Each text is the next one's; where that is the same, another one."""
+    following = [*texts[1:], texts[0]]
+    return [b if a != b else other_text(a) for a, b in zip(texts, following)]
+
+
+def other_labels(labels):
+    """Class numbers, a list or a tensor of them, and perhaps texts that are numbers: each the one before, and 1 for 0."""
+    if torch.is_tensor(labels):
+        return torch.where(labels > 0, labels - 1, labels + 1)
+    if isinstance(labels, (list, tuple)):
+        return [other_labels(label) for label in labels]
+    return labels - 1 if labels > 0 else labels + 1
+
+
+def with_noise(value):
+    """A nested structure of tensors with noise of their own size on the floating point ones."""
+    if torch.is_tensor(value):
+        if not value.is_floating_point():
+            return value
+        noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(0))
+        return value + (noise * (value.detach().float().std(correction=0).cpu() + 1e-3)).to(value.device, value.dtype)
+    return type(value)(map(with_noise, value)) if isinstance(value, (list, tuple)) else value
+
+
+def outline(options):
+    """Something hashable that is equal for generations with the same kinds of passes: prompts, seeds and pictures may differ.
+
+    Of options, numbers, flags and names count, of prompts and lists only that they are given, of tensors the sizes of a row.
+    """
+    return tuple((name, outline_of(name, value)) for name, value in sorted(options.items()) if name not in SEEDING)
+
+
+def outline_of(name, value):
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    if isinstance(value, str) and "prompt" not in name:
+        return value
+    if isinstance(value, dict):
+        return outline(value)
+    return tuple(value.shape[1:]) if torch.is_tensor(value) else "given"
 
 
 def per_prompt(name):

@@ -90,27 +90,35 @@ def sample_grid(count, forward, config):
     positions, a tuple of sizes, or sizes in a row.
     """
     shape = tuple((forward.sample if torch.is_tensor(forward.sample) else forward.sample[0][None]).shape[1:])
+    channels = getattr(config, "in_channels", None)
+    chosen = None  # which rows of a table of positions are those of the sample
+    if forward.sampled is not None:
+        sizes = [int(forward.sampled.movedim(axis, 0).flatten(1).any(1).sum()) for axis in range(len(shape))]
+        if [m for m, n in zip(shape, sizes) if m != n] != [channels]:  # else a picture has channels of its own
+            shape, chosen = tuple(sizes), forward.sampled.flatten(1).any(1)
     if len(shape) > 2:
         known = {1}
         for name in config if config is not None and hasattr(config, "keys") else ():
             known |= set(integers(config[name])) if "patch_size" in name else set()
         patches = range(1, min(64, max(shape)) + 1)
         ways = itertools.product(range(len(shape)), patches if len(shape) > 3 else [1], patches)
-        channels, inside = getattr(config, "in_channels", None), range(1, len(shape) - 1)
+        inside = range(1, len(shape) - 1)
         unlikely = lambda way: (len({*way[1:]} - known), shape[way[0]] != channels, way[0] in inside, way)
         for axis, f, p in sorted(ways, key=unlikely):  # the axis of the channels, frames and pixels a side of a patch
             *frames, H, W = (n for i, n in enumerate(shape) if i != axis)
             grid = (*(-(-n // f) for n in frames), -(-H // p), -(-W // p))
             if math.prod(grid) == count:
                 return grid
-    return next((g for g in packed_grids(list(forward.arguments.values())) if math.prod(g) == count), None)
+    return next((g for g in packed_grids(list(forward.arguments.values()), chosen) if math.prod(g) == count), None)
 
 
-def packed_grids(value):
-    """Every grid of 2 or 3 sizes that a nested argument may speak of."""
+def packed_grids(value, chosen=None):
+    """Every grid of 2 or 3 sizes that a nested argument may speak of; of a table of positions, those of `chosen` tokens."""
     if torch.is_tensor(value):
         table = value[0] if value.ndim == 3 else value
         if value.ndim in (2, 3) and table.shape[1] <= 4:
+            if chosen is not None and len(chosen) == len(table):
+                table = table[chosen.to(table.device)]
             sizes = [len(column.unique()) for column in table.T]
             yield tuple(n for n in sizes if n > 1)
     elif isinstance(value, (list, tuple)):
@@ -118,7 +126,7 @@ def packed_grids(value):
         for n in (3, 2):
             yield from (tuple(w) for w in zip(*(numbers[i:] for i in range(n))) if None not in w)
         for item in value:
-            yield from packed_grids(item)
+            yield from packed_grids(item, chosen)
 
 
 def integers(value):

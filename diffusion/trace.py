@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from diffusion.guidance import CONTEXTS, find_roles
+from diffusion.guidance import CONTEXTS, RoleFinder, pattern_of
 from diffusion.randomness import RowByRow, check_repeatable, same_random_numbers
 from diffusion.signatures import forward_signature, sample_name, tensors, time_parameter, unwrap, with_tensor
 from errors import UsageError
@@ -37,8 +37,11 @@ class Forward:
     time: Any = None  # as it was given
     index: int = 0  # of the step that it belongs to
     output: torch.Tensor | None = None  # the prediction, (rows, ...)
+    sampled: torch.Tensor | None = None  # which numbers of a row of `sample` are sampled, bool; None: all
     layouts: dict = field(default_factory=dict)  # where the wanted tokens are, see diffusion/token_layout.py
     captured: dict = field(default_factory=dict)  # what hooks left here
+    ran: set = field(default_factory=set)  # names of the modules that were called, see diffusion/repeated.py
+    skipped: str | None = None  # a module that was called without being run
 
 
 @dataclass(eq=False)
@@ -104,10 +107,11 @@ class Sampling:
     n: int = 1
     on_forward: Callable | None = None  # on_forward(forward, module), before a denoiser runs
     on_step: Callable | None = None  # on_step(step), when the scheduler is called
-    plan: dict | None = None  # another sampling's `known`: forwards have their roles from it while they run
+    plan: dict | None = None  # another sampling's `roles.known`: forwards have their roles from it while they run
     replace: Callable | None = None  # replace(next timestep or None, scheduler) -> what takes the place of its result
     row_seeds: list | None = None  # one per row: noise that the scheduler draws without a generator is each row's own
     rehearsal: bool = False  # a dry run: a scheduler whose random numbers no seed reaches is refused
+    roles: RoleFinder | None = None  # labels the rows of each step; None where nobody asks
 
     R: int | None = field(init=False)  # rows a chunk: prompts x images per prompt
     current: Forward | None = field(default=None, init=False)
@@ -115,7 +119,6 @@ class Sampling:
     num_steps: int | None = field(default=None, init=False)  # of the loop, from its first to the last that is listed
     sample: Any = field(default=None, init=False)  # what the last step returned
     called: set = field(default_factory=set, init=False)  # names of the denoisers that ran in a step so far
-    known: dict = field(init=False)  # {pattern of a step's forwards (how many rows, which context): their roles}
     paused: bool = field(default=False, init=False)  # nothing is noticed then
     times: dict = field(default_factory=dict, init=False)  # {what a denoiser was given: the scheduler's timestep}, as far as met
     _told: float | None = field(default=None, init=False)  # what `timestep` said in this step
@@ -128,7 +131,6 @@ class Sampling:
 
     def __post_init__(self):
         self.R = self.P and self.P * self.n
-        self.known = dict(self.plan or {})
         self._row_by_row = self.row_seeds and RowByRow(self.row_seeds)
 
     @contextmanager
@@ -182,7 +184,7 @@ class Sampling:
         """Roles of a forward that has not run, from the plan; `_close` compares them with what they turn out to be."""
         if forward.context in CONTEXTS and forward.rows == self.R:
             return [CONTEXTS[forward.context]]
-        so_far = pattern_of([*self._open, forward])
+        so_far = pattern_of([*self._open, forward], self.R)
 
         def nameless(pattern):
             return [f[1:] for f in pattern[: len(so_far)]]
@@ -337,18 +339,16 @@ class Sampling:
         if rows != self.R and not doubled:
             raise UsageError(f"{rows} rows are sampled, not {self.R}: say how many prompts there are, and images of each")
         expected = [f.roles for f in forwards]
-        pattern = pattern_of(forwards)
-        if pattern not in self.known:
-            self.known[pattern] = find_roles(forwards, model_output, self.R)
-        for f, roles in zip(forwards, self.known[pattern]):
-            f.roles = roles
-        if self.plan is not None and any(f.roles and f.roles != planned for f, planned in zip(forwards, expected)):
+        if self.roles is not None:
+            self.roles.label(forwards, model_output, self.R)
+        others = [f for f, planned in zip(forwards, expected) if f.roles != [] and f.roles != planned]
+        if self.plan is not None and others:
             raise UsageError(
                 f"the passes of step {self.index} are not those of the first step, so an edit may have met the wrong rows: "
                 "use rows='all', or limit it to earlier steps"
             )
         if self.on_step is not None:
-            self.on_step(Step(self.index, timestep, [f for f in forwards if f.roles], scheduler, self.R, sample))
+            self.on_step(Step(self.index, timestep, [f for f in forwards if f.roles != []], scheduler, self.R, sample))
 
     def _count(self, rows, forwards):
         """Correct P and R by the rows that are stepped."""
@@ -394,10 +394,6 @@ def number(time):
     """A time as a float; None where rows or tokens have times of their own, or it is no number."""
     values = torch.as_tensor(time).flatten() if torch.is_tensor(time) or isinstance(time, (int, float)) else torch.empty(0)
     return float(values[0]) if len(values) and bool((values == values[0]).all()) else None
-
-
-def pattern_of(forwards):
-    return tuple((f.denoiser, f.rows, f.context) for f in forwards)
 
 
 def row_wise(values, sample):

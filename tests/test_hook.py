@@ -448,11 +448,15 @@ def test_a_denoiser_without_prompts():
         HookedDiffusionModel(unet, Euler(), get_timesteps=lambda n, device: range(n))()
 
 
-def test_a_zero_last_layer_is_an_error_not_a_guess():
+def test_a_zero_last_layer_is_no_reason_to_guess():
     pipe = build(sd15)
     torch.nn.init.zeros_(pipe.unet.conv_out.weight)
-    with pytest.raises(ValueError, match="can't tell conditional"):
-        run(pipe, PROMPTS[:1])
+    with pytest.raises(ValueError, match="can't tell conditional"), HookedDiffusionModel.from_pipeline(pipe).cache(HOOK, 1):
+        pipe(PROMPTS[:1], **generate_options(1))
+    _, one = run(pipe, PROMPTS[:1])  # another prompt changes conditional rows, whatever is predicted of them
+    _, other = run(pipe, PROMPTS[1:2])
+    assert torch.equal(one["output_uncond"][HOOK], other["output_uncond"][HOOK])
+    assert not torch.equal(one["output"][HOOK], other["output"][HOOK])
     _, cache = run(pipe)  # with two prompts the conditioning tells: the unconditional one is the same for both
     _, after = run(pipe, [PROMPTS[0], PROMPTS[2]])
     assert torch.equal(cache["output_uncond"][HOOK], after["output_uncond"][HOOK])
