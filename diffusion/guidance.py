@@ -25,8 +25,8 @@ def guidance_weights(chunks, model_output):
 
     chunks: list of (R, ...) tensors, model_output: (R, ...). weights: list of floats, 0 for a chunk that is smaller than the
     model output. certain: list of bool, False where other chunks could take a chunk's place (identical predictions), which
-    then share its weight. What a chunk has past the model output's shape (a learned variance, tokens of a reference image)
-    is left out.
+    then share its weight; all are 0 and uncertain where a number is not finite. What a chunk has past the model output's shape (a
+    learned variance, tokens of a reference image) is left out.
     """
     target = model_output.detach().cpu().double()
     columns = torch.zeros(len(chunks), target.numel(), dtype=torch.float64)
@@ -36,6 +36,8 @@ def guidance_weights(chunks, model_output):
             a = a[tuple(slice(n) for n in b.shape)]
         if a.numel() == b.numel():
             columns[i, : a.numel()] = a.flatten()
+    if not (target.isfinite().all() and columns.isfinite().all()):  # an edit made a prediction overflow
+        return [0.0] * len(chunks), [False] * len(chunks)
     sizes = columns.norm(dim=1).clamp_min(1e-300)
     A = (columns / sizes[:, None]).T
     inverse = torch.linalg.pinv(A, rtol=1e-6)

@@ -215,7 +215,7 @@ def read_prompts(path, count=None):
     listing = Path(path).with_name("prompts.jsonl")
     if not listing.exists():
         raise UsageError(f"{listing} is not there, so it is not known which prompts the activations are of")
-    lines = listing.read_bytes().split(b"\n")[:-1]
+    lines = listing.read_bytes().removesuffix(b"\n").split(b"\n")
     try:
         rows = [json.loads(line) for line in lines]
     except ValueError as error:

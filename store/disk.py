@@ -204,8 +204,8 @@ def relative_to(path: str | Path, folder: Path) -> str:
         return str(Path(path).resolve())
 
 
-def seen_from(folder: Path, path: str) -> str:
-    """The inverse of `relative_to`: the path as seen from the current folder, absolute where it does not lie in it."""
+def seen_from(folder: str | Path, path: str) -> str:
+    """The inverse of `relative_to`: the path in the words in which the folder is named, absolute where that is another place."""
     full = (Path(folder).resolve() / path).resolve()
-    here = Path.cwd().resolve()
-    return str(full.relative_to(here) if full.is_relative_to(here) else full)
+    plain = Path(os.path.normpath(Path(folder) / path))  # which is another place if the folder is a link
+    return str(plain if plain.resolve() == full else full)
