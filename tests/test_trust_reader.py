@@ -209,6 +209,16 @@ def test_unlearning_reads_numbers_of_all_files_and_excludes_all_their_prompts(of
     assert len(set(listed)) == 96 and seen == [set(listed)]
 
 
+def test_unlearning_on_a_stopped_extension_is_one_line(of_two_files, tmp_path, monkeypatch):
+    folder = shutil.copytree(of_two_files.parent, tmp_path / "base")
+    path = folder / "a" / "mid_block.attentions.0.npy"
+    path.rename(f"{path}.partial")
+    path.with_suffix(".json").unlink()
+    monkeypatch.chdir(folder)
+    with pytest.raises(UsageError, match="not finished|no description|is not there"):
+        unlearn.main(unlearn.Config(sae=["sae"], unlearn="moon", out_dir=str(tmp_path), device="cpu"))
+
+
 def test_image_scores_of_two_files_are_those_of_their_numbers(of_two_files):
     sae = Sae.load_from_disk(of_two_files)
     activations = Activations(sae.cfg["data"])
@@ -283,7 +293,7 @@ def test_a_stopped_extension_is_refused_by_every_stage(script, small, tmp_path):
     (folder / "acts" / "block.json").unlink()
     done = run_script(script, *STAGES[script], "--device", "cpu", cwd=folder)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    assert "block.npy.partial is not finished" in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize("script", STAGES)
