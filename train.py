@@ -682,12 +682,23 @@ def in_current_words(theirs):
 
 
 def read_rows(path):
-    """The rows of metrics.jsonl, up to one that a power cut has torn."""
-    rows = []
-    with suppress(FileNotFoundError, ValueError):
-        for line in path.read_text(errors="replace").splitlines():
-            rows.append(json.loads(line))
-    return rows
+    """The rows of metrics.jsonl, up to one that a power cut has torn. Raises UsageError where one before others is damaged."""
+    lines = path.read_text("utf-8", errors="replace").splitlines() if path.exists() else []
+    rows = [read_row(line) for line in lines]
+    num_whole = rows.index(None) if None in rows else len(rows)
+    if any(rows[num_whole:]):
+        raise UsageError(f"{path}: line {num_whole + 1} is damaged; remove it to go on without its numbers")
+    return rows[:num_whole]
+
+
+def read_row(line):
+    """A row of metrics.jsonl as a dict; None where the line is none."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    numbers = [row.get(name) for name in ("iteration", "vectors", "fvu", "dead")] if isinstance(row, dict) else [None]
+    return row if all(isinstance(number, (int, float)) for number in numbers) else None
 
 
 def import_tracker(log_to):

@@ -136,11 +136,11 @@ class ActivationFile:
         return StoredRows(str(path), header.offset, self.P, self.S * self.T, header.dtype)
 
     def read_tokens_kept(self, row: int) -> np.ndarray:
-        """(S, T): which tokens of the grid image `row` has. Raises UsageError for numbers that are not on the grid."""
+        """int64 (S, T): which tokens of the grid image `row` has. Raises UsageError for numbers that are not on the grid."""
         kept = read_pieces([self.tokens_kept], np.array([[0, row, row + 1]])).reshape(self.S, self.T)
         if kept.min() < 0 or kept.max() >= prod(self.grid):
             raise UsageError(f"{self.tokens_kept.path} is damaged: row {row} names a token outside of the grid {self.grid}")
-        return kept
+        return kept.astype(np.int64)
 
     @property
     def grid(self) -> tuple[int, ...]:
