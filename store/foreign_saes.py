@@ -50,18 +50,9 @@ DICTIONARY_LEARNING = {
 # Keys of sparsify (and universal-diffsae), then those of ours. What train.py wrote has a digest of its data besides.
 SPARSIFY_KEYS = {"activation", "expansion_factor", "normalize_decoder", "num_latents", "k", "multi_topk", "d_in"}
 OUR_KEYS = {
-    *("input_unit_norm", "hook_name", "model_name", "data", "training", "num_training", "num_held_out", "by_timestep"),
-    *(
-        "fvu",
-        "explained_variance",
-        "l0",
-        "cosine",
-        "dead",
-        "always_on",
-        "held_out_whole_prompts",
-        "saelens",
-        "dictionary_learning",
-    ),
+    *("input_unit_norm", "hook_name", "model_name", "data", "training", "num_training", "num_training_in_data", "num_held_out"),
+    *("by_timestep", "fvu", "explained_variance", "l0", "cosine", "dead", "always_on", "held_out_whole_prompts"),
+    *("saelens", "dictionary_learning"),
 }
 SAELENS_KEYS = {
     *("architecture", "d_in", "d_sae", "dtype", "device", "apply_b_dec_to_input", "normalize_activations", "reshape_activations"),
