@@ -2,6 +2,10 @@
 
 import importlib
 import json
+import os
+import signal
+import socket
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -623,3 +627,100 @@ def test_an_sae_of_tiny_activations(tmp_path, options):
         assert f"| training vectors in the data | {cfg['num_training_in_data']} |" in card
         assert f"| vectors seen in training, repeats counted | {cfg['num_training']} |" in card
     assert found[1] == pytest.approx(found[0], rel=0.05) and found[0][1] > 0.85
+
+
+# -------------------------------------------------------------------------------------------------- several processes
+
+GROUP = """
+import sys, time
+import distributed
+from cli import run
+from dataclasses import dataclass
+
+@dataclass
+class Config:
+    how: str = "works"
+    rank: int = 0
+
+def main(cfg):
+    distributed.START, distributed.NOTE, distributed.BEAT, distributed.SILENCE = 15.0, 2.0, 0.3, 4.0
+    processes = distributed.Processes()
+    mine = processes.rank == cfg.rank
+    processes.barrier()
+    print("all there", file=sys.stderr, flush=True)
+    if cfg.how == "ends" and mine:
+        raise OSError("no such prompt file")
+    if cfg.how in ("killed", "asleep") and mine:
+        time.sleep(3600)
+    if cfg.how == "works":
+        time.sleep(6 * mine)  # longer than SILENCE
+    if cfg.how == "asleep":
+        processes.barrier()
+    print(processes.tell(processes.rank), flush=True)
+    processes.barrier()
+    processes.close()
+
+run(main, Config)
+"""
+
+
+def start_group(tmp_path, *options, count=2, ranks=(0, 1)):
+    """Processes as torchrun on two machines would start them, without one that ends those of the other machine."""
+    (tmp_path / "group.py").write_text(GROUP)
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        port = found.getsockname()[1]
+    started = {}
+    for rank in ranks:
+        variables = dict(RANK=rank, WORLD_SIZE=count, LOCAL_RANK=0, LOCAL_WORLD_SIZE=1, GROUP_RANK=rank, GROUP_WORLD_SIZE=count)
+        variables |= dict(MASTER_ADDR="localhost", MASTER_PORT=port, PYTHONPATH=Path(cli.__file__).parent)
+        environment = os.environ | {name: str(value) for name, value in variables.items()}
+        command = [sys.executable, str(tmp_path / "group.py"), *options]
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        started[rank] = subprocess.Popen(command, env=environment, **pipes)
+    return started
+
+
+def wait_until_there(process):
+    while "all there" not in process.stderr.readline():
+        assert process.poll() is None
+
+
+def test_processes_that_live_are_waited_for(tmp_path):
+    started = start_group(tmp_path, "--rank", "1")
+    said = {rank: process.communicate(timeout=60) for rank, process in started.items()}
+    assert all(process.returncode == 0 for process in started.values()), said
+    assert said[0][0] == "[0, 1]\n" and said[0][1] == "all there\n"
+
+
+def test_a_process_that_never_starts_is_named(tmp_path):
+    (alone,) = start_group(tmp_path, ranks=(0,)).values()
+    said = alone.communicate(timeout=60)[1]
+    assert alone.returncode == 2 and said.count("waiting for process 1 of 2") >= 2
+    assert "group.py (process 0 of 2): error: process 1 of 2 did not start within 15 s; see what it says\n" in said
+
+
+def test_a_process_that_ends_early_is_named(tmp_path):
+    started = start_group(tmp_path, "--how", "ends", "--rank", "1")
+    said = {rank: process.communicate(timeout=60)[1] for rank, process in started.items()}
+    assert "group.py (process 1 of 2): error: no such prompt file\n" in said[1]
+    assert "group.py (process 0 of 2): error: process 1 of 2 has ended; see what it says, the same command goes on\n" in said[0]
+    assert started[0].returncode == started[1].returncode == 2
+
+
+@pytest.mark.parametrize("how", ["killed", "asleep"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_machine_that_dies_is_noticed(tmp_path, how, rank):
+    """A stopped process keeps its connections, as a machine without power seems to: "asleep" waits in gloo, "killed" in tell."""
+    started = start_group(tmp_path, "--how", how, "--rank", str(rank))
+    wait_until_there(started[rank])
+    wait_until_there(started[1 - rank])
+    started[rank].send_signal(signal.SIGSTOP)
+    try:
+        said = started[1 - rank].communicate(timeout=40)[1]
+    finally:
+        for process in started.values():
+            process.kill()
+            process.communicate()
+    assert started[1 - rank].returncode == 2 and "error: " in said and "the same command goes on\n" in said
+    assert "Traceback" not in said
