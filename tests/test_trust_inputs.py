@@ -664,8 +664,24 @@ run(main, Config)
 """
 
 
-def start_group(tmp_path, *options, count=2, ranks=(0, 1)):
-    """Processes as torchrun on two machines would start them, without one that ends those of the other machine."""
+@pytest.fixture
+def start_group(tmp_path):
+    """Starts processes as torchrun on two machines would, without one that ends those of the other machine."""
+    every = []
+
+    def start(*options, ranks=(0, 1)):
+        started = start_processes(tmp_path, options, ranks)
+        every.extend(started.values())
+        return started
+
+    yield start
+    for process in every:
+        process.kill()
+        process.communicate()
+
+
+def start_processes(tmp_path, options, ranks, count=2):
+    """{rank: process} of a group of `count`, of which only `ranks` are started."""
     (tmp_path / "group.py").write_text(GROUP)
     with socket.socket() as found:
         found.bind(("localhost", 0))
@@ -686,22 +702,22 @@ def wait_until_there(process):
         assert process.poll() is None
 
 
-def test_processes_that_live_are_waited_for(tmp_path):
-    started = start_group(tmp_path, "--rank", "1")
+def test_processes_that_live_are_waited_for(start_group):
+    started = start_group("--rank", "1")
     said = {rank: process.communicate(timeout=60) for rank, process in started.items()}
     assert all(process.returncode == 0 for process in started.values()), said
     assert said[0][0] == "[0, 1]\n" and said[0][1] == "all there\n"
 
 
-def test_a_process_that_never_starts_is_named(tmp_path):
-    (alone,) = start_group(tmp_path, ranks=(0,)).values()
+def test_a_process_that_never_starts_is_named(start_group):
+    (alone,) = start_group(ranks=(0,)).values()
     said = alone.communicate(timeout=60)[1]
     assert alone.returncode == 2 and said.count("waiting for process 1 of 2") >= 2
     assert "group.py (process 0 of 2): error: process 1 of 2 did not start within 15 s; see what it says\n" in said
 
 
-def test_a_process_that_ends_early_is_named(tmp_path):
-    started = start_group(tmp_path, "--how", "ends", "--rank", "1")
+def test_a_process_that_ends_early_is_named(start_group):
+    started = start_group("--how", "ends", "--rank", "1")
     said = {rank: process.communicate(timeout=60)[1] for rank, process in started.items()}
     assert "group.py (process 1 of 2): error: no such prompt file\n" in said[1]
     assert "group.py (process 0 of 2): error: process 1 of 2 has ended; see what it says, the same command goes on\n" in said[0]
@@ -710,17 +726,12 @@ def test_a_process_that_ends_early_is_named(tmp_path):
 
 @pytest.mark.parametrize("how", ["killed", "asleep"])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_machine_that_dies_is_noticed(tmp_path, how, rank):
+def test_a_machine_that_dies_is_noticed(start_group, how, rank):
     """A stopped process keeps its connections, as a machine without power seems to: "asleep" waits in gloo, "killed" in tell."""
-    started = start_group(tmp_path, "--how", how, "--rank", str(rank))
+    started = start_group("--how", how, "--rank", str(rank))
     wait_until_there(started[rank])
     wait_until_there(started[1 - rank])
     started[rank].send_signal(signal.SIGSTOP)
-    try:
-        said = started[1 - rank].communicate(timeout=40)[1]
-    finally:
-        for process in started.values():
-            process.kill()
-            process.communicate()
+    said = started[1 - rank].communicate(timeout=40)[1]
     assert started[1 - rank].returncode == 2 and "error: " in said and "the same command goes on\n" in said
     assert "Traceback" not in said
