@@ -588,7 +588,8 @@ class TrainingRun:
             **numbers,
             "held_out_whole_prompts": dataset.whole_prompts,
             "by_timestep": [{"timestep": t, **m.summary()} for t, m in zip(dataset.timesteps, by_step) if m.n],
-            "num_training": self.schedule.num_vectors,
+            "num_training": self.schedule.num_vectors,  # seen, each as often as it was
+            "num_training_in_data": dataset.num_training,
             "training": self.settings,
         }
         if self.processes.rank == 0:
@@ -606,7 +607,8 @@ class TrainingRun:
     def say(self, held_out):
         """The numbers in words."""
         seen, shape = self.schedule.num_vectors, f"{self.num_latents} latents, k = {self.k}"
-        print(f"trained:  {seen:,} vectors in {self.seconds:.0f} s ({seen / self.seconds:,.0f}/s); {shape}")
+        again = f", of {self.dataset.num_training:,} in the data" if seen > self.dataset.num_training else ""
+        print(f"trained:  {seen:,} vectors in {self.seconds:.0f} s ({seen / self.seconds:,.0f}/s){again}; {shape}")
         numbers = f"fvu {held_out.fvu:.4f}   l0 {held_out.l0:.2f}   dead {held_out.dead:.2%}   cosine {held_out.cosine:.4f}"
         print(f"held out: {held_out.n:,} vectors   {numbers}   always on {held_out.always_on:.2%}")
         if held_out.fvu >= 1:
