@@ -225,7 +225,7 @@ class RealImages:
     def _decoded(self, prompt, options, device, samples):
         """What the pipeline gives its VAE to decode after a short sampling that ended in `samples`: float32, on the CPU."""
         hooked, got = self.hooked, []
-        options = {k: v for k, v in options.items() if k != "output_type"} | hooked.accepts(num_inference_steps=1)
+        options = {k: v for k, v in options.items() if k != "output_type"}
         options["generator"] = seeded(range(len(samples)))
         samples = samples.to(device, self.dtype)
 
@@ -238,12 +238,17 @@ class RealImages:
 
             return decode
 
+        def sample(**fewer):
+            with hooked.watch(len(samples), replace=lambda following, scheduler: samples), suppress(DryRunOver):
+                hooked([prompt] * len(samples), **options | fewer)
+
         with ExitStack() as stack:
             stack.enter_context(undisturbed(hooked.pipe, hooked.schedulers, hooked.denoisers, options))
             stack.enter_context(patched(type(self.vae), "decode", catch))
-            stack.enter_context(hooked.watch(len(samples), replace=lambda following, scheduler: samples))
-            stack.enter_context(suppress(DryRunOver))
-            hooked([prompt] * len(samples), **options)
+            try:
+                sample(**hooked.accepts(num_inference_steps=1))
+            except (ValueError, IndexError):  # a scheduler may need several
+                sample()
         if sum(map(len, got)) != len(samples):
             raise UsageError(f"--images: {type(hooked.pipe).__name__} does not decode what it samples with its VAE, row by row")
         return torch.cat(got)

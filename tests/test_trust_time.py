@@ -465,6 +465,12 @@ def flux2():
     return pipe
 
 
+@called_with(**sd15.options)
+def pndm():
+    """Its scheduler can't make a single step."""
+    return sd15(diffusers.PNDMScheduler())
+
+
 def own_of_ltx(pipe, z):
     scaled = pipe._normalize_latents(z, pipe.vae.latents_mean, pipe.vae.latents_std, pipe.vae.config.scaling_factor)
     return pipe._pack_latents(scaled, 1, 1)
@@ -484,13 +490,15 @@ def photo(width, height):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("recipe, own", [(ltx_statistics, own_of_ltx), (flux2, own_of_flux2), (sd15, own_of_sd15)])
+@pytest.mark.parametrize(
+    "recipe, own", [(ltx_statistics, own_of_ltx), (flux2, own_of_flux2), (sd15, own_of_sd15), (pndm, own_of_sd15)]
+)
 def test_latents_of_real_images_are_the_pipelines_own(recipe, own, dtype):
     pipe = build(recipe).to(dtype)
     _, options = prompt_and_options(1, recipe)
     options.pop("generator")
     size = options["width"], options["height"]
-    real = real_images.RealImages(HookedDiffusionModel.from_pipeline(pipe), "", options | dict(num_inference_steps=3), *size)
+    real = real_images.RealImages(HookedDiffusionModel.from_pipeline(pipe), "", options | dict(num_inference_steps=5), *size)
     image = photo(*size)
     x = real_images.to_pixels(image)[None].to(pipe.vae.dtype)  # some VAEs are computed in float32 all the same
     with torch.no_grad():
@@ -498,7 +506,7 @@ def test_latents_of_real_images_are_the_pipelines_own(recipe, own, dtype):
         expected = own(pipe, z).to(dtype).float()
     error = (real.latents([image]).float() - expected).norm() / expected.norm()
     assert error < (1e-5 if dtype == torch.float32 else 0.02)
-    if recipe is sd15:
+    if own is own_of_sd15:
         assert torch.equal(real.latents([image]).float(), expected)
 
 
