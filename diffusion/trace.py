@@ -216,10 +216,11 @@ class Sampling:
         return set_timesteps
 
     def _maybe_begin_loop(self):
-        """Before a forward: the index restarts where timesteps were set since the last step, or another scheduler's are over."""
+        """Before a forward: the index restarts where timesteps were set since the last step, or where a list is at its end."""
         if self._open:
             return
-        over = self.num_steps is not None and self.index >= self.num_steps and self._fresh
+        waiting = any(scheduler in self.schedulers for scheduler in self._fresh.values())
+        over = waiting and self.num_steps is not None and self.index >= self.num_steps
         if self._begins or over:
             self.index, self._position, self._begins = 0, None, False
 

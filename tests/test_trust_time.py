@@ -540,6 +540,9 @@ def test_latents_that_do_not_follow_number_by_number_are_refused():
     hooked, _ = with_decoding(lambda sample: torch.einsum("cd,bdhw->bchw", mix, sample))
     with pytest.raises(ValueError, match="--images: what OwnDecoding gives its VAE is no rearrangement of its sample"):
         real_images.RealImages(hooked, "", {"num_inference_steps": 3})
+    hooked, _ = with_decoding(lambda sample: sample[..., 1:])
+    with pytest.raises(ValueError, match="no rearrangement"):
+        real_images.RealImages(hooked, "", {"num_inference_steps": 3})
     hooked, _ = with_decoding(lambda sample: sample.square())
     with pytest.raises(ValueError, match="no rearrangement"):
         real_images.RealImages(hooked, "", {"num_inference_steps": 3})
@@ -566,6 +569,8 @@ def test_a_vae_made_for_another_range_is_refused_and_a_bad_one_is_remarked(model
     real.vae = Squares(0)
     with pytest.raises(ValueError, match=r"it is made for \[0, 1\]"):
         real.check_reconstruction(photo(32, 32))
+    real.vae.decode = lambda z, time: z
+    assert "was not checked: TypeError" in real.check_reconstruction(photo(32, 32))
     (tmp_path / "photos").mkdir()
     photo(32, 32).save(tmp_path / "photos" / "a.png")
     options = dict(images=str(tmp_path / "photos"), timesteps_per_image=1, out_dir=str(tmp_path / "acts"), device="cpu")
