@@ -132,6 +132,14 @@ def img2img():
     return diffusers.StableDiffusionImg2ImgPipeline(**sd15_parts(), safety_checker=None, requires_safety_checker=False)
 
 
+@called_with(**img2img.options)
+def img2img_heun():
+    """Its list has every timestep but the first twice, and the sampling begins with the second of two."""
+    pipe = img2img()
+    pipe.scheduler = diffusers.HeunDiscreteScheduler()
+    return pipe
+
+
 @called_with(image=pictures, mask_image=lambda n: [p.convert("L") for p in pictures(n)], strength=0.5, height=16, width=24)
 def inpaint():
     return diffusers.StableDiffusionInpaintPipeline(**sd15_parts(), safety_checker=None, requires_safety_checker=False)
@@ -145,7 +153,10 @@ def flux_img2img():
     )
 
 
-@pytest.mark.parametrize("recipe, name", [(img2img, HOOK), (inpaint, HOOK), (flux_img2img, "transformer_blocks.1")])
+IN_THE_MIDDLE = [(img2img, HOOK), (img2img_heun, HOOK), (inpaint, HOOK), (flux_img2img, "transformer_blocks.1")]
+
+
+@pytest.mark.parametrize("recipe, name", IN_THE_MIDDLE)
 @pytest.mark.parametrize("steps", [None, [2]])
 def test_the_timestep_of_an_edit_is_the_schedulers(recipe, name, steps):
     hooked, true, told = HookedDiffusionModel.from_pipeline(build(recipe)), [], []
@@ -153,11 +164,12 @@ def test_the_timestep_of_an_edit_is_the_schedulers(recipe, name, steps):
     with hooked.watch(2, on_step=lambda step: true.append(step.time())) as sampling:
         change = lambda x, timestep: told.append(timestep)
         hooked.run_with_hooks({name: adding_edits(HookPoint(name), change, sampling, steps=steps)}, prompt, **options)
-    assert len(true) == 3 and true[0] < 700  # half of the schedule
+    n = 5 if recipe is img2img_heun else 3
+    assert len(true) == n and true[0] < 700  # half of the schedule
     assert told == (true if steps is None else [true[2]])
     prompt, options = prompt_and_options(2, recipe, num_inference_steps=6)
-    assert hooked.first_step(name, prompt, **options)["num_steps"] == 3
-    assert hooked.layouts(name, prompt, **options)[1] == 3
+    assert hooked.first_step(name, prompt, **options)["num_steps"] == n
+    assert hooked.layouts(name, prompt, **options)[1] == n
 
 
 def test_steps_that_the_pipeline_leaves_out_at_the_end_do_not_count():
