@@ -34,7 +34,7 @@ from diffusion.seen_text import SeenText, watch_tokenizers
 from errors import UsageError
 from sae import Sae
 from store import hub
-from store.dataset import newest_activations, open_activations
+from store.dataset import Activations, newest_activations, open_activations
 from store.disk import claim_folder, write_json
 from store.prompts import load_pictures, load_prompts, seen_text, with_seeds
 from store.words import words_of
@@ -396,7 +396,7 @@ def test_words_behind_the_end_of_the_encoder_do_not_count(long_collection, tmp_p
     assert with_word([seen_text(line) for line in lines], "dotted").tolist() == [False, False, True, False, False, False]
 
     target = Target(str(tmp_path / "sae"), Sae.load_from_disk(tmp_path / "sae"), None, features=[])
-    with_it, without = steer.choose_of_concept(steer.Config(concept="dotted"), target, lines)
+    with_it, without = steer.choose_of_concept(steer.Config(concept="dotted"), target, Activations([data]), lines)
     assert with_it.tolist() == [2] and sorted(without.tolist()) == [0, 1, 3, 4, 5]
 
 
