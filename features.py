@@ -42,6 +42,7 @@ from tqdm import tqdm
 from cli import HERE, check_positive, resolve_device, run
 from errors import UsageError
 from sae import Sae, newest_sae
+from store.collection import check_saved_images
 from store.disk import check_same, make_folder, write_atomically
 from store.identity import activations_of
 from store.prompts import seen_text
@@ -426,6 +427,8 @@ def main(cfg):
     about = {"sae": str(folder), "data": activations.paths}
     check_page(path, about)
     grids = [map_grid(file, cfg.map_size) for file in activations.sources]
+    for file in activations.sources:
+        check_saved_images(file.path.parent, file.meta)
 
     # 2. Their numbers and maps
     found = scan(sae, activations, grids, cfg.top_images, cfg.batch_size)

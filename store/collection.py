@@ -35,7 +35,7 @@ from store.disk import (
     write_json,
 )
 from store.identity import collection_id
-from store.images import images_checksum, remove_images, save_images
+from store.images import image_path, images_checksum, remove_images, save_images
 
 HEADER = 128  # bytes
 CHECKED_AT_ONCE = 1 << 24  # bytes of a file
@@ -481,3 +481,22 @@ def rows_checksum(row_shape: tuple[int, ...], dtype: np.dtype) -> int:
     Four GB a second on one core, a small part of what writing takes, and it finds every error of 32 bits in a row or fewer.
     """
     return zlib.crc32(f"{np.dtype(dtype).str} {list(row_shape)}".encode())
+
+
+def check_saved_images(folder: Path, meta: dict) -> None:
+    """Raise UsageError where the images beside a finished activation file are not those that collect.py saved for their rows.
+
+    meta: the description of the file. Of a batch with a missing image, and of collections of earlier versions, nothing is known.
+    """
+    images = folder / "images"
+    batch_size = meta.get("batch_size", 1) * meta.get("num_images_per_prompt", 1)
+    for batch, line in read_progress(folder / "progress.jsonl").items():
+        rows = range(batch * batch_size, batch * batch_size + line["rows"])
+        expected = line["crc32"].get(IMAGES) if isinstance(line.get("crc32"), dict) else None
+        if expected is None or any(image_path(images, row) is None for row in rows):
+            continue
+        if images_checksum(images, rows) != expected:
+            raise UsageError(
+                f"{images}: rows {rows[0]} to {rows[-1]} do not have the images that collect.py saved; put them back, or remove "
+                "the folder to see features without images"
+            )

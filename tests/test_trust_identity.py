@@ -227,6 +227,19 @@ def test_a_listing_that_is_not_the_collections_is_refused(copy, how):
             run()
 
 
+def test_images_in_another_order_are_refused(copy):
+    images = copy / "acts/images"
+    config = features.Config(sae="saes/sae", device="cpu")
+    features.main(config)
+    first = (images / "0.webp").read_bytes()
+    shutil.copy(images / "1.webp", images / "0.webp")
+    (images / "1.webp").write_bytes(first)
+    with pytest.raises(UsageError, match="rows 0 to 7 do not have the images that collect.py saved"):
+        features.main(config)
+    shutil.rmtree(images)
+    features.main(config)
+
+
 # --------------------------------------------------------------------------------------------------- folders and sites
 
 
