@@ -272,8 +272,11 @@ class Sae(nn.Module):
         if not isinstance(cfg, dict):
             raise UsageError(f"{path / 'cfg.json'}: expected a JSON object")
         check_description(path / "cfg.json", cfg)
+        data = cfg.get("data") or []
+        if not isinstance(data, list) or not all(isinstance(name, str) for name in data):
+            raise UsageError(f"{path / 'cfg.json'} says data {data!r}; expected a list of paths")
         if cfg.pop("data_relative_to", None):
-            cfg["data"] = [seen_from(path, name) for name in cfg["data"]]
+            cfg["data"] = [seen_from(path, name) for name in data]
         sae = build(cfg, state, weights).to(device)
         sae.training_prompts = read_training_prompts(path)
         return sae

@@ -191,7 +191,7 @@ def test_what_is_refused(config, trained, tmp_path):
             main(replace(config, **options))
     other = Sae(24, 48, 4, Sae.load_from_disk(trained[0]).cfg)  # says that it is of the same activations
     other.save_to_disk(tmp_path / "other")
-    with pytest.raises(ValueError, match="width 24"):
+    with pytest.raises(ValueError, match="the SAE is of 24"):
         main(replace(config, sae=[str(tmp_path / "other")], features=["1"]))
 
 
