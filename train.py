@@ -56,6 +56,8 @@ from store.disk import load_tensors, make_folder, read_json, save_tensors, write
 PLAIN_TOPK_UNTIL = 0.3
 # Options that a resumed run may change; whether the data are the same is seen from a sample.
 FREE_TO_CHANGE = ("data", "out_dir", "run_name", "device", "log_every", "save_every", "log_to", "shard_latents")
+# What a run that was killed before its first checkpoint may leave in its folder
+LEFTOVERS = ("checkpoint.safetensors.partial", "train.lock")
 # Options whose values for one SAE stand in its settings: k, num_latents, seed, activation.
 NAMED_OTHERWISE = ("k", "num_latents", "expansion_factor", "seeds", "batch_topk", "sample_topk")
 
@@ -650,7 +652,7 @@ def find_run(folder, settings):
         state = read_json(record)
     elif checkpoint.exists():
         state = read_state(checkpoint)
-    elif {path.name for path in folder.iterdir()} - {f"{checkpoint.name}.partial", "train.lock"}:
+    elif any(not path.name.startswith(".") for path in folder.iterdir() if path.name not in LEFTOVERS):
         raise UsageError(f"{folder} holds something else; choose another --run_name or --out_dir")
     else:
         return False, None

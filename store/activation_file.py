@@ -384,7 +384,7 @@ def prompt_key(row: dict) -> str:
     if isinstance(text, str) and text.strip():
         return "text " + INVISIBLE.sub("", unicodedata.normalize("NFKC", text).casefold())
     if row.get("image"):
-        return f"image {row['image']}"
+        return f"image {row.get('image_digest') or row['image']}"
     if text not in (None, ""):
         return f"label {json.dumps(text)}"
     return f"seed {row.get('seed')}"
