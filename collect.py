@@ -60,7 +60,7 @@ from hook import HookedDiffusionModel, NotHookable, find_model, unwrap
 from store.collection import Collection, CollectionBatch
 from store.disk import relative_to
 from store.hook_point import HookPoint
-from store.identity import fingerprint, pipeline_fingerprints
+from store.identity import pipeline_fingerprints
 from store.images import sampling_rate_of
 from store.prompts import default_dataset, load_pictures, load_prompts, with_seeds
 
@@ -577,6 +577,8 @@ def finish(collection: Collection, hooked: HookedDiffusionModel, sites: list[Sit
     versions = {name: version(name) for name in VERSIONS}
     descriptions = {"samples": None} if cfg.save_samples else {}
     model = find_model(cfg.model_name)
+    identity = {"id": collection.id, "prompts_digest": collection.prompts_digest}
+    identity["model_folder"] = relative_to(model, collection.out_dir) if Path(model).is_dir() else None
     for site in sites:
         stem, shape = site.point.file_name, collection.shape(site.point.file_name)
         if shape is None:
@@ -584,16 +586,14 @@ def finish(collection: Collection, hooked: HookedDiffusionModel, sites: list[Sit
         extras = [f"{stem}.{extra}" for extra in ("lengths", "timesteps", "tokens")]
         descriptions |= {extra: None for extra in extras if collection.shape(extra)}
         name = site.point.hook_name
-        denoiser = hooked.denoisers[hooked.modules()[name][0]]
+        component = hooked.modules()[name][0]
         descriptions[stem] = {
             **collection.settings,
             **collection.facts[name],
             **site.point.as_dict(),
-            "denoiser": type(unwrap(denoiser)).__name__,
-            "fingerprint": fingerprint(unwrap(denoiser), getattr(torch, collection.settings["model_dtype"])),
-            "model_folder": relative_to(model, collection.out_dir) if Path(model).is_dir() else None,
-            "id": collection.id,
-            "prompts_digest": collection.prompts_digest,
+            **identity,
+            "denoiser": type(unwrap(hooked.denoisers[component])).__name__,
+            "fingerprint": collection.settings["fingerprints"][component],
             "guidance_scale": collection.settings["pipeline_kwargs"].get("guidance_scale"),
             "tokens_per_step": shape[2] if f"{stem}.tokens" in descriptions else None,
             "shape": shape,

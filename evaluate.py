@@ -148,14 +148,17 @@ def graft_held_out(cfg: Config, sae: Sae, path: Path, activations: Activations, 
     return written
 
 
-def remove_other_graft(folder: Path, sae_fingerprint: str) -> None:
-    """Remove graft.json and graft.png of another SAE, which lay in the same folder before this one was trained; say so."""
+def set_aside_other_graft(folder: Path, sae_fingerprint: str) -> None:
+    """Rename graft.json and graft.png of another SAE, which lay at the same path before this one was trained; say so."""
     record = folder / "graft.json"
-    if not record.exists() or read_json(record).get("sae_fingerprint") == sae_fingerprint:
-        return
-    for name in ("graft.json", "graft.png"):
-        (folder / name).unlink(missing_ok=True)
-    print(f"note: {record} was of an SAE that lay at this path before; it is removed, and --graft makes it anew")
+    theirs = read_json(record).get("sae_fingerprint") if record.exists() else sae_fingerprint
+    if theirs is None:
+        print(f"note: {record} is of an earlier version, so it can't be checked that it is of this SAE; --graft makes it anew")
+    elif theirs != sae_fingerprint:
+        for path in (record, folder / "graft.png"):
+            if path.exists():
+                path.replace(path.with_stem("graft_of_another_sae"))
+        print(f"note: {record} was of an SAE that lay at this path before: it is graft_of_another_sae.json now")
 
 
 def print_graft(report: dict) -> None:
@@ -434,7 +437,7 @@ def main(cfg: Config) -> list[Path]:
 
     # 2. Its numbers on them
     by_step = evaluate([sae], activations, cfg.batch_size, progress=True)[0]
-    remove_other_graft(folder, own["sae_fingerprint"])
+    set_aside_other_graft(folder, own["sae_fingerprint"])
     record = write_numbers(folder, about | own, activations, by_step, path.name)
     print(f"{path}: {sae.num_latents} latents, {sae.activation}, on {record['vectors']:,} held-out vectors")
     print_numbers(record)

@@ -427,8 +427,6 @@ def main(cfg):
     about = {"sae": str(folder), "data": activations.paths}
     check_page(path, about)
     grids = [map_grid(file, cfg.map_size) for file in activations.sources]
-    for file in activations.sources:
-        check_saved_images(file.path.parent, file.meta)
 
     # 2. Their numbers and maps
     found = scan(sae, activations, grids, cfg.top_images, cfg.batch_size)
@@ -438,6 +436,10 @@ def main(cfg):
         data["about"] += f"; transfer: {'; '.join(activations.transfer)}"
 
     # 3. The images of the prompts that are shown, and the page
+    for number, file in enumerate(activations.sources):
+        first = sum(other.P for other in activations.sources[:number])
+        rows = {example - first for example in shown if examples[example].file == number}
+        check_saved_images(file.path.parent, file.meta, rows)
     images, data["note"] = read_images([examples[e] for e in shown], cfg.picture_size)
     if data["note"]:
         print(f"note: {data['note']}")

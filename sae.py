@@ -33,7 +33,7 @@ from torch import nn
 
 from errors import UsageError
 from kernels import decode, encode, keep_largest, topk
-from store.disk import relative_to, save_tensors, seen_from, write_json
+from store.disk import relative_to, save_tensors, seen_from, write_atomically, write_json
 
 
 class Variant(NamedTuple):
@@ -88,7 +88,7 @@ class Sae(nn.Module):
     Starts with random unit decoder rows, drawn from `seed`, and the encoder as the decoder's transpose. `cfg` is what
     `cfg.json` says beside these three: "activation" and "input_unit_norm", training options, final numbers, provenance.
 
-    training_prompts: hashes of the prompts that it was trained on, by `store.activation_file.prompt_key`; None if not known.
+    training_prompts: hashes of the prompts that it was trained on, `hash_key(prompt_key(row))` of each; None: not known.
     """
 
     training_prompts: set[str] | None = None
@@ -235,13 +235,19 @@ class Sae(nn.Module):
             tensor.div_(scale)
 
     def save_to_disk(self, path):
-        """Write `cfg.json` and `sae.safetensors` into the folder `path`, each swapped in whole."""
+        """Write `cfg.json`, `sae.safetensors` and, if known, `training_prompts.txt` into the folder `path`, each whole."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         save_tensors(path / "sae.safetensors", self.state_dict(), {"format": "pt"})
-        self.save_cfg(path)
+        self.save_description(path)
 
-    def save_cfg(self, path):
+    def save_description(self, path):
+        """Write what stands beside the weights, `cfg.json` last."""
+        prompts = path / TRAINING_PROMPTS
+        if self.training_prompts is None:
+            prompts.unlink(missing_ok=True)
+        else:
+            write_atomically(prompts, "".join(f"{line}\n" for line in sorted(self.training_prompts)).encode())
         record = dict(self.cfg)
         if "data" in record:  # the folder knows its own data wherever it is read from
             record["data"] = [relative_to(name, path) for name in record["data"]]

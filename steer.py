@@ -37,11 +37,9 @@ from diffusion.generate import generate_images
 from errors import UsageError
 from hook import Generation, HookedDiffusionModel, model_of
 from sae import Sae, newest_sae
-from store.activation_file import open_activation_file, read_description
-from store.dataset import Activations
 from store.disk import claim_folder, write_json
 from store.hook_point import trained_on
-from store.identity import check_belongs, check_width, origin
+from store.identity import activations_of, check_belongs, origin
 from store.prompts import load_prompts, seen_text, with_seeds
 
 
@@ -63,7 +61,7 @@ class Config:
     model_name: str | None = None  # None: the model that the activations are of
     transfer: bool = False  # use an SAE on purpose where it was not trained: in a model with other weights
     dataset_name: str | None = None  # prompts: a file, a hub data set or one prompt (None: those of the activations)
-    negative_prompt: str | None = None  # with --dataset_name (None: the one that the activations were made with)
+    negative_prompt: str | None = None  # None: the one that the activations were made with
     column: str | None = None  # that holds the prompt (None: prompt, caption or text)
     num_prompts: int = 8  # the columns of the picture
     seed: int = 0  # of prompt i of --dataset_name: seed + i, or its column seed; those of the activations have their own
@@ -148,12 +146,11 @@ def load_targets(cfg: Config, device: torch.device) -> list[Target]:
     targets = []
     for path in cfg.sae or [str(newest_sae())]:
         sae = Sae.load_from_disk(path, device)
-        for name in sae.cfg.get("data") or []:
-            if Path(name).exists():
-                source = open_activation_file(name)
-                check_width(sae, source)
-                check_belongs(path, sae.cfg, source, transfer=cfg.transfer)
-        targets.append(Target(path, sae, trained_on(sae), features=[]))
+        data = sae.cfg.get("data") or []
+        activations = None
+        if data and all(Path(name).exists() for name in data):
+            activations = activations_of(sae, path, transfer=cfg.transfer)
+        targets.append(Target(path, sae, trained_on(sae), features=[], activations=activations))
     names = {target.hook_point.hook_name for target in targets}
     if len(names) < len(targets):
         raise UsageError("--sae names two SAEs of one hook point; expected one each")
@@ -170,23 +167,25 @@ def choose_features(cfg: Config, targets: list[Target]) -> list[dict] | None:
 
     shown = None
     for target in targets:
-        activations = Activations(target.sae.cfg["data"])
-        listing = activations.rows_of_prompts()
-        if cfg.concept is None:
-            groups = choose_varying(cfg, target, activations)
-        else:
-            groups = choose_of_concept(cfg, target, activations, listing)
+        listing = rows_of(target)
+        groups = choose_varying(cfg, target) if cfg.concept is None else choose_of_concept(cfg, target, listing)
         if shown is None:  # by the first: some images that have the feature, then some that do not
             half = -(-cfg.num_prompts // 2)
             shown = [listing[row] for row in (*groups[0][:half], *groups[1][: cfg.num_prompts - half])]
     return shown
 
 
-def choose_of_concept(
-    cfg: Config, target: Target, activations: Activations, listing: list[dict]
-) -> tuple[np.ndarray, np.ndarray]:
+def rows_of(target: Target) -> list[dict]:
+    """The lines of prompts.jsonl of all images that the SAE was trained on. Raises UsageError where they are not there."""
+    if target.activations is None:
+        data = ", ".join(target.sae.cfg.get("data") or ["its activations"])
+        raise UsageError(f"{target.path} was trained on {data}, which is not there: name --features and --dataset_name")
+    return target.activations.rows_of_prompts()
+
+
+def choose_of_concept(cfg: Config, target: Target, listing: list[dict]) -> tuple[np.ndarray, np.ndarray]:
     """The features that fire for prompts with the word. Returns the rows of the listing with it, and those without."""
-    scores, rows = image_scores(target.sae, activations, pictures=cfg.num_pictures)
+    scores, rows = image_scores(target.sae, target.activations, pictures=cfg.num_pictures)
     texts = [seen_text(listing[row]) for row in rows]
     has_word = with_word(texts, cfg.concept)
     if cfg.toward is not None:
@@ -197,9 +196,9 @@ def choose_of_concept(
     return rows[has_word.numpy()], rows[~has_word.numpy()]
 
 
-def choose_varying(cfg: Config, target: Target, activations: Activations) -> tuple[np.ndarray, np.ndarray]:
+def choose_varying(cfg: Config, target: Target) -> tuple[np.ndarray, np.ndarray]:
     """The features that vary most between images. Returns the rows of the listing where they are strong, and where weak."""
-    scores, rows = image_scores(target.sae, activations, pictures=cfg.num_pictures)
+    scores, rows = image_scores(target.sae, target.activations, pictures=cfg.num_pictures)
     scores = scores.mean(1)  # (P, M), over steps
     values, features = scores.std(0).topk(min(cfg.num_features, target.sae.num_latents))
     target.features, target.scores = features.tolist(), values.tolist()
@@ -251,8 +250,10 @@ def folder_name(cfg: Config, targets: list[Target]) -> str:
 def choose_prompts(cfg: Config, targets: list[Target], shown: list[dict] | None) -> list[dict]:
     """What is generated: rows with a prompt and a seed."""
     if not cfg.dataset_name:
-        rows = shown or Activations(targets[0].sae.cfg["data"]).rows_of_prompts()
-        return rows[: cfg.num_prompts]
+        rows = (shown or rows_of(targets[0]))[: cfg.num_prompts]
+        if cfg.negative_prompt is not None:
+            rows = [row | {"negative_prompt": cfg.negative_prompt} for row in rows]
+        return rows
     negative = negative_prompt_of(cfg, targets[0])
     rows = load_prompts(cfg.dataset_name, column=cfg.column, negative_prompt=negative, max_num_examples=cfg.num_prompts)
     return with_seeds(rows, cfg.seed)
@@ -260,12 +261,12 @@ def choose_prompts(cfg: Config, targets: list[Target], shown: list[dict] | None)
 
 def negative_prompt_of(cfg: Config, target: Target) -> str | None:
     """The negative prompt of the option, or else of the activations: some pipelines guide only where there is one."""
-    data = target.sae.cfg["data"]
-    if cfg.negative_prompt is not None or not all(Path(path).exists() for path in data):
+    if cfg.negative_prompt is not None or target.activations is None:
         return cfg.negative_prompt
-    found = {row.get("negative_prompt") for row in Activations(data).rows_of_prompts()}
+    found = {row.get("negative_prompt") for row in target.activations.rows_of_prompts()}
     if len(found) > 1:
-        raise UsageError(f"{data[0]} was collected with {len(found)} negative prompts; choose one with --negative_prompt")
+        path = target.activations.paths[0]
+        raise UsageError(f"{path} was collected with {len(found)} negative prompts; choose one with --negative_prompt")
     return found.pop()
 
 
@@ -388,7 +389,8 @@ def main(cfg: Config) -> list[Path]:
     claim_folder(folder, "steer.json", settings)
 
     # 3. The model, and which tokens and steps are edited
-    meta = origin(targets[0].sae.cfg, read_description(targets[0].sae.cfg["data"][0]))
+    first = targets[0].activations
+    meta = origin(targets[0].sae.cfg, {} if first is None else first.sources[0].meta)
     model, options = load_model(cfg, meta, device)
     check_prompts(rows, meta, model)
     transfers = [check_belongs(target.path, target.sae.cfg, model=model, transfer=cfg.transfer) for target in targets]

@@ -46,7 +46,7 @@ from cli import run as run_script
 from distributed import ALONE, Group, Processes
 from errors import UsageError
 from kernels.update import LIST_DEAD_EVERY, Forward, SparseUpdate
-from sae import TRAINING_PROMPTS, Sae
+from sae import Sae
 from store.activation_file import collected_with, differences, provenance
 from store.dataset import Activations, files_in, newest_activations, open_activations
 from store.disk import load_tensors, make_folder, read_json, save_tensors, write_atomically
@@ -597,9 +597,7 @@ class TrainingRun:
         if self.processes.rank == 0:
             plot_training(self.folder / "train.png", read_rows(self.metrics), held_out, self.folder.name)
             plot_evaluation(self.folder / "evaluate.png", by_step, dataset.timesteps, self.folder.name)
-            if dataset.training_prompts is not None:
-                prompts = "".join(f"{line}\n" for line in dataset.training_prompts)
-                write_atomically(self.folder / TRAINING_PROMPTS, prompts.encode())
+        self.sae.training_prompts = dataset.training_prompts
         if self.vectors.index == 0:
             self.sae.save_to_disk(self.folder)
         if self.processes.rank == 0:

@@ -22,7 +22,7 @@ from analysis.metrics import usual_scale
 from errors import UsageError
 from hook import Edit
 from sae import Sae
-from store.dataset import open_activations
+from store.dataset import Activations, open_activations
 from store.hook_point import HookPoint
 
 ROLES = {"cond": ("cond",), "uncond": ("uncond",), "both": ("cond", "uncond")}
@@ -222,6 +222,9 @@ class Target:
     sae: Sae
     hook_point: HookPoint
     features: list[int]
+
+    activations: Activations | None = None
+    """That the SAE was trained on; None where they are not there."""
 
     scores: list[float] | None = None
     """By which the features were found."""

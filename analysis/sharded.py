@@ -92,7 +92,7 @@ class ShardedSae(Sae):
         path.mkdir(parents=True, exist_ok=True)
         save_rows(path / "sae.safetensors", self.state_dict(), {"format": "pt"}, self.latents)
         if self.latents.index == 0:
-            self.save_cfg(path)
+            self.save_description(path)
 
 
 class ShardedUpdate(SparseUpdate):

@@ -5,6 +5,7 @@ with a `.json` beside it that says what it holds. No pickle is read or written.
 """
 
 import errno
+import hashlib
 import json
 import os
 import struct
@@ -34,7 +35,6 @@ from store.disk import (
     write_atomically,
     write_json,
 )
-from store.identity import collection_id
 from store.images import image_path, images_checksum, remove_images, save_images
 
 HEADER = 128  # bytes
@@ -232,7 +232,7 @@ class Collection:
             ]
             raise UsageError(
                 f"{self.out_dir} was collected from a model with other weights or settings of its {', '.join(changed)}, "
-                "under the same name; use another --out_dir"
+                "under the same name (or by another version of diffusers); use another --out_dir"
             )
         check_same(self.out_dir, theirs, ours, remedy)
 
@@ -323,8 +323,9 @@ class Collection:
 
     @property
     def id(self) -> str:
-        """What tells this collection from every other: of its settings, the weights of the model, and its prompts."""
-        return collection_id(self.settings, self.lines)
+        """16 hex digits that tell this collection from every other: of its settings, the model's weights, and its prompts."""
+        text = json.dumps(self.settings, sort_keys=True) + self.prompts_digest
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def pending(self) -> list[int]:
         """The batches that are not safe. One that has grown or shrunk is generated again: its bits depend on its size."""
@@ -486,20 +487,20 @@ def rows_checksum(row_shape: tuple[int, ...], dtype: np.dtype) -> int:
     return zlib.crc32(f"{np.dtype(dtype).str} {list(row_shape)}".encode())
 
 
-def check_saved_images(folder: Path, meta: dict) -> None:
-    """Raise UsageError where the images beside a finished activation file are not those that collect.py saved for their rows.
+def check_saved_images(folder: Path, meta: dict, rows: set[int]) -> None:
+    """Raise UsageError where images of some rows beside a finished activation file are not those that collect.py saved.
 
     meta: the description of the file. Of a batch with a missing image, and of collections of earlier versions, nothing is known.
     """
     images = folder / "images"
     batch_size = meta.get("batch_size", 1) * meta.get("num_images_per_prompt", 1)
     for batch, line in read_progress(folder / "progress.jsonl").items():
-        rows = range(batch * batch_size, batch * batch_size + line["rows"])
+        of_batch = range(batch * batch_size, batch * batch_size + line["rows"])
         expected = line["crc32"].get(IMAGES) if isinstance(line.get("crc32"), dict) else None
-        if expected is None or any(image_path(images, row) is None for row in rows):
+        if expected is None or rows.isdisjoint(of_batch) or any(image_path(images, row) is None for row in of_batch):
             continue
-        if images_checksum(images, rows) != expected:
+        if images_checksum(images, of_batch) != expected:
             raise UsageError(
-                f"{images}: rows {rows[0]} to {rows[-1]} do not have the images that collect.py saved; put them back, or remove "
-                "the folder to see features without images"
+                f"{images}: rows {of_batch[0]} to {of_batch[-1]} do not have the images that collect.py saved; put them back, "
+                "or remove the folder to see features without images"
             )

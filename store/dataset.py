@@ -101,10 +101,13 @@ def open_activations(data, seen=None):
     for item in data:
         for path in find(str(item)):
             paths.setdefault(os.path.realpath(path), str(path))
-    sets = {}
+    metas = {}
     for path in paths.values():
-        meta = {"hook_name": Path(path).resolve().name} if is_arrow(path) else read_description(path)
-        weights = meta.get("fingerprint") or meta.get("model")
+        metas[path] = {"hook_name": Path(path).resolve().name} if is_arrow(path) else read_description(path)
+    known = {meta.get("model"): meta["fingerprint"] for meta in metas.values() if meta.get("fingerprint")}
+    sets = {}
+    for path, meta in metas.items():
+        weights = meta.get("fingerprint") or known.get(meta.get("model")) or meta.get("model")  # earlier versions know the name
         key = (weights, *(meta.get(name) for name in ("hook_name", "side", "rows", "stream")))
         sets.setdefault(key, []).append(path)
     return [Activations(paths, seen=seen) for paths in sets.values()]
@@ -173,7 +176,7 @@ class Activations:
         if 2 * sizes[chosen].sum() > self.num_vectors and not self.unseen:  # few prompts of very different sizes
             held_out = ~held_out
         kept = set(prompts[~held_out].tolist())
-        self.training_prompts = sorted(hashes[i] for i in kept) if known else None
+        self.training_prompts = {hashes[i] for i in kept} if known else None
         self.transfer = []
         self.held_out_units, self.training_units = units[held_out], units[~held_out]
         self.shorten_held_out(HELD_OUT["at_most"])

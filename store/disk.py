@@ -175,15 +175,19 @@ def claim_folder(folder, record, settings, key="options", option="--out_dir"):
     """
     folder = Path(folder)
     path = folder / record
-    theirs = read_json(path) if path.exists() else {"unfinished": True}
-    if not path.exists():
+    if path.exists():
+        theirs = read_json(path)
+        is_finished = not theirs.get("unfinished")
+        said = theirs.get(key) if key else {name: theirs.get(name) for name in settings}
+        others = [other for other in folder.iterdir() if other != path and not other.name.startswith(".")]
+        if is_finished or others:  # one that failed before it made anything is no obstacle
+            check_same(folder, said if isinstance(said, dict) else {}, settings, f"choose another {option}")
+        if is_finished:
+            return
+    else:
         check_empty(folder, (record,), option)
-    if theirs.get("unfinished"):
-        make_folder(folder, option)
-        write_json(path, (settings if key is None else {key: settings}) | {"unfinished": True})
-        return
-    theirs = theirs.get(key) if key else {name: theirs.get(name) for name in settings}
-    check_same(folder, theirs if isinstance(theirs, dict) else {}, settings, f"choose another {option}")
+    make_folder(folder, option)
+    write_json(path, (settings if key is None else {key: settings}) | {"unfinished": True})
 
 
 def check_empty(folder, files, option="--out_dir"):

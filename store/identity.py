@@ -1,23 +1,20 @@
-"""What belongs together: fingerprints of models, ids of collections, the prompts that an SAE was trained on, and one check.
+"""What belongs together: fingerprints of models, and the check of an SAE against the activations or the model that it meets.
 
 Names and paths do not tell: other weights come under the same name, and other activations lie at the same path. So a collection
-says which weights made it, an SAE says what it was trained on, and `check_belongs` compares them wherever two things meet.
-
-    fingerprint(module)              of a model's weights, the same wherever and in whatever precision they are loaded
-    provenance(sources)              what an SAE's cfg.json says of its training data
-    prompt_key(row)                  prompts that are the same for the model have the same key
-    check_belongs(name, cfg, ...)    refuses what an SAE was not trained for, and returns what it could not check
+says which weights made it, an SAE says what it was trained on (`provenance` in activation_file.py), and `check_belongs` compares
+them wherever two things meet.
 """
 
 import hashlib
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from errors import UsageError
-from store.activation_file import collected_with, differences, listing_digest, refuse_unfinished
+from store.activation_file import collected_with, differences, refuse_unfinished
 from store.dataset import open_activations
 
 SAMPLED = 64  # values of each tensor, evenly spaced, that a fingerprint looks at one by one
@@ -31,10 +28,10 @@ WORD = torch.int64  # tensors are also summed as such words, which wrap around
 def fingerprint(module: nn.Module, dtype: torch.dtype | None = None) -> str:
     """A digest of a module's weights, "<16 hex digits of names and shapes>-<16 of values>".
 
-    Of each tensor 64 evenly spaced values are looked at, and the wrapping sum of all its bits, so that a single other value is
-    seen. A billion float32 parameters take about a second on a CPU. dtype: floating-point values are cast to it first, so that
-    a model loaded in float32 can be compared with one that was loaded in bfloat16. Where the values lie elsewhere (on the meta
-    device, by sequential offloading), the second half is empty.
+    Of each tensor 64 evenly spaced values are looked at, those behind its last whole word, and the wrapping sum of all words, so
+    that a single other value is seen. A billion float32 parameters take a fifth of a second on a CPU core. dtype: floating-point
+    values are cast to it first, so that a model loaded in float32 can be compared with one that was loaded in bfloat16. Where
+    the values lie elsewhere (on the meta device, by sequential offloading), the second half is empty.
     """
     structure, values = hashlib.sha256(), hashlib.sha256()
     tensors = {name.replace("_orig_mod.", ""): tensor for name, tensor in module.state_dict().items()}
@@ -53,11 +50,14 @@ def digest_values(tensor: torch.Tensor, dtype: torch.dtype | None) -> bytes:
     if dtype is not None and tensor.is_floating_point():
         tensor = tensor.to(dtype)
     flat = tensor.detach().contiguous().flatten()
-    places = torch.linspace(0, len(flat) - 1, min(SAMPLED, len(flat)), dtype=torch.float64).long()
-    sampled = flat[places.to(flat.device)].cpu().view(torch.uint8).numpy().tobytes()
+    if flat.storage_offset():  # a part of another tensor, which may not begin at a word
+        flat = flat.clone()
     per_word = max(1, WORD.itemsize // flat.element_size())
-    words = flat[: len(flat) // per_word * per_word].view(WORD)
-    total = int(words.sum()) if len(words) else 0
+    num_whole = len(flat) // per_word * per_word
+    total = int(flat[:num_whole].view(WORD).sum()) if num_whole else 0
+    spaced = torch.linspace(0, len(flat) - 1, min(SAMPLED, len(flat)), dtype=torch.float64).long()
+    places = torch.cat([spaced, torch.arange(num_whole, len(flat))])
+    sampled = flat[places.to(flat.device)].cpu().view(torch.uint8).numpy().tobytes()
     return sampled + str(total).encode()
 
 
@@ -85,15 +85,6 @@ def same_weights(one: str, other: str) -> bool | None:
     return values == other_values
 
 
-# ----------------------------------------------------------------------------------------------------------- collections
-
-
-def collection_id(settings: dict, lines: list[bytes]) -> str:
-    """16 hex digits of all that decides a collection: its settings, with the fingerprints of the model, and its prompts."""
-    text = json.dumps(settings, sort_keys=True)
-    return hashlib.sha256(text.encode() + listing_digest(lines).encode()).hexdigest()[:16]
-
-
 def origin(cfg: dict, description: dict) -> dict:
     """Which model, with which options, an SAE's training vectors came from: the description beside its data, or its cfg.json.
 
@@ -110,83 +101,96 @@ def origin(cfg: dict, description: dict) -> dict:
 # ------------------------------------------------------------------------------------------------------------- the check
 
 
+class Finding(NamedTuple):
+    """What a comparison found."""
+
+    text: str
+    is_wrong: bool
+    """False: it can't be checked."""
+
+
 def check_belongs(name: str, cfg: dict, source=None, model=None, transfer: bool = False) -> list[str]:
     """Raise UsageError unless the SAE `name` was trained for what it is about to be used on; [] if it was.
 
-    cfg: its cfg.json. source: the ActivationFile, model: the HookedDiffusionModel that it meets. With `transfer` what does not
+    cfg: its cfg.json. source: the ActivationFile, or model: the HookedDiffusionModel that it meets. With `transfer` what does not
     belong together is said in one line and returned, for the results to say it too. What can't be checked, as for SAEs of other
-    packages, is said in one line.
+    packages, and how else the activations were collected, is said in one line each.
     """
-    wrong, unknown = [], []
+    met, findings = "the model", []
     if source is not None:
-        compare_sites(cfg, source, wrong, unknown)
-        compare_weights(
-            cfg, source.meta.get("fingerprint"), source.meta.get("model_dtype"), source.meta.get("model"), wrong, unknown
-        )
-    if model is not None:
-        compare_with_model(cfg, model, wrong, unknown)
-    met = [str(source.path)] if source is not None else []
-    met += ["the model"] if model is not None else []
+        met = str(source.path)
+        findings += compare_sites(cfg, source.meta)
+        findings.append(compare_weights(cfg, source.meta))
+        others = differences(cfg.get("collected_with", {}), collected_with(source.meta))
+        if others:
+            print(f"note: {met} was collected otherwise than the SAE's training vectors: {'; '.join(others)}")
+    else:
+        findings.append(compare_with_model(cfg, model))
+
+    wrong = [found.text for found in findings if found is not None and found.is_wrong]
+    unknown = [found.text for found in findings if found is not None and not found.is_wrong]
     if wrong and not transfer:
-        raise UsageError(
-            f"{name} does not belong to {' and '.join(met)}: {'; '.join(wrong)}. To use it there on purpose: --transfer"
-        )
+        raise UsageError(f"{name} does not belong to {met}: {'; '.join(wrong)}. To use it there on purpose: --transfer")
     if wrong:
-        print(f"note: transfer of {name} to {' and '.join(met)}: {'; '.join(wrong)}")
+        print(f"note: transfer of {name} to {met}: {'; '.join(wrong)}")
     if unknown:
-        print(f"note: {name} and {' and '.join(met)}: it can't be checked {', '.join(unknown)}")
+        print(f"note: {name} and {met}: it can't be checked {', '.join(unknown)}")
     return wrong
 
 
-def compare_sites(cfg, source, wrong, unknown):
-    """Note where the hook point of a file is not the one that an SAE was trained on, and how else it was collected."""
+def compare_sites(cfg: dict, meta: dict) -> list[Finding]:
+    """Where the hook point in a file's description is not the one that an SAE was trained on."""
+    by_train = "digest" in (cfg.get("training") or {})  # of any version; earlier ones said the hook name alone
+    found = []
     for key in ("hook_name", "side", "stream", "rows"):
-        if "side" not in cfg or key not in source.meta:
-            unknown.append(f"whether the {key} is the same")
-        elif cfg[key] != source.meta[key]:
-            wrong.append(f"{key} {source.meta[key]!r}, and the SAE was trained on {cfg[key]!r}")
-    if "collected_with" in cfg and source.meta:
-        others = differences(cfg["collected_with"], collected_with(source.meta))
-        if others:
-            print(f"note: {source.path} was collected otherwise than the SAE's training vectors: {'; '.join(others)}")
+        comparable = "side" in cfg or by_train and key == "hook_name" and cfg.get(key)
+        if not comparable or key not in meta:
+            found.append(Finding(f"whether the {key} is the same", is_wrong=False))
+        elif cfg[key] != meta[key]:
+            found.append(Finding(f"{key} {meta[key]!r}, and the SAE was trained on {cfg[key]!r}", is_wrong=True))
+    return found
 
 
-def compare_weights(cfg, fingerprint, dtype, model_name, wrong, unknown):
-    """Note where the weights that made an SAE's training vectors are not those of this fingerprint."""
-    if not cfg.get("fingerprint") or not fingerprint:
-        unknown.append("whether the model's weights are the same")
-        return
-    same = same_weights(cfg["fingerprint"], fingerprint)
-    if same is False and dtype != cfg.get("model_dtype"):
-        same = same_weights(cfg["fingerprint"].split("-")[0] + "-", fingerprint)  # rounding changes values, not the structure
+def compare_weights(cfg: dict, meta: dict) -> Finding | None:
+    """Whether an SAE's training vectors were made by the weights of a description ("fingerprint", "model_dtype", "model")."""
+    trained, here = cfg.get("fingerprint"), meta.get("fingerprint")
+    if not trained or not here:
+        return Finding("whether the model's weights are the same", is_wrong=False)
+    same = same_weights(trained, here)
+    if same is False and meta.get("model_dtype") != cfg.get("model_dtype"):
+        same = same_weights(trained.split("-")[0] + "-", here)  # rounding changes values, not the structure
     if same is None:
-        unknown.append(f"whether the weights are the same ({dtype} here, {cfg.get('model_dtype')} in training)")
-    if same is False:
-        trained = f"{cfg.get('model_name')} (fingerprint {cfg['fingerprint']})"
-        wrong.append(f"the weights are those of {model_name} (fingerprint {fingerprint}), and the SAE was trained on {trained}")
+        dtypes = f"{meta.get('model_dtype')} here, {cfg.get('model_dtype')} in training"
+        return Finding(f"whether the weights are the same ({dtypes})", is_wrong=False)
+    if same:
+        return None
+    theirs = f"{cfg.get('model_name')} (fingerprint {trained})"
+    text = f"the weights are those of {meta.get('model')} (fingerprint {here}), and the SAE was trained on {theirs}"
+    return Finding(text, is_wrong=True)
 
 
-def compare_with_model(cfg, model, wrong, unknown):
-    """Note where a model's denoiser has other weights than the one that made an SAE's training vectors."""
-    modules = model.modules()
-    hook_name = cfg.get("hook_name")
+def compare_with_model(cfg: dict, model) -> Finding | None:
+    """Whether a model's denoiser has the weights that made an SAE's training vectors; print which other components have not."""
+    modules, hook_name = model.modules(), cfg.get("hook_name")
+    if not hook_name or not cfg.get("fingerprint"):
+        return Finding("whether the model's weights are the same", is_wrong=False)
     if hook_name not in modules:
-        wrong.append(f"the model has no module {hook_name!r}")
-        return
-    denoiser = model.denoisers[modules[hook_name][0]]
+        return Finding(f"the model has no module {hook_name!r}", is_wrong=True)
+    component = modules[hook_name][0]
+    denoiser = model.denoisers[component]
     own = next((p.dtype for p in denoiser.parameters() if p.is_floating_point()), torch.float32)
     recorded = getattr(torch, str(cfg.get("model_dtype")), own)
     dtype = recorded if own in (recorded, torch.float32) else own
-    found = fingerprint(denoiser, dtype) if cfg.get("fingerprint") else None
+    ours = pipeline_fingerprints(model.pipe, dtype)
+    here = ours.get(component) or fingerprint(denoiser, dtype)
     name = getattr(model.pipe, "name_or_path", None) or type(denoiser).__name__
-    compare_weights(cfg, found, str(dtype).removeprefix("torch."), name, wrong, unknown)
+
     theirs = (cfg.get("collected_with") or {}).get("fingerprints") or {}
-    ours = pipeline_fingerprints(model.pipe, dtype) if theirs and dtype == recorded else {}
-    changed = [part for part in theirs.keys() & ours.keys() - {modules[hook_name][0]} if theirs[part] != ours[part]]
-    if changed:
-        print(
-            f"note: the {', '.join(sorted(changed))} of {name} is not what it was when the SAE's training vectors were collected"
-        )
+    changed = [part for part in theirs.keys() & ours.keys() - {component} if theirs[part] != ours[part]]
+    if changed and dtype == recorded:
+        parts = ", ".join(sorted(changed))
+        print(f"note: the {parts} of {name} is not what it was when the SAE's training vectors were collected")
+    return compare_weights(cfg, {"fingerprint": here, "model_dtype": str(dtype).removeprefix("torch."), "model": name})
 
 
 # ------------------------------------------------------------------------------------------------ an SAE and activations
@@ -219,7 +223,7 @@ def activations_of(sae, folder, data=(), transfer=False):
 def check_width(sae, source) -> None:
     """Raise UsageError where an ActivationFile holds vectors of another width than the SAE takes."""
     if source.d != sae.d_in:
-        raise UsageError(f"{source.path} holds vectors of width {source.d}, and the SAE is of {sae.d_in}")
+        raise UsageError(f"{source.path} holds vectors of width {source.d}, and the SAE takes width {sae.d_in}")
 
 
 def check_held_out(sae, folder, activations):

@@ -290,7 +290,7 @@ def test_the_activations_of_an_sae(tmp_path):
     assert activations_of(Model(2, data=[str(a)]), "sae", [str(b)]).paths == [str(b)]
     with pytest.raises(UsageError, match="sae does not say which files it was trained on; name some with --data"):
         activations_of(Model(2), "sae")
-    with pytest.raises(UsageError, match="holds vectors of width 2, and the SAE is of 3"):
+    with pytest.raises(UsageError, match="holds vectors of width 2, and the SAE takes width 3"):
         activations_of(Model(3, data=[str(a)]), "sae")
     describe(b)
     with pytest.raises(UsageError, match="--data holds 2 hook points or models; expected the files of one"):

@@ -135,9 +135,8 @@ def test_one_concept_in_the_place_of_another(config, trained):
 
 
 def test_activations_of_several_videos_a_prompt(config, monkeypatch):
-    of = steer.read_description
-    several = lambda path: of(path) | {"pipeline_kwargs": of(path)["pipeline_kwargs"] | {"num_videos_per_prompt": 2}}
-    monkeypatch.setattr(steer, "read_description", several)
+    several = lambda cfg, meta: meta | {"pipeline_kwargs": meta["pipeline_kwargs"] | {"num_videos_per_prompt": 2}}
+    monkeypatch.setattr(steer, "origin", several)
     main(replace(config, features=["3"], multiply=[0.0], num_prompts=1))
     assert len(report_of(config, "3_x0")["prompts"]) == 1
 
@@ -191,7 +190,7 @@ def test_what_is_refused(config, trained, tmp_path):
             main(replace(config, **options))
     other = Sae(24, 48, 4, Sae.load_from_disk(trained[0]).cfg)  # says that it is of the same activations
     other.save_to_disk(tmp_path / "other")
-    with pytest.raises(ValueError, match="the SAE is of 24"):
+    with pytest.raises(ValueError, match="the SAE takes width 24"):
         main(replace(config, sae=[str(tmp_path / "other")], features=["1"]))
 
 

@@ -23,7 +23,7 @@ from errors import UsageError
 from hook import Generation, HookedDiffusionModel, HookPoint
 from sae import Sae, newest_sae
 from store.activation_file import hash_key, prompt_key
-from store.dataset import Activations
+from store.dataset import Activations, open_activations
 from store.disk import checksum
 from store.identity import activations_of, fingerprint, same_weights
 
@@ -410,6 +410,10 @@ def test_a_graft_of_an_sae_that_lay_there_before_does_not_stay(copy, capsys):
     evaluate.main(replace(config, graft=False))
     assert not (folder / "graft.json").exists() and not (folder / "graft.png").exists()
     assert "was of an SAE that lay at this path before" in capsys.readouterr().out
+    assert (folder / "graft_of_another_sae.json").exists() and (folder / "graft_of_another_sae.png").exists()
+    (folder / "graft.json").write_text("{}")  # of an earlier version, which did not say of which SAE
+    evaluate.main(replace(config, graft=False))
+    assert (folder / "graft.json").exists() and "it can't be checked that it is of this SAE" in capsys.readouterr().out
 
 
 def test_models_with_other_weights_are_refused(copy, tmp_path):
@@ -476,6 +480,53 @@ def test_a_fingerprint_sees_each_weight_and_not_the_precision():
     other = torch.nn.Sequential(torch.nn.Linear(300, 70), torch.nn.Linear(70, 4))
     assert fingerprint(other).split("-")[0] != before.split("-")[0]
     assert same_weights(before, fingerprint(module.to("meta"))) is None
+
+
+def test_a_fingerprint_of_a_part_of_a_tensor_and_of_its_last_values():
+    whole = torch.randn(200).bfloat16()
+    part = torch.nn.Module()
+    part.weight = torch.nn.Parameter(whole[3:70])  # begins in the middle of a word, and does not end with one
+    before = fingerprint(part)
+    for place in (0, 30, 65, 66):
+        changed = torch.nn.Module()
+        changed.weight = torch.nn.Parameter(whole[3:70].clone())
+        assert fingerprint(changed) == before
+        with torch.no_grad():
+            changed.weight[place] += 1
+        assert fingerprint(changed) != before
+
+
+def test_a_copied_sae_knows_what_it_has_seen(copy):
+    sae = Sae.load_from_disk("saes/sae")
+    sae.save_to_disk("elsewhere/deep/copy")
+    again = Sae.load_from_disk("elsewhere/deep/copy")
+    assert again.training_prompts == sae.training_prompts and again.training_prompts
+    assert [Path(name).resolve() for name in again.cfg["data"]] == [Path(name).resolve() for name in sae.cfg["data"]]
+
+
+def test_an_sae_of_an_earlier_version_on_another_hook_name_is_refused(copy):
+    cfg = read("saes/sae/cfg.json")
+    for key in ("side", "stream", "rows", "fingerprint", "collected_with"):
+        cfg.pop(key)
+    Path("saes/sae/cfg.json").write_text(json.dumps(cfg))
+    other = described(copy / "acts" / f"{HOOK}.npy", hook_name="mid_block")
+    with pytest.raises(UsageError, match="hook_name 'mid_block', and the SAE was trained on"):
+        evaluate.main(evaluate_config(data=[str(other)]))
+
+
+def test_files_of_one_model_with_and_without_a_fingerprint_are_one_data_set(copy):
+    old = described(copy / "acts" / f"{HOOK}.npy")
+    meta = read(old.with_suffix(".json"))
+    for key in ("fingerprint", "fingerprints"):
+        meta.pop(key)
+    old.with_suffix(".json").write_text(json.dumps(meta | {"checksum": checksum(meta)}))
+    assert len(open_activations([copy / "acts" / f"{HOOK}.npy", old])) == 1
+
+
+def test_a_negative_prompt_counts_for_the_activations_own_prompts_too(copy):
+    config = steer.Config(sae=["saes/sae"], features=["1"], multiply=[0.0], num_prompts=1, negative_prompt="ugly", device="cpu")
+    steer.main(config)
+    assert read("steer/1_x0/steer.json")["arguments"]["negative_prompt"] in ("ugly", ["ugly"])
 
 
 def test_earlier_versions_are_read_with_a_line(copy, capsys):

@@ -395,8 +395,9 @@ def test_words_behind_the_end_of_the_encoder_do_not_count(long_collection, tmp_p
     assert shown["seen"][str(where)] == cut and len(shown["seen"]) == 2
     assert with_word([seen_text(line) for line in lines], "dotted").tolist() == [False, False, True, False, False, False]
 
-    target = Target(str(tmp_path / "sae"), Sae.load_from_disk(tmp_path / "sae"), None, features=[])
-    with_it, without = steer.choose_of_concept(steer.Config(concept="dotted"), target, Activations([data]), lines)
+    sae = Sae.load_from_disk(tmp_path / "sae")
+    target = Target(str(tmp_path / "sae"), sae, None, features=[], activations=Activations([data]))
+    with_it, without = steer.choose_of_concept(steer.Config(concept="dotted"), target, lines)
     assert with_it.tolist() == [2] and sorted(without.tolist()) == [0, 1, 3, 4, 5]
 
 
