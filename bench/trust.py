@@ -1,0 +1,201 @@
+"""Are the recorded rows, times and edits those that hooks written by hand see? Schedulers x prompts x guidance, bit for bit.
+
+    python -m bench trust                            # every scheduler, about two minutes on a CPU
+    python -m bench trust --schedulers DDIM Heun     # some of them
+
+A tiny Stable Diffusion pipeline with random weights samples 4 steps. The reference is a forward hook on one module and its own
+bookkeeping: a step is one call of the denoiser, and where guidance is on, the first half of its rows is unconditional. It uses
+nothing of the project. A cell is "equal" if the stored rows, the images made while they are stored, and the images under an edit
+that changes nothing have the same bits as the reference; else it is "DIFFERS" or "refused", and a line below says what. The
+exit status is 1 if anything differs or is refused.
+
+guidance: "ramp" begins at 0 and rises to 6 while both passes run, as CFG-Zero* does; "negative" has a negative prompt.
+"""
+
+import sys
+import time
+import warnings
+from dataclasses import dataclass, field
+from functools import cache
+
+import diffusers
+import torch
+from diffusers import StableDiffusionPipeline
+
+from bench.step import HERE, conditions
+from errors import UsageError, check_choice
+from hook import Edit, HookedDiffusionModel
+
+HOOK = "up_blocks.0.attentions.0"
+PROMPTS = ["a red fox in snow", "blue ocean waves at night"]
+STEPS = 4
+
+
+class NoiseOfItsOwn(diffusers.EulerDiscreteScheduler):
+    """Draws noise from PyTorch's global state, whatever generator it is given, as solvers of SDEs in other packages do."""
+
+    def step(self, model_output, timestep, sample, **kwargs):
+        result = super().step(model_output, timestep, sample, **kwargs)
+        noise = torch.randn(sample.shape)
+        if not kwargs.get("return_dict", True):
+            return (result[0] + 0.1 * noise, *result[1:])
+        result.prev_sample = result.prev_sample + 0.1 * noise
+        return result
+
+
+SCHEDULERS = {
+    "DDIM": (diffusers.DDIMScheduler, dict(clip_sample=False, steps_offset=1)),
+    "DDIMParallel": (diffusers.DDIMParallelScheduler, dict(clip_sample=False, steps_offset=1)),
+    "DDPM": (diffusers.DDPMScheduler, dict(clip_sample=False)),
+    "DDPMParallel": (diffusers.DDPMParallelScheduler, dict(clip_sample=False)),
+    "DEIS": (diffusers.DEISMultistepScheduler, {}),
+    "DPM++ 2M": (diffusers.DPMSolverMultistepScheduler, {}),
+    "DPM++ 2M SDE": (diffusers.DPMSolverMultistepScheduler, dict(algorithm_type="sde-dpmsolver++")),
+    "DPM++ 2S": (diffusers.DPMSolverSinglestepScheduler, dict(lower_order_final=True)),
+    "Euler": (diffusers.EulerDiscreteScheduler, {}),
+    "Euler ancestral": (diffusers.EulerAncestralDiscreteScheduler, {}),
+    "Heun": (diffusers.HeunDiscreteScheduler, {}),
+    "IPNDM": (diffusers.IPNDMScheduler, {}),
+    "KDPM2": (diffusers.KDPM2DiscreteScheduler, {}),
+    "KDPM2 ancestral": (diffusers.KDPM2AncestralDiscreteScheduler, {}),
+    "LCM": (diffusers.LCMScheduler, {}),
+    "PNDM": (diffusers.PNDMScheduler, dict(skip_prk_steps=True, steps_offset=1)),
+    "SA-Solver": (diffusers.SASolverScheduler, {}),
+    "TCD": (diffusers.TCDScheduler, {}),
+    "UniPC": (diffusers.UniPCMultistepScheduler, {}),
+    "noise of its own": (NoiseOfItsOwn, {}),
+}
+GUIDANCE = ["0", "1", "7.5", "ramp", "negative"]
+
+
+@dataclass
+class Config:
+    schedulers: list[str] = field(default_factory=lambda: list(SCHEDULERS))  # names of the table's rows
+    guidance: list[str] = field(default_factory=lambda: list(GUIDANCE))  # names of its columns
+
+
+class BothPasses(StableDiffusionPipeline):
+    """Runs both passes whatever the guidance scale is, which a callback may then change from step to step."""
+
+    do_classifier_free_guidance = True
+
+
+@cache
+def parts() -> dict:
+    """The components of the tiny pipeline, without a scheduler: random weights from seed 0, no layer all zeros."""
+    sys.path.insert(0, str(HERE / "tests"))
+    from tiny import build, sd15
+
+    return {name: part for name, part in build(sd15).components.items() if name != "scheduler"}
+
+
+def make_pipeline(scheduler: str, guidance: str) -> StableDiffusionPipeline:
+    """A pipeline of its own for one cell, with the weights of all."""
+    scheduler_class, options = SCHEDULERS[scheduler]
+    kind = BothPasses if guidance == "ramp" else StableDiffusionPipeline
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipe = kind(**parts(), scheduler=scheduler_class(**options), requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def raise_guidance(pipe, step: int, timestep, tensors: dict) -> dict:
+    """A callback of the pipeline: the guidance scale of the step after `step`."""
+    pipe._guidance_scale = 2.0 * (step + 1)
+    return tensors
+
+
+def call_options(guidance: str, number: int) -> dict:
+    """The pipeline's arguments for `number` prompts; the random states are set anew with each call."""
+    options = dict(num_inference_steps=STEPS, height=32, width=32, output_type="latent")
+    options["generator"] = [torch.Generator().manual_seed(seed) for seed in range(number)]
+    options["guidance_scale"] = {"0": 0.0, "1": 1.0, "ramp": 0.0}.get(guidance, 7.5)
+    if guidance == "ramp":
+        options["callback_on_step_end"] = raise_guidance
+    if guidance == "negative":
+        options["negative_prompt"] = ["blurry"] * number
+    torch.manual_seed(0)
+    return options
+
+
+@dataclass
+class Reference:
+    """What hooks written by hand saw of one sampling."""
+
+    cond: torch.Tensor  # (prompts, steps, tokens, d)
+    uncond: torch.Tensor | None  # the same; None where guidance is off
+    images: torch.Tensor  # (prompts, 4, h, w): the latents at the end
+
+
+def by_hand(scheduler: str, guidance: str, prompts: list[str]) -> Reference:
+    """Sample with the plain pipeline and a plain hook."""
+    pipe, outputs = make_pipeline(scheduler, guidance), []
+
+    def keep(module, args, output):
+        outputs.append(output[0].flatten(2).transpose(1, 2).clone())  # (rows, channels, h, w) -> (rows, tokens, channels)
+
+    handle = pipe.unet.get_submodule(HOOK).register_forward_hook(keep)
+    images = pipe(prompts, **call_options(guidance, len(prompts))).images
+    handle.remove()
+    steps, P = torch.stack(outputs, dim=1), len(prompts)  # (rows, steps, tokens, d)
+    if guidance in ("0", "1"):
+        return Reference(steps, None, images)
+    return Reference(steps[P:], steps[:P], images)
+
+
+def differences(scheduler: str, guidance: str, prompts: list[str]) -> list[str]:
+    """What the product does otherwise than the reference in one cell; [] if nothing. Raises UsageError where it refuses."""
+    expected = by_hand(scheduler, guidance, prompts)
+    found = []
+
+    model = HookedDiffusionModel.from_pipeline(make_pipeline(scheduler, guidance))
+    rows = "cond" if expected.uncond is None else "both"
+    output, stored = model.run_with_cache(HOOK, prompts, rows=rows, **call_options(guidance, len(prompts)))
+    if not torch.equal(output.images, expected.images):
+        found.append("images while rows are stored")
+    if not torch.equal(stored["output"][HOOK], expected.cond):
+        found.append("conditional rows")
+    if expected.uncond is not None and not torch.equal(stored["output_uncond"][HOOK], expected.uncond):
+        found.append("unconditional rows")
+
+    model = HookedDiffusionModel.from_pipeline(make_pipeline(scheduler, guidance))
+    same = model.run_with_hooks({HOOK: Edit(lambda x: x)}, prompts, **call_options(guidance, len(prompts)))
+    if not torch.equal(same.images, expected.images):
+        found.append("images under an edit that returns its input")
+    return found
+
+
+def judge(scheduler: str, guidance: str, prompts: list[str]) -> tuple[str, str]:
+    """(word in the table, line below it)."""
+    try:
+        found = differences(scheduler, guidance, prompts)
+    except UsageError as error:
+        return "refused", str(error)
+    return ("DIFFERS", ", ".join(found)) if found else ("equal", "")
+
+
+def main(cfg):
+    for name in cfg.schedulers:
+        check_choice("--schedulers", name, tuple(SCHEDULERS))
+    for name in cfg.guidance:
+        check_choice("--guidance", name, tuple(GUIDANCE))
+    start = time.perf_counter()
+    where, versions, commit = conditions(torch.device("cpu"))
+    print(f"{where}; {versions}; diffusers {diffusers.__version__}; commit {commit}\n")
+    columns = [(number, guidance) for number in (1, 2) for guidance in cfg.guidance]
+    print(f"{'scheduler':18}" + "".join(f"{f'{number} x {guidance}':>13}" for number, guidance in columns))
+    notes = []
+    for scheduler in cfg.schedulers:
+        words = []
+        for number, guidance in columns:
+            word, note = judge(scheduler, guidance, PROMPTS[:number])
+            words.append(word)
+            if note:
+                notes.append(f"{scheduler}, {number} x {guidance}: {word}: {note}")
+        print(f"{scheduler:18}" + "".join(f"{word:>13}" for word in words), flush=True)
+    print("", *notes, sep="\n")
+    print(f"{len(cfg.schedulers) * len(columns) - len(notes)} of {len(cfg.schedulers) * len(columns)} cells are equal")
+    print(f"{time.perf_counter() - start:.0f} s", file=sys.stderr)
+    if notes:
+        raise SystemExit(1)
