@@ -5,9 +5,10 @@
 
 A tiny Stable Diffusion pipeline with random weights samples 4 steps. The reference is a forward hook on one module and its own
 bookkeeping: a step is one call of the denoiser, and where guidance is on, the first half of its rows is unconditional. It uses
-nothing of the project. A cell is "equal" if the stored rows, the images made while they are stored, and the images under an edit
-that changes nothing have the same bits as the reference; else it is "DIFFERS" or "refused", and a line below says what. The
-exit status is 1 if anything differs or is refused.
+nothing of the project. A cell is "equal" if these have the same bits as in the reference: stored rows and timesteps, the images
+made while they are stored, the images under edits that change nothing, and those under an edit of one step; and if the stored
+sigmas are within 0.1% of the noise schedule's. Else it is "DIFFERS" or "refused", and a line below the table says what. The exit
+status is 1 if anything differs or is refused.
 
 guidance: "ramp" begins at 0 and rises to 6 while both passes run, as CFG-Zero* does; "negative" has a negative prompt.
 """
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field
 from functools import cache
 
 import diffusers
+import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 
@@ -126,22 +128,39 @@ class Reference:
     cond: torch.Tensor  # (prompts, steps, tokens, d)
     uncond: torch.Tensor | None  # the same; None where guidance is off
     images: torch.Tensor  # (prompts, 4, h, w): the latents at the end
+    timesteps: torch.Tensor  # (steps,) float64: what the denoiser was given
+    sigmas: torch.Tensor | None  # (steps,) float64: noise over signal at these timesteps; None without a schedule of alphas
 
 
 def by_hand(scheduler: str, guidance: str, prompts: list[str]) -> Reference:
     """Sample with the plain pipeline and a plain hook."""
-    pipe, outputs = make_pipeline(scheduler, guidance), []
+    pipe = make_pipeline(scheduler, guidance)
+    outputs, times = [], []
+
+    def note(module, args, kwargs):
+        times.append(float(args[1]))
 
     def keep(module, args, output):
         outputs.append(output[0].flatten(2).transpose(1, 2).clone())  # (rows, channels, h, w) -> (rows, tokens, channels)
 
-    handle = pipe.unet.get_submodule(HOOK).register_forward_hook(keep)
+    handles = [pipe.unet.register_forward_pre_hook(note, with_kwargs=True)]
+    handles.append(pipe.unet.get_submodule(HOOK).register_forward_hook(keep))
     images = pipe(prompts, **call_options(guidance, len(prompts))).images
-    handle.remove()
+    for handle in handles:
+        handle.remove()
+    timesteps = torch.tensor(times, dtype=torch.float64)
     steps, P = torch.stack(outputs, dim=1), len(prompts)  # (rows, steps, tokens, d)
     if guidance in ("0", "1"):
-        return Reference(steps, None, images)
-    return Reference(steps[P:], steps[:P], images)
+        return Reference(steps, None, images, timesteps, sigmas_at(timesteps, pipe.scheduler))
+    return Reference(steps[P:], steps[:P], images, timesteps, sigmas_at(timesteps, pipe.scheduler))
+
+
+def sigmas_at(timesteps: torch.Tensor, scheduler) -> torch.Tensor | None:
+    """sqrt((1 - alpha) / alpha) of the noise schedule that the model is trained with, linear between two whole timesteps."""
+    if not hasattr(scheduler, "alphas_cumprod"):
+        return None
+    alphas = scheduler.alphas_cumprod.double().numpy()
+    return torch.from_numpy(np.interp(timesteps.numpy(), np.arange(len(alphas)), np.sqrt((1 - alphas) / alphas)))
 
 
 def differences(scheduler: str, guidance: str, prompts: list[str]) -> list[str]:
@@ -158,6 +177,13 @@ def differences(scheduler: str, guidance: str, prompts: list[str]) -> list[str]:
         found.append("conditional rows")
     if expected.uncond is not None and not torch.equal(stored["output_uncond"][HOOK], expected.uncond):
         found.append("unconditional rows")
+    if not torch.equal(stored["timesteps"][HOOK], expected.timesteps):
+        found.append("timesteps")
+    if expected.sigmas is None:
+        if HOOK in stored["sigmas"]:
+            found.append("sigmas, which there should be none of")
+    elif HOOK not in stored["sigmas"] or not torch.allclose(stored["sigmas"][HOOK], expected.sigmas, rtol=1e-3, atol=0):
+        found.append("sigmas")
 
     model = HookedDiffusionModel.from_pipeline(make_pipeline(scheduler, guidance))
     same = model.run_with_hooks({HOOK: Edit(lambda x: x)}, prompts, **call_options(guidance, len(prompts)))

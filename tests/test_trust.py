@@ -6,7 +6,7 @@ from bench.trust import GUIDANCE, PROMPTS, SCHEDULERS, differences
 
 # a column of every kind for one scheduler, and schedulers of every kind: ancestral, second order, SDE
 CELLS = [("DDIM", guidance, number) for guidance in GUIDANCE for number in (1, 2)]
-CELLS += [(scheduler, "7.5", 1) for scheduler in ("Euler ancestral", "Heun", "DPM++ 2M SDE", "LCM")]
+CELLS += [(scheduler, "7.5", 1) for scheduler in ("Euler ancestral", "Heun", "KDPM2", "DPM++ 2M SDE", "LCM")]
 
 
 @pytest.mark.parametrize("scheduler, guidance, number", CELLS)
