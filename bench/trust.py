@@ -31,6 +31,7 @@ from hook import Edit, HookedDiffusionModel
 HOOK = "up_blocks.0.attentions.0"
 PROMPTS = ["a red fox in snow", "blue ocean waves at night"]
 STEPS = 4
+EDITED = 2  # the step that is edited: of a second-order scheduler the second half of its second
 
 
 class NoiseOfItsOwn(diffusers.EulerDiscreteScheduler):
@@ -163,6 +164,31 @@ def sigmas_at(timesteps: torch.Tensor, scheduler) -> torch.Tensor | None:
     return torch.from_numpy(np.interp(timesteps.numpy(), np.arange(len(alphas)), np.sqrt((1 - alphas) / alphas)))
 
 
+def edited_by_hand(scheduler: str, guidance: str, prompts: list[str]) -> torch.Tensor:
+    """The images where the conditional rows are halved in one step."""
+    pipe, calls = make_pipeline(scheduler, guidance), []
+    first = 0 if guidance in ("0", "1") else len(prompts)  # conditional row
+
+    def halve(module, args, output):
+        calls.append(1)
+        if len(calls) - 1 != EDITED:
+            return output
+        x = output[0].clone()
+        x[first:] *= 0.5
+        return (x,)
+
+    handle = pipe.unet.get_submodule(HOOK).register_forward_hook(halve)
+    images = pipe(prompts, **call_options(guidance, len(prompts))).images
+    handle.remove()  # the module is that of all cells
+    return images
+
+
+def edited(scheduler: str, guidance: str, prompts: list[str], edits: dict[str, Edit]) -> torch.Tensor:
+    """The images that the project makes with edits."""
+    model = HookedDiffusionModel.from_pipeline(make_pipeline(scheduler, guidance))
+    return model.run_with_hooks(edits, prompts, **call_options(guidance, len(prompts))).images
+
+
 def differences(scheduler: str, guidance: str, prompts: list[str]) -> list[str]:
     """What the product does otherwise than the reference in one cell; [] if nothing. Raises UsageError where it refuses."""
     expected = by_hand(scheduler, guidance, prompts)
@@ -185,10 +211,16 @@ def differences(scheduler: str, guidance: str, prompts: list[str]) -> list[str]:
     elif HOOK not in stored["sigmas"] or not torch.allclose(stored["sigmas"][HOOK], expected.sigmas, rtol=1e-3, atol=0):
         found.append("sigmas")
 
-    model = HookedDiffusionModel.from_pipeline(make_pipeline(scheduler, guidance))
-    same = model.run_with_hooks({HOOK: Edit(lambda x: x)}, prompts, **call_options(guidance, len(prompts)))
-    if not torch.equal(same.images, expected.images):
-        found.append("images under an edit that returns its input")
+    nothing = {HOOK: Edit(lambda x: x), "mid_block": Edit(lambda x: 1 * x)}
+    if not torch.equal(edited(scheduler, guidance, prompts, nothing), expected.images):
+        found.append("images under edits that change nothing")
+
+    halved = edited(scheduler, guidance, prompts, {HOOK: Edit(lambda x: 0.5 * x, steps=[EDITED])})
+    halved_by_hand = edited_by_hand(scheduler, guidance, prompts)
+    if not torch.equal(halved, halved_by_hand):
+        found.append(f"images under an edit of step {EDITED}")
+    if torch.equal(halved_by_hand, expected.images):
+        found.append(f"an edit of step {EDITED} that changes nothing")
     return found
 
 
