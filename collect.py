@@ -31,6 +31,7 @@ Interrupted, the same command resumes, and the files get the bytes of an undistu
 larger --max_num_examples extends a finished collection; a smaller one finishes a stopped collection at that length.
 """
 
+import hashlib
 import math
 import shutil
 import sys
@@ -419,9 +420,16 @@ def shard_of(prompts: list[dict], cfg: Config) -> list[dict]:
 
 
 def check_images(sources: list, prompts: list[dict]) -> None:
-    """Raise UsageError for a real image that can't be read, before anything is written."""
+    """Note in each row a digest of its image's pixels, so that another image of the same name is no longer taken for it.
+
+    Raises UsageError for an image that can't be read, before anything is written.
+    """
+    digests = {}
     for i in tqdm(sorted({prompt["id"] for prompt in prompts}), "reading", unit="image"):
-        open_image(sources[i])
+        image = open_image(sources[i])
+        digests[i] = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()[:16]
+    for prompt in prompts:
+        prompt["image_digest"] = digests[prompt["id"]]
 
 
 def load_model(cfg: Config, dtype: torch.dtype, processes: Processes) -> HookedDiffusionModel:

@@ -42,6 +42,7 @@ from tqdm import tqdm
 from cli import HERE, check_positive, resolve_device, run
 from errors import UsageError
 from sae import Sae, newest_sae
+from store.collection import check_saved_images
 from store.disk import check_same, make_folder, write_atomically
 from store.identity import activations_of
 from store.prompts import seen_text
@@ -71,9 +72,16 @@ class Config:
 class MapGrid(NamedTuple):
     """Where the tokens of an activation file lie in its heat maps."""
 
-    cells: np.ndarray  # (tokens of the grid,): the cell of each one
+    size: tuple[int, int]  # (height, width) of the grid in tokens; frames of a video lie on each other
     shape: tuple[int, int]  # (height, width) of a map in cells
     ratio: float | None  # width / height of the grid, and so of the image; None where the tokens lie in a line
+
+    def cells_of(self, tokens: np.ndarray) -> np.ndarray:
+        """The cell of each of these tokens (n,), which are numbered through the grid."""
+        (height, width), (rows, columns) = self.size, self.shape
+        row = tokens % (height * width) // width * rows // height
+        column = tokens % width * columns // width
+        return row * columns + column
 
 
 def map_grid(file, map_size):
@@ -84,16 +92,12 @@ def map_grid(file, map_size):
     if file.path.is_dir():
         raise UsageError(f"{file.path}: features.py needs an .npy file; collect the activations anew")
     height, width = (1, 1, *file.grid)[-2:]
-    frames = int(np.prod(file.grid[:-2]))
     shrink = min(1, map_size / max(height, width))  # the shape of the image is kept
     rows, columns = max(1, round(height * shrink)), max(1, round(width * shrink))
     if height == 1:
         rows, columns = 1, min(width, map_size * map_size)
-    row_of = np.arange(height) * rows // height
-    column_of = np.arange(width) * columns // width
-    cells = row_of[:, None] * columns + column_of
     ratio = round(width / height, 3) if height > 1 else None
-    return MapGrid(np.tile(cells.ravel(), frames), (rows, columns), ratio)
+    return MapGrid((height, width), (rows, columns), ratio)
 
 
 class Statistics:
@@ -150,7 +154,7 @@ def scan(sae, activations, grids, top_images, batch_size):
     """
     num_examples = sum(file.P for file in activations.sources)
     S = max(1, len(activations.timesteps))
-    C = max(int(grid.cells.max()) + 1 for grid in grids)
+    C = max(grid.shape[0] * grid.shape[1] for grid in grids)
     found = Statistics(sae.num_latents, S, min(top_images, num_examples), C, sae.W_dec.device)
     if sae.takes_samples:
         activations.sample_tokens()  # or a UsageError
@@ -181,7 +185,7 @@ def scan_prompt(found, sae, activations, number, p, grid, batch_size):
             token = kept[step, token]
         if not activations.timesteps:
             step = np.zeros_like(step)
-        step, cell = torch.from_numpy(step).to(device), torch.from_numpy(grid.cells[token]).to(device)
+        step, cell = torch.from_numpy(step).to(device), torch.from_numpy(grid.cells_of(token)).to(device)
         found.add(top_acts.flatten(0, -2), top_indices.flatten(0, -2), step, cell)
 
 
@@ -423,6 +427,8 @@ def main(cfg):
     about = {"sae": str(folder), "data": activations.paths}
     check_page(path, about)
     grids = [map_grid(file, cfg.map_size) for file in activations.sources]
+    for file in activations.sources:
+        check_saved_images(file.path.parent, file.meta)
 
     # 2. Their numbers and maps
     found = scan(sae, activations, grids, cfg.top_images, cfg.batch_size)

@@ -21,7 +21,7 @@ import torch
 
 from diffusion.edit import Edit
 from diffusion.generate import Generation
-from diffusion.guidance import Pass, RoleFinder, check_order
+from diffusion.guidance import Memory, Pass, RoleFinder, check_order
 from diffusion.hook_names import check_hookable, find_modules, is_pattern, match_names
 from diffusion.locate import NEVER_RAN, bare, find_layouts, has_more_than_sample, note_sampled
 from diffusion.recorder import CacheOptions, Recorder
@@ -83,7 +83,7 @@ class HookedDiffusionModel:
             sample_name(denoiser)
         self.pipe, self.denoisers, self.schedulers = pipe, denoisers, schedulers
         self._known = {}  # layouts found so far, see `locate.find_layouts`
-        self._sure = {}  # {outline of a generation's options: `guidance.RoleFinder.sure`}
+        self._memories = {}  # {outline of a generation's options: `guidance.Memory`}
 
     @classmethod
     def from_pretrained(cls, model_name, dtype=None, device=None, cpu_offload=False, **kwargs):
@@ -246,7 +246,7 @@ class HookedDiffusionModel:
         Returns ({hook_name: Layout | NotHookable}, number of steps of the whole sampling).
         """
         targets, _ = self._targets(positions)
-        self._ask(positions, prompt, kwargs)
+        finder = self._ask(positions, prompt, kwargs)
         places = {("output", name, stream): target for name, target in targets.items()}
         layouts = {}
 
@@ -255,7 +255,8 @@ class HookedDiffusionModel:
             for (_, name, _), layout in forward.layouts.items():
                 layouts.setdefault(name, layout)
 
-        sampling = self._dry_run({denoiser for denoiser, _ in targets.values()}, prompt, kwargs, on_forward)
+        denoisers = {denoiser for denoiser, _ in targets.values()}
+        sampling = self._dry_run(denoisers, prompt, kwargs, on_forward, finder=finder, must_tell=False)
         return {name: layouts.get(name, NEVER_RAN) for name in self.modules() if name in targets}, sampling.num_steps
 
     def _ask(self, positions, prompt, kwargs, order=None):
@@ -266,10 +267,10 @@ class HookedDiffusionModel:
         """
         self._targets(positions)  # before anything is run for nothing
         key = outline(kwargs | {"prompt": prompt}), order and tuple(order)
-        if key in self._sure:
-            return RoleFinder(order, sure=self._sure[key])
-        self._sure[key] = {}
-        return RoleFinder(order, self._run_with_other_prompts(prompt, kwargs), self._sure[key])
+        memory = self._memories.setdefault(key, Memory())
+        passes = None if memory.asked else self._run_with_other_prompts(prompt, kwargs)
+        memory.asked |= passes is None
+        return RoleFinder(order, passes, memory)
 
     def _run_with_other_prompts(self, prompt, kwargs):
         """The first step's forwards as `guidance.Pass`; None where there are no prompts to change, or others are refused."""
@@ -286,10 +287,11 @@ class HookedDiffusionModel:
                 raise DryRunOver
 
         def on_step(step):
-            again = bool(passes)
+            if passes:
+                raise DryRunOver
             passes.extend(Pass(f.denoiser, f.rows, f.conditioning, f.output) for f in step.forwards)
             mixed.update({f.denoiser: f.sample for f in step.forwards if has_more_than_sample(f, step.sample)})
-            if again or not mixed:
+            if not mixed:
                 raise DryRunOver
 
         try:
@@ -301,8 +303,8 @@ class HookedDiffusionModel:
             return None
         return passes if changed else None
 
-    def _dry_run(self, denoisers, prompt, kwargs, on_forward=None, on_step=None, listen=None, finder=None):
-        """Sample until each of `denoisers` has run in a step whose rows are told, then put everything back.
+    def _dry_run(self, denoisers, prompt, kwargs, on_forward=None, on_step=None, listen=None, finder=None, must_tell=True):
+        """Sample until each of `denoisers` has run in a step, if it `must_tell` one whose rows are told; then put all back.
 
         on_step gets the first steps of each denoiser only. Returns the `Sampling` that watched: `P` the prompts, `R` the rows
         of each chunk, `num_steps` the length of the whole sampling; `finder` knows the roles of rows in these steps.
@@ -315,7 +317,7 @@ class HookedDiffusionModel:
                 sampling.num_steps = min(told, sampling.num_steps)
             if on_step is not None and sampling.called - ran:
                 on_step(step)
-            if finder is None or not finder.undecided:
+            if finder is None or not must_tell or not finder.undecided:
                 ran.update(sampling.called)
             if denoisers <= ran:
                 raise DryRunOver
@@ -332,7 +334,7 @@ class HookedDiffusionModel:
             except ValueError as error:  # what a pipeline says of its arguments is the user's to mend
                 raise UsageError(f"{error}") from error
             sampling.tell_others()
-        if finder is not None:
+        if finder is not None and must_tell:
             finder.check_decided()
         if not sampling.called:
             raise UsageError("the denoiser ran, or not even that, but its scheduler never made a step")
@@ -363,7 +365,7 @@ class HookedDiffusionModel:
             check_order(order)
             finder = self._ask(list(hooks), prompt, kwargs, order)
             P, n, plan = self._plan({edit.rows for _, edit in edits}, prompt, kwargs, finder)
-            finder = None if plan is None else RoleFinder(order, sure=finder.sure, known=dict(plan))
+            finder = None if plan is None else RoleFinder(order, memory=finder.memory, known=dict(plan))
 
         runs = RunWatch({name: targets[name] for name, _ in edits}, self.denoisers, self._known)
 
@@ -393,7 +395,7 @@ class HookedDiffusionModel:
     def _plan(self, wanted, prompt, kwargs, finder):
         """Prompts, images per prompt and the roles of the rows that a generation will have, None if edits need no roles."""
         needs_roles = wanted != {"all"}
-        first = self._dry_run(set(), prompt, kwargs, finder=finder if needs_roles else None)
+        first = self._dry_run(set(), prompt, kwargs, finder=finder, must_tell=needs_roles)
         roles = {role for of_step in finder.known.values() for of_forward in of_step for role in of_forward}
         if missing := wanted - roles - {"all"}:
             raise UsageError(f"there are no {missing.pop()}itional rows to edit in this generation; is guidance off?")

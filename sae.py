@@ -141,8 +141,14 @@ class Sae(nn.Module):
         if not self.input_unit_norm:
             return x, None, None
         mean = x.mean(-1, keepdim=True)
-        std = (x - mean).square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
-        return (x - mean) / std, mean, std
+        centred = x - mean
+        std = centred.square().mean(-1, keepdim=True).sqrt()
+        # the squares of tiny and of huge numbers are 0 and infinite, those of their shares of the largest are not
+        largest = centred.abs().amax(-1, keepdim=True)
+        shares = centred / largest.clamp_min(torch.finfo(x.dtype).tiny)
+        std = torch.where((std > 1e-12) & std.isfinite(), std, largest * shares.square().mean(-1, keepdim=True).sqrt())
+        std = torch.where(largest > 0, std, 1e-12)
+        return centred / std, mean, std
 
     def sample_k(self, tokens):
         """How many latents are active on a sample of so many tokens: as many of each token as in training."""
@@ -266,8 +272,11 @@ class Sae(nn.Module):
         if not isinstance(cfg, dict):
             raise UsageError(f"{path / 'cfg.json'}: expected a JSON object")
         check_description(path / "cfg.json", cfg)
+        data = cfg.get("data") or []
+        if not isinstance(data, list) or not all(isinstance(name, str) for name in data):
+            raise UsageError(f"{path / 'cfg.json'} says data {data!r}; expected a list of paths")
         if cfg.pop("data_relative_to", None):
-            cfg["data"] = [seen_from(path, name) for name in cfg["data"]]
+            cfg["data"] = [seen_from(path, name) for name in data]
         sae = build(cfg, state, weights).to(device)
         sae.training_prompts = read_training_prompts(path)
         return sae

@@ -56,6 +56,8 @@ from store.disk import load_tensors, make_folder, read_json, save_tensors, write
 PLAIN_TOPK_UNTIL = 0.3
 # Options that a resumed run may change; whether the data are the same is seen from a sample.
 FREE_TO_CHANGE = ("data", "out_dir", "run_name", "device", "log_every", "save_every", "log_to", "shard_latents")
+# What a run that was killed before its first checkpoint may leave in its folder
+LEFTOVERS = ("checkpoint.safetensors.partial", "train.lock")
 # Options whose values for one SAE stand in its settings: k, num_latents, seed, activation.
 NAMED_OTHERWISE = ("k", "num_latents", "expansion_factor", "seeds", "batch_topk", "sample_topk")
 
@@ -588,7 +590,8 @@ class TrainingRun:
             **numbers,
             "held_out_whole_prompts": dataset.whole_prompts,
             "by_timestep": [{"timestep": t, **m.summary()} for t, m in zip(dataset.timesteps, by_step) if m.n],
-            "num_training": self.schedule.num_vectors,
+            "num_training": self.schedule.num_vectors,  # seen, each as often as it was
+            "num_training_in_data": dataset.num_training,
             "training": self.settings,
         }
         if self.processes.rank == 0:
@@ -606,7 +609,8 @@ class TrainingRun:
     def say(self, held_out):
         """The numbers in words."""
         seen, shape = self.schedule.num_vectors, f"{self.num_latents} latents, k = {self.k}"
-        print(f"trained:  {seen:,} vectors in {self.seconds:.0f} s ({seen / self.seconds:,.0f}/s); {shape}")
+        again = f", of {self.dataset.num_training:,} in the data" if seen > self.dataset.num_training else ""
+        print(f"trained:  {seen:,} vectors in {self.seconds:.0f} s ({seen / self.seconds:,.0f}/s){again}; {shape}")
         numbers = f"fvu {held_out.fvu:.4f}   l0 {held_out.l0:.2f}   dead {held_out.dead:.2%}   cosine {held_out.cosine:.4f}"
         print(f"held out: {held_out.n:,} vectors   {numbers}   always on {held_out.always_on:.2%}")
         if held_out.fvu >= 1:
@@ -648,7 +652,7 @@ def find_run(folder, settings):
         state = read_json(record)
     elif checkpoint.exists():
         state = read_state(checkpoint)
-    elif {path.name for path in folder.iterdir()} - {f"{checkpoint.name}.partial", "train.lock"}:
+    elif any(not path.name.startswith(".") for path in folder.iterdir() if path.name not in LEFTOVERS):
         raise UsageError(f"{folder} holds something else; choose another --run_name or --out_dir")
     else:
         return False, None
@@ -682,12 +686,23 @@ def in_current_words(theirs):
 
 
 def read_rows(path):
-    """The rows of metrics.jsonl, up to one that a power cut has torn."""
-    rows = []
-    with suppress(FileNotFoundError, ValueError):
-        for line in path.read_text(errors="replace").splitlines():
-            rows.append(json.loads(line))
-    return rows
+    """The rows of metrics.jsonl, up to one that a power cut has torn. Raises UsageError where one before others is damaged."""
+    lines = path.read_text("utf-8", errors="replace").splitlines() if path.exists() else []
+    rows = [read_row(line) for line in lines]
+    num_whole = rows.index(None) if None in rows else len(rows)
+    if any(rows[num_whole:]):
+        raise UsageError(f"{path}: line {num_whole + 1} is damaged; remove it to go on without its numbers")
+    return rows[:num_whole]
+
+
+def read_row(line):
+    """A row of metrics.jsonl as a dict; None where the line is none."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    numbers = [row.get(name) for name in ("iteration", "vectors", "fvu", "dead")] if isinstance(row, dict) else [None]
+    return row if all(isinstance(number, (int, float)) for number in numbers) else None
 
 
 def import_tracker(log_to):

@@ -18,6 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from analysis.metrics import usual_scale
 from errors import UsageError
 from hook import Edit
 from sae import Sae
@@ -196,7 +197,7 @@ def adding_edits(
                 moved &= mask.to(moved.device)[:, None]
             new = x + added
             if renormalize:
-                new = new * (x.norm(dim=-1, keepdim=True) / new.norm(dim=-1, keepdim=True).clamp_min(1e-12))
+                new = new * (x.norm(dim=-1, keepdim=True) / new.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(new.dtype).tiny))
             added = new - x
             x = torch.where(moved, new, x)
         if measure is not None and role == hook_point.rows:
@@ -313,8 +314,11 @@ class Typical:
         self.times = torch.tensor([activations.timesteps[i] for i in found] if activations.timesteps else [0.0])
         count = torch.bincount(step).float()
         by_step = lambda values: torch.zeros(len(found), *values.shape[1:]).index_add_(0, step, values)
-        self.norms = (by_step(x.square().sum(1)) / count).sqrt().clamp_min(1e-12)  # (S,)
-        x = x / self.norms[step, None]
+        unit = usual_scale(x)
+        x = x * unit
+        norms = (by_step(x.square().sum(1)) / count).sqrt().clamp_min(1e-12)  # (S,)
+        x = x / norms[step, None]
+        self.norms = norms / unit
         self.means = by_step(x) / count[:, None]  # (S, d)
         x = x - self.means[step]
         C = x.T @ x / len(x)

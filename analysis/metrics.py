@@ -9,6 +9,8 @@
 "By timestep" is the same over that timestep's vectors alone, with their own mean.
 """
 
+import math
+
 import torch
 from tqdm import tqdm
 
@@ -17,6 +19,17 @@ from kernels import count_active
 from store.dataset import cut_unit
 
 ALWAYS = 0.9
+
+
+def usual_scale(x):
+    """The power of two that brings the largest of the numbers x near 1, or 1.0 where it is between 1e-6 and 1e6, or 0.
+
+    For what does not depend on the scale of x, so that nothing is lost in squares and in what keeps a divisor above 0.
+    """
+    largest = x.abs().max().item()
+    if not 0 < largest < math.inf or 1e-6 <= largest <= 1e6:
+        return 1.0
+    return 2.0 ** min(126, -math.floor(math.log2(largest)))
 
 
 class Metrics:
@@ -40,7 +53,9 @@ class Metrics:
         part.n, part.mean = len(x), x.mean(0)
         part.variance = (x - part.mean).square().sum().item()
         part.error = (x - x_hat).square().sum().item()
-        part.cosines = torch.nn.functional.cosine_similarity(x, x_hat, dim=1).sum().item()
+        # PyTorch's own eps, 1e-8, is more than the length of tiny vectors; the square of this one is not 0
+        smallest = torch.finfo(wide).tiny ** 0.5
+        part.cosines = torch.nn.functional.cosine_similarity(x, x_hat, dim=1, eps=smallest).sum().item()
         self.add(part)
 
     def add(self, other):

@@ -48,7 +48,7 @@ from store.activation_file import read_description
 from store.dataset import Activations
 from store.disk import claim_folder, read_json, write_json
 from store.hook_point import HookPoint, trained_on
-from store.identity import activations_of
+from store.identity import activations_of, origin
 from store.prompts import load_prompts
 from toy.concepts import CONCEPTS, Classifier, to_model
 
@@ -331,7 +331,7 @@ def main(cfg: Config) -> list[Path]:
     if len({trained_on(sae).hook_name for sae in saes}) < len(saes):
         raise UsageError("--sae names two SAEs of one hook point; expected one each")
     values = values_of(cfg.unlearn)
-    meta = read_description(saes[0].cfg["data"][0])
+    meta = origin(saes[0].cfg, read_description(saes[0].cfg["data"][0]))
     model_name = cfg.model_name or meta["model"]
     model = Path(find_model(model_name))
     if not (model / "classifier.safetensors").exists():

@@ -96,13 +96,21 @@ class Known(NamedTuple):
 
 
 @dataclass(eq=False)
+class Memory:
+    """What the samplings of one pipeline with the same options hand on to each other."""
+
+    sure: dict = field(default_factory=dict)  # {pattern: Known}
+    asked: bool = False  # whether it was seen what other prompts change, or there are none
+
+
+@dataclass(eq=False)
 class RoleFinder:
     """Labels the rows of one sampling's steps, each step as it is complete."""
 
     order: tuple | None = None  # of the chunks in a step, such as ("uncond", "cond"), where the user says it
     passes: list | None = None  # a `Pass` for each forward of the first step of the same sampling with other prompts
-    sure: dict = field(default_factory=dict)  # {pattern: Known}, shared by the samplings of one pipeline with the same options
-    known: dict = field(default_factory=dict)  # {pattern: roles}, those of `sure` that were met and those that weights told
+    memory: Memory = field(default_factory=Memory)
+    known: dict = field(default_factory=dict)  # {pattern: roles}, those in the memory that were met and those that weights told
 
     undecided: dict = field(default_factory=dict, init=False)  # {pattern: steps, each a list of forwards, without roles}
     _before: dict = field(default_factory=dict, init=False)  # {pattern: {role: `Rows` in the last step}}
@@ -114,7 +122,7 @@ class RoleFinder:
         Raises UsageError where this step says otherwise than an earlier one, and where rows can't be told at all.
         """
         pattern = pattern_of(forwards, R)
-        if pattern not in self.sure or pattern not in self._met:
+        if pattern not in self.memory.sure or pattern not in self._met:
             self._decide(pattern, forwards, model_output, R)
         self._met.add(pattern)
         roles = self.known.get(pattern)
@@ -124,21 +132,22 @@ class RoleFinder:
         for step in [*self.undecided.pop(pattern, []), forwards]:
             for f, of_it in zip(step, roles):
                 f.roles = of_it
-        if pattern in self.sure:
+        if pattern in self.memory.sure:
             self._check_places(pattern, forwards, R)
 
     def _decide(self, pattern, forwards, model_output, R):
         roles, by_weights, sure = find_roles(forwards, model_output, R, self.order, self.passes)
-        if pattern in self.sure:
-            before = self.sure[pattern].by_weights
-            self.known[pattern] = self.sure[pattern].roles
+        self.memory.asked |= self.passes is not None
+        if pattern in self.memory.sure:
+            before = self.memory.sure[pattern].by_weights
+            self.known[pattern] = self.memory.sure[pattern].roles
             if None not in (before, by_weights) and before != by_weights:
                 raise UsageError(
                     f"guidance favours chunk {by_weights} of the denoiser's rows, and in an earlier batch with the same options "
                     f"it was chunk {before}: " + SAY_ORDER
                 )
         elif sure:
-            self.sure[pattern] = Known(roles, by_weights)
+            self.memory.sure[pattern] = Known(roles, by_weights)
             self.known[pattern] = roles
         elif roles is not None:
             before = self.known.setdefault(pattern, roles)

@@ -70,7 +70,7 @@ class Step:
         """
         timesteps, sigmas = getattr(self.scheduler, "timesteps", None), getattr(self.scheduler, "sigmas", None)
         if torch.is_tensor(timesteps) and torch.is_tensor(sigmas) and len(sigmas) >= len(timesteps):
-            position = position_of(timesteps, self.time(), getattr(self.scheduler, "step_index", None))
+            position = position_of(timesteps, self.time(), own_position(self.scheduler))
             return None if position is None else self._sigma_of_input(float(sigmas[position]))
         alphas = getattr(self.scheduler, "alphas_cumprod", None)
         if torch.is_tensor(alphas) and self.time() in range(len(alphas)):
@@ -218,10 +218,11 @@ class Sampling:
         return set_timesteps
 
     def _maybe_begin_loop(self):
-        """Before a forward: the index restarts where timesteps were set since the last step, or another scheduler's are over."""
+        """Before a forward: the index restarts where timesteps were set since the last step, or where a list is at its end."""
         if self._open:
             return
-        over = self.num_steps is not None and self.index >= self.num_steps and self._fresh
+        waiting = any(scheduler in self.schedulers for scheduler in self._fresh.values())
+        over = waiting and self.num_steps is not None and self.index >= self.num_steps
         if self._begins or over:
             self.index, self._position, self._begins = 0, None, False
 
@@ -271,7 +272,8 @@ class Sampling:
         if self.index and self.replace is None and self._told is None:
             self._position = expected  # nobody asks, and a GPU need not be waited for
             return timesteps
-        self._position = position_of(timesteps, number(timestep), expected)
+        own = own_position(scheduler)
+        self._position = position_of(timesteps, number(timestep), expected if own is None else own)
         if self.index == 0:
             self.num_steps = len(timesteps) - (self._position or 0) if len(timesteps) else None
         return timesteps
@@ -382,6 +384,14 @@ def position_of(values, value, expected=None):
         return expected
     found = (numbers == value).nonzero()
     return int(found[0]) if len(found) else None
+
+
+def own_position(scheduler):
+    """Where a scheduler says that it is in its list, before it steps; None where it does not say."""
+    for name in ("step_index", "begin_index"):
+        if isinstance(position := getattr(scheduler, name, None), int):
+            return position
+    return None
 
 
 def listed_timesteps(scheduler):

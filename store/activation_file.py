@@ -136,11 +136,11 @@ class ActivationFile:
         return StoredRows(str(path), header.offset, self.P, self.S * self.T, header.dtype)
 
     def read_tokens_kept(self, row: int) -> np.ndarray:
-        """(S, T): which tokens of the grid image `row` has. Raises UsageError for numbers that are not on the grid."""
+        """int64 (S, T): which tokens of the grid image `row` has. Raises UsageError for numbers that are not on the grid."""
         kept = read_pieces([self.tokens_kept], np.array([[0, row, row + 1]])).reshape(self.S, self.T)
         if kept.min() < 0 or kept.max() >= prod(self.grid):
             raise UsageError(f"{self.tokens_kept.path} is damaged: row {row} names a token outside of the grid {self.grid}")
-        return kept
+        return kept.astype(np.int64)
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -384,7 +384,7 @@ def prompt_key(row: dict) -> str:
     if isinstance(text, str) and text.strip():
         return "text " + INVISIBLE.sub("", unicodedata.normalize("NFKC", text).casefold())
     if row.get("image"):
-        return f"image {row['image']}"
+        return f"image {row.get('image_digest') or row['image']}"
     if text not in (None, ""):
         return f"label {json.dumps(text)}"
     return f"seed {row.get('seed')}"

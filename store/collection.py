@@ -35,10 +35,11 @@ from store.disk import (
     write_json,
 )
 from store.identity import collection_id
-from store.images import images_checksum, remove_images, save_images
+from store.images import image_path, images_checksum, remove_images, save_images
 
 HEADER = 128  # bytes
 CHECKED_AT_ONCE = 1 << 24  # bytes of a file
+ADDED_LATER = ("seen", "image_digest")  # keys of a line of prompts.jsonl
 IMAGES = "images/"  # beside names of files in a line of progress.jsonl; no file has such a name
 
 
@@ -68,16 +69,18 @@ def as_numpy(x: torch.Tensor) -> np.ndarray:
     return x.contiguous().numpy()
 
 
-def without_seen(lines: list[bytes]) -> list[bytes]:
-    """Lines of prompts.jsonl without what the model saw of a prompt, which earlier versions did not write."""
-    found = []
-    for line in lines:
-        if b'"seen": ' in line:
-            row = json.loads(line)
-            row.pop("seen", None)
-            line = json.dumps(row).encode()
-        found.append(line)
-    return found
+def same_prompt(old: bytes, new: bytes) -> bool:
+    """Whether two lines of prompts.jsonl say the same; earlier versions did not write all of ADDED_LATER."""
+    if old == new:
+        return True
+    try:
+        was, now = json.loads(old), json.loads(new)
+    except ValueError:
+        return False
+    for name in ADDED_LATER:
+        if name not in was:
+            now.pop(name, None)
+    return was == now
 
 
 def read_progress(path: Path) -> dict[int, dict]:
@@ -201,7 +204,7 @@ class Collection:
         self._compare_settings(there.get("settings") or {}, remedy)
 
         old = self.listing.read_bytes().split(b"\n")[:-1] if self.listing.exists() else []
-        if without_seen(old[: len(lines)]) != without_seen(lines[: len(old)]):
+        if not all(map(same_prompt, old, lines)):  # as far as both go
             raise UsageError(f"{self.out_dir} holds a collection of other prompts; use another --out_dir")
         if len(old) <= len(lines):
             return
@@ -481,3 +484,22 @@ def rows_checksum(row_shape: tuple[int, ...], dtype: np.dtype) -> int:
     Four GB a second on one core, a small part of what writing takes, and it finds every error of 32 bits in a row or fewer.
     """
     return zlib.crc32(f"{np.dtype(dtype).str} {list(row_shape)}".encode())
+
+
+def check_saved_images(folder: Path, meta: dict) -> None:
+    """Raise UsageError where the images beside a finished activation file are not those that collect.py saved for their rows.
+
+    meta: the description of the file. Of a batch with a missing image, and of collections of earlier versions, nothing is known.
+    """
+    images = folder / "images"
+    batch_size = meta.get("batch_size", 1) * meta.get("num_images_per_prompt", 1)
+    for batch, line in read_progress(folder / "progress.jsonl").items():
+        rows = range(batch * batch_size, batch * batch_size + line["rows"])
+        expected = line["crc32"].get(IMAGES) if isinstance(line.get("crc32"), dict) else None
+        if expected is None or any(image_path(images, row) is None for row in rows):
+            continue
+        if images_checksum(images, rows) != expected:
+            raise UsageError(
+                f"{images}: rows {rows[0]} to {rows[-1]} do not have the images that collect.py saved; put them back, or remove "
+                "the folder to see features without images"
+            )

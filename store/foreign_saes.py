@@ -50,20 +50,10 @@ DICTIONARY_LEARNING = {
 # Keys of sparsify (and universal-diffsae), then those of ours. What train.py wrote has a digest of its data besides.
 SPARSIFY_KEYS = {"activation", "expansion_factor", "normalize_decoder", "num_latents", "k", "multi_topk", "d_in"}
 OUR_KEYS = {
-    *("side", "stream", "rows", "fingerprint", "model_dtype", "collections", "collected_with"),
-    *("data_relative_to", "tokens_per_sample", "normalize_decoder"),
-    *("input_unit_norm", "hook_name", "model_name", "data", "training", "num_training", "num_held_out", "by_timestep"),
-    *(
-        "fvu",
-        "explained_variance",
-        "l0",
-        "cosine",
-        "dead",
-        "always_on",
-        "held_out_whole_prompts",
-        "saelens",
-        "dictionary_learning",
-    ),
+    *("side", "stream", "rows", "fingerprint", "model_dtype", "collections", "collected_with", "data_relative_to"),
+    *("tokens_per_sample", "input_unit_norm", "hook_name", "model_name", "data", "training", "num_training"),
+    *("num_training_in_data", "num_held_out", "by_timestep", "fvu", "explained_variance", "l0", "cosine", "dead"),
+    *("always_on", "held_out_whole_prompts", "saelens", "dictionary_learning"),
 }
 SAELENS_KEYS = {
     *("architecture", "d_in", "d_sae", "dtype", "device", "apply_b_dec_to_input", "normalize_activations", "reshape_activations"),

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from errors import UsageError
-from store.activation_file import collected_with, differences, listing_digest
+from store.activation_file import collected_with, differences, listing_digest, refuse_unfinished
 from store.dataset import open_activations
 
 SAMPLED = 64  # values of each tensor, evenly spaced, that a fingerprint looks at one by one
@@ -205,6 +205,7 @@ def activations_of(sae, folder, data=(), transfer=False):
         raise UsageError(f"{folder} does not say which files it was trained on; name some with --data")
     missing = [path for path in named if not data and not Path(path).exists()]
     if missing:
+        refuse_unfinished(missing[0])
         raise UsageError(f"{folder} was trained on {missing[0]}, which is not there; name the files with --data")
     sets = open_activations(named, sae.training_prompts)
     if len(sets) > 1:

@@ -108,7 +108,10 @@ def test_images_steps_and_negative_prompts(config, tmp_path):
 
 
 def test_odd_prompts_and_columns_named_like_ours(config, tmp_path):
-    """Line separators of Unicode, columns called id and seed, an empty negative prompt: resumable, and ours stay ours."""
+    """Line separators of Unicode, a column called id, an empty negative prompt: resumable, and ours stays ours.
+
+    A column called seed counts: each image of a prompt has the next number.
+    """
     table = tmp_path / "p.jsonl"
     rows = [{"prompt": "a\u2028b\u0085c", "seed": 7, "id": 9, "no": None}, {"prompt": "d\n\x00e", "seed": 7, "id": 9, "no": "f"}]
     table.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), "utf-8")
@@ -117,7 +120,7 @@ def test_odd_prompts_and_columns_named_like_ours(config, tmp_path):
         collect.main(config)
     lines = (Path(config.out_dir) / "prompts.jsonl").read_text().split("\n")[:-1]
     found = [json.loads(line) for line in lines]
-    assert [(p["id"], p["seed"], p["negative_prompt"]) for p in found] == [(0, 0, ""), (0, 1, ""), (1, 2, "f"), (1, 3, "f")]
+    assert [(p["id"], p["seed"], p["negative_prompt"]) for p in found] == [(0, 7, ""), (0, 8, ""), (1, 7, "f"), (1, 8, "f")]
     assert [p["prompt"] for p in found[::2]] == [r["prompt"] for r in rows]
     images = [(Path(config.out_dir) / "images" / f"{row}.webp").read_bytes() for row in range(4)]
     assert images[0] != images[1]

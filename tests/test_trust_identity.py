@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 
 import collect
 import evaluate
@@ -227,6 +228,34 @@ def test_a_listing_that_is_not_the_collections_is_refused(copy, how):
             run()
 
 
+def test_another_image_under_the_same_name_does_not_extend_a_collection(copy, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in range(4):
+        Image.fromarray(np.full((64, 64, 3), 60 * i, np.uint8)).save(photos / f"{i}.png")
+    options = dict(images=str(photos), dataset_name=None, num_inference_steps=None, out_dir="photo_acts", batch_size=2)
+    collect.main(collect_config(**options, max_num_examples=2))
+    shutil.copy(photos / "3.png", photos / "0.png")
+    with pytest.raises(UsageError, match="holds a collection of other prompts"):
+        collect.main(collect_config(**options, max_num_examples=4))
+    assert prompt_key({"prompt": "", "image": "a.png", "image_digest": "x"}) == prompt_key(
+        {"prompt": "", "image": "b.png", "image_digest": "x"}
+    )
+
+
+def test_images_in_another_order_are_refused(copy):
+    images = copy / "acts/images"
+    config = features.Config(sae="saes/sae", device="cpu")
+    features.main(config)
+    first = (images / "0.webp").read_bytes()
+    shutil.copy(images / "1.webp", images / "0.webp")
+    (images / "1.webp").write_bytes(first)
+    with pytest.raises(UsageError, match="rows 0 to 7 do not have the images that collect.py saved"):
+        features.main(config)
+    shutil.rmtree(images)
+    features.main(config)
+
+
 # --------------------------------------------------------------------------------------------------- folders and sites
 
 
@@ -342,8 +371,6 @@ def test_the_newest_sae_of_a_sweep(tmp_path, monkeypatch):
 
 
 def test_steering_an_sae_of_real_images_needs_prompts_and_takes_the_pipelines_settings(copy, tmp_path):
-    from PIL import Image
-
     (tmp_path / "photos").mkdir()
     for i in range(6):
         pixels = np.random.default_rng(i).integers(0, 255, (64, 64, 3), dtype=np.uint8)

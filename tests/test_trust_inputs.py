@@ -2,10 +2,15 @@
 
 import importlib
 import json
+import os
+import signal
+import socket
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from browser import CHROMIUM, Browser
@@ -17,16 +22,19 @@ from tiny import PROMPTS, build, generate_options, sd15, sdxl
 
 import cli
 import collect
+import evaluate
 import export
 import features
 import steer
-from analysis.concepts import with_word
-from analysis.feature_edits import Target
+import train
+from analysis.concepts import contrast, saeuron, toward, with_word
+from analysis.feature_edits import Target, Typical
+from analysis.metrics import Metrics
 from diffusion.seen_text import SeenText, watch_tokenizers
 from errors import UsageError
 from sae import Sae
 from store import hub
-from store.dataset import newest_activations, open_activations
+from store.dataset import Activations, newest_activations, open_activations
 from store.disk import claim_folder, write_json
 from store.prompts import load_pictures, load_prompts, seen_text, with_seeds
 from store.words import words_of
@@ -388,7 +396,7 @@ def test_words_behind_the_end_of_the_encoder_do_not_count(long_collection, tmp_p
     assert with_word([seen_text(line) for line in lines], "dotted").tolist() == [False, False, True, False, False, False]
 
     target = Target(str(tmp_path / "sae"), Sae.load_from_disk(tmp_path / "sae"), None, features=[])
-    with_it, without = steer.choose_of_concept(steer.Config(concept="dotted"), target, lines)
+    with_it, without = steer.choose_of_concept(steer.Config(concept="dotted"), target, Activations([data]), lines)
     assert with_it.tolist() == [2] and sorted(without.tolist()) == [0, 1, 3, 4, 5]
 
 
@@ -555,3 +563,175 @@ def test_on_windows_the_first_line_says_that_it_is_not_supported(script, monkeyp
         cli.run(module.main, module.Config)
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and error.startswith(f"{script}.py: error: Windows is not supported; run this in WSL")
+
+
+# ------------------------------------------------------------------------------------------------- tiny and huge numbers
+
+SCALES = [2.0**-66, 2.0**-40, 2.0**40]  # the first: values of 1e-20
+
+
+@pytest.mark.parametrize("scale", [*SCALES, 2.0**100])
+def test_metrics_do_not_depend_on_the_scale(scale):
+    x = torch.randn(50, 12, generator=torch.Generator().manual_seed(0))
+    x_hat = x + 0.3 * torch.randn(50, 12, generator=torch.Generator().manual_seed(1))
+    x[7] = 0  # whose cosine is 0
+    found = []
+    for factor in (1.0, scale):
+        metrics = Metrics(4)
+        metrics.update(factor * x, factor * x_hat, torch.ones(50, 1), torch.zeros(50, 1, dtype=torch.int64))
+        found.append((metrics.fvu, metrics.cosine))
+    assert found[0] == found[1] and 0.9 < found[0][1] < 1
+
+
+@pytest.mark.parametrize("scale", [2.0**-66, 2.0**-80, 2.0**66])
+def test_standardized_vectors_do_not_depend_on_the_scale(scale):
+    sae = Sae(12, 30, 4, {"input_unit_norm": True})
+    x = torch.randn(50, 12, generator=torch.Generator().manual_seed(0)) + 1
+    x[7], x[8] = 0, 3  # which have no variance
+    unit, _, std = sae.standardize(x)
+    plain = (x - x.mean(1, keepdim=True)).square().mean(1, keepdim=True).sqrt().clamp_min(1e-12)
+    assert torch.equal(std, plain)  # of usual numbers the bits are those of the formula
+    torch.testing.assert_close(sae.standardize(scale * x)[0], unit, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(sae(scale * x), scale * sae(x), rtol=1e-5, atol=scale * 1e-5)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_scores_of_features_do_not_depend_on_the_scale(scale):
+    scores = torch.rand(20, 3, 30, generator=torch.Generator().manual_seed(0)).relu()
+    scores[:, :, 5] = 0
+    there = torch.arange(20) % 3 == 0
+    torch.testing.assert_close(contrast(scale * scores, there), contrast(scores, there), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(saeuron(scale * scores, there), saeuron(scores, there), rtol=1e-4, atol=1e-6)
+    sae = Sae(12, 30, 4)
+    torch.testing.assert_close(toward(sae, scale * scores, there, ~there), toward(sae, scores, there, ~there))
+
+
+@pytest.mark.parametrize("options", [{}, {"activation": "batchtopk"}, {"input_unit_norm": True}], ids=str)
+def test_an_sae_of_tiny_activations(tmp_path, options):
+    """It is as good as that of the same vectors in other units; it was not trained with the very same bits."""
+    rng = np.random.default_rng(0)
+    x = (rng.standard_normal((24, 2, 32, 12)) * rng.uniform(0.2, 3, 12) + 1).astype(np.float32)
+    found = []
+    for name, scale in (("usual", 1), ("tiny", 2.0**-66)):
+        np.save(tmp_path / f"{name}.npy", x * np.float32(scale))
+        size = dict(num_latents=[30], k=[4], num_epochs=3, effective_batch_size=64, device="cpu", out_dir=str(tmp_path / "saes"))
+        (folder,) = train.main(train.Config(data=[str(tmp_path / f"{name}.npy")], run_name=name, **size, **options))
+        evaluate.main(evaluate.Config(sae=str(folder), out_dir=str(tmp_path / "evaluations"), device="cpu"))
+        report = json.loads((tmp_path / "evaluations" / name / "evaluate.json").read_text())
+        typical = Typical([str(tmp_path / f"{name}.npy")])
+        norm, distance = typical(torch.from_numpy(x[:4, 0] * np.float32(scale)), 0.0)
+        found.append([report["fvu"], report["cosine"], report["l0"], *norm.tolist(), *distance.tolist()])
+        cfg = json.loads((folder / "cfg.json").read_text())
+        assert cfg["num_training"] == 3 * cfg["num_training_in_data"] and cfg["num_training_in_data"] < 24 * 2 * 32
+        card = hub.card(folder, "me/sae", "sae")
+        assert f"| training vectors in the data | {cfg['num_training_in_data']} |" in card
+        assert f"| vectors seen in training, repeats counted | {cfg['num_training']} |" in card
+    assert found[1] == pytest.approx(found[0], rel=0.05) and found[0][1] > 0.85
+
+
+# -------------------------------------------------------------------------------------------------- several processes
+
+GROUP = """
+import sys, time
+import distributed
+from cli import run
+from dataclasses import dataclass
+
+@dataclass
+class Config:
+    how: str = "works"
+    rank: int = 0
+
+def main(cfg):
+    distributed.START, distributed.NOTE, distributed.BEAT, distributed.SILENCE = 15.0, 2.0, 0.3, 4.0
+    processes = distributed.Processes()
+    mine = processes.rank == cfg.rank
+    processes.barrier()
+    print("all there", file=sys.stderr, flush=True)
+    if cfg.how == "ends" and mine:
+        raise OSError("no such prompt file")
+    if cfg.how in ("killed", "asleep") and mine:
+        time.sleep(3600)
+    if cfg.how == "works":
+        time.sleep(6 * mine)  # longer than SILENCE
+    if cfg.how == "asleep":
+        processes.barrier()
+    print(processes.tell(processes.rank), flush=True)
+    processes.barrier()
+    processes.close()
+
+run(main, Config)
+"""
+
+
+@pytest.fixture
+def start_group(tmp_path):
+    """Starts processes as torchrun on two machines would, without one that ends those of the other machine."""
+    every = []
+
+    def start(*options, ranks=(0, 1)):
+        started = start_processes(tmp_path, options, ranks)
+        every.extend(started.values())
+        return started
+
+    yield start
+    for process in every:
+        process.kill()
+        process.communicate()
+
+
+def start_processes(tmp_path, options, ranks, count=2):
+    """{rank: process} of a group of `count`, of which only `ranks` are started."""
+    (tmp_path / "group.py").write_text(GROUP)
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        port = found.getsockname()[1]
+    started = {}
+    for rank in ranks:
+        variables = dict(RANK=rank, WORLD_SIZE=count, LOCAL_RANK=0, LOCAL_WORLD_SIZE=1, GROUP_RANK=rank, GROUP_WORLD_SIZE=count)
+        variables |= dict(MASTER_ADDR="localhost", MASTER_PORT=port, PYTHONPATH=Path(cli.__file__).parent)
+        environment = os.environ | {name: str(value) for name, value in variables.items()}
+        command = [sys.executable, str(tmp_path / "group.py"), *options]
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        started[rank] = subprocess.Popen(command, env=environment, **pipes)
+    return started
+
+
+def wait_until_there(process):
+    while "all there" not in process.stderr.readline():
+        assert process.poll() is None
+
+
+def test_processes_that_live_are_waited_for(start_group):
+    started = start_group("--rank", "1")
+    said = {rank: process.communicate(timeout=60) for rank, process in started.items()}
+    assert all(process.returncode == 0 for process in started.values()), said
+    assert said[0][0] == "[0, 1]\n" and said[0][1] == "all there\n"
+
+
+def test_a_process_that_never_starts_is_named(start_group):
+    (alone,) = start_group(ranks=(0,)).values()
+    said = alone.communicate(timeout=60)[1]
+    assert alone.returncode == 2 and said.count("waiting for process 1 of 2") >= 2
+    assert "group.py (process 0 of 2): error: process 1 of 2 did not start within 15 s; see what it says\n" in said
+
+
+def test_a_process_that_ends_early_is_named(start_group):
+    started = start_group("--how", "ends", "--rank", "1")
+    said = {rank: process.communicate(timeout=60)[1] for rank, process in started.items()}
+    assert "group.py (process 1 of 2): error: no such prompt file\n" in said[1]
+    assert "group.py (process 0 of 2): error: process 1 of 2 has ended; see what it says, the same command goes on\n" in said[0]
+    assert started[0].returncode == started[1].returncode == 2
+
+
+@pytest.mark.parametrize("how", ["killed", "asleep"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_machine_that_dies_is_noticed(start_group, how, rank):
+    """A stopped process keeps its connections, as a machine without power seems to: "asleep" waits in gloo, "killed" in tell."""
+    started = start_group("--how", how, "--rank", str(rank))
+    wait_until_there(started[rank])
+    wait_until_there(started[1 - rank])
+    started[rank].send_signal(signal.SIGSTOP)
+    said = started[1 - rank].communicate(timeout=40)[1]
+    assert started[1 - rank].returncode == 2 and "error: " in said and "the same command goes on\n" in said
+    assert "Traceback" not in said

@@ -1,14 +1,32 @@
 """One class reads activations: damaged, cut, stopped, huge and 16-bit files give the right numbers or one line."""
 
 import json
+import os
 import random
 import shutil
+import subprocess
+import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from commands import ROOT, run_script
 
 import collect
+import evaluate
+import features
+import train
+from analysis.concepts import image_scores
+from bench import unlearn
+from errors import UsageError
+from sae import Sae
+from store import dataset
+from store.dataset import Activations
+from store.disk import checksum
+from store.prompts import load_prompts
 
 pytestmark = pytest.mark.slow
 
@@ -136,8 +154,6 @@ def test_lines_without_checksums_are_believed_and_what_is_finished_is_not_read(m
 @pytest.mark.parametrize("damage", [b"", b"garbage", None], ids=["empty", "garbage", "cut"])
 @pytest.mark.parametrize("name", [f"{HOOK}.npy.partial", f"{HOOK}.tokens.npy.partial"])
 def test_a_cut_file_of_a_stopped_collection_is_one_line(name, damage, monkeypatch, model_folder, tmp_path):
-    from commands import run_script
-
     config = collection_of(model_folder, tmp_path / "acts", tokens_per_step=3)
     stop(config, monkeypatch, 2)
     path = tmp_path / "acts" / name
@@ -147,3 +163,356 @@ def test_a_cut_file_of_a_stopped_collection_is_one_line(name, damage, monkeypatc
     done = run_script("collect.py", *options, cwd=tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert f"{name} is missing or damaged" in done.stderr.splitlines()[-1]
+
+
+# ----------------------------------------------------------------------------------- SAEs of bfloat16 files, several files
+
+
+@pytest.fixture(scope="module")
+def of_two_files(tmp_path_factory):
+    """An SAE of two bfloat16 files of the toy's activations, 24 prompts each: its folder."""
+    base = tmp_path_factory.mktemp("two")
+    lines = (ROOT / "toy" / "prompts.csv").read_text().splitlines()
+    prompts = load_prompts(str(ROOT / "toy" / "prompts.csv"))
+    kinds = {}
+    for number, row in enumerate(prompts):
+        kinds.setdefault((row["object"], row["style"]), []).append(number)
+    for name, place in (("a", 0), ("b", 1)):
+        chosen = [numbers[place] for numbers in kinds.values()]
+        (base / f"{name}.csv").write_text("\n".join([lines[0], *(lines[1 + number] for number in chosen)]) + "\n")
+        options = dict(dataset_name=str(base / f"{name}.csv"), store_dtype="bfloat16", out_dir=str(base / name), device="cpu")
+        options |= dict(num_inference_steps=2, max_num_examples=48, batch_size=48, save_images=False)
+        collect.main(collect.Config(hook_names=["mid_block.attentions.0"], **options))
+    data = [str(base / name / "mid_block.attentions.0.npy") for name in "ab"]
+    train.main(train.Config(data=data, num_latents=[64], k=[8], out_dir=str(base), run_name="sae", device="cpu"))
+    return base / "sae"
+
+
+def numbers_of(path):
+    """A file of bfloat16 as float32, by another way than the reader's: its bits are the upper half of a float32's."""
+    return (np.load(path).astype(np.uint32) << 16).view(np.float32)
+
+
+def test_unlearning_reads_numbers_of_all_files_and_excludes_all_their_prompts(of_two_files, tmp_path, monkeypatch):
+    sae = Sae.load_from_disk(of_two_files)
+    paths = [of_two_files.parent / name / "mid_block.attentions.0.npy" for name in "ab"]
+    domain = unlearn.domains_of([sae], {"object": ("moon", "star")})["object"]
+    expected = np.concatenate([numbers_of(path).mean(2) for path in paths])
+    assert domain.means.shape == (96, 2, 160) and len(domain.labels) == len(domain.scores) == 96
+    assert np.allclose(domain.means.numpy(), expected, rtol=1e-3, atol=1e-5) and domain.means.abs().max() < 100
+
+    seen = []
+    monkeypatch.setattr(unlearn, "split_prompts", lambda rows, used, per_cell: seen.append(used) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        unlearn.main(unlearn.Config(sae=[str(of_two_files)], unlearn="moon", out_dir=str(tmp_path), device="cpu"))
+    listed = [json.loads(line)["prompt"] for path in paths for line in path.with_name("prompts.jsonl").read_text().splitlines()]
+    assert len(set(listed)) == 96 and seen == [set(listed)]
+
+
+def test_unlearning_on_a_stopped_extension_is_one_line(of_two_files, tmp_path, monkeypatch):
+    folder = shutil.copytree(of_two_files.parent, tmp_path / "base")
+    path = folder / "a" / "mid_block.attentions.0.npy"
+    path.rename(f"{path}.partial")
+    path.with_suffix(".json").unlink()
+    monkeypatch.chdir(folder)
+    with pytest.raises(UsageError, match="not finished|no description|is not there"):
+        unlearn.main(unlearn.Config(sae=["sae"], unlearn="moon", out_dir=str(tmp_path), device="cpu"))
+
+
+def test_image_scores_of_two_files_are_those_of_their_numbers(of_two_files):
+    sae = Sae.load_from_disk(of_two_files)
+    activations = Activations(sae.cfg["data"])
+    scores, chosen = image_scores(sae, activations, pictures=20)
+    x = np.concatenate([numbers_of(path) for path in activations.paths])
+    listing = activations.rows_of_prompts()
+    assert len(listing) == 96 and max(chosen) >= 48
+    for score, picture in zip(scores[::5], chosen[::5]):
+        acts, indices = sae.encode(torch.from_numpy(x[picture]))[:2]
+        codes = torch.zeros(*acts.shape[:2], 64).scatter_add_(2, indices, acts)
+        assert torch.allclose(score, codes.mean(1), atol=1e-4)
+
+
+def test_the_padding_of_texts_takes_no_k_of_a_sample_topk(tmp_path):
+    """Zeros have activations where b_enc is positive, and shared the k of the sample."""
+    x = np.random.default_rng(0).standard_normal((3, 2, 6, 8)).astype(np.float32)
+    lengths = np.array([4, 6, 0])
+    for image, length in zip(x, lengths):
+        image[:, length:] = 0
+    describe(tmp_path / "block.npy", x, stream="text", lengths=lengths)
+    sae = Sae(8, 12, 3, {"activation": "sampletopk"})
+    sae.encoder.bias.data.fill_(2.0)
+    scores, _ = image_scores(sae, Activations([tmp_path / "block.npy"]))
+    acts, indices = sae.encode(torch.from_numpy(x[0, :, :4]))[:2]
+    expected = torch.zeros(2, 12).scatter_add_(1, indices.flatten(1), acts.flatten(1)) / 4
+    assert torch.allclose(scores[0], expected, atol=1e-5) and not scores[2].any()
+
+
+# ------------------------------------------------------------------------------------------------ stopped, cut and damaged
+
+
+def describe(path, x, lengths=None, tokens=None, **meta):
+    """Write an activation file as collect.py does."""
+    np.save(path, x)
+    meta = {"format": 1, "hook_name": "block", "side": "output", "rows": "cond", "stream": "image", "model": "toy", **meta}
+    meta |= {"timesteps": list(range(x.shape[1])), "shape": list(x.shape)}
+    path.with_suffix(".json").write_text(json.dumps(meta | {"checksum": checksum(meta)}))
+    rows = [{"id": p, "prompt": f"a {'red' if p % 2 else 'blue'} thing {p}", "seed": p} for p in range(len(x))]
+    (path.parent / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if lengths is not None:
+        np.save(path.with_suffix(".lengths.npy"), lengths)
+    if tokens is not None:
+        np.save(path.with_suffix(".tokens.npy"), tokens)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """An activation file and an SAE of it: the folder that holds acts/ and sae/."""
+    base = tmp_path_factory.mktemp("small")
+    (base / "acts").mkdir()
+    x = np.random.default_rng(0).standard_normal((40, 2, 64, 8)).astype(np.float32)
+    describe(base / "acts" / "block.npy", x, grid=[8, 8])
+    data = [str(base / "acts" / "block.npy")]
+    train.main(train.Config(data=data, num_latents=[32], k=[4], out_dir=str(base), run_name="sae", device="cpu"))
+    return base
+
+
+STAGES = {
+    "evaluate.py": ["--sae", "sae"],
+    "features.py": ["--sae", "sae"],
+    "steer.py": ["--sae", "sae", "--concept", "red"],
+    "train.py": ["--data", "acts/block.npy", "--num_latents", 16, "--out_dir", "more"],
+    "diagnose.py": ["--data", "acts/block.npy"],
+}
+
+
+@pytest.mark.parametrize("script", STAGES)
+def test_a_stopped_extension_is_refused_by_every_stage(script, small, tmp_path):
+    """What is not yet written reads as zeros; the file has no description then, and another name."""
+    folder = shutil.copytree(small, tmp_path / "base")
+    (folder / "acts" / "block.npy").rename(folder / "acts" / "block.npy.partial")
+    (folder / "acts" / "block.json").unlink()
+    done = run_script(script, *STAGES[script], "--device", "cpu", cwd=folder)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "block.npy.partial is not finished" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("script", STAGES)
+def test_a_file_that_is_cut_while_it_is_read_is_one_line(script, small, tmp_path):
+    """It was opened whole, so only reading can notice; a memory map ended Python with SIGBUS."""
+    folder = shutil.copytree(small, tmp_path / "base")
+    code = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+sys.argv = {[script, *map(str, STAGES[script]), "--device", "cpu"]!r}
+import store.dataset
+begin = store.dataset.Activations.__init__
+def begin_and_cut(self, *args, **options):
+    begin(self, *args, **options)
+    os.truncate(self.paths[0], 1000)
+store.dataset.Activations.__init__ = begin_and_cut
+import {script[:-3]} as stage
+from cli import run
+run(stage.main, stage.Config)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, (done.returncode, done.stderr)
+    assert "block.npy" in done.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_other_readers_notice_a_cut_too(cut, tmp_path):
+    x = np.random.default_rng(0).standard_normal((6, 2, 64, 8)).astype(np.float32)
+    describe(tmp_path / "block.npy", x)
+    activations = Activations([tmp_path / "block.npy"])
+    if cut:
+        os.truncate(tmp_path / "block.npy", 400)
+    readers = [
+        lambda: list(activations.held_out()),
+        lambda: activations.sample(64),
+        lambda: activations.read_image(5),
+        lambda: image_scores(Sae(8, 16, 2), activations),
+        lambda: list(activations.batches(32, 64)),
+    ]
+    for reader in readers:
+        with pytest.raises(UsageError, match="block.npy has become shorter while it was read") if cut else nullcontext():
+            reader()
+
+
+def damaged_arrays(good, path):
+    """Files in the place of a good array of whole numbers."""
+    np.save(path, good)
+    whole = path.read_bytes()
+    damages = {"empty": b"", "garbage": os.urandom(300), "cut": whole[:-3], "half a header": whole[:50]}
+    for name, wrong in (
+        ("shape", good[:-1]),
+        ("float", good.astype(np.float32)),
+        ("text", good.astype("U1")),
+        ("beyond", np.full_like(good, 9999)),
+        ("negative", np.full(good.shape, -1, np.int64)),
+    ):
+        np.save(path, wrong)
+        damages[name] = path.read_bytes()
+    np.save(path, good.astype(object), allow_pickle=True)
+    damages["pickle"] = path.read_bytes()
+    return damages
+
+
+def test_damaged_files_beside_the_activations_are_one_line(small, tmp_path):
+    x = np.random.default_rng(0).standard_normal((4, 2, 5, 8)).astype(np.float32)
+    tokens = np.random.default_rng(0).integers(0, 64, (4, 2, 5)).astype(np.uint16)
+    describe(tmp_path / "block.npy", x, grid=[8, 8], tokens=tokens)
+    config = features.Config(sae=str(small / "sae"), data=[str(tmp_path / "block.npy")], out_dir=str(tmp_path), device="cpu")
+    features.main(config)
+    path = tmp_path / "block.tokens.npy"
+    for name, data in damaged_arrays(tokens, path).items():
+        path.write_bytes(data)
+        with pytest.raises(UsageError, match="block.tokens.npy"):
+            features.main(config)
+        assert name
+    done = run_script("features.py", "--sae", small / "sae", "--data", tmp_path / "block.npy", "--device", "cpu", cwd=tmp_path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "block.tokens.npy" in done.stderr
+
+    lengths = np.array([5, 3, 1, 2])
+    (tmp_path / "text").mkdir()
+    describe(tmp_path / "text" / "block.npy", x, stream="text", lengths=lengths)
+    path = tmp_path / "text" / "block.lengths.npy"
+    for data in damaged_arrays(lengths, path).values():
+        path.write_bytes(data)
+        with pytest.raises(UsageError, match="block.lengths.npy"):
+            Activations([tmp_path / "text" / "block.npy"])
+    done = run_script("train.py", "--data", tmp_path / "text" / "block.npy", "--device", "cpu", cwd=tmp_path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "block.lengths.npy" in done.stderr
+
+
+DAMAGED_LINES = ["3", "[1]", '"text"', "null", "{}", '{"iteration": "1"}', "{", "\x00\x00", '{"iteration": 1, "fvu": null}']
+
+
+def test_a_damaged_line_of_metrics_jsonl_is_one_line(small, tmp_path, monkeypatch):
+    words = ["--data", small / "acts" / "block.npy", "--num_latents", 16, "--k", 2, "--effective_batch_size", 64]
+    words += ["--log_every", 2, "--out_dir", tmp_path, "--run_name", "run", "--device", "cpu"]
+    path = tmp_path / "run" / "metrics.jsonl"
+    options = dict(data=[str(small / "acts" / "block.npy")], num_latents=[16], k=[2], effective_batch_size=64, log_every=2)
+    config = train.Config(**options, out_dir=str(tmp_path), run_name="run", device="cpu")
+    real, calls = train.SparseUpdate.step, []
+
+    def step(*args, **options):
+        calls.append(args)
+        if len(calls) == 20:
+            raise KeyboardInterrupt
+        return real(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.SparseUpdate, "step", step)
+        with pytest.raises(KeyboardInterrupt):
+            train.main(config)
+    good = path.read_text()
+    first, rest = good.split("\n", 1)
+    for line in DAMAGED_LINES:
+        path.write_text(f"{first}\n{line}\n{rest}")
+        with pytest.raises(UsageError, match="metrics.jsonl: line 2 is damaged; remove it"):
+            train.main(config)
+    done = run_script("train.py", *words, cwd=tmp_path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "line 2 is damaged" in done.stderr
+    path.write_text(f"{good}\x00\x00\n{{")  # as a power cut leaves it
+    train.main(config)
+    iterations = [json.loads(line)["iteration"] for line in path.read_text().splitlines()]
+    assert iterations == sorted(set(iterations)) and len(iterations) > 10
+
+
+# ------------------------------------------------------------------------------------------- files of one huge prompt or none
+
+
+def sparse_file(path, shape):
+    """A file of zeros that takes no room on the disk."""
+    np.lib.format.open_memmap(path, "w+", np.float16, shape).flush()
+    return path
+
+
+def test_little_of_a_huge_plain_file_is_held_out_and_it_is_read_in_blocks(tmp_path, monkeypatch):
+    """A piece of 40 million vectors has 1.25 million: more than are ever held out, and it was read at once."""
+    path = sparse_file(tmp_path / "x.npy", (40_000_000, 4))
+    sizes, read = [], Activations.read
+    monkeypatch.setattr(Activations, "read", lambda self, pieces: [sizes.append(pieces), read(self, pieces)][1])
+    Sae(4, 8, 2).save_to_disk(tmp_path / "sae")
+    evaluate.main(evaluate.Config(sae=str(tmp_path / "sae"), data=[str(path)], out_dir=str(tmp_path / "e"), device="cpu"))
+    record = json.loads((tmp_path / "e" / "sae" / "evaluate.json").read_text())
+    assert record["vectors"] == 1_000_000 and record["whole_prompts"] is False
+    assert max((pieces[:, 2] - pieces[:, 1]).sum() for pieces in sizes if len(pieces) == 1) <= 4096
+
+    activations = Activations([path])
+    units = np.concatenate([activations.training_units, activations.held_out_units])
+    units = units[units[:, 1].argsort()]
+    assert (units[1:, 1] == units[:-1, 2]).all() and units[0, 1] == 0 and units[-1, 2] == 40_000_000
+    assert activations.num_held_out + activations.num_training == activations.num_vectors == 40_000_000
+    assert sum(map(len, activations.held_out())) == 1_000_000
+
+
+@pytest.mark.parametrize("shape", [(10, 1_000_000, 4), (1, 20_000_000, 4)], ids=["few prompts", "one prompt"])
+def test_a_huge_prompt_is_read_in_blocks(shape, tmp_path, monkeypatch):
+    """A prompt stays whole, one alone is cut in pieces; neither is in memory at once."""
+    activations = Activations([sparse_file(tmp_path / "x.npy", shape)])
+    assert activations.num_held_out == 1_000_000
+    monkeypatch.setattr(dataset, "READ_BYTES", 80_000)
+    blocks = [len(block) for block in activations.held_out()]
+    assert sum(blocks) == 1_000_000 and max(blocks) == 10_000
+
+
+def test_held_out_pieces_that_fit_stay_as_they_were(tmp_path):
+    path = sparse_file(tmp_path / "x.npy", (320_000, 4))
+    units = Activations([path]).held_out_units
+    assert (units[:, 1] % 10_000 == 0).all() and (units[:, 2] - units[:, 1] == 10_000).all() and len(units) == 8
+
+
+# ------------------------------------------------------------------------------------------------- folders of saved rows
+
+
+def saved_rows(folder, images, steps, num_tokens=4):
+    """Rows of images (n,) at steps (n,), each image with numbers of its own, as the ancestor saves them."""
+    from datasets import Array2D, Dataset, Features, Value, disable_progress_bars
+
+    disable_progress_bars()
+    rng = np.random.default_rng(0)
+    own = rng.standard_normal((max(images) + 1, num_tokens, 8)).astype(np.float32)
+    own[:, :, 0] = np.arange(max(images) + 1)[:, None]
+    x = own[images]
+    x[:, :, 1] = np.array(steps)[:, None]
+    kinds = Features({"activations": Array2D(x.shape[1:], "float32"), "timestep": Value("uint16")})
+    Dataset.from_dict({"activations": x, "timestep": [900 - 100 * s for s in steps]}, features=kinds).save_to_disk(folder)
+    return folder
+
+
+def orders():
+    """{name: (image, step) of each row} of 40 images in 3 steps."""
+    by_step = [(image, step) for step in range(3) for image in range(40)]
+    in_batches = [(image, step) for batch in (range(16), range(16, 32), range(32, 40)) for step in range(3) for image in batch]
+    by_image = [(image, step) for image in range(40) for step in range(3)]
+    mixed = [by_image[i] for i in np.random.default_rng(0).permutation(120)]
+    return {"by image": by_image, "by step": by_step, "in batches": in_batches, "mixed": mixed}
+
+
+@pytest.mark.parametrize("order", orders())
+def test_rows_of_one_image_are_on_one_side_or_it_is_said(order, tmp_path, capsys):
+    """A folder that is ordered by step had each image on both sides, and said "whole prompts"."""
+    images, steps = zip(*orders()[order])
+    folder = saved_rows(tmp_path / "rows", list(images), list(steps))
+    activations = Activations([folder])
+    held_out = torch.cat(list(activations.held_out()))
+    training = torch.cat([x for x, _ in activations.batches(64, activations.num_training)])
+    assert len(held_out) + len(training) == 480
+    shared = set(held_out[:, 0].tolist()) & set(training[:, 0].tolist())
+    assert activations.whole_prompts == (order != "mixed") == (not shared)
+    assert activations.num_prompts == (0 if order == "mixed" else 40)
+
+    options = dict(num_latents=[16], k=[2], effective_batch_size=64, out_dir=str(tmp_path / "saes"), run_name="r", device="cpu")
+    train.main(train.Config(data=[str(folder)], **options))
+    evaluate.main(evaluate.Config(sae=str(tmp_path / "saes" / "r"), out_dir=str(tmp_path / "e"), device="cpu"))
+    assert capsys.readouterr().out.count("no prompts to hold out whole") == (2 if order == "mixed" else 0)
+    assert json.loads((tmp_path / "saes" / "r" / "cfg.json").read_text())["held_out_whole_prompts"] == (order != "mixed")
+
+
+def test_orders_of_timesteps_that_tell_no_image():
+    from store.activation_file import images_by_step
+
+    assert images_by_step(np.array([900, 900, 500, 500, 900, 500])) == [0, 1, 0, 1, 2, 2]
+    for times in ([900, 900, 500], [900, 500, 500], [900, 900, 500, 500, 500, 500, 900, 900], [900, 500, 900, 100], [1, 1, 2, 1]):
+        assert images_by_step(np.array(times)) is None, times

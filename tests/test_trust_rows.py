@@ -173,8 +173,32 @@ def test_asking_costs_one_step_for_all_batches(calls):
         counts.append(len(calls))
     assert counts == [4, 3, 3]
     calls.clear()
+    hooked.first_step(HOOK, PROMPTS[1:], **generate_options(2, num_inference_steps=4))
+    hooked.run_with_cache(HOOK, PROMPTS[:2], **generate_options(2, num_inference_steps=4))
+    assert len(calls) == 1 + 1 + 4  # as collect.py does
+    for rows, expected in (("all", 1 + 1 + 5), ("all", 1 + 5), ("cond", 1 + 5)):
+        calls.clear()
+        hooked.run_with_hooks({HOOK: Edit(lambda x: x, rows=rows)}, PROMPTS[:1], **generate_options(1, num_inference_steps=5))
+        assert len(calls) == expected
+    calls.clear()
     hooked.run_with_hooks({HOOK: Edit(lambda x: x)}, PROMPTS[:1], **generate_options(1, num_inference_steps=3))
     assert len(calls) == 4  # the plan's step, which is nothing new
+
+
+@pytest.mark.parametrize("first", ["layouts", "an edit of all rows", "an edit that fails"])
+def test_the_answer_is_not_lost(first):
+    pipe = ramped((0.0,))
+    hooked, name = HookedDiffusionModel.from_pipeline(pipe), {HOOK: Edit(lambda x: x, rows="all")}
+    if first == "layouts":
+        hooked.layouts(HOOK, PROMPTS[:1], **generate_options(1))
+    elif first == "an edit of all rows":
+        hooked.run_with_hooks(name, PROMPTS[:1], **generate_options(1))
+    else:
+        with pytest.raises(ValueError, match="must return"):
+            hooked.run_with_hooks({HOOK: Edit(lambda x: x[:0])}, PROMPTS[:1], **generate_options(1))
+    _, cache = hooked.run_with_cache(HOOK, PROMPTS[1:2], **generate_options(1))
+    seen = watch_by_hand(pipe, "unet", HOOK, PROMPTS[1:2], generate_options(1), pick=lambda output: output[0])
+    assert torch.equal(cache["output"][HOOK][0], torch.stack([map_tokens(x)[1] for x in seen]))
 
 
 def test_asking_leaves_no_trace(pipe):

@@ -132,6 +132,14 @@ def img2img():
     return diffusers.StableDiffusionImg2ImgPipeline(**sd15_parts(), safety_checker=None, requires_safety_checker=False)
 
 
+@called_with(**img2img.options)
+def img2img_heun():
+    """Its list has every timestep but the first twice, and the sampling begins with the second of two."""
+    pipe = img2img()
+    pipe.scheduler = diffusers.HeunDiscreteScheduler()
+    return pipe
+
+
 @called_with(image=pictures, mask_image=lambda n: [p.convert("L") for p in pictures(n)], strength=0.5, height=16, width=24)
 def inpaint():
     return diffusers.StableDiffusionInpaintPipeline(**sd15_parts(), safety_checker=None, requires_safety_checker=False)
@@ -145,7 +153,10 @@ def flux_img2img():
     )
 
 
-@pytest.mark.parametrize("recipe, name", [(img2img, HOOK), (inpaint, HOOK), (flux_img2img, "transformer_blocks.1")])
+IN_THE_MIDDLE = [(img2img, HOOK), (img2img_heun, HOOK), (inpaint, HOOK), (flux_img2img, "transformer_blocks.1")]
+
+
+@pytest.mark.parametrize("recipe, name", IN_THE_MIDDLE)
 @pytest.mark.parametrize("steps", [None, [2]])
 def test_the_timestep_of_an_edit_is_the_schedulers(recipe, name, steps):
     hooked, true, told = HookedDiffusionModel.from_pipeline(build(recipe)), [], []
@@ -153,11 +164,12 @@ def test_the_timestep_of_an_edit_is_the_schedulers(recipe, name, steps):
     with hooked.watch(2, on_step=lambda step: true.append(step.time())) as sampling:
         change = lambda x, timestep: told.append(timestep)
         hooked.run_with_hooks({name: adding_edits(HookPoint(name), change, sampling, steps=steps)}, prompt, **options)
-    assert len(true) == 3 and true[0] < 700  # half of the schedule
+    n = 5 if recipe is img2img_heun else 3
+    assert len(true) == n and true[0] < 700  # half of the schedule
     assert told == (true if steps is None else [true[2]])
     prompt, options = prompt_and_options(2, recipe, num_inference_steps=6)
-    assert hooked.first_step(name, prompt, **options)["num_steps"] == 3
-    assert hooked.layouts(name, prompt, **options)[1] == 3
+    assert hooked.first_step(name, prompt, **options)["num_steps"] == n
+    assert hooked.layouts(name, prompt, **options)[1] == n
 
 
 def test_steps_that_the_pipeline_leaves_out_at_the_end_do_not_count():
@@ -465,6 +477,12 @@ def flux2():
     return pipe
 
 
+@called_with(**sd15.options)
+def pndm():
+    """Its scheduler can't make a single step."""
+    return sd15(diffusers.PNDMScheduler())
+
+
 def own_of_ltx(pipe, z):
     scaled = pipe._normalize_latents(z, pipe.vae.latents_mean, pipe.vae.latents_std, pipe.vae.config.scaling_factor)
     return pipe._pack_latents(scaled, 1, 1)
@@ -484,13 +502,15 @@ def photo(width, height):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("recipe, own", [(ltx_statistics, own_of_ltx), (flux2, own_of_flux2), (sd15, own_of_sd15)])
+@pytest.mark.parametrize(
+    "recipe, own", [(ltx_statistics, own_of_ltx), (flux2, own_of_flux2), (sd15, own_of_sd15), (pndm, own_of_sd15)]
+)
 def test_latents_of_real_images_are_the_pipelines_own(recipe, own, dtype):
     pipe = build(recipe).to(dtype)
     _, options = prompt_and_options(1, recipe)
     options.pop("generator")
     size = options["width"], options["height"]
-    real = real_images.RealImages(HookedDiffusionModel.from_pipeline(pipe), "", options | dict(num_inference_steps=3), *size)
+    real = real_images.RealImages(HookedDiffusionModel.from_pipeline(pipe), "", options | dict(num_inference_steps=5), *size)
     image = photo(*size)
     x = real_images.to_pixels(image)[None].to(pipe.vae.dtype)  # some VAEs are computed in float32 all the same
     with torch.no_grad():
@@ -498,7 +518,7 @@ def test_latents_of_real_images_are_the_pipelines_own(recipe, own, dtype):
         expected = own(pipe, z).to(dtype).float()
     error = (real.latents([image]).float() - expected).norm() / expected.norm()
     assert error < (1e-5 if dtype == torch.float32 else 0.02)
-    if recipe is sd15:
+    if own is own_of_sd15:
         assert torch.equal(real.latents([image]).float(), expected)
 
 
@@ -532,6 +552,9 @@ def test_latents_that_do_not_follow_number_by_number_are_refused():
     hooked, _ = with_decoding(lambda sample: torch.einsum("cd,bdhw->bchw", mix, sample))
     with pytest.raises(ValueError, match="--images: what OwnDecoding gives its VAE is no rearrangement of its sample"):
         real_images.RealImages(hooked, "", {"num_inference_steps": 3})
+    hooked, _ = with_decoding(lambda sample: sample[..., 1:])
+    with pytest.raises(ValueError, match="no rearrangement"):
+        real_images.RealImages(hooked, "", {"num_inference_steps": 3})
     hooked, _ = with_decoding(lambda sample: sample.square())
     with pytest.raises(ValueError, match="no rearrangement"):
         real_images.RealImages(hooked, "", {"num_inference_steps": 3})
@@ -558,6 +581,8 @@ def test_a_vae_made_for_another_range_is_refused_and_a_bad_one_is_remarked(model
     real.vae = Squares(0)
     with pytest.raises(ValueError, match=r"it is made for \[0, 1\]"):
         real.check_reconstruction(photo(32, 32))
+    real.vae.decode = lambda z, time: z
+    assert "was not checked: TypeError" in real.check_reconstruction(photo(32, 32))
     (tmp_path / "photos").mkdir()
     photo(32, 32).save(tmp_path / "photos" / "a.png")
     options = dict(images=str(tmp_path / "photos"), timesteps_per_image=1, out_dir=str(tmp_path / "acts"), device="cpu")
