@@ -1,6 +1,6 @@
 """Are the recorded rows, times and edits those that hooks written by hand see? Schedulers x prompts x guidance, bit for bit.
 
-    python -m bench trust                            # every scheduler, about two minutes on a CPU
+    python -m bench trust                            # all, two to three minutes on a CPU
     python -m bench trust --schedulers DDIM Heun     # some of them
 
 A tiny Stable Diffusion pipeline with random weights samples 4 steps. The reference is a forward hook on one module and its own
@@ -10,7 +10,8 @@ made while they are stored, the images under edits that change nothing, and thos
 sigmas are within 0.1% of the noise schedule's. Else it is "DIFFERS" or "refused", and a line below the table says what. The exit
 status is 1 if anything differs or is refused.
 
-guidance: "ramp" begins at 0 and rises to 6 while both passes run, as CFG-Zero* does; "negative" has a negative prompt.
+A second table does the same for the rows and images of tiny transformers with one and two prompts, without guidance (1) and with
+it (4). guidance: "ramp" begins at 0 and rises to 6 while both passes run, as CFG-Zero* does; "negative" has a negative prompt.
 """
 
 import sys
@@ -68,6 +69,14 @@ SCHEDULERS = {
     "UniPC": (diffusers.UniPCMultistepScheduler, {}),
     "noise of its own": (NoiseOfItsOwn, {}),
 }
+FAMILIES = {
+    "sd3": ("transformer_blocks.0", 1, "one batch"),  # module, its image tokens in a tuple, how the passes run
+    "flux": ("transformer_blocks.0", 1, "cond first"),
+    "pixart": ("transformer_blocks.0", None, "one batch"),
+    "sana": ("transformer_blocks.0", None, "one batch"),
+}
+"""Transformers of tests/families.py, with what their pipelines' source says of them."""
+
 GUIDANCE = ["0", "1", "7.5", "ramp", "negative"]
 
 
@@ -75,6 +84,7 @@ GUIDANCE = ["0", "1", "7.5", "ramp", "negative"]
 class Config:
     schedulers: list[str] = field(default_factory=lambda: list(SCHEDULERS))  # names of the table's rows
     guidance: list[str] = field(default_factory=lambda: list(GUIDANCE))  # names of its columns
+    families: list[str] = field(default_factory=lambda: list(FAMILIES))  # transformers, in a table of their own
 
 
 class BothPasses(StableDiffusionPipeline):
@@ -224,10 +234,61 @@ def differences(scheduler: str, guidance: str, prompts: list[str]) -> list[str]:
     return found
 
 
-def judge(scheduler: str, guidance: str, prompts: list[str]) -> tuple[str, str]:
-    """(word in the table, line below it)."""
+def family_options(recipe, guided: bool, number: int) -> dict:
+    """The arguments of a pipeline of tests/families.py, with guidance or without."""
+    from tiny import generate_options
+
+    options = generate_options(number, recipe, num_inference_steps=STEPS)
+    name = "true_cfg_scale" if "true_cfg_scale" in options else "guidance_scale"
+    return options | {name: 4.0 if guided else 1.0}
+
+
+def family_differences(family: str, guided: bool, number: int) -> list[str]:
+    """As `differences`, of rows and images, for a transformer."""
+    parts()  # so that tests/ can be imported
+    import families
+    from tiny import build
+
+    recipe = getattr(families, family)
+    name, place, passes = FAMILIES[family]
+    pipe, outputs = build(recipe), []
+
+    def keep(module, args, output):
+        outputs.append((output if place is None else output[place]).clone())
+
+    handle = pipe.transformer.get_submodule(name).register_forward_hook(keep)
+    images = pipe(**family_options(recipe, guided, number)).images
+    handle.remove()
+    cond, uncond = torch.stack(outputs, dim=1), None
+    if guided and passes == "one batch":
+        cond, uncond = cond[number:], cond[:number]
+    elif guided:
+        cond, uncond = cond[:, ::2], cond[:, 1::2]
+
+    rows, found = "both" if guided else "cond", []
+    options = family_options(recipe, guided, number)
+    output, stored = HookedDiffusionModel.from_pipeline(build(recipe)).run_with_cache(
+        name, options.pop("prompt"), rows=rows, **options
+    )
+    if not torch.equal(output.images, images):
+        found.append("images while rows are stored")
+    if not torch.equal(stored["output"][name], cond):
+        found.append("conditional rows")
+    if guided and not torch.equal(stored["output_uncond"][name], uncond):
+        found.append("unconditional rows")
+
+    options = family_options(recipe, guided, number)
+    model = HookedDiffusionModel.from_pipeline(build(recipe))
+    same = model.run_with_hooks({name: Edit(lambda x: x)}, options.pop("prompt"), **options)
+    if not torch.equal(same.images, images):
+        found.append("images under edits that change nothing")
+    return found
+
+
+def judge(compare, *cell) -> tuple[str, str]:
+    """(word in the table, line below it) of what `compare(*cell)` finds."""
     try:
-        found = differences(scheduler, guidance, prompts)
+        found = compare(*cell)
     except UsageError as error:
         return "refused", str(error)
     return ("DIFFERS", ", ".join(found)) if found else ("equal", "")
@@ -238,6 +299,8 @@ def main(cfg):
         check_choice("--schedulers", name, tuple(SCHEDULERS))
     for name in cfg.guidance:
         check_choice("--guidance", name, tuple(GUIDANCE))
+    for name in cfg.families:
+        check_choice("--families", name, tuple(FAMILIES))
     start = time.perf_counter()
     where, versions, commit = conditions(torch.device("cpu"))
     print(f"{where}; {versions}; diffusers {diffusers.__version__}; commit {commit}\n")
@@ -247,13 +310,24 @@ def main(cfg):
     for scheduler in cfg.schedulers:
         words = []
         for number, guidance in columns:
-            word, note = judge(scheduler, guidance, PROMPTS[:number])
+            word, note = judge(differences, scheduler, guidance, PROMPTS[:number])
             words.append(word)
             if note:
                 notes.append(f"{scheduler}, {number} x {guidance}: {word}: {note}")
         print(f"{scheduler:18}" + "".join(f"{word:>13}" for word in words), flush=True)
+    family_columns = [(number, guided) for number in (1, 2) for guided in (False, True)]
+    print(f"\n{'transformer':18}" + "".join(f"{f'{number} x {4 if guided else 1}':>13}" for number, guided in family_columns))
+    for family in cfg.families:
+        words = []
+        for number, guided in family_columns:
+            word, note = judge(family_differences, family, guided, number)
+            words.append(word)
+            if note:
+                notes.append(f"{family}, {number} x {4 if guided else 1}: {word}: {note}")
+        print(f"{family:18}" + "".join(f"{word:>13}" for word in words), flush=True)
     print("", *notes, sep="\n")
-    print(f"{len(cfg.schedulers) * len(columns) - len(notes)} of {len(cfg.schedulers) * len(columns)} cells are equal")
+    cells = len(cfg.schedulers) * len(columns) + len(cfg.families) * len(family_columns)
+    print(f"{cells - len(notes)} of {cells} cells are equal")
     print(f"{time.perf_counter() - start:.0f} s", file=sys.stderr)
     if notes:
         raise SystemExit(1)

@@ -8,7 +8,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 import collect
-from bench.trust import GUIDANCE, HOOK, PROMPTS, SCHEDULERS, differences
+from bench.trust import FAMILIES, GUIDANCE, HOOK, PROMPTS, differences, family_differences
 
 # a column of every kind for one scheduler, and schedulers of every kind: ancestral, second order, SDE
 pytestmark = pytest.mark.slow
@@ -19,7 +19,6 @@ CELLS += [(scheduler, "7.5", 1) for scheduler in ("Euler ancestral", "Heun", "KD
 
 @pytest.mark.parametrize("scheduler, guidance, number", CELLS)
 def test_rows_and_edits_are_those_of_hooks_written_by_hand(scheduler, guidance, number):
-    assert scheduler in SCHEDULERS
     assert differences(scheduler, guidance, PROMPTS[:number]) == []
 
 
@@ -46,3 +45,9 @@ def test_files_of_collect_are_what_hooks_written_by_hand_see(model_folder, tmp_p
         pipe(prompts, generator=generators, num_images_per_prompt=2, output_type="latent", **options)
         expected.append(torch.stack(outputs[::2], dim=1)[len(batch) :])
     assert torch.equal(stored, torch.cat(expected))
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_of_transformers_are_those_of_hooks_written_by_hand(family, guided):
+    assert family_differences(family, guided, 2) == []
