@@ -33,7 +33,7 @@ from store.collection import read_progress
 from store.disk import read_json
 
 PROMPTS, BATCH = 12, 2
-ARGS = f"--hook_names mid_block --num_inference_steps 4 --batch_size {BATCH} --max_num_examples {PROMPTS} --device cpu".split()
+ARGS = f"--hook_names mid_block --num_inference_steps 2 --batch_size {BATCH} --max_num_examples {PROMPTS} --device cpu".split()
 
 
 @dataclass
@@ -109,8 +109,9 @@ class Table:
         self.rng = np.random.default_rng(cfg.seed)
         print(f"{'what was done':46} {'lost':>4}  {'same bytes':10}  exit status and last line", flush=True)
         began = time.time()
-        assert Run(folder / "undisturbed").end() == 0
-        self.seconds, self.expected = time.time() - began, contents(folder / "undisturbed")
+        undisturbed = self.fresh()  # as deep as the others: a description names the model's folder as seen from its own
+        assert Run(undisturbed).end() == 0
+        self.seconds, self.undisturbed, self.expected = time.time() - began, undisturbed, contents(undisturbed)
 
     def fresh(self):
         self.number += 1
@@ -239,7 +240,7 @@ def truncated_half_way(table):
 
 
 def truncated_when_finished(table):
-    shutil.copytree(table.folder / "undisturbed", folder := table.fresh())
+    shutil.copytree(table.undisturbed, folder := table.fresh())
     path = folder / "mid_block.npy"
     whole = path.read_bytes()
     os.truncate(path, len(whole) - 1)
@@ -255,7 +256,7 @@ def truncated_when_finished(table):
 
 def flipped_description(table):
     """Every byte of a .json in turn, read as train.py does: refused, or the same content."""
-    shutil.copytree(table.folder / "undisturbed", folder := table.fresh())
+    shutil.copytree(table.undisturbed, folder := table.fresh())
     path = folder / "mid_block.json"
     good, expected, refused, same = path.read_bytes(), read_json(path), 0, 0
     for place in range(len(good)):
