@@ -15,6 +15,7 @@ import tempfile
 import time
 from multiprocessing import forkserver
 from pathlib import Path
+from unittest.mock import patch
 
 ROOT = Path(__file__).parents[1]
 PRELOADED = [  # what the scripts import of others
@@ -145,14 +146,10 @@ class Processes:
 
 def start_server():
     """Start the process that is forked, once; it inherits this one's environment."""
-    said = os.environ.get("TRANSFORMERS_VERBOSITY")
-    os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # as cli.run does before transformers is imported
-    try:
+    quiet = dict(TRANSFORMERS_VERBOSITY="error")  # as cli.run says before transformers is imported
+    quiet |= dict(PYTORCH_NVML_BASED_CUDA_CHECK="1")  # asking whether there is a GPU must not start CUDA, which no fork survives
+    with patch.dict(os.environ, quiet):
         forkserver.ensure_running()
-    finally:
-        del os.environ["TRANSFORMERS_VERBOSITY"]
-        if said is not None:
-            os.environ["TRANSFORMERS_VERBOSITY"] = said
 
 
 def be_script(words, cwd, environment, printed):
