@@ -13,7 +13,12 @@ if not torch.cuda.is_available():
 
 
 def pytest_collection_modifyitems(items):
-    """Kernels in the interpreter are slow: their torch twins are what the quick tests run."""
+    """Kernels in the interpreter are slow: their torch twins are what the quick tests run. Files with slow tests come first.
+
+    A worker takes a whole file at a time: one that takes long and begins last would leave the other worker with nothing to do.
+    """
     for item in items:
         if not torch.cuda.is_available() and item.path.name == "test_kernels.py" and "triton" in item.name:
             item.add_marker(pytest.mark.slow)
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)

@@ -3,9 +3,10 @@
     python -m bench crashes                      # about two minutes; exit status 1 if a row is not as it has to be
     python -m bench crashes --kills 3 --only kill Ctrl-C
 
-Each row is `collect.py` on the toy, 12 prompts in 6 batches, disturbed once, then the cause taken away and the same command given
-again. "Lost" are batches that were safe before that and were generated again; "same bytes" is every file of the folder compared
-with that of an undisturbed run. For speed each is a fork of this process, which has imported everything; torchrun is real.
+Each row is `collect.py` on the toy (or `--model_name`), 12 prompts in 6 batches, disturbed once, then the cause taken away and
+the same command given again. "Lost" are batches that were safe before that and were generated again; "same bytes" is every file
+of the folder compared with that of an undisturbed run. For speed each is a fork of this process, which has imported everything;
+torchrun is real.
 Full disks are small tmpfs, in a mount namespace of this program's own (`unshare`); a row that needs one says so if there is none.
 """
 
@@ -33,7 +34,7 @@ from store.collection import read_progress
 from store.disk import read_json
 
 PROMPTS, BATCH = 12, 2
-ARGS = f"--hook_names mid_block --num_inference_steps 4 --batch_size {BATCH} --max_num_examples {PROMPTS} --device cpu".split()
+ARGS = f"--hook_names mid_block --num_inference_steps 2 --batch_size {BATCH} --max_num_examples {PROMPTS} --device cpu".split()
 
 
 @dataclass
@@ -42,6 +43,7 @@ class Config:
     flips: int = 5  # flipped bytes of each record, and starts of two at once
     only: list[str] = field(default_factory=list)  # rows whose first column has one of these words (none: all)
     seed: int = 0  # of the moments
+    model_name: str = "toy"  # a folder; with prompts.csv of at least 12 prompts
 
 
 class Run:
@@ -109,8 +111,9 @@ class Table:
         self.rng = np.random.default_rng(cfg.seed)
         print(f"{'what was done':46} {'lost':>4}  {'same bytes':10}  exit status and last line", flush=True)
         began = time.time()
-        assert Run(folder / "undisturbed").end() == 0
-        self.seconds, self.expected = time.time() - began, contents(folder / "undisturbed")
+        undisturbed = self.fresh()  # as deep as the others: a description names the model's folder as seen from its own
+        assert Run(undisturbed).end() == 0
+        self.seconds, self.undisturbed, self.expected = time.time() - began, undisturbed, contents(undisturbed)
 
     def fresh(self):
         self.number += 1
@@ -239,7 +242,7 @@ def truncated_half_way(table):
 
 
 def truncated_when_finished(table):
-    shutil.copytree(table.folder / "undisturbed", folder := table.fresh())
+    shutil.copytree(table.undisturbed, folder := table.fresh())
     path = folder / "mid_block.npy"
     whole = path.read_bytes()
     os.truncate(path, len(whole) - 1)
@@ -255,7 +258,7 @@ def truncated_when_finished(table):
 
 def flipped_description(table):
     """Every byte of a .json in turn, read as train.py does: refused, or the same content."""
-    shutil.copytree(table.folder / "undisturbed", folder := table.fresh())
+    shutil.copytree(table.undisturbed, folder := table.fresh())
     path = folder / "mid_block.json"
     good, expected, refused, same = path.read_bytes(), read_json(path), 0, 0
     for place in range(len(good)):
@@ -335,6 +338,7 @@ def two_at_the_same_moment(table):
 def main(cfg):
     os.environ["OMP_NUM_THREADS"] = "1"  # as torchrun sets it: the last bits of a matrix product depend on the threads
     torch.set_num_threads(1)
+    ARGS.extend(["--model_name", cfg.model_name])
     if "IN_NAMESPACE" not in os.environ and not subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
         os.environ["IN_NAMESPACE"] = "1"
         os.execvp("unshare", ["unshare", "-rm", sys.executable, "-m", "bench", "crashes", *sys.argv[1:]])

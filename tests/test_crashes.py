@@ -21,8 +21,8 @@ ROWS = {
 
 
 @pytest.fixture(scope="module")
-def table():
-    command = [sys.executable, "-m", "bench", "crashes", "--kills", "3", "--only", *ROWS]
+def table(model_folder):
+    command = [sys.executable, "-m", "bench", "crashes", "--kills", "3", "--model_name", str(model_folder), "--only", *ROWS]
     result = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout.splitlines()[1:]

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import Processes
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -89,7 +90,7 @@ def worker(folder):
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
     for count in (2, 4):
-        torchrun(count, __file__, folder)
+        by_processes(count, __file__, folder)
     return folder
 
 
@@ -98,7 +99,7 @@ def environment():
 
 
 def launch(count, *command):
-    run = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", count] if count > 1 else []
+    run = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", count]
     return [str(word) for word in (sys.executable, *run, *command)]
 
 
@@ -107,6 +108,15 @@ def torchrun(count, *command):
     done = subprocess.run(launch(count, *command), env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-4000:]
     return done
+
+
+def by_processes(count, *command):
+    """`torchrun` without its start: forks."""
+    processes = Processes(count, *command, cwd=HERE)
+    try:
+        assert processes.wait() == 0, processes.stderr[-4000:]
+    finally:
+        processes.kill()
 
 
 @pytest.mark.parametrize("count, shards", [(2, 1), (2, 2), (4, 1), (4, 2), (4, 4)])
@@ -162,7 +172,7 @@ processes.close()
 def test_a_full_disk_is_named_by_every_process(tmp_path):
     """The first one fails when it makes the file, the second one when it writes into it; the old file stays."""
     (tmp_path / "full.py").write_text(FULL)
-    torchrun(2, tmp_path / "full.py", tmp_path)
+    by_processes(2, tmp_path / "full.py", tmp_path)
     for name in ("0 0", "0 1", "1 0", "1 1"):
         assert (tmp_path / name).read_text().endswith("a.safetensors can't be written: File too large")
     assert not load_file(tmp_path / "a.safetensors")["x"].any() and not list(tmp_path.glob("*.partial"))
@@ -196,14 +206,15 @@ def same(found, expected, tolerance=1e-4):
 @pytest.fixture(scope="module")
 def alone(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("alone")
-    subprocess.run([sys.executable, *map(str, train(data, out))], check=True, capture_output=True)
+    by_processes(1, *train(data, out))
     return folder_of(out)
 
 
 @pytest.mark.parametrize("count, shards", [(2, 1), (4, 2)])
 def test_training_by_several_processes_is_that_of_one(data, alone, tmp_path, count, shards):
     """Two SAEs from one reading, one of them the one that was trained alone; the held-out numbers too."""
-    torchrun(count, *train(data, tmp_path, "--seeds", 0, 1, "--shard_latents", shards))
+    start = torchrun if count == 2 else by_processes
+    start(count, *train(data, tmp_path, "--seeds", 0, 1, "--shard_latents", shards))
     same(folder_of(tmp_path), alone)
     assert len(list(tmp_path.glob("*/cfg.json"))) == 2 and len(list(tmp_path.glob("*_sweep.png"))) == 1
 
@@ -211,16 +222,14 @@ def test_training_by_several_processes_is_that_of_one(data, alone, tmp_path, cou
 def test_stopped_with_two_processes_and_gone_on_with_one_and_four(data, alone, tmp_path):
     metrics = tmp_path / "acts_k3_M45_batch_topk" / "metrics.jsonl"
     for count, shards, most in ((2, 2, 40), (1, 1, 80), (4, 2, 120)):
-        process = subprocess.Popen(
-            launch(count, *train(data, tmp_path, "--shard_latents", shards)), env=environment(), stderr=subprocess.DEVNULL
-        )
+        process = Processes(count, *train(data, tmp_path, "--shard_latents", shards), cwd=HERE)
         while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > most):
             time.sleep(0.01)
         process.send_signal(signal.SIGTERM)  # as a cluster's scheduler does
         assert process.wait(60) != 0
         state = safe_open(metrics.with_name("checkpoint.safetensors"), "pt").metadata()["state"]
         assert most < json.loads(state)["iteration"] < 200
-    torchrun(2, *train(data, tmp_path))
+    by_processes(2, *train(data, tmp_path))
     same(folder_of(tmp_path), alone)
 
 

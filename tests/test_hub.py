@@ -3,9 +3,6 @@
 import base64
 import hashlib
 import json
-import os
-import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,13 +12,12 @@ import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
+from commands import run_fresh
 from test_sae import X, make_sae
 
 import export
 from sae import Sae
 from store import hub
-
-ROOT = Path(__file__).parents[1]
 
 
 class StandIn(BaseHTTPRequestHandler):
@@ -231,8 +227,7 @@ def test_activations_are_pushed_by_the_script(tmp_path, stand_in, capsys):
 def run_export(tmp_path, endpoint, *args):
     """export.py as a user calls it -> exit status, what it printed, what it complained of."""
     here = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_test"}
-    args = (sys.executable, ROOT / "export.py", "--sae", "run", *args)
-    result = subprocess.run(args, cwd=tmp_path, env=os.environ | here, capture_output=True, text=True, timeout=120, check=False)
+    result = run_fresh("export.py", "--sae", "run", *args, cwd=tmp_path, **here)
     return result.returncode, result.stdout, result.stderr
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import Script
 from described import describe
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -276,8 +277,7 @@ def command(data, out, stop=None):
     """Run train.py as a user would; `stop` is the signal to send once some rows are there. Returns its status."""
     options = "--num_latents 48 --k 3 --effective_batch_size 50 --save_every 30 --log_every 1 --num_epochs 20 --lr 3e-3"
     options += " --dead_feature_threshold 500 --run_name run --max_examples 25000"
-    arguments = [sys.executable, str(ROOT / "train.py"), "--data", str(data), "--out_dir", str(out), *options.split()]
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = Script("train.py", "--data", data, "--out_dir", out, *options.split(), cwd=out.parent)
     metrics = out / "run" / "metrics.jsonl"
     while stop and process.poll() is None:
         if metrics.exists() and metrics.read_text().count("\n") > 100:
