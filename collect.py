@@ -457,6 +457,8 @@ def pipeline_options(cfg: Config, hooked: HookedDiffusionModel) -> dict:
         if cfg.guidance_scale is None:
             options |= hooked.accepts(guidance_scale=1.0)
     extra = parse_object(cfg.pipeline_kwargs, "--pipeline_kwargs")
+    if cfg.images is not None and "num_inference_steps" in extra:
+        raise UsageError("--images takes --timesteps_per_image, and no num_inference_steps of a generation")
     return hooked.arguments(cfg.num_images_per_prompt, "pt" if decodes(cfg) else "latent", extra, **options)
 
 

@@ -156,6 +156,9 @@ class HookedDiffusionModel:
             if name in OURS or per_prompt(name):
                 raise UsageError(f"{name} is set by an option of its own")
         options |= extra or {}
+        size = [name for name in ("height", "width") if options.get(name) is not None]
+        if len(size) == 1 and {"height", "width"} <= set(takes):
+            raise UsageError(f"{size[0]} is given alone, and most pipelines take neither then; give height and width")
         if unknown := [name for name in options if name not in takes]:
             raise UsageError(f"{pipeline} takes no argument {unknown[0]!r}")
         return options

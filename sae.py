@@ -249,6 +249,8 @@ class Sae(nn.Module):
         else:
             write_atomically(prompts, "".join(f"{line}\n" for line in sorted(self.training_prompts)).encode())
         record = dict(self.cfg)
+        if self.training_prompts is not None:
+            record["num_training_prompts"] = len(self.training_prompts)
         if "data" in record:  # the folder knows its own data wherever it is read from
             record["data"] = [relative_to(name, path) for name in record["data"]]
             record["data_relative_to"] = "this folder"
@@ -283,8 +285,9 @@ class Sae(nn.Module):
             raise UsageError(f"{path / 'cfg.json'} says data {data!r}; expected a list of paths")
         if cfg.pop("data_relative_to", None):
             cfg["data"] = [seen_from(path, name) for name in data]
+        num_training_prompts = cfg.pop("num_training_prompts", None)
         sae = build(cfg, state, weights).to(device)
-        sae.training_prompts = read_training_prompts(path)
+        sae.training_prompts = read_training_prompts(path, num_training_prompts)
         return sae
 
     @staticmethod
@@ -313,16 +316,16 @@ class Sae(nn.Module):
         return Sae.load_from_disk(download(repo_id, hook_name), device)
 
 
-def read_training_prompts(folder: Path) -> set[str] | None:
-    """The hashes of the prompts that an SAE was trained on; None where its folder does not say.
+def read_training_prompts(folder: Path, count: int | None) -> set[str] | None:
+    """The hashes of the prompts that an SAE was trained on, `count` by its cfg.json; None where its folder does not say.
 
-    Raises UsageError for a file that is damaged.
+    Raises UsageError for a file that is damaged or missing.
     """
     path = folder / TRAINING_PROMPTS
-    if not path.exists():
+    if not path.exists() and count is None:
         return None
-    found = path.read_text("ascii", errors="replace").split()
-    if not all(re.fullmatch("[0-9a-f]{16}", line) for line in found):
+    found = path.read_text("ascii", errors="replace").split() if path.exists() else []
+    if len(found) != count or not all(re.fullmatch("[0-9a-f]{16}", line) for line in found):
         raise UsageError(f"{path} is damaged, so it is not known which prompts the SAE has seen; train it again")
     return set(found)
 
@@ -374,6 +377,8 @@ def build(cfg, state, weights):
     k = cfg.get("k")
     if not isinstance(k, int) or isinstance(k, bool):
         raise UsageError(f"{weights.parent}: k is {k!r}, expected an integer")
+    if not all(tensor.isfinite().all() for tensor in state.values()):
+        raise UsageError(f"{weights} holds NaN or infinity")
     sae = Sae(d, M, k, cfg)
     sae.load_state_dict(state)
     return sae

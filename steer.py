@@ -113,21 +113,33 @@ def token_mask(given: list[str], grid: tuple[int, ...]) -> Tensor | None:
         raise UsageError(f"--mask: the tokens of this hook point are on the grid {tuple(grid)}, which is no picture")
     h, w = grid[-2:]
     if len(given) == 1:
-        try:
-            picture = Image.open(given[0]).convert("L").resize((w, h), Image.Resampling.BOX)
-        except OSError as error:
-            raise UsageError(f"--mask {given[0]}: no picture that can be read ({error})") from None
-        mask = torch.from_numpy(np.array(picture)) > 127
+        mask = picture_mask(given[0], h, w)
     else:
         try:
             top, left, bottom, right = map(float, given)
         except ValueError:
             raise UsageError(f"--mask {' '.join(given)}: expected top left bottom right, such as 0 0 1 0.5, or a file") from None
+        if not (0 <= top < bottom <= 1 and 0 <= left < right <= 1):
+            raise UsageError(f"--mask {' '.join(given)}: expected fractions of the picture, from 0 to 1")
         y, x = (torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w
         mask = ((y >= top) & (y < bottom))[:, None] & ((x >= left) & (x < right))
     if not mask.any():
         raise UsageError(f"--mask {' '.join(given)}: no token of the {h} x {w} is in it")
     return mask.flatten().repeat(grid[0] if len(grid) == 3 else 1)
+
+
+def picture_mask(path: str, h: int, w: int) -> Tensor:
+    """What is white and opaque in a picture file, bool (h, w). Raises UsageError for a file that is no picture of 8 bits."""
+    try:
+        picture = Image.open(path)
+        picture.load()
+    except OSError as error:
+        raise UsageError(f"--mask {path}: no picture that can be read ({error})") from None
+    if picture.mode.startswith(("I", "F")):
+        raise UsageError(f"--mask {path}: expected a picture of 8 bits, and this one has mode {picture.mode}")
+    black = Image.new("RGBA", picture.size, "black")
+    flat = Image.alpha_composite(black, picture.convert("RGBA")).convert("L")
+    return torch.from_numpy(np.array(flat.resize((w, h), Image.Resampling.BOX))) > 127
 
 
 def check_config(cfg: Config) -> None:
@@ -254,8 +266,12 @@ def choose_prompts(cfg: Config, targets: list[Target], shown: list[dict] | None)
         if cfg.negative_prompt is not None:
             rows = [row | {"negative_prompt": cfg.negative_prompt} for row in rows]
         return rows
+    rows = load_prompts(
+        cfg.dataset_name, column=cfg.column, negative_prompt=cfg.negative_prompt, max_num_examples=cfg.num_prompts
+    )
     negative = negative_prompt_of(cfg, targets[0])
-    rows = load_prompts(cfg.dataset_name, column=cfg.column, negative_prompt=negative, max_num_examples=cfg.num_prompts)
+    if negative is not None and "negative_prompt" not in rows[0]:
+        rows = [row | {"negative_prompt": negative} for row in rows]
     return with_seeds(rows, cfg.seed)
 
 
@@ -286,7 +302,10 @@ def load_model(cfg: Config, meta: dict, device: torch.device) -> tuple[HookedDif
         options = {name: value for name, value in options.items() if name not in ("num_inference_steps", "guidance_scale")}
     given = {"num_inference_steps": cfg.num_inference_steps, "guidance_scale": cfg.guidance_scale}
     options |= {name: value for name, value in given.items() if value is not None}
-    options |= parse_object(cfg.pipeline_kwargs, "--pipeline_kwargs")
+    extra = parse_object(cfg.pipeline_kwargs, "--pipeline_kwargs")
+    if twice := [name for name in extra if given.get(name) is not None]:
+        raise UsageError(f"{twice[0]} is given twice: in --pipeline_kwargs and by an option of its own")
+    options |= extra
     return model, model.arguments(1, "pt", options)
 
 

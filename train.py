@@ -344,6 +344,8 @@ def train_on(cfg, dataset, is_only, processes, vectors, latents) -> list[Path]:
 def say_what_differs(dataset: Activations) -> None:
     """Print one line for each file that was collected with other options than the first one."""
     first, *others = dataset.sources
+    if others and not first.meta:
+        print(f"note: {len(dataset.sources)} files without a description are one data set; train on each with its own --data")
     for other in others:
         found = differences(collected_with(first.meta) | {"seed": None}, collected_with(other.meta) | {"seed": None})
         if found:

@@ -53,8 +53,10 @@ class Generation:
         prompts = [row["prompt"] for row in rows]
         seeds = [row["seed"] for row in rows]
         negative_prompts = None
-        if "negative_prompt" in rows[0]:
-            negative_prompts = [row["negative_prompt"] for row in rows]
+        if any("negative_prompt" in row for row in rows):
+            negative_prompts = [row.get("negative_prompt") for row in rows]
+        if negative_prompts is not None and None in negative_prompts:
+            raise UsageError("some of the prompts have a negative prompt and others have none; say one for all of them")
         return cls(prompts, seeds, negative_prompts, options)
 
     def arguments(self) -> dict:

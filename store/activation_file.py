@@ -383,8 +383,9 @@ def prompt_key(row: dict) -> str:
     text = row.get("seen", row.get("prompt"))
     if isinstance(text, str) and text.strip():
         return "text " + INVISIBLE.sub("", unicodedata.normalize("NFKC", text).casefold())
-    if row.get("image"):
-        return f"image {row.get('image_digest') or row['image']}"
+    image = row.get("image_digest") or row.get("image")
+    if image:
+        return f"image {image}"
     if text not in (None, ""):
         return f"label {json.dumps(text)}"
     return f"seed {row.get('seed')}"

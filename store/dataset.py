@@ -105,12 +105,36 @@ def open_activations(data, seen=None):
     for path in paths.values():
         metas[path] = {"hook_name": Path(path).resolve().name} if is_arrow(path) else read_description(path)
     known = {meta.get("model"): meta["fingerprint"] for meta in metas.values() if meta.get("fingerprint")}
+    check_copies(metas)
+    say_missing_shards(metas.values())
     sets = {}
     for path, meta in metas.items():
         weights = meta.get("fingerprint") or known.get(meta.get("model")) or meta.get("model")  # earlier versions know the name
         key = (weights, *(meta.get(name) for name in ("hook_name", "side", "rows", "stream")))
         sets.setdefault(key, []).append(path)
     return [Activations(paths, seen=seen) for paths in sets.values()]
+
+
+def check_copies(metas):
+    """Raise UsageError where two paths of {path: description} are the same collection's file, whose vectors would count twice."""
+    first = {}
+    for path, meta in metas.items():
+        site = tuple(meta.get(name) for name in ("id", "hook_name", "side", "rows", "stream"))
+        if meta.get("id") and first.setdefault(site, path) != path:
+            raise UsageError(f"{first[site]} and {path} are copies of one collection, whose vectors would count twice; name one")
+
+
+def say_missing_shards(metas):
+    """Print one line where files are shards of a collection (`collect.py --shard i/n`) of which others are not among them."""
+    found = {}
+    for meta in metas:
+        if meta.get("shard"):
+            index, count = map(int, meta["shard"].split("/"))
+            found.setdefault(count, set()).add(index)
+    for count, shards in found.items():
+        missing = sorted(set(range(count)) - shards)
+        if missing:
+            print(f"note: of {count} shards of a collection {', '.join(map(str, missing))} are not among the files")
 
 
 def cut_unit(unit, most):

@@ -51,7 +51,16 @@ DICTIONARY_LEARNING = {
 SPARSIFY_KEYS = {"activation", "expansion_factor", "normalize_decoder", "num_latents", "k", "multi_topk", "d_in"}
 OUR_KEYS = {
     *("side", "stream", "rows", "fingerprint", "model_dtype", "collections", "collected_with", "data_relative_to"),
-    *("tokens_per_sample", "input_unit_norm", "hook_name", "model_name", "data", "training", "num_training"),
+    *(
+        "tokens_per_sample",
+        "num_training_prompts",
+        "input_unit_norm",
+        "hook_name",
+        "model_name",
+        "data",
+        "training",
+        "num_training",
+    ),
     *("num_training_in_data", "num_held_out", "by_timestep", "fvu", "explained_variance", "l0", "cosine", "dead"),
     *("always_on", "held_out_whole_prompts", "saelens", "dictionary_learning"),
 }

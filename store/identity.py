@@ -6,7 +6,9 @@ them wherever two things meet.
 """
 
 import hashlib
+import inspect
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,14 +28,14 @@ WORD = torch.int64  # tensors are also summed as such words, which wrap around
 
 @torch.no_grad()
 def fingerprint(module: nn.Module, dtype: torch.dtype | None = None) -> str:
-    """A digest of a module's weights, "<16 hex digits of names and shapes>-<16 of values>".
+    """A digest of a module, "<16 hex digits of names, shapes and settings>-<16 of values>".
 
     Of each tensor 64 evenly spaced values are looked at, those behind its last whole word, and the wrapping sum of all words, so
     that a single other value is seen. A billion float32 parameters take a fifth of a second on a CPU core. dtype: floating-point
     values are cast to it first, so that a model loaded in float32 can be compared with one that was loaded in bfloat16. Where
     the values lie elsewhere (on the meta device, by sequential offloading), the second half is empty.
     """
-    structure, values = hashlib.sha256(), hashlib.sha256()
+    structure, values = hashlib.sha256(settings_text(module).encode()), hashlib.sha256()
     tensors = {name.replace("_orig_mod.", ""): tensor for name, tensor in module.state_dict().items()}
     known = True
     for name in sorted(tensors):
@@ -61,15 +63,43 @@ def digest_values(tensor: torch.Tensor, dtype: torch.dtype | None) -> bytes:
     return sampled + str(total).encode()
 
 
+def settings_text(component) -> str:
+    """The settings of a diffusers or transformers component that are not the default of its class, as JSON; "" without any.
+
+    So another version of the library, whose classes have more settings, says the same. How it was loaded is left out.
+    """
+    config = getattr(component, "config", None)
+    if hasattr(config, "to_diff_dict"):  # transformers
+        chosen = config.to_diff_dict()
+    elif isinstance(config, Mapping):
+        signature = inspect.signature(type(component).__init__).parameters
+        defaults = {name: parameter.default for name, parameter in signature.items()}
+        chosen = {name: value for name, value in config.items() if plain(value) != plain(defaults.get(name))}
+    else:
+        return ""
+    left_out = ("dtype", "torch_dtype", "transformers_version", "architectures")
+    chosen = {name: value for name, value in chosen.items() if not name.startswith("_") and name not in left_out}
+    return json.dumps(chosen, sort_keys=True, default=str) if chosen else ""
+
+
+def plain(value: object) -> object:
+    """A setting as it comes back from a file: tuples are lists there."""
+    return json.loads(json.dumps(value, default=str))
+
+
 def pipeline_fingerprints(pipe, dtype: torch.dtype | None = None) -> dict[str, str]:
-    """{component: fingerprint} of all that decides what a pipeline computes: its modules, and the settings of its schedulers."""
+    """{component: fingerprint} of all that decides what a pipeline computes: modules, schedulers' settings, vocabularies."""
     found = {}
     for name, component in sorted(getattr(pipe, "components", {}).items()):
         if isinstance(component, nn.Module):
             found[name] = fingerprint(component, dtype)
-        elif callable(getattr(type(component), "step", None)):
-            config = {key: value for key, value in dict(getattr(component, "config", {})).items() if not key.startswith("_")}
-            text = json.dumps([type(component).__name__, config], sort_keys=True, default=str)
+            continue
+        text = None
+        if callable(getattr(type(component), "step", None)):
+            text = type(component).__name__ + settings_text(component)
+        elif callable(getattr(component, "get_vocab", None)):
+            text = json.dumps(component.get_vocab(), sort_keys=True)
+        if text is not None:
             found[name] = hashlib.sha256(text.encode()).hexdigest()[:16]
     return found
 
@@ -121,9 +151,7 @@ def check_belongs(name: str, cfg: dict, source=None, model=None, transfer: bool 
         met = str(source.path)
         findings += compare_sites(cfg, source.meta)
         findings.append(compare_weights(cfg, source.meta))
-        others = differences(cfg.get("collected_with", {}), collected_with(source.meta))
-        if others:
-            print(f"note: {met} was collected otherwise than the SAE's training vectors: {'; '.join(others)}")
+        say_what_differs(cfg, met, source.meta)
     else:
         findings.append(compare_with_model(cfg, model))
 
@@ -136,6 +164,17 @@ def check_belongs(name: str, cfg: dict, source=None, model=None, transfer: bool 
     if unknown:
         print(f"note: {name} and {met}: it can't be checked {', '.join(unknown)}")
     return wrong
+
+
+def say_what_differs(cfg: dict, path: str, meta: dict) -> None:
+    """Print one line where a file is none of those that an SAE was trained on: how else it was collected, or other prompts."""
+    if "collected_with" not in cfg or meta.get("id") in cfg.get("collections", []):
+        return
+    others = differences(cfg["collected_with"], collected_with(meta))
+    if others:
+        print(f"note: {path} was collected otherwise than the SAE's training vectors: {'; '.join(others)}")
+    elif meta:
+        print(f"note: {path} has other prompts than when the SAE was trained: it was extended, or collected anew")
 
 
 def compare_sites(cfg: dict, meta: dict) -> list[Finding]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
+from tiny import build, sd15
 
 import collect
 import evaluate
@@ -59,7 +60,8 @@ def collect_config(model="model", **options):
 
 
 def train_sae(data=f"acts/{HOOK}.npy", name="sae", **options):
-    config = train.Config(data=[str(data)], num_latents=[64], k=[4], num_epochs=8, run_name=name)
+    data = data if isinstance(data, list) else [str(data)]
+    config = train.Config(data=data, num_latents=[64], k=[4], num_epochs=8, run_name=name)
     return train.main(replace(config, device="cpu", **options))[0]
 
 
@@ -157,17 +159,93 @@ def test_held_out_is_what_the_sae_never_saw_also_in_an_extended_collection(copy)
 def test_a_collection_that_was_seen_whole_has_nothing_held_out(copy):
     listing = [prompt_key({"prompt": prompt}) for prompt in PROMPTS]
     (copy / "saes/sae/training_prompts.txt").write_text("\n".join(sorted(map(hash_key, listing))))
+    cfg = read("saes/sae/cfg.json")
+    Path("saes/sae/cfg.json").write_text(json.dumps(cfg | {"num_training_prompts": len(listing)}))
     with pytest.raises(UsageError, match="has seen every prompt of .*--data"):
         evaluate.main(evaluate_config())
-    (copy / "saes/sae/training_prompts.txt").write_text("torn")
-    with pytest.raises(UsageError, match="training_prompts.txt is damaged"):
-        evaluate.main(evaluate_config())
+    lines = (copy / "saes/sae/training_prompts.txt").read_text().split("\n")
+    for damaged in ("torn", "", "\n".join(lines[:-1])):
+        (copy / "saes/sae/training_prompts.txt").write_text(damaged)
+        with pytest.raises(UsageError, match="training_prompts.txt is damaged"):
+            evaluate.main(evaluate_config())
 
 
 def test_other_weights_under_the_same_name_do_not_extend_a_collection(copy):
     other_weights(copy / "model")
     with pytest.raises(UsageError, match="from a model with other weights or settings of its unet, under the same name"):
         collect.main(collect_config(rows="both", max_num_examples=24))
+
+
+@pytest.mark.parametrize("part", ["unet", "tokenizer"])
+def test_settings_and_vocabularies_are_part_of_the_model(copy, part, capsys):
+    """Those that are not weights: the heads of an attention, the number of a word."""
+    if part == "unet":
+        path = copy / "model/unet/config.json"
+        path.write_text(json.dumps(read(path) | {"attention_head_dim": 4}))
+    else:
+        path = next((copy / "model/tokenizer").glob("tokenizer.json"), copy / "model/tokenizer/vocab.json")
+        text = path.read_text()
+        path.write_text(
+            text.replace('"a</w>": ', '"swapped": ').replace('"b</w>": ', '"a</w>": ').replace('"swapped": ', '"b</w>": ')
+        )
+        assert path.read_text() != text
+    with pytest.raises(UsageError, match=f"other weights or settings of its {part}"):
+        collect.main(collect_config(rows="both", max_num_examples=24))
+    config = steer.Config(sae=["saes/sae"], features=["1"], multiply=[0.0], num_prompts=1, device="cpu")
+    if part == "unet":
+        with pytest.raises(UsageError, match="does not belong to the model"):
+            steer.main(config)
+    else:
+        steer.main(config)
+        assert "note: the tokenizer of" in capsys.readouterr().out
+
+
+def test_a_setting_that_a_later_version_adds_changes_no_fingerprint():
+    pipe = build(sd15)
+    before = fingerprint(pipe.unet)
+    pipe.unet.register_to_config(dropout=0.0)  # its default
+    assert fingerprint(pipe.unet) == before
+    pipe.unet.register_to_config(dropout=0.5)
+    assert fingerprint(pipe.unet) != before
+
+
+def test_copies_and_missing_shards(copy, capsys):
+    shutil.copytree("acts", "again")
+    with pytest.raises(UsageError, match="are copies of one collection"):
+        train_sae(name="twice", data=[f"acts/{HOOK}.npy", f"again/{HOOK}.npy"])
+    for shard in ("0/3", "2/3"):
+        collect.main(collect_config(out_dir="shards", shard=shard, batch_size=2))
+    capsys.readouterr()
+    train_sae("shards", "shards")
+    assert "note: of 3 shards of a collection 1 are not among the files" in capsys.readouterr().out
+
+
+def test_prompts_of_ones_own_keep_their_own_negative_prompts(copy):
+    collect.main(collect_config(negative_prompt="blurred", out_dir="negative"))
+    train_sae(Path("negative") / f"{HOOK}.npy", "negative")
+    Path("own.csv").write_text("prompt,negative_prompt\na cat,red\na dog,blue\n")
+    steer.main(steer.Config(sae=["saes/negative"], features=["1"], multiply=[0.0], dataset_name="own.csv", device="cpu"))
+    assert read("steer/1_x0/steer.json")["arguments"]["negative_prompt"] == ["red", "blue"]
+
+
+def test_one_side_of_the_size_alone_is_refused(copy):
+    with pytest.raises(UsageError, match="height is given alone"):
+        collect.main(collect_config(width=None, out_dir="tall"))
+
+
+@pytest.mark.parametrize("mask", [["0", "0", "50", "50"], ["0.5", "0", "0.2", "1"], ["deep.png"]])
+def test_masks_that_are_not_understood_are_refused(copy, mask):
+    Image.fromarray(np.full((8, 8), 60_000, np.uint16)).save("deep.png")
+    config = steer.Config(sae=["saes/sae"], features=["1"], multiply=[0.0], num_prompts=1, mask=mask, device="cpu")
+    with pytest.raises(UsageError, match="--mask"):
+        steer.main(config)
+
+
+def test_what_is_transparent_in_a_mask_is_not_edited(tmp_path):
+    pixels = np.full((8, 8, 4), 255, np.uint8)
+    pixels[:, 4:, 3] = 0
+    Image.fromarray(pixels).save(tmp_path / "mask.png")
+    assert steer.token_mask([str(tmp_path / "mask.png")], (8, 8)).view(8, 8).sum(0).tolist() == [8] * 4 + [0] * 4
 
 
 def test_another_scheduler_does_not_extend_a_collection(copy):
@@ -517,7 +595,7 @@ def test_an_sae_of_an_earlier_version_on_another_hook_name_is_refused(copy):
 def test_files_of_one_model_with_and_without_a_fingerprint_are_one_data_set(copy):
     old = described(copy / "acts" / f"{HOOK}.npy")
     meta = read(old.with_suffix(".json"))
-    for key in ("fingerprint", "fingerprints"):
+    for key in ("fingerprint", "fingerprints", "id"):
         meta.pop(key)
     old.with_suffix(".json").write_text(json.dumps(meta | {"checksum": checksum(meta)}))
     assert len(open_activations([copy / "acts" / f"{HOOK}.npy", old])) == 1
@@ -532,7 +610,17 @@ def test_a_negative_prompt_counts_for_the_activations_own_prompts_too(copy):
 def test_earlier_versions_are_read_with_a_line(copy, capsys):
     """Descriptions and SAE folders without fingerprints, sides and prompts: used, and it is said what could not be checked."""
     cfg = read("saes/sae/cfg.json")
-    new = ("side", "stream", "rows", "fingerprint", "model_dtype", "model_name", "collections", "collected_with")
+    new = (
+        "side",
+        "stream",
+        "rows",
+        "fingerprint",
+        "model_dtype",
+        "model_name",
+        "collections",
+        "collected_with",
+        "num_training_prompts",
+    )
     old = {key: value for key, value in cfg.items() if key not in (*new, "data_relative_to")}
     old["data"] = [str(copy / "acts" / f"{HOOK}.npy")]
     Path("saes/sae/cfg.json").write_text(json.dumps(old))
