@@ -26,6 +26,7 @@ from errors import UsageError
 
 ROWS = 4  # noises that are compared to find the order: in 16 bits many numbers of one noise are the same
 BASE = 8  # levels of a number that says where it is: 16 bits tell them apart, whatever they are scaled by
+BITS_PER_SAMPLE = 258  # a tag of TIFF
 TOLERANCE = 0.02  # relative, of latents that come back: 16 bits leave 0.004
 
 
@@ -36,16 +37,29 @@ def open_image(source):
         picture = source
         if not isinstance(source, Image.Image):
             picture = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        white = white_level(picture) if picture.mode.startswith(("I", "F")) else None
         picture = ImageOps.exif_transpose(picture)
-        if picture.mode.startswith(("I", "F")):  # 16 bits: convert() would clip them
-            levels = np.asarray(picture, np.float32)
-            picture = Image.fromarray((levels / (65535 if levels.max() > 1 else 1) * 255).round().astype(np.uint8))
+        if white is not None:  # more than 8 bits, which convert() would clip
+            levels = np.asarray(picture, np.float32) / white
+            picture = Image.fromarray((levels * 255).round().clip(0, 255).astype(np.uint8))
         if picture.has_transparency_data:
             picture = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
         return picture.convert("RGB")
     except (OSError, SyntaxError, ValueError, AttributeError, Image.DecompressionBombError) as error:
         raise UsageError(f"--images: {name} can't be read: {error}") from None
+
+
+def white_level(picture: Image.Image) -> float:
+    """The number that is white in a grey image of more than 8 bits. Raises ValueError where its numbers do not say."""
+    if picture.mode.startswith("I;16") or picture.format == "PNG":
+        bits = getattr(picture, "tag_v2", {}).get(BITS_PER_SAMPLE, (16,))
+        return 2 ** bits[0] - 1
+    largest = np.asarray(picture).max()
+    for white in (1, 255, 65535):
+        if largest <= white:
+            return white
+    raise ValueError(f"its numbers reach {largest:g}, so it is not known which is white")
 
 
 def crop_image(source: str | bytes | Image.Image, width: int, height: int) -> Image.Image:

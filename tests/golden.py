@@ -40,7 +40,16 @@ LEFT_OUT |= {"training", "unlearn", "report", "per_cell", "pictures", "note", "d
 # Keys that an older version did not write: what a collection and an SAE say of themselves so that stages can check it
 ADDED = {"fingerprint", "fingerprints", "id", "prompts_digest", "model_folder", "model_dtype", "model_name", "collections"}
 ADDED |= {"side", "stream", "rows", "collected_with", "data_relative_to", "tokens_per_sample"}
-ADDED |= {"sae_fingerprint", "surely_unseen", "transfer", "negative_prompt", "image_digest", "seen", "num_training_in_data"}
+ADDED |= {
+    "num_training_prompts",
+    "sae_fingerprint",
+    "surely_unseen",
+    "transfer",
+    "negative_prompt",
+    "image_digest",
+    "seen",
+    "num_training_in_data",
+}
 
 
 @dataclass

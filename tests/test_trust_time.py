@@ -20,7 +20,9 @@ import train
 from analysis.feature_edits import Edits, Target, Typical, adding_edits, time_of
 from diffusion import real_images
 from diffusion.generate import Generation, generate
+from diffusion.real_images import open_image
 from diffusion.sampling_loop import Loop
+from errors import UsageError
 from evaluate import graft
 from hook import Edit, HookedDiffusionModel, HookPoint
 
@@ -588,3 +590,26 @@ def test_a_vae_made_for_another_range_is_refused_and_a_bad_one_is_remarked(model
     options = dict(images=str(tmp_path / "photos"), timesteps_per_image=1, out_dir=str(tmp_path / "acts"), device="cpu")
     collect.main(collect.Config(model_name=str(model_folder), hook_names=[HOOK], **options))
     assert "note: the VAE gives an image back with an error of" in capsys.readouterr().out  # its weights are random
+
+
+@pytest.mark.parametrize(
+    "dtype, white", [(np.uint16, 65535), (np.int32, 255), (np.float32, 255), (np.float32, 1), (np.int32, 65535)]
+)
+def test_images_of_more_than_8_bits_keep_their_brightness(tmp_path, dtype, white):
+    """Grey of two thirds stays that, whatever number is white."""
+    levels = np.full((8, 8), white * 2 / 3).astype(dtype)
+    levels[0, 0] = white
+    Image.fromarray(levels).save(tmp_path / "grey.tiff")
+    assert np.array(open_image(str(tmp_path / "grey.tiff")))[4, 4].tolist() == [170, 170, 170]
+
+
+def test_a_tiff_of_12_bits_keeps_its_brightness():
+    picture = Image.fromarray(np.full((8, 8), 4095 * 2 // 3, np.uint16))
+    picture.tag_v2 = {258: (12,)}
+    assert np.array(open_image(picture))[4, 4].tolist() == [170, 170, 170]
+
+
+def test_numbers_of_which_none_is_known_to_be_white_are_refused(tmp_path):
+    Image.fromarray(np.full((8, 8), 1e6, np.float32)).save(tmp_path / "grey.tiff")
+    with pytest.raises(UsageError, match="it is not known which is white"):
+        open_image(str(tmp_path / "grey.tiff"))
