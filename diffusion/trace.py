@@ -8,6 +8,7 @@ but `step(model_output, timestep, sample)`.
 import copy
 import inspect
 import math
+import threading
 from collections.abc import Callable, Sized
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -434,21 +435,56 @@ def prediction(output, forward):
     return found[0].detach() if found and found[0].ndim else None
 
 
+@dataclass
+class Patch:
+    """What takes the place of a class attribute while anybody asks for it."""
+
+    own: Any
+    """What the class itself had, None if it inherits."""
+
+    original: Callable
+    makes: list[Callable]
+    """make(function) -> what calls it: of each that asked, the first one innermost."""
+
+
+PATCHES: dict[tuple[type, str], Patch] = {}
+PATCHING = threading.Lock()
+
+
 @contextmanager
 def patched(cls, name, make):
-    """Replace the class attribute by `make(original)`, signature kept, and put things back exactly as they were."""
-    own, original = vars(cls).get(name), getattr(cls, name)
-    replacement = make(original)
-    replacement.__signature__ = inspect.signature(original)
-    replacement.__wrapped__ = original
-    setattr(cls, name, replacement)
+    """Replace the class attribute by `make(original)`, signature kept, and put things back exactly as they were.
+
+    Others may replace it too meanwhile, in other threads as well, and each may end first.
+    """
+    key = cls, name
+    with PATCHING:
+        patch = PATCHES.setdefault(key, Patch(vars(cls).get(name), getattr(cls, name), []))
+        patch.makes.append(make)
+        apply_patch(cls, name, patch)
     try:
         yield
     finally:
-        if own is not None:
-            setattr(cls, name, own)
-        else:
-            delattr(cls, name)
+        with PATCHING:
+            patch.makes.remove(make)
+            if patch.makes:
+                apply_patch(cls, name, patch)
+            else:
+                del PATCHES[key]
+                if patch.own is not None:
+                    setattr(cls, name, patch.own)
+                else:
+                    delattr(cls, name)
+
+
+def apply_patch(cls, name, patch):
+    """Let the class attribute be the original as all who asked want it called."""
+    function = patch.original
+    for make in patch.makes:
+        function = make(function)
+    function.__signature__ = inspect.signature(patch.original)
+    function.__wrapped__ = patch.original
+    setattr(cls, name, function)
 
 
 @contextmanager
