@@ -437,6 +437,8 @@ def main(cfg: Config) -> list[Path]:
 
     # 2. Its numbers on them
     by_step = evaluate([sae], activations, cfg.batch_size, progress=True)[0]
+    if not math.isfinite(total(by_step).fvu):
+        raise UsageError(f"{activations.paths[0]}: NaN or inf in held-out vectors; collect it again")
     set_aside_other_graft(folder, own["sae_fingerprint"])
     record = write_numbers(folder, about | own, activations, by_step, path.name)
     print(f"{path}: {sae.num_latents} latents, {sae.activation}, on {record['vectors']:,} held-out vectors")

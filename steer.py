@@ -37,6 +37,7 @@ from diffusion.generate import generate_images
 from errors import UsageError
 from hook import Generation, HookedDiffusionModel, model_of
 from sae import Sae, newest_sae
+from store.activation_file import refuse_unfinished
 from store.disk import claim_folder, write_json
 from store.hook_point import trained_on
 from store.identity import activations_of, check_belongs, origin
@@ -190,6 +191,8 @@ def choose_features(cfg: Config, targets: list[Target]) -> list[dict] | None:
 def rows_of(target: Target) -> list[dict]:
     """The lines of prompts.jsonl of all images that the SAE was trained on. Raises UsageError where they are not there."""
     if target.activations is None:
+        for path in target.sae.cfg.get("data") or []:
+            refuse_unfinished(path)
         data = ", ".join(target.sae.cfg.get("data") or ["its activations"])
         raise UsageError(f"{target.path} was trained on {data}, which is not there: name --features and --dataset_name")
     return target.activations.rows_of_prompts()

@@ -211,11 +211,12 @@ def report(dataset, k, num_latents, device="cpu", center="median", seed=0, drawn
 
 
 def check_spread(name, x, mean, variance):
-    """Raise UsageError where nothing can be learned of x (N, d): all equal, or squares beyond float32."""
+    """Raise UsageError where nothing can be learned of x (N, d): all equal, or squares that float32 does not hold."""
     power = mean.square() + variance
     constant = (x.amin(0) == x.amax(0)).all()
-    if constant or power.sum() * len(x) > torch.finfo(torch.float32).max:
-        raise UsageError(f"{name}: the sampled vectors are all equal or too large; nothing can be learned")
+    vanishes = not rms_about(x, mean.float()) > 0
+    if constant or vanishes or power.sum() * len(x) > torch.finfo(torch.float32).max:
+        raise UsageError(f"{name}: the sampled vectors are all equal or too large or small; nothing can be learned")
 
 
 def describe(dataset):

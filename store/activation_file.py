@@ -37,10 +37,21 @@ class StoredRows(NamedTuple):
     dtype: np.dtype
     tokens: int = 1  # rows of one (prompt, step)
     first: int = 0  # rows of the same array that come before these, in other files
+    stamp: tuple[int, ...] | None = None  # of the file when it was opened, see `file_stamp`; None: not looked at
+
+    def check_stamp(self, fd: int) -> None:
+        """Raise UsageError where the file, opened again, is another than when its header was read."""
+        if self.stamp is not None and file_stamp(os.fstat(fd)) != self.stamp:
+            raise UsageError(f"{self.path} was replaced or changed while it was in use; start again")
 
     @property
     def row_bytes(self) -> int:
         return self.width * self.dtype.itemsize
+
+
+def file_stamp(status: os.stat_result) -> tuple[int, ...]:
+    """What tells a file from one that took its place: which it is, how long, and when it was written."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 class NpyHeader(NamedTuple):
@@ -79,6 +90,7 @@ def read_pieces(files: list[StoredRows], pieces: np.ndarray) -> np.ndarray:
         file = files[number]
         fd = open_to_read(file.path)
         try:
+            file.check_stamp(fd)
             for _, first, end in group:
                 num_bytes = (end - first) * file.row_bytes
                 fill(fd, memory[at : at + num_bytes], file.offset + first * file.row_bytes, file.path)
@@ -271,7 +283,8 @@ def open_activation_file(path):
     first, end, prompts = cut_units(shape, images if whole_prompts else None, lengths)
     if not whole_prompts:
         prompts = [(str(path), piece) for piece in prompts]
-    rows = StoredRows(str(path), header.offset, prod(shape[:-1]), shape[-1], header.dtype, tokens=shape[-2])
+    stamp = file_stamp(os.stat(path))
+    rows = StoredRows(str(path), header.offset, prod(shape[:-1]), shape[-1], header.dtype, tokens=shape[-2], stamp=stamp)
     return ActivationFile(
         path=path,
         meta=meta,

@@ -212,6 +212,8 @@ class Reader:
         waiting = deque()  # batches that are being gathered: rows, steps, and the tasks
         paths, finalizing = {file.path for file in self.files}, sys.is_finalizing
         self.open_files = {path: open_to_read(path) for path in paths}
+        for file in self.files:
+            file.check_stamp(self.open_files[file.path])
         self.readers, self.gatherers = ThreadPoolExecutor(READERS, "reader"), ThreadPoolExecutor(GATHERERS, "gatherer")
         try:
             (stage, at), (self.last, _) = self.plan.find(start), self.plan.find(stop - 1)

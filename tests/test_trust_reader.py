@@ -16,6 +16,7 @@ import torch
 from commands import ROOT, run_script
 
 import collect
+import diagnose
 import evaluate
 import features
 import train
@@ -334,7 +335,13 @@ def test_other_readers_notice_a_cut_too(cut, tmp_path):
         lambda: list(activations.batches(32, 64)),
     ]
     for reader in readers:
-        with pytest.raises(UsageError, match="block.npy has become shorter while it was read") if cut else nullcontext():
+        with (
+            pytest.raises(
+                UsageError, match="block.npy (has become shorter while it was read|was replaced or changed while it was in use)"
+            )
+            if cut
+            else nullcontext()
+        ):
             reader()
 
 
@@ -516,3 +523,31 @@ def test_orders_of_timesteps_that_tell_no_image():
     assert images_by_step(np.array([900, 900, 500, 500, 900, 500])) == [0, 1, 0, 1, 2, 2]
     for times in ([900, 900, 500], [900, 500, 500], [900, 900, 500, 500, 500, 500, 900, 900], [900, 500, 900, 100], [1, 1, 2, 1]):
         assert images_by_step(np.array(times)) is None, times
+
+
+def test_a_file_that_is_replaced_while_it_is_in_use_is_refused(tmp_path):
+    """Not read with the width of the old one."""
+    path = tmp_path / "x.npy"
+    np.save(path, np.ones((64, 16), np.float32))
+    activations = Activations([path])
+    activations.sample(8)
+    np.save(path, np.ones((64, 32), np.float32))
+    for read in (lambda: activations.sample(8), lambda: list(activations.held_out()), lambda: list(activations.batches(8, 16))):
+        with pytest.raises(UsageError, match="was replaced or changed while it was in use"):
+            read()
+
+
+def test_numbers_that_are_not_finite_or_vanish_are_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("store.dataset.HELD_OUT", dict(share=0.1, at_least=0, at_most=10**9))
+    x = np.random.default_rng(0).normal(size=(64, 3, 4, 8)).astype(np.float32)
+    np.save("x.npy", x)
+    np.save("tiny.npy", x * 1e-30)
+    with pytest.raises(UsageError, match="all equal or too large or small"):
+        diagnose.main(diagnose.Config(data=["tiny.npy"], device="cpu"))
+    Sae(8, 16, 2, {"data": ["x.npy"]}).save_to_disk("sae")
+    file, first, _ = Activations(["x.npy"]).held_out_units[0]
+    x.reshape(-1, 8)[first] = np.nan
+    np.save("x.npy", x)
+    with pytest.raises(UsageError, match="NaN or inf in held-out vectors"):
+        evaluate.main(evaluate.Config(sae="sae", device="cpu"))
