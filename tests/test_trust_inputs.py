@@ -155,6 +155,27 @@ def test_a_missing_file_is_no_prompt(tmp_path):
             load_prompts(name)
 
 
+def test_a_prompt_longer_than_a_file_name(trained, model_folder, tmp_path):
+    """No file has a name of more than 255 bytes, and asking the system for one is an error."""
+    prompt = "a red fox in the snow, " * 20 + "at night"
+    assert load_prompts(prompt) == [{"prompt": prompt}]
+    with pytest.raises(UsageError, match="no prompt file a red fox"):
+        load_prompts(f"{prompt}.txt")
+    size = '{"height": 64, "width": 64}'
+    few = ("--model_name", model_folder, "--dataset_name", prompt, "--num_inference_steps", 2, "--out_dir", "out")
+    commands = {
+        "collect.py": ("--hook_names", "mid_block", "--height", 64, "--width", 64),
+        "ablate.py": ("--hook_names", "mid_block", "--height", 64, "--width", 64),
+        "steer.py": ("--sae", trained[1], "--features", 3, "--pipeline_kwargs", size),
+    }
+    for script, options in commands.items():
+        folder = tmp_path / script
+        folder.mkdir()
+        done = run_script(script, *few, *options, cwd=folder)
+        assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "collect.py" / "out" / "prompts.jsonl").read_text())["prompt"] == prompt
+
+
 def test_seeds_and_negative_prompts_of_a_table(tmp_path):
     path = write(tmp_path, "p.csv", "prompt,Negative Prompt,seed,style\na fox,dark,7,oil\na dog,,3.0,ink\n")
     rows = load_prompts(path)
