@@ -137,6 +137,25 @@ def data(tmp_path_factory):
     return path
 
 
+TWICE = """
+import os
+from distributed import Processes
+for word in ("first", "second", "third"):
+    processes = Processes()
+    line = [processes.tell(f"{word} {processes.rank}"), processes.any(processes.rank), processes.next("item") < 2]
+    os.write(1, f"{line}\\n".encode())  # whole, also where the other process writes at once
+    processes.close()
+"""
+
+
+def test_one_group_after_another(tmp_path):
+    """As in a notebook's cell or a script of several stages: the later one finds nothing of the earlier."""
+    (tmp_path / "twice.py").write_text(TWICE)
+    said = torchrun(2, tmp_path / "twice.py").stdout
+    for word in ("first", "second", "third"):
+        assert said.count(f"[['{word} 0', '{word} 1'], True, True]") == 2
+
+
 FULL = """
 import resource, sys, torch
 from pathlib import Path
