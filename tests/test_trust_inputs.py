@@ -27,9 +27,9 @@ import export
 import features
 import steer
 import train
-from analysis.concepts import contrast, saeuron, toward, with_word
+from analysis.concepts import contrast, saeuron, scaled, toward, with_word
 from analysis.feature_edits import Target, Typical
-from analysis.metrics import Metrics
+from analysis.metrics import Metrics, usual_scale
 from diffusion.seen_text import SeenText, watch_tokenizers
 from errors import UsageError
 from sae import Sae
@@ -625,6 +625,14 @@ def test_scores_of_features_do_not_depend_on_the_scale(scale):
     torch.testing.assert_close(saeuron(scale * scores, there), saeuron(scores, there), rtol=1e-4, atol=1e-6)
     sae = Sae(12, 30, 4)
     torch.testing.assert_close(toward(sae, scale * scores, there, ~there), toward(sae, scores, there, ~there))
+
+
+def test_scores_of_the_usual_size_are_not_copied():
+    scores = torch.tensor([[-3.0, 2.0], [0.0, 1.0]])
+    assert scaled(scores) is scores
+    assert usual_scale(2.0**40 * scores) == 2.0**-41 and usual_scale(-scores * 2.0**40) == 2.0**-41
+    assert torch.equal(scaled(2.0**40 * scores), scores / 2)
+    assert usual_scale(torch.tensor([torch.nan, 1e20])) == usual_scale(torch.tensor([torch.inf, 1e-20])) == 1
 
 
 @pytest.mark.parametrize("options", [{}, {"activation": "batchtopk"}, {"input_unit_norm": True}], ids=str)
