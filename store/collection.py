@@ -26,7 +26,6 @@ from store.disk import (
     fill,
     is_apple_double,
     make_folder,
-    open_to_read,
     opened,
     read_json,
     rename,
@@ -277,7 +276,7 @@ class Collection:
         row_bytes = int(np.prod(header.shape[1:])) * header.dtype.itemsize
         begin, end = (header.offset + row * row_bytes for row in (rows.start, rows.stop))
         found = rows_checksum(header.shape[1:], header.dtype)
-        fd = open_to_read(path)
+        fd = os.open(path, os.O_RDONLY)
         try:
             for at in range(begin, end, CHECKED_AT_ONCE):
                 data = memoryview(bytearray(min(CHECKED_AT_ONCE, end - at)))

@@ -35,7 +35,7 @@ from errors import UsageError
 from sae import Sae
 from store import hub
 from store.dataset import Activations, newest_activations, open_activations
-from store.disk import claim_folder, write_json
+from store.disk import claim_folder, fill, write_json
 from store.prompts import load_pictures, load_prompts, seen_text, with_seeds
 from store.words import words_of
 
@@ -573,6 +573,18 @@ def test_files_of_macos_are_passed_over(trained, model_folder, tmp_path):
     for name in ("sae.safetensors", "cfg.json"):
         (Path(trained[1]) / f"._{name}").write_bytes(b"\x00\x05\x16\x07")
     assert list(Sae.load_many(Path(trained[1]).parent)) == ["mid_block"]
+
+
+def test_files_are_read_where_the_system_has_no_preadv(tmp_path, monkeypatch):
+    path = tmp_path / "bytes"
+    path.write_bytes(bytes(range(256)))
+    monkeypatch.delattr(os, "preadv")
+    memory = memoryview(bytearray(56))
+    with path.open("rb") as file:
+        fill(file.fileno(), memory, 200, path)
+        assert bytes(memory) == bytes(range(200, 256)) and file.tell() == 0  # other threads read through it too
+        with pytest.raises(UsageError, match="has become shorter"):
+            fill(file.fileno(), memory, 201, path)
 
 
 @pytest.mark.parametrize("script", ["collect", "train", "steer"])
