@@ -132,11 +132,6 @@ def redirect(sae, features, direction, stream="image"):
     return change
 
 
-def time_of(sampling):
-    """The scheduler's timestep of the step that is being computed; NaN where it can't be told, see `trace.Sampling.timestep`."""
-    return sampling.timestep()
-
-
 def replacing_edits(
     hook_point: HookPoint,
     replace: Callable[[str, Tensor, Tensor], Tensor | None],
@@ -189,7 +184,7 @@ def adding_edits(
     def replace(role: str, output: Tensor, x: Tensor) -> Tensor | None:
         if mask is not None and len(mask) != x.shape[1]:
             raise UsageError(f"the mask is of {len(mask)} tokens, and here are {x.shape[1]}")
-        timestep = time_of(sampling)
+        timestep = sampling.timestep()
         added = change(x, timestep)
         if added is not None:
             moved = (added != 0).any(-1, keepdim=True)
