@@ -49,7 +49,7 @@ from kernels.update import LIST_DEAD_EVERY, Forward, SparseUpdate
 from sae import TRAINING_PROMPTS, Sae
 from store.activation_file import collected_with, differences, provenance
 from store.dataset import Activations, files_in, newest_activations, open_activations
-from store.disk import load_tensors, make_folder, read_json, save_tensors, write_atomically
+from store.disk import is_hidden, load_tensors, make_folder, read_json, save_tensors, write_atomically
 
 # Of its updates batchtopk and sampletopk make like top-k: on the toy batchtopk ended with an FVU of 0.074, not 0.096,
 # sampletopk in mid_block with 0.108, not 0.123; and in bench truth batchtopk found 99 % of the atoms, not 79 %.
@@ -652,7 +652,7 @@ def find_run(folder, settings):
         state = read_json(record)
     elif checkpoint.exists():
         state = read_state(checkpoint)
-    elif any(not path.name.startswith(".") for path in folder.iterdir() if path.name not in LEFTOVERS):
+    elif any(not is_hidden(path) for path in folder.iterdir() if path.name not in LEFTOVERS):
         raise UsageError(f"{folder} holds something else; choose another --run_name or --out_dir")
     else:
         return False, None

@@ -24,7 +24,7 @@ from store.disk import (
     check_same,
     checksum,
     fill,
-    is_apple_double,
+    is_hidden,
     make_folder,
     opened,
     read_json,
@@ -169,7 +169,7 @@ class Collection:
         make_folder(self.out_dir)
         if self.progress.exists():
             return
-        names = [path.name for path in self.out_dir.iterdir() if not is_apple_double(path)]
+        names = [path.name for path in self.out_dir.iterdir() if not is_hidden(path)]
         if "progress.npy" in names:
             raise UsageError(
                 f"{self.out_dir} holds a collection of an earlier version: if it is finished, train.py and the later stages "
@@ -207,7 +207,7 @@ class Collection:
             raise UsageError(f"{self.out_dir} holds a collection of other prompts; use another --out_dir")
         if len(old) <= len(lines):
             return
-        partial = [path for path in self.out_dir.glob("*.npy.partial") if not is_apple_double(path)]
+        partial = [path for path in self.out_dir.glob("*.npy.partial") if not is_hidden(path)]
         if not partial and not self._pending_of(len(old)):
             raise UsageError(f"{self.out_dir} holds {len(old)} rows, more than {len(lines)}; nothing to do")
         progress = read_progress(self.progress)

@@ -127,9 +127,9 @@ def read_json(path):
     return record
 
 
-def is_apple_double(path):
-    """Whether a file is one of the ._ files in which macOS keeps what other systems' disks can't hold of its neighbour."""
-    return Path(path).name.startswith("._")
+def is_hidden(path: str | Path) -> bool:
+    """Whether a name begins with a dot, as those of the ._ files do that macOS leaves on other systems' disks."""
+    return Path(path).name.startswith(".")
 
 
 def make_folder(folder, option="--out_dir"):
@@ -181,7 +181,7 @@ def check_empty(folder, files, option="--out_dir"):
     if not folder.is_dir():
         return
     own = {name for file in files for name in (file, f"{file}.partial")}
-    others = sorted(path.name for path in folder.iterdir() if path.name not in own and not path.name.startswith("."))
+    others = sorted(path.name for path in folder.iterdir() if path.name not in own and not is_hidden(path))
     if others:
         raise UsageError(f"{folder} holds something else; choose another {option} ({others[0]} is there)")
 

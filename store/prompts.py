@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from errors import UsageError
+from store.disk import is_hidden
 
 TABLES = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".parquet")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -143,7 +144,7 @@ def load_pictures(images, dataset_name=None, split="train", column=None, max_num
     """
     if os.path.isdir(images):
         found = [path for path in Path(images).rglob("*") if path.suffix.lower() in PICTURES]
-        found = sorted(path for path in found if not is_hidden(path.relative_to(images)))[:max_num_examples]
+        found = sorted(path for path in found if not any(map(is_hidden, path.relative_to(images).parts)))[:max_num_examples]
         if not found:
             raise UsageError(f"--images {images}: no picture there ({', '.join(PICTURES)})")
         return [{"prompt": "", "image": str(p.relative_to(images))} for p in found], [str(p) for p in found]
@@ -330,8 +331,3 @@ def check_no_header(lines):
         names = lines[0].lower().split(separator) if lines else []
         if {"prompt", "caption", "negative_prompt"} & set(names) and all(re.fullmatch(r"\w+", name) for name in names):
             raise UsageError(f"its first line, {lines[0]!r}, names columns; name a table .csv, or remove that line")
-
-
-def is_hidden(path):
-    """Whether a name in a path begins with a dot, as the ._ files do that macOS leaves on other systems' disks."""
-    return any(part.startswith(".") for part in Path(path).parts)

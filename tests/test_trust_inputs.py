@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -569,6 +570,15 @@ def test_files_of_macos_are_passed_over(trained, model_folder, tmp_path):
     assert "mid_block.npy" in hub.card(folder, "me/acts", "activations")
     with pytest.raises(UsageError, match="holds 12 rows, more than 5; nothing to do"):
         collect_tiny(model_folder, tmp_path, max_num_examples=5)
+
+    assert not any(fnmatch(name, pattern) for pattern in hub.NOT_PUSHED for name in ("mid_block.npy", "images/0.webp"))
+    np.save(folder / ".backup.npy", np.zeros((2, 16), np.float32))  # hidden by a user or an editor
+    (folder / ".backup.json").write_text("{}")
+    (data,) = open_activations([str(folder)])
+    assert data.paths == [str(folder / "mid_block.npy")]
+    assert ".backup" not in hub.card(folder, "me/acts", "activations")
+    for name in (".DS_Store", "._mid_block.npy", ".backup.npy", "images/._0.webp", ".thumbs/0.webp"):
+        assert any(fnmatch(name, pattern) for pattern in hub.NOT_PUSHED), name
 
     for name in ("sae.safetensors", "cfg.json"):
         (Path(trained[1]) / f"._{name}").write_bytes(b"\x00\x05\x16\x07")
