@@ -137,7 +137,7 @@ class Heartbeat:
     def end_process(self, reason: str) -> None:
         """Say the reason and end this process, which waits for the other in a call that can't be interrupted."""
         program = Path(sys.argv[0]).name
-        line = f"{program} (process {self.rank} of {self.count}): error: {reason}; the same command goes on\n"
+        line = f"{program} (process {self.rank} of {self.count}): error: {reason}; the same command resumes\n"
         os.write(2, line.encode())
         os._exit(2)
 
@@ -209,7 +209,7 @@ class Processes:
         pause = 0.001
         while not self.store.check([key]):  # `wait` with a limit prints warnings
             if self.heartbeat.has_left(rank) and not self.store.check([key]):
-                raise OSError(f"process {rank} of {self.count} has ended; see what it says, the same command goes on")
+                raise OSError(f"process {rank} of {self.count} has ended; see what it says, the same command resumes")
             time.sleep(pause)
             pause = min(2 * pause, 0.2)
         return self.store.get(key)

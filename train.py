@@ -14,7 +14,7 @@ Reads   activation files (.npy: floats, last axis d; see README), several, a glo
 Writes  <out_dir>/<run_name>/: cfg.json, sae.safetensors, training_prompts.txt (a hash of each prompt that training saw),
         metrics.jsonl, train.png, evaluate.png; checkpoint.safetensors until done. Of several SAEs also a picture of FVU
         against L0, <out_dir>/<run_name or file>_sweep.png.
-Stopped by Ctrl-C or kill -9, the same command goes on and ends with the same bits. A run is never overwritten.
+Stopped by Ctrl-C or kill -9, the same command resumes and ends with the same bits. A run is never overwritten.
 In a row of metrics.jsonl, fvu, l0 and loss are of that iteration's batch alone, before its update; dead counts latents.
 
 Sources: TopK and AuxK, Gao et al. 2024 (arXiv 2406.04093), sections 2.3, 2.4 and A.2; the centring, D-Scope 2026.
@@ -243,7 +243,7 @@ def train(
             if processes.any(pressed):
                 for run in runs if iteration + 1 < iterations else []:  # the last update is saved
                     run.save()
-                bar.write(f"stopped at iteration {iteration + 1} of {iterations}; the same command goes on")
+                bar.write(f"stopped at iteration {iteration + 1} of {iterations}; the same command resumes")
                 raise KeyboardInterrupt
 
     for run in runs:

@@ -355,7 +355,7 @@ class Collection:
                 self._write(batch, numbers, json.loads(json.dumps(facts)), output, sampling_rate)
             except OSError as error:
                 where = f"{error.filename or self.out_dir} can't be written: {error.strerror or error}"
-                raise OSError(f"{where}; finished batches are kept, and the same command goes on") from error
+                raise OSError(f"{where}; finished batches are kept, and the same command resumes") from error
 
     def _write(self, batch, arrays, facts, output, sampling_rate):
         rows = self.batch(batch).rows

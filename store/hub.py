@@ -145,7 +145,7 @@ def describe_activations(folder, repo_id, path_in_repo):
     files = [path for path in sorted(folder.iterdir()) if not is_hidden(path)]
     unfinished = [path.name for path in files if path.match("*.partial") or path.match("*.new")]
     if unfinished:
-        raise UsageError(f"{folder} is not finished ({unfinished[0]}); let collect.py go on with it first")
+        raise UsageError(f"{folder} is not finished ({unfinished[0]}); let collect.py resume it first")
     records = {}
     for path in (path for path in files if path.suffix == ".npy"):
         description = path.with_name(f"{path.stem}.json")

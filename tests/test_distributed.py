@@ -253,7 +253,7 @@ def test_when_one_process_is_killed_the_other_says_so_in_one_line(data, tmp_path
     (second,) = (int(pid) for pid in ranks if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
     os.kill(second, signal.SIGKILL)
     said = process.communicate(timeout=60)[1]
-    assert "train.py (process 0 of 2): error: another process ended; the same command goes on\n" in said
+    assert "train.py (process 0 of 2): error: another process ended; the same command resumes\n" in said
     assert "[rank0]" not in said and process.returncode != 0  # torch puts it before each line of a traceback
 
 

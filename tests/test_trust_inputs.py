@@ -771,7 +771,7 @@ def test_a_process_that_ends_early_is_named(start_group):
     started = start_group("--how", "ends", "--rank", "1")
     said = {rank: process.communicate(timeout=60)[1] for rank, process in started.items()}
     assert "group.py (process 1 of 2): error: no such prompt file\n" in said[1]
-    assert "group.py (process 0 of 2): error: process 1 of 2 has ended; see what it says, the same command goes on\n" in said[0]
+    assert "group.py (process 0 of 2): error: process 1 of 2 has ended; see what it says, the same command resumes\n" in said[0]
     assert started[0].returncode == started[1].returncode == 2
 
 
@@ -784,5 +784,5 @@ def test_a_machine_that_dies_is_noticed(start_group, how, rank):
     wait_until_there(started[1 - rank])
     started[rank].send_signal(signal.SIGSTOP)
     said = started[1 - rank].communicate(timeout=40)[1]
-    assert started[1 - rank].returncode == 2 and "error: " in said and "the same command goes on\n" in said
+    assert started[1 - rank].returncode == 2 and "error: " in said and "the same command resumes\n" in said
     assert "Traceback" not in said
