@@ -82,7 +82,7 @@ def run(main, Config):
         if rank:
             time.sleep(3)  # what the first one meets too it says, and torchrun then ends the others
         who = f" (process {rank} of {count})" if count > 1 else ""
-        said = "another process ended; the same command goes on" if gone else said
+        said = "another process ended; the same command resumes" if gone else said
         print(f"{program}{who}: error: {said}", file=sys.stderr)
         raise SystemExit(2) from None
 

@@ -11,6 +11,7 @@ one machine torchrun does that, and where a process dies its connections tell; a
 """
 
 import atexit
+import itertools
 import json
 import os
 import sys
@@ -71,8 +72,8 @@ class Group:
 ALONE = Group()
 
 
-def connect(is_host: bool) -> dist.Store:
-    """The store through which the processes of torchrun find each other. Raises OSError where its machine can't be reached.
+def connect(number: int, is_host: bool) -> dist.Store:
+    """The store of the group `number` of this process (0, 1, ...). Raises OSError where its machine can't be reached.
 
     Unlike `dist.rendezvous` this does not wait for the other processes, so that `Processes` can say for which it waits.
     """
@@ -83,7 +84,7 @@ def connect(is_host: bool) -> dist.Store:
     except RuntimeError as error:
         raise OSError(f"{address}:{port}, the first process, can't be reached: {str(error).splitlines()[0]}") from None
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"attempt_{attempt}", store)
+    return dist.PrefixStore(f"attempt_{attempt}/{number}", store)
 
 
 class Heartbeat:
@@ -93,9 +94,9 @@ class Heartbeat:
     also waits for ever where the store's machine is dead. So a second thread looks at the clock.
     """
 
-    def __init__(self, rank: int, count: int) -> None:
+    def __init__(self, number: int, rank: int, count: int) -> None:
         self.rank, self.count = rank, count
-        self.store = connect(is_host=False)
+        self.store = connect(number, is_host=False)
         self.stopped = threading.Event()
         self.heard = dict.fromkeys(range(count), time.monotonic())  # when: of this process, the store's last answer
         threading.Thread(target=self.talk, daemon=True).start()
@@ -136,7 +137,7 @@ class Heartbeat:
     def end_process(self, reason: str) -> None:
         """Say the reason and end this process, which waits for the other in a call that can't be interrupted."""
         program = Path(sys.argv[0]).name
-        line = f"{program} (process {self.rank} of {self.count}): error: {reason}; the same command goes on\n"
+        line = f"{program} (process {self.rank} of {self.count}): error: {reason}; the same command resumes\n"
         os.write(2, line.encode())
         os._exit(2)
 
@@ -158,8 +159,11 @@ class Processes:
     device: this process's own GPU, where "cuda" was asked for.
 
     Joins the group that torchrun's variables name: gloo for what is on CPUs, nccl for what is on GPUs. Raises OSError where
-    another process is not there after START seconds, and in `tell` where one has ended; see also `Heartbeat`.
+    another process is not there after START seconds, and in `tell` where one has ended; see also `Heartbeat`. One may follow
+    another after its `close`, in the same order in every process.
     """
+
+    made = itertools.count()  # groups of this process: each has keys of its own in torchrun's store
 
     def __init__(self, device="cpu"):
         read = lambda name, default: int(os.environ.get(name, default))
@@ -174,9 +178,10 @@ class Processes:
         if self.count == 1:
             return
         has_own_host = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # that of torchrun itself
-        self.store = connect(is_host=self.rank == 0 and not has_own_host)
+        number = next(Processes.made)
+        self.store = connect(number, is_host=self.rank == 0 and not has_own_host)
         self.wait_for_all()
-        self.heartbeat = Heartbeat(self.rank, self.count)
+        self.heartbeat = Heartbeat(number, self.rank, self.count)
         self.store.set_timeout(FOREVER)
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.count, timeout=FOREVER)
@@ -204,7 +209,7 @@ class Processes:
         pause = 0.001
         while not self.store.check([key]):  # `wait` with a limit prints warnings
             if self.heartbeat.has_left(rank) and not self.store.check([key]):
-                raise OSError(f"process {rank} of {self.count} has ended; see what it says, the same command goes on")
+                raise OSError(f"process {rank} of {self.count} has ended; see what it says, the same command resumes")
             time.sleep(pause)
             pause = min(2 * pause, 0.2)
         return self.store.get(key)

@@ -14,7 +14,7 @@ Reads   activation files (.npy: floats, last axis d; see README), several, a glo
 Writes  <out_dir>/<run_name>/: cfg.json, sae.safetensors, training_prompts.txt (a hash of each prompt that training saw),
         metrics.jsonl, train.png, evaluate.png; checkpoint.safetensors until done. Of several SAEs also a picture of FVU
         against L0, <out_dir>/<run_name or file>_sweep.png.
-Stopped by Ctrl-C or kill -9, the same command goes on and ends with the same bits. A run is never overwritten.
+Stopped by Ctrl-C or kill -9, the same command resumes and ends with the same bits. A run is never overwritten.
 In a row of metrics.jsonl, fvu, l0 and loss are of that iteration's batch alone, before its update; dead counts latents.
 
 Sources: TopK and AuxK, Gao et al. 2024 (arXiv 2406.04093), sections 2.3, 2.4 and A.2; the centring, D-Scope 2026.
@@ -49,7 +49,7 @@ from kernels.update import LIST_DEAD_EVERY, Forward, SparseUpdate
 from sae import Sae
 from store.activation_file import collected_with, differences, provenance
 from store.dataset import Activations, files_in, newest_activations, open_activations
-from store.disk import load_tensors, make_folder, read_json, save_tensors, write_atomically
+from store.disk import is_hidden, load_tensors, make_folder, read_json, save_tensors, write_atomically
 
 # Of its updates batchtopk and sampletopk make like top-k: on the toy batchtopk ended with an FVU of 0.074, not 0.096,
 # sampletopk in mid_block with 0.108, not 0.123; and in bench truth batchtopk found 99 % of the atoms, not 79 %.
@@ -243,7 +243,7 @@ def train(
             if processes.any(pressed):
                 for run in runs if iteration + 1 < iterations else []:  # the last update is saved
                     run.save()
-                bar.write(f"stopped at iteration {iteration + 1} of {iterations}; the same command goes on")
+                bar.write(f"stopped at iteration {iteration + 1} of {iterations}; the same command resumes")
                 raise KeyboardInterrupt
 
     for run in runs:
@@ -652,7 +652,7 @@ def find_run(folder, settings):
         state = read_json(record)
     elif checkpoint.exists():
         state = read_state(checkpoint)
-    elif any(not path.name.startswith(".") for path in folder.iterdir() if path.name not in LEFTOVERS):
+    elif any(not is_hidden(path) for path in folder.iterdir() if path.name not in LEFTOVERS):
         raise UsageError(f"{folder} holds something else; choose another --run_name or --out_dir")
     else:
         return False, None

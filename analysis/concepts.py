@@ -62,9 +62,15 @@ def image_scores(sae, activations, pool="mean", pictures=None, most=MOST):
     return scores, chosen
 
 
+def scaled(scores):
+    """The scores times their `usual_scale`: themselves, not a copy, where that is 1, since they may take a GiB."""
+    scale = usual_scale(scores)
+    return scores if scale == 1 else scores * scale
+
+
 def saeuron(scores, there):
     """SAeUron's score by step: scores (P, S, M), there bool (P,) -> (S, M)."""
-    scores = scores * usual_scale(scores)
+    scores = scaled(scores)
     a, b = scores[there].mean(0), scores[~there].mean(0)
     return a / (a.sum(1, keepdim=True) + 1e-8) - b / (b.sum(1, keepdim=True) + 1e-8)
 
@@ -72,7 +78,7 @@ def saeuron(scores, there):
 def contrast(scores, there):
     """Difference of means in standard deviations: scores (P, S, M) or (P, M), there bool (P,) -> (M,)."""
     scores = scores.mean(1) if scores.ndim == 3 else scores
-    scores = scores * usual_scale(scores)
+    scores = scaled(scores)
     a, b = scores[there], scores[~there]
     variance = (a.var(0, correction=0) + b.var(0, correction=0)) / 2
     return (a.mean(0) - b.mean(0)) / (variance.sqrt() + 1e-3 * scores.std() + 1e-12)  # one that never varies is no feature
@@ -99,6 +105,6 @@ def toward(sae, scores, there, away):
     """
     if not there.any() or not away.any():
         raise UsageError("of the two concepts one has no picture without the other, so there is no direction between them")
-    scores = scores * usual_scale(scores)
+    scores = scaled(scores)
     more = (scores[there].mean((0, 1)) - scores[away].mean((0, 1))).clamp_min(0)
     return torch.nn.functional.normalize(more.to(sae.W_dec) @ sae.W_dec.detach(), dim=0)

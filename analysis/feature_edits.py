@@ -45,7 +45,7 @@ def check_features(sae, features):
 def check_width(sae: Sae, x: Tensor) -> None:
     """Raise UsageError if the vectors x (..., d) are of another width than those that the SAE takes."""
     if x.shape[-1] != sae.d_in:
-        raise UsageError(f"the SAE is of vectors of width {sae.d_in}, and those of this hook point have width {x.shape[-1]}")
+        raise UsageError(f"the SAE takes width {sae.d_in}, and this hook point has width {x.shape[-1]}")
 
 
 def map_samples(fn: Callable[[Tensor], Tensor], x: Tensor, stream: str, device: torch.device) -> Tensor:
@@ -132,11 +132,6 @@ def redirect(sae, features, direction, stream="image"):
     return change
 
 
-def time_of(sampling):
-    """The scheduler's timestep of the step that is being computed; NaN where it can't be told, see `trace.Sampling.timestep`."""
-    return sampling.timestep()
-
-
 def replacing_edits(
     hook_point: HookPoint,
     replace: Callable[[str, Tensor, Tensor], Tensor | None],
@@ -188,8 +183,8 @@ def adding_edits(
 
     def replace(role: str, output: Tensor, x: Tensor) -> Tensor | None:
         if mask is not None and len(mask) != x.shape[1]:
-            raise UsageError(f"the mask is of {len(mask)} tokens, and here are {x.shape[1]}")
-        timestep = time_of(sampling)
+            raise UsageError(f"the mask has {len(mask)} tokens, and this hook point {x.shape[1]}")
+        timestep = sampling.timestep()
         added = change(x, timestep)
         if added is not None:
             moved = (added != 0).any(-1, keepdim=True)

@@ -26,7 +26,8 @@ def usual_scale(x):
 
     For what does not depend on the scale of x, so that nothing is lost in squares and in what keeps a divisor above 0.
     """
-    largest = x.abs().max().item()
+    lowest, highest = torch.aminmax(x)  # without a copy of x, as abs would make
+    largest = max(-lowest.item(), highest.item())
     if not 0 < largest < math.inf or 1e-6 <= largest <= 1e6:
         return 1.0
     return 2.0 ** min(126, -math.floor(math.log2(largest)))

@@ -16,7 +16,7 @@ import numpy as np
 
 from errors import UsageError
 from store.arrow import is_arrow, open_arrow
-from store.disk import checksum, fill, open_to_read, read_json, seen_from
+from store.disk import checksum, fill, read_json, seen_from
 
 PIECES = 32  # that a file without prompts is cut into
 INVISIBLE = re.compile(r"[\s\u200b-\u200d\u2060\ufeff]+")
@@ -88,7 +88,7 @@ def read_pieces(files: list[StoredRows], pieces: np.ndarray) -> np.ndarray:
     at = 0
     for number, group in groupby(pieces.tolist(), key=lambda piece: piece[0]):
         file = files[number]
-        fd = open_to_read(file.path)
+        fd = os.open(file.path, os.O_RDONLY)
         try:
             file.check_stamp(fd)
             for _, first, end in group:

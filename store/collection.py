@@ -25,9 +25,8 @@ from store.disk import (
     check_same,
     checksum,
     fill,
-    is_apple_double,
+    is_hidden,
     make_folder,
-    open_to_read,
     opened,
     read_json,
     rename,
@@ -170,7 +169,7 @@ class Collection:
         make_folder(self.out_dir)
         if self.progress.exists():
             return
-        names = [path.name for path in self.out_dir.iterdir() if not is_apple_double(path)]
+        names = [path.name for path in self.out_dir.iterdir() if not is_hidden(path)]
         if "progress.npy" in names:
             raise UsageError(
                 f"{self.out_dir} holds a collection of an earlier version: if it is finished, train.py and the later stages "
@@ -208,7 +207,7 @@ class Collection:
             raise UsageError(f"{self.out_dir} holds a collection of other prompts; use another --out_dir")
         if len(old) <= len(lines):
             return
-        partial = [path for path in self.out_dir.glob("*.npy.partial") if not is_apple_double(path)]
+        partial = [path for path in self.out_dir.glob("*.npy.partial") if not is_hidden(path)]
         if not partial and not self._pending_of(len(old)):
             raise UsageError(f"{self.out_dir} holds {len(old)} rows, more than {len(lines)}; nothing to do")
         progress = read_progress(self.progress)
@@ -277,7 +276,7 @@ class Collection:
         row_bytes = int(np.prod(header.shape[1:])) * header.dtype.itemsize
         begin, end = (header.offset + row * row_bytes for row in (rows.start, rows.stop))
         found = rows_checksum(header.shape[1:], header.dtype)
-        fd = open_to_read(path)
+        fd = os.open(path, os.O_RDONLY)
         try:
             for at in range(begin, end, CHECKED_AT_ONCE):
                 data = memoryview(bytearray(min(CHECKED_AT_ONCE, end - at)))
@@ -357,7 +356,7 @@ class Collection:
                 self._write(batch, numbers, json.loads(json.dumps(facts)), output, sampling_rate)
             except OSError as error:
                 where = f"{error.filename or self.out_dir} can't be written: {error.strerror or error}"
-                raise OSError(f"{where}; finished batches are kept, and the same command goes on") from error
+                raise OSError(f"{where}; finished batches are kept, and the same command resumes") from error
 
     def _write(self, batch, arrays, facts, output, sampling_rate):
         rows = self.batch(batch).rows

@@ -24,7 +24,7 @@ from store.activation_file import (
     refuse_unfinished,
 )
 from store.arrow import is_arrow
-from store.disk import is_apple_double
+from store.disk import is_hidden
 from store.shuffle import Reader
 
 HELD_OUT = dict(share=0.1, at_least=100_000, at_most=1_000_000)  # vectors kept from training, in whole prompts
@@ -61,14 +61,14 @@ def own_files(folder):
     found = sorted(path for path in folder.glob("*.npy") if holds_activations(path))
     if not found:
         for partial in sorted(folder.glob("*.npy.partial")):
-            if not is_apple_double(partial):
+            if not is_hidden(partial):
                 refuse_unfinished(partial)
     return found
 
 
 def holds_activations(path):
     """Whether a file that was found is meant: in a folder of collect.py those that it describes, such as no samples.npy."""
-    if path.suffix != ".npy" or path.name.endswith(BESIDE) or is_apple_double(path):
+    if path.suffix != ".npy" or path.name.endswith(BESIDE) or is_hidden(path):
         return False
     return path.with_suffix(".json").exists() or not (path.parent / "collect.json").exists()
 

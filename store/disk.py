@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import threading
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,8 +10,6 @@ import safetensors.torch
 from safetensors import SafetensorError
 
 from errors import UsageError
-
-SEEKING = threading.Lock()  # where threads have to share a file's position
 
 
 def write_atomically(path, data):
@@ -47,11 +44,6 @@ def load_tensors(path):
     return safetensors.torch.load_file(path)
 
 
-def open_to_read(path: str | Path) -> int:
-    """A file descriptor for `fill`."""
-    return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-
-
 def fill(fd: int, memory: memoryview, offset: int, path: str | Path) -> None:
     """Fill memory (bytes) with those of a file from `offset` on; several threads may share the descriptor.
 
@@ -72,9 +64,7 @@ def read_at(fd, memory, offset):
     """How many bytes were read, at least 1 before the file's end."""
     if hasattr(os, "preadv"):
         return os.preadv(fd, [memory], offset)
-    with SEEKING:
-        os.lseek(fd, offset, os.SEEK_SET)
-        data = os.read(fd, len(memory))
+    data = os.pread(fd, len(memory), offset)  # as on macOS before 11: by a copy
     memory[: len(data)] = data
     return len(data)
 
@@ -137,9 +127,9 @@ def read_json(path):
     return record
 
 
-def is_apple_double(path):
-    """Whether a file is one of the ._ files in which macOS keeps what other systems' disks can't hold of its neighbour."""
-    return Path(path).name.startswith("._")
+def is_hidden(path: str | Path) -> bool:
+    """Whether a name begins with a dot, as those of the ._ files do that macOS leaves on other systems' disks."""
+    return Path(path).name.startswith(".")
 
 
 def make_folder(folder, option="--out_dir"):
@@ -195,7 +185,7 @@ def check_empty(folder, files, option="--out_dir"):
     if not folder.is_dir():
         return
     own = {name for file in files for name in (file, f"{file}.partial")}
-    others = sorted(path.name for path in folder.iterdir() if path.name not in own and not path.name.startswith("."))
+    others = sorted(path.name for path in folder.iterdir() if path.name not in own and not is_hidden(path))
     if others:
         raise UsageError(f"{folder} holds something else; choose another {option} ({others[0]} is there)")
 

@@ -49,56 +49,46 @@ DICTIONARY_LEARNING = {
 # Keys of a description that say how the SAE was trained, what it was trained on, or what is looked at elsewhere in this project.
 # Keys of sparsify (and universal-diffsae), then those of ours. What train.py wrote has a digest of its data besides.
 SPARSIFY_KEYS = {"activation", "expansion_factor", "normalize_decoder", "num_latents", "k", "multi_topk", "d_in"}
-OUR_KEYS = {
-    *("side", "stream", "rows", "fingerprint", "model_dtype", "collections", "collected_with", "data_relative_to"),
-    *(
-        "tokens_per_sample",
-        "num_training_prompts",
-        "input_unit_norm",
-        "hook_name",
-        "model_name",
-        "data",
-        "training",
-        "num_training",
-    ),
-    *("num_training_in_data", "num_held_out", "by_timestep", "fvu", "explained_variance", "l0", "cosine", "dead"),
-    *("always_on", "held_out_whole_prompts", "saelens", "dictionary_learning"),
-}
-SAELENS_KEYS = {
-    *("architecture", "d_in", "d_sae", "dtype", "device", "apply_b_dec_to_input", "normalize_activations", "reshape_activations"),
-    *("metadata", "k", "rescale_acts_by_decoder_norm"),
-}
-OLD_SAELENS_KEYS = SAELENS_KEYS | {  # before version 6, when training options stood beside the others
-    *("activation_fn", "activation_fn_str", "activation_fn_kwargs", "finetuning_scaling_factor", "model_name", "hook_name"),
-    *("hook_layer", "hook_head_index", "hook_point", "hook_point_layer", "hook_point_head_index", "hook_eval", "prepend_bos"),
-    *(
-        "context_size",
-        "dataset_path",
-        "dataset_trust_remote_code",
-        "sae_lens_version",
-        "sae_lens_training_version",
-        "seqpos_slice",
-    ),
-    *("neuronpedia_id", "model_from_pretrained_kwargs", "model_kwargs", "model_class_name", "expansion_factor", "streaming"),
-    *("is_dataset_tokenized", "use_cached_activations", "cached_activations_path", "b_dec_init_method", "normalize_sae_decoder"),
-    *("noise_alpha", "from_pretrained_path", "decoder_orthogonal_init", "decoder_heuristic_init", "training_tokens", "seed"),
-    *("init_encoder_as_decoder_transpose", "n_batches_in_buffer", "finetuning_tokens", "finetuning_method", "tokens_per_buffer"),
-    *("store_batch_size_prompts", "store_batch_size", "train_batch_size_tokens", "train_batch_size", "act_store_device"),
-    *("autocast", "autocast_lm", "compile_llm", "compile_sae", "adam_beta1", "adam_beta2", "mse_loss_normalization", "lp_norm"),
-    *("l1_coefficient", "l1_warm_up_steps", "scale_sparsity_penalty_by_decoder_norm", "lr", "lr_end", "lr_scheduler_name"),
-    *("lr_warm_up_steps", "lr_decay_steps", "n_restart_cycles", "use_ghost_grads", "feature_sampling_window", "verbose"),
-    *("dead_feature_window", "dead_feature_threshold", "n_eval_batches", "eval_batch_size_prompts", "log_to_wandb", "resume"),
-    *("wandb_project", "wandb_entity", "wandb_id", "run_name", "wandb_log_frequency", "eval_every_n_wandb_logs", "n_checkpoints"),
-    *("log_activations_store_to_wandb", "log_optimizer_state_to_wandb", "checkpoint_path", "prefer_float_from_disk"),
-    *("jumprelu_init_threshold", "jumprelu_bandwidth", "seqpos_slice"),
-}
-TRAINER_KEYS = {  # of dictionary_learning
-    *("dict_class", "trainer_class", "activation_dim", "dict_size", "k", "lr", "steps", "auxk_alpha", "warmup_steps", "seed"),
-    *("decay_start", "threshold_beta", "threshold_start_step", "top_k_aux", "device", "layer", "lm_name", "wandb_name"),
-    *("submodule_name", "group_fractions", "group_weights", "group_sizes", "bandwidth", "sparsity_penalty", "target_l0"),
-    *("sparsity_warmup_steps", "l1_penalty", "resample_steps", "sparsity_function", "p_start", "p_end", "anneal_start"),
-    *("anneal_end", "sparsity_queue_length", "n_sparsity_updates", "initial_sparsity_penalty", "sparsity_loss", "norm_factor"),
-}
+OUR_KEYS = set(
+    """
+    always_on by_timestep collected_with collections cosine data data_relative_to dead dictionary_learning explained_variance
+    fingerprint fvu held_out_whole_prompts hook_name input_unit_norm l0 model_dtype model_name num_held_out num_training
+    num_training_in_data num_training_prompts rows saelens side stream tokens_per_sample training
+    """.split()
+)
+SAELENS_KEYS = set(
+    """
+    apply_b_dec_to_input architecture d_in d_sae device dtype k metadata normalize_activations rescale_acts_by_decoder_norm
+    reshape_activations
+    """.split()
+)
+# SAELens before version 6, when training options stood beside the others
+OLD_SAELENS_KEYS = SAELENS_KEYS | set(
+    """
+    act_store_device activation_fn activation_fn_kwargs activation_fn_str adam_beta1 adam_beta2 autocast autocast_lm
+    b_dec_init_method cached_activations_path checkpoint_path compile_llm compile_sae context_size dataset_path
+    dataset_trust_remote_code dead_feature_threshold dead_feature_window decoder_heuristic_init decoder_orthogonal_init
+    eval_batch_size_prompts eval_every_n_wandb_logs expansion_factor feature_sampling_window finetuning_method
+    finetuning_scaling_factor finetuning_tokens from_pretrained_path hook_eval hook_head_index hook_layer hook_name hook_point
+    hook_point_head_index hook_point_layer init_encoder_as_decoder_transpose is_dataset_tokenized jumprelu_bandwidth
+    jumprelu_init_threshold l1_coefficient l1_warm_up_steps log_activations_store_to_wandb log_optimizer_state_to_wandb
+    log_to_wandb lp_norm lr lr_decay_steps lr_end lr_scheduler_name lr_warm_up_steps model_class_name
+    model_from_pretrained_kwargs model_kwargs model_name mse_loss_normalization n_batches_in_buffer n_checkpoints
+    n_eval_batches n_restart_cycles neuronpedia_id noise_alpha normalize_sae_decoder prefer_float_from_disk prepend_bos resume
+    run_name sae_lens_training_version sae_lens_version scale_sparsity_penalty_by_decoder_norm seed seqpos_slice
+    store_batch_size store_batch_size_prompts streaming tokens_per_buffer train_batch_size train_batch_size_tokens
+    training_tokens use_cached_activations use_ghost_grads verbose wandb_entity wandb_id wandb_log_frequency wandb_project
+    """.split()
+)
+# dictionary_learning
+TRAINER_KEYS = set(
+    """
+    activation_dim anneal_end anneal_start auxk_alpha bandwidth decay_start device dict_class dict_size group_fractions
+    group_sizes group_weights initial_sparsity_penalty k l1_penalty layer lm_name lr n_sparsity_updates norm_factor p_end
+    p_start resample_steps seed sparsity_function sparsity_loss sparsity_penalty sparsity_queue_length sparsity_warmup_steps
+    steps submodule_name target_l0 threshold_beta threshold_start_step top_k_aux trainer_class wandb_name warmup_steps
+    """.split()
+)
 
 
 def find_weights(path):

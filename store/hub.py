@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from errors import UsageError
-from store.disk import is_apple_double, read_json
+from store.disk import is_hidden, read_json
 
 TYPES = {"sae": "model", "activations": "dataset"}
 DESCRIPTIONS, TENSORS = ("cfg.json", "training_prompts.txt"), ("sae.safetensors", "sae_weights.safetensors")
-NOT_PUSHED = ("*.partial", "*.new", "*.lock", "checkpoint.safetensors", "._*", "*/._*", ".DS_Store")
+NOT_PUSHED = ("*.partial", "*.new", "*.lock", "checkpoint.safetensors", ".*", "*/.*")
 SAE_FACTS = {  # what a card says, and the key of cfg.json that knows it
     "hook name": "hook_name",
     "model": "model_name",
@@ -142,10 +142,10 @@ codes = sae.encode(x)  # x: raw activations {shape}
 
 def describe_activations(folder, repo_id, path_in_repo):
     """The card of an activation folder; only what the .json beside each file says."""
-    files = [path for path in sorted(folder.iterdir()) if not is_apple_double(path)]
+    files = [path for path in sorted(folder.iterdir()) if not is_hidden(path)]
     unfinished = [path.name for path in files if path.match("*.partial") or path.match("*.new")]
     if unfinished:
-        raise UsageError(f"{folder} is not finished ({unfinished[0]}); let collect.py go on with it first")
+        raise UsageError(f"{folder} is not finished ({unfinished[0]}); let collect.py resume it first")
     records = {}
     for path in (path for path in files if path.suffix == ".npy"):
         description = path.with_name(f"{path.stem}.json")

@@ -3,10 +3,12 @@
 import csv
 import io
 import json
+import os
 import re
 from pathlib import Path
 
 from errors import UsageError
+from store.disk import is_hidden
 
 TABLES = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".parquet")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -140,9 +142,9 @@ def load_pictures(images, dataset_name=None, split="train", column=None, max_num
     Returns (prompts, sources): a list of {"prompt", "image", ...}, with the captions of the data set's `column` or an empty
     text, and as many paths, bytes or PIL images. Raises UsageError for a folder or column without pictures.
     """
-    if Path(images).is_dir():
+    if os.path.isdir(images):
         found = [path for path in Path(images).rglob("*") if path.suffix.lower() in PICTURES]
-        found = sorted(path for path in found if not is_hidden(path.relative_to(images)))[:max_num_examples]
+        found = sorted(path for path in found if not any(map(is_hidden, path.relative_to(images).parts)))[:max_num_examples]
         if not found:
             raise UsageError(f"--images {images}: no picture there ({', '.join(PICTURES)})")
         return [{"prompt": "", "image": str(p.relative_to(images))} for p in found], [str(p) for p in found]
@@ -163,7 +165,7 @@ def load_pictures(images, dataset_name=None, split="train", column=None, max_num
         value, caption = row[images], column or next((c for c in PROMPT_COLUMNS if c in row), None)
         if isinstance(value, dict):
             value = value.get("bytes") or value.get("path")
-        if isinstance(value, str) and not Path(value).exists():
+        if isinstance(value, str) and not os.path.exists(value):
             value = str(Path(dataset_name).parent / value)
         if not isinstance(value, (str, bytes)) and not hasattr(value, "convert"):
             raise UsageError(f"{where}: column {images!r} is no picture: {value!r}")
@@ -191,12 +193,12 @@ def default_dataset(model_folder):
 def read_rows(dataset_name, split, max_num_examples, named=()):
     """Rows, as dicts, of whatever `dataset_name` names. named: columns that the user asks for."""
     path, words = Path(dataset_name), dataset_name.split()
-    if path.suffix.lower() in TABLES and path.is_file():
+    if path.suffix.lower() in TABLES and os.path.isfile(path):
         return read_table(path, named)
     looks_like_a_file = path.suffix.lower() in TABLES or dataset_name.startswith(("/", "./", "../", "~/"))
     if len(words) == 1:
         looks_like_a_file |= bool(path.suffix) or dataset_name.count("/") > 1 or dataset_name[0] in "./~"
-    if looks_like_a_file or path.exists():
+    if looks_like_a_file or os.path.exists(path):  # a Path's `exists` raises OSError for a prompt too long for a file name
         raise UsageError(f"no prompt file {path}; expected {KINDS}")
     if len(words) != 1 or dataset_name.count("/") != 1:
         return [{"prompt": dataset_name}] if words else []
@@ -299,7 +301,7 @@ def check_fields(fields, names, line):
 
 def csv_reader(text, separator):
     """Reads the records of comma-separated text; where the header has a space after each separator, so may the others."""
-    header = next((line for line in text.splitlines() if line.strip()), "")
+    header = next(filter(str.strip, io.StringIO(text, newline="")), "")  # the first line that is not blank
     is_spaced = separator in header and all(rest.startswith(" ") for rest in header.split(separator)[1:])
     return csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=is_spaced, strict=True)
 
@@ -329,8 +331,3 @@ def check_no_header(lines):
         names = lines[0].lower().split(separator) if lines else []
         if {"prompt", "caption", "negative_prompt"} & set(names) and all(re.fullmatch(r"\w+", name) for name in names):
             raise UsageError(f"its first line, {lines[0]!r}, names columns; name a table .csv, or remove that line")
-
-
-def is_hidden(path):
-    """Whether a name in a path begins with a dot, as the ._ files do that macOS leaves on other systems' disks."""
-    return any(part.startswith(".") for part in Path(path).parts)

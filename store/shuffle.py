@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from store.disk import fill, open_to_read
+from store.disk import fill
 
 BLOCK_BYTES = 1 << 20  # read at once: large enough for a sequential read's speed, small enough to mix prompts
 SLABS = 8
@@ -211,7 +211,7 @@ class Reader:
             return
         waiting = deque()  # batches that are being gathered: rows, steps, and the tasks
         paths, finalizing = {file.path for file in self.files}, sys.is_finalizing
-        self.open_files = {path: open_to_read(path) for path in paths}
+        self.open_files = {path: os.open(path, os.O_RDONLY) for path in paths}
         for file in self.files:
             file.check_stamp(self.open_files[file.path])
         self.readers, self.gatherers = ThreadPoolExecutor(READERS, "reader"), ThreadPoolExecutor(GATHERERS, "gatherer")

@@ -103,7 +103,7 @@ def test_of_runtime_errors_only_a_peer_that_is_gone_is_one_line(monkeypatch, cap
         monkeypatch.setenv("WORLD_SIZE", str(count))
         with pytest.raises(found):
             run(partial(fail, error), Lists)
-    assert capsys.readouterr().err == "x.py (process 0 of 2): error: another process ended; the same command goes on\n"
+    assert capsys.readouterr().err == "x.py (process 0 of 2): error: another process ended; the same command resumes\n"
 
 
 def mistakes(tmp_path, model_folder):

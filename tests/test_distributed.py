@@ -147,6 +147,25 @@ def data(tmp_path_factory):
     return path
 
 
+TWICE = """
+import os
+from distributed import Processes
+for word in ("first", "second", "third"):
+    processes = Processes()
+    line = [processes.tell(f"{word} {processes.rank}"), processes.any(processes.rank), processes.next("item") < 2]
+    os.write(1, f"{line}\\n".encode())  # whole, also where the other process writes at once
+    processes.close()
+"""
+
+
+def test_one_group_after_another(tmp_path):
+    """As in a notebook's cell or a script of several stages: the later one finds nothing of the earlier."""
+    (tmp_path / "twice.py").write_text(TWICE)
+    said = torchrun(2, tmp_path / "twice.py").stdout
+    for word in ("first", "second", "third"):
+        assert said.count(f"[['{word} 0', '{word} 1'], True, True]") == 2
+
+
 FULL = """
 import resource, sys, torch
 from pathlib import Path
@@ -243,7 +262,7 @@ def test_when_one_process_is_killed_the_other_says_so_in_one_line(data, tmp_path
     (second,) = (int(pid) for pid in ranks if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
     os.kill(second, signal.SIGKILL)
     said = process.communicate(timeout=60)[1]
-    assert "train.py (process 0 of 2): error: another process ended; the same command goes on\n" in said
+    assert "train.py (process 0 of 2): error: another process ended; the same command resumes\n" in said
     assert "[rank0]" not in said and process.returncode != 0  # torch puts it before each line of a traceback
 
 

@@ -268,7 +268,7 @@ def test_what_can_not_be_grafted_is_said():
     ):
         with pytest.raises(ValueError, match=match):
             run(pipe, sd15, perfect(16), **options)
-    with pytest.raises(ValueError, match="width 8, and those of this hook point have width 16"):
+    with pytest.raises(ValueError, match="width 8, and this hook point has width 16"):
         run(pipe, sd15, perfect(8))
     with pytest.raises(ValueError, match="there is no difference"):
         generation = Generation(PROMPTS, SEEDS, options=options_of(sd15))

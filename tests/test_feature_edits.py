@@ -72,7 +72,7 @@ def test_what_is_refused():
         steer(sae, [64], multiply=0)
     with pytest.raises(ValueError, match="named twice"):
         steer(sae, [3, 3], multiply=0)
-    with pytest.raises(ValueError, match="width 24, and those of this hook point have width 16"):
+    with pytest.raises(ValueError, match="width 24, and this hook point has width 16"):
         steer(sae, [3], multiply=0)(torch.randn(1, 2, 16))
     with pytest.raises(ValueError, match="--side input"):
         adding_edits(HookPoint(HOOK, "input"), None, None)

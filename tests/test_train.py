@@ -321,7 +321,7 @@ def test_ctrl_c_saves_each_sae_once(data, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("where", [(train, "evaluate"), (Sae, "save_to_disk")])
 def test_ctrl_c_after_the_last_update_is_heard(data, tmp_path, monkeypatch, where):
-    """At once, and the same command goes on with the held-out numbers."""
+    """At once, and the same command resumes with the held-out numbers."""
     cfg = config(data, tmp_path, batch_topk=True)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(*where, lambda *args, **options: signal.raise_signal(signal.SIGINT))

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -27,15 +28,15 @@ import export
 import features
 import steer
 import train
-from analysis.concepts import contrast, saeuron, toward, with_word
+from analysis.concepts import contrast, saeuron, scaled, toward, with_word
 from analysis.feature_edits import Target, Typical
-from analysis.metrics import Metrics
+from analysis.metrics import Metrics, usual_scale
 from diffusion.seen_text import SeenText, watch_tokenizers
 from errors import UsageError
 from sae import Sae
 from store import hub
 from store.dataset import Activations, newest_activations, open_activations
-from store.disk import claim_folder, write_json
+from store.disk import claim_folder, fill, write_json
 from store.prompts import load_pictures, load_prompts, seen_text, with_seeds
 from store.words import words_of
 
@@ -153,6 +154,27 @@ def test_a_missing_file_is_no_prompt(tmp_path):
     for name in ("my prompts.csv", "./my prompts", "/a folder/prompts", "P.TSV"):
         with pytest.raises(UsageError, match="no prompt file"):
             load_prompts(name)
+
+
+def test_a_prompt_longer_than_a_file_name(trained, model_folder, tmp_path):
+    """No file has a name of more than 255 bytes, and asking the system for one is an error."""
+    prompt = "a red fox in the snow, " * 20 + "at night"
+    assert load_prompts(prompt) == [{"prompt": prompt}]
+    with pytest.raises(UsageError, match="no prompt file a red fox"):
+        load_prompts(f"{prompt}.txt")
+    size = '{"height": 64, "width": 64}'
+    few = ("--model_name", model_folder, "--dataset_name", prompt, "--num_inference_steps", 2, "--out_dir", "out")
+    commands = {
+        "collect.py": ("--hook_names", "mid_block", "--height", 64, "--width", 64),
+        "ablate.py": ("--hook_names", "mid_block", "--height", 64, "--width", 64),
+        "steer.py": ("--sae", trained[1], "--features", 3, "--pipeline_kwargs", size),
+    }
+    for script, options in commands.items():
+        folder = tmp_path / script
+        folder.mkdir()
+        done = run_script(script, *few, *options, cwd=folder)
+        assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "collect.py" / "out" / "prompts.jsonl").read_text())["prompt"] == prompt
 
 
 def test_seeds_and_negative_prompts_of_a_table(tmp_path):
@@ -550,9 +572,30 @@ def test_files_of_macos_are_passed_over(trained, model_folder, tmp_path):
     with pytest.raises(UsageError, match="holds 12 rows, more than 5; nothing to do"):
         collect_tiny(model_folder, tmp_path, max_num_examples=5)
 
+    assert not any(fnmatch(name, pattern) for pattern in hub.NOT_PUSHED for name in ("mid_block.npy", "images/0.webp"))
+    np.save(folder / ".backup.npy", np.zeros((2, 16), np.float32))  # hidden by a user or an editor
+    (folder / ".backup.json").write_text("{}")
+    (data,) = open_activations([str(folder)])
+    assert data.paths == [str(folder / "mid_block.npy")]
+    assert ".backup" not in hub.card(folder, "me/acts", "activations")
+    for name in (".DS_Store", "._mid_block.npy", ".backup.npy", "images/._0.webp", ".thumbs/0.webp"):
+        assert any(fnmatch(name, pattern) for pattern in hub.NOT_PUSHED), name
+
     for name in ("sae.safetensors", "cfg.json"):
         (Path(trained[1]) / f"._{name}").write_bytes(b"\x00\x05\x16\x07")
     assert list(Sae.load_many(Path(trained[1]).parent)) == ["mid_block"]
+
+
+def test_files_are_read_where_the_system_has_no_preadv(tmp_path, monkeypatch):
+    path = tmp_path / "bytes"
+    path.write_bytes(bytes(range(256)))
+    monkeypatch.delattr(os, "preadv")
+    memory = memoryview(bytearray(56))
+    with path.open("rb") as file:
+        fill(file.fileno(), memory, 200, path)
+        assert bytes(memory) == bytes(range(200, 256)) and file.tell() == 0  # other threads read through it too
+        with pytest.raises(UsageError, match="has become shorter"):
+            fill(file.fileno(), memory, 201, path)
 
 
 @pytest.mark.parametrize("script", ["collect", "train", "steer"])
@@ -605,6 +648,14 @@ def test_scores_of_features_do_not_depend_on_the_scale(scale):
     torch.testing.assert_close(saeuron(scale * scores, there), saeuron(scores, there), rtol=1e-4, atol=1e-6)
     sae = Sae(12, 30, 4)
     torch.testing.assert_close(toward(sae, scale * scores, there, ~there), toward(sae, scores, there, ~there))
+
+
+def test_scores_of_the_usual_size_are_not_copied():
+    scores = torch.tensor([[-3.0, 2.0], [0.0, 1.0]])
+    assert scaled(scores) is scores
+    assert usual_scale(2.0**40 * scores) == 2.0**-41 and usual_scale(-scores * 2.0**40) == 2.0**-41
+    assert torch.equal(scaled(2.0**40 * scores), scores / 2)
+    assert usual_scale(torch.tensor([torch.nan, 1e20])) == usual_scale(torch.tensor([torch.inf, 1e-20])) == 1
 
 
 @pytest.mark.parametrize("options", [{}, {"activation": "batchtopk"}, {"input_unit_norm": True}], ids=str)
@@ -721,7 +772,7 @@ def test_a_process_that_ends_early_is_named(start_group):
     started = start_group("--how", "ends", "--rank", "1")
     said = {rank: process.communicate(timeout=60)[1] for rank, process in started.items()}
     assert "group.py (process 1 of 2): error: no such prompt file\n" in said[1]
-    assert "group.py (process 0 of 2): error: process 1 of 2 has ended; see what it says, the same command goes on\n" in said[0]
+    assert "group.py (process 0 of 2): error: process 1 of 2 has ended; see what it says, the same command resumes\n" in said[0]
     assert started[0].returncode == started[1].returncode == 2
 
 
@@ -734,5 +785,5 @@ def test_a_machine_that_dies_is_noticed(start_group, how, rank):
     wait_until_there(started[1 - rank])
     started[rank].send_signal(signal.SIGSTOP)
     said = started[1 - rank].communicate(timeout=40)[1]
-    assert started[1 - rank].returncode == 2 and "error: " in said and "the same command goes on\n" in said
+    assert started[1 - rank].returncode == 2 and "error: " in said and "the same command resumes\n" in said
     assert "Traceback" not in said

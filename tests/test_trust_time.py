@@ -17,7 +17,7 @@ import ablate
 import collect
 import steer
 import train
-from analysis.feature_edits import Edits, Target, Typical, adding_edits, time_of
+from analysis.feature_edits import Edits, Target, Typical, adding_edits
 from diffusion import real_images
 from diffusion.generate import Generation, generate
 from diffusion.real_images import open_image, white_level
@@ -52,7 +52,7 @@ def test_the_index_restarts_with_the_second_loop(two_loops):
     prompt, options = prompt_and_options(2, kandinsky22, **TWO_LOOPS)
     times, edited = [], []
     with two_loops.watch(2, on_step=lambda step: times.append((step.index, step.time()))) as sampling:
-        edit = Edit(lambda x: edited.append((sampling.index, time_of(sampling))), rows="all", steps=[3])
+        edit = Edit(lambda x: edited.append((sampling.index, sampling.timestep())), rows="all", steps=[3])
         two_loops.run_with_hooks({"unet.mid_block": edit}, prompt, **options)
     assert [index for index, _ in times] == [0, 1, 2, 0, 1, 2, 3, 4]
     assert edited == [times[3 + 3]] * 2  # once each chunk of the guidance
@@ -119,7 +119,7 @@ def two_loops_of_ones_own(lengths):
 def test_a_loop_of_another_scheduler_has_an_index_of_its_own():
     hooked, edited = two_loops_of_ones_own([4, 3]), []
     with hooked.watch(2) as sampling:
-        edit = Edit(lambda x: edited.append((sampling.index, time_of(sampling))), steps=[2], rows="all")
+        edit = Edit(lambda x: edited.append((sampling.index, sampling.timestep())), steps=[2], rows="all")
         hooked.run_with_hooks({"mix": edit}, ["a", "b"])
     assert edited == [(2, 2.0)] * 2
     with pytest.raises(ValueError, match="step 2 while the denoiser ran is step 0 of another loop"):
@@ -223,7 +223,7 @@ def test_a_timestep_that_cannot_be_told_is_not_compared():
 
     hooked.pipe, told = pipe, []
     with hooked.watch(2) as sampling:
-        hooked.run_with_hooks({"mix": Edit(lambda x: told.append(time_of(sampling)), rows="all")}, ["a", "b"])
+        hooked.run_with_hooks({"mix": Edit(lambda x: told.append(sampling.timestep()), rows="all")}, ["a", "b"])
     assert told[0] == 9 and np.isnan(told[-1])
 
 
