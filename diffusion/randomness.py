@@ -151,7 +151,7 @@ def check_repeatable(step: Callable, scheduler, args: tuple, kwargs: dict, times
         return
     try:
         first, second = outcome(), outcome()
-    except (TypeError, RuntimeError, NotImplementedError):
+    except Exception:  # noqa: BLE001  whatever a scheduler's own way to be copied raises
         return
     size = torch.nan_to_num(first, 0, 0, 0).abs().mean().item()
     if not torch.allclose(first, second, rtol=1e-3, atol=1e-3 * size, equal_nan=True):
