@@ -389,7 +389,8 @@ class HookedDiffusionModel:
             for name, edit in edits:
                 for forward in step.forwards:
                     if forward.denoiser == targets[name][0] and edit.is_for(step.index, forward.roles):
-                        runs.check(name, forward, f"step {step.index}")
+                        if reason := runs.check(name, forward, f"step {step.index}"):
+                            raise UsageError(f"{name}: {reason}")
 
         on_forward = partial(find_layouts, places=places, known=self._known)
         idle = dict.fromkeys(targets, "never ran")  # until it has been edited

@@ -220,12 +220,13 @@ class Runs(NamedTuple):
     text: Run  # noise on the text embeddings
     has_text: bool
     attention_is_local: bool  # or the model's attention was never met
+    idle: dict  # {hook_name: why it can't be hooked} of modules that ran in some of the calls only
 
 
 def probe(root, forward, places, known):
     """Call the denoiser `root` on the arguments of `forward`, changed in several ways, and look at `places`.
 
-    Raises UsageError where a call is not the first one's like, since something is kept between calls.
+    Raises UsageError where a module is called without being run, since something is kept between calls.
     """
     rows, sample, time = forward.rows, sample_name(root), time_parameter(root)
     half, attention = (rows + 1) // 2, LocalAttention()
@@ -236,15 +237,17 @@ def probe(root, forward, places, known):
     targets = {name: (forward.denoiser, module) for (_, name), module in modules.items()}
     runs = RunWatch(targets, {forward.denoiser: root}, known)
 
-    trials = itertools.count(1)
+    trials, idle = itertools.count(1), {}
 
     def run(changes):
         trial = SimpleNamespace(ran=set(), skipped=None)
         with ExitStack() as stack:
             runs.listen(stack, SimpleNamespace(current=trial))
             found = Run(root, rows, modules).call(forward, changes, attention)
+        when = f"trial run {next(trials)} of the denoiser"
         for name in targets:
-            runs.check(name, trial, f"trial run {next(trials)} of the denoiser")
+            if reason := runs.check(name, trial, when):
+                idle.setdefault(name, reason)
         return found
 
     with bare(root):
@@ -252,12 +255,14 @@ def probe(root, forward, places, known):
         upper = run({sample: disturb(forward.sample, range(half), forward.sampled)})
         lower = run({sample: disturb(forward.sample, range(half, rows), forward.sampled)}) if rows > 1 else plain
         texts = run(text) if any(stream == "text" for _, _, stream in places) else plain
-    return Runs(plain, upper, lower, texts, has_text, attention.calls > 0)
+    return Runs(plain, upper, lower, texts, has_text, attention.calls > 0, idle)
 
 
 def locate(runs, forward, place):
     """Where the tokens of a place, (side, hook_name, stream), are: a Layout, or NotHookable."""
     side, hook_name, stream = place
+    if hook_name in runs.idle:
+        return NotHookable(runs.idle[hook_name])
     seen = [run.seen.get((side, hook_name), ()) for run in runs[:4]]
     if seen[0] == ():
         return NEVER_RAN

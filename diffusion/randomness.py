@@ -126,9 +126,9 @@ def check_repeatable(step: Callable, scheduler, args: tuple, kwargs: dict, times
     """Raise UsageError where a scheduler draws random numbers that no seed reaches, so that two runs with one seed differ.
 
     Copies of the scheduler are stepped twice through all of `timesteps`, from the same seeds and with one prediction throughout:
-    no denoiser runs. step, args, kwargs: the call that is under way, of which timestep and sample are two arguments; tensors in it
-    are copied, since a scheduler may write into them. A scheduler that can't be copied is not looked at, and one that does not go
-    on with such a prediction is compared as far as it goes.
+    no denoiser runs. step, args, kwargs: the call that is under way, of which timestep and sample are two arguments; its tensors
+    are copied, since a scheduler may write into them. A scheduler that can't be copied is not looked at, and one that does not
+    go on with such a prediction is compared as far as it goes.
     """
     generators = list(generators_in([args, kwargs]))
     models = {id(value): value for value in vars(scheduler).values() if isinstance(value, torch.nn.Module)}  # not to be copied
