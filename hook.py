@@ -388,9 +388,9 @@ class HookedDiffusionModel:
         def check_runs(step):
             for name, edit in edits:
                 for forward in step.forwards:
-                    if forward.denoiser == targets[name][0] and edit.is_for(step.index, forward.roles):
-                        if reason := runs.check(name, forward, f"step {step.index}"):
-                            raise UsageError(f"{name}: {reason}")
+                    is_met = forward.denoiser == targets[name][0] and edit.is_for(step.index, forward.roles)
+                    if is_met and (reason := runs.check(name, forward, f"step {step.index}")):
+                        raise UsageError(f"{name}: {reason}")
 
         on_forward = partial(find_layouts, places=places, known=self._known)
         idle = dict.fromkeys(targets, "never ran")  # until it has been edited

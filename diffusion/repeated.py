@@ -66,8 +66,9 @@ class RunWatch:
         return key is not None and self.given.setdefault(module, {}).setdefault(key, value) != value
 
     def check(self, name, forward, when):
-        """Why a target can't be kept or edited: it did not run in a forward, and in others it does; None if it can. when: "step 3".
+        """Why a target can't be kept or edited: it did not run in a forward, and in others it does. None if it can.
 
+        when: where the forward belongs to, such as "step 3".
         Raises UsageError for a module that was called without being run, since what it gives back may be stale.
         """
         if forward.skipped is not None:
