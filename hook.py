@@ -84,6 +84,7 @@ class HookedDiffusionModel:
         self.pipe, self.denoisers, self.schedulers = pipe, denoisers, schedulers
         self._known = {}  # layouts found so far, see `locate.find_layouts`
         self._memories = {}  # {outline of a generation's options: `guidance.Memory`}
+        self._repeatable = {}  # {outline of a generation's options: schedulers that were seen to repeat themselves with them}
 
     @classmethod
     def from_pretrained(cls, model_name, dtype=None, device=None, cpu_offload=False, **kwargs):
@@ -301,18 +302,32 @@ class HookedDiffusionModel:
             with ExitStack() as stack:
                 for denoiser in self.denoisers.values():
                     stack.enter_context(bare(denoiser))  # hooks of the user's own see nothing of it
-                self._dry_run({None}, other, options, on_forward, on_step)
+                self._dry_run({None}, other, options, on_forward, on_step, must_repeat=False)
         except Exception:  # noqa: BLE001  it may know no such prompt; anything else that is wrong will show again
             return None
         return passes if changed else None
 
-    def _dry_run(self, denoisers, prompt, kwargs, on_forward=None, on_step=None, listen=None, finder=None, must_tell=True):
+    def _dry_run(
+        self,
+        denoisers,
+        prompt,
+        kwargs,
+        on_forward=None,
+        on_step=None,
+        listen=None,
+        finder=None,
+        must_tell=True,
+        must_repeat=True,
+    ):
         """Sample until each of `denoisers` has run in a step, if it `must_tell` one whose rows are told; then put all back.
+
+        If it `must_repeat`, a scheduler whose random numbers no seed reaches is refused, looked at once for such options.
 
         on_step gets the first steps of each denoiser only. Returns the `Sampling` that watched: `P` the prompts, `R` the rows
         of each chunk, `num_steps` the length of the whole sampling; `finder` knows the roles of rows in these steps.
         """
         ran = set()
+        repeatable = self._repeatable.setdefault(outline(kwargs | {"prompt": prompt}), []) if must_repeat else None
 
         def stop_when_all_ran(step):
             told = getattr(self.pipe, "_num_timesteps", None)  # by a pipeline that ends before its scheduler's list does
@@ -326,7 +341,8 @@ class HookedDiffusionModel:
                 raise DryRunOver
 
         with undisturbed(self.pipe, self.schedulers, self.denoisers, kwargs), ExitStack() as stack:
-            watching = self.watch(*count_prompts(prompt, kwargs), on_forward, stop_when_all_ran, rehearsal=True, roles=finder)
+            labels = dict(roles=finder, rehearsal=True, repeatable=repeatable)
+            watching = self.watch(*count_prompts(prompt, kwargs), on_forward, stop_when_all_ran, **labels)
             sampling = stack.enter_context(watching)
             if listen is not None:
                 listen(stack, sampling)
@@ -375,8 +391,9 @@ class HookedDiffusionModel:
         def check_runs(step):
             for name, edit in edits:
                 for forward in step.forwards:
-                    if forward.denoiser == targets[name][0] and edit.is_for(step.index, forward.roles):
-                        runs.check(name, forward, f"step {step.index}")
+                    is_met = forward.denoiser == targets[name][0] and edit.is_for(step.index, forward.roles)
+                    if is_met and (reason := runs.check(name, forward, f"step {step.index}")):
+                        raise UsageError(f"{name}: {reason}")
 
         on_forward = partial(find_layouts, places=places, known=self._known)
         idle = dict.fromkeys(targets, "never ran")  # until it has been edited
@@ -404,12 +421,11 @@ class HookedDiffusionModel:
             raise UsageError(f"there are no {missing.pop()}itional rows to edit in this generation; is guidance off?")
         return first.P, first.R // first.P, finder.known if needs_roles else None
 
-    def watch(
-        self, P=1, n=1, on_forward=None, on_step=None, plan=None, replace=None, row_seeds=None, rehearsal=False, roles=None
-    ):
-        """Context in which a sampling of P prompts x n images is followed, see `trace.Sampling`, which it yields."""
-        options = (on_forward, on_step, plan, replace, row_seeds, rehearsal, roles)
-        return Sampling(self.denoisers, self.schedulers, P, n, *options).watch()
+    def watch(self, P=1, n=1, on_forward=None, on_step=None, **options):
+        """Context in which a sampling of P prompts x n images is followed; options: further fields of `trace.Sampling`, which it
+        yields.
+        """
+        return Sampling(self.denoisers, self.schedulers, P, n, on_forward, on_step, **options).watch()
 
 
 def raw(function, name, idle):

@@ -7,6 +7,7 @@ gets no noise. With noise on the text embeddings, those that change besides are 
 rows, the first axis is no batch axis. Which axis is the width is known from the layers that made a tensor of its shape.
 """
 
+import hashlib
 import inspect
 import itertools
 import math
@@ -220,12 +221,13 @@ class Runs(NamedTuple):
     text: Run  # noise on the text embeddings
     has_text: bool
     attention_is_local: bool  # or the model's attention was never met
+    idle: dict  # {hook_name: why it can't be hooked} of modules that ran in some of the calls only
 
 
 def probe(root, forward, places, known):
     """Call the denoiser `root` on the arguments of `forward`, changed in several ways, and look at `places`.
 
-    Raises UsageError where a call is not the first one's like, since something is kept between calls.
+    Raises UsageError where a module is called without being run, since something is kept between calls.
     """
     rows, sample, time = forward.rows, sample_name(root), time_parameter(root)
     half, attention = (rows + 1) // 2, LocalAttention()
@@ -236,15 +238,17 @@ def probe(root, forward, places, known):
     targets = {name: (forward.denoiser, module) for (_, name), module in modules.items()}
     runs = RunWatch(targets, {forward.denoiser: root}, known)
 
-    trials = itertools.count(1)
+    trials, idle = itertools.count(1), {}
 
     def run(changes):
         trial = SimpleNamespace(ran=set(), skipped=None)
         with ExitStack() as stack:
             runs.listen(stack, SimpleNamespace(current=trial))
             found = Run(root, rows, modules).call(forward, changes, attention)
+        when = f"trial run {next(trials)} of the denoiser"
         for name in targets:
-            runs.check(name, trial, f"trial run {next(trials)} of the denoiser")
+            if reason := runs.check(name, trial, when):
+                idle.setdefault(name, reason)
         return found
 
     with bare(root):
@@ -252,12 +256,14 @@ def probe(root, forward, places, known):
         upper = run({sample: disturb(forward.sample, range(half), forward.sampled)})
         lower = run({sample: disturb(forward.sample, range(half, rows), forward.sampled)}) if rows > 1 else plain
         texts = run(text) if any(stream == "text" for _, _, stream in places) else plain
-    return Runs(plain, upper, lower, texts, has_text, attention.calls > 0)
+    return Runs(plain, upper, lower, texts, has_text, attention.calls > 0, idle)
 
 
 def locate(runs, forward, place):
     """Where the tokens of a place, (side, hook_name, stream), are: a Layout, or NotHookable."""
     side, hook_name, stream = place
+    if hook_name in runs.idle:
+        return NotHookable(runs.idle[hook_name])
     seen = [run.seen.get((side, hook_name), ()) for run in runs[:4]]
     if seen[0] == ():
         return NEVER_RAN
@@ -351,12 +357,17 @@ def sampled_key(forward):
 
 
 def note_sampled(known, forward, before):
-    """Keep in `known` which numbers of a row of a denoiser's first argument are sampled: those not as a step `before`."""
+    """Keep in `known` which numbers of a row of a denoiser's first argument are sampled: those not as a step `before`.
+
+    Beside this mask stands its digest, which is the same for an equal mask.
+    """
     if forward.sample.shape != before.shape:
         return
     part = (forward.sample != before).any(0)
     if part.any() and not part.all():
-        known[sampled_key(forward)] = part
+        key = sampled_key(forward)
+        known[key] = part
+        known["digest", key] = hashlib.sha256(part.cpu().numpy().tobytes()).digest()
 
 
 def describe(value):
@@ -386,12 +397,13 @@ def find_layouts(forward, module, places, known):
         return
     root = unwrap(module)
     time = time_parameter(root)
-    forward.sampled = known.get(sampled_key(forward))
+    sampled = sampled_key(forward)
+    forward.sampled = known.get(sampled)
     key = (
         forward.denoiser,
         forward.rows,
         describe({k: v for k, v in forward.arguments.items() if k != time}),
-        id(forward.sampled),
+        known.get(("digest", sampled)),
     )
     if missing := {place: module for place, module in places.items() if (key, place) not in known}:
         runs = probe(root, forward, missing, known)

@@ -135,7 +135,8 @@ class Recorder:
             for suffix, role in self.roles.items():
                 if (denoiser, role) not in chunks:
                     continue
-                self.runs.check(name, chunks[denoiser, role][0], f"step {step.index}")
+                if reason := self.runs.check(name, chunks[denoiser, role][0], f"step {step.index}"):
+                    self.failed[name] = reason
                 if name not in self.failed:
                     for side in self.sides:
                         self._keep(name, side, suffix, *chunks[denoiser, role], step.index, time)

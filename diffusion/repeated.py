@@ -66,7 +66,11 @@ class RunWatch:
         return key is not None and self.given.setdefault(module, {}).setdefault(key, value) != value
 
     def check(self, name, forward, when):
-        """UsageError if a target did not run in a forward, or nothing inside it did, and in others it does. when: "step 3"."""
+        """Why a target can't be kept or edited: it did not run in a forward, and in others it does. None if it can.
+
+        when: where the forward belongs to, such as "step 3".
+        Raises UsageError for a module that was called without being run, since what it gives back may be stale.
+        """
         if forward.skipped is not None:
             raise UsageError(
                 f"{forward.skipped} was skipped in {when} or before: its `forward` was replaced on the instance, or a cache "
@@ -74,12 +78,13 @@ class RunWatch:
             )
         ran = name in forward.ran
         ran_first, first = self.first.setdefault(name, (ran, when))
-        if ran != ran_first:
-            idle, busy = (when, first) if ran_first else (first, when)
-            raise UsageError(
-                f"{name} did not run in {idle}, and it ran in {busy}: a cache skips it, or its denoiser does not need it in "
-                "every step; switch the cache off, or hook another module"
-            )
+        if ran == ran_first:
+            return None
+        idle, busy = (when, first) if ran_first else (first, when)
+        return (
+            f"did not run in {idle}, and it ran in {busy}: a cache skips it, or its denoiser does not need it in every step; "
+            "switch the cache off, or hook another module"
+        )
 
 
 def is_replaced(module):

@@ -111,8 +111,9 @@ class Sampling:
     plan: dict | None = None  # another sampling's `roles.known`: forwards have their roles from it while they run
     replace: Callable | None = None  # replace(next timestep or None, scheduler) -> what takes the place of its result
     row_seeds: list | None = None  # one per row: noise that the scheduler draws without a generator is each row's own
-    rehearsal: bool = False  # a dry run: a scheduler whose random numbers no seed reaches is refused
+    rehearsal: bool = False  # a dry run
     roles: RoleFinder | None = None  # labels the rows of each step; None where nobody asks
+    repeatable: list | None = None  # schedulers that draw no random numbers beyond seeds; others are refused. None: nobody asks
 
     R: int | None = field(init=False)  # rows a chunk: prompts x images per prompt
     current: Forward | None = field(default=None, init=False)
@@ -242,11 +243,15 @@ class Sampling:
             self.called |= {f.denoiser for f in forwards}
             model_output, timestep, sample = values_of_step(signature, scheduler, *args, **kwargs)
             timesteps = self._find_position(scheduler, timestep)
-            if self.rehearsal and self.index == 0:
+            if self.repeatable is not None and self.index == 0 and scheduler not in self.repeatable:
                 rest = timesteps[self._position :] if self._position is not None else [timestep]
                 self.paused = True  # should it call the denoiser
-                check_repeatable(original, scheduler, args, kwargs, timestep, sample, rest)
-                self.paused = False
+                try:
+                    check_repeatable(original, scheduler, args, kwargs, timestep, sample, rest)
+                finally:
+                    self.paused = False
+                if scheduler in self.schedulers:  # no copy, of which each generation may make another
+                    self.repeatable.append(scheduler)
             self._check_time(forwards, timestep)
             self._close(forwards, scheduler, model_output, timestep, sample)
             self.index += 1

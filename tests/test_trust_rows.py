@@ -20,6 +20,7 @@ from tiny import (
     tiny_vae,
 )
 
+from diffusion import locate
 from hook import Edit, HookedDiffusionModel
 
 pytestmark = pytest.mark.slow
@@ -382,6 +383,18 @@ def test_tokens_of_a_reference_image_are_not_the_images(name, steps):
     assert shapes == {(1, 12, 32)}
 
 
+def test_tokens_are_looked_for_once_whatever_the_options(monkeypatch):
+    """What of the denoiser's input is sampled is seen again with other options, and is the same."""
+    probes, probe = [], locate.probe
+    monkeypatch.setattr(locate, "probe", lambda *args: probes.append(1) or probe(*args))
+    hooked, name = HookedDiffusionModel.from_pipeline(build(kontext)), "transformer_blocks.0"
+    for steps in (2, 3, 4):
+        options = generate_options(1, kontext, num_inference_steps=steps)
+        _, cache = hooked.run_with_cache(name, options.pop("prompt"), **options)
+        assert cache["grid"][name] == (3, 4)
+    assert len(probes) == 1
+
+
 def test_tokens_of_a_reference_image_in_ones_own_loop_are_refused():
     pipe, name = build(kontext), "transformer_blocks.0"
     hooked = HookedDiffusionModel.from_pipeline(pipe)
@@ -482,6 +495,56 @@ def test_steps_that_are_not_recorded_may_be_skipped():
     pipe.unet.get_submodule(HOOK).register_forward_hook(lambda module, args, output: seen.append(output[0][2:].clone()))
     _, cache = hooked.run_with_cache(HOOK, PROMPTS[:2], **options)
     assert torch.equal(cache["output"][HOOK], torch.stack([map_tokens(x) for x in seen[::3]], 1))
+
+
+class Late(torch.nn.Module):
+    """A denoiser with a module that only runs in the second half of the sampling."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.late = (torch.nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
+
+    def forward(self, x, t):
+        x = self.b(self.a(x))
+        return self.late(x) if t < 500 else x
+
+
+@pytest.mark.parametrize("times", [(900.0, 600.0, 300.0), (300.0, 600.0)])
+def test_a_glob_leaves_out_what_does_not_run_in_every_step(times):
+    """And its name, spelt out, is refused."""
+
+    def sample(positions):
+        model, scheduler, x = Late(), Euler(), torch.randn(2, 3, 4, 5)
+        with torch.no_grad(), HookedDiffusionModel(model, scheduler).cache(positions, 2) as cache:
+            for t in times:
+                x = scheduler.step(model(x, t), t, x)
+        return cache
+
+    assert sorted(sample("*")["output"]) == ["a", "b"]
+    with pytest.raises(ValueError, match="late: did not run in step"):
+        sample(["a", "late"])
+
+
+class Gated(Late):
+    """The module runs where the sample is on average what it was at first."""
+
+    usual = None
+
+    def forward(self, x, t):
+        self.usual = x.mean() if self.usual is None else self.usual
+        return super().forward(x, 0 if x.mean() == self.usual else 999)
+
+
+def test_a_glob_leaves_out_what_runs_in_some_trials_only():
+    def layouts(positions):
+        model, x = Gated(), torch.randn(2, 3, 4, 5)
+        with torch.no_grad(), HookedDiffusionModel(model, Euler()).cache(positions, 2) as cache:
+            Euler().step(model(x, 900.0), 900.0, x)
+        return sorted(cache["output"])
+
+    assert layouts("*") == ["a", "b"]
+    with pytest.raises(ValueError, match="late: did not run in trial run 2 of the denoiser, and it ran in trial run 1"):
+        layouts("late")
 
 
 @pytest.mark.parametrize("config", ["PyramidAttentionBroadcastConfig", "FasterCacheConfig", "FirstBlockCacheConfig"])

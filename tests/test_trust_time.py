@@ -381,6 +381,70 @@ def test_random_numbers_that_no_seed_reaches_are_refused(when):
         hooked.run_with_hooks({HOOK: Edit(lambda x: x)}, PROMPTS[:2], **options)
 
 
+class InPlace(diffusers.DDIMScheduler):
+    """A scheduler that writes its result into the sample, and scales the prediction in place."""
+
+    draw = None
+
+    def step(self, model_output, timestep, sample, **kwargs):
+        model_output *= 0.5
+        sample.copy_(super().step(model_output, timestep, sample, **kwargs)[0])
+        if self.draw is not None:
+            sample += self.draw(sample)
+        return (sample,)
+
+
+def in_place():
+    hooked = HookedDiffusionModel.from_pipeline(build(sd15, scheduler=InPlace(clip_sample=False, steps_offset=1)))
+    return hooked, generate_options(2, num_inference_steps=3)
+
+
+def test_looking_for_random_numbers_leaves_the_sample_alone():
+    hooked, options = in_place()
+    expected = options["generator"][0].clone_state(), options["generator"][1].clone_state()
+    sample = hooked.first_sample(PROMPTS[:2], **options)
+    size = sample.shape[1:]
+    noise = torch.cat([torch.randn(1, *size, generator=generator) for generator in expected])
+    assert torch.equal(sample, noise * hooked.pipe.scheduler.init_noise_sigma)
+
+
+def test_random_numbers_of_a_scheduler_that_steps_in_place_are_refused():
+    hooked, options = in_place()
+    hooked.pipe.scheduler.draw = lambda x: torch.as_tensor(np.random.default_rng().normal(size=x.shape)).to(x)
+    with pytest.raises(ValueError, match="InPlace draws random numbers that no seed reaches"):
+        hooked.first_step(HOOK, PROMPTS[:2], **options)
+
+
+def test_a_scheduler_is_looked_at_once_for_all_batches(monkeypatch):
+    """The steps that are made in it are those of the rest of the loop, and a dry step needs none of them."""
+    steps, step = [], diffusers.DDIMScheduler.step
+
+    def counted(self, *args, **kwargs):
+        steps.append(1)
+        return step(self, *args, **kwargs)
+
+    hooked = HookedDiffusionModel.from_pipeline(build(sd15))
+    monkeypatch.setattr(diffusers.DDIMScheduler, "step", counted)
+    counts = []
+    for prompts in (PROMPTS[:2], PROMPTS[1:], PROMPTS[:1]):
+        hooked.first_step(HOOK, prompts, **generate_options(len(prompts), num_inference_steps=7))
+        counts.append(len(steps))
+    assert counts == [14, 14, 14]
+    hooked.pipe.scheduler = hooked.schedulers[0] = Noisy(lambda n: np.random.default_rng().normal(size=n))
+    with pytest.raises(ValueError, match="Noisy draws random numbers that no seed reaches"):
+        hooked.first_step(HOOK, PROMPTS[:2], **generate_options(2, num_inference_steps=7))
+
+
+class NotCopied(diffusers.DDIMScheduler):
+    def __deepcopy__(self, memo):
+        raise ValueError("this scheduler can't be copied")
+
+
+def test_a_scheduler_that_cannot_be_copied_is_not_looked_at():
+    hooked = HookedDiffusionModel.from_pipeline(build(sd15, scheduler=NotCopied(clip_sample=False, steps_offset=1)))
+    assert HOOK in hooked.first_step(HOOK, PROMPTS[:2], **generate_options(2))["output"]
+
+
 def test_the_brownian_tree_of_a_scheduler_is_seeded():
     pytest.importorskip("torchsde")
     pipe = build(sd15, scheduler=diffusers.DPMSolverSDEScheduler(use_karras_sigmas=True))
