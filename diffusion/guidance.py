@@ -114,6 +114,7 @@ class RoleFinder:
 
     undecided: dict = field(default_factory=dict, init=False)  # {pattern: steps, each a list of forwards, without roles}
     _before: dict = field(default_factory=dict, init=False)  # {pattern: {role: `Rows` in the last step}}
+    _alike: dict = field(default_factory=dict, init=False)  # {pattern: whether the passes differ in none of its undecided steps}
     _met: set = field(default_factory=set, init=False)  # patterns of this sampling
 
     def label(self, forwards, model_output, R):
@@ -128,6 +129,7 @@ class RoleFinder:
         roles = self.known.get(pattern)
         if roles is None:
             self.undecided.setdefault(pattern, []).append(forwards)
+            self._alike[pattern] = self._alike.get(pattern, True) and are_alike(chunks_of(forwards, model_output, R))
             return
         for step in [*self.undecided.pop(pattern, []), forwards]:
             for f, of_it in zip(step, roles):
@@ -171,13 +173,30 @@ class RoleFinder:
                 raise UsageError("the conditional and the unconditional pass change places between two steps: " + SAY_ORDER)
 
     def check_decided(self):
-        """UsageError if there are steps whose rows no step has told."""
+        """UsageError if no step has told some rows, unless the passes differ in none: any label is right then."""
+        for pattern in [pattern for pattern in self.undecided if self._alike[pattern]]:
+            self._label_alike(pattern)
         if self.undecided:
             raise UsageError(
                 "can't tell conditional from unconditional rows: the prompts of this sampling can't be changed to see what "
                 "depends on them, and in no step the guidance scale was above 1 with two different predictions (it was between "
                 "0 and 1, or is the last layer still zero?): " + SAY_ORDER
             )
+
+    def _label_alike(self, pattern):
+        """As for an empty prompt beside an empty negative prompt: call the first pass unconditional, the last conditional."""
+        steps = self.undecided.pop(pattern)
+        roles, left = [], sum(round(chunks) for _, chunks, _ in pattern)
+        for _, chunks, _ in pattern:
+            of_forward = []
+            for _ in range(round(chunks)):
+                left -= 1
+                of_forward.append("cond" if left == 0 else "other" if roles or of_forward else "uncond")
+            roles.append(of_forward)
+        self.known[pattern] = roles
+        for step in steps:
+            for f, of_it in zip(step, roles):
+                f.roles = of_it
 
 
 def check_order(order):
@@ -217,6 +236,15 @@ def moved(a, b):
     return not same([x[a.rows] for x in of_a], [x[b.rows] for x in of_b])
 
 
+def chunks_of(forwards, model_output, R):
+    """The chunks of a step's forwards, with their weights in its model output."""
+    chunks = [Chunk(f, slice(c * R, (c + 1) * R)) for f in forwards for c in range(f.rows // R)]
+    if len(chunks) < 2 or any(c.forward.output is None for c in chunks):
+        return chunks
+    weights, certain = guidance_weights([c.output for c in chunks], model_output)
+    return [replace(c, weight=weight, certain=of_it) for c, weight, of_it in zip(chunks, weights, certain)]
+
+
 def find_roles(forwards, model_output, R, order=None, passes=None):
     """Which rows of one step's forwards are conditional, `R` rows a chunk: (roles, by_weights, sure).
 
@@ -229,16 +257,13 @@ def find_roles(forwards, model_output, R, order=None, passes=None):
     """
     if order is None and all(f.context in CONTEXTS and f.rows == R for f in forwards):
         return [[CONTEXTS[f.context]] for f in forwards], None, True
-    chunks = [Chunk(f, slice(c * R, (c + 1) * R)) for f in forwards for c in range(f.rows // R)]
+    chunks = chunks_of(forwards, model_output, R)
     used = {f.denoiser for f in forwards}
-    if len(chunks) > 1 and all(c.forward.output is not None for c in chunks):
-        weights, certain = guidance_weights([c.output for c in chunks], model_output)
-        chunks = [replace(c, weight=weight, certain=of_it) for c, weight, of_it in zip(chunks, weights, certain)]
-        if len(used) > 1:
-            sizes = [abs(c.weight) * c.output.norm().item() for c in chunks]
-            if max(sizes) <= 1e-6 * max(c.output.norm().item() for c in chunks):
-                return None, None, False  # guidance left nothing of any network
-            used = {c.forward.denoiser for c, size in zip(chunks, sizes) if size >= 1e-3 * max(sizes)}
+    if len(used) > 1 and all(c.forward.output is not None for c in chunks):
+        sizes = [abs(c.weight) * c.output.norm().item() for c in chunks]
+        if max(sizes) <= 1e-6 * max(c.output.norm().item() for c in chunks):
+            return None, None, False  # guidance left nothing of any network
+        used = {c.forward.denoiser for c, size in zip(chunks, sizes) if size >= 1e-3 * max(sizes)}
     for f in forwards:
         if f.denoiser in used and f.rows % R:
             raise UsageError(
@@ -303,14 +328,24 @@ def roles_by_prompt(chunks, prompted):
 
 def roles_by_guidance(chunks, favoured):
     """(roles, sure), or (None, False) where this step does not tell."""
-    if all(same(c.conditioning, chunks[0].conditioning) for c in chunks) and not all(c.certain for c in chunks):
-        cond, sure = chunks[-1], True  # an empty prompt has the rows of the empty negative prompt: any label is right
-    else:
-        varying = [c for c in chunks if c.varies and c not in subtracted(chunks)]
-        cond, sure = favoured or (varying[0] if len(varying) == 1 else None), False
+    if are_alike(chunks):
+        return None, False  # another step may tell; `RoleFinder.check_decided` knows what to do if none does
+    less = subtracted(chunks)
+    if less and any(c.varies for c in chunks) and all(c in less for c in chunks if c.varies):
+        raise UsageError(
+            "can't tell conditional from unconditional rows: guidance subtracts the only rows that vary from prompt to prompt (is "
+            "its scale below 0, or do only the negative prompts differ?): " + SAY_ORDER
+        )
+    varying = [c for c in chunks if c.varies and c not in less]
+    cond = favoured or (varying[0] if len(varying) == 1 else None)
     if cond is None:
         return None, False
-    return {find_unconditional(chunks, cond): "uncond", cond: "cond"}, sure
+    return {find_unconditional(chunks, cond): "uncond", cond: "cond"}, False
+
+
+def are_alike(chunks):
+    """Whether all passes have the same conditioning, and predictions that can't be told apart."""
+    return all(same(c.conditioning, chunks[0].conditioning) for c in chunks) and not all(c.certain for c in chunks)
 
 
 def subtracted(chunks):
@@ -322,11 +357,13 @@ def subtracted(chunks):
 def favoured_by_guidance(chunks, candidates=None):
     """The only chunk, of the candidates, that guidance adds while it subtracts others; None where there is no such one.
 
-    Where the conditioning of some varies from row to row, it is one of those.
+    Where the conditioning of some varies from row to row, it is one of those; None where guidance subtracts all of those, as a
+    scale below 0 does.
     """
     less = subtracted(chunks)
     left = [c for c in (candidates or chunks) if less and c not in less]
-    left = [c for c in left if c.varies] or left
+    if any(c.varies for c in chunks):
+        left = [c for c in left if c.varies]
     return left[0] if len(left) == 1 else None
 
 

@@ -214,18 +214,21 @@ def test_asking_leaves_no_trace(pipe):
 # ------------------------------------------------------------------------------------------------------------ loops of one's own
 
 
-def own_loop(scales, order=None, swap_at=None, n=1, cond_rows="out", same_text=False):
+def own_loop(scales, order=None, swap_at=None, n=1, cond_rows="out", same_text=False, one_null=False, places="uc", null_until=0):
     """A guided loop of one's own, u, c: (rows that were kept, conditional ones by hand)."""
     torch.manual_seed(0)
     model, scheduler, seen = Denoiser(), Euler(), []
     text = {"u": torch.randn(n, 5), "c": torch.randn(n, 5)}
     if same_text:
         text["c"] = text["c"][:1].expand(n, 5)
+    if one_null:
+        text["u"] = text["u"][:1].expand(n, 5)
     x = torch.randn(n, 3, 4, 5)
     with torch.no_grad(), HookedDiffusionModel(model, scheduler).cache("out", n, order=order) as cache:
         for i, scale in enumerate(scales):
-            names = "cu" if i == swap_at else "uc"
-            out = dict(zip(names, model(torch.cat([x, x]), 9.0 - i, torch.cat([text[name] for name in names])).chunk(2)))
+            names = places[::-1] if i == swap_at else places
+            given = torch.cat([text["u" if i < null_until else name] for name in names])
+            out = dict(zip(names, model(torch.cat([x, x]), 9.0 - i, given).chunk(2)))
             seen.append(map_tokens(out["c"]))
             x = scheduler.step(out["u"] + scale * (out["c"] - out["u"]), 9.0 - i, x)
     return cache["output"]["out"], torch.stack(seen, 1)
@@ -248,8 +251,27 @@ def test_a_loop_whose_guidance_never_tells_is_refused_unless_the_order_is_said(s
 )
 def test_steps_that_disagree_are_refused(scales, options):
     """The second has one prompt with two negative ones: its unconditional rows vary, and the conditional ones do not."""
-    with pytest.raises(ValueError, match="otherwise than an earlier step"):
+    said = "otherwise than an earlier step|guidance subtracts the only rows that vary"
+    with pytest.raises(ValueError, match=said):
         own_loop(scales, **options)
+
+
+@pytest.mark.parametrize("scale", [-1.0, -4.0])
+def test_a_scale_below_0_is_refused_where_prompts_tell(scale):
+    """Of two prompts, with one unconditional text, the rows that vary are the conditional ones, and guidance subtracts them."""
+    with pytest.raises(ValueError, match="guidance subtracts the only rows that vary"):
+        own_loop((scale, scale), n=2, one_null=True)
+    assert torch.equal(*own_loop((scale, scale), n=2, one_null=True, order=("uncond", "cond")))
+
+
+@pytest.mark.parametrize("places", ["uc", "cu"])
+@pytest.mark.parametrize("n", [1, 2])
+def test_passes_that_are_equal_in_some_steps_are_told_by_the_others(n, places):
+    """Guidance in a limited interval: before it both passes have the unconditional text, and any label would do there."""
+    kept, conditional = own_loop((5.0, 5.0, 5.0), n=n, places=places, null_until=1)
+    assert torch.equal(kept, conditional)
+    kept, conditional = own_loop((5.0, 5.0), n=n, places=places, null_until=2)  # in no step
+    assert torch.equal(kept, conditional)
 
 
 def test_an_order_that_does_not_fit_is_refused():
