@@ -330,13 +330,7 @@ def roles_by_guidance(chunks, favoured):
     """(roles, sure), or (None, False) where this step does not tell."""
     if are_alike(chunks):
         return None, False  # another step may tell; `RoleFinder.check_decided` knows what to do if none does
-    less = subtracted(chunks)
-    if less and any(c.varies for c in chunks) and all(c in less for c in chunks if c.varies):
-        raise UsageError(
-            "can't tell conditional from unconditional rows: guidance subtracts the only rows that vary from prompt to prompt (is "
-            "its scale below 0, or do only the negative prompts differ?): " + SAY_ORDER
-        )
-    varying = [c for c in chunks if c.varies and c not in less]
+    varying = [c for c in chunks if c.varies and c not in subtracted(chunks)]
     cond = favoured or (varying[0] if len(varying) == 1 else None)
     if cond is None:
         return None, False
@@ -357,13 +351,12 @@ def subtracted(chunks):
 def favoured_by_guidance(chunks, candidates=None):
     """The only chunk, of the candidates, that guidance adds while it subtracts others; None where there is no such one.
 
-    Where the conditioning of some varies from row to row, it is one of those; None where guidance subtracts all of those, as a
-    scale below 0 does.
+    Where the conditioning of some varies from row to row, it is one of those. The scale is taken for one above 0: with one below,
+    the weights of the two passes are those of a scale above 1 with the passes exchanged, and only `order` can tell.
     """
     less = subtracted(chunks)
     left = [c for c in (candidates or chunks) if less and c not in less]
-    if any(c.varies for c in chunks):
-        left = [c for c in left if c.varies]
+    left = [c for c in left if c.varies] or left
     return left[0] if len(left) == 1 else None
 
 

@@ -4,21 +4,18 @@
         hooked.first_step(...)                    # or anything else in which the pipeline encodes prompts
     seen = SeenText(calls, prompts)               # prompts: those that were encoded
     seen.text("a long prompt ...")                # as far as any of the text encoders receives it
-    seen.key("a long prompt ...")                 # the same for prompts whose token ids are the same
 
 How a pipeline calls its tokenizers, with which template and up to which length, is seen from the calls themselves. Where none was
 seen, as with a denoiser of one's own, a prompt counts as seen whole.
 """
 
-import hashlib
-import json
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import NamedTuple
 
-from store.words import word_ends
+from store.words import is_one_word, word_ends
 
 
 class TokenizerCall(NamedTuple):
@@ -44,12 +41,6 @@ class Encoding(NamedTuple):
 
     limit: int | None
     """Tokens at most; None where the tokenizer does not cut."""
-
-    def ids(self, prompt: str) -> list[int]:
-        """The token ids that the text encoder receives, without padding."""
-        text = f"{self.before}{self.prepared(prompt)}{self.after}"
-        cut = {} if self.limit is None else {"truncation": True, "max_length": self.limit}
-        return self.tokenizer(text, verbose=False, **cut)["input_ids"]
 
     def end(self, prompt: str) -> int:
         """How many characters of a prompt, in whole words, fit in."""
@@ -122,15 +113,6 @@ class SeenText:
             return prompt
         return prompt[: max(encoding.end(prompt) for encoding in self.encodings)]
 
-    def key(self, prompt: str) -> str:
-        """16 hexadecimal digits, the same for two prompts that the model can't tell apart.
-
-        They are a hash of the token ids; where no tokenizer is known, of the text without case and repeated white space.
-        """
-        ids = [list(encoding.ids(prompt)) for encoding in self.encodings]
-        known = json.dumps(ids) if ids else " ".join(prompt.casefold().split())
-        return hashlib.sha256(known.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-
 
 def find_encoding(call: TokenizerCall, text: str, prompts: list[str]) -> Encoding | None:
     """How the text of a call was made of one of the prompts; None if it was made of something else."""
@@ -140,7 +122,21 @@ def find_encoding(call: TokenizerCall, text: str, prompts: list[str]) -> Encodin
     for is_lowered in (False, True):
         for prompt in sorted(set(prompts), key=len, reverse=True):  # one may be a part of another
             prepared = prompt.strip().lower() if is_lowered else prompt
-            if prepared.strip() and prepared in text:
-                before, _, after = text.partition(prepared)
+            start = find_words(text, prepared) if prepared.strip() else None
+            if start is not None:
+                before, after = text[:start], text[start + len(prepared) :]
                 return Encoding(call.tokenizer, before, after, is_lowered, limit)
+    return None
+
+
+def find_words(text: str, part: str) -> int | None:
+    """Where a part begins in a text without cutting a word of it in two; None if it does not stand there so."""
+    start = text.find(part)
+    while start >= 0:
+        end = start + len(part)
+        cuts_before = is_one_word(text[max(start - 1, 0) : start], part[0])
+        cuts_after = is_one_word(part[-1], text[end : end + 1])
+        if not (cuts_before or cuts_after):
+            return start
+        start = text.find(part, start + 1)
     return None

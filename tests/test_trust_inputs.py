@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ import train
 from analysis.concepts import contrast, saeuron, scaled, toward, with_word
 from analysis.feature_edits import Target, Typical
 from analysis.metrics import Metrics, usual_scale
-from diffusion.seen_text import SeenText, watch_tokenizers
+from diffusion.seen_text import SeenText, TokenizerCall, watch_tokenizers
 from errors import UsageError
 from sae import Sae
 from store import hub
@@ -362,7 +363,7 @@ def test_words_with_accents_and_signs_stay_whole():
 
 @pytest.mark.parametrize("recipe", [sd15, sdxl, flux, lumina2], ids=lambda f: f.__name__)
 def test_the_text_that_the_encoders_receive(recipe):
-    """A long prompt gives the encoders the ids that `Encoding.ids` says, and no other word would fit in."""
+    """A long prompt gives the encoders the ids of its `Encoding`, cut at its limit, and no other word would fit in."""
     pipe = build(recipe)
     prompt, received = " ".join(f"w{i}" for i in range(400)), []
     listen = lambda module, args, kwargs: received.append(kwargs.get("input_ids", args[0] if args else None))
@@ -374,21 +375,35 @@ def test_the_text_that_the_encoders_receive(recipe):
     seen, rows = SeenText(calls, [prompt]), [row.tolist() for ids in received for row in ids]
     assert seen.encodings and calls
     for encoding in seen.encodings:
-        ids = list(encoding.ids(prompt))
+        whole = f"{encoding.before}{encoding.prepared(prompt)}{encoding.after}"
+        ids = list(encoding.tokenizer(whole, truncation=True, max_length=encoding.limit)["input_ids"])
         assert any(row[: len(ids)] == ids for row in rows) and len(ids) <= encoding.limit
     text = seen.text(prompt)
     more = prompt[: len(text)] + prompt[len(text) :].partition(" w")[0] + " w999"
     assert 0 < len(text) < len(prompt) and prompt.startswith(f"{text} ") and seen.text(more) == text
     assert seen.text("a red fox") == "a red fox"
-    assert seen.key(prompt) == seen.key(f"{prompt} and more") != seen.key("a red fox")
     calls.clear()
     pipe.tokenizer("a red fox")
     assert not calls  # they are not watched any more
 
 
-def test_keys_without_a_tokenizer():
-    seen = SeenText([], [])
-    assert seen.key(" A  red fox ") == seen.key("a red fox") != seen.key("a red box") and seen.text("a fox") == "a fox"
+def test_without_a_tokenizer_all_is_seen():
+    assert SeenText([], []).text("a fox") == "a fox"
+
+
+@pytest.mark.parametrize(
+    "text, before, after",
+    [
+        ("blurred, ugly", None, None),
+        ("reds", None, None),
+        ("blurred, red", "blurred, ", ""),
+        ("say:red<end>", "say:", "<end>"),
+    ],
+)
+def test_a_prompt_is_found_as_whole_words(text, before, after):
+    call = TokenizerCall(SimpleNamespace(model_max_length=77), text, {"truncation": True})
+    found = [(encoding.before, encoding.after) for encoding in SeenText([call], ["red"]).encodings]
+    assert found == ([] if before is None else [(before, after)])
 
 
 LONG = "a picture with very many words that go on and on until the end of what the encoder takes dotted"

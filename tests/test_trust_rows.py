@@ -214,15 +214,13 @@ def test_asking_leaves_no_trace(pipe):
 # ------------------------------------------------------------------------------------------------------------ loops of one's own
 
 
-def own_loop(scales, order=None, swap_at=None, n=1, cond_rows="out", same_text=False, one_null=False, places="uc", null_until=0):
+def own_loop(scales, order=None, swap_at=None, n=1, cond_rows="out", same_text=False, places="uc", null_until=0):
     """A guided loop of one's own, u, c: (rows that were kept, conditional ones by hand)."""
     torch.manual_seed(0)
     model, scheduler, seen = Denoiser(), Euler(), []
     text = {"u": torch.randn(n, 5), "c": torch.randn(n, 5)}
     if same_text:
         text["c"] = text["c"][:1].expand(n, 5)
-    if one_null:
-        text["u"] = text["u"][:1].expand(n, 5)
     x = torch.randn(n, 3, 4, 5)
     with torch.no_grad(), HookedDiffusionModel(model, scheduler).cache("out", n, order=order) as cache:
         for i, scale in enumerate(scales):
@@ -251,17 +249,8 @@ def test_a_loop_whose_guidance_never_tells_is_refused_unless_the_order_is_said(s
 )
 def test_steps_that_disagree_are_refused(scales, options):
     """The second has one prompt with two negative ones: its unconditional rows vary, and the conditional ones do not."""
-    said = "otherwise than an earlier step|guidance subtracts the only rows that vary"
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match="otherwise than an earlier step"):
         own_loop(scales, **options)
-
-
-@pytest.mark.parametrize("scale", [-1.0, -4.0])
-def test_a_scale_below_0_is_refused_where_prompts_tell(scale):
-    """Of two prompts, with one unconditional text, the rows that vary are the conditional ones, and guidance subtracts them."""
-    with pytest.raises(ValueError, match="guidance subtracts the only rows that vary"):
-        own_loop((scale, scale), n=2, one_null=True)
-    assert torch.equal(*own_loop((scale, scale), n=2, one_null=True, order=("uncond", "cond")))
 
 
 @pytest.mark.parametrize("places", ["uc", "cu"])
