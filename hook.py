@@ -202,7 +202,8 @@ class HookedDiffusionModel:
         all modules with so many; `cache["tokens"][hook_name]` (prompts, steps, n) says which.
 
         The prompts of what the body samples can't be changed to see which rows depend on them, as `run_with_cache` does: the
-        guidance of the steps must tell, or else `order`, such as ("uncond", "cond") for the passes of each step.
+        guidance of the steps must tell, or else `order`, such as ("uncond", "cond") for the passes of each step. A scale below 0
+        needs the order: by its weights the two passes are exchanged.
 
         Raises UsageError where a named module does not run exactly once a forward (one found by a glob is left out), or not in
         every step, where what it takes or returns has no batch axis or no such tokens, where unconditional rows are asked for

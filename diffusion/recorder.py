@@ -119,6 +119,10 @@ class Recorder:
         if step.index % self.options.cache_every_n_timesteps:
             return
         self.waiting.append((step, (step.time(), step.sigma())))
+        self._keep_labelled()
+
+    def _keep_labelled(self):
+        """Of the steps that wait, those whose rows are told by now, in their order."""
         while self.waiting and all(f.roles is not None for f in self.waiting[0][0].forwards):
             self._keep_step(*self.waiting.pop(0))
 
@@ -179,6 +183,7 @@ class Recorder:
     def result(self, explicit):
         """The cache, on any thread; raises UsageError for modules that failed, unless a glob found them among others."""
         self.finder.check_decided()
+        self._keep_labelled()
         for event in self.copied.values():
             event.synchronize()
         for name, (denoiser, _) in self.targets.items():

@@ -260,7 +260,7 @@ def test_passes_that_are_equal_in_some_steps_are_told_by_the_others(n, places):
     kept, conditional = own_loop((5.0, 5.0, 5.0), n=n, places=places, null_until=1)
     assert torch.equal(kept, conditional)
     kept, conditional = own_loop((5.0, 5.0), n=n, places=places, null_until=2)  # in no step
-    assert torch.equal(kept, conditional)
+    assert torch.allclose(kept, conditional, atol=1e-5)
 
 
 def test_an_order_that_does_not_fit_is_refused():
