@@ -48,6 +48,8 @@ DICTIONARY_LEARNING = {
 
 # Keys of a description that say how the SAE was trained, what it was trained on, or what is looked at elsewhere in this project.
 # Keys of sparsify (and universal-diffsae), then those of ours. What train.py wrote has a digest of its data besides.
+OURS_EXPORTED = ("side", "stream", "rows", "fingerprint", "model_dtype", "collections", "collected_with")
+OFF_IS_USUAL = {"abs_topk", "batch_topk", "dataset_norm", "jumprelu", "sample_topk", "signed", "skip_connection", "transcode"}
 SPARSIFY_KEYS = {"activation", "expansion_factor", "normalize_decoder", "num_latents", "k", "multi_topk", "d_in"}
 OUR_KEYS = set(
     """
@@ -110,9 +112,10 @@ def find_weights(path):
 
 
 def check_keys(path, cfg, known):
-    """Raise UsageError for a key of a description that is not known and not switched off: it may change what is computed."""
+    """Raise UsageError for a key of a description that is not known and says anything: it may change what is computed."""
     for key, value in cfg.items():
-        if key not in known and value not in (None, False, "none", "", [], {}):
+        says_nothing = value in (None, "none", "", [], {}) or value is False and key in OFF_IS_USUAL
+        if key not in known and not says_nothing:
             raise UsageError(
                 f"{path} says {key} {repr(value)[:60]}, which is not known here and may change what the SAE computes; "
                 "it can't be loaded. If it changes nothing, remove it from a copy of the file"
@@ -193,6 +196,8 @@ def read_saelens(weights):
     tensors = read_tensors(weights, load_file, SAELENS[kind])
     threshold = tensors.get("threshold", torch.zeros(1))
     provenance = {key: metadata[key] for key in ("model_name", "hook_name") if isinstance(metadata.get(key), str)}
+    if isinstance(metadata.get("side"), str):  # an export of ours
+        provenance |= {key: metadata[key] for key in OURS_EXPORTED if key in metadata}
     centred, provenance["saelens"] = bool(cfg.get("apply_b_dec_to_input", True)), cfg
     activation, k = ("topk", k) if kind == "topk" else ("jumprelu", None)
     return Foreign(tensors, activation, k, threshold, centred, rescale, provenance)

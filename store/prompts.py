@@ -38,15 +38,12 @@ def load_prompts(dataset_name, split="train", column=None, negative_prompt=None,
                 choice = ", ".join(row)
                 raise UsageError(f"{dataset_name} has no column {column or 'prompt'!r}; choose with --column from: {choice}")
             negative_column = "negative_prompt" if negative_prompt is None else negative_prompt
-            has_negative = negative_column in row
         where = f"{dataset_name}, row {number}"
         if not isinstance(row.get(column), str):
             raise UsageError(f"{where}: column {column!r} is no text: {row.get(column)!r}")
-        prompt = {"prompt": row[column]}
-        if has_negative:
+        prompt = {"prompt": row[column], "negative_prompt": None}
+        if negative_column in row:
             prompt["negative_prompt"] = text_of(row, negative_column, where)
-        elif negative_prompt is not None:
-            prompt["negative_prompt"] = negative_prompt
         used = (column, negative_column, *OURS)
         prompt |= plain_columns(row, used)
         if "seed" in row and column != "seed":
@@ -54,6 +51,7 @@ def load_prompts(dataset_name, split="train", column=None, negative_prompt=None,
         prompts.append(prompt)
         if len(prompts) == max_num_examples:
             break
+    add_negative_prompts(prompts, negative_prompt)
     if not prompts:
         raise UsageError(f"{dataset_name or 'the data set'} has no prompts")
     check_seeds(prompts, dataset_name)
@@ -124,6 +122,19 @@ def seed_of(row, where):
     return int(value)
 
 
+def add_negative_prompts(prompts, negative_prompt):
+    """Give every prompt the negative one that is None so far: "" if others have one of their own, or else the text for all.
+
+    Where there is neither, no prompt has one.
+    """
+    some = any(prompt["negative_prompt"] is not None for prompt in prompts)
+    for prompt in prompts:
+        if prompt["negative_prompt"] is None:
+            prompt["negative_prompt"] = "" if some else negative_prompt
+        if prompt["negative_prompt"] is None:
+            del prompt["negative_prompt"]
+
+
 def check_seeds(prompts, dataset_name):
     """Raise UsageError if some rows have a seed and others have none."""
     without = [number for number, prompt in enumerate(prompts, 1) if "seed" not in prompt]
@@ -143,6 +154,8 @@ def load_pictures(images, dataset_name=None, split="train", column=None, max_num
     text, and as many paths, bytes or PIL images. Raises UsageError for a folder or column without pictures.
     """
     if os.path.isdir(images):
+        if dataset_name is not None:
+            raise UsageError(f"--images {images} is a folder, whose images have no captions; leave out --dataset_name")
         found = [path for path in Path(images).rglob("*") if path.suffix.lower() in PICTURES]
         found = sorted(path for path in found if not any(map(is_hidden, path.relative_to(images).parts)))[:max_num_examples]
         if not found:
@@ -165,8 +178,9 @@ def load_pictures(images, dataset_name=None, split="train", column=None, max_num
         value, caption = row[images], column or next((c for c in PROMPT_COLUMNS if c in row), None)
         if isinstance(value, dict):
             value = value.get("bytes") or value.get("path")
-        if isinstance(value, str) and not os.path.exists(value):
-            value = str(Path(dataset_name).parent / value)
+        if isinstance(value, str):
+            beside = os.path.join(os.path.dirname(dataset_name), value)  # where a table means, whatever the current folder has
+            value = beside if os.path.exists(beside) or not os.path.exists(value) else value
         if not isinstance(value, (str, bytes)) and not hasattr(value, "convert"):
             raise UsageError(f"{where}: column {images!r} is no picture: {value!r}")
         prompt = {"prompt": text_of(row, caption, where), **plain_columns(row, (caption, *OURS))}

@@ -30,7 +30,7 @@ def patterns() -> tuple[re.Pattern, re.Pattern, re.Pattern]:
 
 def has_word(text: str, word: str) -> bool:
     """Whether a text has a word, or several in a row: not as a part of a longer word, but where words are not set apart."""
-    text, word = (unicodedata.normalize("NFC", part.casefold()) for part in (text, word))
+    text, word = (" ".join(unicodedata.normalize("NFKC", part).casefold().split()) for part in (text, word))
     at = text.find(word)
     while word and at >= 0:
         before, after = text[:at][-1:], text[at + len(word) :][:1]

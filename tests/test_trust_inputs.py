@@ -34,6 +34,7 @@ from analysis.feature_edits import Target, Typical
 from analysis.metrics import Metrics, usual_scale
 from diffusion.seen_text import SeenText, TokenizerCall, watch_tokenizers
 from errors import UsageError
+from hook import HookPoint
 from sae import Sae
 from store import hub
 from store.dataset import Activations, newest_activations, open_activations
@@ -267,6 +268,27 @@ def test_a_sparsify_folder_with_an_unknown_key_is_refused(tmp_path, change):
     change_json(tmp_path / "cfg.json", change)
     with pytest.raises(UsageError, match=f"cfg.json says {list(change)[-1]}.* can't be loaded"):
         Sae.load_from_disk(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["apply_b_dec_to_input", "use_relu", "encoder_bias"])
+def test_a_key_that_is_off_may_change_the_meaning(tmp_path, key):
+    Sae(12, 30, 4).save_to_disk(tmp_path)
+    change_json(tmp_path / "cfg.json", {key: False})
+    with pytest.raises(UsageError, match=f"says {key} False"):
+        Sae.load_from_disk(tmp_path)
+
+
+def test_an_export_for_saelens_comes_back_with_its_hook_point(tmp_path):
+    site = {"hook_name": "mid_block", "side": "diff", "stream": "image", "rows": "uncond", "fingerprint": "a-b"}
+    Sae(12, 30, 4, site | {"model_name": "toy"}).save_to_disk(tmp_path / "sae")
+    export.main(export.Config(sae=str(tmp_path / "sae"), export="saelens", out_dir=str(tmp_path / "exported")))
+    sae = Sae.load_from_disk(tmp_path / "exported")
+    assert sae.hook_point == HookPoint("mid_block", "diff", "image", "uncond") and sae.cfg["fingerprint"] == "a-b"
+
+
+@pytest.mark.parametrize("text", ["a solid red  star", "a RED\u00a0star", "red\nstar", "\uff52\uff45\uff44 star", "a red star"])
+def test_a_concept_of_two_words_whatever_stands_between(text):
+    assert with_word([text, "a blue ring"], " red  star ").tolist() == [True, False]
 
 
 def test_what_changes_nothing_is_loaded(tmp_path):
@@ -802,3 +824,25 @@ def test_a_machine_that_dies_is_noticed(start_group, how, rank):
     said = started[1 - rank].communicate(timeout=40)[1]
     assert started[1 - rank].returncode == 2 and "error: " in said and "the same command resumes\n" in said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("first", [{"prompt": "a"}, {"prompt": "a", "negative_prompt": None}])
+def test_a_negative_prompt_in_a_later_row_counts(tmp_path, first):
+    """Whatever the first row has."""
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in (first, {"prompt": "b", "negative_prompt": "blue", "no": "red"})))
+    assert [row["negative_prompt"] for row in load_prompts(str(path))] == ["", "blue"]
+    assert [row["negative_prompt"] for row in load_prompts(str(path), negative_prompt="no")] == ["", "red"]
+    assert [row["negative_prompt"] for row in load_prompts(str(path), negative_prompt="ugly, blurred")] == ["ugly, blurred"] * 2
+
+
+def test_a_table_means_the_pictures_beside_it(tmp_path, monkeypatch):
+    for folder in ("", "table"):
+        (tmp_path / folder / "pics").mkdir(parents=True)
+        (tmp_path / folder / "pics/0.png").write_bytes(folder.encode())
+    (tmp_path / "table/meta.csv").write_text("file,caption\npics/0.png,a\n")
+    monkeypatch.chdir(tmp_path)
+    _, (source,) = load_pictures("file", "table/meta.csv")
+    assert Path(source).read_bytes() == b"table"
+    with pytest.raises(UsageError, match="whose images have no captions; leave out --dataset_name"):
+        load_pictures("table", "table/meta.csv")
