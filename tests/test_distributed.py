@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -36,7 +37,6 @@ def twenty_updates(case, vectors, latents):
     from kernels.update import SparseUpdate
     from sae import Sae
 
-    update_module.LIST_DEAD_EVERY = 3
     of_sae, of_step = CASES[case]
     k = 3 * TOKENS if of_sae.get("activation") == "sampletopk" else K
     sae = ShardedSae(D, M, k, of_sae, seed=1, latents=latents) if latents.count > 1 else Sae(D, M, k, of_sae, seed=1)
@@ -54,7 +54,8 @@ def twenty_updates(case, vectors, latents):
         part = vectors.part(n // tokens)
         here = slice(part.start * tokens, part.stop * tokens)
         x = x[here].unflatten(0, (part.stop - part.start, tokens)) if tokens > 1 else x[here]
-        forward, norm = update(x, 1e-2, n, i < 5, weights[here])
+        with patch.object(update_module, "LIST_DEAD_EVERY", 3):
+            forward, norm = update(x, 1e-2, n, i < 5, weights[here])
         said.append([forward.loss.item(), norm.item(), float(update.num_listed), float(update.num_dead())])
     return sae, update, said
 

@@ -554,11 +554,14 @@ def test_the_same_command_again_after_a_kill(trained, model_folder, tmp_path, mo
 
 
 def test_leftovers_of_an_unfinished_run_are_nobody_s_result(tmp_path):
-    """One killed before its first file was whole, and one whose options were wrong: the next may have other options."""
+    """After one that failed before it made anything the next may have other options; else they would mix."""
     (tmp_path / "steer.json.partial").write_text('{"options": ')
     (tmp_path / "._steer.png").write_bytes(b"\0")
     claim_folder(tmp_path, "steer.json", {"seed": 0})
+    claim_folder(tmp_path, "steer.json", {"seed": 1})
     (tmp_path / "steer.png").write_bytes(b"half")
+    with pytest.raises(UsageError, match="was made with seed 1, not 0"):
+        claim_folder(tmp_path, "steer.json", {"seed": 0})
     claim_folder(tmp_path, "steer.json", {"seed": 1})
     write_json(tmp_path / "steer.json", {"options": {"seed": 1}})
     claim_folder(tmp_path, "steer.json", {"seed": 1})
