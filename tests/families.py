@@ -49,12 +49,11 @@ def sd3():
     )
 
 
-@called_with(true_cfg_scale=4.0, negative_prompt=blurry, height=12, width=16, max_sequence_length=32)
-def flux():
-    """c then u beside an embedded guidance scale; packed (12, 16)."""
+def flux_parts():
+    """What the pipelines of FLUX.1 are made of."""
     size = dict(num_layers=2, num_single_layers=1, num_attention_heads=2, attention_head_dim=16, patch_size=1, in_channels=16)
     size |= dict(joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8), guidance_embeds=True)
-    return diffusers.FluxPipeline(
+    return dict(
         transformer=diffusers.FluxTransformer2DModel(**size),
         scheduler=flow_matching(),
         vae=tiny_vae(shift_factor=0.0),
@@ -63,6 +62,12 @@ def flux():
         text_encoder_2=t5_encoder(),
         tokenizer_2=t5_tokenizer(),
     )
+
+
+@called_with(true_cfg_scale=4.0, negative_prompt=blurry, height=12, width=16, max_sequence_length=32)
+def flux():
+    """c then u beside an embedded guidance scale; packed (12, 16)."""
+    return diffusers.FluxPipeline(**flux_parts())
 
 
 @called_with(height=16, width=24, max_sequence_length=32, use_resolution_binning=False, clean_caption=False)

@@ -5,19 +5,16 @@ import functools
 import diffusers
 import pytest
 import torch
-from families import flow_matching, sd15_parts
+from families import flux_parts, sd15_parts
 from test_hook import HOOK, Denoiser, Euler
 from tiny import (
     PROMPTS,
     build,
     called_with,
-    clip_text_encoder,
-    clip_tokenizer,
     generate_options,
     sd15,
     t5_encoder,
     t5_tokenizer,
-    tiny_vae,
 )
 
 from diffusion import locate
@@ -360,17 +357,7 @@ def picture(width, height):
 @called_with(image=lambda n: picture(32, 24), height=12, width=16, max_sequence_length=32, _auto_resize=False, max_area=12 * 16)
 def kontext():
     """c alone, with an embedded guidance scale; 12 tokens of the sample, then those of the picture."""
-    size = dict(num_layers=2, num_single_layers=1, num_attention_heads=2, attention_head_dim=16, patch_size=1, in_channels=16)
-    size |= dict(joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8), guidance_embeds=True)
-    return diffusers.FluxKontextPipeline(
-        transformer=diffusers.FluxTransformer2DModel(**size),
-        scheduler=flow_matching(),
-        vae=tiny_vae(shift_factor=0.0),
-        text_encoder=clip_text_encoder(),
-        tokenizer=clip_tokenizer(),
-        text_encoder_2=t5_encoder(),
-        tokenizer_2=t5_tokenizer(),
-    )
+    return diffusers.FluxKontextPipeline(**flux_parts())
 
 
 @pytest.mark.parametrize("steps", [1, 2])
