@@ -4,16 +4,18 @@
     python ablate.py --model_name sd-legacy/stable-diffusion-v1-5 --dataset_name "a cat on a chair" --num_inference_steps 20
     python ablate.py --hook_names "up_blocks.*.attentions.*" mid_block --mode mean --max_num_examples 16
 
-Three ways (`--mode`): skip makes the module's output its input, zero makes it 0, mean makes it its mean over the prompts
-(each half of the guidance on its own), so that what the prompt and the seed decided there is gone and the rest stays.
-All rows are edited, conditional and unconditional, but of each only the image tokens: text of a joint block stays, and so do
-the skip connections of a UNet's down block.
+Three ways (`--mode`): skip makes the module's output its input, zero makes it 0, mean makes it its
+mean over the prompts (each half of the guidance on its own), so that what the prompt and the seed
+decided there is gone and the rest stays. All rows are edited, conditional and unconditional, but of
+each only the image tokens: text of a joint block stays, and so do the skip connections of a UNet's
+down block.
 
 Reads   a diffusers folder or hub id, and prompts, as collect.py does.
 Writes  <out_dir>/ablate.png (rows: hook names, the first untouched; columns: prompts), ablate_ranking.png, ablate.json.
 
-Distances are to the untouched run with the same seeds: |a - b| / |b| of the final latents, and the root mean square over
-pixels and channels of the pictures in [0, 1]. It does not search for combinations of layers.
+Distances are to the untouched run with the same seeds: |a - b| / |b| of the final latents, and the
+root mean square over pixels and channels of the pictures in [0, 1]. It does not search for
+combinations of layers.
 """
 
 from dataclasses import dataclass, field
@@ -37,10 +39,17 @@ SHOWN = 40  # rows of pictures at most, and bars: the hook points that matter mo
 
 @dataclass
 class Config(GenerationConfig):
-    hook_names: list[str] = field(default_factory=lambda: ["**.attentions.*"])  # modules of the denoiser, or globs
-    mode: Literal["skip", "zero", "mean"] = "skip"  # what becomes of the module's output
-    max_num_examples: int = 8  # prompts, all in one batch: the columns of the picture
-    out_dir: str = "ablate"  # folder for the pictures and the numbers
+    hook_names: list[str] = field(default_factory=lambda: ["**.attentions.*"])
+    """Modules of the denoiser, or globs."""
+
+    mode: Literal["skip", "zero", "mean"] = "skip"
+    """What becomes of the module's output."""
+
+    max_num_examples: int = 8
+    """Prompts, all in one batch: the columns of the picture."""
+
+    out_dir: str = "ablate"
+    """Folder for the pictures and the numbers."""
 
 
 EDITS = {
@@ -53,9 +62,13 @@ EDITS = {
 def load_rows(cfg: Config) -> list[dict]:
     """The prompts, each with its seed. Raises UsageError for --mode mean of a single one."""
     dataset_name = cfg.dataset_name or default_dataset(find_model(cfg.model_name))
-    rows = load_prompts(dataset_name, cfg.split, cfg.column, cfg.negative_prompt, cfg.max_num_examples)
+    rows = load_prompts(
+        dataset_name, cfg.split, cfg.column, cfg.negative_prompt, cfg.max_num_examples
+    )
     if cfg.mode == "mean" and len(rows) < 2:
-        raise UsageError("--mode mean needs two prompts or more to take the mean over; raise --max_num_examples")
+        raise UsageError(
+            "--mode mean needs two prompts or more to take the mean over; raise --max_num_examples"
+        )
     return with_seeds(rows, cfg.seed)
 
 
@@ -72,11 +85,18 @@ def load_model(cfg: Config) -> tuple[HookedDiffusionModel, dict]:
 
 
 def describe(name: str, mode: str, first_step: dict) -> dict:
-    """What is known of a hook point before it is ablated. first_step: of `HookedDiffusionModel.first_step`, with inputs."""
+    """What is known of a hook point before it is ablated. first_step: of
+    `HookedDiffusionModel.first_step`, with inputs."""
     before = tuple(first_step["input"][name].shape[2:])
     after = tuple(first_step["output"][name].shape[2:])
     tokens, d = after
-    record = {"hook_name": name, "mode": mode, "grid": first_step["grid"][name], "tokens": tokens, "d": d}
+    record = {
+        "hook_name": name,
+        "mode": mode,
+        "grid": first_step["grid"][name],
+        "tokens": tokens,
+        "d": d,
+    }
     record["mb_per_prompt"] = first_step["num_steps"] * tokens * d * 2 / 1e6
     if mode == "skip" and before != after:
         record["error"] = f"can't be skipped: it turns {before} into {after}"
@@ -86,7 +106,8 @@ def describe(name: str, mode: str, first_step: dict) -> dict:
 def ablate(
     model: HookedDiffusionModel, generation: Generation, records: list[dict], mode: str
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Generate untouched, and with each hook point ablated that can be; its distances are added to its record.
+    """Generate untouched, and with each hook point ablated that can be; its distances are added to
+    its record.
 
     Returns the untouched images (P, 3, H, W) in [0, 1], and {hook_name: images}.
     """
@@ -106,7 +127,8 @@ def ablate(
 
 
 def distances(made: Generated, untouched: Generated) -> tuple[float, float]:
-    """|a - b| / |b| of latents and root mean square difference of images, each the mean over the prompts."""
+    """|a - b| / |b| of latents and root mean square difference of images, each the mean over the
+    prompts."""
     latents, latents_0 = made.sample.float(), untouched.sample.float()
     relative = (latents - latents_0).flatten(1).norm(dim=1) / latents_0.flatten(1).norm(dim=1)
     difference = made.images.float() - untouched.images.float()
@@ -126,7 +148,8 @@ def print_table(done: list[dict], failed: list[dict]) -> None:
 def main(cfg: Config) -> list[Path]:
     """Ablate every hook point; return the files that were written.
 
-    Raises UsageError for an option or prompts that can't be used, and if out_dir holds something else.
+    Raises UsageError for an option or prompts that can't be used, and if out_dir holds something
+    else.
     """
     check_positive(cfg, "max_num_examples", "num_inference_steps")
 
@@ -134,12 +157,18 @@ def main(cfg: Config) -> list[Path]:
     rows = load_rows(cfg)
     model, options = load_model(cfg)
     generation = Generation.from_rows(rows, options)
-    first_step = model.first_step(cfg.hook_names, generation.prompts, save_input=True, **generation.arguments())
+    first_step = model.first_step(
+        cfg.hook_names, generation.prompts, save_input=True, **generation.arguments()
+    )
     records = [describe(name, cfg.mode, first_step) for name in first_step["grid"]]
 
     # 2. A folder that holds nothing else
     out_dir = Path(cfg.out_dir)
-    settings = {name: value for name, value in vars(cfg).items() if name not in ("out_dir", "device", "cpu_offload")}
+    settings = {
+        name: value
+        for name, value in vars(cfg).items()
+        if name not in ("out_dir", "device", "cpu_offload")
+    }
     claim_folder(out_dir, "ablate.json", settings)
 
     # 3. One run untouched, then one per hook point
@@ -150,7 +179,12 @@ def main(cfg: Config) -> list[Path]:
 
     # 4. The table, the numbers and the pictures
     print_table(done, failed)
-    report = {"options": settings, "prompts": generation.prompts, "seeds": generation.seeds, "hooks": done + failed}
+    report = {
+        "options": settings,
+        "prompts": generation.prompts,
+        "seeds": generation.seeds,
+        "hooks": done + failed,
+    }
     written = [out_dir / "ablate.json", out_dir / "ablate.png"]
     write_json(written[0], report)
 

@@ -1,4 +1,5 @@
-"""Stage 2: run a diffusion model on prompts and keep what its layers compute, as plain `.npy` files.
+"""Stage 2: run a diffusion model on prompts and keep what its layers compute, as plain `.npy`
+files.
 
     python collect.py                                                        # the toy, 128 of its prompts
     python collect.py --model_name sd-legacy/stable-diffusion-v1-5 --dataset_name prompts.txt --max_num_examples 2000
@@ -22,13 +23,16 @@ Writes  <out_dir>/<hook_name>[.uncond][.input|.diff][.text].npy, (prompts, steps
         the raster they are, the same for all files of as many; with --save_samples samples.npy, what the scheduler's last
         step gave. With --shard i/n all of this stands in <out_dir>/shard<i>of<n>/.
 
-Real images go through the VAE, get the noise of timesteps spread over the schedule, and through the denoiser once for each,
-without guidance. The pipeline samples for this, its sample being replaced after each step, see diffusion/real_images.py.
+Real images go through the VAE, get the noise of timesteps spread over the schedule, and through the
+denoiser once for each, without guidance. The pipeline samples for this, its sample being replaced
+after each step, see diffusion/real_images.py.
 
-While a batch is generated, the one before it is copied from the GPU, converted and written: two are in memory.
+While a batch is generated, the one before it is copied from the GPU, converted and written: two are
+in memory.
 
-Interrupted, the same command resumes, and the files get the bytes of an undisturbed run, whatever the number of processes. A
-larger --max_num_examples extends a finished collection; a smaller one finishes a stopped collection at that length.
+Interrupted, the same command resumes, and the files get the bytes of an undisturbed run, whatever
+the number of processes. A larger --max_num_examples extends a finished collection; a smaller one
+finishes a stopped collection at that length.
 """
 
 import hashlib
@@ -67,9 +71,23 @@ from store.prompts import default_dataset, load_pictures, load_prompts, with_see
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 DEFAULT_HOOK_NAMES = ("up_blocks.1.attentions.1",)
 FACTS = ("timesteps", "sigmas", "grid")  # of a hook point, the same for every prompt
-SUFFIXES = {"cond": {"cond": ""}, "uncond": {"uncond": ""}, "both": {"cond": "", "uncond": "_uncond"}}  # of a cache's keys
+SUFFIXES = {
+    "cond": {"cond": ""},
+    "uncond": {"uncond": ""},
+    "both": {"cond": "", "uncond": "_uncond"},
+}  # of a cache's keys
 SETTINGS = (  # options that decide the bytes
-    *("images", "variant", "revision", "rows", "side", "stream", "cache_every_n_timesteps", "batch_size", "seed"),
+    *(
+        "images",
+        "variant",
+        "revision",
+        "rows",
+        "side",
+        "stream",
+        "cache_every_n_timesteps",
+        "batch_size",
+        "seed",
+    ),
     *("num_images_per_prompt", "tokens_per_step", "save_images", "save_samples", "shard"),
 )
 VERSIONS = ("torch", "diffusers", "transformers", "numpy")
@@ -77,24 +95,60 @@ VERSIONS = ("torch", "diffusers", "transformers", "numpy")
 
 @dataclass
 class Config(GenerationConfig):
-    hook_names: list[str] = field(default_factory=lambda: list(DEFAULT_HOOK_NAMES))  # modules of the denoiser, or globs
-    list_hooks: bool = False  # print what can be hooked (of --hook_names, if given), with shapes and sizes, and stop
-    max_num_examples: int | None = 128  # prompts (None: all of the data set); a larger number extends
-    num_images_per_prompt: int = 1  # rows a prompt; each with its own seed
-    images: str | None = None  # a folder of images, or the column of --dataset_name that holds them, instead of generating
-    timesteps_per_image: int = 4  # noise levels of each image, spread over the schedule
-    rows: Literal["cond", "uncond", "both"] = "cond"  # of the guidance
-    side: Literal["output", "input", "diff"] = "output"  # of the module (diff: output - input)
-    stream: Literal["image", "text"] = "image"  # tokens of a joint block
-    text_tokens: int | None = None  # of --stream text: room for this many (None: as many as the first batch has)
-    cache_every_n_timesteps: int = 1  # keep steps 0, n, 2n, ...
-    tokens_per_step: int | None = None  # keep a random choice of so many of each image's tokens at each step (None: all)
-    store_dtype: Dtype = "auto"  # in the files (auto: bfloat16 if the model is, else float16)
-    batch_size: int = 16  # prompts generated together; it decides the last bits, so it can't change on resume
-    save_images: bool = True  # decode what the model made and save it, images/<row>.webp
-    save_samples: bool = False  # save what the scheduler's last step gave, samples.npy
-    out_dir: str = "activations"  # folder for all files
-    shard: str | None = None  # i/n: only every n-th batch from the i-th on, into <out_dir>/shard<i>of<n>/
+    hook_names: list[str] = field(default_factory=lambda: list(DEFAULT_HOOK_NAMES))
+    """Modules of the denoiser, or globs."""
+
+    list_hooks: bool = False
+    """Print what can be hooked (of --hook_names, if given), with shapes and sizes, and stop."""
+
+    max_num_examples: int | None = 128
+    """Prompts (None: all of the data set); a larger number extends."""
+
+    num_images_per_prompt: int = 1
+    """Rows a prompt; each with its own seed."""
+
+    images: str | None = None
+    """A folder of images, or the column of --dataset_name that holds them, instead of
+    generating."""
+
+    timesteps_per_image: int = 4
+    """Noise levels of each image, spread over the schedule."""
+
+    rows: Literal["cond", "uncond", "both"] = "cond"
+    """Of the guidance."""
+
+    side: Literal["output", "input", "diff"] = "output"
+    """Of the module (diff: output - input)."""
+
+    stream: Literal["image", "text"] = "image"
+    """Tokens of a joint block."""
+
+    text_tokens: int | None = None
+    """Of --stream text: room for this many (None: as many as the first batch has)."""
+
+    cache_every_n_timesteps: int = 1
+    """Keep steps 0, n, 2n, ..."""
+
+    tokens_per_step: int | None = None
+    """Keep a random choice of so many of each image's tokens at each step (None: all)."""
+
+    store_dtype: Dtype = "auto"
+    """In the files (auto: bfloat16 if the model is, else float16)."""
+
+    batch_size: int = 16
+    """Prompts generated together; it decides the last bits, so it can't change on resume."""
+
+    save_images: bool = True
+    """Decode what the model made and save it, images/<row>.webp."""
+
+    save_samples: bool = False
+    """Save what the scheduler's last step gave, samples.npy."""
+
+    out_dir: str = "activations"
+    """Folder for all files."""
+
+    shard: str | None = None
+    """I/n: only every n-th batch from the i-th on, into <out_dir>/shard<i>of<n>/."""
 
 
 class Site(NamedTuple):
@@ -118,14 +172,16 @@ class Generated(NamedTuple):
     """Waits for the copies from the GPU and returns the cache of `run_with_cache`."""
 
     output: object
-    """What the pipeline returned, or the real images (list of PIL); None if they are not to be saved."""
+    """What the pipeline returned, or the real images (list of PIL); None if they are not to be
+    saved."""
 
     sample: torch.Tensor
     """What the scheduler's last step gave, (rows, ...)."""
 
 
 def batch_options(prompts: list[dict], n: int) -> tuple[list[str], dict]:
-    """Texts of consecutive rows, `n` of them a prompt, and their generators and negative prompts as pipeline arguments."""
+    """Texts of consecutive rows, `n` of them a prompt, and their generators and negative prompts as
+    pipeline arguments."""
     options = {"generator": seeded(p["seed"] for p in prompts)}
     if "negative_prompt" in prompts[0]:
         options["negative_prompt"] = [p["negative_prompt"] for p in prompts[::n]]
@@ -141,7 +197,8 @@ def generate(
     sources: list | None,
     prompts: list[dict],
 ) -> Generated:
-    """Generate images of the prompts, or put real ones in their place, and keep what the hook points compute meanwhile."""
+    """Generate images of the prompts, or put real ones in their place, and keep what the hook
+    points compute meanwhile."""
     texts, own = batch_options(prompts, cfg.num_images_per_prompt)
     seeds = [prompt["seed"] for prompt in prompts]
     if cfg.tokens_per_step:
@@ -160,13 +217,20 @@ def generate(
 
 def kept(cfg: Config) -> dict:
     """Which numbers `run_with_cache` and `first_step` keep at a hook point."""
-    return dict(save_input=cfg.side != "output", save_output=cfg.side != "input", rows=cfg.rows, stream=cfg.stream)
+    return dict(
+        save_input=cfg.side != "output",
+        save_output=cfg.side != "input",
+        rows=cfg.rows,
+        stream=cfg.stream,
+    )
 
 
 def random_tokens(seeds: list[int], n: int) -> Callable[[int, int], torch.Tensor | None]:
-    """For `run_with_cache(choose=...)`: of each row a random n of its tokens at a step, in their order, (rows, n) int64.
+    """For `run_with_cache(choose=...)`: of each row a random n of its tokens at a step, in their
+    order, (rows, n) int64.
 
-    The choice depends on the row's seed, the step and the number of tokens alone. None where there are no more than n.
+    The choice depends on the row's seed, the step and the number of tokens alone. None where there
+    are no more than n.
     """
 
     @lru_cache(None)  # for one hook point after another
@@ -191,8 +255,9 @@ def collect(
 ) -> None:
     """Sample the batches, the processes in turn; a thread writes the one before meanwhile.
 
-    An error of the thread, such as a full disk, ends this when the next batch has been sampled, or at the end. What was sampled
-    when this is interrupted is still written; after a second Ctrl-C this returns before that.
+    An error of the thread, such as a full disk, ends this when the next batch has been sampled, or
+    at the end. What was sampled when this is interrupted is still written; after a second Ctrl-C
+    this returns before that.
     """
     ends = np.cumsum([0, *(len(batch.rows) for batch in batches)]).tolist()
     initial, writing = bar.n, None
@@ -234,7 +299,9 @@ def write_batch(
     collection.write(batch.index, arrays, facts_of(cache, sites), generated.output, sampling_rate)
 
 
-def batch_arrays(cache: dict, sites: list[Site], cfg: Config, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def batch_arrays(
+    cache: dict, sites: list[Site], cfg: Config, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
     """What a batch adds to each file: {name: (rows, ...)}."""
     arrays = {}
     for point, suffix, text_tokens, _ in sites:
@@ -245,14 +312,18 @@ def batch_arrays(cache: dict, sites: list[Site], cfg: Config, dtype: torch.dtype
         if text_tokens is not None:
             if x.shape[2] > text_tokens:
                 has = f"{x.shape[2]} text tokens, and the file has room for {text_tokens}"
-                raise UsageError(f"{name}: a prompt has {has}; collect again with a larger --text_tokens")
+                raise UsageError(
+                    f"{name}: a prompt has {has}; collect again with a larger --text_tokens"
+                )
             x = torch.nn.functional.pad(x, (0, 0, 0, text_tokens - x.shape[2]))
             arrays[f"{stem}.lengths"] = cache["lengths" + suffix][name]
         if cfg.images is not None:
             arrays[f"{stem}.timesteps"] = cache["timesteps"][name].repeat(len(x), 1)
         if name in cache.get("tokens", {}):
             small = math.prod(cache["grid"][name]) <= 2**16
-            arrays[f"{stem}.tokens"] = cache["tokens"][name].to(torch.uint16 if small else torch.uint32)
+            arrays[f"{stem}.tokens"] = cache["tokens"][name].to(
+                torch.uint16 if small else torch.uint32
+            )
         arrays[stem] = to_store(x, dtype, name)
     return arrays
 
@@ -262,7 +333,9 @@ def facts_of(cache: dict, sites: list[Site]) -> dict[str, dict]:
     facts = {}
     for site in sites:
         name = site.point.hook_name
-        facts[name] = {key: torch.as_tensor(cache[key][name]).tolist() for key in FACTS if name in cache[key]}
+        facts[name] = {
+            key: torch.as_tensor(cache[key][name]).tolist() for key in FACTS if name in cache[key]
+        }
         if site.text_tokens is not None:
             facts[name]["grid"] = [site.text_tokens]
     return facts
@@ -274,15 +347,20 @@ def to_store(x: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
     if torch.isfinite(stored).all():
         return stored
     if torch.isfinite(x).all():
-        raise UsageError(f"{name}: {x.abs().max():.3g} does not fit in float16; use --store_dtype bfloat16 or float32")
+        raise UsageError(
+            f"{name}: {x.abs().max():.3g} does not fit in float16; use --store_dtype bfloat16 or float32"
+        )
     raise UsageError(f"{name}: the model computed NaN or infinity; try another --dtype")
 
 
 def without_first_step(cache: dict) -> None:
-    """A sampling begins with noise alone, in which there is no image; and a timestep that is met twice is kept once."""
+    """A sampling begins with noise alone, in which there is no image; and a timestep that is met
+    twice is kept once."""
     times = cache["timesteps"]
     steps = {name: [i for i in range(1, len(t)) if t[i] != t[i - 1]] for name, t in times.items()}
-    for key in [key for key in cache if key.startswith(("input", "output", "timesteps", "sigmas", "tokens"))]:
+    for key in [
+        key for key in cache if key.startswith(("input", "output", "timesteps", "sigmas", "tokens"))
+    ]:
         for name, x in cache[key].items():
             cache[key][name] = x[steps[name]] if x.ndim == 1 else x[:, steps[name]]
 
@@ -290,8 +368,8 @@ def without_first_step(cache: dict) -> None:
 def main(cfg: Config) -> list[Path]:
     """Collect the activations of every hook point; return their files.
 
-    Raises UsageError for an option or a prompt file that can't be used, if the disk is too small, and if the folder holds a
-    collection that was made with other options.
+    Raises UsageError for an option or a prompt file that can't be used, if the disk is too small,
+    and if the folder holds a collection that was made with other options.
     """
     check_config(cfg)
 
@@ -302,7 +380,9 @@ def main(cfg: Config) -> list[Path]:
     # 2. The model, each process its own
     processes = Processes(resolve_device(cfg.device))
     if processes.nodes > 1:
-        raise UsageError(f"torchrun over {processes.nodes} machines: on each of them collect with --shard instead, 0/2, 1/2, ...")
+        raise UsageError(
+            f"torchrun over {processes.nodes} machines: on each of them collect with --shard instead, 0/2, 1/2, ..."
+        )
     first = processes.rank == 0
     dtype = resolve_dtype(cfg.dtype, processes.device)
     half = torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
@@ -310,8 +390,11 @@ def main(cfg: Config) -> list[Path]:
     hooked = load_model(cfg, dtype, processes)
     options = pipeline_options(cfg, hooked)
 
-    # 3. What its layers give in one step that is thrown away: that of the first batch, in every shard
-    texts, own = batch_options(everything[: cfg.batch_size * cfg.num_images_per_prompt], cfg.num_images_per_prompt)
+    # 3. What its layers give in one step that is thrown away: that of the first batch, in every
+    # shard
+    texts, own = batch_options(
+        everything[: cfg.batch_size * cfg.num_images_per_prompt], cfg.num_images_per_prompt
+    )
     if cfg.list_hooks:
         print_hooks(hooked, texts, options | own, cfg, store_dtype.itemsize)
         return []
@@ -339,11 +422,15 @@ def main(cfg: Config) -> list[Path]:
         pending = processes.tell(collection.pending() if first else None)[0]
         collection = collection or Collection(*arguments, joining=True)
         sample = partial(generate, hooked, cfg, sites, options, real, sources)
-        write = partial(write_batch, collection, sites, cfg, store_dtype, sampling_rate_of(hooked.pipe))
+        write = partial(
+            write_batch, collection, sites, cfg, store_dtype, sampling_rate_of(hooked.pipe)
+        )
         batches = [collection.batch(index) for index in pending]
         batches = [collection.batch(index) for index in pending]
         initial = len(prompts) - sum(len(batch.rows) for batch in batches)
-        with tqdm(total=len(prompts), initial=initial, unit="row", desc="collecting", disable=not first) as bar:
+        with tqdm(
+            total=len(prompts), initial=initial, unit="row", desc="collecting", disable=not first
+        ) as bar:
             collect(sample, write, batches, bar, processes)
             processes.barrier()
             bar.update(len(prompts) - bar.n)
@@ -361,18 +448,37 @@ def next_command(folder: Path, sites: list[Site]) -> str:
     """How to train on all files of the collection."""
     if len(sites) > 1:
         return f"python train.py --data {folder}, which trains an SAE for each of the {len(sites)} files"
-    return "python train.py" if str(folder) == Config().out_dir else f"python train.py --data {folder}"
+    return (
+        "python train.py" if str(folder) == Config().out_dir else f"python train.py --data {folder}"
+    )
 
 
 def check_config(cfg: Config) -> None:
     """Raise UsageError for options that can't be used, or not together."""
-    check_positive(cfg, "batch_size", "num_images_per_prompt", "cache_every_n_timesteps", "max_num_examples", "text_tokens")
-    check_positive(cfg, "num_inference_steps", "timesteps_per_image", "height", "width", "tokens_per_step")
+    check_positive(
+        cfg,
+        "batch_size",
+        "num_images_per_prompt",
+        "cache_every_n_timesteps",
+        "max_num_examples",
+        "text_tokens",
+    )
+    check_positive(
+        cfg, "num_inference_steps", "timesteps_per_image", "height", "width", "tokens_per_step"
+    )
     if cfg.tokens_per_step and cfg.stream == "text":
-        raise UsageError("--tokens_per_step is for image tokens; texts are stored whole, padded to --text_tokens")
-    generates = cfg.num_inference_steps is not None or cfg.cache_every_n_timesteps > 1 or cfg.negative_prompt is not None
+        raise UsageError(
+            "--tokens_per_step is for image tokens; texts are stored whole, padded to --text_tokens"
+        )
+    generates = (
+        cfg.num_inference_steps is not None
+        or cfg.cache_every_n_timesteps > 1
+        or cfg.negative_prompt is not None
+    )
     if cfg.images is not None and generates:
-        raise UsageError("--images takes --timesteps_per_image, and no steps or negative prompts of a generation")
+        raise UsageError(
+            "--images takes --timesteps_per_image, and no steps or negative prompts of a generation"
+        )
     check_shards(cfg)
 
 
@@ -382,29 +488,39 @@ def parse_shard(text: str | None) -> tuple[int, int]:
         return 0, 1
     index, _, count = text.partition("/")
     if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-        raise UsageError(f"--shard {text}: expected i/n, such as 0/4, 1/4, 2/4 and 3/4 on four machines")
+        raise UsageError(
+            f"--shard {text}: expected i/n, such as 0/4, 1/4, 2/4 and 3/4 on four machines"
+        )
     return int(index), int(count)
 
 
 def check_shards(cfg: Config) -> None:
-    """Raise UsageError where --out_dir holds a collection with another number of shards: training would read rows twice."""
+    """Raise UsageError where --out_dir holds a collection with another number of shards: training
+    would read rows twice."""
     _, count = parse_shard(cfg.shard)
     ours = "" if cfg.shard is None else f"of{count}"
     for pattern in ("collect.json", "shard*of*/collect.json", "node*/collect.json"):
         for record in Path(cfg.out_dir).glob(pattern):
             name = "" if record.parent == Path(cfg.out_dir) else record.parent.name
             if not name.endswith(ours) or bool(name) != bool(ours):
-                raise UsageError(f"{record.parent} is of a collection with another --shard, or none; use another --out_dir")
+                raise UsageError(
+                    f"{record.parent} is of a collection with another --shard, or none; use another --out_dir"
+                )
 
 
 def load_rows(cfg: Config) -> tuple[list[dict], list | None]:
-    """What is collected in all shards: (the lines of prompts.jsonl, the real images by "id" or None)."""
+    """What is collected in all shards: (the lines of prompts.jsonl, the real images by "id" or
+    None)."""
     sources = None
     if cfg.images is None:
         dataset_name = cfg.dataset_name or default_dataset(find_model(cfg.model_name))
-        texts = load_prompts(dataset_name, cfg.split, cfg.column, cfg.negative_prompt, cfg.max_num_examples)
+        texts = load_prompts(
+            dataset_name, cfg.split, cfg.column, cfg.negative_prompt, cfg.max_num_examples
+        )
     else:
-        texts, sources = load_pictures(cfg.images, cfg.dataset_name, cfg.split, cfg.column, cfg.max_num_examples)
+        texts, sources = load_pictures(
+            cfg.images, cfg.dataset_name, cfg.split, cfg.column, cfg.max_num_examples
+        )
     n = cfg.num_images_per_prompt
     rows = with_seeds(texts, cfg.seed, n)
     return [{"id": number // n, **row} for number, row in enumerate(rows)], sources
@@ -415,12 +531,15 @@ def shard_of(prompts: list[dict], cfg: Config) -> list[dict]:
     index, count = parse_shard(cfg.shard)
     mine = [prompt for prompt in prompts if prompt["id"] // cfg.batch_size % count == index]
     if not mine:
-        raise UsageError(f"--shard {cfg.shard}: there are fewer batches than that; lower --batch_size")
+        raise UsageError(
+            f"--shard {cfg.shard}: there are fewer batches than that; lower --batch_size"
+        )
     return mine
 
 
 def check_images(sources: list, prompts: list[dict]) -> None:
-    """Note in each row a digest of its image's pixels, so that another image of the same name is no longer taken for it.
+    """Note in each row a digest of its image's pixels, so that another image of the same name is no
+    longer taken for it.
 
     Raises UsageError for an image that can't be read, before anything is written.
     """
@@ -437,7 +556,9 @@ def load_model(cfg: Config, dtype: torch.dtype, processes: Processes) -> HookedD
     for library in ("diffusers", "transformers") if processes.rank else ():
         import_module(f"{library}.utils.logging").disable_progress_bar()
     names = dict(variant=cfg.variant, revision=cfg.revision)
-    hooked = HookedDiffusionModel.from_pretrained(cfg.model_name, dtype, processes.device, cfg.cpu_offload, **names)
+    hooked = HookedDiffusionModel.from_pretrained(
+        cfg.model_name, dtype, processes.device, cfg.cpu_offload, **names
+    )
     hooked.pipe.set_progress_bar_config(disable=True)
     if decodes(cfg) and hasattr(getattr(hooked.pipe, "vae", None), "enable_slicing"):
         hooked.pipe.vae.enable_slicing()  # one image at a time: a batch of 16 may take more memory than its generation
@@ -453,13 +574,19 @@ def pipeline_options(cfg: Config, hooked: HookedDiffusionModel) -> dict:
     """The pipeline's arguments that are the same for every batch."""
     options = cfg.pipeline_options()
     if cfg.images is not None:
-        options["num_inference_steps"] = 1 + cfg.timesteps_per_image  # of which the first is not kept
+        options["num_inference_steps"] = (
+            1 + cfg.timesteps_per_image
+        )  # of which the first is not kept
         if cfg.guidance_scale is None:
             options |= hooked.accepts(guidance_scale=1.0)
     extra = parse_object(cfg.pipeline_kwargs, "--pipeline_kwargs")
     if cfg.images is not None and "num_inference_steps" in extra:
-        raise UsageError("--images takes --timesteps_per_image, and no num_inference_steps of a generation")
-    return hooked.arguments(cfg.num_images_per_prompt, "pt" if decodes(cfg) else "latent", extra, **options)
+        raise UsageError(
+            "--images takes --timesteps_per_image, and no num_inference_steps of a generation"
+        )
+    return hooked.arguments(
+        cfg.num_images_per_prompt, "pt" if decodes(cfg) else "latent", extra, **options
+    )
 
 
 def find_sites(
@@ -469,18 +596,24 @@ def find_sites(
     options: dict,
     store_dtype: torch.dtype,
 ) -> tuple[list[Site], int]:
-    """(The hook points that --hook_names mean, how many steps are kept), from one step that is thrown away.
+    """(The hook points that --hook_names mean, how many steps are kept), from one step that is
+    thrown away.
 
     Raises UsageError for a module that can't be hooked so; one that a glob found is left out.
     """
     dry = hooked.first_step(cfg.hook_names, texts, **kept(cfg), **options)
     names = list(dry["grid"])
     if cfg.side == "diff":
-        shapes = {name: (tuple(dry["input"][name].shape[2:]), tuple(dry["output"][name].shape[2:])) for name in names}
+        shapes = {
+            name: (tuple(dry["input"][name].shape[2:]), tuple(dry["output"][name].shape[2:]))
+            for name in names
+        }
         names = [name for name in names if shapes[name][0] == shapes[name][1]]
         for name in set(shapes) - set(names):
             if name in cfg.hook_names or not names:
-                raise UsageError(f"--side diff: {name} turns {shapes[name][0]} into {shapes[name][1]}")
+                raise UsageError(
+                    f"--side diff: {name} turns {shapes[name][0]} into {shapes[name][1]}"
+                )
     sites = []
     for name in names:
         _, _, tokens, d = dry["input" if cfg.side == "input" else "output"][name].shape
@@ -489,18 +622,23 @@ def find_sites(
         for rows, suffix in SUFFIXES[cfg.rows].items():
             point = HookPoint(name, cfg.side, cfg.stream, rows)
             sites.append(Site(point, suffix, text_tokens, step_bytes))
-    num_steps = math.ceil((dry["num_steps"] or options["num_inference_steps"]) / cfg.cache_every_n_timesteps)
+    num_steps = math.ceil(
+        (dry["num_steps"] or options["num_inference_steps"]) / cfg.cache_every_n_timesteps
+    )
     return sites, num_steps - (cfg.images is not None)
 
 
 def add_seen_text(prompts: list[dict], seen: SeenText) -> None:
-    """Note in the rows whose prompt the text encoders cut how far they receive it, as "seen"; say how many these are."""
+    """Note in the rows whose prompt the text encoders cut how far they receive it, as "seen"; say
+    how many these are."""
     texts = {text: seen.text(text) for text in {prompt["prompt"] for prompt in prompts}}
     cut = [prompt for prompt in prompts if texts[prompt["prompt"]] != prompt["prompt"]]
     for prompt in cut:
         prompt["seen"] = texts[prompt["prompt"]]
     if cut:
-        print(f'note: {len(cut)} prompts are longer than the text encoders take; "seen" in prompts.jsonl says what they get')
+        print(
+            f'note: {len(cut)} prompts are longer than the text encoders take; "seen" in prompts.jsonl says what they get'
+        )
 
 
 def kept_bytes(tokens: int, vector_bytes: int, cfg: Config) -> int:
@@ -510,24 +648,43 @@ def kept_bytes(tokens: int, vector_bytes: int, cfg: Config) -> int:
     return cfg.tokens_per_step * (vector_bytes + (2 if tokens <= 2**16 else 4))
 
 
-def print_hooks(hooked: HookedDiffusionModel, texts: list[str], options: dict, cfg: Config, bytes_each: int) -> None:
-    """Print the tree of modules that can be hooked, with what they return and the MB a prompt that a file would take."""
+def print_hooks(
+    hooked: HookedDiffusionModel, texts: list[str], options: dict, cfg: Config, bytes_each: int
+) -> None:
+    """Print the tree of modules that can be hooked, with what they return and the MB a prompt that
+    a file would take."""
     hook_names = ["**"] if cfg.hook_names == list(DEFAULT_HOOK_NAMES) else cfg.hook_names
     layouts, num_steps = hooked.layouts(hook_names, texts, stream=cfg.stream, **options)
     steps = -(-(num_steps or options["num_inference_steps"]) // cfg.cache_every_n_timesteps)
-    found = {name: layout for name, layout in layouts.items() if not isinstance(layout, NotHookable)}
+    found = {
+        name: layout for name, layout in layouts.items() if not isinstance(layout, NotHookable)
+    }
     parts = {name: name.split(".") for name in found}
-    depth = {name: sum(".".join(p[:i]) in found for i in range(1, len(p))) for name, p in parts.items()}
+    depth = {
+        name: sum(".".join(p[:i]) in found for i in range(1, len(p))) for name, p in parts.items()
+    }
     width = max((2 * depth[name] + len(name) for name in found), default=20)
     print(f"{'hook name':{width}} {'tokens x d':>14}  {'grid':12} {'MB a prompt':>11}")
     for name, layout in found.items():
         tokens, grid = max(layout.counts), " x ".join(map(str, layout.grid))
-        megabytes = steps * kept_bytes(tokens, layout.d * bytes_each, cfg) * cfg.num_images_per_prompt / 1e6
-        print(f"{'  ' * depth[name] + name:{width}} {f'{tokens} x {layout.d}':>14}  {grid:12} {megabytes:11.2f}")
-    reasons = Counter(layout.reason.partition(";")[0] for layout in layouts.values() if isinstance(layout, NotHookable))
+        megabytes = (
+            steps * kept_bytes(tokens, layout.d * bytes_each, cfg) * cfg.num_images_per_prompt / 1e6
+        )
+        print(
+            f"{'  ' * depth[name] + name:{width}} {f'{tokens} x {layout.d}':>14}  {grid:12} {megabytes:11.2f}"
+        )
+    reasons = Counter(
+        layout.reason.partition(";")[0]
+        for layout in layouts.values()
+        if isinstance(layout, NotHookable)
+    )
     for reason, count in reasons.most_common():
         print(f"{count} more can't be hooked: {reason}")
-    some = f"{cfg.tokens_per_step} random {cfg.stream} tokens" if cfg.tokens_per_step else f"{cfg.stream} tokens"
+    some = (
+        f"{cfg.tokens_per_step} random {cfg.stream} tokens"
+        if cfg.tokens_per_step
+        else f"{cfg.stream} tokens"
+    )
     print(f"{steps} steps of {some}, {bytes_each} bytes a number; --rows both stores twice as much")
 
 
@@ -536,11 +693,16 @@ def what(cfg: Config) -> str:
     return "prompts" if cfg.images is None else "images"
 
 
-def check_disk(folder: Path, cfg: Config, sites: list[Site], num_rows: int, num_steps: int, first: bool) -> None:
-    """Print how much will be written; raise UsageError, in the first process, if it does not fit."""
+def check_disk(
+    folder: Path, cfg: Config, sites: list[Site], num_rows: int, num_steps: int, first: bool
+) -> None:
+    """Print how much will be written; raise UsageError, in the first process, if it does not
+    fit."""
     needed = num_rows * num_steps * sum(site.step_bytes for site in sites)
     there = sum(path.stat().st_size for path in folder.glob("*.npy*"))
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+    existing = next(
+        path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir()
+    )
     free = shutil.disk_usage(existing).free
     names = ", ".join(dict.fromkeys(site.point.hook_name for site in sites))
     print(
@@ -555,9 +717,15 @@ def check_disk(folder: Path, cfg: Config, sites: list[Site], num_rows: int, num_
 
 
 def settings_of(
-    cfg: Config, hooked: HookedDiffusionModel, options: dict, sites: list[Site], device: torch.device, *dtypes: torch.dtype
+    cfg: Config,
+    hooked: HookedDiffusionModel,
+    options: dict,
+    sites: list[Site],
+    device: torch.device,
+    *dtypes: torch.dtype,
 ) -> dict:
-    """All that decides the bytes: a collection is resumed with the same settings only. dtypes: of the model, in the files."""
+    """All that decides the bytes: a collection is resumed with the same settings only. dtypes: of
+    the model, in the files."""
     model_dtype, dtype = (str(dtype).removeprefix("torch.") for dtype in dtypes)
     return {
         "format": 1,
@@ -570,21 +738,29 @@ def settings_of(
         "device": device.type,
         "pipeline_kwargs": options,
         "fingerprints": pipeline_fingerprints(hooked.pipe, dtypes[0]),
-        "text_tokens": {site.point.hook_name: site.text_tokens for site in sites if site.text_tokens is not None},
+        "text_tokens": {
+            site.point.hook_name: site.text_tokens for site in sites if site.text_tokens is not None
+        },
     }
 
 
-def finish(collection: Collection, hooked: HookedDiffusionModel, sites: list[Site], cfg: Config) -> None:
+def finish(
+    collection: Collection, hooked: HookedDiffusionModel, sites: list[Site], cfg: Config
+) -> None:
     """Give the files of a collection whose batches are all there their names and descriptions."""
     versions = {name: version(name) for name in VERSIONS}
     descriptions = {"samples": None} if cfg.save_samples else {}
     model = find_model(cfg.model_name)
     identity = {"id": collection.id, "prompts_digest": collection.prompts_digest}
-    identity["model_folder"] = relative_to(model, collection.out_dir) if Path(model).is_dir() else None
+    identity["model_folder"] = (
+        relative_to(model, collection.out_dir) if Path(model).is_dir() else None
+    )
     for site in sites:
         stem, shape = site.point.file_name, collection.shape(site.point.file_name)
         if shape is None:
-            raise UsageError(f"{collection.out_dir / stem}.npy is missing; move its folder away and collect again")
+            raise UsageError(
+                f"{collection.out_dir / stem}.npy is missing; move its folder away and collect again"
+            )
         extras = [f"{stem}.{extra}" for extra in ("lengths", "timesteps", "tokens")]
         descriptions |= {extra: None for extra in extras if collection.shape(extra)}
         name = site.point.hook_name
@@ -605,7 +781,9 @@ def finish(collection: Collection, hooked: HookedDiffusionModel, sites: list[Sit
     collection.finish(descriptions)
     for site in sites:
         record = descriptions[site.point.file_name]
-        print(f"{collection.out_dir / site.point.file_name}.npy  {tuple(record['shape'])} {record['dtype']}")
+        print(
+            f"{collection.out_dir / site.point.file_name}.npy  {tuple(record['shape'])} {record['dtype']}"
+        )
 
 
 if __name__ == "__main__" and "get_ipython" not in globals():

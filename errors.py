@@ -4,7 +4,8 @@ from collections.abc import Iterable
 
 
 class UsageError(ValueError):
-    """A mistake that the user can mend. The message is one line: what was wrong, and what to do instead."""
+    """A mistake that the user can mend. The message is one line: what was wrong, and what to do
+    instead."""
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:

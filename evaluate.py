@@ -1,11 +1,13 @@
-"""Stage 5: how good is an SAE? By timestep, on held-out prompts; and in its hook point's place, while the model generates.
+"""Stage 5: how good is an SAE? By timestep, on held-out prompts; and in its hook point's place,
+while the model generates.
 
     python evaluate.py                                                  # the newest SAE in saes/, on the data that it is of
     python evaluate.py --sae saes/mid_block_k32_M20480 --graft
     python evaluate.py --sae theirs --data activations/mid_block.npy    # any SAE that Sae.load_from_disk reads
 
-FVU, explained variance, L0, cosine, silent and always-on latents of the vectors that training never saw (analysis/metrics.py
-says what each is). With --graft the SAE's reconstruction is put in the hook point's place in a window of steps, and in all steps:
+FVU, explained variance, L0, cosine, silent and always-on latents of the vectors that training never
+saw (analysis/metrics.py says what each is). With --graft the SAE's reconstruction is put in the
+hook point's place in a window of steps, and in all steps:
 
     untouched      the model's own run at these seeds
     graft          in the steps of a window the hook point gives x_hat = sae(x) instead of x
@@ -13,9 +15,10 @@ says what each is). With --graft the SAE's reconstruction is put in the hook poi
     distance       root mean square difference to the untouched run's final latents (or images), mean over the prompts
     recovered      1 - distance(graft) / distance(mean ablation): 1 for x_hat = x, 0 for an SAE that only knows the mean
 
-The share is of generation what FVU is of the vectors: it weighs an error by what the rest of the model makes of it. It can be
-below 0. It follows the "loss recovered" of SAEs on language models (Rajamanoharan et al. 2024, arXiv 2404.16014), which ablates
-to zero; here the loss is the distance to the model's own sample.
+The share is of generation what FVU is of the vectors: it weighs an error by what the rest of the
+model makes of it. It can be below 0. It follows the "loss recovered" of SAEs on language models
+(Rajamanoharan et al. 2024, arXiv 2404.16014), which ablates to zero; here the loss is the distance
+to the model's own sample.
 
 In a notebook, for any SAE or function and any prompts:
 
@@ -53,7 +56,10 @@ from store.hook_point import HookPoint
 from store.identity import activations_of, check_belongs, check_held_out, fingerprint
 
 CLIP = "openai/clip-vit-large-patch14"
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of its training's pictures
+CLIP_MEAN, CLIP_STD = (
+    (0.48145466, 0.4578275, 0.40821073),
+    (0.26862954, 0.26130258, 0.27577711),
+)  # of its training's pictures
 
 Replacement = Callable[[str, int, Tensor], Tensor | None]
 """(role, step, x (P, tokens, d) float32) -> what takes x's place; None leaves it."""
@@ -64,27 +70,53 @@ Distance = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass
 class Config:
-    sae: str | None = None  # its folder (None: the newest in saes/)
-    data: list[str] = field(default_factory=list)  # activation files of one hook point (none: those that it was trained on)
-    transfer: bool = False  # use the SAE on purpose where it was not trained: another hook point, or other weights
-    out_dir: str = "evaluations"  # in which each SAE gets a folder
-    batch_size: int = 4096  # vectors that go through the SAE together
-    graft: bool = False  # also generate with the reconstruction in the hook point's place
-    model_name: str | None = None  # for --graft (None: the model that the activations are of)
-    num_prompts: int = 8  # held-out prompts that are generated, 3 + 2 windows times each
-    windows: int = 4  # of steps, of equal length
-    graft_batch_size: int = 8  # prompts generated together
-    device: str = "auto"  # auto, cuda, cuda:N, mps, cpu
+    sae: str | None = None
+    """Its folder (None: the newest in saes/)."""
+
+    data: list[str] = field(default_factory=list)
+    """Activation files of one hook point (none: those that it was trained on)."""
+
+    transfer: bool = False
+    """Use the SAE on purpose where it was not trained: another hook point, or other weights."""
+
+    out_dir: str = "evaluations"
+    """In which each SAE gets a folder."""
+
+    batch_size: int = 4096
+    """Vectors that go through the SAE together."""
+
+    graft: bool = False
+    """Also generate with the reconstruction in the hook point's place."""
+
+    model_name: str | None = None
+    """For --graft (None: the model that the activations are of)."""
+
+    num_prompts: int = 8
+    """Held-out prompts that are generated, 3 + 2 windows times each."""
+
+    windows: int = 4
+    """Of steps, of equal length."""
+
+    graft_batch_size: int = 8
+    """Prompts generated together."""
+
+    device: str = "auto"
+    """Auto, cuda, cuda:N, mps, cpu."""
 
 
-def write_numbers(folder: Path, about: dict, activations: Activations, by_step: list[Metrics], name: str) -> dict:
+def write_numbers(
+    folder: Path, about: dict, activations: Activations, by_step: list[Metrics], name: str
+) -> dict:
     """Write evaluate.json and evaluate.png; the record that evaluate.json holds."""
     by_timestep = []
     for timestep, metrics in zip(activations.timesteps, by_step):
         if metrics.n:
             by_timestep.append({"timestep": timestep, **metrics.summary()})
 
-    record = about | {"hook_name": activations.hook_name, "whole_prompts": activations.whole_prompts}
+    record = about | {
+        "hook_name": activations.hook_name,
+        "whole_prompts": activations.whole_prompts,
+    }
     record |= total(by_step).summary() | {"by_timestep": by_timestep}
     write_json(folder / "evaluate.json", record)
     plot_evaluation(folder / "evaluate.png", by_step, activations.timesteps, name)
@@ -100,14 +132,17 @@ def print_numbers(record: dict) -> None:
             span = f"   at t = {first['timestep']:g}: {first[name]:.4f}   at t = {last['timestep']:g}: {last[name]:.4f}"
         print(f"  {name:18} {record[name]:.4f}{span}")
     if not record["whole_prompts"]:
-        print("note: there are no prompts to hold out whole, so held-out vectors are of the same samples as the others")
+        print(
+            "note: there are no prompts to hold out whole, so held-out vectors are of the same samples as the others"
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------- grafting
 
 
 def held_out_prompts(activations: Activations, count: int) -> tuple[list[dict], dict]:
-    """The first held-out prompts: their rows of prompts.jsonl, whose seeds gave the activations, and the file's description.
+    """The first held-out prompts: their rows of prompts.jsonl, whose seeds gave the activations,
+    and the file's description.
 
     One image of each. Raises UsageError where it is not known what to generate.
     """
@@ -115,30 +150,53 @@ def held_out_prompts(activations: Activations, count: int) -> tuple[list[dict], 
     path = Path(activations.files[file].path)
     meta, listing = read_description(path), path.with_name("prompts.jsonl")
     if not meta or not listing.exists() or not activations.whole_prompts:
-        raise UsageError(f"--graft: {path} is not of collect.py with its prompts.jsonl, so it is not known what to generate")
+        raise UsageError(
+            f"--graft: {path} is not of collect.py with its prompts.jsonl, so it is not known what to generate"
+        )
     if meta.get("images") is not None:
-        raise UsageError(f"--graft: {path} is of pictures (--images), and grafting needs a generation")
+        raise UsageError(
+            f"--graft: {path} is of pictures (--images), and grafting needs a generation"
+        )
     rows = read_prompts(path)
-    each, mine = meta["shape"][1] * meta["shape"][2], activations.held_out_units[activations.held_out_units[:, 0] == file]
+    each, mine = (
+        meta["shape"][1] * meta["shape"][2],
+        activations.held_out_units[activations.held_out_units[:, 0] == file],
+    )
     chosen = list(dict.fromkeys((mine[:, 1] // each).tolist()))
-    unique = {rows[row]["prompt"] if isinstance(rows[row]["prompt"], str) else row: rows[row] for row in chosen}
+    unique = {
+        rows[row]["prompt"] if isinstance(rows[row]["prompt"], str) else row: rows[row]
+        for row in chosen
+    }
     return list(unique.values())[:count], meta
 
 
 @torch.no_grad()
-def graft_held_out(cfg: Config, sae: Sae, path: Path, activations: Activations, folder: Path, device: torch.device) -> list[Path]:
+def graft_held_out(
+    cfg: Config, sae: Sae, path: Path, activations: Activations, folder: Path, device: torch.device
+) -> list[Path]:
     """Generate held-out prompts with the SAE in place; write graft.json and graft.png."""
     rows, meta = held_out_prompts(activations, cfg.num_prompts)
     model, options = model_of(meta, cfg.model_name, device, resolve_dtype("auto", device))
-    own = sae.cfg if "fingerprint" in sae.cfg else sae.cfg | meta  # an SAE of another package is checked by its data
-    transfer = activations.transfer + check_belongs(str(path), own, model=model, transfer=cfg.transfer)
+    own = (
+        sae.cfg if "fingerprint" in sae.cfg else sae.cfg | meta
+    )  # an SAE of another package is checked by its data
+    transfer = activations.transfer + check_belongs(
+        str(path), own, model=model, transfer=cfg.transfer
+    )
     generation = Generation.from_rows(rows, model.arguments(1, "pt", options))
     clip, line = clip_distance(device=device)
     print(line)
 
     hook_point = HookPoint.from_description(meta)
     report, images = graft(
-        model, sae, hook_point, generation, cfg.windows, batch_size=cfg.graft_batch_size, clip=clip, transfer=True
+        model,
+        sae,
+        hook_point,
+        generation,
+        cfg.windows,
+        batch_size=cfg.graft_batch_size,
+        clip=clip,
+        transfer=True,
     )
 
     written = [folder / "graft.json", folder / "graft.png"]
@@ -149,24 +207,35 @@ def graft_held_out(cfg: Config, sae: Sae, path: Path, activations: Activations, 
 
 
 def set_aside_other_graft(folder: Path, sae_fingerprint: str) -> None:
-    """Rename graft.json and graft.png of another SAE, which lay at the same path before this one was trained; say so."""
+    """Rename graft.json and graft.png of another SAE, which lay at the same path before this one
+    was trained; say so."""
     record = folder / "graft.json"
     theirs = read_json(record).get("sae_fingerprint") if record.exists() else sae_fingerprint
     if theirs is None:
-        print(f"note: {record} is of an earlier version, so it can't be checked that it is of this SAE; --graft makes it anew")
+        print(
+            f"note: {record} is of an earlier version, so it can't be checked that it is of this SAE; --graft makes it anew"
+        )
     elif theirs != sae_fingerprint:
         for path in (record, folder / "graft.png"):
             if path.exists():
                 path.replace(path.with_stem("graft_of_another_sae"))
-        print(f"note: {record} was of an SAE that lay at this path before: it is graft_of_another_sae.json now")
+        print(
+            f"note: {record} was of an SAE that lay at this path before: it is graft_of_another_sae.json now"
+        )
 
 
 def print_graft(report: dict) -> None:
     """The recovered shares of each window."""
-    print(f"recovered, 1 - distance(graft) / distance(mean ablation), over {len(report['prompts'])} held-out prompts:")
+    print(
+        f"recovered, 1 - distance(graft) / distance(mean ablation), over {len(report['prompts'])} held-out prompts:"
+    )
     for window in (report["all"], *report["windows"]):
         first, last = window["steps"]
-        shares = [f"{kind} {show(window[kind])}" for kind in ("latents", "images", "clip") if kind in window]
+        shares = [
+            f"{kind} {show(window[kind])}"
+            for kind in ("latents", "images", "clip")
+            if kind in window
+        ]
         print(f"  steps {first:3} to {last:3}   {'   '.join(shares)}")
 
 
@@ -191,34 +260,43 @@ def graft(
     clip: Distance | None = None,
     transfer: bool = False,
 ) -> tuple[dict, dict[str, Tensor] | None]:
-    """Generate with the SAE's reconstruction at the hook point, and with its mean, in each window of steps and in all steps.
+    """Generate with the SAE's reconstruction at the hook point, and with its mean, in each window
+    of steps and in all steps.
 
-    sae: an Sae, or a function (1, tokens, d) -> (1, tokens, d) in float32. hook_point: where the SAE belongs, see
-    `trained_on`. generation: with output_type "latent", or where the pipeline gives no images, only latents are compared.
-    windows: into how many equal ones to cut the steps in which the hook point runs, or ranges of steps. rows: those that are
-    edited, by default the hook point's, of which guidance magnifies every change; "both" edits the others too, with a mean of
-    their own. batch_size: prompts generated together. num_shown: of how many prompts images are returned. clip: the function of
-    `clip_distance`. transfer: put the SAE on purpose in a place that it was not trained for.
+    sae: an Sae, or a function (1, tokens, d) -> (1, tokens, d) in float32. hook_point: where the
+    SAE belongs, see `trained_on`. generation: with output_type "latent", or where the pipeline
+    gives no images, only latents are compared. windows: into how many equal ones to cut the steps
+    in which the hook point runs, or ranges of steps. rows: those that are edited, by default the
+    hook point's, of which guidance magnifies every change; "both" edits the others too, with a mean
+    of their own. batch_size: prompts generated together. num_shown: of how many prompts images are
+    returned. clip: the function of `clip_distance`. transfer: put the SAE on purpose in a place
+    that it was not trained for.
 
-    Returns (report, images). report: a dict for JSON; "all" and each of "windows" is {"steps": [first, last], "timesteps":
-    theirs, "latents": record, "images": record, "clip": record} with records of `compare`, the latter two where there are any.
-    images: {"untouched", "graft", "mean"} of (num_shown, 3, H, W), the latter two edited in all steps, or None. The untouched
-    run's latents and images are held in memory, 12 bytes a pixel in float32; of the others only a few batches are.
+    Returns (report, images). report: a dict for JSON; "all" and each of "windows" is {"steps":
+    [first, last], "timesteps": theirs, "latents": record, "images": record, "clip": record} with
+    records of `compare`, the latter two where there are any. images: {"untouched", "graft", "mean"}
+    of (num_shown, 3, H, W), the latter two edited in all steps, or None. The untouched run's
+    latents and images are held in memory, 12 bytes a pixel in float32; of the others only a few
+    batches are.
 
-    Raises UsageError for side "input", for a module or a window in which nothing can be edited, where widths differ, and for an
-    SAE of another hook point or model.
+    Raises UsageError for side "input", for a module or a window in which nothing can be edited,
+    where widths differ, and for an SAE of another hook point or model.
     """
     rows = rows or hook_point.rows
     if isinstance(sae, Sae) and sae.hook_point is not None and not transfer:
         if sae.hook_point != hook_point:
-            raise UsageError(f"the SAE was trained on {sae.hook_point}, not on {hook_point}; transfer=True grafts it there")
+            raise UsageError(
+                f"the SAE was trained on {sae.hook_point}, not on {hook_point}; transfer=True grafts it there"
+            )
         check_belongs("the SAE", sae.cfg, model=model)
     num_windows = windows if isinstance(windows, int) else len(windows)
     num_runs = 1 + 2 * (1 + num_windows)
 
     with tqdm(total=num_runs * len(generation.prompts), unit="prompt", desc="grafting") as bar:
 
-        def sample(replacement: Replacement, steps: range | None = None, on_step=None) -> Iterator[Generated]:
+        def sample(
+            replacement: Replacement, steps: range | None = None, on_step=None
+        ) -> Iterator[Generated]:
             """Generate batch by batch with replacement(role, step, x) in x's place."""
             make_edits = partial(grafting_edits, hook_point, replacement, rows, steps)
             return generate_batches(model, generation, batch_size, make_edits, on_step, bar)
@@ -231,7 +309,9 @@ def graft(
         for window in windows:
             if not set(window) & set(steps):
                 span = f"steps {steps[0]} to {steps[-1]}"
-                raise UsageError(f"{hook_point.hook_name} runs in {span}, and in none of the window {window}")
+                raise UsageError(
+                    f"{hook_point.hook_name} runs in {span}, and in none of the window {window}"
+                )
         floors = {"latents": rounding([made.sample for made in untouched])}
         images = None
         if untouched[0].images is not None:
@@ -247,7 +327,9 @@ def graft(
         for window in (range(steps[0], steps[-1] + 1), *windows):
             moved = {}
             for mode, replacement in replacements.items():
-                moved[mode], shown = measure_run(sample(replacement, window), untouched, clip, num_shown)
+                moved[mode], shown = measure_run(
+                    sample(replacement, window), untouched, clip, num_shown
+                )
                 if images is not None:
                     images.setdefault(mode, shown)  # of all steps, which come first
             edited = [step for step in steps if step in window]
@@ -259,7 +341,11 @@ def graft(
 
     if images is not None:
         images = {mode: torch.cat(parts)[:num_shown] for mode, parts in images.items()}
-    report = hook_point.as_dict() | {"rows": rows, "prompts": list(generation.prompts), "seeds": list(generation.seeds)}
+    report = hook_point.as_dict() | {
+        "rows": rows,
+        "prompts": list(generation.prompts),
+        "seeds": list(generation.seeds),
+    }
     report |= {
         "batch_size": batch_size,
         "num_steps": len(steps),
@@ -270,11 +356,13 @@ def graft(
     return report, images
 
 
-def grafting_edits(hook_point: HookPoint, replacement: Replacement, rows: str, steps: range | None, sampling) -> dict[str, list]:
+def grafting_edits(
+    hook_point: HookPoint, replacement: Replacement, rows: str, steps: range | None, sampling
+) -> dict[str, list]:
     """{hook_name: [Edit]} that put replacement(role, step, x) in x's place.
 
-    The result is cast to the model's dtype; for side "diff" the output moves by the change of the difference, so that no change
-    moves no bit.
+    The result is cast to the model's dtype; for side "diff" the output moves by the change of the
+    difference, so that no change moves no bit.
     """
 
     def replace(role: str, output: Tensor, x: Tensor) -> Tensor | None:
@@ -289,7 +377,8 @@ def grafting_edits(hook_point: HookPoint, replacement: Replacement, rows: str, s
 
 
 def reconstruct(sae: Sae | Callable[[Tensor], Tensor], x: Tensor, stream: str = "image") -> Tensor:
-    """x_hat of the tokens x (P, tokens, d) float32. Padding of text stays zero. Raises UsageError where widths differ."""
+    """x_hat of the tokens x (P, tokens, d) float32. Padding of text stays zero. Raises UsageError
+    where widths differ."""
     device = x.device
     if isinstance(sae, Sae):
         check_width(sae, x)
@@ -302,8 +391,8 @@ def run_untouched(
 ) -> tuple[list[Generated], dict[tuple[str, int], Tensor], dict[int, float]]:
     """Generate without an edit. sample: as in `graft`.
 
-    Returns what was generated, batch by batch; the mean of x over prompts and tokens, {(role, step): (d,)}, where the hook point
-    runs; and the timestep of each step.
+    Returns what was generated, batch by batch; the mean of x over prompts and tokens, {(role,
+    step): (d,)}, where the hook point runs; and the timestep of each step.
     """
     sums, counts = defaultdict(float), defaultdict(int)
     timesteps, ran = {}, set()
@@ -327,7 +416,8 @@ def run_untouched(
 
 
 def equal_windows(steps: list[int], n: int) -> list[range]:
-    """The steps (a sorted list) in n windows of equal length, give or take one: ranges from the first step to after the last."""
+    """The steps (a sorted list) in n windows of equal length, give or take one: ranges from the
+    first step to after the last."""
     if not 1 <= n <= len(steps):
         raise UsageError(f"{n} windows of {len(steps)} steps: expected 1 to {len(steps)}")
     cuts = [i * len(steps) // n for i in range(n + 1)]
@@ -339,8 +429,8 @@ def measure_run(
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
     """How far a run is from the untouched one, batch by batch.
 
-    Returns each prompt's distances, {"latents", "images", "clip"} of (P,), the latter two where there are any; and the images of
-    the first batches, `num_shown` or more if there are so many.
+    Returns each prompt's distances, {"latents", "images", "clip"} of (P,), the latter two where
+    there are any; and the images of the first batches, `num_shown` or more if there are so many.
     """
     moved, shown = defaultdict(list), []
     for made, theirs in zip(run, untouched):
@@ -356,7 +446,8 @@ def measure_run(
 
 
 def rounding(parts: list[Tensor]) -> float:
-    """The spacing of numbers at the root mean square of the parts, below which a distance says nothing."""
+    """The spacing of numbers at the root mean square of the parts, below which a distance says
+    nothing."""
     x = torch.cat(parts)
     return torch.finfo(x.dtype).eps * x.double().square().mean().sqrt().item()
 
@@ -367,19 +458,22 @@ def rms(a: Tensor, b: Tensor) -> Tensor:
 
 
 def mean_and_error(values: Tensor) -> tuple[float | None, float | None]:
-    """Mean of (P,) and its standard error, which is None where P is 1; a number that is not finite is None."""
+    """Mean of (P,) and its standard error, which is None where P is 1; a number that is not finite
+    is None."""
     values = torch.as_tensor(values, dtype=torch.float64)
     error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return tuple(v if math.isfinite(v) else None for v in (values.mean().item(), error))
 
 
 def compare(graft: Tensor, mean: Tensor, floor: float = 0.0) -> dict[str, float | None]:
-    """The record of one distance: both runs' (P,) distances to the untouched one, paired by prompt, and what is recovered.
+    """The record of one distance: both runs' (P,) distances to the untouched one, paired by prompt,
+    and what is recovered.
 
         recovered     1 - r, r = sum graft / sum mean
         recovered_se  its standard error over the prompts, that of a ratio of means: std(graft - r mean) / (sqrt(P) mean(mean))
 
-    Both are None where the mean ablation moves the sample by no more than `floor`, or where a run gave NaN or infinity.
+    Both are None where the mean ablation moves the sample by no more than `floor`, or where a run
+    gave NaN or infinity.
     """
     record = {}
     for name, values in (("graft", graft), ("mean", mean)):
@@ -392,26 +486,38 @@ def compare(graft: Tensor, mean: Tensor, floor: float = 0.0) -> dict[str, float 
 
 
 def clip_distance(name=CLIP, device="cpu"):
-    """1 - cosine similarity of two pictures' CLIP embeddings, a function (P, 3, H, W), (P, 3, H, W) -> (P,), and a line.
+    """1 - cosine similarity of two pictures' CLIP embeddings, a function (P, 3, H, W), (P, 3, H, W)
+    -> (P,), and a line.
 
-    The weights must be on this machine, as safetensors; nothing is downloaded. Where they are not the function is None and the
-    line says so.
+    The weights must be on this machine, as safetensors; nothing is downloaded. Where they are not
+    the function is None and the line says so.
     """
     try:
         from transformers import CLIPModel
 
-        model = CLIPModel.from_pretrained(name, local_files_only=True, use_safetensors=True).eval().to(device)
+        model = (
+            CLIPModel.from_pretrained(name, local_files_only=True, use_safetensors=True)
+            .eval()
+            .to(device)
+        )
     except (OSError, ImportError):
         return None, f"no CLIP distance: the weights of {name} are not on this machine"
     size = model.config.vision_config.image_size
-    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+    mean, std = (
+        torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (CLIP_MEAN, CLIP_STD)
+    )
 
     @torch.no_grad()
     def embed(x):
-        x = torch.nn.functional.interpolate(x.to(device).float(), (size, size), mode="bicubic", antialias=True).clamp(0, 1)
+        x = torch.nn.functional.interpolate(
+            x.to(device).float(), (size, size), mode="bicubic", antialias=True
+        ).clamp(0, 1)
         return model.visual_projection(model.vision_model((x - mean) / std).pooler_output)
 
-    return lambda a, b: (1 - torch.cosine_similarity(embed(a), embed(b))).double().cpu(), f"CLIP distance by {name}"
+    return (
+        lambda a, b: (1 - torch.cosine_similarity(embed(a), embed(b))).double().cpu(),
+        f"CLIP distance by {name}",
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- main
@@ -420,7 +526,8 @@ def clip_distance(name=CLIP, device="cpu"):
 def main(cfg: Config) -> list[Path]:
     """Measure one SAE; return the files that were written.
 
-    Raises UsageError for an option, an SAE or data that can't be used, and if its folder holds something else.
+    Raises UsageError for an option, an SAE or data that can't be used, and if its folder holds
+    something else.
     """
     check_positive(cfg, "batch_size", "num_prompts", "windows", "graft_batch_size")
 
@@ -438,10 +545,14 @@ def main(cfg: Config) -> list[Path]:
     # 2. Its numbers on them
     by_step = evaluate([sae], activations, cfg.batch_size, progress=True)[0]
     if not math.isfinite(total(by_step).fvu):
-        raise UsageError(f"{activations.paths[0]}: NaN or inf in held-out vectors; collect it again")
+        raise UsageError(
+            f"{activations.paths[0]}: NaN or inf in held-out vectors; collect it again"
+        )
     set_aside_other_graft(folder, own["sae_fingerprint"])
     record = write_numbers(folder, about | own, activations, by_step, path.name)
-    print(f"{path}: {sae.num_latents} latents, {sae.activation}, on {record['vectors']:,} held-out vectors")
+    print(
+        f"{path}: {sae.num_latents} latents, {sae.activation}, on {record['vectors']:,} held-out vectors"
+    )
     print_numbers(record)
     written = [folder / "evaluate.json", folder / "evaluate.png"]
 

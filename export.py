@@ -1,4 +1,5 @@
-"""Share an SAE, or activations: write an SAE in another package's format, push folders to the Hugging Face Hub.
+"""Share an SAE, or activations: write an SAE in another package's format, push folders to the
+Hugging Face Hub.
 
     python export.py --export saelens                                          # the newest SAE in saes/
     python export.py --sae saes/mine --export saelens --out_dir exported/mine
@@ -26,16 +27,28 @@ from store.hub import push
 
 @dataclass
 class Config:
-    sae: str | None = None  # an SAE folder, or with --to_hub a folder of several (None: the newest in saes/)
-    activations: str | None = None  # with --to_hub: push this folder of activations instead
-    export: Literal["saelens"] | None = None  # write it in another package's format
-    out_dir: str | None = None  # the folder for it (None: exported/<name of the SAE folder>)
-    to_hub: str | None = None  # push it to this repository on the Hugging Face Hub: <user>/<name>
-    private: bool = False  # if that repository is new, only you can see it
+    sae: str | None = None
+    """An SAE folder, or with --to_hub a folder of several (None: the newest in saes/)."""
+
+    activations: str | None = None
+    """With --to_hub: push this folder of activations instead."""
+
+    export: Literal["saelens"] | None = None
+    """Write it in another package's format."""
+
+    out_dir: str | None = None
+    """The folder for it (None: exported/<name of the SAE folder>)."""
+
+    to_hub: str | None = None
+    """Push it to this repository on the Hugging Face Hub: <user>/<name>."""
+
+    private: bool = False
+    """If that repository is new, only you can see it."""
 
 
 def find_saes(path: Path) -> dict[str | None, Path]:
-    """{None: path} for an SAE, else {path relative to it: SAE folder} of those below; FileNotFoundError if there is none."""
+    """{None: path} for an SAE, else {path relative to it: SAE folder} of those below;
+    FileNotFoundError if there is none."""
     try:
         find_weights(path)
     except FileNotFoundError:
@@ -47,7 +60,8 @@ def find_saes(path: Path) -> dict[str | None, Path]:
 
 
 def export_saelens(path: Path, out_dir: Path) -> None:
-    """Write the SAE at `path` into the folder `out_dir`, which must be new or empty, or hold this very SAE or a part of it."""
+    """Write the SAE at `path` into the folder `out_dir`, which must be new or empty, or hold this
+    very SAE or a part of it."""
     sae = Sae.load_from_disk(path)
     if out_dir.exists() and not out_dir.is_dir():
         raise UsageError(f"--out_dir {out_dir} is a file; use another, or move it away")
@@ -56,8 +70,12 @@ def export_saelens(path: Path, out_dir: Path) -> None:
         check_empty(out_dir, ("cfg.json", "sae_weights.safetensors"))
         save_saelens(sae.cfg, sae.state_dict(), out_dir)
     elif not is_saved_saelens(sae.cfg, sae.state_dict(), out_dir):
-        raise UsageError(f"--out_dir {out_dir} is there already, with another SAE; use another, or move it away")
-    print(f"{out_dir}/: cfg.json, sae_weights.safetensors; SAELens reads it by SAE.load_from_disk({str(out_dir)!r})")
+        raise UsageError(
+            f"--out_dir {out_dir} is there already, with another SAE; use another, or move it away"
+        )
+    print(
+        f"{out_dir}/: cfg.json, sae_weights.safetensors; SAELens reads it by SAE.load_from_disk({str(out_dir)!r})"
+    )
 
 
 def check_options(cfg: Config) -> None:
@@ -69,7 +87,9 @@ def check_options(cfg: Config) -> None:
     if not (cfg.export or cfg.to_hub):
         raise UsageError("nothing to do: expected --export saelens, --to_hub <user>/<name> or both")
     if cfg.out_dir and not cfg.export:
-        raise UsageError(f"--out_dir {cfg.out_dir}: nothing is written there without --export saelens")
+        raise UsageError(
+            f"--out_dir {cfg.out_dir}: nothing is written there without --export saelens"
+        )
 
 
 def main(cfg: Config) -> list[Path]:
@@ -85,7 +105,9 @@ def main(cfg: Config) -> list[Path]:
     written = []
     if cfg.export:
         if None not in saes:
-            raise UsageError(f"--export: {path} has several SAEs, {', '.join(saes)}; name one with --sae")
+            raise UsageError(
+                f"--export: {path} has several SAEs, {', '.join(saes)}; name one with --sae"
+            )
         folder = find_weights(path).parent
         out_dir = Path(cfg.out_dir or Path("exported") / folder.resolve().name)
         export_saelens(path, out_dir)
@@ -94,7 +116,9 @@ def main(cfg: Config) -> list[Path]:
 
     if cfg.to_hub:
         for folder in saes.values():
-            Sae.load_from_disk(folder)  # raises for one that can't be loaded, before anything is pushed
+            Sae.load_from_disk(
+                folder
+            )  # raises for one that can't be loaded, before anything is pushed
         for name, folder in saes.items():
             print(push(find_weights(folder).parent, cfg.to_hub, "sae", name, private))
     return written

@@ -1,10 +1,12 @@
-"""Stage 6: look. One static page of an SAE's features, with no server and no network: pictures, heat maps, time, words.
+"""Stage 6: look. One static page of an SAE's features, with no server and no network: pictures,
+heat maps, time, words.
 
     python features.py                                                   # the newest SAE in saes/, on the data that it is of
     python features.py --sae saes/mid_block_k32_M20480 --top_images 24
     python features.py --sae theirs --data activations/mid_block.npy     # any SAE that Sae.load_from_disk reads
 
-All vectors are read once, those of training and those held out, and a feature's numbers are over all of them:
+All vectors are read once, those of training and those held out, and a feature's numbers are over
+all of them:
 
     density   share of the vectors on which it is active, that is not 0
     mean      of its activation over the vectors on which it is active; max: the largest activation
@@ -19,7 +21,8 @@ Writes  <out_dir>/<name of the SAE>.html.
 Of a video it shows the frame in the middle, and a map that is the mean over the frames. Where part of the tokens was kept, a
 cell without any is blank. Without images/ there are maps and words only. It names no feature, changes no SAE.
 
-Sources: log-odds, Monroe, Colaresi & Quinn 2008 (Political Analysis 16), equations 16 to 22; the page is features.html.
+Sources: log-odds, Monroe, Colaresi & Quinn 2008 (Political Analysis 16), equations 16 to 22; the
+page is features.html.
 """
 
 import base64
@@ -52,29 +55,53 @@ PAGE = HERE / "analysis/features.html"  # in which the fields in double braces a
 CURVE = 50  # points of a time curve at most
 LEVELS = 31  # of a heat map, beside 0: fewer compress better
 WORDS, NEAREST = 6, 6  # a feature has at most
-PRIOR, SIGNIFICANT = 10, 1.96  # prompts that the prior of a word is worth; deviations above 0 that make it over-represented
+PRIOR, SIGNIFICANT = (
+    10,
+    1.96,
+)  # prompts that the prior of a word is worth; deviations above 0 that make it over-represented
 ABOUT = re.compile(rb'<meta name="about" content="([^"]*)">')
 
 
 @dataclass
 class Config:
-    sae: str | None = None  # its folder (None: the newest in saes/)
-    data: list[str] = field(default_factory=list)  # activation files of one hook point (none: those that it was trained on)
-    transfer: bool = False  # use the SAE on purpose where it was not trained: another hook point, or other weights
-    out_dir: str = "features"  # in which each SAE gets a page
-    top_images: int = 12  # of a feature
-    map_size: int = 16  # cells a side of a heat map at most; a finer grid is averaged
-    picture_size: int = 256  # pixels a side at most; a larger picture is made smaller
-    batch_size: int = 4096  # vectors that go through the SAE together
-    device: str = "auto"  # auto, cuda, cuda:N, mps, cpu
+    sae: str | None = None
+    """Its folder (None: the newest in saes/)."""
+
+    data: list[str] = field(default_factory=list)
+    """Activation files of one hook point (none: those that it was trained on)."""
+
+    transfer: bool = False
+    """Use the SAE on purpose where it was not trained: another hook point, or other weights."""
+
+    out_dir: str = "features"
+    """In which each SAE gets a page."""
+
+    top_images: int = 12
+    """Of a feature."""
+
+    map_size: int = 16
+    """Cells a side of a heat map at most; a finer grid is averaged."""
+
+    picture_size: int = 256
+    """Pixels a side at most; a larger picture is made smaller."""
+
+    batch_size: int = 4096
+    """Vectors that go through the SAE together."""
+
+    device: str = "auto"
+    """Auto, cuda, cuda:N, mps, cpu."""
 
 
 class MapGrid(NamedTuple):
     """Where the tokens of an activation file lie in its heat maps."""
 
-    size: tuple[int, int]  # (height, width) of the grid in tokens; frames of a video lie on each other
+    size: tuple[
+        int, int
+    ]  # (height, width) of the grid in tokens; frames of a video lie on each other
     shape: tuple[int, int]  # (height, width) of a map in cells
-    ratio: float | None  # width / height of the grid, and so of the image; None where the tokens lie in a line
+    ratio: (
+        float | None
+    )  # width / height of the grid, and so of the image; None where the tokens lie in a line
 
     def cells_of(self, tokens: np.ndarray) -> np.ndarray:
         """The cell of each of these tokens (n,), which are numbered through the grid."""
@@ -90,7 +117,9 @@ def map_grid(file, map_size):
     Raises UsageError for a folder of saved rows.
     """
     if file.path.is_dir():
-        raise UsageError(f"{file.path}: features.py needs an .npy file; collect the activations anew")
+        raise UsageError(
+            f"{file.path}: features.py needs an .npy file; collect the activations anew"
+        )
     height, width = (1, 1, *file.grid)[-2:]
     shrink = min(1, map_size / max(height, width))  # the shape of the image is kept
     rows, columns = max(1, round(height * shrink)), max(1, round(width * shrink))
@@ -101,18 +130,26 @@ def map_grid(file, map_size):
 
 
 class Statistics:
-    """What is kept of M features over S steps: counts, sums, and maps of C cells of the K examples with the highest peaks."""
+    """What is kept of M features over S steps: counts, sums, and maps of C cells of the K examples
+    with the highest peaks."""
 
     def __init__(self, M, S, K, C, device):
         wide = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-        self.counts = torch.zeros(M, S, dtype=torch.int64, device=device)  # vectors on which the feature is active
+        self.counts = torch.zeros(
+            M, S, dtype=torch.int64, device=device
+        )  # vectors on which the feature is active
         self.sums = torch.zeros(M, S, dtype=wide, device=device)  # of its activations
         self.vectors = torch.zeros(S, dtype=torch.int64, device=device)
         self.largest = torch.zeros(M, device=device)
         self.peaks = torch.zeros(M, K, device=device)
         self.examples = torch.full((M, K), -1, dtype=torch.int64, device=device)
-        self.maps = torch.zeros(M, K, C, dtype=torch.uint8, device=device)  # 255: the map's own peak
-        self.heat, self.seen = torch.zeros(M, C, device=device), torch.zeros(C, device=device)  # of the example being read
+        self.maps = torch.zeros(
+            M, K, C, dtype=torch.uint8, device=device
+        )  # 255: the map's own peak
+        self.heat, self.seen = (
+            torch.zeros(M, C, device=device),
+            torch.zeros(C, device=device),
+        )  # of the example being read
 
     def add(self, top_acts, top_indices, step, cell):
         """Vectors of one example: (N, K), (N, K) of the SAE, and each one's step and cell, (N,)."""
@@ -128,7 +165,8 @@ class Statistics:
         self.seen += torch.bincount(cell, minlength=C)
 
     def finish(self, example):
-        """Every vector of this example has been added: where its map's peak is above a feature's lowest, it takes that place."""
+        """Every vector of this example has been added: where its map's peak is above a feature's
+        lowest, it takes that place."""
         maps = self.heat / self.seen.clamp_min(1)
         peak, (lowest, slot) = maps.amax(1), self.peaks.min(1)
         f = (peak > lowest).nonzero()[:, 0]
@@ -140,17 +178,25 @@ class Statistics:
     def sort(self):
         """Each feature's examples by their peaks, the highest first, on the CPU."""
         order = self.peaks.sort(dim=1, descending=True, stable=True).indices
-        self.peaks, self.examples = self.peaks.gather(1, order).cpu(), self.examples.gather(1, order).cpu()
+        self.peaks, self.examples = (
+            self.peaks.gather(1, order).cpu(),
+            self.examples.gather(1, order).cpu(),
+        )
         self.maps = self.maps.gather(1, order[:, :, None].expand_as(self.maps)).cpu()
-        self.counts, self.sums, self.vectors = self.counts.cpu(), self.sums.cpu().double(), self.vectors.cpu()
+        self.counts, self.sums, self.vectors = (
+            self.counts.cpu(),
+            self.sums.cpu().double(),
+            self.vectors.cpu(),
+        )
 
 
 @torch.no_grad()
 def scan(sae, activations, grids, top_images, batch_size):
-    """Read every vector once: the `Statistics` of all features, sorted. Examples are numbered through all files.
+    """Read every vector once: the `Statistics` of all features, sorted. Examples are numbered
+    through all files.
 
-    grids: the MapGrid of each of `activations.sources`. Raises UsageError for numbers that are not finite, and where the SAE
-    needs whole samples and the files do not hold such.
+    grids: the MapGrid of each of `activations.sources`. Raises UsageError for numbers that are not
+    finite, and where the SAE needs whole samples and the files do not hold such.
     """
     num_examples = sum(file.P for file in activations.sources)
     S = max(1, len(activations.timesteps))
@@ -185,12 +231,16 @@ def scan_prompt(found, sae, activations, number, p, grid, batch_size):
             token = kept[step, token]
         if not activations.timesteps:
             step = np.zeros_like(step)
-        step, cell = torch.from_numpy(step).to(device), torch.from_numpy(grid.cells_of(token)).to(device)
+        step, cell = (
+            torch.from_numpy(step).to(device),
+            torch.from_numpy(grid.cells_of(token)).to(device),
+        )
         found.add(top_acts.flatten(0, -2), top_indices.flatten(0, -2), step, cell)
 
 
 def pieces_of(number, file, p, n, size):
-    """The first n tokens of each step of prompt p as pieces for `Activations.read`, together at most `size` vectors a time."""
+    """The first n tokens of each step of prompt p as pieces for `Activations.read`, together at
+    most `size` vectors a time."""
     starts = (p * file.S + np.arange(file.S))[:, None] * file.T + np.arange(0, n, size)
     ends = np.minimum(starts + size, starts[:, :1] + n)
     pieces = np.stack([np.full(starts.size, number), starts.ravel(), ends.ravel()], 1)
@@ -199,14 +249,17 @@ def pieces_of(number, file, p, n, size):
 
 
 def over_represented(texts, chosen):
-    """Words that more of the chosen texts have than of the others: for each feature a list of (word, chosen texts with it).
+    """Words that more of the chosen texts have than of the others: for each feature a list of
+    (word, chosen texts with it).
 
-    texts: one an example; texts that are the same count once. chosen (M, K): examples, -1 for none. With y_w of n chosen
-    texts and z_w of m others, and a prior a_w of weight a in proportion to all texts:
+    texts: one an example; texts that are the same count once. chosen (M, K): examples, -1 for none.
+    With y_w of n chosen texts and z_w of m others, and a prior a_w of weight a in proportion to all
+    texts:
 
         delta_w = logit((y_w + a_w) / (n + a)) - logit((z_w + a_w) / (m + a)),   variance = 1 / (y_w + a_w) + 1 / (z_w + a_w)
 
-    (Monroe et al. 2008, on how many texts have a word). A word that all texts have can't be over-represented.
+    (Monroe et al. 2008, on how many texts have a word). A word that all texts have can't be
+    over-represented.
     """
     numbers = {}
     distinct = [numbers.setdefault(text, len(numbers)) for text in texts]
@@ -228,13 +281,16 @@ def over_represented(texts, chosen):
 
 @torch.no_grad()
 def nearest(W_dec, n, block=1024):
-    """The n rows with the largest cosine to each row: indices (M, n), cosines (M, n). Never holds more than block x M."""
+    """The n rows with the largest cosine to each row: indices (M, n), cosines (M, n). Never holds
+    more than block x M."""
     W, parts = torch.nn.functional.normalize(W_dec, dim=1), []
     for first in range(0, len(W), block):
         cosines = W[first : first + block] @ W.T
         cosines.diagonal(first).fill_(-2)  # itself
         parts.append(cosines.topk(min(n, len(W) - 1), dim=1))
-    return torch.cat([part.indices for part in parts]).cpu(), torch.cat([part.values for part in parts]).cpu()
+    return torch.cat([part.indices for part in parts]).cpu(), torch.cat(
+        [part.values for part in parts]
+    ).cpu()
 
 
 def short(values, digits=4):
@@ -244,17 +300,26 @@ def short(values, digits=4):
 
 def coarse(curve):
     """(M, S) -> (M, at most CURVE): the mean of neighbouring steps where there are more."""
-    return np.stack([part.mean(1) for part in np.array_split(curve, min(CURVE, curve.shape[1]), axis=1)], 1)
+    return np.stack(
+        [part.mean(1) for part in np.array_split(curve, min(CURVE, curve.shape[1]), axis=1)], 1
+    )
 
 
 def packed_maps(found):
-    """Of each feature one string for the page: its maps, C bytes of 0 to LEVELS each, deflated, in base64."""
-    share = (found.peaks / found.peaks[:, :1].clamp_min(1e-30))[:, :, None].numpy()  # all have the scale of the first
+    """Of each feature one string for the page: its maps, C bytes of 0 to LEVELS each, deflated, in
+    base64."""
+    share = (found.peaks / found.peaks[:, :1].clamp_min(1e-30))[
+        :, :, None
+    ].numpy()  # all have the scale of the first
     strings = []
     for maps, part in zip(found.maps.numpy(), share):
         levels = np.rint(maps * part * (LEVELS / 255)).astype(np.uint8)[part[:, 0] > 0]
         deflate = zlib.compressobj(9, zlib.DEFLATED, -15)
-        strings.append(base64.b64encode(deflate.compress(levels.tobytes()) + deflate.flush()).decode() if levels.size else "")
+        strings.append(
+            base64.b64encode(deflate.compress(levels.tobytes()) + deflate.flush()).decode()
+            if levels.size
+            else ""
+        )
     return strings
 
 
@@ -265,7 +330,9 @@ class Example(NamedTuple):
     text: str  # its prompt, as far as the model saw it; "" where none is known
     caption: str  # what stands under its image: the prompt, or else the name of a real picture
     place: str  # where it is from: file, row, seed
-    image: Path | None  # what collect.py saved of it, which may be missing; None where the file is not of collect.py
+    image: (
+        Path | None
+    )  # what collect.py saved of it, which may be missing; None where the file is not of collect.py
 
 
 def list_examples(activations):
@@ -284,7 +351,8 @@ def list_examples(activations):
 
 
 def describe(found, sae, activations, grids, examples):
-    """All that the page says, but for the pictures, as an object for JSON; and the numbers of the examples that it shows."""
+    """All that the page says, but for the pictures, as an object for JSON; and the numbers of the
+    examples that it shows."""
     shown = sorted(set(found.examples[found.examples >= 0].tolist()))
     vectors = f"{int(found.vectors.sum()):,} vectors of width {sae.d_in}"
     data = {
@@ -301,7 +369,11 @@ def describe(found, sae, activations, grids, examples):
     if activations.timesteps:
         data["timesteps"] = short(coarse(np.array([activations.timesteps]))[0], 6)
     data |= describe_numbers(found) | describe_images(found, shown)
-    cut = {i: examples[e].text for i, e in enumerate(shown) if examples[e].text and examples[e].text != examples[e].caption}
+    cut = {
+        i: examples[e].text
+        for i, e in enumerate(shown)
+        if examples[e].text and examples[e].text != examples[e].caption
+    }
     if cut:
         data["seen"] = cut
     data["words"] = over_represented([example.text for example in examples], found.examples)
@@ -337,8 +409,12 @@ def describe_images(found, shown):
 
 
 def read_images(examples, size):
-    """The image of each example as the bytes of a small WebP, None where there is none, and a note that says why, or ""."""
-    images = [small_image(example.image, size) for example in tqdm(examples, unit="picture", desc="pictures")]
+    """The image of each example as the bytes of a small WebP, None where there is none, and a note
+    that says why, or ""."""
+    images = [
+        small_image(example.image, size)
+        for example in tqdm(examples, unit="picture", desc="pictures")
+    ]
     missing = [example.image for example, image in zip(examples, images) if image is None]
     if not missing:
         return images, ""
@@ -354,14 +430,19 @@ def read_images(examples, size):
 
 
 def small_image(path, size):
-    """An image as the bytes of a WebP of at most `size` pixels a side; of a video the frame in the middle. None without one."""
+    """An image as the bytes of a WebP of at most `size` pixels a side; of a video the frame in the
+    middle. None without one."""
     if path is None or not path.exists():
         return None
     try:
         with Image.open(path) as opened:
             opened.seek(getattr(opened, "n_frames", 1) // 2)
             image = opened.convert("RGB")
-    except (OSError, ValueError, EOFError):  # after a scan of hours a page without it is better than none
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+    ):  # after a scan of hours a page without it is better than none
         return None
     image.thumbnail((size, size), Image.Resampling.LANCZOS)
     image.save(file := io.BytesIO(), "webp", quality=85)
@@ -369,13 +450,19 @@ def small_image(path, size):
 
 
 def write_page(path, about, data, images):
-    """Write the page of `describe`'s data, with the images (WebP files as bytes, None for none) in it.
+    """Write the page of `describe`'s data, with the images (WebP files as bytes, None for none) in
+    it.
 
-    Whatever comes from outside is data: JSON without a "<", which the page's script shows as text alone. The page may run that
-    one script, which its hash names, and show images from its own bytes, nothing else.
+    Whatever comes from outside is data: JSON without a "<", which the page's script shows as text
+    alone. The page may run that one script, which its hash names, and show images from its own
+    bytes, nothing else.
     """
-    urls = [image and f"data:image/webp;base64,{base64.b64encode(image).decode()}" for image in images]
-    text = json.dumps(data | {"name": path.stem, "pictures": urls}, separators=(",", ":"), allow_nan=False)
+    urls = [
+        image and f"data:image/webp;base64,{base64.b64encode(image).decode()}" for image in images
+    ]
+    text = json.dumps(
+        data | {"name": path.stem, "pictures": urls}, separators=(",", ":"), allow_nan=False
+    )
     template = PAGE.read_text("utf-8")
     fields = {
         "title": html.escape(path.stem),
@@ -400,11 +487,14 @@ def security_policy(template):
 
 
 def check_page(path, about):
-    """Make the page's folder. Raises UsageError where the page, or what is in its place, is not of this SAE and these files."""
+    """Make the page's folder. Raises UsageError where the page, or what is in its place, is not of
+    this SAE and these files."""
     remedy = "use another --out_dir"
     if path.exists():
         try:
-            theirs = resolved(json.loads(html.unescape(ABOUT.search(path.read_bytes()[:65536])[1].decode())))
+            theirs = resolved(
+                json.loads(html.unescape(ABOUT.search(path.read_bytes()[:65536])[1].decode()))
+            )
         except (TypeError, KeyError, ValueError):
             raise UsageError(f"{path} is no page of features.py; {remedy}") from None
         check_same(path, theirs, resolved(about), remedy)
@@ -413,7 +503,10 @@ def check_page(path, about):
 
 def resolved(about):
     """The same SAE and data whatever folder they were named from."""
-    return {"sae": str(Path(about["sae"]).resolve()), "data": [str(Path(name).resolve()) for name in about["data"]]}
+    return {
+        "sae": str(Path(about["sae"]).resolve()),
+        "data": [str(Path(name).resolve()) for name in about["data"]],
+    }
 
 
 def main(cfg):
@@ -423,7 +516,9 @@ def main(cfg):
     folder = Path(cfg.sae) if cfg.sae else newest_sae()
     sae = Sae.load_from_disk(folder, device)
     activations = activations_of(sae, folder, cfg.data, cfg.transfer)
-    path = Path(cfg.out_dir) / f"{(folder if folder.is_dir() else folder.parent).resolve().name}.html"
+    path = (
+        Path(cfg.out_dir) / f"{(folder if folder.is_dir() else folder.parent).resolve().name}.html"
+    )
     about = {"sae": str(folder), "data": activations.paths}
     check_page(path, about)
     grids = [map_grid(file, cfg.map_size) for file in activations.sources]
@@ -446,7 +541,9 @@ def main(cfg):
     write_page(path, about, data, images)
     alive = sum(density > 0 for density in data["density"])
     num_images = sum(image is not None for image in images)
-    print(f"{folder}: {alive:,} of {sae.num_latents:,} features are active on {int(found.vectors.sum()):,} vectors")
+    print(
+        f"{folder}: {alive:,} of {sae.num_latents:,} features are active on {int(found.vectors.sum()):,} vectors"
+    )
     print(f"saved in {path} ({path.stat().st_size / 1e6:.1f} MB), {num_images} pictures in it")
     return path
 

@@ -1,4 +1,5 @@
-"""The model side: find modules inside a diffusion model's denoiser, capture what they compute, edit it, label every row.
+"""The model side: find modules inside a diffusion model's denoiser, capture what they compute, edit
+it, label every row.
 
     model = HookedDiffusionModel.from_pretrained("toy")                  # or .from_pipeline(pipe), for any pipeline
     model.hook_names("up_blocks.*.attentions.*")                         # what can be hooked
@@ -6,9 +7,9 @@
     cache["output"]["up_blocks.1.attentions.1"]                          # (prompts, steps, tokens, d), conditional rows
     model.run_with_hooks({"mid_block": lambda module, input, output: 0 * output}, "a red star")
 
-The user's own pipeline runs as it is, whatever its family. In diffusion/, `trace.py` watches its denoiser and its scheduler,
-`guidance.py` tells which rows are conditional, `locate.py` finds where the image's tokens are, `recorder.py` keeps them, and
-`edit.py` edits them.
+The user's own pipeline runs as it is, whatever its family. In diffusion/, `trace.py` watches its
+denoiser and its scheduler, `guidance.py` tells which rows are conditional, `locate.py` finds where
+the image's tokens are, `recorder.py` keeps them, and `edit.py` edits them.
 """
 
 import inspect
@@ -47,38 +48,71 @@ __all__ = [
     "Edit", "Generation", "HookPoint", "HookedDiffusionModel", "Layout", "NotHookable", "find_model", "model_of", "per_prompt",
     "tensors", "unwrap",
 ]  # fmt: skip
-OURS = ("self", "prompt", "negative_prompt", "generator", "output_type")  # pipeline arguments with options of their own
+OURS = (
+    "self",
+    "prompt",
+    "negative_prompt",
+    "generator",
+    "output_type",
+)  # pipeline arguments with options of their own
 
 
 class HookedDiffusionModel:
     """A diffusion model whose modules can be read and edited by name while it generates.
 
-    model: nn.Module whose `forward(sample, timestep, ...)` predicts for a batch-first sample. scheduler: anything with
-    `step(model_output, timestep, sample)`, and `scale_model_input` if it needs it. encode_prompt(prompt, device,
-    num_images_per_prompt, do_classifier_free_guidance, negative_prompt) -> (prompt_embeds, negative_prompt_embeds).
-    get_timesteps(num_inference_steps, device) -> timesteps (default: the scheduler's `set_timesteps`). vae: decodes the
-    final sample. sample_shape: of one sample, without the batch axis (default: from `model.config`).
+    model: nn.Module whose `forward(sample, timestep, ...)` predicts for a batch-first sample.
+    scheduler: anything with `step(model_output, timestep, sample)`, and `scale_model_input` if it
+    needs it. encode_prompt(prompt, device, num_images_per_prompt, do_classifier_free_guidance,
+    negative_prompt) -> (prompt_embeds, negative_prompt_embeds). get_timesteps(num_inference_steps,
+    device) -> timesteps (default: the scheduler's `set_timesteps`). vae: decodes the final sample.
+    sample_shape: of one sample, without the batch axis (default: from `model.config`).
     """
 
-    def __init__(self, model, scheduler, encode_prompt=None, get_timesteps=None, vae=None, *, sample_shape=None):
-        self._hook(Loop(model, scheduler, encode_prompt, get_timesteps, vae, sample_shape), {"model": model}, [scheduler])
+    def __init__(
+        self,
+        model,
+        scheduler,
+        encode_prompt=None,
+        get_timesteps=None,
+        vae=None,
+        *,
+        sample_shape=None,
+    ):
+        self._hook(
+            Loop(model, scheduler, encode_prompt, get_timesteps, vae, sample_shape),
+            {"model": model},
+            [scheduler],
+        )
 
     @classmethod
     def from_pipeline(cls, pipe):
-        """Hook a diffusers pipeline. Its denoisers are the components whose `forward` takes a time and that do not decode;
-        one whose output does not reach the scheduler, a network that only conditions another, is left out when it runs.
+        """Hook a diffusers pipeline. Its denoisers are the components whose `forward` takes a time
+        and that do not decode; one whose output does not reach the scheduler, a network that only
+        conditions another, is left out when it runs.
         """
         modules = {n: m for n, m in pipe.components.items() if isinstance(m, torch.nn.Module)}
-        denoisers = {n: m for n, m in modules.items() if time_parameter(m) and not hasattr(unwrap(m), "decode")}
+        denoisers = {
+            n: m
+            for n, m in modules.items()
+            if time_parameter(m) and not hasattr(unwrap(m), "decode")
+        }
         if not denoisers:
-            raise UsageError(f"{type(pipe).__name__} has no component whose forward takes a timestep: {sorted(modules)}")
+            raise UsageError(
+                f"{type(pipe).__name__} has no component whose forward takes a timestep: {sorted(modules)}"
+            )
         hooked = cls.__new__(cls)
-        hooked._hook(pipe, denoisers, [c for c in pipe.components.values() if callable(getattr(type(c), "step", None))])
+        hooked._hook(
+            pipe,
+            denoisers,
+            [c for c in pipe.components.values() if callable(getattr(type(c), "step", None))],
+        )
         return hooked
 
     def _hook(self, pipe, denoisers, schedulers):
         if not all(callable(getattr(type(s), "step", None)) for s in schedulers) or not schedulers:
-            raise UsageError("the scheduler's class has no method `step(model_output, timestep, sample)`")
+            raise UsageError(
+                "the scheduler's class has no method `step(model_output, timestep, sample)`"
+            )
         for denoiser in denoisers.values():
             sample_name(denoiser)
         self.pipe, self.denoisers, self.schedulers = pipe, denoisers, schedulers
@@ -88,14 +122,18 @@ class HookedDiffusionModel:
 
     @classmethod
     def from_pretrained(cls, model_name, dtype=None, device=None, cpu_offload=False, **kwargs):
-        """Load a diffusers folder or hub id; kwargs that are not None go to `DiffusionPipeline.from_pretrained`.
+        """Load a diffusers folder or hub id; kwargs that are not None go to
+        `DiffusionPipeline.from_pretrained`.
 
-        dtype None is float32. `cpu_offload` keeps only the running component on `device`. Raises UsageError for a name that
-        is no folder and can't be a hub id, and for weights that are not there.
+        dtype None is float32. `cpu_offload` keeps only the running component on `device`. Raises
+        UsageError for a name that is no folder and can't be a hub id, and for weights that are not
+        there.
         """
         from diffusers import DiffusionPipeline
 
-        kwargs = {"use_safetensors": True} | {name: value for name, value in kwargs.items() if value is not None}  # no pickle
+        kwargs = {"use_safetensors": True} | {
+            name: value for name, value in kwargs.items() if value is not None
+        }  # no pickle
         name = find_model(model_name)
         try:
             pipe = DiffusionPipeline.from_pretrained(name, dtype=dtype or torch.float32, **kwargs)
@@ -108,19 +146,22 @@ class HookedDiffusionModel:
         return cls.from_pipeline(pipe)
 
     def modules(self):
-        """{hook_name: (denoiser name, module)} of every module that can run; names that several denoisers have are long."""
+        """{hook_name: (denoiser name, module)} of every module that can run; names that several
+        denoisers have are long."""
         return find_modules(self.denoisers)
 
     def hook_names(self, pattern="*"):
-        """Module names that match a glob. `*` stays within one part of the dotted name and `**` does not; a pattern without
-        a dot is matched against the last part, at any depth; a name without a wildcard is itself.
+        """Module names that match a glob. `*` stays within one part of the dotted name and `**`
+        does not; a pattern without a dot is matched against the last part, at any depth; a name
+        without a wildcard is itself.
 
         Raises UsageError, with the nearest names, if none does.
         """
         return match_names(pattern, self.modules())
 
     def _targets(self, positions):
-        """Of a name, a glob or a list of them: ({hook_name: (denoiser, module)}, names that were spelt out)."""
+        """Of a name, a glob or a list of them: ({hook_name: (denoiser, module)}, names that were
+        spelt out)."""
         positions = [positions] if isinstance(positions, str) else list(positions)
         modules, targets, explicit = self.modules(), {}, set()
         for position in positions:
@@ -137,10 +178,11 @@ class HookedDiffusionModel:
         return {name: value for name, value in options.items() if name in takes}
 
     def arguments(self, num_images_per_prompt=1, output_type=None, extra=None, **options):
-        """Keyword arguments for the pipeline: options that are None take the pipeline's own default, so that all are known.
+        """Keyword arguments for the pipeline: options that are None take the pipeline's own
+        default, so that all are known.
 
-        `output_type` is left out where the pipeline has none; `extra` is a dict of anything else. Raises UsageError for
-        what the pipeline does not take, and for what is given twice.
+        `output_type` is left out where the pipeline has none; `extra` is a dict of anything else.
+        Raises UsageError for what the pipeline does not take, and for what is given twice.
         """
         pipeline, takes = type(self.pipe).__name__, inspect.signature(self.pipe).parameters
         for name in options:
@@ -159,58 +201,74 @@ class HookedDiffusionModel:
         options |= extra or {}
         size = [name for name in ("height", "width") if options.get(name) is not None]
         if len(size) == 1 and {"height", "width"} <= set(takes):
-            raise UsageError(f"{size[0]} is given alone, and most pipelines take neither then; give height and width")
+            raise UsageError(
+                f"{size[0]} is given alone, and most pipelines take neither then; give height and width"
+            )
         if unknown := [name for name in options if name not in takes]:
             raise UsageError(f"{pipeline} takes no argument {unknown[0]!r}")
         return options
 
     def __call__(self, prompt=None, **kwargs):
-        """Generate. kwargs go to the pipeline, or to `loop.Loop` for a denoiser of one's own. Where a pipeline takes no
-        prompt, it gets class numbers written as text, or only as many samples as there are prompts.
+        """Generate. kwargs go to the pipeline, or to `loop.Loop` for a denoiser of one's own. Where
+        a pipeline takes no prompt, it gets class numbers written as text, or only as many samples
+        as there are prompts.
         """
         given = prompt_arguments(self.pipe, prompt) | kwargs
-        own = {k: list(v) if isinstance(v, list) else v for k, v in given.items()}  # some pipelines write into lists
+        own = {
+            k: list(v) if isinstance(v, list) else v for k, v in given.items()
+        }  # some pipelines write into lists
         with torch.no_grad():
             return self.pipe(**own)
 
     def run_with_cache(self, positions_to_cache, prompt=None, *, later=False, **kwargs):
-        """Generate, and keep what the named modules computed: (output, cache). kwargs: those of `cache`, and the pipeline's.
+        """Generate, and keep what the named modules computed: (output, cache). kwargs: those of
+        `cache`, and the pipeline's.
 
-        With `later` the cache is a function instead, which waits for the device's copies and returns it, on any thread.
+        With `later` the cache is a function instead, which waits for the device's copies and
+        returns it, on any thread.
         """
         options, kwargs = CacheOptions.take_from(kwargs)
         finder = self._ask(positions_to_cache, prompt, kwargs, options.order)
-        with self._record(positions_to_cache, *count_prompts(prompt, kwargs), options, finder) as result:
+        with self._record(
+            positions_to_cache, *count_prompts(prompt, kwargs), options, finder
+        ) as result:
             output = self(prompt, **kwargs)
         return output, result if later else result()
 
     @contextmanager
     def cache(self, positions_to_cache, n_prompts, num_images_per_prompt=1, **options):
-        """Keep what the named modules compute while the body of the `with` samples `n_prompts` prompts.
+        """Keep what the named modules compute while the body of the `with` samples `n_prompts`
+        prompts.
 
-        options: save_input=False, save_output=True, rows="cond", stream="image", cache_every_n_timesteps=1, dtype=None,
-        choose=None, order=None, see `recorder.CacheOptions`.
+        options: save_input=False, save_output=True, rows="cond", stream="image",
+        cache_every_n_timesteps=1, dtype=None, choose=None, order=None, see `recorder.CacheOptions`.
 
-        Yields a dict that is complete when the context ends. `cache["output"][hook_name]` and, with `save_input`,
-        `cache["input"][hook_name]` are CPU tensors (prompts, steps, tokens, d) of `dtype` (default: the model's own), with
-        `rows="both"` also `cache["output_uncond"]`. `cache["timesteps"][hook_name]` (steps,) float64,
-        `cache["grid"][hook_name]` a tuple whose product is `tokens`, `cache["sigmas"]` as `timesteps`, where known. With
-        `stream="text"` tokens are those of the text, padded with zeros, and `cache["lengths"][hook_name]` (prompts,) says how
-        many there are, `cache["lengths_uncond"]` for the unconditional rows.
+        Yields a dict that is complete when the context ends. `cache["output"][hook_name]` and, with
+        `save_input`, `cache["input"][hook_name]` are CPU tensors (prompts, steps, tokens, d) of
+        `dtype` (default: the model's own), with `rows="both"` also `cache["output_uncond"]`.
+        `cache["timesteps"][hook_name]` (steps,) float64, `cache["grid"][hook_name]` a tuple whose
+        product is `tokens`, `cache["sigmas"]` as `timesteps`, where known. With `stream="text"`
+        tokens are those of the text, padded with zeros, and `cache["lengths"][hook_name]`
+        (prompts,) says how many there are, `cache["lengths_uncond"]` for the unconditional rows.
 
-        choose(step, tokens) -> (prompts, n) int64, or None for all: the image tokens of each prompt that are kept at a step, for
-        all modules with so many; `cache["tokens"][hook_name]` (prompts, steps, n) says which.
+        choose(step, tokens) -> (prompts, n) int64, or None for all: the image tokens of each prompt
+        that are kept at a step, for all modules with so many; `cache["tokens"][hook_name]`
+        (prompts, steps, n) says which.
 
-        The prompts of what the body samples can't be changed to see which rows depend on them, as `run_with_cache` does: the
-        guidance of the steps must tell, or else `order`, such as ("uncond", "cond") for the passes of each step. A scale below 0
-        needs the order: by its weights the two passes are exchanged.
+        The prompts of what the body samples can't be changed to see which rows depend on them, as
+        `run_with_cache` does: the guidance of the steps must tell, or else `order`, such as
+        ("uncond", "cond") for the passes of each step. A scale below 0 needs the order: by its
+        weights the two passes are exchanged.
 
-        Raises UsageError where a named module does not run exactly once a forward (one found by a glob is left out), or not in
-        every step, where what it takes or returns has no batch axis or no such tokens, where unconditional rows are asked for
-        and there are none, and where nothing tells which rows are conditional.
+        Raises UsageError where a named module does not run exactly once a forward (one found by a
+        glob is left out), or not in every step, where what it takes or returns has no batch axis or
+        no such tokens, where unconditional rows are asked for and there are none, and where nothing
+        tells which rows are conditional.
         """
         cache = {}
-        with self._record(positions_to_cache, n_prompts, num_images_per_prompt, CacheOptions(**options)) as result:
+        with self._record(
+            positions_to_cache, n_prompts, num_images_per_prompt, CacheOptions(**options)
+        ) as result:
             yield cache
         cache |= result()
 
@@ -223,24 +281,36 @@ class HookedDiffusionModel:
         recorder = Recorder(targets, self.denoisers, self._known, options, finder)
         with ExitStack() as stack:
             on_forward, on_step, roles = recorder.on_forward, recorder.on_step, recorder.finder
-            watching = self.watch(n_prompts, num_images_per_prompt, on_forward, on_step, roles=roles)
+            watching = self.watch(
+                n_prompts, num_images_per_prompt, on_forward, on_step, roles=roles
+            )
             recorder.listen(stack, stack.enter_context(watching))
             yield partial(recorder.result, explicit)
 
     def first_step(self, positions, prompt=None, **kwargs):
-        """The cache of one step, which is thrown away with every random state put back, and in `cache["num_steps"]` how many
-        steps the whole sampling has. Where denoisers take turns it goes on until each of those named has run.
+        """The cache of one step, which is thrown away with every random state put back, and in
+        `cache["num_steps"]` how many steps the whole sampling has. Where denoisers take turns it
+        goes on until each of those named has run.
         """
         targets, explicit = self._targets(positions)
         options, kwargs = CacheOptions.take_from(kwargs)
         finder = self._ask(positions, prompt, kwargs, options.order)
         recorder = Recorder(targets, self.denoisers, self._known, options, finder)
         denoisers = {denoiser for denoiser, _ in targets.values()}
-        sampling = self._dry_run(denoisers, prompt, kwargs, recorder.on_forward, recorder.on_step, recorder.listen, finder)
+        sampling = self._dry_run(
+            denoisers,
+            prompt,
+            kwargs,
+            recorder.on_forward,
+            recorder.on_step,
+            recorder.listen,
+            finder,
+        )
         return recorder.result(explicit) | {"num_steps": sampling.num_steps}
 
     def first_sample(self, prompt=None, **kwargs):
-        """What the first step of the scheduler gets as its sample: (R, ...), the noise that a sampling begins with."""
+        """What the first step of the scheduler gets as its sample: (R, ...), the noise that a
+        sampling begins with."""
         samples = []
         self._dry_run(set(), prompt, kwargs, on_step=lambda step: samples.append(step.sample))
         return samples[0]
@@ -261,14 +331,19 @@ class HookedDiffusionModel:
                 layouts.setdefault(name, layout)
 
         denoisers = {denoiser for denoiser, _ in targets.values()}
-        sampling = self._dry_run(denoisers, prompt, kwargs, on_forward, finder=finder, must_tell=False)
-        return {name: layouts.get(name, NEVER_RAN) for name in self.modules() if name in targets}, sampling.num_steps
+        sampling = self._dry_run(
+            denoisers, prompt, kwargs, on_forward, finder=finder, must_tell=False
+        )
+        return {
+            name: layouts.get(name, NEVER_RAN) for name in self.modules() if name in targets
+        }, sampling.num_steps
 
     def _ask(self, positions, prompt, kwargs, order=None):
         """A `RoleFinder` for the sampling that follows.
 
-        Once for all samplings with such options, one step is run with other prompts and thrown away: the rows that it changes
-        are conditional, and where a denoiser gets more than the sample, such as a picture to edit, it shows which part it is.
+        Once for all samplings with such options, one step is run with other prompts and thrown
+        away: the rows that it changes are conditional, and where a denoiser gets more than the
+        sample, such as a picture to edit, it shows which part it is.
         """
         self._targets(positions)  # before anything is run for nothing
         key = outline(kwargs | {"prompt": prompt}), order and tuple(order)
@@ -278,12 +353,17 @@ class HookedDiffusionModel:
         return RoleFinder(order, passes, memory)
 
     def _run_with_other_prompts(self, prompt, kwargs):
-        """The first step's forwards as `guidance.Pass`; None where there are no prompts to change, or others are refused."""
+        """The first step's forwards as `guidance.Pass`; None where there are no prompts to change,
+        or others are refused."""
         changed = other_prompts(prompt, kwargs)
         other, options = changed or (prompt, kwargs)
-        options = {name: value for name, value in options.items() if not name.startswith("callback")}
+        options = {
+            name: value for name, value in options.items() if not name.startswith("callback")
+        }
         if options.get("num_inference_steps") == 1:
-            options["num_inference_steps"] = 2  # the second shows what of the denoiser's input is sampled
+            options["num_inference_steps"] = (
+                2  # the second shows what of the denoiser's input is sampled
+            )
         passes, mixed = [], {}
 
         def on_forward(forward, module):
@@ -295,7 +375,13 @@ class HookedDiffusionModel:
             if passes:
                 raise DryRunOver
             passes.extend(Pass(f.denoiser, f.rows, f.conditioning, f.output) for f in step.forwards)
-            mixed.update({f.denoiser: f.sample for f in step.forwards if has_more_than_sample(f, step.sample)})
+            mixed.update(
+                {
+                    f.denoiser: f.sample
+                    for f in step.forwards
+                    if has_more_than_sample(f, step.sample)
+                }
+            )
             if not mixed:
                 raise DryRunOver
 
@@ -320,18 +406,27 @@ class HookedDiffusionModel:
         must_tell=True,
         must_repeat=True,
     ):
-        """Sample until each of `denoisers` has run in a step, if it `must_tell` one whose rows are told; then put all back.
+        """Sample until each of `denoisers` has run in a step, if it `must_tell` one whose rows are
+        told; then put all back.
 
-        If it `must_repeat`, a scheduler whose random numbers no seed reaches is refused, looked at once for such options.
+        If it `must_repeat`, a scheduler whose random numbers no seed reaches is refused, looked at
+        once for such options.
 
-        on_step gets the first steps of each denoiser only. Returns the `Sampling` that watched: `P` the prompts, `R` the rows
-        of each chunk, `num_steps` the length of the whole sampling; `finder` knows the roles of rows in these steps.
+        on_step gets the first steps of each denoiser only. Returns the `Sampling` that watched: `P`
+        the prompts, `R` the rows of each chunk, `num_steps` the length of the whole sampling;
+        `finder` knows the roles of rows in these steps.
         """
         ran = set()
-        repeatable = self._repeatable.setdefault(outline(kwargs | {"prompt": prompt}), []) if must_repeat else None
+        repeatable = (
+            self._repeatable.setdefault(outline(kwargs | {"prompt": prompt}), [])
+            if must_repeat
+            else None
+        )
 
         def stop_when_all_ran(step):
-            told = getattr(self.pipe, "_num_timesteps", None)  # by a pipeline that ends before its scheduler's list does
+            told = getattr(
+                self.pipe, "_num_timesteps", None
+            )  # by a pipeline that ends before its scheduler's list does
             if isinstance(told, int) and sampling.num_steps is not None:
                 sampling.num_steps = min(told, sampling.num_steps)
             if on_step is not None and sampling.called - ran:
@@ -343,7 +438,9 @@ class HookedDiffusionModel:
 
         with undisturbed(self.pipe, self.schedulers, self.denoisers, kwargs), ExitStack() as stack:
             labels = dict(roles=finder, rehearsal=True, repeatable=repeatable)
-            watching = self.watch(*count_prompts(prompt, kwargs), on_forward, stop_when_all_ran, **labels)
+            watching = self.watch(
+                *count_prompts(prompt, kwargs), on_forward, stop_when_all_ran, **labels
+            )
             sampling = stack.enter_context(watching)
             if listen is not None:
                 listen(stack, sampling)
@@ -351,48 +448,72 @@ class HookedDiffusionModel:
                 self(prompt, **kwargs)
             except DryRunOver:
                 pass
-            except ValueError as error:  # what a pipeline says of its arguments is the user's to mend
+            except (
+                ValueError
+            ) as error:  # what a pipeline says of its arguments is the user's to mend
                 raise UsageError(f"{error}") from error
             sampling.tell_others()
         if finder is not None and must_tell:
             finder.check_decided()
         if not sampling.called:
-            raise UsageError("the denoiser ran, or not even that, but its scheduler never made a step")
+            raise UsageError(
+                "the denoiser ran, or not even that, but its scheduler never made a step"
+            )
         return sampling
 
     def run_with_hooks(self, position_hook_dict, prompt=None, *, order=None, **kwargs):
-        """Generate with edits: {hook_name: fn or [fn]}, where fn is an `Edit`, or a function as in PyTorch.
+        """Generate with edits: {hook_name: fn or [fn]}, where fn is an `Edit`, or a function as in
+        PyTorch.
 
-        `fn(module, input, output) -> new output or None` sees the whole batch, conditional and unconditional rows alike;
-        `input` is the tuple of positional arguments, or of the keyword ones where the module gets only those. An `Edit` needs
-        to know which rows are conditional before the scheduler is called: one step is run first, unedited, and thrown away,
-        and the plan found there is checked against every step. Hooks are removed afterwards, also after an exception.
-        order: of the passes in a step, such as ("uncond", "cond"), where neither the prompts nor the guidance tell it.
+        `fn(module, input, output) -> new output or None` sees the whole batch, conditional and
+        unconditional rows alike; `input` is the tuple of positional arguments, or of the keyword
+        ones where the module gets only those. An `Edit` needs to know which rows are conditional
+        before the scheduler is called: one step is run first, unedited, and thrown away, and the
+        plan found there is checked against every step. Hooks are removed afterwards, also after an
+        exception. order: of the passes in a step, such as ("uncond", "cond"), where neither the
+        prompts nor the guidance tell it.
 
-        Raises UsageError if a named module never ran, or no edit of it took place, if unconditional rows are to be edited
-        and there are none, and if a step does not fit the plan.
+        Raises UsageError if a named module never ran, or no edit of it took place, if unconditional
+        rows are to be edited and there are none, and if a step does not fit the plan.
         """
         hooks = {}
         for position, functions in position_hook_dict.items():
             for name in self.hook_names(position):
-                hooks.setdefault(name, []).extend(functions if isinstance(functions, (list, tuple)) else [functions])
+                hooks.setdefault(name, []).extend(
+                    functions if isinstance(functions, (list, tuple)) else [functions]
+                )
         targets, _ = self._targets(list(hooks))
-        explicit = {name for name in hooks if any(p in (name, f"{targets[name][0]}.{name}") for p in position_hook_dict)}
-        edits = [(name, function) for name in hooks for function in hooks[name] if isinstance(function, Edit)]
-        places = {(side, name, edit.stream): targets[name] for name, edit in edits for side in edit.sides}
+        explicit = {
+            name
+            for name in hooks
+            if any(p in (name, f"{targets[name][0]}.{name}") for p in position_hook_dict)
+        }
+        edits = [
+            (name, function)
+            for name in hooks
+            for function in hooks[name]
+            if isinstance(function, Edit)
+        ]
+        places = {
+            (side, name, edit.stream): targets[name] for name, edit in edits for side in edit.sides
+        }
         (P, n), plan, finder = count_prompts(prompt, kwargs), None, None
         if edits:
             check_order(order)
             finder = self._ask(list(hooks), prompt, kwargs, order)
             P, n, plan = self._plan({edit.rows for _, edit in edits}, prompt, kwargs, finder)
-            finder = None if plan is None else RoleFinder(order, memory=finder.memory, known=dict(plan))
+            finder = (
+                None if plan is None else RoleFinder(order, memory=finder.memory, known=dict(plan))
+            )
 
         runs = RunWatch({name: targets[name] for name, _ in edits}, self.denoisers, self._known)
 
         def check_runs(step):
             for name, edit in edits:
                 for forward in step.forwards:
-                    is_met = forward.denoiser == targets[name][0] and edit.is_for(step.index, forward.roles)
+                    is_met = forward.denoiser == targets[name][0] and edit.is_for(
+                        step.index, forward.roles
+                    )
                     if is_met and (reason := runs.check(name, forward, f"step {step.index}")):
                         raise UsageError(f"{name}: {reason}")
 
@@ -400,37 +521,58 @@ class HookedDiffusionModel:
         idle = dict.fromkeys(targets, "never ran")  # until it has been edited
         with ExitStack() as stack:
             if edits:
-                sampling = stack.enter_context(self.watch(P, n, on_forward, check_runs, plan=plan, roles=finder))
+                sampling = stack.enter_context(
+                    self.watch(P, n, on_forward, check_runs, plan=plan, roles=finder)
+                )
                 runs.listen(stack, sampling)
             for name, (_, module) in targets.items():
                 for function in hooks[name]:
                     if isinstance(function, Edit):
                         function.listen(stack, module, name, sampling, idle, name in explicit)
                     else:
-                        stack.callback(module.register_forward_hook(raw(function, name, idle), with_kwargs=True).remove)
+                        stack.callback(
+                            module.register_forward_hook(
+                                raw(function, name, idle), with_kwargs=True
+                            ).remove
+                        )
             output = self(prompt, **kwargs)
-        if why := [f"{name}: {reason}" for name, reason in idle.items() if reason and (name in explicit or all(idle.values()))]:
+        if why := [
+            f"{name}: {reason}"
+            for name, reason in idle.items()
+            if reason and (name in explicit or all(idle.values()))
+        ]:
             raise UsageError("nothing was edited at " + "; ".join(why))
         return output
 
     def _plan(self, wanted, prompt, kwargs, finder):
-        """Prompts, images per prompt and the roles of the rows that a generation will have, None if edits need no roles."""
+        """Prompts, images per prompt and the roles of the rows that a generation will have, None if
+        edits need no roles."""
         needs_roles = wanted != {"all"}
         first = self._dry_run(set(), prompt, kwargs, finder=finder, must_tell=needs_roles)
-        roles = {role for of_step in finder.known.values() for of_forward in of_step for role in of_forward}
+        roles = {
+            role
+            for of_step in finder.known.values()
+            for of_forward in of_step
+            for role in of_forward
+        }
         if missing := wanted - roles - {"all"}:
-            raise UsageError(f"there are no {missing.pop()}itional rows to edit in this generation; is guidance off?")
+            raise UsageError(
+                f"there are no {missing.pop()}itional rows to edit in this generation; is guidance off?"
+            )
         return first.P, first.R // first.P, finder.known if needs_roles else None
 
     def watch(self, P=1, n=1, on_forward=None, on_step=None, **options):
-        """Context in which a sampling of P prompts x n images is followed; options: further fields of `trace.Sampling`, which it
-        yields.
+        """Context in which a sampling of P prompts x n images is followed; options: further fields
+        of `trace.Sampling`, which it yields.
         """
-        return Sampling(self.denoisers, self.schedulers, P, n, on_forward, on_step, **options).watch()
+        return Sampling(
+            self.denoisers, self.schedulers, P, n, on_forward, on_step, **options
+        ).watch()
 
 
 def raw(function, name, idle):
-    """A user's function (module, input, output) as a forward hook that notes in `idle` that it ran."""
+    """A user's function (module, input, output) as a forward hook that notes in `idle` that it
+    ran."""
 
     def hook(module, args, kwargs, output):
         idle[name] = None
@@ -440,7 +582,8 @@ def raw(function, name, idle):
 
 
 def find_model(model_name):
-    """A folder here, one beside this file (so that the toy is found from anywhere), or a hub id; UsageError for neither."""
+    """A folder here, one beside this file (so that the toy is found from anywhere), or a hub id;
+    UsageError for neither."""
     for folder in (Path(model_name), Path(__file__).parent / model_name):
         if folder.is_dir():
             return str(folder)
@@ -450,12 +593,16 @@ def find_model(model_name):
 
 
 def model_of(meta, model_name=None, device=None, dtype=None):
-    """The model that made a file's activations, hooked, and the pipeline's options at that time: (model, options).
+    """The model that made a file's activations, hooked, and the pipeline's options at that time:
+    (model, options).
 
-    meta: the description beside the file. model_name: another model, such as a copy of it in another place. What has an option of
-    its own in every script, the kind of output and the number of images per prompt, is left out.
+    meta: the description beside the file. model_name: another model, such as a copy of it in
+    another place. What has an option of its own in every script, the kind of output and the number
+    of images per prompt, is left out.
     """
-    folder = meta.get("model_folder")  # which `read_description` found from the activations, whatever the current folder
+    folder = meta.get(
+        "model_folder"
+    )  # which `read_description` found from the activations, whatever the current folder
     own = folder if folder is not None and Path(folder).is_dir() else meta["model"]
     model = HookedDiffusionModel.from_pretrained(
         model_name or own, dtype, device, variant=meta.get("variant"), revision=meta.get("revision")

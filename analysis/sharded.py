@@ -1,11 +1,13 @@
-"""An SAE whose latents are split over neighbouring processes: each holds the rows of its own latents, of both matrices.
+"""An SAE whose latents are split over neighbouring processes: each holds the rows of its own
+latents, of both matrices.
 
     torchrun --nproc_per_node 4 train.py --shard_latents 2             # 2 x 2: vectors and latents are split
 
-`vectors` and `latents` are the two `distributed.Group`s that a process is in. What `ShardedSae` and `ShardedUpdate` give is what
-`Sae` and `SparseUpdate` give, as if each process held all latents: these are chosen among all (each process finds the largest
-among its own, then they are merged), and x_hat is the sum over the processes. Indices count all latents where they are given
-or returned, and own rows within an update. A file holds all rows, as if one process had written it.
+`vectors` and `latents` are the two `distributed.Group`s that a process is in. What `ShardedSae` and
+`ShardedUpdate` give is what `Sae` and `SparseUpdate` give, as if each process held all latents:
+these are chosen among all (each process finds the largest among its own, then they are merged), and
+x_hat is the sum over the processes. Indices count all latents where they are given or returned, and
+own rows within an update. A file holds all rows, as if one process had written it.
 """
 
 import errno
@@ -29,11 +31,18 @@ from kernels.update import Reconstruction, SparseUpdate
 from sae import Sae, random_rows
 from store.disk import rename
 
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.bool: "BOOL"}
+DTYPES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.bool: "BOOL",
+}
 
 
 def grid(processes, shards):
-    """Two groups that this process is in: those that split the vectors, and `shards` neighbours that split the latents.
+    """Two groups that this process is in: those that split the vectors, and `shards` neighbours
+    that split the latents.
 
     Raises UsageError where the processes can't be arranged so. All processes have to call it.
     """
@@ -53,13 +62,20 @@ def grid(processes, shards):
 
 
 def parts_of(latents):
-    """What takes the place of Sae, SparseUpdate, save_tensors and load_tensors, with the same arguments."""
+    """What takes the place of Sae, SparseUpdate, save_tensors and load_tensors, with the same
+    arguments."""
     group = dict(latents=latents)
-    return partial(ShardedSae, **group), ShardedUpdate, partial(save_rows, **group), partial(load_rows, **group)
+    return (
+        partial(ShardedSae, **group),
+        ShardedUpdate,
+        partial(save_rows, **group),
+        partial(load_rows, **group),
+    )
 
 
 class ShardedSae(Sae):
-    """The latents of the slice `own`. All processes of the group `latents` call everything together; no gradients."""
+    """The latents of the slice `own`. All processes of the group `latents` call everything
+    together; no gradients."""
 
     def __init__(self, d_in, num_latents, k, cfg=None, seed=0, latents=ALONE):
         self.latents, self.own = latents, latents.part(num_latents)
@@ -73,13 +89,15 @@ class ShardedSae(Sae):
         return self.merge(acts, indices, k)
 
     def merge(self, acts, indices, k):
-        """The k largest of what the processes found each among its own latents: (N, up to k), indices among all latents."""
+        """The k largest of what the processes found each among its own latents: (N, up to k),
+        indices among all latents."""
         missing = (0, k - acts.shape[1])
         acts, indices = F.pad(acts, missing), F.pad(indices + self.own.start, missing)
         return merge(self.latents.side_by_side(acts), self.latents.side_by_side(indices), k)
 
     def of_own(self, acts, indices):
-        """Of (N, K) chosen from all latents those that are this process's; the others are zeros of its first latent."""
+        """Of (N, K) chosen from all latents those that are this process's; the others are zeros of
+        its first latent."""
         own = (indices >= self.own.start) & (indices < self.own.stop)
         return acts * own, torch.where(own, indices - self.own.start, 0)
 
@@ -96,7 +114,8 @@ class ShardedSae(Sae):
 
 
 class ShardedUpdate(SparseUpdate):
-    """Updates a `ShardedSae`. Every process has all vectors of its group `vectors`; matrices are of its own latents."""
+    """Updates a `ShardedSae`. Every process has all vectors of its group `vectors`; matrices are of
+    its own latents."""
 
     def num_dead(self):
         return self.over_latents(super().num_dead())
@@ -116,7 +135,9 @@ class ShardedUpdate(SparseUpdate):
     def reconstruct(self, x, share, top_acts, top_indices):
         acts, indices = self.sae.of_own(top_acts, top_indices)
         e = self.sae.latents.sum(gather_sum(acts, indices, self.W_dec)).add_(self.b_dec).sub_(x)
-        return Reconstruction(share, acts, indices, e, gather_dot(e, indices, self.W_dec).mul_(acts > 0))
+        return Reconstruction(
+            share, acts, indices, e, gather_dot(e, indices, self.W_dec).mul_(acts > 0)
+        )
 
     def least_of_largest_dead(self, acts, k):
         if self.num_listed <= k:
@@ -136,22 +157,27 @@ class ShardedUpdate(SparseUpdate):
 
 
 def is_split(name, ndim):
-    """Whether a tensor of an SAE or its training has a row for each latent: all but b_dec, its moments and single numbers."""
+    """Whether a tensor of an SAE or its training has a row for each latent: all but b_dec, its
+    moments and single numbers."""
     return ndim > 0 and not name.startswith("b_dec")
 
 
 def save_rows(path, tensors, metadata, latents):
-    """`disk.save_tensors` by all processes of the group `latents` together. They write each its own rows into one file.
+    """`disk.save_tensors` by all processes of the group `latents` together. They write each its own
+    rows into one file.
 
     metadata: the first process's is written. Raises OSError in every process.
 
-    The format is https://huggingface.co/docs/safetensors: eight bytes with the length of a JSON header, the header, the
-    numbers. The package `safetensors` writes only what lies in one process's memory.
+    The format is https://huggingface.co/docs/safetensors: eight bytes with the length of a JSON
+    header, the header, the numbers. The package `safetensors` writes only what lies in one
+    process's memory.
     """
     num_rows = next(len(tensor) for name, tensor in tensors.items() if is_split(name, tensor.ndim))
     num_latents = int(latents.sum(torch.tensor(num_rows, device=latents.device)))
     header, places, end = {"__metadata__": metadata}, [], 0
-    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0])):  # so that each is aligned
+    for name, tensor in sorted(
+        tensors.items(), key=lambda item: (-item[1].itemsize, item[0])
+    ):  # so that each is aligned
         shape, at = list(tensor.shape), end
         if is_split(name, tensor.ndim):
             shape[0] = num_latents
@@ -162,7 +188,9 @@ def save_rows(path, tensors, metadata, latents):
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     text = len(text).to_bytes(8, "little") + text
-    begin = int(latents.share(torch.tensor(len(text), device=latents.device)))  # the first process's header is written
+    begin = int(
+        latents.share(torch.tensor(len(text), device=latents.device))
+    )  # the first process's header is written
 
     partial = path.with_name(path.name + ".partial")
     with shared_errors(path, partial, latents):
@@ -182,7 +210,8 @@ def save_rows(path, tensors, metadata, latents):
 
 @contextmanager
 def shared_errors(path, partial, latents):
-    """The end waits for every process of the group; an OSError of one is raised in all, when none has `partial` open."""
+    """The end waits for every process of the group; an OSError of one is raised in all, when none
+    has `partial` open."""
     number = 0
     try:
         yield

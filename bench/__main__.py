@@ -15,7 +15,10 @@ if name in ("-h", "--help"):
         print(f"{name:10} {first.strip(chr(34))}")
     raise SystemExit(0)
 if name not in NAMES:
-    print(f"python -m bench: error: no benchmark {name!r}; there are {', '.join(NAMES)}", file=sys.stderr)
+    print(
+        f"python -m bench: error: no benchmark {name!r}; there are {', '.join(NAMES)}",
+        file=sys.stderr,
+    )
     raise SystemExit(2)
 module = importlib.import_module(f"bench.{sys.argv.pop(1)}")
 sys.modules["__main__"].__doc__ = module.__doc__

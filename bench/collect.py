@@ -1,12 +1,14 @@
-"""What collecting costs: collect.py's own loop against the bare pipeline call, batch by batch in turn.
+"""What collecting costs: collect.py's own loop against the bare pipeline call, batch by batch in
+turn.
 
     python -m bench collect                      # the toy, and two tiny pipelines whose steps take milliseconds
     python -m bench collect --rounds 5 --tiny wan zimage
 
-A round is one batch: first the pipeline alone, with the same prompts, seeds and output_type, then collect.py's generation,
-conversion and writing of it, until it asks for the next, without the images unless --save_images. They come one after another
-here, where collect.py writes beside the next batch's generation, so that all that it costs is counted. The first round is not.
-Medians of the paired ratios and differences.
+A round is one batch: first the pipeline alone, with the same prompts, seeds and output_type, then
+collect.py's generation, conversion and writing of it, until it asks for the next, without the
+images unless --save_images. They come one after another here, where collect.py writes beside the
+next batch's generation, so that all that it costs is counted. The first round is not. Medians of
+the paired ratios and differences.
 """
 
 import contextlib
@@ -40,15 +42,29 @@ class AtOnce(ThreadPoolExecutor):
 
 @dataclass
 class Config:
-    rounds: int = 8  # batches of the toy that are counted; the tiny pipelines have five times as many
-    tiny: list[str] = field(default_factory=lambda: ["sd15", "sd3"])  # recipes of tests/families.py
+    rounds: int = 8
+    """Batches of the toy that are counted; the tiny pipelines have five times as many."""
+
+    tiny: list[str] = field(default_factory=lambda: ["sd15", "sd3"])
+    """Recipes of tests/families.py."""
+
     num_inference_steps: int = 20
-    batch_size: int = 16  # of the toy; the tiny pipelines have 2
-    save_images: bool = False  # with the images: both sides decode them, and collect.py saves them
-    device: str = "auto"  # auto, cuda, cuda:N, mps, cpu
+    batch_size: int = 16
+    """Of the toy; the tiny pipelines have 2."""
+
+    save_images: bool = False
+    """With the images: both sides decode them, and collect.py saves them."""
+
+    device: str = "auto"
+    """Auto, cuda, cuda:N, mps, cpu."""
 
 
-HOOKS = {"sd15": "up_blocks.0.attentions.1", "sd3": "transformer_blocks.0", "zimage": "layers.1", "wan": "blocks.1"}
+HOOKS = {
+    "sd15": "up_blocks.0.attentions.1",
+    "sd3": "transformer_blocks.0",
+    "zimage": "layers.1",
+    "wan": "blocks.1",
+}
 
 
 def measure(cfg, hooked, hook_name, rounds, batch_size, **pipeline_kwargs):
@@ -59,7 +75,11 @@ def measure(cfg, hooked, hook_name, rounds, batch_size, **pipeline_kwargs):
         marks.append(time.perf_counter())
         ours = ("save_input", "save_output", "rows", "stream", "cache_every_n_timesteps", "later")
         bare = {name: value for name, value in kwargs.items() if name not in ours}
-        self(prompt, generator=[torch.Generator().manual_seed(g.initial_seed()) for g in generator], **bare)
+        self(
+            prompt,
+            generator=[torch.Generator().manual_seed(g.initial_seed()) for g in generator],
+            **bare,
+        )
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         marks.append(time.perf_counter())
@@ -67,7 +87,11 @@ def measure(cfg, hooked, hook_name, rounds, batch_size, **pipeline_kwargs):
 
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
         prompts = Path(folder) / "prompts.txt"
-        prompts.write_text("".join(f"a red fox in snow, number {i:03d}\n" for i in range((rounds + 2) * batch_size)))
+        prompts.write_text(
+            "".join(
+                f"a red fox in snow, number {i:03d}\n" for i in range((rounds + 2) * batch_size)
+            )
+        )
         config = collect.Config(
             hook_names=[hook_name],
             dataset_name=str(prompts),
@@ -85,7 +109,10 @@ def measure(cfg, hooked, hook_name, rounds, batch_size, **pipeline_kwargs):
             patch.object(collect, "ThreadPoolExecutor", AtOnce),
         ):
             collect.main(config)
-    return [(middle - begin, end - middle) for begin, middle, end in zip(marks[0::2], marks[1::2], marks[2::2])][1:]
+    return [
+        (middle - begin, end - middle)
+        for begin, middle, end in zip(marks[0::2], marks[1::2], marks[2::2])
+    ][1:]
 
 
 def main(cfg):
@@ -97,17 +124,32 @@ def main(cfg):
 
     device = resolve_device(cfg.device)
     chip = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
-    print(f"{chip}; torch {torch.__version__}, {torch.get_num_threads()} threads; {cfg.num_inference_steps} steps\n")
-    print("pipeline  hook name                    batch  bare /s  collect /s  ratio  ms a step more")
+    print(
+        f"{chip}; torch {torch.__version__}, {torch.get_num_threads()} threads; {cfg.num_inference_steps} steps\n"
+    )
+    print(
+        "pipeline  hook name                    batch  bare /s  collect /s  ratio  ms a step more"
+    )
     toy = HookedDiffusionModel.from_pretrained("toy", resolve_dtype("auto", device), device)
     jobs = [("toy", toy, "up_blocks.1.attentions.1", cfg.rounds, cfg.batch_size, {})]
     for name in cfg.tiny:
         recipe = getattr(families, name)
         options = {n: v for n, v in recipe.options.items() if not callable(v)}
-        jobs.append((name, HookedDiffusionModel.from_pipeline(build(recipe).to(device)), HOOKS[name], 5 * cfg.rounds, 2, options))
+        jobs.append(
+            (
+                name,
+                HookedDiffusionModel.from_pipeline(build(recipe).to(device)),
+                HOOKS[name],
+                5 * cfg.rounds,
+                2,
+                options,
+            )
+        )
     for name, hooked, hook_name, rounds, batch_size, options in jobs:
         times = measure(cfg, hooked, hook_name, rounds, batch_size, **options)
         bare, ours = (batch_size / statistics.median(side) for side in zip(*times))
         ratio = statistics.median(b / o for b, o in times)
         more = statistics.median(o - b for b, o in times) / cfg.num_inference_steps * 1e3
-        print(f"{name:9} {hook_name:28} {batch_size:5}  {bare:7.2f}  {ours:10.2f}  {ratio:5.3f}  {more:14.2f}")
+        print(
+            f"{name:9} {hook_name:28} {batch_size:5}  {bare:7.2f}  {ours:10.2f}  {ratio:5.3f}  {more:14.2f}"
+        )

@@ -1,13 +1,15 @@
-"""What becomes of a collection that is killed, interrupted, or meets a full or damaged disk: a table.
+"""What becomes of a collection that is killed, interrupted, or meets a full or damaged disk: a
+table.
 
     python -m bench crashes                      # about two minutes; exit status 1 if a row is not as it has to be
     python -m bench crashes --kills 3 --only kill Ctrl-C
 
-Each row is `collect.py` on the toy (or `--model_name`), 12 prompts in 6 batches, disturbed once, then the cause taken away and
-the same command given again. "Lost" are batches that were safe before that and were generated again; "same bytes" is every file
-of the folder compared with that of an undisturbed run. For speed each is a fork of this process, which has imported everything;
-torchrun is real.
-Full disks are small tmpfs, in a mount namespace of this program's own (`unshare`); a row that needs one says so if there is none.
+Each row is `collect.py` on the toy (or `--model_name`), 12 prompts in 6 batches, disturbed once,
+then the cause taken away and the same command given again. "Lost" are batches that were safe before
+that and were generated again; "same bytes" is every file of the folder compared with that of an
+undisturbed run. For speed each is a fork of this process, which has imported everything; torchrun
+is real. Full disks are small tmpfs, in a mount namespace of this program's own (`unshare`); a row
+that needs one says so if there is none.
 """
 
 import json
@@ -39,11 +41,20 @@ ARGS = f"--hook_names mid_block --num_inference_steps 2 --batch_size {BATCH} --m
 
 @dataclass
 class Config:
-    kills: int = 20  # random moments of kill -9
-    flips: int = 5  # flipped bytes of each record, and starts of two at once
-    only: list[str] = field(default_factory=list)  # rows whose first column has one of these words (none: all)
-    seed: int = 0  # of the moments
-    model_name: str = "toy"  # a folder; with prompts.csv of at least 12 prompts
+    kills: int = 20
+    """Random moments of kill -9."""
+
+    flips: int = 5
+    """Flipped bytes of each record, and starts of two at once."""
+
+    only: list[str] = field(default_factory=list)
+    """Rows whose first column has one of these words (none: all)."""
+
+    seed: int = 0
+    """Of the moments."""
+
+    model_name: str = "toy"
+    """A folder; with prompts.csv of at least 12 prompts."""
 
 
 class Run:
@@ -102,25 +113,39 @@ def done(folder):
 
 def contents(folder):
     """{path below the folder: bytes} of all its files."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 class Table:
     def __init__(self, cfg, folder):
         self.cfg, self.folder, self.failed, self.number = cfg, folder, 0, 0
         self.rng = np.random.default_rng(cfg.seed)
-        print(f"{'what was done':46} {'lost':>4}  {'same bytes':10}  exit status and last line", flush=True)
+        print(
+            f"{'what was done':46} {'lost':>4}  {'same bytes':10}  exit status and last line",
+            flush=True,
+        )
         began = time.time()
-        undisturbed = self.fresh()  # as deep as the others: a description names the model's folder as seen from its own
+        undisturbed = (
+            self.fresh()
+        )  # as deep as the others: a description names the model's folder as seen from its own
         assert Run(undisturbed).end() == 0
-        self.seconds, self.undisturbed, self.expected = time.time() - began, undisturbed, contents(undisturbed)
+        self.seconds, self.undisturbed, self.expected = (
+            time.time() - began,
+            undisturbed,
+            contents(undisturbed),
+        )
 
     def fresh(self):
         self.number += 1
         return self.folder / f"{self.number}" / "acts"
 
     def again(self, folder):
-        """The same command once more: (safe batches that it generated again, whether all files are as expected)."""
+        """The same command once more: (safe batches that it generated again, whether all files are
+        as expected)."""
         before, process = done(folder), Run(folder)
         process.end()
         start = re.search(rf"(\d+)/{PROMPTS} ", process.text())  # of the bar, when it appears
@@ -131,7 +156,10 @@ class Table:
             return
         results = case()  # [(lost, same, seen)]
         same = sum(same for _, same, _ in results)
-        lost, seen = sum(lost for lost, _, _ in results), "; ".join(dict.fromkeys(seen for _, _, seen in results))
+        lost, seen = (
+            sum(lost for lost, _, _ in results),
+            "; ".join(dict.fromkeys(seen for _, _, seen in results)),
+        )
         self.failed += bool(lost) or same < len(results)
         verdict = f"{same} of {len(results)}" if len(results) != 1 else "yes" if same else "NO"
         print(f"{what:46} {lost:4}  {verdict:10}  {seen}", flush=True)
@@ -147,13 +175,23 @@ def kill(table):
         safe.append(done(folder))
         results.append(table.again(folder))
         shutil.rmtree(folder.parent)
-    return [(*result, f"-9 with {', '.join(map(str, sorted(safe)))} batches safe") for result in results]
+    return [
+        (*result, f"-9 with {', '.join(map(str, sorted(safe)))} batches safe") for result in results
+    ]
 
 
 def kill_one_of_two(table):
     """Of a real torchrun."""
     folder = table.fresh()
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29531"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        "29531",
+    ]
     command = [*torchrun, str(HERE / "collect.py"), *ARGS, "--out_dir", str(folder)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     while done(folder) < 2:
@@ -180,7 +218,11 @@ def interrupt(table, times):
 
 def mount(folder, size="64m"):
     folder.mkdir(parents=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)], check=True, capture_output=True)
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)],
+        check=True,
+        capture_output=True,
+    )
 
 
 def fill(folder, leave=0):
@@ -192,7 +234,9 @@ def fill(folder, leave=0):
 def full_at_once(table):
     mount((folder := table.fresh()).parent)
     need = len(table.expected["mid_block.npy"])
-    fill(folder.parent, int(need / 0.97))  # enough for what collect.py asks for, and not for the images too
+    fill(
+        folder.parent, int(need / 0.97)
+    )  # enough for what collect.py asks for, and not for the images too
     seen = Run(folder).seen()
     (folder.parent / "filler").unlink()
     return [(*table.again(folder), seen)]
@@ -213,7 +257,9 @@ def read_only(table):
     mount((folder := table.fresh()).parent)
     Run(folder).until(2).send(signal.SIGKILL)
     time.sleep(0.2)
-    remount = lambda how: subprocess.run(["mount", "-o", f"remount,{how}", "none", str(folder.parent)], check=True)
+    remount = lambda how: subprocess.run(
+        ["mount", "-o", f"remount,{how}", "none", str(folder.parent)], check=True
+    )
     remount("ro")
     seen = Run(folder).seen()
     remount("rw")
@@ -267,24 +313,33 @@ def flipped_description(table):
             try:
                 meta = open_file(folder / "mid_block.npy")[1]
                 without = lambda record: {k: v for k, v in record.items() if k != "checksum"}
-                same += meta == expected or (json.dumps(without(meta)) == json.dumps(without(expected)))
+                same += meta == expected or (
+                    json.dumps(without(meta)) == json.dumps(without(expected))
+                )
             except ValueError:
                 refused += 1
     path.write_bytes(good)
     wrong = 2 * len(good) - refused - same
     lost, equal = table.again(folder)
-    return [(lost, equal and not wrong, f"{refused} refused, {same} of the same content, {wrong} wrong")]
+    return [
+        (lost, equal and not wrong, f"{refused} refused, {same} of the same content, {wrong} wrong")
+    ]
 
 
 def flipped_record(table, name):
-    """A few bytes of what the next start reads, of a collection half done: it is refused, or made good."""
+    """A few bytes of what the next start reads, of a collection half done: it is refused, or made
+    good."""
     process = Run(half := table.fresh()).until(3)
     process.send(signal.SIGKILL)
     process.end()
     results, good = [], (half / name).read_bytes()
     for place in table.rng.integers(0, len(good), table.cfg.flips).tolist():
         shutil.copytree(half, folder := table.fresh())
-        (folder / name).write_bytes(good[:place] + bytes([good[place] ^ 1 << int(table.rng.integers(8))]) + good[place + 1 :])
+        (folder / name).write_bytes(
+            good[:place]
+            + bytes([good[place] ^ 1 << int(table.rng.integers(8))])
+            + good[place + 1 :]
+        )
         process = Run(folder)
         status = process.end()
         if status == 0:
@@ -336,12 +391,19 @@ def two_at_the_same_moment(table):
 
 
 def main(cfg):
-    os.environ["OMP_NUM_THREADS"] = "1"  # as torchrun sets it: the last bits of a matrix product depend on the threads
+    os.environ["OMP_NUM_THREADS"] = (
+        "1"  # as torchrun sets it: the last bits of a matrix product depend on the threads
+    )
     torch.set_num_threads(1)
     ARGS.extend(["--model_name", cfg.model_name])
-    if "IN_NAMESPACE" not in os.environ and not subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+    if (
+        "IN_NAMESPACE" not in os.environ
+        and not subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode
+    ):
         os.environ["IN_NAMESPACE"] = "1"
-        os.execvp("unshare", ["unshare", "-rm", sys.executable, "-m", "bench", "crashes", *sys.argv[1:]])
+        os.execvp(
+            "unshare", ["unshare", "-rm", sys.executable, "-m", "bench", "crashes", *sys.argv[1:]]
+        )
     from diffusers import StableDiffusionPipeline  # noqa: F401
     from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
 
@@ -370,7 +432,10 @@ def main(cfg):
             try:
                 table.row(what, lambda case=case: case(table))
             except subprocess.CalledProcessError as error:
-                print(f"{what:46}    -  skipped     no tmpfs can be mounted: {error.stderr.decode().strip()}", flush=True)
+                print(
+                    f"{what:46}    -  skipped     no tmpfs can be mounted: {error.stderr.decode().strip()}",
+                    flush=True,
+                )
         for path in Path(folder).iterdir():
             subprocess.run(["umount", str(path)], capture_output=True)
     if table.failed:

@@ -1,15 +1,17 @@
-"""Each kernel alone, against what one would write in plain torch and against the bytes it cannot do without.
+"""Each kernel alone, against what one would write in plain torch and against the bytes it cannot do
+without.
 
     python -m bench kernels                                  # N = 1024, d = 640, M = 10240, k = 32
     python -m bench kernels --N 4096 --d 1280 --M 20480      # Stable Diffusion 1.5, up_blocks.1.attentions.1
 
-On a GPU the Triton kernels, elsewhere their torch twins. All take turns, in an order that turns; the first three rounds are not
-counted. `/ ours` is the median of the paired ratios. On a GPU a time is that between two events behind a pause in which the host
-gets ahead, so it holds no launching.
+On a GPU the Triton kernels, elsewhere their torch twins. All take turns, in an order that turns;
+the first three rounds are not counted. `/ ours` is the median of the paired ratios. On a GPU a time
+is that between two events behind a pause in which the host gets ahead, so it holds no launching.
 
-`floor` is every number that has to be read or written, once (of W the rows that are used), at the speed of a copy of 64 MB (on a
-GPU 256 MB) in the same rounds. None of these does more than 4 N k d operations, 2 or 3 a byte, so bytes are what binds. `of copy`
-is the kernel's own speed, floor bytes over time, against the copy's; above 1 part of them came from a cache.
+`floor` is every number that has to be read or written, once (of W the rows that are used), at the
+speed of a copy of 64 MB (on a GPU 256 MB) in the same rounds. None of these does more than 4 N k d
+operations, 2 or 3 a byte, so bytes are what binds. `of copy` is the kernel's own speed, floor bytes
+over time, against the copy's; above 1 part of them came from a cache.
 """
 
 import statistics
@@ -24,19 +26,42 @@ from tqdm import tqdm
 
 from bench.step import conditions, percentile, sync, write_csv
 from cli import check_positive, resolve_device
-from kernels import Gradient, decode_error, keep_largest, sort_pairs, squared_norm, sum_by_latent, topk, totals, update_rows
+from kernels import (
+    Gradient,
+    decode_error,
+    keep_largest,
+    sort_pairs,
+    squared_norm,
+    sum_by_latent,
+    topk,
+    totals,
+    update_rows,
+)
 from kernels.decode import gather_dot, gather_sum
 
 
 @dataclass
 class Config:
-    N: int = 1024  # vectors
-    d: int = 640  # their width
-    M: int = 10_240  # latents
-    k: int = 32  # active a vector; keep_largest chooses among four times as many
-    rounds: int = 30  # that are counted
-    csv: str | None = None  # a file to append the rows to
-    device: str = "auto"  # auto, cuda, cuda:N, mps, cpu
+    N: int = 1024
+    """Vectors."""
+
+    d: int = 640
+    """Their width."""
+
+    M: int = 10_240
+    """Latents."""
+
+    k: int = 32
+    """Active a vector; keep_largest chooses among four times as many."""
+
+    rounds: int = 30
+    """That are counted."""
+
+    csv: str | None = None
+    """A file to append the rows to."""
+
+    device: str = "auto"
+    """Auto, cuda, cuda:N, mps, cpu."""
 
 
 class Row(NamedTuple):
@@ -70,25 +95,33 @@ def plain_update(W, dW, optimizer, clip, copy):
 
 def plain_keep_largest(acts, count):
     values, places = acts.flatten().topk(count, sorted=False)
-    return torch.zeros_like(acts).flatten().scatter_(0, places, values).view(acts.shape), values.min()
+    return torch.zeros_like(acts).flatten().scatter_(0, places, values).view(
+        acts.shape
+    ), values.min()
 
 
 def plain_sort_pairs(top_indices, M):
     latents = top_indices.flatten()
-    return latents.argsort(stable=True), F.pad(torch.bincount(latents, minlength=M).cumsum(0), (1, 0))
+    return latents.argsort(stable=True), F.pad(
+        torch.bincount(latents, minlength=M).cumsum(0), (1, 0)
+    )
 
 
 def make_rows(cfg, device):
     N, d, M, k = cfg.N, cfg.d, cfg.M, cfg.k
     g = torch.Generator().manual_seed(0)
-    x, W, pre_acts = (torch.randn(shape, generator=g).to(device) for shape in ((N, d), (M, d), (N, M)))
+    x, W, pre_acts = (
+        torch.randn(shape, generator=g).to(device) for shape in ((N, d), (M, d), (N, M))
+    )
     W, b = F.normalize(W), x.mean(0)
     acts, indices = topk(pre_acts, k)
     many, _ = topk(pre_acts, min(4 * k, M))
     halves, few = pre_acts.bfloat16(), many.bfloat16()
     order, ends = sort_pairs(indices, M)
     gradient = Gradient(acts.flatten()[order], order // k, ends, x)
-    along = totals((acts * gather_dot(x, indices, W)).flatten()[order], ends)  # a step has it from decode_error
+    along = totals(
+        (acts * gather_dot(x, indices, W)).flatten()[order], ends
+    )  # a step has it from decode_error
     mine, theirs, copy = W.clone(), W.clone(), W.bfloat16()
     moments, one = (torch.zeros_like(W), torch.zeros_like(W)), torch.ones((), device=device)
     optimizer = torch.optim.Adam([theirs], lr=1e-4, fused=device.type in ("cuda", "cpu"))
@@ -165,7 +198,12 @@ def main(cfg):
     if device.type == "cuda":
         torch.cuda.set_device(device)  # whose stream the events are in
     rows = make_rows(cfg, device)
-    jobs = [(i, which) for i, row in enumerate(rows) for which in ("ours", "plain") if getattr(row, which)]
+    jobs = [
+        (i, which)
+        for i, row in enumerate(rows)
+        for which in ("ours", "plain")
+        if getattr(row, which)
+    ]
     times = {job: [] for job in jobs}
     for number in tqdm(range(3 + cfg.rounds), "rounds"):
         turn = number % len(jobs)
@@ -175,14 +213,20 @@ def main(cfg):
                 times[i, which].append(ms)
 
     where, versions, commit = conditions(device)
-    print(f"{where}; {versions}; commit {commit}\nN = {cfg.N}, d = {cfg.d}, M = {cfg.M}, k = {cfg.k}; {cfg.rounds} rounds\n")
-    print("kernel         dtype      ms p20     p50     p80  plain p50   / ours  floor MB     ms     GB/s  of copy  plain")
+    print(
+        f"{where}; {versions}; commit {commit}\nN = {cfg.N}, d = {cfg.d}, M = {cfg.M}, k = {cfg.k}; {cfg.rounds} rounds\n"
+    )
+    print(
+        "kernel         dtype      ms p20     p50     p80  plain p50   / ours  floor MB     ms     GB/s  of copy  plain"
+    )
     speed = rows[0].bytes / percentile(times[0, "ours"], 0.5)  # of the copy, bytes a ms
     written = []
 
     def add(name, dtype, *ms):
         found = [percentile(ms, share) for share in (0.2, 0.5, 0.8)]
-        written.append([name, dtype, *(f"{each:.4f}" for each in found), f"{1e3 * cfg.N / found[1]:.0f}", ""])
+        written.append(
+            [name, dtype, *(f"{each:.4f}" for each in found), f"{1e3 * cfg.N / found[1]:.0f}", ""]
+        )
         return found
 
     for i, row in enumerate(rows):
@@ -194,6 +238,8 @@ def main(cfg):
             plain = f"{middle:10.3f} {ratio:8.2f}"
             add(f"{row.name}.floor", row.dtype, floor)
         line = f"{row.name:14} {row.dtype:10} {p20:6.3f} {p50:7.3f} {p80:7.3f} {plain}"
-        print(f"{line} {row.bytes / 1e6:9.1f} {floor:6.3f} {rate / 1e6:8.1f} {rate / speed:8.2f}  {row.words}".rstrip())
+        print(
+            f"{line} {row.bytes / 1e6:9.1f} {floor:6.3f} {rate / 1e6:8.1f} {rate / speed:8.2f}  {row.words}".rstrip()
+        )
     if cfg.csv:
         write_csv(cfg.csv, "kernels", written, (where, versions, commit))

@@ -1,14 +1,16 @@
-"""Shuffled vectors a second: ours from a file that fits the buffer and one that does not, the ancestor's way, and plain reading.
+"""Shuffled vectors a second: ours from a file that fits the buffer and one that does not, the
+ancestor's way, and plain reading.
 
     python -m bench loader                       # 1 GB of (samples, 256, 1280) float16, batches of 4096 vectors
     python -m bench loader --large 8 --buffer_gb 1      # and the memory that training on a file of 8 GB needs
 
-Everything is in the page cache but for two rows, and every row reads all vectors once a round; rows take turns, the first round
-is not counted, medians of the others. `read` is pread of a block into one small piece of memory, the best that reading can be
-and the yardstick; `np.fromfile` reads it all into fresh memory, `load` into memory that is there already. The ancestor's way is
-that of its trainer: a shuffled `datasets` table of Array2D in torch format through a DataLoader with 1 worker, whole images a
-batch; other numbers of workers beside it. Batches are looked at, not used. Memory is RssAnon, watched while the vectors of a
-sparse file come (Linux).
+Everything is in the page cache but for two rows, and every row reads all vectors once a round; rows
+take turns, the first round is not counted, medians of the others. `read` is pread of a block into
+one small piece of memory, the best that reading can be and the yardstick; `np.fromfile` reads it
+all into fresh memory, `load` into memory that is there already. The ancestor's way is that of its
+trainer: a shuffled `datasets` table of Array2D in torch format through a DataLoader with 1 worker,
+whole images a batch; other numbers of workers beside it. Batches are looked at, not used. Memory is
+RssAnon, watched while the vectors of a sparse file come (Linux).
 """
 
 import os
@@ -34,15 +36,32 @@ MB = 1 << 20
 
 @dataclass
 class Config:
-    gb: float = 1.0  # of activations
-    tokens: int = 256  # vectors of one image and step
-    d: int = 1280  # their width
-    batch_size: int = 4096  # vectors
-    rounds: int = 5  # that are counted
-    workers: tuple[int, ...] = (0, 1, 2)  # of the ancestor's DataLoader, each measured; its own default is 1
-    large: float | None = None  # also: GB of a sparse file, to see the memory that reading it takes
-    buffer_gb: float = 1.0  # for --large
-    folder: str | None = None  # for the files (None: the temporary one)
+    gb: float = 1.0
+    """Of activations."""
+
+    tokens: int = 256
+    """Vectors of one image and step."""
+
+    d: int = 1280
+    """Their width."""
+
+    batch_size: int = 4096
+    """Vectors."""
+
+    rounds: int = 5
+    """That are counted."""
+
+    workers: tuple[int, ...] = (0, 1, 2)
+    """Of the ancestor's DataLoader, each measured; its own default is 1."""
+
+    large: float | None = None
+    """Also: GB of a sparse file, to see the memory that reading it takes."""
+
+    buffer_gb: float = 1.0
+    """For --large."""
+
+    folder: str | None = None
+    """For the files (None: the temporary one)."""
 
 
 def read(path, size, block, threads):
@@ -118,13 +137,26 @@ def watch_memory(cfg, folder):
     start = time.perf_counter()
     try:
         batches = data.batches(cfg.batch_size, data.num_training, buffer_gb=cfg.buffer_gb)
-        count = shown(x for x, _ in tqdm(batches, "large", total=data.num_training // cfg.batch_size, leave=False))
+        count = shown(
+            x
+            for x, _ in tqdm(
+                batches, "large", total=data.num_training // cfg.batch_size, leave=False
+            )
+        )
     finally:
         ended.set()
         thread.join()
-    seconds, more, gb = time.perf_counter() - start, (peak[0] - before) / 2**30, path.stat().st_size / 1e9
-    print(f"\nA sparse file of {gb:.2f} GB, buffer {cfg.buffer_gb:g} GiB: {count:,} vectors in {seconds:.1f} s; anonymous memory")
-    print(f"rose from {before / 2**30:.2f} by at most {more:.2f} GiB, {more - cfg.buffer_gb:.2f} more than the buffer")
+    seconds, more, gb = (
+        time.perf_counter() - start,
+        (peak[0] - before) / 2**30,
+        path.stat().st_size / 1e9,
+    )
+    print(
+        f"\nA sparse file of {gb:.2f} GB, buffer {cfg.buffer_gb:g} GiB: {count:,} vectors in {seconds:.1f} s; anonymous memory"
+    )
+    print(
+        f"rose from {before / 2**30:.2f} by at most {more:.2f} GiB, {more - cfg.buffer_gb:.2f} more than the buffer"
+    )
 
 
 def ways_of(cfg, path, folder):
@@ -134,9 +166,13 @@ def ways_of(cfg, path, folder):
     gb = data.num_training * data.d * 2 / 2**30
     ours = lambda times: data.batches(cfg.batch_size, 10**15, buffer_gb=gb / times)
     fits, larger = ours(0.99), ours(4)
-    epoch = lambda batches: shown(next(batches)[0] for _ in range(data.num_training // cfg.batch_size))
+    epoch = lambda batches: shown(
+        next(batches)[0] for _ in range(data.num_training // cfg.batch_size)
+    )
     ways = {
-        f"read, {block} MB blocks, {n} thread{'s' * (n > 1)}": lambda block=block, n=n: read(path, num_bytes, block * MB, n)
+        f"read, {block} MB blocks, {n} thread{'s' * (n > 1)}": lambda block=block, n=n: read(
+            path, num_bytes, block * MB, n
+        )
         for block in (1, 4, 8)
         for n in (1, 2)
     }
@@ -145,18 +181,28 @@ def ways_of(cfg, path, folder):
     ways["ours, fits the buffer, first epoch"] = lambda: epoch(ours(0.99))
     ways["ours, fits the buffer"] = lambda: epoch(fits)
     ways["ours, file 4 x buffer"] = lambda: epoch(larger)
-    ways["from the disk: read, 4 MB blocks"] = lambda: drop(path) or read(path, num_bytes, 4 * MB, 2)
+    ways["from the disk: read, 4 MB blocks"] = lambda: (
+        drop(path) or read(path, num_bytes, 4 * MB, 2)
+    )
     ways["from the disk: ours, file 4 x buffer"] = lambda: drop(path) or epoch(ours(4))
     if cfg.workers:
         from datasets import Array2D, Dataset, Features, Value, disable_progress_bars
 
         disable_progress_bars()
-        kinds = Features({"activations": Array2D((cfg.tokens, cfg.d), "float16"), "timestep": Value("uint16")})
-        rows = lambda: ({"activations": row[0], "timestep": 0} for row in np.load(path, mmap_mode="r"))
-        Dataset.from_generator(rows, features=kinds, cache_dir=str(folder / "cache")).save_to_disk(folder / "rows")
+        kinds = Features(
+            {"activations": Array2D((cfg.tokens, cfg.d), "float16"), "timestep": Value("uint16")}
+        )
+        rows = lambda: (
+            {"activations": row[0], "timestep": 0} for row in np.load(path, mmap_mode="r")
+        )
+        Dataset.from_generator(rows, features=kinds, cache_dir=str(folder / "cache")).save_to_disk(
+            folder / "rows"
+        )
     for n in cfg.workers:
         loader = ancestor(folder / "rows", max(1, cfg.batch_size // cfg.tokens), n)
-        ways[f"the ancestor's, {n} workers"] = lambda loader=loader: shown(b["activations"].view(-1, cfg.d) for b in loader)
+        ways[f"the ancestor's, {n} workers"] = lambda loader=loader: shown(
+            b["activations"].view(-1, cfg.d) for b in loader
+        )
     return ways
 
 
@@ -183,7 +229,10 @@ def main(cfg):
         gb = 2 * np.prod(shape) / 1e9
         print(f"{where}, {os.cpu_count()} CPUs; {versions}; commit {commit}")
         print(f"{shape} float16, {gb:.2f} GB, in the page cache; batches of {cfg.batch_size}\n")
-        rng, array = np.random.default_rng(0), np.lib.format.open_memmap(path, "w+", np.float16, shape)
+        rng, array = (
+            np.random.default_rng(0),
+            np.lib.format.open_memmap(path, "w+", np.float16, shape),
+        )
         for row in array:
             row[:] = rng.random(row.shape, np.float32)
         array.flush()  # or it could not be dropped from the cache
@@ -193,6 +242,8 @@ def main(cfg):
         theirs = rates.get("the ancestor's, 1 workers", float("nan"))
         print(f"{'':38}{'vectors/s':>12}{'GB/s':>8}{'of the best read':>18}{'of the ancestor':>17}")
         for name, rate in rates.items():
-            print(f"{name:38}{rate:12,.0f}{rate * 2 * cfg.d / 1e9:8.2f}{rate / best:18.2f}{rate / theirs:17.1f}")
+            print(
+                f"{name:38}{rate:12,.0f}{rate * 2 * cfg.d / 1e9:8.2f}{rate / best:18.2f}{rate / theirs:17.1f}"
+            )
         if cfg.large:
             watch_memory(cfg, folder)

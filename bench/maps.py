@@ -1,11 +1,13 @@
-"""Do heat maps lie on what is drawn? Their intersection over union with the object of the toy's pictures.
+"""Do heat maps lie on what is drawn? Their intersection over union with the object of the toy's
+pictures.
 
     python -m bench maps                                # the newest SAE, on toy activations that it was trained on
     python -m bench maps --sae saes/a saes/b
 
-A map of features.py (mean activation over the steps) fires where it is at least a quarter of its peak. The object is where the
-picture differs from its background, the median of its border, by more than 40 of 255. A feature's images take turns:
-half of them choose features, the other half score them, beside the same maps with their cells shuffled. Two choices:
+A map of features.py (mean activation over the steps) fires where it is at least a quarter of its
+peak. The object is where the picture differs from its background, the median of its border, by more
+than 40 of 255. A feature's images take turns: half of them choose features, the other half score
+them, beside the same maps with their cells shuffled. Two choices:
 
     fit       the eight features that fit the object best, whatever they are of
     object    for each object, of the features most of whose images show it, the one that fits best
@@ -26,11 +28,20 @@ from store.identity import activations_of
 
 @dataclass
 class Config:
-    sae: list[str] = field(default_factory=list)  # folders of SAEs of toy activations (none: the newest in saes/)
-    top_images: int = 16  # of a feature; those with fewer are left out
-    share: float = 0.9  # of a feature's images that show an object, if it is of that object
-    at: float = 0.25  # of a map's peak, where it counts as firing
-    device: str = "auto"  # auto, cuda, cuda:N, mps, cpu
+    sae: list[str] = field(default_factory=list)
+    """Folders of SAEs of toy activations (none: the newest in saes/)."""
+
+    top_images: int = 16
+    """Of a feature; those with fewer are left out."""
+
+    share: float = 0.9
+    """Of a feature's images that show an object, if it is of that object."""
+
+    at: float = 0.25
+    """Of a map's peak, where it counts as firing."""
+
+    device: str = "auto"
+    """Auto, cuda, cuda:N, mps, cpu."""
 
 
 def drawn(picture):
@@ -41,8 +52,11 @@ def drawn(picture):
 
 
 def overlap(cells, mask, at=0.25):
-    """Intersection over union of a map (h, w), where it is at least `at` of its peak, with a mask (H, W)."""
-    grown = Image.fromarray(cells.astype(np.float32)).resize(mask.shape[::-1], Image.Resampling.BILINEAR)
+    """Intersection over union of a map (h, w), where it is at least `at` of its peak, with a mask
+    (H, W)."""
+    grown = Image.fromarray(cells.astype(np.float32)).resize(
+        mask.shape[::-1], Image.Resampling.BILINEAR
+    )
     fired = np.asarray(grown) >= at * np.max(grown)
     return (fired & mask).sum() / (fired | mask).sum()
 
@@ -70,8 +84,13 @@ def main(cfg):
         for examples, maps in zip(found.examples.tolist(), found.maps.numpy()):
             if min(examples) < 0:
                 continue
-            each = [overlap(m[: np.prod(grid.shape)].reshape(grid.shape), masks[e], cfg.at) for m, e in zip(maps, examples)]
-            mixed = [rng.permutation(m[: np.prod(grid.shape)]).reshape(grid.shape) for m in maps[1::2]]
+            each = [
+                overlap(m[: np.prod(grid.shape)].reshape(grid.shape), masks[e], cfg.at)
+                for m, e in zip(maps, examples)
+            ]
+            mixed = [
+                rng.permutation(m[: np.prod(grid.shape)]).reshape(grid.shape) for m in maps[1::2]
+            ]
             mixed = [overlap(m, masks[e], cfg.at) for m, e in zip(mixed, examples[1::2])]
             objects = [file.prompt_rows[e]["object"] for e in examples]
             most = max(set(objects), key=objects.count)
@@ -80,7 +99,9 @@ def main(cfg):
 
         # 3. The two choices
         fits.sort(key=lambda fit: -fit[0])
-        print(f"\n{sae.cfg['hook_name']}: {len(fits)} features with {cfg.top_images} images, of {len(shown)} pictures")
+        print(
+            f"\n{sae.cfg['hook_name']}: {len(fits)} features with {cfg.top_images} images, of {len(shown)} pictures"
+        )
         best = {}
         for fit in fits:
             best.setdefault(fit[3], fit)
@@ -89,4 +110,7 @@ def main(cfg):
             if chosen:
                 _, fit, mixed = np.mean([f[:3] for f in chosen], 0)
                 spread = np.std([f[1] for f in chosen])
-                print(f"{name:8} {len(chosen)} features: IoU {fit:.3f} ± {spread:.3f}, shuffled {mixed:.3f}", flush=True)
+                print(
+                    f"{name:8} {len(chosen)} features: IoU {fit:.3f} ± {spread:.3f}, shuffled {mixed:.3f}",
+                    flush=True,
+                )

@@ -1,12 +1,14 @@
-"""How good the dictionaries are: ours and the peers', same file, same M, k, vectors and batches, held-out FVU and silent latents.
+"""How good the dictionaries are: ours and the peers', same file, same M, k, vectors and batches,
+held-out FVU and silent latents.
 
     python -m bench quality --data activations/up_blocks.1.attentions.1.npy activations/mid_block.attentions.0.npy
 
-For each package and file the learning rate is the best of three (half, once and twice the package's own default, by the
-held-out FVU of the first seed), then every seed is trained with it. The peers are otherwise at their own defaults: eai-sparsify
-as its Trainer does it (b_dec from the first batch, sign descent in a schedule-free wrapper, no AuxK), SAELens by its SAETrainer.
-Ours are train.py's defaults. All three get the same batches in the same order; the numbers are analysis/metrics.py's, on the same
-held-out prompts.
+For each package and file the learning rate is the best of three (half, once and twice the package's
+own default, by the held-out FVU of the first seed), then every seed is trained with it. The peers
+are otherwise at their own defaults: eai-sparsify as its Trainer does it (b_dec from the first
+batch, sign descent in a schedule-free wrapper, no AuxK), SAELens by its SAETrainer. Ours are
+train.py's defaults. All three get the same batches in the same order; the numbers are
+analysis/metrics.py's, on the same held-out prompts.
 """
 
 import contextlib
@@ -31,14 +33,19 @@ from store.dataset import open_activations
 
 @dataclass
 class Config:
-    data: list[str] = field(default_factory=list)  # activation files; two hook points or more
+    data: list[str] = field(default_factory=list)
+    """Activation files; two hook points or more."""
+
     k: int = 16
     expansion_factor: int = 16
     batch_size: int = 1024
-    max_examples: int | None = None  # vectors (None: one epoch)
+    max_examples: int | None = None
+    """Vectors (None: one epoch)."""
+
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     packages: list[str] = field(default_factory=lambda: list(PACKAGES))
-    device: str = "cpu"  # the peers' loops are plain PyTorch
+    device: str = "cpu"
+    """The peers' loops are plain PyTorch."""
 
 
 def batches(activations, cfg, stop):
@@ -49,8 +56,16 @@ def batches(activations, cfg, stop):
 def ours(activations, cfg, stop, lr, seed):
     M = cfg.expansion_factor * activations.d
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        options = dict(num_latents=[M], k=[cfg.k], seeds=[seed], lr=lr, effective_batch_size=cfg.batch_size)
-        options |= dict(data=activations.paths, out_dir=folder, run_name="run", max_examples=stop, device=cfg.device)
+        options = dict(
+            num_latents=[M], k=[cfg.k], seeds=[seed], lr=lr, effective_batch_size=cfg.batch_size
+        )
+        options |= dict(
+            data=activations.paths,
+            out_dir=folder,
+            run_name="run",
+            max_examples=stop,
+            device=cfg.device,
+        )
         train.main(train.Config(**options))
         return Sae.load_from_disk(Path(folder) / "run")
 
@@ -62,8 +77,12 @@ def eai_sparsify(activations, cfg, stop, lr, seed):
     from sparsify.sign_sgd import SignSGD
 
     torch.manual_seed(seed)
-    theirs = SparseCoder(activations.d, SparseCoderConfig(num_latents=cfg.expansion_factor * activations.d, k=cfg.k))
-    optimizer = ScheduleFreeWrapper(SignSGD([dict(params=theirs.parameters(), lr=lr)]), momentum=0.95)
+    theirs = SparseCoder(
+        activations.d, SparseCoderConfig(num_latents=cfg.expansion_factor * activations.d, k=cfg.k)
+    )
+    optimizer = ScheduleFreeWrapper(
+        SignSGD([dict(params=theirs.parameters(), lr=lr)]), momentum=0.95
+    )
     optimizer.train()
     for i, x in enumerate(batches(activations, cfg, stop)):
         if not i:
@@ -86,9 +105,15 @@ def sae_lens(activations, cfg, stop, lr, seed):
 
     torch.manual_seed(seed)
     M = cfg.expansion_factor * activations.d
-    theirs = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=activations.d, d_sae=M, k=cfg.k, device="cpu", dtype="float32"))
+    theirs = TopKTrainingSAE(
+        TopKTrainingSAEConfig(d_in=activations.d, d_sae=M, k=cfg.k, device="cpu", dtype="float32")
+    )
     options = SAETrainerConfig(
-        total_training_samples=stop, train_batch_size_samples=cfg.batch_size, lr=lr, lr_end=lr / 10, device="cpu"
+        total_training_samples=stop,
+        train_batch_size_samples=cfg.batch_size,
+        lr=lr,
+        lr_end=lr / 10,
+        device="cpu",
     )
     trainer = SAETrainer(options, theirs, batches(activations, cfg, stop))
     with contextlib.suppress(StopIteration):
@@ -114,10 +139,19 @@ def main(cfg):
     modules = {"ours": "train", "eai-sparsify": "sparsify", "sae-lens": "sae_lens"}
     there = [name for name in cfg.packages if importlib.util.find_spec(modules[name])]
     print(f"{where}; {versions}; commit {commit}")
-    print(f"k = {cfg.k}, M = {cfg.expansion_factor} d, batches of {cfg.batch_size}, best of three learning rates\n")
-    print(f"{'hook name':28} {'package':14} {'lr':>9} {'seed':>4} {'fvu':>8} {'l0':>6} {'silent':>7}", flush=True)
+    print(
+        f"k = {cfg.k}, M = {cfg.expansion_factor} d, batches of {cfg.batch_size}, best of three learning rates\n"
+    )
+    print(
+        f"{'hook name':28} {'package':14} {'lr':>9} {'seed':>4} {'fvu':>8} {'l0':>6} {'silent':>7}",
+        flush=True,
+    )
     for activations in open_activations(cfg.data):
-        stop = min(cfg.max_examples or activations.num_training, activations.num_training) // cfg.batch_size * cfg.batch_size
+        stop = (
+            min(cfg.max_examples or activations.num_training, activations.num_training)
+            // cfg.batch_size
+            * cfg.batch_size
+        )
         M, means = cfg.expansion_factor * activations.d, {}
         for package in there:
             make, default = PACKAGES[package]
@@ -132,9 +166,20 @@ def main(cfg):
             found = [first[lr], *(run(lr, seed) for seed in cfg.seeds[1:])]
             for seed, metrics in zip(cfg.seeds, found):
                 numbers = f"{metrics.fvu:8.4f} {metrics.l0:6.2f} {metrics.dead:7.2%}"
-                print(f"{activations.hook_name:28} {package:14} {lr:9.2e} {seed:4} {numbers}", flush=True)
-            means[package] = [sum(getattr(m, name) for m in found) / len(found) for name in ("fvu", "dead")]
+                print(
+                    f"{activations.hook_name:28} {package:14} {lr:9.2e} {seed:4} {numbers}",
+                    flush=True,
+                )
+            means[package] = [
+                sum(getattr(m, name) for m in found) / len(found) for name in ("fvu", "dead")
+            ]
         if "ours" not in means:
             continue
-        best = min((numbers[0] for package, numbers in means.items() if package != "ours"), default=float("nan"))
-        print(f"{activations.hook_name:28} mean fvu of ours / best peer's {means['ours'][0] / best:.3f}\n", flush=True)
+        best = min(
+            (numbers[0] for package, numbers in means.items() if package != "ours"),
+            default=float("nan"),
+        )
+        print(
+            f"{activations.hook_name:28} mean fvu of ours / best peer's {means['ours'][0] / best:.3f}\n",
+            flush=True,
+        )

@@ -1,8 +1,10 @@
-"""Compile every configuration that the launchers can choose, without a GPU, and print what each takes of one.
+"""Compile every configuration that the launchers can choose, without a GPU, and print what each
+takes of one.
 
     python -m bench registers                       # registers, stack (spilled bytes) and shared memory on four architectures
 
-sm_75 (Colab's T4) is compiled for fp16, which it has, the others for bf16; the step itself is float32 but for the product.
+sm_75 (Colab's T4) is compiled for fp16, which it has, the others for bf16; the step itself is
+float32 but for the product.
 """
 
 import re
@@ -19,14 +21,31 @@ from triton.compiler import ASTSource
 import kernels  # noqa: F401  loads the modules below
 from errors import UsageError
 
-ADAM, DECODE, GRAD, THRESHOLD, TOPK = (sys.modules[f"kernels.{n}"] for n in ("adam", "decode", "grad", "batch_topk", "topk"))
-WIDTHS = (8, 16, 32, 64, 128, 256, 320, 640, 1280, 2560, 4096)  # of d, with every power of two among their blocks
+ADAM, DECODE, GRAD, THRESHOLD, TOPK = (
+    sys.modules[f"kernels.{n}"] for n in ("adam", "decode", "grad", "batch_topk", "topk")
+)
+WIDTHS = (
+    8,
+    16,
+    32,
+    64,
+    128,
+    256,
+    320,
+    640,
+    1280,
+    2560,
+    4096,
+)  # of d, with every power of two among their blocks
 
 
 @dataclass
 class Config:
-    archs: tuple[int, ...] = (75, 80, 90, 100)  # compute capabilities, ten times
-    widths: tuple[int, ...] = WIDTHS  # of the vectors
+    archs: tuple[int, ...] = (75, 80, 90, 100)
+    """Compute capabilities, ten times."""
+
+    widths: tuple[int, ...] = WIDTHS
+    """Of the vectors."""
 
 
 def configurations(half, widths):
@@ -35,16 +54,40 @@ def configurations(half, widths):
     pairs = dict(weights=f, vectors=i, ends=i, x=f, dense_at=i, dense=f)
     for dtype in ("*fp32", half):
         for M in (16, 64, 256, 1024, 2048, 1 << 20):
-            yield TOPK.topk_kernel, dict(pre_acts=dtype, top_acts=dtype, top_indices=i, M=n, k=n), TOPK.topk_blocks(M)
+            yield (
+                TOPK.topk_kernel,
+                dict(pre_acts=dtype, top_acts=dtype, top_indices=i, M=n, k=n),
+                TOPK.topk_blocks(M),
+            )
         digits, step = 2 if dtype == half else 4, dict(acts=dtype, table=i, n=n, count=n)
         for digit in range(digits):
-            yield THRESHOLD.histogram_kernel, step, THRESHOLD.KEEP | dict(STEP=digit, SHIFT=8 * (digits - 1 - digit))
-        yield THRESHOLD.count_kernel, step | dict(equals="*i32", least=dtype), THRESHOLD.KEEP | dict(STEP=digits)
-        yield THRESHOLD.keep_kernel, dict(acts=dtype, found=i, ends=i, kept=dtype, n=n), THRESHOLD.KEEP
+            yield (
+                THRESHOLD.histogram_kernel,
+                step,
+                THRESHOLD.KEEP | dict(STEP=digit, SHIFT=8 * (digits - 1 - digit)),
+            )
+        yield (
+            THRESHOLD.count_kernel,
+            step | dict(equals="*i32", least=dtype),
+            THRESHOLD.KEEP | dict(STEP=digits),
+        )
+        yield (
+            THRESHOLD.keep_kernel,
+            dict(acts=dtype, found=i, ends=i, kept=dtype, n=n),
+            THRESHOLD.KEEP,
+        )
     for d in widths:
         gather = dict(top_indices=i, W=f, out=f, d=n, k=n)
-        yield DECODE.gather_sum_kernel, dict(weights=f, **gather), DECODE.GATHER_SUM | dict(BLOCK_D=DECODE.blocks_of(d, 256))
-        yield DECODE.gather_dot_kernel, dict(x=f, **gather), DECODE.GATHER_DOT | dict(BLOCK_D=DECODE.blocks_of(d, 128))
+        yield (
+            DECODE.gather_sum_kernel,
+            dict(weights=f, **gather),
+            DECODE.GATHER_SUM | dict(BLOCK_D=DECODE.blocks_of(d, 256)),
+        )
+        yield (
+            DECODE.gather_dot_kernel,
+            dict(x=f, **gather),
+            DECODE.GATHER_DOT | dict(BLOCK_D=DECODE.blocks_of(d, 128)),
+        )
         fused = dict(x=f, top_acts=f, top_indices=i, W=f, b=f, e=f, d_acts=f, d=n, k=n)
         yield DECODE.decode_error_kernel, fused, DECODE.decode_error_blocks(d)
         summed = dict(weights=f, order=i, ends=i, x=f, dW=f, db=f, d=n, k=n)
@@ -54,9 +97,15 @@ def configurations(half, widths):
             yield ADAM.squared_norm_kernel, dict(**pairs, out=f, d=n), blocks
             yield ADAM.make_kernel, dict(**pairs, out=f, d=n), blocks
             for unit, copy in ((False, False), (True, False), (False, True)):
-                state = dict(W=f, exp_avg=f, exp_avg_sq=f, copy=half if copy else f, along=f, hyper=f)
+                state = dict(
+                    W=f, exp_avg=f, exp_avg_sq=f, copy=half if copy else f, along=f, hyper=f
+                )
                 rest = dict(d=n, beta1="fp32", beta2="fp32", eps="fp32")
-                yield ADAM.update_kernel, dict(**state, **pairs, **rest), blocks | dict(UNIT=unit, COPY=copy)
+                yield (
+                    ADAM.update_kernel,
+                    dict(**state, **pairs, **rest),
+                    blocks | dict(UNIT=unit, COPY=copy),
+                )
 
 
 def resources(cubin):
@@ -65,7 +114,9 @@ def resources(cubin):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(cubin)
         f.flush()
-        text = subprocess.run([tool, "--dump-resource-usage", f.name], capture_output=True, text=True, check=True).stdout
+        text = subprocess.run(
+            [tool, "--dump-resource-usage", f.name], capture_output=True, text=True, check=True
+        ).stdout
     return tuple(int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "SHARED"))
 
 
@@ -84,12 +135,18 @@ def main(cfg):
                 continue
             seen.add(key)
             warps = blocks.get("num_warps", 4)
-            source = ASTSource(kernel, signature, {(kernel.arg_names.index(n),): v for n, v in constants.items()})
-            compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
+            source = ASTSource(
+                kernel, signature, {(kernel.arg_names.index(n),): v for n, v in constants.items()}
+            )
+            compiled = triton.compile(
+                source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps}
+            )
             registers, stack, _ = resources(compiled.asm["cubin"])
             spilled += stack > 0
             named = " ".join(f"{n}={int(v)}" for n, v in blocks.items())
-            kinds = "/".join(sorted({t for t in types.values() if t in ("*fp16", "*bf16")})).replace("*", "")
+            kinds = "/".join(
+                sorted({t for t in types.values() if t in ("*fp16", "*bf16")})
+            ).replace("*", "")
             line = f"sm_{arch:<4} {kernel.__name__:22} {named + ' ' + kinds:64}"
             print(f"{line} {registers:5} {stack:5} {compiled.metadata.shared:6}")
     print(f"\n{len(seen)} configurations, {spilled} with a stack")

@@ -1,11 +1,13 @@
-"""How far it goes: what data sets and dictionaries cost in disk, memory and time, worked out from rates that are measured here.
+"""How far it goes: what data sets and dictionaries cost in disk, memory and time, worked out from
+rates that are measured here.
 
     python -m bench scale                    # rates of this machine, then the tables
     python -m bench scale --check 500 1000   # fit on so many toy prompts, predict twice as many, and measure those too
 
-Disk is exact: prompts x steps x tokens x d x bytes. Times come from rates, each named with where it is from: measured on this
-machine, published by others, or counted from a device's products, memory and links a second, which nothing can be faster than.
---check fits straight lines, seconds = a + b x prompts, through two runs of collect.py and of train.py as users start them.
+Disk is exact: prompts x steps x tokens x d x bytes. Times come from rates, each named with where it
+is from: measured on this machine, published by others, or counted from a device's products, memory
+and links a second, which nothing can be faster than. --check fits straight lines, seconds = a + b x
+prompts, through two runs of collect.py and of train.py as users start them.
 """
 
 import os
@@ -27,15 +29,33 @@ from store.dataset import Activations
 
 @dataclass
 class Config:
-    check: tuple[int, int] | None = None  # toy prompts of the two runs that are fitted, the larger of which is doubled
-    num_inference_steps: int = 10  # of these runs
-    N: int = 4096  # vectors an update
-    k: int = 32  # active latents a vector
-    seconds_per_picture: float = 1.604  # SD 1.5, 50 steps: A100, github.com/fal-ai/stable-diffusion-benchmarks, "torch 2.1, SDPA"
-    tflops: float = 790  # of one device's products in bfloat16; this and the next are an H100's
-    memory_gbs: float = 3000  # its memory
-    link_gbs: float = 450  # between devices, each way
-    device: str = "auto"  # auto, cuda, cuda:N, mps, cpu
+    check: tuple[int, int] | None = None
+    """Toy prompts of the two runs that are fitted, the larger of which is doubled."""
+
+    num_inference_steps: int = 10
+    """Of these runs."""
+
+    N: int = 4096
+    """Vectors an update."""
+
+    k: int = 32
+    """Active latents a vector."""
+
+    seconds_per_picture: float = 1.604
+    """SD 1.5, 50 steps: A100, github.com/fal-ai/stable-diffusion-benchmarks, "torch 2.1,
+    SDPA"."""
+
+    tflops: float = 790
+    """Of one device's products in bfloat16; this and the next are an H100's."""
+
+    memory_gbs: float = 3000
+    """Its memory."""
+
+    link_gbs: float = 450
+    """Between devices, each way."""
+
+    device: str = "auto"
+    """Auto, cuda, cuda:N, mps, cpu."""
 
 
 SD15 = dict(steps=50, tokens=256, d=1280)  # up_blocks.1.attentions.1 at 512 x 512
@@ -50,12 +70,15 @@ def duration(seconds):
 
 
 def size(num_bytes):
-    unit, scale = next((u, s) for u, s in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)) if num_bytes >= s or u == "MB")
+    unit, scale = next(
+        (u, s) for u, s in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)) if num_bytes >= s or u == "MB"
+    )
     return f"{num_bytes / scale:,.3g} {unit}"
 
 
 def rates(cfg, device, folder):
-    """Bytes a second written and read here, and vectors a second trained on, at Stable Diffusion's shapes."""
+    """Bytes a second written and read here, and vectors a second trained on, at Stable Diffusion's
+    shapes."""
     rows, shape = 48, (1, SD15["steps"], SD15["tokens"], SD15["d"])
     collection = Collection(folder / "acts", {}, [{"prompt": str(i)} for i in range(rows)], 1)
     x, times = torch.randn(shape).half(), []
@@ -81,7 +104,8 @@ def rates(cfg, device, folder):
 
 
 def counted(cfg, M, d, devices, split):
-    """Seconds of one update that its products, its memory and its messages take at the least, and bytes of memory a device.
+    """Seconds of one update that its products, its memory and its messages take at the least, and
+    bytes of memory a device.
 
     split: the vectors are split and every device has all latents; else each has a slice of them.
     """
@@ -94,15 +118,21 @@ def counted(cfg, M, d, devices, split):
     elif split:
         sent = 2 * (2 * M * d * 4) * (1 - share)  # an all-reduce of both gradients
     else:
-        sent = 2 * cfg.N * d * 4 * (1 - share) + cfg.N * cfg.k * 12 * (devices - 1)  # of x_hat; top_acts and top_indices
-    return products + moved + sent / (cfg.link_gbs * 1e9), 34 * M * d * per + cfg.N * (6 * 4 * d + 2 * min(M * per, 65536))
+        sent = 2 * cfg.N * d * 4 * (1 - share) + cfg.N * cfg.k * 12 * (
+            devices - 1
+        )  # of x_hat; top_acts and top_indices
+    return products + moved + sent / (cfg.link_gbs * 1e9), 34 * M * d * per + cfg.N * (
+        6 * 4 * d + 2 * min(M * per, 65536)
+    )
 
 
 def run(script, *options):
     """Seconds that a script takes, from its command line to its end."""
     start = time.perf_counter()
     command = [sys.executable, str(HERE / script), *map(str, options)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ)
+    subprocess.run(
+        command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ
+    )
     return time.perf_counter() - start
 
 
@@ -112,20 +142,38 @@ def check(cfg, folder):
     rows = (HERE / "toy" / "prompts.csv").read_text().splitlines()[1:]
     for n in counts:
         acts, listing = folder / f"acts{n}", folder / f"{n}.txt"
-        listing.write_text("".join(f"{rows[i % len(rows)].split(',')[0]}\n" for i in range(n)))  # 1152 and again, other seeds
-        wanted = ("--dataset_name", listing, "--max_num_examples", n, "--num_inference_steps", cfg.num_inference_steps)
+        listing.write_text(
+            "".join(f"{rows[i % len(rows)].split(',')[0]}\n" for i in range(n))
+        )  # 1152 and again, other seeds
+        wanted = (
+            "--dataset_name",
+            listing,
+            "--max_num_examples",
+            n,
+            "--num_inference_steps",
+            cfg.num_inference_steps,
+        )
         seconds = run("collect.py", *wanted, "--out_dir", acts)
-        train = lambda i, n=n, acts=acts: run("train.py", "--data", acts, "--out_dir", folder / "saes", "--run_name", f"{n}_{i}")
+        train = lambda i, n=n, acts=acts: run(
+            "train.py", "--data", acts, "--out_dir", folder / "saes", "--run_name", f"{n}_{i}"
+        )
         trained = sorted(map(train, range(3)))[1]
         stored = sum(path.stat().st_size for path in acts.rglob("*") if path.is_file())
         found.append((seconds, trained, stored))
-        print(f"{n:7,} prompts: collect.py {seconds:7.1f} s, {size(stored)}; train.py {trained:6.1f} s", flush=True)
-    print(f"\n{'of ' + format(counts[2], ',') + ' prompts':20} {'predicted':>12} {'measured':>12} {'off by':>8}")
+        print(
+            f"{n:7,} prompts: collect.py {seconds:7.1f} s, {size(stored)}; train.py {trained:6.1f} s",
+            flush=True,
+        )
+    print(
+        f"\n{'of ' + format(counts[2], ',') + ' prompts':20} {'predicted':>12} {'measured':>12} {'off by':>8}"
+    )
     for name, values in zip(("collect.py, s", "train.py, s", "on disk, MB"), zip(*found)):
         slope = (values[1] - values[0]) / (counts[1] - counts[0])
         predicted = values[1] + slope * (counts[2] - counts[1])
         scale = 1e6 if "MB" in name else 1
-        print(f"{name:20} {predicted / scale:12.1f} {values[2] / scale:12.1f} {predicted / values[2] - 1:8.1%}")
+        print(
+            f"{name:20} {predicted / scale:12.1f} {values[2] / scale:12.1f} {predicted / values[2] - 1:8.1%}"
+        )
 
 
 def main(cfg):
@@ -141,28 +189,51 @@ def main(cfg):
     update, _ = counted(cfg, M, d, 1, False)
     rates_here = f"written {written / 1e6:,.0f} MB/s, read shuffled {read / 1e6:,.0f} MB/s, trained {trained:,.0f} vectors/s"
     print(f"measured here: {rates_here}")
-    print(f"               a million vectors of d = {d}: {size(1e6 * 2 * d)}, read in {1e6 * 2 * d / read:.1f} s, ", end="")
+    print(
+        f"               a million vectors of d = {d}: {size(1e6 * 2 * d)}, read in {1e6 * 2 * d / read:.1f} s, ",
+        end="",
+    )
     print(f"trained on in {duration(1e6 / trained)} (M = {M:,}, k = {cfg.k}, batches of {cfg.N})")
     of = f"{cfg.tflops:,.0f} TFLOP/s, {cfg.memory_gbs:,.0f} GB/s of memory and {cfg.link_gbs:,.0f} of links"
     print(f"counted:       trained on in {1e6 / cfg.N * update:.1f} s on a device of {of}")
 
-    print("\n| SD 1.5, 50 steps, 256 x 1280 | vectors | disk | generating | writing, here | training, here | training, counted |")
+    print(
+        "\n| SD 1.5, 50 steps, 256 x 1280 | vectors | disk | generating | writing, here | training, here | training, counted |"
+    )
     print("|---|---|---|---|---|---|---|")
     for prompts in (10_000, 1_000_000):
         for every, tokens in ((1, SD15["tokens"]), (5, SD15["tokens"]), (5, 32)):
             vectors = prompts * SD15["steps"] // every * tokens
-            options = [f"every {every}th step"] * (every > 1) + [f"{tokens} tokens a step"] * (tokens < SD15["tokens"])
+            options = [f"every {every}th step"] * (every > 1) + [f"{tokens} tokens a step"] * (
+                tokens < SD15["tokens"]
+            )
             name = f"{prompts:,} prompts, {', '.join(options) or 'all'}"
-            cells = [f"{vectors / 1e6:,.0f} M", size(vectors * 2 * d), duration(prompts * cfg.seconds_per_picture)]
-            cells += [duration(vectors * 2 * d / written), duration(vectors / trained), duration(vectors / cfg.N * update)]
+            cells = [
+                f"{vectors / 1e6:,.0f} M",
+                size(vectors * 2 * d),
+                duration(prompts * cfg.seconds_per_picture),
+            ]
+            cells += [
+                duration(vectors * 2 * d / written),
+                duration(vectors / trained),
+                duration(vectors / cfg.N * update),
+            ]
             print(f"| {name} | {' | '.join(cells)} |")
 
     M, d, vectors = HUGE["M"], HUGE["d"], HUGE["vectors"]
-    print(f"\n| M = {M:,}, {vectors / 1e9:.0f} billion vectors of {d} | memory a device | an update, counted | in all, counted |")
+    print(
+        f"\n| M = {M:,}, {vectors / 1e9:.0f} billion vectors of {d} | memory a device | an update, counted | in all, counted |"
+    )
     print("|---|---|---|---|")
     for devices in (1, 2, 4, 8, 16, 64):
         for split in (False, True)[: 1 + (devices > 1)]:
             seconds, memory = counted(cfg, M, d, devices, split)
-            how = "1 device" if devices == 1 else f"{devices} devices, {'vectors' if split else 'latents'} split"
-            print(f"| {how} | {size(memory)} | {1e3 * seconds:.1f} ms | {duration(vectors / cfg.N * seconds)} |")
+            how = (
+                "1 device"
+                if devices == 1
+                else f"{devices} devices, {'vectors' if split else 'latents'} split"
+            )
+            print(
+                f"| {how} | {size(memory)} | {1e3 * seconds:.1f} ms | {duration(vectors / cfg.N * seconds)} |"
+            )
     print(f"\ndata {size(vectors * 2 * d)}, checkpoint {size(24 * M * d)}, SAE {size(8 * M * d)}")

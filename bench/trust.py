@@ -1,17 +1,21 @@
-"""Are the recorded rows, times and edits those that hooks written by hand see? Schedulers x prompts x guidance, bit for bit.
+"""Are the recorded rows, times and edits those that hooks written by hand see? Schedulers x prompts
+x guidance, bit for bit.
 
     python -m bench trust                            # all, two to three minutes on a CPU
     python -m bench trust --schedulers DDIM Heun     # some of them
 
-A tiny Stable Diffusion pipeline with random weights samples 4 steps. The reference is a forward hook on one module and its own
-bookkeeping: a step is one call of the denoiser, and where guidance is on, the first half of its rows is unconditional. It uses
-nothing of the project. A cell is "equal" if these have the same bits as in the reference: stored rows and timesteps, the images
-made while they are stored, the images under edits that change nothing, and those under an edit of one step; and if the stored
-sigmas are within 0.1% of the noise schedule's. Else it is "DIFFERS" or "refused", and a line below the table says what. The exit
-status is 1 if anything differs or is refused.
+A tiny Stable Diffusion pipeline with random weights samples 4 steps. The reference is a forward
+hook on one module and its own bookkeeping: a step is one call of the denoiser, and where guidance
+is on, the first half of its rows is unconditional. It uses nothing of the project. A cell is
+"equal" if these have the same bits as in the reference: stored rows and timesteps, the images made
+while they are stored, the images under edits that change nothing, and those under an edit of one
+step; and if the stored sigmas are within 0.1% of the noise schedule's. Else it is "DIFFERS" or
+"refused", and a line below the table says what. The exit status is 1 if anything differs or is
+refused.
 
-A second table does the same for the rows and images of tiny transformers with one and two prompts, without guidance (1) and with
-it (4). guidance: "ramp" begins at 0 and rises to 6 while both passes run, as CFG-Zero* does; "negative" has a negative prompt.
+A second table does the same for the rows and images of tiny transformers with one and two prompts,
+without guidance (1) and with it (4). guidance: "ramp" begins at 0 and rises to 6 while both passes
+run, as CFG-Zero* does; "negative" has a negative prompt.
 """
 
 import sys
@@ -36,7 +40,8 @@ EDITED = 2  # the step that is edited: of a second-order scheduler the second ha
 
 
 class NoiseOfItsOwn(diffusers.EulerDiscreteScheduler):
-    """Draws noise from PyTorch's global state, whatever generator it is given, as solvers of SDEs in other packages do."""
+    """Draws noise from PyTorch's global state, whatever generator it is given, as solvers of SDEs
+    in other packages do."""
 
     def step(self, model_output, timestep, sample, **kwargs):
         result = super().step(model_output, timestep, sample, **kwargs)
@@ -70,7 +75,11 @@ SCHEDULERS = {
     "noise of its own": (NoiseOfItsOwn, {}),
 }
 FAMILIES = {
-    "sd3": ("transformer_blocks.0", 1, "one batch"),  # module, its image tokens in a tuple, how the passes run
+    "sd3": (
+        "transformer_blocks.0",
+        1,
+        "one batch",
+    ),  # module, its image tokens in a tuple, how the passes run
     "flux": ("transformer_blocks.0", 1, "cond first"),
     "pixart": ("transformer_blocks.0", None, "one batch"),
     "sana": ("transformer_blocks.0", None, "one batch"),
@@ -82,20 +91,27 @@ GUIDANCE = ["0", "1", "7.5", "ramp", "negative"]
 
 @dataclass
 class Config:
-    schedulers: list[str] = field(default_factory=lambda: list(SCHEDULERS))  # names of the table's rows
-    guidance: list[str] = field(default_factory=lambda: list(GUIDANCE))  # names of its columns
-    families: list[str] = field(default_factory=lambda: list(FAMILIES))  # transformers, in a table of their own
+    schedulers: list[str] = field(default_factory=lambda: list(SCHEDULERS))
+    """Names of the table's rows."""
+
+    guidance: list[str] = field(default_factory=lambda: list(GUIDANCE))
+    """Names of its columns."""
+
+    families: list[str] = field(default_factory=lambda: list(FAMILIES))
+    """Transformers, in a table of their own."""
 
 
 class BothPasses(StableDiffusionPipeline):
-    """Runs both passes whatever the guidance scale is, which a callback may then change from step to step."""
+    """Runs both passes whatever the guidance scale is, which a callback may then change from step
+    to step."""
 
     do_classifier_free_guidance = True
 
 
 @cache
 def parts() -> dict:
-    """The components of the tiny pipeline, without a scheduler: random weights from seed 0, no layer all zeros."""
+    """The components of the tiny pipeline, without a scheduler: random weights from seed 0, no
+    layer all zeros."""
     sys.path.insert(0, str(HERE / "tests"))
     from tiny import build, sd15
 
@@ -120,7 +136,8 @@ def raise_guidance(pipe, step: int, timestep, tensors: dict) -> dict:
 
 
 def call_options(guidance: str, number: int) -> dict:
-    """The pipeline's arguments for `number` prompts; the random states are set anew with each call."""
+    """The pipeline's arguments for `number` prompts; the random states are set anew with each
+    call."""
     options = dict(num_inference_steps=STEPS, height=32, width=32, output_type="latent")
     options["generator"] = [torch.Generator().manual_seed(seed) for seed in range(number)]
     options["guidance_scale"] = {"0": 0.0, "1": 1.0, "ramp": 0.0}.get(guidance, 7.5)
@@ -140,7 +157,9 @@ class Reference:
     uncond: torch.Tensor | None  # the same; None where guidance is off
     images: torch.Tensor  # (prompts, 4, h, w): the latents at the end
     timesteps: torch.Tensor  # (steps,) float64: what the denoiser was given
-    sigmas: torch.Tensor | None  # (steps,) float64: noise over signal at these timesteps; None without a schedule of alphas
+    sigmas: (
+        torch.Tensor | None
+    )  # (steps,) float64: noise over signal at these timesteps; None without a schedule of alphas
 
 
 def by_hand(scheduler: str, guidance: str, prompts: list[str]) -> Reference:
@@ -152,7 +171,9 @@ def by_hand(scheduler: str, guidance: str, prompts: list[str]) -> Reference:
         times.append(float(args[1]))
 
     def keep(module, args, output):
-        outputs.append(output[0].flatten(2).transpose(1, 2).clone())  # (rows, channels, h, w) -> (rows, tokens, channels)
+        outputs.append(
+            output[0].flatten(2).transpose(1, 2).clone()
+        )  # (rows, channels, h, w) -> (rows, tokens, channels)
 
     handles = [pipe.unet.register_forward_pre_hook(note, with_kwargs=True)]
     handles.append(pipe.unet.get_submodule(HOOK).register_forward_hook(keep))
@@ -167,11 +188,14 @@ def by_hand(scheduler: str, guidance: str, prompts: list[str]) -> Reference:
 
 
 def sigmas_at(timesteps: torch.Tensor, scheduler) -> torch.Tensor | None:
-    """sqrt((1 - alpha) / alpha) of the noise schedule that the model is trained with, linear between two whole timesteps."""
+    """sqrt((1 - alpha) / alpha) of the noise schedule that the model is trained with, linear
+    between two whole timesteps."""
     if not hasattr(scheduler, "alphas_cumprod"):
         return None
     alphas = scheduler.alphas_cumprod.double().numpy()
-    return torch.from_numpy(np.interp(timesteps.numpy(), np.arange(len(alphas)), np.sqrt((1 - alphas) / alphas)))
+    return torch.from_numpy(
+        np.interp(timesteps.numpy(), np.arange(len(alphas)), np.sqrt((1 - alphas) / alphas))
+    )
 
 
 def edited_by_hand(scheduler: str, guidance: str, prompts: list[str]) -> torch.Tensor:
@@ -193,32 +217,41 @@ def edited_by_hand(scheduler: str, guidance: str, prompts: list[str]) -> torch.T
     return images
 
 
-def edited(scheduler: str, guidance: str, prompts: list[str], edits: dict[str, Edit]) -> torch.Tensor:
+def edited(
+    scheduler: str, guidance: str, prompts: list[str], edits: dict[str, Edit]
+) -> torch.Tensor:
     """The images that the project makes with edits."""
     model = HookedDiffusionModel.from_pipeline(make_pipeline(scheduler, guidance))
     return model.run_with_hooks(edits, prompts, **call_options(guidance, len(prompts))).images
 
 
 def differences(scheduler: str, guidance: str, prompts: list[str]) -> list[str]:
-    """What the product does otherwise than the reference in one cell; [] if nothing. Raises UsageError where it refuses."""
+    """What the product does otherwise than the reference in one cell; [] if nothing. Raises
+    UsageError where it refuses."""
     expected = by_hand(scheduler, guidance, prompts)
     found = []
 
     model = HookedDiffusionModel.from_pipeline(make_pipeline(scheduler, guidance))
     rows = "cond" if expected.uncond is None else "both"
-    output, stored = model.run_with_cache(HOOK, prompts, rows=rows, **call_options(guidance, len(prompts)))
+    output, stored = model.run_with_cache(
+        HOOK, prompts, rows=rows, **call_options(guidance, len(prompts))
+    )
     if not torch.equal(output.images, expected.images):
         found.append("images while rows are stored")
     if not torch.equal(stored["output"][HOOK], expected.cond):
         found.append("conditional rows")
-    if expected.uncond is not None and not torch.equal(stored["output_uncond"][HOOK], expected.uncond):
+    if expected.uncond is not None and not torch.equal(
+        stored["output_uncond"][HOOK], expected.uncond
+    ):
         found.append("unconditional rows")
     if not torch.equal(stored["timesteps"][HOOK], expected.timesteps):
         found.append("timesteps")
     if expected.sigmas is None:
         if HOOK in stored["sigmas"]:
             found.append("sigmas, which there should be none of")
-    elif HOOK not in stored["sigmas"] or not torch.allclose(stored["sigmas"][HOOK], expected.sigmas, rtol=1e-3, atol=0):
+    elif HOOK not in stored["sigmas"] or not torch.allclose(
+        stored["sigmas"][HOOK], expected.sigmas, rtol=1e-3, atol=0
+    ):
         found.append("sigmas")
 
     nothing = {HOOK: Edit(lambda x: x), "mid_block": Edit(lambda x: 1 * x)}
@@ -305,7 +338,10 @@ def main(cfg):
     where, versions, commit = conditions(torch.device("cpu"))
     print(f"{where}; {versions}; diffusers {diffusers.__version__}; commit {commit}\n")
     columns = [(number, guidance) for number in (1, 2) for guidance in cfg.guidance]
-    print(f"{'scheduler':18}" + "".join(f"{f'{number} x {guidance}':>13}" for number, guidance in columns))
+    print(
+        f"{'scheduler':18}"
+        + "".join(f"{f'{number} x {guidance}':>13}" for number, guidance in columns)
+    )
     notes = []
     for scheduler in cfg.schedulers:
         words = []
@@ -316,7 +352,10 @@ def main(cfg):
                 notes.append(f"{scheduler}, {number} x {guidance}: {word}: {note}")
         print(f"{scheduler:18}" + "".join(f"{word:>13}" for word in words), flush=True)
     family_columns = [(number, guided) for number in (1, 2) for guided in (False, True)]
-    print(f"\n{'transformer':18}" + "".join(f"{f'{number} x {4 if guided else 1}':>13}" for number, guided in family_columns))
+    print(
+        f"\n{'transformer':18}"
+        + "".join(f"{f'{number} x {4 if guided else 1}':>13}" for number, guided in family_columns)
+    )
     for family in cfg.families:
         words = []
         for number, guided in family_columns:

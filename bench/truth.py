@@ -1,10 +1,12 @@
-"""Does training find a dictionary that is known? Recovery of the atoms of synthetic data, by variant and seed.
+"""Does training find a dictionary that is known? Recovery of the atoms of synthetic data, by
+variant and seed.
 
     python -m bench truth                          # a million vectors: d = 64, 256 atoms, 5 active, M = 512, k = 5
     python -m bench truth --vectors 200000 --num_epochs 15 --seeds 0
 
-x = sum of 5 of the 256 unit atoms with amplitudes uniform in [0, 1), plus noise of 0.01 a dimension. An atom is recovered where
-some decoder row has a cosine of at least 0.95 with it. Trained by train.py at its defaults.
+x = sum of 5 of the 256 unit atoms with amplitudes uniform in [0, 1), plus noise of 0.01 a
+dimension. An atom is recovered where some decoder row has a cosine of at least 0.95 with it.
+Trained by train.py at its defaults.
 """
 
 import contextlib
@@ -26,17 +28,28 @@ from sae import Sae
 @dataclass
 class Config:
     vectors: int = 1_000_000
-    d: int = 64  # their width
+    d: int = 64
+    """Their width."""
+
     atoms: int = 256
-    active: int = 5  # atoms of a vector
-    noise: float = 0.01  # standard deviation, of each dimension
+    active: int = 5
+    """Atoms of a vector."""
+
+    noise: float = 0.01
+    """Standard deviation, of each dimension."""
+
     num_latents: int = 512
     num_epochs: int = 1
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    device: str = "auto"  # auto, cuda, cuda:N, mps, cpu
+    device: str = "auto"
+    """Auto, cuda, cuda:N, mps, cpu."""
 
 
-VARIANTS = {"TopK": {}, "BatchTopK": {"activation": "batchtopk"}, "Matryoshka": {"matryoshka": [256, 512]}}
+VARIANTS = {
+    "TopK": {},
+    "BatchTopK": {"activation": "batchtopk"},
+    "Matryoshka": {"matryoshka": [256, 512]},
+}
 
 
 def synthetic(vectors, d, atoms, active, noise, seed=0):
@@ -72,12 +85,24 @@ def main(cfg):
         np.save(Path(folder) / "x.npy", x)
         for variant, options in VARIANTS.items():
             given = dict(
-                num_latents=[cfg.num_latents], k=[cfg.active], seeds=cfg.seeds, num_epochs=cfg.num_epochs, device=cfg.device
+                num_latents=[cfg.num_latents],
+                k=[cfg.active],
+                seeds=cfg.seeds,
+                num_epochs=cfg.num_epochs,
+                device=cfg.device,
             )
             out_dir = Path(folder) / variant
             with contextlib.redirect_stdout(io.StringIO()):
-                train.main(train.Config(data=[f"{folder}/x.npy"], out_dir=str(out_dir), **given, **options))
+                train.main(
+                    train.Config(data=[f"{folder}/x.npy"], out_dir=str(out_dir), **given, **options)
+                )
             for path in sorted(out_dir.glob("*/cfg.json")):
-                row, share = json.loads(path.read_text()), recovered(Sae.load_from_disk(path.parent), dictionary)
-                seed, numbers = row["training"]["seed"], f"{row['fvu']:8.4f} {row['l0']:6.2f} {row['dead']:7.2%}"
+                row, share = (
+                    json.loads(path.read_text()),
+                    recovered(Sae.load_from_disk(path.parent), dictionary),
+                )
+                seed, numbers = (
+                    row["training"]["seed"],
+                    f"{row['fvu']:8.4f} {row['l0']:6.2f} {row['dead']:7.2%}",
+                )
                 print(f"{variant:12} {seed:4} {share:10.1%} {numbers}", flush=True)

@@ -1,4 +1,5 @@
-"""Unlearning concepts of the toy, and how well it goes: the protocol of UnlearnCanvas, judged by the toy's own classifier.
+"""Unlearning concepts of the toy, and how well it goes: the protocol of UnlearnCanvas, judged by
+the toy's own classifier.
 
     python -m bench unlearn --sae saes/a saes/b --report            # every concept, against four baselines
     python -m bench unlearn --sae saes/a --unlearn star
@@ -7,10 +8,11 @@
     IRA   in-domain retain accuracy: of the other prompts, share whose picture shows the right value of the same domain
     CRA   cross-domain retain accuracy: of all prompts, share whose picture shows the right value of the other domain
 
-A concept is one of 8 objects or 6 styles; the other domain of an object is the style. Prompts are those of toy/prompts.csv that
-the SAE's activations are not of, `per_cell` of each object and style in either half: settings are chosen on one half, for each
-concept by the mean of the three (ties by the sum over its domain) on the prompts with it and `others` without, and the other
-half is reported, all of it, with seeds of its own.
+A concept is one of 8 objects or 6 styles; the other domain of an object is the style. Prompts are
+those of toy/prompts.csv that the SAE's activations are not of, `per_cell` of each object and style
+in either half: settings are chosen on one half, for each concept by the mean of the three (ties by
+the sum over its domain) on the prompts with it and `others` without, and the other half is
+reported, all of it, with seeds of its own.
 
     none             the model as it is
     features         ours: the concept's features (contrast), conditional rows, x + delta: their activations times a number, or
@@ -20,9 +22,9 @@ half is reported, all of it, with seeds of its own.
     negative_prompt  the word, for the unconditional rows
     mean_direction   of the same module, s times what x has more than the other prompts' mean along the difference of means
 
-Writes <out_dir>/<concept>/unlearn.json; the same command resumes where it stopped. SAeUron's code adds x_hat - x for the error
-where its text keeps x - x_hat; here the error is kept. Sources: UnlearnCanvas, Zhang et al. 2024 (arXiv 2402.11846); SAeUron's
-CRA, like here, is over all prompts.
+Writes <out_dir>/<concept>/unlearn.json; the same command resumes where it stopped. SAeUron's code
+adds x_hat - x for the error where its text keeps x - x_hat; here the error is kept. Sources:
+UnlearnCanvas, Zhang et al. 2024 (arXiv 2402.11846); SAeUron's CRA, like here, is over all prompts.
 """
 
 import hashlib
@@ -56,14 +58,26 @@ DOMAINS = {"object": "style", "style": "object"}  # and the other, of which CRA 
 PAIRS = lambda first, second, numbers: [{first: a, second: b} for a, b in numbers]
 GRIDS = {  # the settings that are tried, as many of each method
     "features": {
-        "object": PAIRS("count", "multiply", [(2, -4), (4, -2), (4, -4), (8, -1), (8, -2), (16, -2)]),
-        "style": PAIRS("count", "toward", [(64, 0), (16, 0), (64, 1), (16, 1), (64, 2)]) + [{"count": 4, "multiply": -1}],
+        "object": PAIRS(
+            "count", "multiply", [(2, -4), (4, -2), (4, -4), (8, -1), (8, -2), (16, -2)]
+        ),
+        "style": PAIRS("count", "toward", [(64, 0), (16, 0), (64, 1), (16, 1), (64, 2)])
+        + [{"count": 4, "multiply": -1}],
     },
-    "saeuron": dict.fromkeys(DOMAINS, PAIRS("count", "multiply", itertools.product((1, 2), (-1, -5, -20)))),
-    "negative_prompt": dict.fromkeys(
-        DOMAINS, PAIRS("text", "guidance_scale", itertools.product(("{}", "a picture of a {}"), (5.0, 7.5, 10.0)))
+    "saeuron": dict.fromkeys(
+        DOMAINS, PAIRS("count", "multiply", itertools.product((1, 2), (-1, -5, -20)))
     ),
-    "mean_direction": dict.fromkeys(DOMAINS, PAIRS("s", "rows", itertools.product((1, 2, 4), ("cond", "both")))),
+    "negative_prompt": dict.fromkeys(
+        DOMAINS,
+        PAIRS(
+            "text",
+            "guidance_scale",
+            itertools.product(("{}", "a picture of a {}"), (5.0, 7.5, 10.0)),
+        ),
+    ),
+    "mean_direction": dict.fromkeys(
+        DOMAINS, PAIRS("s", "rows", itertools.product((1, 2, 4), ("cond", "both")))
+    ),
 }
 
 
@@ -72,16 +86,33 @@ BATCH = 48  # prompts generated together
 
 @dataclass
 class Config:
-    sae: list[str] = field(default_factory=list)  # their folders, each at a hook point of its own (none: the newest in saes/)
-    unlearn: str = "all"  # an object or style of the toy, or all
-    report: bool = False  # also SAeUron, a negative prompt and removing the mean direction
-    per_cell: int = 1  # prompts of each object and style, in either half
-    model_name: str | None = None  # None: the model that the activations are of
+    sae: list[str] = field(default_factory=list)
+    """Their folders, each at a hook point of its own (none: the newest in saes/)."""
+
+    unlearn: str = "all"
+    """An object or style of the toy, or all."""
+
+    report: bool = False
+    """Also SAeUron, a negative prompt and removing the mean direction."""
+
+    per_cell: int = 1
+    """Prompts of each object and style, in either half."""
+
+    model_name: str | None = None
+    """None: the model that the activations are of."""
+
     num_inference_steps: int = 10
-    guidance_scale: float | None = None  # None: that of the activations
-    pipeline_kwargs: str = "{}"  # JSON object: anything else that the pipeline takes
-    out_dir: str = "unlearn"  # in which each concept gets a folder
-    device: str = "auto"  # auto, cuda, cuda:N, mps, cpu
+    guidance_scale: float | None = None
+    """None: that of the activations."""
+
+    pipeline_kwargs: str = "{}"
+    """JSON object: anything else that the pipeline takes."""
+
+    out_dir: str = "unlearn"
+    """In which each concept gets a folder."""
+
+    device: str = "auto"
+    """Auto, cuda, cuda:N, mps, cpu."""
 
 
 @dataclass
@@ -102,47 +133,68 @@ class Domain:
     def nearest(self, value):
         """The other values, the one with the most similar mean scores first."""
         mean = {v: self.scores[self.there(v)].mean((0, 1)) for v in sorted(set(self.labels))}
-        return sorted(mean.keys() - {value}, key=lambda v: (float((mean[v] - mean[value]).norm()), v))
+        return sorted(
+            mean.keys() - {value}, key=lambda v: (float((mean[v] - mean[value]).norm()), v)
+        )
 
     def step(self, timestep):
         return int((self.times - timestep).abs().argmin())
 
 
 def domains_of(saes, values):
-    """The domains, each at the SAE whose best features tell its values apart best (mean AUROC): {name: Domain}.
+    """The domains, each at the SAE whose best features tell its values apart best (mean AUROC):
+    {name: Domain}.
 
-    saes: SAEs of conditional rows of toy activations. values: {"object": names, "style": names}. Raises UsageError for
-    activations that are not of the toy's prompts, or of none with, or none without, a value.
+    saes: SAEs of conditional rows of toy activations. values: {"object": names, "style": names}.
+    Raises UsageError for activations that are not of the toy's prompts, or of none with, or none
+    without, a value.
     """
     found, best = {}, dict.fromkeys(values, -1.0)
     for sae in saes:
         activations, hook_point = activations_of(sae, "the SAE"), trained_on(sae)
         path, rows = activations.paths[0], activations.rows_of_prompts()
-        if hook_point.rows != "cond" or not activations.timesteps or any(name not in row for name in values for row in rows):
-            raise UsageError(f"{path}: unlearning needs --rows cond of generated pictures, with prompts of toy/prompts.csv")
+        if (
+            hook_point.rows != "cond"
+            or not activations.timesteps
+            or any(name not in row for name in values for row in rows)
+        ):
+            raise UsageError(
+                f"{path}: unlearning needs --rows cond of generated pictures, with prompts of toy/prompts.csv"
+            )
         scores, chosen = image_scores(sae, activations)
         vectors = (activations.read_image(i).float().numpy() for i in chosen)
         means = torch.from_numpy(np.stack([x.mean(1) for x in vectors]))
         for name in values:
             labels = [rows[i][name] for i in chosen]
-            if absent := [value for value in values[name] if value not in labels or set(labels) == {value}]:
-                raise UsageError(f"{path}: {absent[0]} is shown by {'all' if absent[0] in labels else 'none'} of its pictures")
-            domain = Domain(name, sae, hook_point, scores, means, torch.tensor(activations.timesteps), labels)
-            each = [auroc(scores.mean(1), domain.there(value)).max() for value in sorted(set(labels))]
+            if absent := [
+                value for value in values[name] if value not in labels or set(labels) == {value}
+            ]:
+                raise UsageError(
+                    f"{path}: {absent[0]} is shown by {'all' if absent[0] in labels else 'none'} of its pictures"
+                )
+            domain = Domain(
+                name, sae, hook_point, scores, means, torch.tensor(activations.timesteps), labels
+            )
+            each = [
+                auroc(scores.mean(1), domain.there(value)).max() for value in sorted(set(labels))
+            ]
             if (told := float(torch.stack(each).mean())) > best[name]:
                 best[name], found[name] = told, domain
     return found
 
 
 def split_prompts(rows, used, per_cell, seed=0):
-    """Two halves of prompts, `per_cell` of each object and style in either, none of which is in `used`: (choice, report)."""
+    """Two halves of prompts, `per_cell` of each object and style in either, none of which is in
+    `used`: (choice, report)."""
     halves, order = ([], []), np.random.default_rng(seed).permutation(len(rows))
     cells = {}
     for row in (rows[i] for i in order):
         if row["prompt"] not in used:
             cells.setdefault((row["object"], row["style"]), []).append(row)
     if short := [cell for cell, found in sorted(cells.items()) if len(found) < 2 * per_cell]:
-        raise UsageError(f"--per_cell {per_cell}: only {len(cells[short[0]])} prompts are left of {' '.join(short[0])}")
+        raise UsageError(
+            f"--per_cell {per_cell}: only {len(cells[short[0]])} prompts are left of {' '.join(short[0])}"
+        )
     for _, found in sorted(cells.items()):
         for half, some in zip(halves, (found[:per_cell], found[-per_cell:])):
             half += some
@@ -156,12 +208,24 @@ def method(name, setting, domain, value):
         features, _ = find_features(domain.scores, there, "contrast", setting["count"])
         if "toward" in setting:
             other = domain.there(domain.nearest(value)[setting["toward"]])
-            return redirect(sae, features.tolist(), toward(sae, domain.scores, other, there), stream), "cond", {}
-        return steer(sae, features.tolist(), multiply=setting["multiply"], stream=stream), "cond", {}
+            return (
+                redirect(sae, features.tolist(), toward(sae, domain.scores, other, there), stream),
+                "cond",
+                {},
+            )
+        return (
+            steer(sae, features.tolist(), multiply=setting["multiply"], stream=stream),
+            "cond",
+            {},
+        )
     if name == "saeuron":
-        top = saeuron(domain.scores, there).topk(setting["count"], dim=1).indices  # (S, n): each step's own
+        top = (
+            saeuron(domain.scores, there).topk(setting["count"], dim=1).indices
+        )  # (S, n): each step's own
         on_it = domain.scores[there].mean(0)
-        mean = torch.stack([domain.scores[domain.there(v)].mean(0) for v in sorted(set(domain.labels))]).mean(0)
+        mean = torch.stack(
+            [domain.scores[domain.there(v)].mean(0) for v in sorted(set(domain.labels))]
+        ).mean(0)
 
         def change(x, timestep):
             step = domain.step(timestep)
@@ -172,10 +236,16 @@ def method(name, setting, domain, value):
 
         return change, "both", {}
     if name == "negative_prompt":
-        return None, "cond", {"text": setting["text"].format(value), "guidance_scale": setting["guidance_scale"]}
+        return (
+            None,
+            "cond",
+            {"text": setting["text"].format(value), "guidance_scale": setting["guidance_scale"]},
+        )
     if name == "mean_direction":
         without = domain.means[~there].mean(0)
-        direction = torch.nn.functional.normalize(domain.means[there].mean(0) - without, dim=1)  # (S, d)
+        direction = torch.nn.functional.normalize(
+            domain.means[there].mean(0) - without, dim=1
+        )  # (S, d)
 
         def change(x, timestep):
             step = domain.step(timestep)
@@ -197,13 +267,16 @@ def generate(hooked, prompts, seeds, options, domain=None, change=None, rows="co
     if change is not None:
 
         def make_edits(sampling):
-            return {domain.hook_point.hook_name: adding_edits(domain.hook_point, change, sampling, rows)}
+            return {
+                domain.hook_point.hook_name: adding_edits(domain.hook_point, change, sampling, rows)
+            }
 
     return generate_images(hooked, generation, BATCH, make_edits)
 
 
 def judge(seen, rows, name, value):
-    """{"UA", "IRA", "CRA"} of pictures in which the classifier has `seen` [{"object", "style", ...}], for prompts `rows`."""
+    """{"UA", "IRA", "CRA"} of pictures in which the classifier has `seen` [{"object", "style",
+    ...}], for prompts `rows`."""
     other = DOMAINS[name]
     share = lambda hits: sum(hits) / max(1, len(hits))
     return {
@@ -217,12 +290,16 @@ def mean(record):
     return (record["UA"] + record["IRA"] + record["CRA"]) / 3
 
 
-def unlearn(hooked, look, domains, values, halves, options, done, save, others=12, methods=tuple(GRIDS)):
-    """The whole table: for each concept and method, {"chosen": setting, "UA", "IRA", "CRA"} on the second half.
+def unlearn(
+    hooked, look, domains, values, halves, options, done, save, others=12, methods=tuple(GRIDS)
+):
+    """The whole table: for each concept and method, {"chosen": setting, "UA", "IRA", "CRA"} on the
+    second half.
 
-    look(pictures) -> [{"object", "style", ...}] names what they show. values: {domain: [concepts]}. halves: of `split_prompts`.
-    others: prompts without the concept that a setting is tried on, a seeded choice of the first half. done: {key: record} of
-    what was measured before, gone on with; save() after each. Returns {method: {concept: record}}.
+    look(pictures) -> [{"object", "style", ...}] names what they show. values: {domain: [concepts]}.
+    halves: of `split_prompts`. others: prompts without the concept that a setting is tried on, a
+    seeded choice of the first half. done: {key: record} of what was measured before, gone on with;
+    save() after each. Returns {method: {concept: record}}.
     """
     (choice, report), table = halves, {"none": {}, **{name: {} for name in methods}}
     seeds = {id(row): i for i, row in enumerate((*choice, *report))}
@@ -230,10 +307,16 @@ def unlearn(hooked, look, domains, values, halves, options, done, save, others=1
     def measure(key, rows, domain, value, name=None, setting=None):
         if key not in done:
             start = time.perf_counter()
-            change, edited, extra = method(name, setting, domain, value) if name else (None, "cond", None)
+            change, edited, extra = (
+                method(name, setting, domain, value) if name else (None, "cond", None)
+            )
             prompts, numbers = [row["prompt"] for row in rows], [seeds[id(row)] for row in rows]
             seen = look(generate(hooked, prompts, numbers, options, domain, change, edited, extra))
-            done[key] = {"seen": seen, "pictures": len(rows), "seconds": round(time.perf_counter() - start, 1)}
+            done[key] = {
+                "seen": seen,
+                "pictures": len(rows),
+                "seconds": round(time.perf_counter() - start, 1),
+            }
             save()
         bar.update()
         return judge(done[key]["seen"], rows, domain.name, value)
@@ -244,20 +327,34 @@ def unlearn(hooked, look, domains, values, halves, options, done, save, others=1
         # 1. Every setting on the first half: the prompts with the concept and some without
         tried = {}
         for name, (domain, value) in itertools.product(methods, concepts):
-            having, rest = ([r for r in choice if (r[domain.name] == value) == wanted] for wanted in (True, False))
+            having, rest = (
+                [r for r in choice if (r[domain.name] == value) == wanted]
+                for wanted in (True, False)
+            )
             rest = [rest[i] for i in np.random.default_rng(0).permutation(len(rest))[:others]]
             for number, setting in enumerate(GRIDS[name][domain.name]):
                 key = f"{name} {value} {setting}"
-                tried[name, value, number] = mean(measure(key, [*having, *rest], domain, value, name, setting))
+                tried[name, value, number] = mean(
+                    measure(key, [*having, *rest], domain, value, name, setting)
+                )
 
         # 2. The best of each on the second half
         for domain, value in concepts:
             table["none"][value] = measure("none", report, domain, value)
         for name, (domain, value) in itertools.product(methods, concepts):
-            grid, peers = GRIDS[name][domain.name], [v for d, v in concepts if d.name == domain.name]
-            whole = [sum(tried[name, peer, number] for peer in peers) for number in range(len(grid))]
-            best = -max((tried[name, value, number], whole[number], -number) for number in range(len(grid)))[2]
-            record = measure(f"{name} {value} report {grid[best]}", report, domain, value, name, grid[best])
+            grid, peers = (
+                GRIDS[name][domain.name],
+                [v for d, v in concepts if d.name == domain.name],
+            )
+            whole = [
+                sum(tried[name, peer, number] for peer in peers) for number in range(len(grid))
+            ]
+            best = -max(
+                (tried[name, value, number], whole[number], -number) for number in range(len(grid))
+            )[2]
+            record = measure(
+                f"{name} {value} report {grid[best]}", report, domain, value, name, grid[best]
+            )
             table[name][value] = {"chosen": grid[best]} | record
     return table
 
@@ -266,7 +363,9 @@ def summary(records):
     """Mean and standard deviation over concepts: {"UA": (mean, std), "IRA", "CRA", "mean"}."""
     columns = {key: [record[key] for record in records] for key in ("UA", "IRA", "CRA")}
     columns["mean"] = [mean(record) for record in records]
-    return {key: (float(np.mean(numbers)), float(np.std(numbers))) for key, numbers in columns.items()}
+    return {
+        key: (float(np.mean(numbers)), float(np.std(numbers))) for key, numbers in columns.items()
+    }
 
 
 def digest(sae: Sae) -> str:
@@ -277,8 +376,11 @@ def digest(sae: Sae) -> str:
     return found.hexdigest()[:16]
 
 
-def load_model(cfg: Config, meta: dict, device: torch.device, dtype: torch.dtype) -> tuple[HookedDiffusionModel, dict]:
-    """The model of the activations, and the pipeline's arguments: theirs, or those of the options."""
+def load_model(
+    cfg: Config, meta: dict, device: torch.device, dtype: torch.dtype
+) -> tuple[HookedDiffusionModel, dict]:
+    """The model of the activations, and the pipeline's arguments: theirs, or those of the
+    options."""
     hooked, options = model_of(meta, cfg.model_name, device, dtype)
     for module in (*hooked.denoisers.values(), hooked.pipe.vae):
         module.to(memory_format=torch.channels_last)
@@ -292,7 +394,8 @@ def load_model(cfg: Config, meta: dict, device: torch.device, dtype: torch.dtype
 
 
 def values_of(name: str) -> dict[str, list[str]]:
-    """{domain: concepts} of one concept's name, or of all. Raises UsageError for a name that the toy does not know."""
+    """{domain: concepts} of one concept's name, or of all. Raises UsageError for a name that the
+    toy does not know."""
     values = {}
     for domain in DOMAINS:
         found = [value for value in CONCEPTS[domain] if name in (value, "all")]
@@ -300,15 +403,21 @@ def values_of(name: str) -> dict[str, list[str]]:
             values[domain] = found
     if not values:
         known = ", ".join([*CONCEPTS["object"], *CONCEPTS["style"]])
-        raise UsageError(f"--unlearn {name}: the toy has no such object or style; expected all, {known}")
+        raise UsageError(
+            f"--unlearn {name}: the toy has no such object or style; expected all, {known}"
+        )
     return values
 
 
 def summarize(values: dict[str, list[str]], table: dict) -> dict:
-    """Mean and standard deviation over the concepts of each domain, and over all; they are printed too."""
+    """Mean and standard deviation over the concepts of each domain, and over all; they are printed
+    too."""
     found = {}
     for name, concepts in {**values, "all": sum(values.values(), [])}.items():
-        found[name] = {method: summary([records[value] for value in concepts]) for method, records in table.items()}
+        found[name] = {
+            method: summary([records[value] for value in concepts])
+            for method, records in table.items()
+        }
         print(f"\n{name}, mean ± standard deviation over {len(concepts)}: {', '.join(concepts)}")
         print(f"{'':16} {'UA':>14} {'IRA':>14} {'CRA':>14} {'mean':>14}")
         for method, numbers in found[name].items():
@@ -322,7 +431,8 @@ def write_report(path: Path, report: dict) -> None:
 
 
 def main(cfg: Config) -> list[Path]:
-    """Print the table; return the file that holds it. Raises UsageError for options, SAEs and a model that can't be used."""
+    """Print the table; return the file that holds it. Raises UsageError for options, SAEs and a
+    model that can't be used."""
     # 1. What to unlearn, and whether it can be judged
     check_positive(cfg, "per_cell", "num_inference_steps")
     device = resolve_device(cfg.device)
@@ -335,13 +445,23 @@ def main(cfg: Config) -> list[Path]:
     model_name = cfg.model_name or meta["model"]
     model = Path(find_model(model_name))
     if not (model / "classifier.safetensors").exists():
-        raise UsageError(f"{model} has no classifier that could judge its pictures; this benchmark is for the toy")
+        raise UsageError(
+            f"{model} has no classifier that could judge its pictures; this benchmark is for the toy"
+        )
 
     # 2. The model, and a folder that holds nothing else
-    dtype = product_dtype("auto", device)  # bfloat16 also on a CPU that multiplies it by itself: twice as fast
+    dtype = product_dtype(
+        "auto", device
+    )  # bfloat16 also on a CPU that multiplies it by itself: twice as fast
     hooked, arguments = load_model(cfg, meta, device, dtype)
-    options = {"unlearn": cfg.unlearn, "per_cell": cfg.per_cell, "sae": {path: digest(sae) for path, sae in zip(paths, saes)}}
-    options = json.loads(json.dumps(options | {"model": model_name, "dtype": str(dtype)} | arguments))
+    options = {
+        "unlearn": cfg.unlearn,
+        "per_cell": cfg.per_cell,
+        "sae": {path: digest(sae) for path, sae in zip(paths, saes)},
+    }
+    options = json.loads(
+        json.dumps(options | {"model": model_name, "dtype": str(dtype)} | arguments)
+    )
     path = Path(cfg.out_dir) / cfg.unlearn / "unlearn.json"
     claim_folder(path.parent, path.name, options)
     done = read_json(path).get("done", {}) if path.exists() else {}
@@ -358,15 +478,21 @@ def main(cfg: Config) -> list[Path]:
     # 4. The table
     report = {"options": options, "done": done}
     report["hook_names"] = {name: domain.hook_point.hook_name for name, domain in domains.items()}
-    report["prompts"] = {name: [row["prompt"] for row in half] for name, half in zip(("choice", "report"), halves)}
+    report["prompts"] = {
+        name: [row["prompt"] for row in half] for name, half in zip(("choice", "report"), halves)
+    }
     report["seeds"] = "the place of the prompt in the two lists, one after the other, from 0"
     save = partial(write_report, path, report)
     methods = tuple(GRIDS) if cfg.report else ("features",)
-    report["table"] = unlearn(hooked, look, domains, values, halves, arguments, done, save, methods=methods)
+    report["table"] = unlearn(
+        hooked, look, domains, values, halves, arguments, done, save, methods=methods
+    )
     report["seconds"] = round(sum(record["seconds"] for record in done.values()))
     report["pictures"] = sum(record["pictures"] for record in done.values())
     report["summary"] = summarize(values, report["table"])
     save()
     count = f"{report['pictures']} pictures in {arguments['num_inference_steps']} steps, {report['seconds']} s"
-    print(f"\n{count}; on {len(halves[1])} prompts that chose nothing; settings, prompts and seeds in {path}")
+    print(
+        f"\n{count}; on {len(halves[1])} prompts that chose nothing; settings, prompts and seeds in {path}"
+    )
     return [path]

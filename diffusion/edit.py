@@ -14,10 +14,11 @@ from store.hook_point import STREAMS
 class Edit:
     """An edit of some rows' tokens of one stream, for `HookedDiffusionModel.run_with_hooks`.
 
-    fn(x) gets the tokens (prompts, tokens, d) of what a module returns, text padded with zeros, and returns those to take
-    their place, or None to leave them. With `with_input` it is fn(x, before), `before` being the same tokens of what the
-    module takes. rows: cond, uncond, or all, of which `fn` gets each chunk of the guidance on its own. stream: image or text.
-    steps: the steps to edit in, such as range(10); None is all.
+    fn(x) gets the tokens (prompts, tokens, d) of what a module returns, text padded with zeros, and
+    returns those to take their place, or None to leave them. With `with_input` it is fn(x, before),
+    `before` being the same tokens of what the module takes. rows: cond, uncond, or all, of which
+    `fn` gets each chunk of the guidance on its own. stream: image or text. steps: the steps to edit
+    in, such as range(10); None is all.
     """
 
     fn: Callable
@@ -37,14 +38,17 @@ class Edit:
         return ("output", "input") if self.with_input else ("output",)
 
     def is_for(self, index, roles):
-        """Whether it edits rows of these roles, None where they are not told, in the step `index`."""
+        """Whether it edits rows of these roles, None where they are not told, in the step
+        `index`."""
         in_step = self.steps is None or index in self.steps
         return in_step and (roles is None or self.rows == "all" or self.rows in roles)
 
     def listen(self, stack, module, name, sampling, idle, explicit):
-        """Register hooks on the module `name`; `stack` removes them. `idle[name]` is why it has not edited, None once it has.
+        """Register hooks on the module `name`; `stack` removes them. `idle[name]` is why it has not
+        edited, None once it has.
 
-        Where there are no such tokens it is an error if the name was given, and passed over if a glob found it.
+        Where there are no such tokens it is an error if the name was given, and passed over if a
+        glob found it.
         """
         values = {}  # {side: what the module took or returned in the call that is under way}
 
@@ -61,13 +65,20 @@ class Edit:
                 if self.rows not in ("all", role):
                     continue
                 layouts = [forward.layouts[side, name, self.stream] for side in self.sides]
-                if missing := next((layout for layout in layouts if isinstance(layout, NotHookable)), None):
+                if missing := next(
+                    (layout for layout in layouts if isinstance(layout, NotHookable)), None
+                ):
                     idle[name] = idle[name] and missing.reason
-                    if self.rows != "all" and explicit:  # of all chunks, the text of one may be empty
+                    if (
+                        self.rows != "all" and explicit
+                    ):  # of all chunks, the text of one may be empty
                         raise UsageError(f"{name}: {missing.reason}")
                     continue
                 rows = slice(chunk * sampling.R, (chunk + 1) * sampling.R)
-                tokens = [layout.take(values[side], forward.rows)[rows] for layout, side in zip(layouts, self.sides)]
+                tokens = [
+                    layout.take(values[side], forward.rows)[rows]
+                    for layout, side in zip(layouts, self.sides)
+                ]
                 new = self._edited(name, *(x.clone() for x in tokens))
                 if new is not None:
                     new_output = layouts[0].put(new_output, forward.rows, rows.start, new)

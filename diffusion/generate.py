@@ -1,11 +1,13 @@
-"""Generating with seeds and edits: what ablate.py, evaluate.py, steer.py and the benchmarks have in common.
+"""Generating with seeds and edits: what ablate.py, evaluate.py, steer.py and the benchmarks have in
+common.
 
     generation = Generation(["a red star", "a blue ring"], seeds=[0, 1], options=model.arguments(output_type="pt"))
     made = generate(model, generation)
     made.sample, made.images                                             # (P, ...), (P, 3, H, W) in [0, 1]
 
-Every prompt has a seed of its own, so an image depends on its neighbours in the batch by rounding only. Only where a scheduler
-draws random numbers that can't be drawn row by row (`randomness.RowByRow`), they follow from the seeds of the whole batch.
+Every prompt has a seed of its own, so an image depends on its neighbours in the batch by rounding
+only. Only where a scheduler draws random numbers that can't be drawn row by row
+(`randomness.RowByRow`), they follow from the seeds of the whole batch.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,12 +24,14 @@ from diffusion.trace import Sampling
 from errors import UsageError
 
 MakeEdits = Callable[[Sampling], dict[str, list]]
-"""{hook_name: [Edit]} for one batch. An edit that needs to know the step asks the batch's sampling."""
+"""{hook_name: [Edit]} for one batch. An edit that needs to know the step asks the batch's
+sampling."""
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What is generated: one image per prompt. Raises UsageError where prompts and seeds do not match."""
+    """What is generated: one image per prompt. Raises UsageError where prompts and seeds do not
+    match."""
 
     prompts: list[str]
 
@@ -43,20 +47,27 @@ class Generation:
     def __post_init__(self) -> None:
         count = len(self.prompts)
         if not count or len(self.seeds) != count:
-            raise UsageError(f"{count} prompts and {len(self.seeds)} seeds: expected a seed for each prompt")
+            raise UsageError(
+                f"{count} prompts and {len(self.seeds)} seeds: expected a seed for each prompt"
+            )
         if self.negative_prompts is not None and len(self.negative_prompts) != count:
-            raise UsageError(f"{count} prompts and {len(self.negative_prompts)} negative prompts: expected one for each prompt")
+            raise UsageError(
+                f"{count} prompts and {len(self.negative_prompts)} negative prompts: expected one for each prompt"
+            )
 
     @classmethod
     def from_rows(cls, rows: list[dict], options: dict) -> "Generation":
-        """From rows of prompts.jsonl, which have a "prompt", a "seed" and perhaps a "negative_prompt"."""
+        """From rows of prompts.jsonl, which have a "prompt", a "seed" and perhaps a
+        "negative_prompt"."""
         prompts = [row["prompt"] for row in rows]
         seeds = [row["seed"] for row in rows]
         negative_prompts = None
         if any("negative_prompt" in row for row in rows):
             negative_prompts = [row.get("negative_prompt") for row in rows]
         if negative_prompts is not None and None in negative_prompts:
-            raise UsageError("some of the prompts have a negative prompt and others have none; say one for all of them")
+            raise UsageError(
+                "some of the prompts have a negative prompt and others have none; say one for all of them"
+            )
         return cls(prompts, seeds, negative_prompts, options)
 
     def arguments(self) -> dict:
@@ -68,7 +79,8 @@ class Generation:
     def batches(self, n: int) -> Iterator["Generation"]:
         """Consecutive parts of at most n prompts. Raises UsageError for n below 1.
 
-        A list among the options belongs to the prompts if its name says so, as that of prompt_2 does, and is cut with them.
+        A list among the options belongs to the prompts if its name says so, as that of prompt_2
+        does, and is cut with them.
         """
         if n < 1:
             raise UsageError(f"batches of {n} prompts: expected at least 1")
@@ -92,19 +104,26 @@ class Generated(NamedTuple):
     """(P, ...): what the scheduler's last step returned; latents, where the model has a VAE."""
 
     images: Tensor | None
-    """(P, 3, H, W) in [0, 1]; of a video the frame in the middle. None if the pipeline returns no images."""
+    """(P, 3, H, W) in [0, 1]; of a video the frame in the middle. None if the pipeline returns no
+    images."""
 
 
-def generate(model, batch: Generation, make_edits: MakeEdits | None = None, on_step: Callable | None = None) -> Generated:
+def generate(
+    model, batch: Generation, make_edits: MakeEdits | None = None, on_step: Callable | None = None
+) -> Generated:
     """Generate all prompts of `batch` together, with the edits that `make_edits` returns.
 
-    model: a HookedDiffusionModel. on_step(trace.Step) is called at every step. Raises UsageError as `run_with_hooks` does.
+    model: a HookedDiffusionModel. on_step(trace.Step) is called at every step. Raises UsageError as
+    `run_with_hooks` does.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in batch.seeds]
     options = batch.arguments()
 
     reproducible = random_numbers_of(batch.seeds, *model.schedulers)
-    with reproducible, model.watch(len(batch.prompts), on_step=on_step, row_seeds=batch.seeds) as sampling:
+    with (
+        reproducible,
+        model.watch(len(batch.prompts), on_step=on_step, row_seeds=batch.seeds) as sampling,
+    ):
         edits = {} if make_edits is None else make_edits(sampling)
         output = model.run_with_hooks(edits, batch.prompts, generator=generators, **options)
 
@@ -131,9 +150,14 @@ def generate_batches(
 
 
 def generate_images(
-    model, generation: Generation, batch_size: int, make_edits: MakeEdits | None = None, bar: tqdm | None = None
+    model,
+    generation: Generation,
+    batch_size: int,
+    make_edits: MakeEdits | None = None,
+    bar: tqdm | None = None,
 ) -> Tensor:
-    """The images of all prompts, (P, 3, H, W) float32 in [0, 1]. Raises UsageError if the pipeline returns none."""
+    """The images of all prompts, (P, 3, H, W) float32 in [0, 1]. Raises UsageError if the pipeline
+    returns none."""
     images = []
     for made in generate_batches(model, generation, batch_size, make_edits, bar=bar):
         images.append(required_images(model, made))
@@ -141,7 +165,8 @@ def generate_images(
 
 
 def images_of(output) -> Tensor | None:
-    """The images in what a pipeline returned: (P, 3, H, W), of a video the frame in the middle. None if there are none."""
+    """The images in what a pipeline returned: (P, 3, H, W), of a video the frame in the middle.
+    None if there are none."""
     found = tensors(output)
     if not found:
         return None

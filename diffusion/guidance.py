@@ -1,12 +1,14 @@
 """Which rows of a denoiser's batch are conditional: those that another positive prompt changes.
 
-Before a sampling its first step is run with other prompts and thrown away; the chunks of rows (unconditional, conditional, ...)
-whose conditioning differs from that of the sampling itself are conditional, whatever the guidance makes of them.
+Before a sampling its first step is run with other prompts and thrown away; the chunks of rows
+(unconditional, conditional, ...) whose conditioning differs from that of the sampling itself are
+conditional, whatever the guidance makes of them.
 
-A loop whose prompts can't be changed is judged by its guidance instead. It mixes the chunks linearly into the scheduler's
-`model_output`, s c + (1 - s) u, so least squares over the denoiser's own output chunks gives the weights back, and for s > 1 the
-unconditional chunk is subtracted. A step at s = 0 or s = 1 tells nothing: then later steps do, and all that tell must agree. A
-network of which nothing is in the model output is no denoiser.
+A loop whose prompts can't be changed is judged by its guidance instead. It mixes the chunks
+linearly into the scheduler's `model_output`, s c + (1 - s) u, so least squares over the denoiser's
+own output chunks gives the weights back, and for s > 1 the unconditional chunk is subtracted. A
+step at s = 0 or s = 1 tells nothing: then later steps do, and all that tell must agree. A network
+of which nothing is in the model output is no denoiser.
 """
 
 from dataclasses import dataclass, field, replace
@@ -17,26 +19,39 @@ import torch
 from diffusion.signatures import tensors
 from errors import UsageError
 
-CONTEXTS = {"cond": "cond", "pred_cond": "cond", "uncond": "uncond", "pred_uncond": "uncond"}  # names of cache_context
+CONTEXTS = {
+    "cond": "cond",
+    "pred_cond": "cond",
+    "uncond": "uncond",
+    "pred_uncond": "uncond",
+}  # names of cache_context
 
 
 def guidance_weights(chunks, model_output):
-    """Weight of each chunk in `model_output ~ sum_i w_i chunk_i`, by least squares in float64: (weights, certain).
+    """Weight of each chunk in `model_output ~ sum_i w_i chunk_i`, by least squares in float64:
+    (weights, certain).
 
-    chunks: list of (R, ...) tensors, model_output: (R, ...). weights: list of floats, 0 for a chunk that is smaller than the
-    model output. certain: list of bool, False where other chunks could take a chunk's place (identical predictions), which
-    then share its weight; all are 0 and uncertain where a number is not finite. What a chunk has past the model output's shape (a
+    chunks: list of (R, ...) tensors, model_output: (R, ...). weights: list of floats, 0 for a chunk
+    that is smaller than the model output. certain: list of bool, False where other chunks could
+    take a chunk's place (identical predictions), which then share its weight; all are 0 and
+    uncertain where a number is not finite. What a chunk has past the model output's shape (a
     learned variance, tokens of a reference image) is left out.
     """
     target = model_output.detach().cpu().double()
     columns = torch.zeros(len(chunks), target.numel(), dtype=torch.float64)
     for i, chunk in enumerate(chunks):
         a, b = chunk.detach().cpu().double(), target[: len(chunk)]
-        if a.numel() != b.numel() and a.ndim == b.ndim and all(m >= n for m, n in zip(a.shape, b.shape)):
+        if (
+            a.numel() != b.numel()
+            and a.ndim == b.ndim
+            and all(m >= n for m, n in zip(a.shape, b.shape))
+        ):
             a = a[tuple(slice(n) for n in b.shape)]
         if a.numel() == b.numel():
             columns[i, : a.numel()] = a.flatten()
-    if not (target.isfinite().all() and columns.isfinite().all()):  # an edit made a prediction overflow
+    if not (
+        target.isfinite().all() and columns.isfinite().all()
+    ):  # an edit made a prediction overflow
         return [0.0] * len(chunks), [False] * len(chunks)
     sizes = columns.norm(dim=1).clamp_min(1e-300)
     A = (columns / sizes[:, None]).T
@@ -54,7 +69,8 @@ def same(a, b):
 
 @dataclass(eq=False)
 class Chunk:
-    """The rows of one forward that belong together: one for every sample. `forward`: a `trace.Forward`, or a `Pass`."""
+    """The rows of one forward that belong together: one for every sample. `forward`: a
+    `trace.Forward`, or a `Pass`."""
 
     forward: Any
     rows: slice
@@ -75,8 +91,11 @@ class Chunk:
 
     @property
     def varies(self):
-        """Whether rows have conditioning of their own: the prompts', then, and not one negative prompt's."""
-        return any(not same(x[:1], x[r : r + 1]) for x in self.conditioning for r in range(1, len(x)))
+        """Whether rows have conditioning of their own: the prompts', then, and not one negative
+        prompt's."""
+        return any(
+            not same(x[:1], x[r : r + 1]) for x in self.conditioning for r in range(1, len(x))
+        )
 
 
 class Pass(NamedTuple):
@@ -92,7 +111,9 @@ class Known(NamedTuple):
     """What is known for sure of the steps with one pattern of forwards."""
 
     roles: list
-    by_weights: int | None  # which chunk is conditional by its guidance, where that told anything: the others repeat it
+    by_weights: (
+        int | None
+    )  # which chunk is conditional by its guidance, where that told anything: the others repeat it
 
 
 @dataclass(eq=False)
@@ -107,20 +128,34 @@ class Memory:
 class RoleFinder:
     """Labels the rows of one sampling's steps, each step as it is complete."""
 
-    order: tuple | None = None  # of the chunks in a step, such as ("uncond", "cond"), where the user says it
-    passes: list | None = None  # a `Pass` for each forward of the first step of the same sampling with other prompts
+    order: tuple | None = (
+        None  # of the chunks in a step, such as ("uncond", "cond"), where the user says it
+    )
+    passes: list | None = (
+        None  # a `Pass` for each forward of the first step of the same sampling with other prompts
+    )
     memory: Memory = field(default_factory=Memory)
-    known: dict = field(default_factory=dict)  # {pattern: roles}, those in the memory that were met and those that weights told
+    known: dict = field(
+        default_factory=dict
+    )  # {pattern: roles}, those in the memory that were met and those that weights told
 
-    undecided: dict = field(default_factory=dict, init=False)  # {pattern: steps, each a list of forwards, without roles}
-    _before: dict = field(default_factory=dict, init=False)  # {pattern: {role: `Rows` in the last step}}
-    _alike: dict = field(default_factory=dict, init=False)  # {pattern: whether the passes differ in none of its undecided steps}
+    undecided: dict = field(
+        default_factory=dict, init=False
+    )  # {pattern: steps, each a list of forwards, without roles}
+    _before: dict = field(
+        default_factory=dict, init=False
+    )  # {pattern: {role: `Rows` in the last step}}
+    _alike: dict = field(
+        default_factory=dict, init=False
+    )  # {pattern: whether the passes differ in none of its undecided steps}
     _met: set = field(default_factory=set, init=False)  # patterns of this sampling
 
     def label(self, forwards, model_output, R):
-        """Give the forwards of a complete step their roles, `R` rows a chunk; None where no step has told them yet.
+        """Give the forwards of a complete step their roles, `R` rows a chunk; None where no step
+        has told them yet.
 
-        Raises UsageError where this step says otherwise than an earlier one, and where rows can't be told at all.
+        Raises UsageError where this step says otherwise than an earlier one, and where rows can't
+        be told at all.
         """
         pattern = pattern_of(forwards, R)
         if pattern not in self.memory.sure or pattern not in self._met:
@@ -129,7 +164,9 @@ class RoleFinder:
         roles = self.known.get(pattern)
         if roles is None:
             self.undecided.setdefault(pattern, []).append(forwards)
-            self._alike[pattern] = self._alike.get(pattern, True) and are_alike(chunks_of(forwards, model_output, R))
+            self._alike[pattern] = self._alike.get(pattern, True) and are_alike(
+                chunks_of(forwards, model_output, R)
+            )
             return
         for step in [*self.undecided.pop(pattern, []), forwards]:
             for f, of_it in zip(step, roles):
@@ -170,10 +207,14 @@ class RoleFinder:
         if {"cond", "uncond"} <= set(now) & set(before) and moved(now["cond"], before["cond"]):
             taken = not moved(now["cond"], before["uncond"])
             if taken and moved(now["cond"], now["uncond"]):
-                raise UsageError("the conditional and the unconditional pass change places between two steps: " + SAY_ORDER)
+                raise UsageError(
+                    "the conditional and the unconditional pass change places between two steps: "
+                    + SAY_ORDER
+                )
 
     def check_decided(self):
-        """UsageError if no step has told some rows, unless the passes differ in none: any label is right then."""
+        """UsageError if no step has told some rows, unless the passes differ in none: any label is
+        right then."""
         for pattern in [pattern for pattern in self.undecided if self._alike[pattern]]:
             self._label_alike(pattern)
         if self.undecided:
@@ -184,14 +225,17 @@ class RoleFinder:
             )
 
     def _label_alike(self, pattern):
-        """As for an empty prompt beside an empty negative prompt: call the first pass unconditional, the last conditional."""
+        """As for an empty prompt beside an empty negative prompt: call the first pass
+        unconditional, the last conditional."""
         steps = self.undecided.pop(pattern)
         roles, left = [], sum(round(chunks) for _, chunks, _ in pattern)
         for _, chunks, _ in pattern:
             of_forward = []
             for _ in range(round(chunks)):
                 left -= 1
-                of_forward.append("cond" if left == 0 else "other" if roles or of_forward else "uncond")
+                of_forward.append(
+                    "cond" if left == 0 else "other" if roles or of_forward else "uncond"
+                )
             roles.append(of_forward)
         self.known[pattern] = roles
         for step in steps:
@@ -201,7 +245,9 @@ class RoleFinder:
 
 def check_order(order):
     """UsageError for what is no order of the passes in a step."""
-    if order is not None and not (isinstance(order, (tuple, list)) and set(order) <= {"cond", "uncond", "other"}):
+    if order is not None and not (
+        isinstance(order, (tuple, list)) and set(order) <= {"cond", "uncond", "other"}
+    ):
         raise UsageError(
             f'order: expected the passes of a step, such as ("uncond", "cond") or ("uncond", "cond", "other"), got {order!r}'
         )
@@ -211,7 +257,8 @@ SAY_ORDER = 'say order=("uncond", "cond"), or whatever the order of the passes i
 
 
 def pattern_of(forwards, R):
-    """What tells one kind of step from another: which denoisers ran on how many chunks, and in which context."""
+    """What tells one kind of step from another: which denoisers ran on how many chunks, and in
+    which context."""
     return tuple((f.denoiser, f.rows / R, f.context) for f in forwards)
 
 
@@ -242,18 +289,23 @@ def chunks_of(forwards, model_output, R):
     if len(chunks) < 2 or any(c.forward.output is None for c in chunks):
         return chunks
     weights, certain = guidance_weights([c.output for c in chunks], model_output)
-    return [replace(c, weight=weight, certain=of_it) for c, weight, of_it in zip(chunks, weights, certain)]
+    return [
+        replace(c, weight=weight, certain=of_it)
+        for c, weight, of_it in zip(chunks, weights, certain)
+    ]
 
 
 def find_roles(forwards, model_output, R, order=None, passes=None):
-    """Which rows of one step's forwards are conditional, `R` rows a chunk: (roles, by_weights, sure).
+    """Which rows of one step's forwards are conditional, `R` rows a chunk: (roles, by_weights,
+    sure).
 
-    roles: [[cond, uncond or other, a chunk], a forward], [] for a forward whose prediction has no part in `model_output`; None
-    where this step does not tell. by_weights: index of the chunk that guidance favours, None where it favours none. sure: whether
-    other steps can't say otherwise.
+    roles: [[cond, uncond or other, a chunk], a forward], [] for a forward whose prediction has no
+    part in `model_output`; None where this step does not tell. by_weights: index of the chunk that
+    guidance favours, None where it favours none. sure: whether other steps can't say otherwise.
 
-    The first of these that tells decides: the user's `order`; the name of the context a forward ran in; a single chunk is
-    conditional; the `passes` of the same step with other prompts; then the guidance. Raises UsageError where rows don't fit.
+    The first of these that tells decides: the user's `order`; the name of the context a forward ran
+    in; a single chunk is conditional; the `passes` of the same step with other prompts; then the
+    guidance. Raises UsageError where rows don't fit.
     """
     if order is None and all(f.context in CONTEXTS and f.rows == R for f in forwards):
         return [[CONTEXTS[f.context]] for f in forwards], None, True
@@ -277,21 +329,30 @@ def find_roles(forwards, model_output, R, order=None, passes=None):
         roles, sure = {chunks[0]: "cond"}, True
     elif order is not None:
         if len(order) != len(chunks):
-            raise UsageError(f"order {tuple(order)} names {len(order)} passes, and a step of this sampling has {len(chunks)}")
+            raise UsageError(
+                f"order {tuple(order)} names {len(order)} passes, and a step of this sampling has {len(chunks)}"
+            )
         roles, sure = dict(zip(chunks, order)), True
     else:
         prompted = None if passes is None else answering(chunks, forwards, passes)
-        roles, sure = roles_by_prompt(chunks, prompted) if prompted else roles_by_guidance(chunks, favoured)
+        roles, sure = (
+            roles_by_prompt(chunks, prompted) if prompted else roles_by_guidance(chunks, favoured)
+        )
     if roles is None:
         return None, by_weights, False
-    return [[roles.get(c, "other") for c in chunks if c.forward is f] for f in forwards], by_weights, sure
+    return (
+        [[roles.get(c, "other") for c in chunks if c.forward is f] for f in forwards],
+        by_weights,
+        sure,
+    )
 
 
 def answering(chunks, forwards, passes):
     """The chunks that differ in a step with other prompts; None where none or all of them do.
 
-    Their conditioning tells, and where that is not among the arguments their prediction. Where prompts are padded to the longest
-    one, all conditioning may change; that of an unconditional pass does so by little, in the part that both have.
+    Their conditioning tells, and where that is not among the arguments their prediction. Where
+    prompts are padded to the longest one, all conditioning may change; that of an unconditional
+    pass does so by little, in the part that both have.
     """
     if [(f.denoiser, f.rows) for f in forwards] != [(p.denoiser, p.rows) for p in passes]:
         return None
@@ -306,7 +367,8 @@ def answering(chunks, forwards, passes):
 
 
 def difference(a, b):
-    """The largest relative difference between two lists of tensors, in the part of each that both have."""
+    """The largest relative difference between two lists of tensors, in the part of each that both
+    have."""
     sizes = [0.0]
     for x, y in zip(tensors(a), tensors(b)):
         if x.ndim == y.ndim and x.is_floating_point():
@@ -317,19 +379,26 @@ def difference(a, b):
 
 
 def roles_by_prompt(chunks, prompted):
-    """(roles, sure), or (None, False): one of several chunks that prompts change is perturbed, and guidance subtracts that."""
+    """(roles, sure), or (None, False): one of several chunks that prompts change is perturbed, and
+    guidance subtracts that."""
     favoured = prompted[0]
     if len(prompted) > 1:
         favoured = favoured_by_guidance(chunks, prompted)
     if favoured is None:
         return None, False
-    return {c: "other" for c in prompted} | {least([c for c in chunks if c not in prompted]): "uncond", favoured: "cond"}, True
+    return {c: "other" for c in prompted} | {
+        least([c for c in chunks if c not in prompted]): "uncond",
+        favoured: "cond",
+    }, True
 
 
 def roles_by_guidance(chunks, favoured):
     """(roles, sure), or (None, False) where this step does not tell."""
     if are_alike(chunks):
-        return None, False  # another step may tell; `RoleFinder.check_decided` knows what to do if none does
+        return (
+            None,
+            False,
+        )  # another step may tell; `RoleFinder.check_decided` knows what to do if none does
     varying = [c for c in chunks if c.varies and c not in subtracted(chunks)]
     cond = favoured or (varying[0] if len(varying) == 1 else None)
     if cond is None:
@@ -339,7 +408,9 @@ def roles_by_guidance(chunks, favoured):
 
 def are_alike(chunks):
     """Whether all passes have the same conditioning, and predictions that can't be told apart."""
-    return all(same(c.conditioning, chunks[0].conditioning) for c in chunks) and not all(c.certain for c in chunks)
+    return all(same(c.conditioning, chunks[0].conditioning) for c in chunks) and not all(
+        c.certain for c in chunks
+    )
 
 
 def subtracted(chunks):
@@ -349,10 +420,12 @@ def subtracted(chunks):
 
 
 def favoured_by_guidance(chunks, candidates=None):
-    """The only chunk, of the candidates, that guidance adds while it subtracts others; None where there is no such one.
+    """The only chunk, of the candidates, that guidance adds while it subtracts others; None where
+    there is no such one.
 
-    Where the conditioning of some varies from row to row, it is one of those. The scale is taken for one above 0: with one below,
-    the weights of the two passes are those of a scale above 1 with the passes exchanged, and only `order` can tell.
+    Where the conditioning of some varies from row to row, it is one of those. The scale is taken
+    for one above 0: with one below, the weights of the two passes are those of a scale above 1 with
+    the passes exchanged, and only `order` can tell.
     """
     less = subtracted(chunks)
     left = [c for c in (candidates or chunks) if less and c not in less]
@@ -361,19 +434,25 @@ def favoured_by_guidance(chunks, candidates=None):
 
 
 def find_unconditional(chunks, cond):
-    """Of several others, one with the conditional chunk's own conditioning is a perturbed pass, and the unconditional one is all
-    zeros wherever it differs from the rest. None if it is none of them.
+    """Of several others, one with the conditional chunk's own conditioning is a perturbed pass, and
+    the unconditional one is all zeros wherever it differs from the rest. None if it is none of
+    them.
     """
     rest = [c for c in chunks if c is not cond]
-    if all(c.certain for c in chunks):  # else two passes may have the same prediction, being the same
+    if all(
+        c.certain for c in chunks
+    ):  # else two passes may have the same prediction, being the same
         rest = [c for c in rest if not same(c.conditioning, cond.conditioning)]
     return least(rest)
 
 
 def least(chunks):
-    """The chunk that is all zeros wherever it differs from the others; the only one; None if there is none."""
+    """The chunk that is all zeros wherever it differs from the others; the only one; None if there
+    is none."""
     if len(chunks) > 1:
-        chunks = [a for a in chunks if all(is_less(a.inputs, b.inputs) for b in chunks if b is not a)]
+        chunks = [
+            a for a in chunks if all(is_less(a.inputs, b.inputs) for b in chunks if b is not a)
+        ]
     return chunks[0] if len(chunks) == 1 else None
 
 

@@ -1,4 +1,5 @@
-"""The modules of a pipeline's denoisers by name: which there are, which a pattern means, and whether hooks in them would run."""
+"""The modules of a pipeline's denoisers by name: which there are, which a pattern means, and
+whether hooks in them would run."""
 
 import difflib
 import re
@@ -13,7 +14,8 @@ WILDCARDS = {"**": ".*", "*": "[^.]*", "?": "[^.]"}
 
 
 def find_modules(denoisers):
-    """{hook_name: (denoiser name, module)} of every module that can run; names that several denoisers have are long."""
+    """{hook_name: (denoiser name, module)} of every module that can run; names that several
+    denoisers have are long."""
     found = [
         (denoiser, name, module)
         for denoiser, root in denoisers.items()
@@ -21,7 +23,10 @@ def find_modules(denoisers):
         if name and type(module).forward is not torch.nn.Module.forward
     ]
     shared = Counter(name for _, name, _ in found)
-    return {name if shared[name] == 1 else f"{denoiser}.{name}": (denoiser, module) for denoiser, name, module in found}
+    return {
+        name if shared[name] == 1 else f"{denoiser}.{name}": (denoiser, module)
+        for denoiser, name, module in found
+    }
 
 
 def is_pattern(name):
@@ -29,7 +34,8 @@ def is_pattern(name):
 
 
 def match_names(pattern, modules):
-    """The hook names that a pattern means, see `HookedDiffusionModel.hook_names`. modules: as `find_modules` finds them."""
+    """The hook names that a pattern means, see `HookedDiffusionModel.hook_names`. modules: as
+    `find_modules` finds them."""
     long = {f"{denoiser}.{name}": name for name, (denoiser, _) in modules.items()}
     if not is_pattern(pattern):
         return [exact_name(pattern, list(modules), long)]
@@ -39,11 +45,15 @@ def match_names(pattern, modules):
         raise UsageError(f"{pattern!r} is no pattern: {error}") from None
     if "." in pattern:
         found = [name for name in modules if regex.fullmatch(name)]
-        found += [name for full, name in long.items() if regex.fullmatch(full) and name not in found]
+        found += [
+            name for full, name in long.items() if regex.fullmatch(full) and name not in found
+        ]
     else:
         found = [name for name in modules if regex.fullmatch(name.rpartition(".")[2])]
     if not found:
-        raise UsageError(f"no module matches {pattern!r}; `**` crosses dots, and hook_names() lists what there is")
+        raise UsageError(
+            f"no module matches {pattern!r}; `**` crosses dots, and hook_names() lists what there is"
+        )
     return found
 
 
@@ -70,10 +80,22 @@ def regex_of(pattern):
 
 
 def check_hookable(name, root):
-    """UsageError for a denoiser in which hooks would not run, or would see what an earlier step computed."""
+    """UsageError for a denoiser in which hooks would not run, or would see what an earlier step
+    computed."""
     modules = list(root.modules())
     if any(hasattr(m, "_orig_mod") or m._compiled_call_impl for m in modules):
-        raise UsageError(f"{name} is compiled, and hooks inside it would not run: use it uncompiled")
-    installed = [hook for m in modules if hasattr(m, "_diffusers_hook") for hook in m._diffusers_hook.hooks.values()]
-    if getattr(unwrap(root), "is_cache_enabled", False) or any(getattr(hook, "_is_stateful", False) for hook in installed):
-        raise UsageError(f"{name} caches what blocks compute and repeats it in other steps: switch that off first")
+        raise UsageError(
+            f"{name} is compiled, and hooks inside it would not run: use it uncompiled"
+        )
+    installed = [
+        hook
+        for m in modules
+        if hasattr(m, "_diffusers_hook")
+        for hook in m._diffusers_hook.hooks.values()
+    ]
+    if getattr(unwrap(root), "is_cache_enabled", False) or any(
+        getattr(hook, "_is_stateful", False) for hook in installed
+    ):
+        raise UsageError(
+            f"{name} caches what blocks compute and repeats it in other steps: switch that off first"
+        )

@@ -1,10 +1,12 @@
 """A probe: a denoiser is run again on the arguments of a call, to see which tokens depend on what.
 
-Attention is made local for it: a token gets its own query back, so that what it holds depends on that token of the input and
-on no other. Once as it is, then with noise on the sample of half of the rows, then of the other half: tokens that change are
-the image's. What a denoiser gets in one tensor with the sample, such as a picture to edit, stays the same in all steps and
-gets no noise. With noise on the text embeddings, those that change besides are the text's. Where one half changes the other's
-rows, the first axis is no batch axis. Which axis is the width is known from the layers that made a tensor of its shape.
+Attention is made local for it: a token gets its own query back, so that what it holds depends on
+that token of the input and on no other. Once as it is, then with noise on the sample of half of the
+rows, then of the other half: tokens that change are the image's. What a denoiser gets in one tensor
+with the sample, such as a picture to edit, stays the same in all steps and gets no noise. With
+noise on the text embeddings, those that change besides are the text's. Where one half changes the
+other's rows, the first axis is no batch axis. Which axis is the width is known from the layers that
+made a tensor of its shape.
 """
 
 import hashlib
@@ -26,7 +28,9 @@ from diffusion.token_layout import Layout, NotHookable, by_token, sample_grid, s
 from diffusion.trace import same_random_numbers
 from errors import UsageError
 
-NEVER_RAN = NotHookable("never ran in a forward of the denoiser; is it compiled, or are its projections fused?")
+NEVER_RAN = NotHookable(
+    "never ran in a forward of the denoiser; is it compiled, or are its projections fused?"
+)
 SEVERAL_TIMES = NotHookable("runs several times in one forward of the denoiser")
 CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 
@@ -49,12 +53,18 @@ class LocalAttention(TorchFunctionMode):
             return query if fits else query[..., :1].expand(*query.shape[:-1], value.shape[-1])
         if func is F.multi_head_attention_forward:
             self.calls += 1
-            return F.linear(argument("query", 0), argument("out_proj_weight", 11), argument("out_proj_bias", 12)), None
+            return F.linear(
+                argument("query", 0), argument("out_proj_weight", 11), argument("out_proj_bias", 12)
+            ), None
         if func in (torch.softmax, torch.Tensor.softmax, F.softmax):
             scores = argument("input", 0)
             self.calls += scores.ndim > 2
-            if scores.ndim > 2 and scores.shape[-1] == scores.shape[-2]:  # else of the image over the text: no other image token
-                return torch.eye(scores.shape[-1], dtype=scores.dtype, device=scores.device).expand_as(scores)
+            if (
+                scores.ndim > 2 and scores.shape[-1] == scores.shape[-2]
+            ):  # else of the image over the text: no other image token
+                return torch.eye(
+                    scores.shape[-1], dtype=scores.dtype, device=scores.device
+                ).expand_as(scores)
         return func(*args, **kwargs)
 
 
@@ -73,14 +83,16 @@ def bare(root):
 
 
 def fingerprint(x):
-    """A number for each token of (rows, tokens, d), int64 (rows, tokens), that changes if the token does: the sum of its bits."""
+    """A number for each token of (rows, tokens, d), int64 (rows, tokens), that changes if the token
+    does: the sum of its bits."""
     x = (torch.view_as_real(x).flatten(-2) if x.is_complex() else x) + 0  # + 0 makes -0.0 a 0.0
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
     return x.contiguous().view(bits).sum(-1, dtype=torch.int64)
 
 
 def disturb(x, rows, part=None):
-    """A tensor, or a list with one a row, with noise added to some rows; of these only to the numbers in `part`, bool."""
+    """A tensor, or a list with one a row, with noise added to some rows; of these only to the
+    numbers in `part`, bool."""
     if not torch.is_tensor(x):
         return [disturb(row[None], [0])[0] if r in rows else row for r, row in enumerate(x)]
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x.device, x.dtype)
@@ -88,18 +100,29 @@ def disturb(x, rows, part=None):
     chosen[list(rows)] = True
     if part is not None:
         chosen = chosen & part.cpu()
-    return torch.where(chosen.to(x.device), x + noise if x.is_floating_point() else (x - 1).abs(), x)
+    return torch.where(
+        chosen.to(x.device), x + noise if x.is_floating_point() else (x - 1).abs(), x
+    )
 
 
 def disturb_text(value, rows, listed):
-    """A nested argument with noise on each sequence of embeddings in it: tensors (rows, length, d), or lists if `listed`."""
+    """A nested argument with noise on each sequence of embeddings in it: tensors (rows, length, d),
+    or lists if `listed`."""
     if torch.is_tensor(value):
-        return disturb(value, range(rows)) if value.ndim == 3 and len(value) == rows and value.is_floating_point() else value
+        return (
+            disturb(value, range(rows))
+            if value.ndim == 3 and len(value) == rows and value.is_floating_point()
+            else value
+        )
     if isinstance(value, dict):
         return {key: disturb_text(item, rows, listed) for key, item in value.items()}
     if not isinstance(value, (list, tuple)):
         return value
-    if listed and len(value) == rows and all(torch.is_tensor(v) and v.is_floating_point() for v in value):
+    if (
+        listed
+        and len(value) == rows
+        and all(torch.is_tensor(v) and v.is_floating_point() for v in value)
+    ):
         return disturb(value, range(rows))
     return type(value)(disturb_text(item, rows, listed) for item in value)
 
@@ -115,9 +138,10 @@ class Seen(NamedTuple):
 class Run:
     """One call of the denoiser `root`, and what it showed.
 
-    modules: {(side, hook_name): module} to look at. seen: {(side, hook_name): [Seen], or None if the module ran several times}.
-    inputs: {path: shapes that the module there got}, of the modules round those. width_last: {shape: whether its last axis is
-    the width, not its second}, as the layers say that made such tensors.
+    modules: {(side, hook_name): module} to look at. seen: {(side, hook_name): [Seen], or None if
+    the module ran several times}. inputs: {path: shapes that the module there got}, of the modules
+    round those. width_last: {shape: whether its last axis is the width, not its second}, as the
+    layers say that made such tensors.
     """
 
     def __init__(self, root, rows, modules):
@@ -126,7 +150,8 @@ class Run:
         self.seen, self.inputs, self.width_last = {}, {}, {}
 
     def call(self, forward, changes, attention):
-        """Call the denoiser as in `forward`, but for the arguments in `changes`, with random numbers of a fixed seed."""
+        """Call the denoiser as in `forward`, but for the arguments in `changes`, with random
+        numbers of a fixed seed."""
         signature = forward_signature(self.root)
         this = next(iter(signature.parameters))
         call = inspect.BoundArguments(signature, {this: self.root} | forward.arguments | changes)
@@ -136,7 +161,9 @@ class Run:
                 torch.manual_seed(0)
                 self.root(*call.args[1:], **call.kwargs)
         except Exception as error:  # of a model that attends in a way of its own
-            raise UsageError(f"{forward.denoiser} can't be probed for its tokens: {type(error).__name__}: {error}") from error
+            raise UsageError(
+                f"{forward.denoiser} can't be probed for its tokens: {type(error).__name__}: {error}"
+            ) from error
         finally:
             for handle in handles:
                 handle.remove()
@@ -150,7 +177,11 @@ class Run:
 
         def look_around(path):
             def hook(module, args, kwargs):
-                self.inputs[path] = [x.shape for x in tensors((args, kwargs)) if x.ndim > 2 and len(x) % self.rows == 0]
+                self.inputs[path] = [
+                    x.shape
+                    for x in tensors((args, kwargs))
+                    if x.ndim > 2 and len(x) % self.rows == 0
+                ]
 
             return hook
 
@@ -158,7 +189,9 @@ class Run:
             def hook(module, args, kwargs, output=None):
                 value = output if side == "output" else (args, kwargs)
                 again = (side, hook_name) in self.seen
-                self.seen[side, hook_name] = None if again else [self._look_at(x, module, side) for x in tensors(value)]
+                self.seen[side, hook_name] = (
+                    None if again else [self._look_at(x, module, side) for x in tensors(value)]
+                )
 
             return hook
 
@@ -167,9 +200,17 @@ class Run:
             if next(module.parameters(recurse=False), None) is not None:
                 handles.append(module.register_forward_hook(learn))
         for path in {path for module in self.modules.values() for path in self.around(module)}:
-            handles.append(self.root.get_submodule(path).register_forward_pre_hook(look_around(path), with_kwargs=True))
+            handles.append(
+                self.root.get_submodule(path).register_forward_pre_hook(
+                    look_around(path), with_kwargs=True
+                )
+            )
         for (side, hook_name), module in self.modules.items():
-            register = module.register_forward_pre_hook if side == "input" else module.register_forward_hook
+            register = (
+                module.register_forward_pre_hook
+                if side == "input"
+                else module.register_forward_hook
+            )
             handles.append(register(look(side, hook_name), with_kwargs=True))
         return handles
 
@@ -181,7 +222,11 @@ class Run:
     def maps(self, paths):
         """Spatial shapes of the first feature maps that modules got."""
         maps = (next((s for s in self.inputs.get(path, ()) if len(s) > 3), None) for path in paths)
-        return [spatial_shape(shape, self.rows, self.width_last.get(shape, False)) for shape in maps if shape]
+        return [
+            spatial_shape(shape, self.rows, self.width_last.get(shape, False))
+            for shape in maps
+            if shape
+        ]
 
     def _look_at(self, x, module, side):
         form = self._form(x, module, side)
@@ -198,12 +243,17 @@ class Run:
         last = self.width_last.get(x.shape, x.ndim < 4) if last is None else last
         if x.ndim == 3 and last:
             k = len(x) // self.rows
-            sizes = [s for s in self.maps(around) if len(s) == 3 and (x.shape[1], k) == (s[0], s[1] * s[2]) and k != s[0]]
+            sizes = [
+                s
+                for s in self.maps(around)
+                if len(s) == 3 and (x.shape[1], k) == (s[0], s[1] * s[2]) and k != s[0]
+            ]
             return "frames" if sizes else "tokens"
         return "tokens" if last or x.ndim < 3 else "map"
 
     def _heads(self, x, paths):
-        """Inside attention, heads are split off the width of the sequences around: on which axis of the 4 they are, or None."""
+        """Inside attention, heads are split off the width of the sequences around: on which axis of
+        the 4 they are, or None."""
         shapes = next((shapes for path in paths if (shapes := self.inputs.get(path))), [(0,) * 4])
         if len(shapes[0]) != 3:
             return None
@@ -225,14 +275,21 @@ class Runs(NamedTuple):
 
 
 def probe(root, forward, places, known):
-    """Call the denoiser `root` on the arguments of `forward`, changed in several ways, and look at `places`.
+    """Call the denoiser `root` on the arguments of `forward`, changed in several ways, and look at
+    `places`.
 
-    Raises UsageError where a module is called without being run, since something is kept between calls.
+    Raises UsageError where a module is called without being run, since something is kept between
+    calls.
     """
     rows, sample, time = forward.rows, sample_name(root), time_parameter(root)
     half, attention = (rows + 1) // 2, LocalAttention()
-    others = {name: value for name, value in forward.arguments.items() if name not in (sample, time)}
-    text = {name: disturb_text(value, rows, isinstance(forward.sample, (list, tuple))) for name, value in others.items()}
+    others = {
+        name: value for name, value in forward.arguments.items() if name not in (sample, time)
+    }
+    text = {
+        name: disturb_text(value, rows, isinstance(forward.sample, (list, tuple)))
+        for name, value in others.items()
+    }
     has_text = any(a is not b for a, b in zip(tensors(text), tensors(others)))
     modules = {(side, name): module for (side, name, _), module in places.items()}
     targets = {name: (forward.denoiser, module) for (_, name), module in modules.items()}
@@ -254,7 +311,11 @@ def probe(root, forward, places, known):
     with bare(root):
         plain = run({})
         upper = run({sample: disturb(forward.sample, range(half), forward.sampled)})
-        lower = run({sample: disturb(forward.sample, range(half, rows), forward.sampled)}) if rows > 1 else plain
+        lower = (
+            run({sample: disturb(forward.sample, range(half, rows), forward.sampled)})
+            if rows > 1
+            else plain
+        )
         texts = run(text) if any(stream == "text" for _, _, stream in places) else plain
     return Runs(plain, upper, lower, texts, has_text, attention.calls > 0, idle)
 
@@ -271,9 +332,13 @@ def locate(runs, forward, place):
         return SEVERAL_TIMES
     if all(x.form is None for x in seen[0]):
         shapes = " and ".join(str(tuple(x.shape)) for x in seen[0]) or "none"
-        return NotHookable(f"its {side} has no batch axis of {forward.rows} rows; the shape is {shapes}")
+        return NotHookable(
+            f"its {side} has no batch axis of {forward.rows} rows; the shape is {shapes}"
+        )
     half = (forward.rows + 1) // 2
-    reason = f"its {side} holds no {stream} tokens" + "; try the text stream" * (stream == "image" and runs.has_text)
+    reason = f"its {side} holds no {stream} tokens" + "; try the text stream" * (
+        stream == "image" and runs.has_text
+    )
     for index, (plain, *changed) in enumerate(zip(*seen)):
         if plain.form is None:
             continue
@@ -289,7 +354,8 @@ def locate(runs, forward, place):
 
 
 def layout_of(runs, forward, place, index, seen, mask):
-    """The Layout of the tokens in `mask`, bool (rows, tokens), of a module's tensor number `index`; or NotHookable."""
+    """The Layout of the tokens in `mask`, bool (rows, tokens), of a module's tensor number `index`;
+    or NotHookable."""
     side, hook_name, stream = place
     starts = mask.int().argmax(1).tolist()
     ends = (mask.shape[1] - mask.flip(1).int().argmax(1)).tolist()
@@ -310,12 +376,15 @@ def layout_of(runs, forward, place, index, seen, mask):
     if stream == "text":
         counts = unmasked(forward, counts)
     shape = seen.shape
-    d = {"map": shape[1], "heads": math.prod(shape[2:]), "heads first": shape[1] * shape[-1]}.get(seen.form, shape[-1])
+    d = {"map": shape[1], "heads": math.prod(shape[2:]), "heads first": shape[1] * shape[-1]}.get(
+        seen.form, shape[-1]
+    )
     return Layout(index, seen.form, starts, counts, grid, d)
 
 
 def image_grid(run, forward, module, seen, count):
-    """The grid of `count` image tokens: the tensor's own, one of the maps around, or that of the patches; None if none fits."""
+    """The grid of `count` image tokens: the tensor's own, one of the maps around, or that of the
+    patches; None if none fits."""
     around = run.around(module)
     grids = run.maps(around[seen.form.startswith("heads") :])
     if len(seen.shape) > 3 and seen.form in ("map", "tokens"):
@@ -326,12 +395,16 @@ def image_grid(run, forward, module, seen, count):
 
 
 def unmasked(forward, counts):
-    """How many text tokens of each row a mask among the arguments leaves, where one has their number and cuts off the end."""
+    """How many text tokens of each row a mask among the arguments leaves, where one has their
+    number and cuts off the end."""
     if min(counts) < max(counts):
         return counts
     for mask in tensors(list(forward.arguments.values())):
         mask = mask.float()
-        if tuple(mask.shape) == (forward.rows, max(counts)) and set(mask.unique().tolist()) <= {0, 1}:
+        if tuple(mask.shape) == (forward.rows, max(counts)) and set(mask.unique().tolist()) <= {
+            0,
+            1,
+        }:
             left = mask.sum(1).int().tolist()
             if all(row[:n].all() and n for row, n in zip(mask, left)):
                 return left
@@ -339,7 +412,8 @@ def unmasked(forward, counts):
 
 
 def width_is_last(module, x):
-    """Whether the last axis of what a layer returns or takes is its width, or else the second; None if it does not say."""
+    """Whether the last axis of what a layer returns or takes is its width, or else the second; None
+    if it does not say."""
     if isinstance(module, CHANNELS_FIRST):
         return False
     sizes = {n for p in module.parameters(recurse=False) for n in p.shape}
@@ -347,17 +421,23 @@ def width_is_last(module, x):
 
 
 def has_more_than_sample(forward, sample):
-    """Whether a denoiser's first argument has more numbers in a row than what the scheduler steps."""
+    """Whether a denoiser's first argument has more numbers in a row than what the scheduler
+    steps."""
     both_tensors = torch.is_tensor(forward.sample) and torch.is_tensor(sample)
     return both_tensors and forward.sample[0].numel() > sample[0].numel()
 
 
 def sampled_key(forward):
-    return "sampled", forward.denoiser, tuple(forward.sample.shape[1:]) if torch.is_tensor(forward.sample) else None
+    return (
+        "sampled",
+        forward.denoiser,
+        tuple(forward.sample.shape[1:]) if torch.is_tensor(forward.sample) else None,
+    )
 
 
 def note_sampled(known, forward, before):
-    """Keep in `known` which numbers of a row of a denoiser's first argument are sampled: those not as a step `before`.
+    """Keep in `known` which numbers of a row of a denoiser's first argument are sampled: those not
+    as a step `before`.
 
     Beside this mask stands its digest, which is the same for an equal mask.
     """
@@ -371,10 +451,17 @@ def note_sampled(known, forward, before):
 
 
 def describe(value):
-    """A nested argument as something hashable: shapes of tensors, and the numbers too of integers and of what has only two."""
+    """A nested argument as something hashable: shapes of tensors, and the numbers too of integers
+    and of what has only two."""
     if torch.is_tensor(value):
-        numbers = value.numel() and value.numel() <= 1 << 18 and (not value.is_floating_point() or two_valued(value))
-        return tuple(value.shape), value.cpu().double().numpy().tobytes() if numbers and not value.is_complex() else None
+        numbers = (
+            value.numel()
+            and value.numel() <= 1 << 18
+            and (not value.is_floating_point() or two_valued(value))
+        )
+        return tuple(
+            value.shape
+        ), value.cpu().double().numpy().tobytes() if numbers and not value.is_complex() else None
     if isinstance(value, dict):
         return tuple((key, describe(item)) for key, item in value.items())
     if isinstance(value, (list, tuple)):
@@ -388,11 +475,17 @@ def two_valued(x):
 
 
 def find_layouts(forward, module, places, known):
-    """Fill `forward.layouts` before it runs, from `known`, or by a probe whose results `known` keeps.
+    """Fill `forward.layouts` before it runs, from `known`, or by a probe whose results `known`
+    keeps.
 
-    places: {(side, hook_name, stream): (denoiser, module)}; those of other denoisers are passed over.
+    places: {(side, hook_name, stream): (denoiser, module)}; those of other denoisers are passed
+    over.
     """
-    places = {place: module for place, (denoiser, module) in places.items() if denoiser == forward.denoiser}
+    places = {
+        place: module
+        for place, (denoiser, module) in places.items()
+        if denoiser == forward.denoiser
+    }
     if not places:
         return
     root = unwrap(module)

@@ -1,8 +1,9 @@
 """Random numbers that a generation draws besides those of its own generators, seeded and put back.
 
-A pipeline is given one generator per row. A scheduler may draw others: from the global states of PyTorch, NumPy and Python, where
-the pipeline does not pass its generators on, or from a generator that it holds itself. What is stored, or compared with another
-run, must not depend on them, so they are seeded from the rows' seeds, and a scheduler whose numbers no seed reaches is refused.
+A pipeline is given one generator per row. A scheduler may draw others: from the global states of
+PyTorch, NumPy and Python, where the pipeline does not pass its generators on, or from a generator
+that it holds itself. What is stored, or compared with another run, must not depend on them, so they
+are seeded from the rows' seeds, and a scheduler whose numbers no seed reaches is refused.
 """
 
 import copy
@@ -27,7 +28,11 @@ def get_state(generator):
         return generator.get_state()
     if isinstance(generator, np.random.Generator):
         return generator.bit_generator.state
-    return generator.get_state() if isinstance(generator, np.random.RandomState) else generator.getstate()
+    return (
+        generator.get_state()
+        if isinstance(generator, np.random.RandomState)
+        else generator.getstate()
+    )
 
 
 def set_state(generator, state) -> None:
@@ -50,7 +55,9 @@ def set_seed(generator, seed: int) -> None:
 
 def generators_in(value, depth: int = DEPTH) -> Iterator:
     """The generators among the attributes and entries of an object, each as often as it is met."""
-    if isinstance(value, (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)):
+    if isinstance(
+        value, (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+    ):
         yield value
     elif depth and not isinstance(value, (torch.Tensor, torch.nn.Module, type)):
         items = value
@@ -62,11 +69,14 @@ def generators_in(value, depth: int = DEPTH) -> Iterator:
 
 @contextmanager
 def same_random_numbers(*owners):
-    """Random states, the global ones and those that `owners` hold, are those of the beginning again when the context ends."""
+    """Random states, the global ones and those that `owners` hold, are those of the beginning again
+    when the context ends."""
     cuda = range(torch.cuda.device_count())  # a seed is set on all of them
     mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
     numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002 (a scheduler may use the global one)
-    states = [(generator, get_state(generator)) for generator in generators_in(list(owners), DEPTH + 1)]
+    states = [
+        (generator, get_state(generator)) for generator in generators_in(list(owners), DEPTH + 1)
+    ]
     with torch.random.fork_rng(devices=cuda):
         try:
             yield
@@ -85,12 +95,19 @@ def mixed_seed(seeds: Iterable[int]) -> int:
 
 
 class RowByRow(TorchFunctionMode):
-    """Context in which noise that PyTorch draws without a generator, one entry per row, is drawn for each row from its own seed.
+    """Context in which noise that PyTorch draws without a generator, one entry per row, is drawn
+    for each row from its own seed.
 
-    A row's noise is then the same whichever rows are generated together. What has another first axis is left as it is.
+    A row's noise is then the same whichever rows are generated together. What has another first
+    axis is left as it is.
     """
 
-    DRAWN = {torch.randn: torch.randn, torch.randn_like: torch.randn, torch.rand: torch.rand, torch.rand_like: torch.rand}
+    DRAWN = {
+        torch.randn: torch.randn,
+        torch.randn_like: torch.randn,
+        torch.rand: torch.rand,
+        torch.rand_like: torch.rand,
+    }
 
     def __init__(self, seeds: Iterable[int]):
         super().__init__()
@@ -99,18 +116,28 @@ class RowByRow(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         drawn = func(*args, **kwargs)
-        if func in self.DRAWN and kwargs.get("generator") is None and drawn.ndim and len(drawn) == len(self.generators):
+        if (
+            func in self.DRAWN
+            and kwargs.get("generator") is None
+            and drawn.ndim
+            and len(drawn) == len(self.generators)
+        ):
             draw = self.DRAWN[func]
-            rows = [draw(drawn.shape[1:], generator=generator, dtype=drawn.dtype) for generator in self.generators]
+            rows = [
+                draw(drawn.shape[1:], generator=generator, dtype=drawn.dtype)
+                for generator in self.generators
+            ]
             drawn.copy_(torch.stack(rows))
         return drawn
 
 
 @contextmanager
 def random_numbers_of(seeds: Iterable[int], *owners):
-    """Context in which all random numbers, the global ones and those of the owners' generators, follow from the rows' seeds.
+    """Context in which all random numbers, the global ones and those of the owners' generators,
+    follow from the rows' seeds.
 
-    They depend on which rows are generated together, and on nothing else; for a scheduler's noise, see `RowByRow`.
+    They depend on which rows are generated together, and on nothing else; for a scheduler's noise,
+    see `RowByRow`.
     """
     seed = mixed_seed(seeds)
     with same_random_numbers(*owners):
@@ -122,20 +149,30 @@ def random_numbers_of(seeds: Iterable[int], *owners):
         yield
 
 
-def check_repeatable(step: Callable, scheduler, args: tuple, kwargs: dict, timestep, sample: torch.Tensor, timesteps) -> None:
-    """Raise UsageError where a scheduler draws random numbers that no seed reaches, so that two runs with one seed differ.
+def check_repeatable(
+    step: Callable, scheduler, args: tuple, kwargs: dict, timestep, sample: torch.Tensor, timesteps
+) -> None:
+    """Raise UsageError where a scheduler draws random numbers that no seed reaches, so that two
+    runs with one seed differ.
 
-    Copies of the scheduler are stepped twice through all of `timesteps`, from the same seeds and with one prediction throughout:
-    no denoiser runs. step, args, kwargs: the call that is under way, of which timestep and sample are two arguments; its tensors
-    are copied, since a scheduler may write into them. A scheduler that can't be copied is not looked at, and one that does not
-    go on with such a prediction is compared as far as it goes.
+    Copies of the scheduler are stepped twice through all of `timesteps`, from the same seeds and
+    with one prediction throughout: no denoiser runs. step, args, kwargs: the call that is under
+    way, of which timestep and sample are two arguments; its tensors are copied, since a scheduler
+    may write into them. A scheduler that can't be copied is not looked at, and one that does not go
+    on with such a prediction is compared as far as it goes.
     """
     generators = list(generators_in([args, kwargs]))
-    models = {id(value): value for value in vars(scheduler).values() if isinstance(value, torch.nn.Module)}  # not to be copied
+    models = {
+        id(value): value for value in vars(scheduler).values() if isinstance(value, torch.nn.Module)
+    }  # not to be copied
 
     def outcome():
         twin, now = copy.deepcopy(scheduler, dict(models)), sample.clone()
-        copies = {id(value): value.clone() for value in (*args, *kwargs.values()) if torch.is_tensor(value)}
+        copies = {
+            id(value): value.clone()
+            for value in (*args, *kwargs.values())
+            if torch.is_tensor(value)
+        }
         with same_random_numbers(generators), random_numbers_of([0], twin):
             for time in timesteps:
                 changed = copies | {id(timestep): time, id(sample): now}

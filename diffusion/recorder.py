@@ -6,7 +6,14 @@ from dataclasses import dataclass, field, fields
 import torch
 
 from diffusion.guidance import RoleFinder, check_order
-from diffusion.locate import NEVER_RAN, SEVERAL_TIMES, find_layouts, has_more_than_sample, note_sampled, sampled_key
+from diffusion.locate import (
+    NEVER_RAN,
+    SEVERAL_TIMES,
+    find_layouts,
+    has_more_than_sample,
+    note_sampled,
+    sampled_key,
+)
 from diffusion.repeated import RunWatch
 from diffusion.token_layout import NotHookable
 from errors import UsageError, check_choice
@@ -18,7 +25,8 @@ ROLES = {"cond": {"": "cond"}, "uncond": {"": "uncond"}, "both": {"": "cond", "_
 
 @dataclass(frozen=True)
 class CacheOptions:
-    """What of a sampling is kept: the options of `HookedDiffusionModel.cache`, where what comes of them is described."""
+    """What of a sampling is kept: the options of `HookedDiffusionModel.cache`, where what comes of
+    them is described."""
 
     save_input: bool = False  # what the modules take
     save_output: bool = True  # what they return
@@ -26,8 +34,12 @@ class CacheOptions:
     stream: str = "image"  # which tokens of a joint block: image or text
     cache_every_n_timesteps: int = 1  # steps 0, n, 2n, ...
     dtype: torch.dtype | None = None  # of what is kept; None is the model's own
-    choose: Callable | None = None  # choose(step, tokens) -> the image tokens to keep of each prompt; None is all
-    order: tuple | None = None  # of the passes in a step, such as ("uncond", "cond"), where they can't be told; None asks
+    choose: Callable | None = (
+        None  # choose(step, tokens) -> the image tokens to keep of each prompt; None is all
+    )
+    order: tuple | None = (
+        None  # of the passes in a step, such as ("uncond", "cond"), where they can't be told; None asks
+    )
 
     def __post_init__(self):
         check_choice("rows", self.rows, ROLES)
@@ -36,7 +48,9 @@ class CacheOptions:
         if not self.sides:
             raise UsageError("nothing to keep: save_input and save_output are both off")
         if self.cache_every_n_timesteps < 1:
-            raise UsageError(f"cache_every_n_timesteps: expected at least 1, got {self.cache_every_n_timesteps}")
+            raise UsageError(
+                f"cache_every_n_timesteps: expected at least 1, got {self.cache_every_n_timesteps}"
+            )
         if self.choose and self.stream != "image":
             raise UsageError("choose: of image tokens only; texts differ in length")
 
@@ -57,14 +71,18 @@ class Recording:
 
     tokens: list = field(default_factory=list)  # (prompts, tokens, d) on the CPU
     times: list = field(default_factory=list)  # (timestep, sigma)
-    chosen: list = field(default_factory=list)  # (prompts, n), which image tokens are kept, if not all
+    chosen: list = field(
+        default_factory=list
+    )  # (prompts, n), which image tokens are kept, if not all
 
 
 class Recorder:
-    """Gathers, step by step, the wanted stream's tokens of the wanted rows from what the target modules saw.
+    """Gathers, step by step, the wanted stream's tokens of the wanted rows from what the target
+    modules saw.
 
-    targets: {hook_name: (denoiser, module)}; denoisers: {name: module}; known: layouts found so far, see `locate.find_layouts`;
-    finder: the `RoleFinder` of the sampling, by default one that has only the guidance to go by.
+    targets: {hook_name: (denoiser, module)}; denoisers: {name: module}; known: layouts found so
+    far, see `locate.find_layouts`; finder: the `RoleFinder` of the sampling, by default one that
+    has only the guidance to go by.
     """
 
     def __init__(self, targets, denoisers, known, options, finder=None):
@@ -73,12 +91,19 @@ class Recorder:
         self.finder = finder or RoleFinder(options.order)
         self.runs = RunWatch(targets, denoisers, known)
         self.waiting = []  # (step, its time) whose rows only a later step will tell, and all after them
-        self.places = {(side, name, self.stream): target for side in self.sides for name, target in targets.items()}
+        self.places = {
+            (side, name, self.stream): target
+            for side in self.sides
+            for name, target in targets.items()
+        }
         self.recordings = {}  # {(side + suffix, hook_name): Recording}
         self.lengths = {}  # {(suffix, hook_name): text tokens of each prompt}
         self.grids = {}  # {(side, hook_name): grid of the image}
         self.failed = {}  # {hook_name: why}
-        self.called, self.stepped = set(), set()  # denoisers that ran, and those whose output reached the scheduler
+        self.called, self.stepped = (
+            set(),
+            set(),
+        )  # denoisers that ran, and those whose output reached the scheduler
         self.mixed = {}  # {sampled_key: what a denoiser got in the last step, of which not all is known to be sampled}
         self.copied = {}  # {GPU: the event of its last copy}
 
@@ -97,12 +122,18 @@ class Recorder:
                     forward.captured[side, name] = None
                 else:
                     x = layout.take(output if side == "output" else (args, kwargs), forward.rows)
-                    forward.captured[side, name] = x.detach().clone()  # the model may go on in place
+                    forward.captured[side, name] = (
+                        x.detach().clone()
+                    )  # the model may go on in place
 
             return hook
 
         for (side, name, _), (_, module) in self.places.items():
-            register = module.register_forward_pre_hook if side == "input" else module.register_forward_hook
+            register = (
+                module.register_forward_pre_hook
+                if side == "input"
+                else module.register_forward_hook
+            )
             stack.callback(register(capture(name, side), with_kwargs=True).remove)
 
     def on_forward(self, forward, module):
@@ -129,12 +160,16 @@ class Recorder:
     def _keep_step(self, step, time):
         running = {f.denoiser for f in step.forwards}
         if again := running & self.stepped if step.index == 0 else None:
-            raise UsageError(f"a second sampling by {again.pop()} began inside one cache: give each its own")
+            raise UsageError(
+                f"a second sampling by {again.pop()} began inside one cache: give each its own"
+            )
         self.stepped |= running
         chunks = {}  # {(denoiser, role): (forward, rows)}; of several, the first
         for forward in step.forwards:
             for chunk, role in enumerate(forward.roles):
-                chunks.setdefault((forward.denoiser, role), (forward, slice(chunk * step.R, (chunk + 1) * step.R)))
+                chunks.setdefault(
+                    (forward.denoiser, role), (forward, slice(chunk * step.R, (chunk + 1) * step.R))
+                )
         for name, (denoiser, _) in self.targets.items():
             for suffix, role in self.roles.items():
                 if (denoiser, role) not in chunks:
@@ -173,7 +208,8 @@ class Recorder:
         return None
 
     def _to_cpu(self, x, dtype):
-        """A copy, since a view would keep the other chunks alive. From a GPU it is under way, into pinned memory."""
+        """A copy, since a view would keep the other chunks alive. From a GPU it is under way, into
+        pinned memory."""
         if not x.is_cuda:
             return x.to("cpu", dtype, copy=True)
         copy = x.to(dtype).contiguous().to("cpu", non_blocking=True)
@@ -181,7 +217,8 @@ class Recorder:
         return copy
 
     def result(self, explicit):
-        """The cache, on any thread; raises UsageError for modules that failed, unless a glob found them among others."""
+        """The cache, on any thread; raises UsageError for modules that failed, unless a glob found
+        them among others."""
         self.finder.check_decided()
         self._keep_labelled()
         for event in self.copied.values():
@@ -203,11 +240,16 @@ class Recorder:
         return cache
 
     def _missing(self, name, denoiser):
-        """Why there are no tokens of a module that did not fail, or not in every step; None if there are."""
+        """Why there are no tokens of a module that did not fail, or not in every step; None if
+        there are."""
         if denoiser not in self.stepped:
             unused = f"is part of {denoiser}, whose output does not reach the scheduler"
             return unused if denoiser in self.called else NEVER_RAN.reason
-        kept = {(side, role): self.recordings.get((side + s, name)) for side in self.sides for s, role in self.roles.items()}
+        kept = {
+            (side, role): self.recordings.get((side + s, name))
+            for side in self.sides
+            for s, role in self.roles.items()
+        }
         for (_, role), recording in kept.items():
             if recording is None:
                 return f"has no {role}itional rows in this generation; is guidance off?"
@@ -225,4 +267,6 @@ class Recorder:
         if None not in sigmas:
             cache["sigmas"][name] = torch.tensor(sigmas, dtype=torch.float64)
         if recording.chosen:
-            cache.setdefault("tokens", {})[name] = torch.stack(recording.chosen, 1)  # the same for cond and uncond
+            cache.setdefault("tokens", {})[name] = torch.stack(
+                recording.chosen, 1
+            )  # the same for cond and uncond

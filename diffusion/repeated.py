@@ -1,8 +1,10 @@
-"""Whether the modules that are read or edited really run: caches repeat in one step what they computed in another.
+"""Whether the modules that are read or edited really run: caches repeat in one step what they
+computed in another.
 
-Hooks fire wherever a module is called, also if a `forward` that was put in the place of its own gives back what it kept. So this
-looks for what a call leads to: a module inside which something ran in one call, and nothing in another, was skipped there. One
-without modules inside, whose own `forward` was replaced, was skipped if it gives the same output for another input.
+Hooks fire wherever a module is called, also if a `forward` that was put in the place of its own
+gives back what it kept. So this looks for what a call leads to: a module inside which something ran
+in one call, and nothing in another, was skipped there. One without modules inside, whose own
+`forward` was replaced, was skipped if it gives the same output for another input.
 """
 
 import torch
@@ -12,10 +14,11 @@ from errors import UsageError
 
 
 class RunWatch:
-    """Notes in each `trace.Forward` which target modules ran (`ran`) and which module was skipped (`skipped`).
+    """Notes in each `trace.Forward` which target modules ran (`ran`) and which module was skipped
+    (`skipped`).
 
-    targets: {hook_name: (denoiser, module)}. denoisers: {name: root}. known: keeps from one sampling to the next inside which
-    modules something runs.
+    targets: {hook_name: (denoiser, module)}. denoisers: {name: root}. known: keeps from one
+    sampling to the next inside which modules something runs.
     """
 
     def __init__(self, targets, denoisers, known):
@@ -47,7 +50,9 @@ class RunWatch:
                 if self._was_skipped(module, calls, (args, kwargs), output):
                     forward.skipped = forward.skipped or self.names[module]
 
-        for part in {part for module in self.names for part in module.modules() if part is not module}:
+        for part in {
+            part for module in self.names for part in module.modules() if part is not module
+        }:
             stack.callback(part.register_forward_pre_hook(count).remove)
         for module in self.names:
             stack.callback(module.register_forward_pre_hook(begin).remove)
@@ -66,10 +71,11 @@ class RunWatch:
         return key is not None and self.given.setdefault(module, {}).setdefault(key, value) != value
 
     def check(self, name, forward, when):
-        """Why a target can't be kept or edited: it did not run in a forward, and in others it does. None if it can.
+        """Why a target can't be kept or edited: it did not run in a forward, and in others it does.
+        None if it can.
 
-        when: where the forward belongs to, such as "step 3".
-        Raises UsageError for a module that was called without being run, since what it gives back may be stale.
+        when: where the forward belongs to, such as "step 3". Raises UsageError for a module that
+        was called without being run, since what it gives back may be stale.
         """
         if forward.skipped is not None:
             raise UsageError(
@@ -88,15 +94,19 @@ class RunWatch:
 
 
 def is_replaced(module):
-    """Whether its `forward` is not that of its class: offloading does that too, and then calls the class's own."""
+    """Whether its `forward` is not that of its class: offloading does that too, and then calls the
+    class's own."""
     return "forward" in vars(module)
 
 
 def fingerprint(value):
-    """A hash of a few numbers of the first tensor in a nested structure; None where that has one number only, over and over."""
+    """A hash of a few numbers of the first tensor in a nested structure; None where that has one
+    number only, over and over."""
     found = [x for x in tensors(value) if x.is_floating_point() and x.numel()]
     if not found:
         return None
     numbers = found[0].detach().flatten()
-    numbers = numbers[torch.linspace(0, len(numbers) - 1, min(len(numbers), 256)).long().to(numbers.device)].tolist()
+    numbers = numbers[
+        torch.linspace(0, len(numbers) - 1, min(len(numbers), 256)).long().to(numbers.device)
+    ].tolist()
     return hash(tuple(numbers)) if len(set(numbers)) > 1 else None

@@ -10,13 +10,19 @@ from errors import UsageError
 
 
 class Loop:
-    """model: nn.Module whose `forward(sample, timestep, ...)` predicts for a batch-first sample. The rest as in
-    `hook.HookedDiffusionModel`.
+    """model: nn.Module whose `forward(sample, timestep, ...)` predicts for a batch-first sample.
+    The rest as in `hook.HookedDiffusionModel`.
     """
 
-    def __init__(self, model, scheduler, encode_prompt=None, get_timesteps=None, vae=None, sample_shape=None):
+    def __init__(
+        self, model, scheduler, encode_prompt=None, get_timesteps=None, vae=None, sample_shape=None
+    ):
         self.model, self.scheduler, self.vae = model, scheduler, vae
-        self.encode_prompt, self.get_timesteps, self.sample_shape = encode_prompt, get_timesteps, sample_shape
+        self.encode_prompt, self.get_timesteps, self.sample_shape = (
+            encode_prompt,
+            get_timesteps,
+            sample_shape,
+        )
 
     def __call__(
         self,
@@ -33,28 +39,37 @@ class Loop:
     ):
         """Sample, with classifier-free guidance if `guidance_scale > 1` and prompts can be encoded.
 
-        Returns an object with `images`: decoded to [0, 1] by the VAE if there is one and `output_type` is not "latent".
+        Returns an object with `images`: decoded to [0, 1] by the VAE if there is one and
+        `output_type` is not "latent".
         """
         weight = next(self.model.parameters(), torch.empty(0))
-        n = num_images_per_prompt * (batch_size if prompt is None or isinstance(prompt, str) else len(prompt))
+        n = num_images_per_prompt * (
+            batch_size if prompt is None or isinstance(prompt, str) else len(prompt)
+        )
         guided, embeds = False, []
         if self.encode_prompt is not None:
             if prompt is None:
                 raise UsageError("a model with `encode_prompt` needs a prompt")
             guided = guidance_scale > 1
-            cond, uncond = self.encode_prompt(prompt, weight.device, num_images_per_prompt, guided, negative_prompt)
+            cond, uncond = self.encode_prompt(
+                prompt, weight.device, num_images_per_prompt, guided, negative_prompt
+            )
             embeds = [torch.cat([uncond, cond]) if guided else cond]
         if self.get_timesteps is not None:
             timesteps = self.get_timesteps(num_inference_steps, weight.device)
         else:
             if not hasattr(self.scheduler, "set_timesteps"):
-                raise UsageError("the scheduler has no set_timesteps(); pass get_timesteps(num_inference_steps, device)")
+                raise UsageError(
+                    "the scheduler has no set_timesteps(); pass get_timesteps(num_inference_steps, device)"
+                )
             self.scheduler.set_timesteps(num_inference_steps, device=weight.device)
             timesteps = self.scheduler.timesteps
         if latents is None:
             from diffusers.utils.torch_utils import randn_tensor
 
-            latents = randn_tensor((n, *self._shape()), generator=generator, device=weight.device, dtype=weight.dtype)
+            latents = randn_tensor(
+                (n, *self._shape()), generator=generator, device=weight.device, dtype=weight.dtype
+            )
             latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
         options = {}
         if "generator" in inspect.signature(self.scheduler.step).parameters:

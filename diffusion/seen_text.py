@@ -1,12 +1,14 @@
-"""What of a prompt the model sees: a tokenizer cuts a text that is longer than its text encoder takes.
+"""What of a prompt the model sees: a tokenizer cuts a text that is longer than its text encoder
+takes.
 
     with watch_tokenizers(hooked.pipe) as calls:
         hooked.first_step(...)                    # or anything else in which the pipeline encodes prompts
     seen = SeenText(calls, prompts)               # prompts: those that were encoded
     seen.text("a long prompt ...")                # as far as any of the text encoders receives it
 
-How a pipeline calls its tokenizers, with which template and up to which length, is seen from the calls themselves. Where none was
-seen, as with a denoiser of one's own, a prompt counts as seen whole.
+How a pipeline calls its tokenizers, with which template and up to which length, is seen from the
+calls themselves. Where none was seen, as with a denoiser of one's own, a prompt counts as seen
+whole.
 """
 
 from bisect import bisect_right
@@ -52,7 +54,9 @@ class Encoding(NamedTuple):
 
     def count(self, prompt: str) -> int:
         """Tokens up to the end of the prompt, the special ones included."""
-        return len(self.tokenizer(f"{self.before}{self.prepared(prompt)}", verbose=False)["input_ids"])
+        return len(
+            self.tokenizer(f"{self.before}{self.prepared(prompt)}", verbose=False)["input_ids"]
+        )
 
     def prepared(self, prompt: str) -> str:
         return prompt.strip().lower() if self.is_lowered else prompt
@@ -60,10 +64,17 @@ class Encoding(NamedTuple):
 
 @contextmanager
 def watch_tokenizers(pipe: object) -> Iterator[list[TokenizerCall]]:
-    """Keep the calls of all tokenizers among a pipeline's components, and in its processors, while the context lasts."""
+    """Keep the calls of all tokenizers among a pipeline's components, and in its processors, while
+    the context lasts."""
     components = getattr(pipe, "components", {}).values()
-    candidates = [part for component in components for part in (component, getattr(component, "tokenizer", None))]
-    classes = {type(part) for part in candidates if callable(part) and hasattr(part, "model_max_length")}
+    candidates = [
+        part
+        for component in components
+        for part in (component, getattr(component, "tokenizer", None))
+    ]
+    classes = {
+        type(part) for part in candidates if callable(part) and hasattr(part, "model_max_length")
+    }
     calls = []
     with ExitStack() as stack:
         for cls in classes:
@@ -73,7 +84,8 @@ def watch_tokenizers(pipe: object) -> Iterator[list[TokenizerCall]]:
 
 @contextmanager
 def keep_calls(cls: type, calls: list[TokenizerCall]) -> Iterator[None]:
-    """Add the calls of a class's instances to the list; python looks up `__call__` in the class alone."""
+    """Add the calls of a class's instances to the list; python looks up `__call__` in the class
+    alone."""
     original, is_own = cls.__call__, "__call__" in vars(cls)
 
     @wraps(original)
@@ -93,7 +105,8 @@ def keep_calls(cls: type, calls: list[TokenizerCall]) -> Iterator[None]:
 
 
 class SeenText:
-    """What a pipeline's text encoders receive of any prompt, learnt from the calls in which it encoded some prompts."""
+    """What a pipeline's text encoders receive of any prompt, learnt from the calls in which it
+    encoded some prompts."""
 
     def __init__(self, calls: list[TokenizerCall], prompts: list[str]) -> None:
         found = []
@@ -115,10 +128,13 @@ class SeenText:
 
 
 def find_encoding(call: TokenizerCall, text: str, prompts: list[str]) -> Encoding | None:
-    """How the text of a call was made of one of the prompts; None if it was made of something else."""
+    """How the text of a call was made of one of the prompts; None if it was made of something
+    else."""
     is_cut = call.options.get("truncation") not in (None, False, "do_not_truncate")
     limit = call.options.get("max_length") or call.tokenizer.model_max_length
-    limit = limit if is_cut and getattr(call.tokenizer, "truncation_side", "right") == "right" else None
+    limit = (
+        limit if is_cut and getattr(call.tokenizer, "truncation_side", "right") == "right" else None
+    )
     for is_lowered in (False, True):
         for prompt in sorted(set(prompts), key=len, reverse=True):  # one may be a part of another
             prepared = prompt.strip().lower() if is_lowered else prompt
@@ -130,7 +146,8 @@ def find_encoding(call: TokenizerCall, text: str, prompts: list[str]) -> Encodin
 
 
 def find_words(text: str, part: str) -> int | None:
-    """Where a part begins in a text without cutting a word of it in two; None if it does not stand there so."""
+    """Where a part begins in a text without cutting a word of it in two; None if it does not stand
+    there so."""
     start = text.find(part)
     while start >= 0:
         end = start + len(part)

@@ -1,6 +1,8 @@
-"""Which numbers of what a module takes or returns are image tokens, which are text tokens, and on which grid they lie.
+"""Which numbers of what a module takes or returns are image tokens, which are text tokens, and on
+which grid they lie.
 
-No table of architectures says so: `diffusion/locate.py` finds it out, once for each set of shapes and masks, not once a step.
+No table of architectures says so: `diffusion/locate.py` finds it out, once for each set of shapes
+and masks, not once a step.
 """
 
 import itertools
@@ -14,7 +16,8 @@ from diffusion.signatures import tensors, with_tensor
 
 
 def row_view(x, rows, form):
-    """A view of x whose first axis is the rows of the batch and whose last are d; between them are the tokens.
+    """A view of x whose first axis is the rows of the batch and whose last are d; between them are
+    the tokens.
 
     form, and what x is (k things of a row, such as frames, may be folded into the batch):
     "tokens"  (rows k, T, d) -> (rows, k, T, d); (rows k, d) and (rows k, H, W, ..., d) likewise
@@ -54,7 +57,8 @@ class Layout(NamedTuple):
     d: int
 
     def take(self, value, rows):
-        """(rows, tokens, d), padded with zeros where rows have different numbers of tokens. May be a view."""
+        """(rows, tokens, d), padded with zeros where rows have different numbers of tokens. May be
+        a view."""
         x = by_token(tensors(value)[self.index], rows, self.form)
         first, n = self.starts[0], max(self.counts)
         if min(self.counts) == n and set(self.starts) == {first}:
@@ -65,12 +69,15 @@ class Layout(NamedTuple):
         return out
 
     def put(self, value, rows, first, tokens):
-        """`value` with the tokens (R, tokens, d) of rows `first`, `first` + 1, ... in place of its own; it is left alone."""
+        """`value` with the tokens (R, tokens, d) of rows `first`, `first` + 1, ... in place of its
+        own; it is left alone."""
         x = tensors(value)[self.index]
         new = by_token(x, rows, self.form).clone()
         for r, row in enumerate(tokens, first):
             new[r, self.starts[r] : self.starts[r] + self.counts[r]] = row[: self.counts[r]]
-        shaped = torch.empty_like(x)  # of the same strides, since the next layer's last bits may depend on them
+        shaped = torch.empty_like(
+            x
+        )  # of the same strides, since the next layer's last bits may depend on them
         view = row_view(shaped, rows, self.form)
         view.copy_(new.view(view.shape))
         return with_tensor(value, self.index, shaped)
@@ -83,18 +90,27 @@ def spatial_shape(shape, rows, width_last=False):
 
 
 def sample_grid(count, forward, config):
-    """The grid of `count` tokens that are patches of the denoiser's sample, or the sample itself if it is packed, or None.
+    """The grid of `count` tokens that are patches of the denoiser's sample, or the sample itself if
+    it is packed, or None.
 
-    Patches are square, and of one to all frames; of several ways the one that the model's `config` speaks of is taken, and
-    channels are sooner first or last than in between. A packed sample's grid is found among the other arguments: a table of
-    positions, a tuple of sizes, or sizes in a row.
+    Patches are square, and of one to all frames; of several ways the one that the model's `config`
+    speaks of is taken, and channels are sooner first or last than in between. A packed sample's
+    grid is found among the other arguments: a table of positions, a tuple of sizes, or sizes in a
+    row.
     """
-    shape = tuple((forward.sample if torch.is_tensor(forward.sample) else forward.sample[0][None]).shape[1:])
+    shape = tuple(
+        (forward.sample if torch.is_tensor(forward.sample) else forward.sample[0][None]).shape[1:]
+    )
     channels = getattr(config, "in_channels", None)
     chosen = None  # which rows of a table of positions are those of the sample
     if forward.sampled is not None:
-        sizes = [int(forward.sampled.movedim(axis, 0).flatten(1).any(1).sum()) for axis in range(len(shape))]
-        if [m for m, n in zip(shape, sizes) if m != n] != [channels]:  # else a picture has channels of its own
+        sizes = [
+            int(forward.sampled.movedim(axis, 0).flatten(1).any(1).sum())
+            for axis in range(len(shape))
+        ]
+        if [m for m, n in zip(shape, sizes) if m != n] != [
+            channels
+        ]:  # else a picture has channels of its own
             shape, chosen = tuple(sizes), forward.sampled.flatten(1).any(1)
     if len(shape) > 2:
         known = {1}
@@ -103,17 +119,32 @@ def sample_grid(count, forward, config):
         patches = range(1, min(64, max(shape)) + 1)
         ways = itertools.product(range(len(shape)), patches if len(shape) > 3 else [1], patches)
         inside = range(1, len(shape) - 1)
-        unlikely = lambda way: (len({*way[1:]} - known), shape[way[0]] != channels, way[0] in inside, way)
-        for axis, f, p in sorted(ways, key=unlikely):  # the axis of the channels, frames and pixels a side of a patch
+        unlikely = lambda way: (
+            len({*way[1:]} - known),
+            shape[way[0]] != channels,
+            way[0] in inside,
+            way,
+        )
+        for axis, f, p in sorted(
+            ways, key=unlikely
+        ):  # the axis of the channels, frames and pixels a side of a patch
             *frames, H, W = (n for i, n in enumerate(shape) if i != axis)
             grid = (*(-(-n // f) for n in frames), -(-H // p), -(-W // p))
             if math.prod(grid) == count:
                 return grid
-    return next((g for g in packed_grids(list(forward.arguments.values()), chosen) if math.prod(g) == count), None)
+    return next(
+        (
+            g
+            for g in packed_grids(list(forward.arguments.values()), chosen)
+            if math.prod(g) == count
+        ),
+        None,
+    )
 
 
 def packed_grids(value, chosen=None):
-    """Every grid of 2 or 3 sizes that a nested argument may speak of; of a table of positions, those of `chosen` tokens."""
+    """Every grid of 2 or 3 sizes that a nested argument may speak of; of a table of positions,
+    those of `chosen` tokens."""
     if torch.is_tensor(value):
         table = value[0] if value.ndim == 3 else value
         if value.ndim in (2, 3) and table.shape[1] <= 4:

@@ -1,4 +1,5 @@
-"""The fast parts of a sparse autoencoder: one operation a file, a Triton kernel beside its torch twin.
+"""The fast parts of a sparse autoencoder: one operation a file, a Triton kernel beside its torch
+twin.
 
     topk(pre_acts, k)                                 -> top_acts, top_indices
     encode(x, W_enc, b_enc, b_dec, k)                 -> top_acts, top_indices
@@ -8,8 +9,9 @@
     keep_largest(acts, count)                         -> kept, least      (BatchTopK's choice over a whole batch)
     update.SparseUpdate                               one training update, put together from these
 
-Tensors on CUDA go through Triton, all others, and all where Triton is not installed, through torch. Both give every
-gradient, accumulate in float32 and use no atomics but on integers, so the same input gives the same bits.
+Tensors on CUDA go through Triton, all others, and all where Triton is not installed, through torch.
+Both give every gradient, accumulate in float32 and use no atomics but on integers, so the same
+input gives the same bits.
 """
 
 from kernels import _namesake
@@ -21,7 +23,15 @@ from kernels.adam import adam, squared_norm, sum_over, update_rows  # noqa: E402
 from kernels.batch_topk import keep_largest  # noqa: E402
 from kernels.decode import decode, decode_error  # noqa: E402
 from kernels.encode import Selector, encode, merge  # noqa: E402
-from kernels.grad import KEPT, Gradient, count_active, sort_pairs, sum_by_latent, totals, weighted_sum  # noqa: E402
+from kernels.grad import (  # noqa: E402
+    KEPT,
+    Gradient,
+    count_active,
+    sort_pairs,
+    sum_by_latent,
+    totals,
+    weighted_sum,
+)  # noqa: E402
 from kernels.topk import topk  # noqa: E402
 
 __all__ = [

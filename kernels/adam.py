@@ -1,4 +1,5 @@
-"""adam: clip, project, Adam, unit norm and a 16-bit copy, in one pass over the rows of a weight matrix.
+"""adam: clip, project, Adam, unit norm and a 16-bit copy, in one pass over the rows of a weight
+matrix.
 
     g     = gradient[m] - along[m] W[m]         what lies along the row, which unit norm would undo (unit norm only)
     g     = g / max(1, |all gradients|)
@@ -6,9 +7,10 @@
     W[m]  = W[m] - lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
     W[m]  = W[m] / |W[m]|  (unit norm only);    copy[m] = W[m] in 16 bits
 
-A row's gradient is made from its pairs where it is used (kernels/grad.py). In Triton a program has one row, in registers from
-its gradient to its copy; weights and moments are read and written once, 28 to 32 bytes a number, which is what the step costs
-at the least on a GPU. In torch a block of rows stays in the cache.
+A row's gradient is made from its pairs where it is used (kernels/grad.py). In Triton a program has
+one row, in registers from its gradient to its copy; weights and moments are read and written once,
+28 to 32 bytes a number, which is what the step costs at the least on a GPU. In torch a block of
+rows stays in the cache.
 
 Source: Kingma & Ba 2015 (arXiv 1412.6980), algorithm 1.
 """
@@ -42,7 +44,17 @@ if triton is not None:
 
     @triton.jit
     def squared_norm_kernel(
-        weights, vectors, ends, x, dense_at, dense, out, d, DENSE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr
+        weights,
+        vectors,
+        ends,
+        x,
+        dense_at,
+        dense,
+        out,
+        d,
+        DENSE: tl.constexpr,
+        BLOCK_P: tl.constexpr,
+        BLOCK_D: tl.constexpr,
     ):
         """Program m: |gradient[m]|^2."""
         m = tl.program_id(0).to(tl.int64)
@@ -51,7 +63,17 @@ if triton is not None:
 
     @triton.jit
     def make_kernel(
-        weights, vectors, ends, x, dense_at, dense, out, d, DENSE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr
+        weights,
+        vectors,
+        ends,
+        x,
+        dense_at,
+        dense,
+        out,
+        d,
+        DENSE: tl.constexpr,
+        BLOCK_P: tl.constexpr,
+        BLOCK_D: tl.constexpr,
     ):
         """Program m: gradient[m], written to out[m]."""
         m = tl.program_id(0).to(tl.int64)
@@ -64,7 +86,8 @@ if triton is not None:
         W, exp_avg, exp_avg_sq, copy, along, hyper, weights, vectors, ends, x, dense_at, dense, d, beta1, beta2, eps,
         DENSE: tl.constexpr, UNIT: tl.constexpr, COPY: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
     ):  # fmt: skip
-        """Program m: row m of everything. hyper: lr / (1 - beta1^t), 1 / (1 - beta2^t), 1 / clip."""
+        """Program m: row m of everything. hyper: lr / (1 - beta1^t), 1 / (1 - beta2^t), 1 /
+        clip."""
         m = tl.program_id(0).to(tl.int64)
         cols = tl.arange(0, BLOCK_D)
         inside, at = cols < d, m * d + cols
@@ -113,14 +136,35 @@ def triton_squared_norm(gradient, along=None):
 
 def triton_update_rows(W, gradient, exp_avg, exp_avg_sq, step, lr, clip, along=None, copy=None):
     hyper = torch.stack([lr / (1 - BETAS[0] ** step), 1 / (1 - BETAS[1] ** step), 1 / clip])
-    tensors = (W, exp_avg, exp_avg_sq, W if copy is None else copy, W if along is None else along, hyper)
-    launch(update_kernel, gradient, W, tensors, (), *BETAS, EPS, UNIT=along is not None, COPY=copy is not None)
+    tensors = (
+        W,
+        exp_avg,
+        exp_avg_sq,
+        W if copy is None else copy,
+        W if along is None else along,
+        hyper,
+    )
+    launch(
+        update_kernel,
+        gradient,
+        W,
+        tensors,
+        (),
+        *BETAS,
+        EPS,
+        UNIT=along is not None,
+        COPY=copy is not None,
+    )
 
 
 def triton_sum_over(group, gradient, out):
     launch(make_kernel, gradient, gradient.x, (), (out,))
     every = torch.arange(len(out), device=out.device)
-    empty = dict(weights=gradient.weights[:0], vectors=gradient.vectors[:0], ends=torch.zeros_like(gradient.ends))
+    empty = dict(
+        weights=gradient.weights[:0],
+        vectors=gradient.vectors[:0],
+        ends=torch.zeros_like(gradient.ends),
+    )
     return Gradient(**empty, x=gradient.x, rows=every, dense=group.sum(out))
 
 
@@ -132,18 +176,28 @@ def torch_sum_over(group, gradient, out):
 def torch_squared_norm(gradient, along=None):
     total = gradient.norm
     if total is None:
-        total = sum(torch.linalg.vector_norm(gradient.block(*rows)).square() for rows in blocks(len(gradient.ends) - 1))
+        total = sum(
+            torch.linalg.vector_norm(gradient.block(*rows)).square()
+            for rows in blocks(len(gradient.ends) - 1)
+        )
     return total if along is None else total - along.square().sum()
 
 
 def torch_update_rows(W, gradient, exp_avg, exp_avg_sq, step, lr, clip, along=None, copy=None):
     for start, stop in reversed([*blocks(len(W))]):  # what was made last is in the cache still
-        rows, g = W[start:stop], gradient.block(start, stop) / clip  # a gradient that is kept is not written again
+        rows, g = (
+            W[start:stop],
+            gradient.block(start, stop) / clip,
+        )  # a gradient that is kept is not written again
         if along is not None:
             g.addcmul_(along[start:stop, None] / clip, rows, value=-1)
         adam([rows], [g], [exp_avg[start:stop]], [exp_avg_sq[start:stop]], step, lr)
         if along is not None:
-            rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min_(torch.finfo(W.dtype).tiny))
+            rows.div_(
+                torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min_(
+                    torch.finfo(W.dtype).tiny
+                )
+            )
         if copy is not None:
             copy[start:stop] = rows
 
@@ -153,7 +207,8 @@ def in_triton(W):
 
 
 def sum_over(group, gradient, out):
-    """The sum of every process's gradient, made in the memory `out` (M, d). `group.sum(x)` adds x up over them, in place.
+    """The sum of every process's gradient, made in the memory `out` (M, d). `group.sum(x)` adds x
+    up over them, in place.
 
     group: None for a process alone, whose gradient is made if there is memory for it.
     """
@@ -163,15 +218,18 @@ def sum_over(group, gradient, out):
 
 
 def squared_norm(gradient, along=None):
-    """|gradient|^2, a scalar; where `along` (M,) is given, of what is left without it: |g - (g.w) w|^2 = |g|^2 - (g.w)^2."""
+    """|gradient|^2, a scalar; where `along` (M,) is given, of what is left without it: |g - (g.w)
+    w|^2 = |g|^2 - (g.w)^2."""
     return (triton_squared_norm if in_triton(gradient.x) else torch_squared_norm)(gradient, along)
 
 
 def update_rows(W, gradient, exp_avg, exp_avg_sq, step, lr, clip, along=None, copy=None):
-    """One step of Adam for a matrix W (M, d) and its moments, fp32, in place; `gradient` is a kernels.Gradient.
+    """One step of Adam for a matrix W (M, d) and its moments, fp32, in place; `gradient` is a
+    kernels.Gradient.
 
-    step (): counted from 1. lr (): the learning rate. clip (): divides the gradient. along (M,): gradient[m] . W[m]; given, rows
-    are projected and keep unit norm. copy: a 16-bit W to keep up to date.
+    step (): counted from 1. lr (): the learning rate. clip (): divides the gradient. along (M,):
+    gradient[m] . W[m]; given, rows are projected and keep unit norm. copy: a 16-bit W to keep up to
+    date.
     """
     twin = triton_update_rows if in_triton(W) else torch_update_rows
     twin(W, gradient, exp_avg, exp_avg_sq, step, lr, clip, along, copy)

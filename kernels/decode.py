@@ -5,8 +5,9 @@
                 dW_dec           = sum_by_latent(top_acts, top_indices, g)                    (M, d), kernels/grad.py
                 db_dec           = sum_n g[n]                                                 (d,)
 
-The dense expression is S @ W_dec + b_dec with S (N, M) holding the activations: M / k = 640 times the products at
-M = 20480, k = 32. In both kernels a program has one vector and gathers k rows, BLOCK_K at a time.
+The dense expression is S @ W_dec + b_dec with S (N, M) holding the activations: M / k = 640 times
+the products at M = 20480, k = 32. In both kernels a program has one vector and gathers k rows,
+BLOCK_K at a time.
 """
 
 import warnings
@@ -29,7 +30,9 @@ warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
 if triton is not None:
 
     @triton.jit
-    def gather_sum_kernel(weights, top_indices, W, out, d, k, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
+    def gather_sum_kernel(
+        weights, top_indices, W, out, d, k, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr
+    ):
         """Program (n, c): columns c * BLOCK_D + [0, BLOCK_D) of out[n]."""
         n = tl.program_id(0).to(tl.int64)
         cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -39,12 +42,16 @@ if triton is not None:
             latent = tl.load(top_indices + n * k + at, mask=at < k, other=0).to(tl.int64)
             weight = tl.load(weights + n * k + at, mask=at < k, other=0.0).to(tl.float32)
             inside = (at < k)[:, None] & (cols < d)[None, :]
-            tile = tl.load(W + latent[:, None] * d + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+            tile = tl.load(W + latent[:, None] * d + cols[None, :], mask=inside, other=0.0).to(
+                tl.float32
+            )
             row += tl.sum(weight[:, None] * tile, 0)
         tl.store(out + n * d + cols, row, mask=cols < d)
 
     @triton.jit
-    def gather_dot_kernel(x, top_indices, W, out, d, k, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
+    def gather_dot_kernel(
+        x, top_indices, W, out, d, k, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr
+    ):
         """Program (n, c): out[n, j] for BLOCK_K values of j, from c * BLOCK_K on."""
         n = tl.program_id(0).to(tl.int64)
         at = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -54,7 +61,9 @@ if triton is not None:
             cols = c + tl.arange(0, BLOCK_D)
             piece = tl.load(x + n * d + cols, mask=cols < d, other=0.0).to(tl.float32)
             inside = (at < k)[:, None] & (cols < d)[None, :]
-            tile = tl.load(W + latent[:, None] * d + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+            tile = tl.load(W + latent[:, None] * d + cols[None, :], mask=inside, other=0.0).to(
+                tl.float32
+            )
             dots += tl.sum(piece[None, :] * tile, 1)
         tl.store(out + n * k + at, dots, mask=at < k)
 
@@ -62,7 +71,8 @@ if triton is not None:
     def decode_error_kernel(
         x, top_acts, top_indices, W, b, e, d_acts, d, k, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr
     ):  # fmt: skip
-        """Program n: the whole of e[n] = x_hat[n] - x[n] in registers, and its products with the k rows that made it."""
+        """Program n: the whole of e[n] = x_hat[n] - x[n] in registers, and its products with the k
+        rows that made it."""
         n = tl.program_id(0).to(tl.int64)
         cols = tl.arange(0, BLOCK_D)
         row = tl.load(b + cols, mask=cols < d, other=0.0).to(tl.float32)
@@ -71,16 +81,22 @@ if triton is not None:
             latent = tl.load(top_indices + n * k + at, mask=at < k, other=0).to(tl.int64)
             weight = tl.load(top_acts + n * k + at, mask=at < k, other=0.0).to(tl.float32)
             inside = (at < k)[:, None] & (cols < d)[None, :]
-            tile = tl.load(W + latent[:, None] * d + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+            tile = tl.load(W + latent[:, None] * d + cols[None, :], mask=inside, other=0.0).to(
+                tl.float32
+            )
             row += tl.sum(weight[:, None] * tile, 0)
-        row = tl.where(cols < d, row - tl.load(x + n * d + cols, mask=cols < d, other=0.0).to(tl.float32), 0.0)
+        row = tl.where(
+            cols < d, row - tl.load(x + n * d + cols, mask=cols < d, other=0.0).to(tl.float32), 0.0
+        )
         tl.store(e + n * d + cols, row, mask=cols < d)
         for j in range(0, k, BLOCK_K):
             at = j + tl.arange(0, BLOCK_K)
             latent = tl.load(top_indices + n * k + at, mask=at < k, other=0).to(tl.int64)
             weight = tl.load(top_acts + n * k + at, mask=at < k, other=0.0)
             inside = (at < k)[:, None] & (cols < d)[None, :]
-            tile = tl.load(W + latent[:, None] * d + cols[None, :], mask=inside, other=0.0).to(tl.float32)  # from the cache
+            tile = tl.load(W + latent[:, None] * d + cols[None, :], mask=inside, other=0.0).to(
+                tl.float32
+            )  # from the cache
             dots = tl.sum(row[None, :] * tile, 1)
             tl.store(d_acts + n * k + at, tl.where(weight > 0, dots, 0.0), mask=at < k)
 
@@ -125,27 +141,38 @@ def torch_gather_sum(weights, top_indices, W):
 
 
 def torch_gather_dot(x, top_indices, W):
-    # Two ways in which nothing of size (N, k, d) is made, 2.9 and 5.4 ms where gather and bmm take 47 (N = 1024, d = 640,
-    # k = 32, two CPU cores): a product sampled at some places, and the backward of embedding_bag, called by name.
+    # Two ways in which nothing of size (N, k, d) is made, 2.9 and 5.4 ms where gather and bmm take
+    # 47 (N = 1024, d = 640, k = 32, two CPU cores): a product sampled at some places, and the
+    # backward of embedding_bag, called by name.
     N, k = top_indices.shape
     if x.dtype == W.dtype == torch.float32 and W.device.type == "cpu" and k <= len(W):
         starts = torch.arange(0, N * k + 1, k)
-        places = torch.sparse_csr_tensor(starts, top_indices.flatten(), x.new_zeros(N * k), (N, len(W)), check_invariants=False)
+        places = torch.sparse_csr_tensor(
+            starts, top_indices.flatten(), x.new_zeros(N * k), (N, len(W)), check_invariants=False
+        )
         return torch.sparse.sampled_addmm(places, x, W.T).values().view(N, k)
     starts = torch.arange(0, N * k, k, device=x.device)
     vectors = torch.arange(N, device=x.device).repeat_interleave(k)
     dots = torch.ops.aten._embedding_bag_per_sample_weights_backward
-    return dots(x.to(W.dtype).contiguous(), W, top_indices.flatten(), starts, vectors, 0).view(N, k).to(x.dtype)
+    return (
+        dots(x.to(W.dtype).contiguous(), W, top_indices.flatten(), starts, vectors, 0)
+        .view(N, k)
+        .to(x.dtype)
+    )
 
 
 def gather_sum(weights, top_indices, W):
     """sum_j weights[n, j] * W[top_indices[n, j]]: (N, d), in the dtype of W."""
-    return (triton_gather_sum if triton is not None and W.is_cuda else torch_gather_sum)(weights, top_indices, W)
+    return (triton_gather_sum if triton is not None and W.is_cuda else torch_gather_sum)(
+        weights, top_indices, W
+    )
 
 
 def gather_dot(x, top_indices, W):
     """x[n] . W[top_indices[n, j]]: (N, k), in the dtype of x."""
-    return (triton_gather_dot if triton is not None and W.is_cuda else torch_gather_dot)(x, top_indices, W)
+    return (triton_gather_dot if triton is not None and W.is_cuda else torch_gather_dot)(
+        x, top_indices, W
+    )
 
 
 def triton_decode_error(x, top_acts, top_indices, W_dec, b_dec):
@@ -163,8 +190,13 @@ def torch_decode_error(x, top_acts, top_indices, W_dec, b_dec):
 
 
 def decode_error(x, top_acts, top_indices, W_dec, b_dec):
-    """e = x_hat - x (N, d), and e[n] . W_dec[top_indices[n, j]] where top_acts is not zero (N, k): a loss's two gradients."""
-    twin = triton_decode_error if triton is not None and x.is_cuda and x.shape[1] <= WIDEST else torch_decode_error
+    """e = x_hat - x (N, d), and e[n] . W_dec[top_indices[n, j]] where top_acts is not zero (N, k):
+    a loss's two gradients."""
+    twin = (
+        triton_decode_error
+        if triton is not None and x.is_cuda and x.shape[1] <= WIDEST
+        else torch_decode_error
+    )
     return twin(x, top_acts, top_indices, W_dec, b_dec)
 
 
@@ -190,7 +222,7 @@ class Decode(torch.autograd.Function):
 def decode(top_acts, top_indices, W_dec, b_dec):
     """x_hat = top_acts . W_dec[top_indices] + b_dec, with gradients for top_acts, W_dec and b_dec.
 
-    top_acts (N, k), W_dec (M, d), b_dec (d,): fp32, bf16 or fp16; top_indices (N, k): int64, below M, repeats allowed.
-    Returns x_hat (N, d) in the dtype of W_dec.
+    top_acts (N, k), W_dec (M, d), b_dec (d,): fp32, bf16 or fp16; top_indices (N, k): int64, below
+    M, repeats allowed. Returns x_hat (N, d) in the dtype of W_dec.
     """
     return Decode.apply(top_acts, top_indices, W_dec, b_dec)

@@ -7,8 +7,8 @@
                 db_dec            = -db_enc W_enc                                        (d,)
                 dx                = gather_sum(g, top_indices, W_enc)                    (N, d)
 
-Autograd through topk would scatter g into a dense (N, M) gradient and multiply it twice: 640 times the work at
-M = 20480, k = 32.
+Autograd through topk would scatter g into a dense (N, M) gradient and multiply it twice: 640 times
+the work at M = 20480, k = 32.
 """
 
 import torch
@@ -22,19 +22,25 @@ ROWS = 512  # of vectors at once on a CPU: what is selected from is still in the
 
 
 class Selector:
-    """Chooses the k largest of relu(x W^T + b) in each row, by blocks of rows and columns; keeps its memory for the next call.
+    """Chooses the k largest of relu(x W^T + b) in each row, by blocks of rows and columns; keeps
+    its memory for the next call.
 
-    Memory that is new each time costs 40 ms where the product takes 65 (float32, N = 1024, d = 640, M = 10240, two CPU cores).
+    Memory that is new each time costs 40 ms where the product takes 65 (float32, N = 1024, d = 640,
+    M = 10240, two CPU cores).
     """
 
     def __init__(self):
         self.pre_acts = torch.empty(0)
 
     def __call__(self, x, W, b, k):
-        """x (N, d), W (M, d), b (M,) of one dtype -> top_acts (N, k) of it, top_indices (N, k) int64."""
+        """x (N, d), W (M, d), b (M,) of one dtype -> top_acts (N, k) of it, top_indices (N, k)
+        int64."""
         N, M = len(x), len(W)
         height, width = min(N, ROWS if x.device.type == "cpu" else N), min(M, max(k, COLUMNS))
-        if self.pre_acts.numel() < height * width or (self.pre_acts.dtype, self.pre_acts.device) != (x.dtype, x.device):
+        if self.pre_acts.numel() < height * width or (
+            self.pre_acts.dtype,
+            self.pre_acts.device,
+        ) != (x.dtype, x.device):
             self.pre_acts = x.new_empty(height * width)
         found = [self.of_rows(rows, W, b, k, width) for rows in x.split(height)]
         return tuple(torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*found))
@@ -53,7 +59,8 @@ class Selector:
 
 
 def merge(top_acts, top_indices, k):
-    """The k largest of those found in several parts of a row, (N, K) each; ties go to the lower index."""
+    """The k largest of those found in several parts of a row, (N, K) each; ties go to the lower
+    index."""
     order = top_indices.argsort(1)
     top_acts, places = topk(top_acts.gather(1, order), k)
     return top_acts, top_indices.gather(1, order.gather(1, places))
@@ -63,7 +70,9 @@ class Encode(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, W_enc, b_enc, b_dec, k, dtype):
         x = x - b_dec
-        top_acts, top_indices = Selector()(x.to(dtype), W_enc.to(dtype), b_enc.to(dtype), k)  # (N, k)
+        top_acts, top_indices = Selector()(
+            x.to(dtype), W_enc.to(dtype), b_enc.to(dtype), k
+        )  # (N, k)
         top_acts = top_acts.to(W_enc.dtype)
         ctx.save_for_backward(x, W_enc, top_acts, top_indices)
         ctx.mark_non_differentiable(top_indices)
@@ -79,10 +88,12 @@ class Encode(torch.autograd.Function):
 
 
 def encode(x, W_enc, b_enc, b_dec, k, dtype=None):
-    """The k largest of relu((x - b_dec) W_enc^T + b_enc) in each row, with gradients for x and all three parameters.
+    """The k largest of relu((x - b_dec) W_enc^T + b_enc) in each row, with gradients for x and all
+    three parameters.
 
-    x (N, d), W_enc (M, d), b_enc (M,), b_dec (d,) of one dtype; `dtype` (default: theirs) is that of the product alone.
-    Returns top_acts (N, k), unordered, and top_indices (N, k) int64. A row with fewer than k positive pre_acts has
-    zeros among its top_acts; these are not active and have no gradient.
+    x (N, d), W_enc (M, d), b_enc (M,), b_dec (d,) of one dtype; `dtype` (default: theirs) is that
+    of the product alone. Returns top_acts (N, k), unordered, and top_indices (N, k) int64. A row
+    with fewer than k positive pre_acts has zeros among its top_acts; these are not active and have
+    no gradient.
     """
     return Encode.apply(x, W_enc, b_enc, b_dec, k, dtype or W_enc.dtype)

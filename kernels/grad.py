@@ -3,11 +3,13 @@
     dW[m] = sum over pairs (n, j) with top_indices[n, j] = m of weights[n, j] * x[n]          dW (M, d)
     db[m] = the same sum of weights[n, j]                                                     db (M,)
 
-With (weights, x) = (top_acts, grad of x_hat) this is the gradient of W_dec; with (grad of top_acts, x - b_dec) it is
-that of W_enc and b_enc. The dense expression is S.T @ x with S (N, M) holding the weights, 0.3 % of it nonzero.
+With (weights, x) = (top_acts, grad of x_hat) this is the gradient of W_dec; with (grad of top_acts,
+x - b_dec) it is that of W_enc and b_enc. The dense expression is S.T @ x with S (N, M) holding the
+weights, 0.3 % of it nonzero.
 
-The N*k pairs are sorted by latent; then each latent's row is summed by one program, in the order of the vectors.
-Nothing is written twice, so there are no atomics and the same input gives the same bits.
+The N*k pairs are sorted by latent; then each latent's row is summed by one program, in the order of
+the vectors. Nothing is written twice, so there are no atomics and the same input gives the same
+bits.
 """
 
 from typing import NamedTuple
@@ -31,35 +33,47 @@ def warps_for(BLOCK_D):
 
 
 def sort_pairs(top_indices, num_latents):
-    """Pairs by latent: `order` (N*k,), and `ends` (M + 1,) so that latent m owns order[ends[m]:ends[m + 1]]."""
+    """Pairs by latent: `order` (N*k,), and `ends` (M + 1,) so that latent m owns
+    order[ends[m]:ends[m + 1]]."""
     latents, order = torch.sort(top_indices.flatten(), stable=True)
-    return order, (count_ends if latents.device.type == "cpu" else search_ends)(latents, num_latents)
+    return order, (count_ends if latents.device.type == "cpu" else search_ends)(
+        latents, num_latents
+    )
 
 
 def count_active(top_acts, top_indices, num_latents):
-    """How many vectors each latent is active on: (N, K), (N, K) -> int64 (M,). A zero activation is never active."""
-    active = torch.where(top_acts > 0, top_indices, num_latents).flatten()  # zeros go to one bin more, thrown away
+    """How many vectors each latent is active on: (N, K), (N, K) -> int64 (M,). A zero activation is
+    never active."""
+    active = torch.where(
+        top_acts > 0, top_indices, num_latents
+    ).flatten()  # zeros go to one bin more, thrown away
     counts = active.new_zeros(num_latents + 1)  # bincount would make a GPU wait
     return counts.scatter_add_(0, active, torch.ones_like(active))[:num_latents]
 
 
 def search_ends(latents, num_latents):
-    return torch.searchsorted(latents, torch.arange(num_latents + 1, device=latents.device, dtype=latents.dtype))
+    return torch.searchsorted(
+        latents, torch.arange(num_latents + 1, device=latents.device, dtype=latents.dtype)
+    )
 
 
 def count_ends(latents, num_latents):
-    """The same by counting: 0.04 ms where searching takes 0.4, on a CPU; a GPU would have to be waited for."""
+    """The same by counting: 0.04 ms where searching takes 0.4, on a CPU; a GPU would have to be
+    waited for."""
     counts = torch.bincount(latents, minlength=num_latents)[:num_latents]
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 
 BLOCK = 1024  # rows of a gradient that are made at once: 3 MB at d = 640, which stay in the cache and come from the allocator's
 # own store; the whole, 26 MB, would come from the system and cost 5 ms for 1
-KEPT = 1 << 27  # numbers of a gradient that is kept for its second use, 0.5 GB; a larger one is made twice, block by block
+KEPT = (
+    1 << 27
+)  # numbers of a gradient that is kept for its second use, 0.5 GB; a larger one is made twice, block by block
 
 
 class Gradient(NamedTuple):
-    """The gradient of a weight matrix (M, d): sums over pairs, sorted by latent, and some rows more.
+    """The gradient of a weight matrix (M, d): sums over pairs, sorted by latent, and some rows
+    more.
 
     gradient[m] = sum of weights x[vectors] over the pairs ends[m] to ends[m + 1],   + dense[i] where rows[i] = m
     """
@@ -74,7 +88,8 @@ class Gradient(NamedTuple):
     norm: torch.Tensor | None = None  # and the square of its norm
 
     def keep(self, out):
-        """The same, with the matrix made once and for all, in the memory `out` (M, d); None leaves it unmade."""
+        """The same, with the matrix made once and for all, in the memory `out` (M, d); None leaves
+        it unmade."""
         if out is None:
             return self
         norm = 0.0
@@ -95,7 +110,9 @@ class Gradient(NamedTuple):
             per_sample_weights=self.weights[first:last], include_last_offset=True,
         )  # fmt: skip
         if self.rows is not None:
-            a, b = torch.searchsorted(self.rows, torch.tensor([start, stop], device=self.rows.device)).tolist()
+            a, b = torch.searchsorted(
+                self.rows, torch.tensor([start, stop], device=self.rows.device)
+            ).tolist()
             out.index_add_(0, self.rows[a:b] - start, self.dense[a:b])
         return out
 
@@ -103,8 +120,11 @@ class Gradient(NamedTuple):
 if triton is not None:
 
     @triton.jit
-    def sum_kernel(weights, order, ends, x, dW, db, d, k, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
-        """Program (m, c): columns c * BLOCK_D + [0, BLOCK_D) of dW[m], over the pairs of latent m, BLOCK_P at a time."""
+    def sum_kernel(
+        weights, order, ends, x, dW, db, d, k, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr
+    ):
+        """Program (m, c): columns c * BLOCK_D + [0, BLOCK_D) of dW[m], over the pairs of latent m,
+        BLOCK_P at a time."""
         m = tl.program_id(0).to(tl.int64)
         cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         start, end = tl.load(ends + m), tl.load(ends + m + 1)
@@ -115,7 +135,9 @@ if triton is not None:
             pair = tl.load(order + at, mask=at < end, other=0)
             weight = tl.load(weights + pair, mask=at < end, other=0.0).to(tl.float32)
             inside = (at < end)[:, None] & (cols < d)[None, :]
-            tile = tl.load(x + (pair // k)[:, None] * d + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+            tile = tl.load(x + (pair // k)[:, None] * d + cols[None, :], mask=inside, other=0.0).to(
+                tl.float32
+            )
             row += tl.sum(weight[:, None] * tile, 0)
             total += weight
         tl.store(dW + m * d + cols, row, mask=cols < d)
@@ -123,7 +145,17 @@ if triton is not None:
 
     @triton.jit
     def gather_row(
-        m, weights, vectors, ends, x, dense_at, dense, d, DENSE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr
+        m,
+        weights,
+        vectors,
+        ends,
+        x,
+        dense_at,
+        dense,
+        d,
+        DENSE: tl.constexpr,
+        BLOCK_P: tl.constexpr,
+        BLOCK_D: tl.constexpr,
     ):
         """Row m of a `Gradient`, whole: (BLOCK_D,) float32, 0 past d."""
         cols = tl.arange(0, BLOCK_D)
@@ -134,11 +166,15 @@ if triton is not None:
             vector = tl.load(vectors + at, mask=at < end, other=0)
             weight = tl.load(weights + at, mask=at < end, other=0.0).to(tl.float32)
             inside = (at < end)[:, None] & (cols < d)[None, :]
-            tile = tl.load(x + vector[:, None] * d + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+            tile = tl.load(x + vector[:, None] * d + cols[None, :], mask=inside, other=0.0).to(
+                tl.float32
+            )
             row += tl.sum(weight[:, None] * tile, 0)
         if DENSE:
             i = tl.load(dense_at + m).to(tl.int64)
-            row += tl.load(dense + i * d + cols, mask=cols < tl.where(i >= 0, d, 0), other=0.0).to(tl.float32)
+            row += tl.load(dense + i * d + cols, mask=cols < tl.where(i >= 0, d, 0), other=0.0).to(
+                tl.float32
+            )
         return row
 
 
@@ -149,7 +185,11 @@ def totals(weights, ends):
         none = torch.zeros(len(weights), dtype=torch.int64, device=weights.device)
         return Gradient(weights, none, ends, ones).block(0, M)[:, 0]
     P = len(weights)
-    order, out, db = torch.arange(P, device=weights.device), weights.new_empty(M, 1), weights.new_empty(M)
+    order, out, db = (
+        torch.arange(P, device=weights.device),
+        weights.new_empty(M, 1),
+        weights.new_empty(M),
+    )
     with torch.cuda.device_of(weights):  # of all pairs the vector is the one in `ones`
         sum_kernel[(M, 1)](weights, order, ends, ones, out, db, 1, P + 1, BLOCK_P=32, BLOCK_D=16)
     return db
@@ -160,7 +200,9 @@ def weighted_sum(weights, W):
     M = len(weights)
     if W.device.type != "cpu" or M % 16:
         return weights @ W
-    rows = torch.arange(M).view(16, -1)  # 0.44 ms where a product by a vector takes 1.05 (M = 10240, d = 640, two CPU cores)
+    rows = torch.arange(M).view(
+        16, -1
+    )  # 0.44 ms where a product by a vector takes 1.05 (M = 10240, d = 640, two CPU cores)
     return F.embedding_bag(rows, W, mode="sum", per_sample_weights=weights.view(16, -1)).sum(0)
 
 
@@ -171,15 +213,29 @@ def triton_sum_by_latent(weights, top_indices, x, num_latents):
     BLOCK_D = min(256, triton.next_power_of_2(d))
     grid = (num_latents, triton.cdiv(d, BLOCK_D))
     with torch.cuda.device_of(x):  # Triton launches on the current device
-        sum_kernel[grid](weights.contiguous(), order, ends, x.contiguous(), dW, db, d, k, BLOCK_P=8, BLOCK_D=BLOCK_D)
+        sum_kernel[grid](
+            weights.contiguous(),
+            order,
+            ends,
+            x.contiguous(),
+            dW,
+            db,
+            d,
+            k,
+            BLOCK_P=8,
+            BLOCK_D=BLOCK_D,
+        )
     return dW, db
 
 
 def torch_sum_by_latent(weights, top_indices, x, num_latents):
     order, ends = sort_pairs(top_indices, num_latents)
     weights = weights.to(x.dtype).flatten()[order]
-    add_up = lambda rows, x: F.embedding_bag(rows, x, ends, mode="sum", per_sample_weights=weights, include_last_offset=True)
-    # db is the same sum over a column of ones: index_add_ would add in the input's dtype, and with atomics on CUDA
+    add_up = lambda rows, x: F.embedding_bag(
+        rows, x, ends, mode="sum", per_sample_weights=weights, include_last_offset=True
+    )
+    # db is the same sum over a column of ones: index_add_ would add in the input's dtype, and with
+    # atomics on CUDA
     return add_up(order // top_indices.shape[1], x), add_up(order * 0, x.new_ones(1, 1)).flatten()
 
 
@@ -187,7 +243,8 @@ def sum_by_latent(weights, top_indices, x, num_latents):
     """Sum `weights[n, j] * x[n]` over all pairs whose `top_indices[n, j]` is m, for every latent m.
 
     weights (N, k) and x (N, d): fp32, bf16 or fp16; top_indices (N, k): int64, below num_latents.
-    Returns dW (num_latents, d) and db (num_latents,) in the dtype of x; rows of latents that nobody chose are zero.
+    Returns dW (num_latents, d) and db (num_latents,) in the dtype of x; rows of latents that nobody
+    chose are zero.
     """
     sums = triton_sum_by_latent if triton is not None and x.is_cuda else torch_sum_by_latent
     return sums(weights, top_indices, x, num_latents)

@@ -1,4 +1,5 @@
-"""What one path holds: an activation file of collect.py, any float `.npy`, or a folder of saved rows. No pickle is read."""
+"""What one path holds: an activation file of collect.py, any float `.npy`, or a folder of saved
+rows. No pickle is read."""
 
 import hashlib
 import json
@@ -24,7 +25,8 @@ COLLECTED_WITH = (
     *("variant", "revision", "pipeline", "pipeline_kwargs", "images", "seed"),
     *("cache_every_n_timesteps", "tokens_per_step", "model_dtype", "fingerprints"),
 )
-"""Settings of a collection that decide what its vectors are like, beside the model and the hook point."""
+"""Settings of a collection that decide what its vectors are like, beside the model and the hook
+point."""
 
 
 class StoredRows(NamedTuple):
@@ -37,12 +39,17 @@ class StoredRows(NamedTuple):
     dtype: np.dtype
     tokens: int = 1  # rows of one (prompt, step)
     first: int = 0  # rows of the same array that come before these, in other files
-    stamp: tuple[int, ...] | None = None  # of the file when it was opened, see `file_stamp`; None: not looked at
+    stamp: tuple[int, ...] | None = (
+        None  # of the file when it was opened, see `file_stamp`; None: not looked at
+    )
 
     def check_stamp(self, fd: int) -> None:
-        """Raise UsageError where the file, opened again, is another than when its header was read."""
+        """Raise UsageError where the file, opened again, is another than when its header was
+        read."""
         if self.stamp is not None and file_stamp(os.fstat(fd)) != self.stamp:
-            raise UsageError(f"{self.path} was replaced or changed while it was in use; start again")
+            raise UsageError(
+                f"{self.path} was replaced or changed while it was in use; start again"
+            )
 
     @property
     def row_bytes(self) -> int:
@@ -50,7 +57,8 @@ class StoredRows(NamedTuple):
 
 
 def file_stamp(status: os.stat_result) -> tuple[int, ...]:
-    """What tells a file from one that took its place: which it is, how long, and when it was written."""
+    """What tells a file from one that took its place: which it is, how long, and when it was
+    written."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
@@ -64,23 +72,27 @@ class NpyHeader(NamedTuple):
 
 
 def read_header(path: str | Path) -> NpyHeader:
-    """The NpyHeader of a file. Raises OSError where it can't be read, ValueError where it is damaged, shorter than it says, or
-    holds objects.
+    """The NpyHeader of a file. Raises OSError where it can't be read, ValueError where it is
+    damaged, shorter than it says, or holds objects.
     """
     try:
-        array = np.lib.format.open_memmap(path, mode="r")  # checks all that, never unpickles, and reads only the header
+        array = np.lib.format.open_memmap(
+            path, mode="r"
+        )  # checks all that, never unpickles, and reads only the header
     except OSError:
         raise
     except Exception as error:  # a damaged header can fail in any way
         raise ValueError(str(error)) from None
-    return NpyHeader(array.shape, array.dtype, getattr(array, "offset", 0), array.flags.c_contiguous)
+    return NpyHeader(
+        array.shape, array.dtype, getattr(array, "offset", 0), array.flags.c_contiguous
+    )
 
 
 def read_pieces(files: list[StoredRows], pieces: np.ndarray) -> np.ndarray:
     """Copy rows of files of one width and dtype into a new array (n, width).
 
-    pieces (many, 3): number of the file, first row, end row. Raises UsageError where a file has become shorter, OSError where
-    one can't be read.
+    pieces (many, 3): number of the file, first row, end row. Raises UsageError where a file has
+    become shorter, OSError where one can't be read.
     """
     counts = pieces[:, 2] - pieces[:, 1]
     out = np.empty((int(counts.sum()), files[0].width), files[0].dtype)
@@ -93,7 +105,9 @@ def read_pieces(files: list[StoredRows], pieces: np.ndarray) -> np.ndarray:
             file.check_stamp(fd)
             for _, first, end in group:
                 num_bytes = (end - first) * file.row_bytes
-                fill(fd, memory[at : at + num_bytes], file.offset + first * file.row_bytes, file.path)
+                fill(
+                    fd, memory[at : at + num_bytes], file.offset + first * file.row_bytes, file.path
+                )
                 at += num_bytes
         finally:
             os.close(fd)
@@ -102,7 +116,8 @@ def read_pieces(files: list[StoredRows], pieces: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class ActivationFile:
-    """One opened path, seen as (P, S, T, d): prompts (one per image), steps, tokens and the width of a vector.
+    """One opened path, seen as (P, S, T, d): prompts (one per image), steps, tokens and the width
+    of a vector.
 
     A file of vectors alone counts as one prompt and one step.
     """
@@ -117,7 +132,9 @@ class ActivationFile:
     prompts: list  # (n,): which prompt each unit shows; units of the same value show the same
     whole_prompts: bool  # False where there are none, a single one, or unknown ones; then `prompts` numbers pieces or rows
     prompt_rows: list[dict] | None = None  # (P,): the lines of prompts.jsonl
-    lengths: np.ndarray | None = None  # (P,): how many tokens are no padding; None where the file holds no text tokens
+    lengths: np.ndarray | None = (
+        None  # (P,): how many tokens are no padding; None where the file holds no text tokens
+    )
 
     @property
     def P(self) -> int:
@@ -137,7 +154,8 @@ class ActivationFile:
 
     @cached_property
     def tokens_kept(self) -> StoredRows | None:
-        """Which token of the grid each one is, a row (S * T,) for each of P; None where all were kept: see `read_tokens_kept`.
+        """Which token of the grid each one is, a row (S * T,) for each of P; None where all were
+        kept: see `read_tokens_kept`.
 
         Raises UsageError for a file that is damaged, or of another collection.
         """
@@ -148,10 +166,15 @@ class ActivationFile:
         return StoredRows(str(path), header.offset, self.P, self.S * self.T, header.dtype)
 
     def read_tokens_kept(self, row: int) -> np.ndarray:
-        """int64 (S, T): which tokens of the grid image `row` has. Raises UsageError for numbers that are not on the grid."""
-        kept = read_pieces([self.tokens_kept], np.array([[0, row, row + 1]])).reshape(self.S, self.T)
+        """int64 (S, T): which tokens of the grid image `row` has. Raises UsageError for numbers
+        that are not on the grid."""
+        kept = read_pieces([self.tokens_kept], np.array([[0, row, row + 1]])).reshape(
+            self.S, self.T
+        )
         if kept.min() < 0 or kept.max() >= prod(self.grid):
-            raise UsageError(f"{self.tokens_kept.path} is damaged: row {row} names a token outside of the grid {self.grid}")
+            raise UsageError(
+                f"{self.tokens_kept.path} is damaged: row {row} names a token outside of the grid {self.grid}"
+            )
         return kept.astype(np.int64)
 
     @property
@@ -164,7 +187,8 @@ class ActivationFile:
 
 
 def read_description(path):
-    """The `.json` that collect.py wrote beside an activation file, {} where it wrote none. Raises UsageError if it is damaged."""
+    """The `.json` that collect.py wrote beside an activation file, {} where it wrote none. Raises
+    UsageError if it is damaged."""
     path = Path(path)
     record = path.with_suffix(".json")
     if path.suffix != ".npy" or not record.exists():
@@ -173,14 +197,17 @@ def read_description(path):
     if "checksum" not in meta and not {"format", "hook_name"} <= meta.keys():
         return {}  # somebody else's
     if meta.get("checksum") != checksum(meta):
-        raise UsageError(f"{record} was changed after it was written (its checksum differs); collect again or remove it")
+        raise UsageError(
+            f"{record} was changed after it was written (its checksum differs); collect again or remove it"
+        )
     if meta.get("model_folder") is not None:
         meta["model_folder"] = seen_from(record.parent, meta["model_folder"])
     return meta
 
 
 def refuse_unfinished(path):
-    """Raise UsageError where a path names a file of a collection that was stopped, and the finished file is not there."""
+    """Raise UsageError where a path names a file of a collection that was stopped, and the finished
+    file is not there."""
     path = Path(path)
     partial = path if path.suffix == ".partial" else Path(f"{path}.partial")
     if partial.exists() and not (path.exists() and path != partial):
@@ -191,9 +218,11 @@ def refuse_unfinished(path):
 
 
 def open_file(path) -> tuple[NpyHeader, dict]:
-    """What one activation file holds: an array (..., d) in C order, and its description ({} for a plain `.npy`).
+    """What one activation file holds: an array (..., d) in C order, and its description ({} for a
+    plain `.npy`).
 
-    Raises UsageError for anything but floats of at least two axes, or bfloat16 bits that the description says are such.
+    Raises UsageError for anything but floats of at least two axes, or bfloat16 bits that the
+    description says are such.
     """
     path = Path(path)
     refuse_unfinished(path)
@@ -209,9 +238,13 @@ def open_file(path) -> tuple[NpyHeader, dict]:
     shape, dtype = header.shape, header.dtype
     bfloat16 = dtype == np.uint16 and meta.get("dtype") == "bfloat16"
     if not bfloat16 and dtype not in (np.float16, np.float32, np.float64):
-        raise UsageError(f"{path} holds {dtype}, expected float16, 32 or 64 (or bfloat16 with its .json)")
+        raise UsageError(
+            f"{path} holds {dtype}, expected float16, 32 or 64 (or bfloat16 with its .json)"
+        )
     if len(shape) < 2 or not header.c_order:
-        raise UsageError(f"{path} has shape {shape}, expected (prompts, ..., d) or (vectors, d) in C order")
+        raise UsageError(
+            f"{path} has shape {shape}, expected (prompts, ..., d) or (vectors, d) in C order"
+        )
     if not prod(shape):
         raise UsageError(f"{path} is empty: shape {shape}")
     if list(meta.get("shape", shape)) != list(shape):
@@ -220,13 +253,16 @@ def open_file(path) -> tuple[NpyHeader, dict]:
 
 
 def read_prompts(path, count=None):
-    """The rows of prompts.jsonl beside an activation file, one per image. Raises UsageError where it is not there, or damaged.
+    """The rows of prompts.jsonl beside an activation file, one per image. Raises UsageError where
+    it is not there, or damaged.
 
     count: how many images the file holds (None: it is opened to see).
     """
     listing = Path(path).with_name("prompts.jsonl")
     if not listing.exists():
-        raise UsageError(f"{listing} is not there, so it is not known which prompts the activations are of")
+        raise UsageError(
+            f"{listing} is not there, so it is not known which prompts the activations are of"
+        )
     lines = listing.read_bytes().removesuffix(b"\n").split(b"\n")
     try:
         rows = [json.loads(line) for line in lines]
@@ -238,36 +274,49 @@ def read_prompts(path, count=None):
         raise UsageError(f"{listing} does not say the prompts of {path}, one a line")
     recorded = read_description(path).get("prompts_digest")  # earlier versions wrote none
     if recorded not in (None, listing_digest(lines[:count])):
-        raise UsageError(f"{listing} was changed after the activations were collected; put the old one back, or collect again")
+        raise UsageError(
+            f"{listing} was changed after the activations were collected; put the old one back, or collect again"
+        )
     return rows
 
 
 def read_side_header(path, shape):
-    """The header of a file of whole numbers that collect.py wrote beside an activation file. Raises UsageError for another."""
+    """The header of a file of whole numbers that collect.py wrote beside an activation file. Raises
+    UsageError for another."""
     try:
         header = read_header(path)
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path} is missing or damaged ({error}); move its folder away and collect again") from None
+        raise UsageError(
+            f"{path} is missing or damaged ({error}); move its folder away and collect again"
+        ) from None
     if header.shape != shape:
-        raise UsageError(f"{path} is of another collection: it has shape {header.shape}, expected {shape}")
+        raise UsageError(
+            f"{path} is of another collection: it has shape {header.shape}, expected {shape}"
+        )
     if header.dtype.kind not in "iu" or not header.c_order:
-        raise UsageError(f"{path} holds {header.dtype}, expected whole numbers; move its folder away and collect again")
+        raise UsageError(
+            f"{path} holds {header.dtype}, expected whole numbers; move its folder away and collect again"
+        )
     return header
 
 
 def read_lengths(path, shape):
-    """How many tokens of each prompt are no padding, (prompts,), of a file of text tokens (prompts, steps, tokens, d)."""
+    """How many tokens of each prompt are no padding, (prompts,), of a file of text tokens (prompts,
+    steps, tokens, d)."""
     path = Path(path).with_suffix(".lengths.npy")
     header = read_side_header(path, shape[:1])
     rows = StoredRows(str(path), header.offset, shape[0], 1, header.dtype)
     lengths = read_pieces([rows], np.array([[0, 0, shape[0]]]))[:, 0]
     if lengths.min() < 0 or lengths.max() > shape[2]:
-        raise UsageError(f"{path} is damaged: a prompt of {lengths.max()} tokens in a file of {shape[2]}; collect again")
+        raise UsageError(
+            f"{path} is damaged: a prompt of {lengths.max()} tokens in a file of {shape[2]}; collect again"
+        )
     return lengths.astype(np.int64)
 
 
 def open_activation_file(path):
-    """Open a `.npy` file or a folder of saved rows. Raises UsageError where it can't be read, OSError where it is missing."""
+    """Open a `.npy` file or a folder of saved rows. Raises UsageError where it can't be read,
+    OSError where it is missing."""
     if is_arrow(path):
         return open_saved_rows(path)
     path = Path(path)
@@ -275,7 +324,9 @@ def open_activation_file(path):
     shape = header.shape
     prompt_rows, lengths = None, None
     if meta and len(shape) > 2:
-        prompt_rows = read_prompts(path, shape[0])[: shape[0]]  # the listing of a collection that grows is ahead of it
+        prompt_rows = read_prompts(path, shape[0])[
+            : shape[0]
+        ]  # the listing of a collection that grows is ahead of it
     if meta.get("stream") == "text":
         lengths = read_lengths(path, shape)
     images = image_prompts(path, shape, meta, prompt_rows)
@@ -284,7 +335,15 @@ def open_activation_file(path):
     if not whole_prompts:
         prompts = [(str(path), piece) for piece in prompts]
     stamp = file_stamp(os.stat(path))
-    rows = StoredRows(str(path), header.offset, prod(shape[:-1]), shape[-1], header.dtype, tokens=shape[-2], stamp=stamp)
+    rows = StoredRows(
+        str(path),
+        header.offset,
+        prod(shape[:-1]),
+        shape[-1],
+        header.dtype,
+        tokens=shape[-2],
+        stamp=stamp,
+    )
     return ActivationFile(
         path=path,
         meta=meta,
@@ -301,13 +360,15 @@ def open_activation_file(path):
 
 
 def known_timesteps(shape, meta):
-    """The scheduler's timestep of each step of a file (prompts, steps, tokens, d), [] where its description does not say."""
+    """The scheduler's timestep of each step of a file (prompts, steps, tokens, d), [] where its
+    description does not say."""
     times = meta.get("timesteps") or []
     return [float(t) for t in times] if len(shape) == 4 and len(times) == shape[1] else []
 
 
 def image_prompts(path, shape, meta, prompt_rows):
-    """Which prompt each image of a file shows: its `prompt_key` where these are known and differ, else a number of this file."""
+    """Which prompt each image of a file shows: its `prompt_key` where these are known and differ,
+    else a number of this file."""
     if len(shape) == 2:
         return []
     keys = [prompt_key(row) for row in prompt_rows or []]
@@ -318,10 +379,11 @@ def image_prompts(path, shape, meta, prompt_rows):
 
 
 def cut_units(shape, images, lengths):
-    """Units of an array (prompts, ..., d) whose rows are vectors: first rows (n,), end rows (n,), and what each shows (n,).
+    """Units of an array (prompts, ..., d) whose rows are vectors: first rows (n,), end rows (n,),
+    and what each shows (n,).
 
-    images: which prompt each of the array's images shows; None cuts contiguous pieces and numbers them.
-    lengths: of text tokens, of which each (prompt, step) is a unit without its padding.
+    images: which prompt each of the array's images shows; None cuts contiguous pieces and numbers
+    them. lengths: of text tokens, of which each (prompt, step) is a unit without its padding.
     """
     num_vectors = prod(shape[:-1])
     if lengths is not None:
@@ -337,7 +399,8 @@ def cut_units(shape, images, lengths):
 
 
 def open_saved_rows(folder):
-    """Open a folder of saved rows. Those that show one image are found by their file names, or by the order of their timesteps.
+    """Open a folder of saved rows. Those that show one image are found by their file names, or by
+    the order of their timesteps.
 
     Where neither tells, each row is held out or trained on alone, and `whole_prompts` is False.
     """
@@ -345,7 +408,9 @@ def open_saved_rows(folder):
     counts = np.array([len(array) for *_, array in arrays])
     _, tokens, d = arrays[0][2].shape
     times, timesteps = columns.get("timestep") or [], []
-    period = times.index(times[0], 1) if times and times[0] in times[1:] else 0  # else each has a timestep of its own
+    period = (
+        times.index(times[0], 1) if times and times[0] in times[1:] else 0
+    )  # else each has a timestep of its own
     images = None
     if period and times == times[:period] * (len(times) // period):
         timesteps = [float(t) for t in times[:period]]
@@ -358,15 +423,22 @@ def open_saved_rows(folder):
         prompts = [(str(folder), row) for row in range(counts.sum())]
     files = []
     for (path, offset, array), before in zip(arrays, (np.cumsum(counts) - counts).tolist()):
-        files.append(StoredRows(path, offset, len(array) * tokens, d, array.dtype, tokens, first=before * tokens))
+        files.append(
+            StoredRows(
+                path, offset, len(array) * tokens, d, array.dtype, tokens, first=before * tokens
+            )
+        )
     first = np.concatenate([np.arange(count) for count in counts]) * tokens
     units = np.stack([np.arange(len(counts)).repeat(counts), first, first + tokens], 1)
     shape, hook_name = (len(first), tokens, d), Path(folder).resolve().name
-    return ActivationFile(Path(folder), {}, shape, files, timesteps, hook_name, units, prompts, whole_prompts)
+    return ActivationFile(
+        Path(folder), {}, shape, files, timesteps, hook_name, units, prompts, whole_prompts
+    )
 
 
 def images_by_step(times):
-    """Which image each row shows where a batch of images was saved step after step, and batch after batch: a list.
+    """Which image each row shows where a batch of images was saved step after step, and batch after
+    batch: a list.
 
     times (n,): 900 900 500 500, 900 500 -> 0 1 0 1, 2 2. None for rows in another order.
     """
@@ -377,7 +449,11 @@ def images_by_step(times):
     if len(values) % num_steps:
         return None
     values, counts = values.reshape(-1, num_steps), counts.reshape(-1, num_steps)
-    if len(set(values[0].tolist())) < num_steps or (values != values[0]).any() or (counts != counts[:, :1]).any():
+    if (
+        len(set(values[0].tolist())) < num_steps
+        or (values != values[0]).any()
+        or (counts != counts[:, :1]).any()
+    ):
         return None
     images, first = [], 0
     for count in counts[:, 0].tolist():
@@ -389,9 +465,10 @@ def images_by_step(times):
 def prompt_key(row: dict) -> str:
     """What tells one prompt from another as the model sees it, of a row of prompts.jsonl.
 
-    Text encoders cut long prompts (the row then says what was `seen`), and some drop case, white space or the form of an
-    accent. Prompts that differ in these alone count as one for every model: at worst one more is kept from training. A row
-    without a text is known by the name of its real image, or else by its seed.
+    Text encoders cut long prompts (the row then says what was `seen`), and some drop case, white
+    space or the form of an accent. Prompts that differ in these alone count as one for every model:
+    at worst one more is kept from training. A row without a text is known by the name of its real
+    image, or else by its seed.
     """
     text = row.get("seen", row.get("prompt"))
     if isinstance(text, str) and text.strip():
@@ -405,12 +482,14 @@ def prompt_key(row: dict) -> str:
 
 
 def hash_key(key: str) -> str:
-    """16 hex digits of a prompt's key: an SAE's folder tells which prompts it has seen, and not what they say."""
+    """16 hex digits of a prompt's key: an SAE's folder tells which prompts it has seen, and not
+    what they say."""
     return hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
 def listing_digest(lines: list[bytes]) -> str:
-    """A digest of the first lines of prompts.jsonl, as the description of an activation file holds it."""
+    """A digest of the first lines of prompts.jsonl, as the description of an activation file holds
+    it."""
     return hashlib.sha256(b"\n".join(lines)).hexdigest()[:16]
 
 
@@ -420,7 +499,8 @@ def collected_with(meta: dict) -> dict:
 
 
 def differences(theirs: dict, ours: dict) -> list[str]:
-    """Sentences such as "seed 5, not 0": what both say, and ours otherwise; of an object each of its names."""
+    """Sentences such as "seed 5, not 0": what both say, and ours otherwise; of an object each of
+    its names."""
     found = []
     for name in theirs.keys() & ours.keys():
         before, now = theirs[name], ours[name]
@@ -435,14 +515,17 @@ def differences(theirs: dict, ours: dict) -> list[str]:
 def provenance(sources: list) -> dict:
     """What an SAE's cfg.json says of its training data, of the ActivationFiles `sources`.
 
-    "data": their paths. Where collect.py made them also the HookPoint ("hook_name", "side", "stream", "rows"), "model_name", the
-    "fingerprint" of the denoiser and its "model_dtype", the ids of the "collections", and the settings that the first was
-    "collected_with".
+    "data": their paths. Where collect.py made them also the HookPoint ("hook_name", "side",
+    "stream", "rows"), "model_name", the "fingerprint" of the denoiser and its "model_dtype", the
+    ids of the "collections", and the settings that the first was "collected_with".
     """
     record = {"data": [str(source.path) for source in sources], "hook_name": sources[0].hook_name}
     meta = sources[0].meta
     if "side" in meta:
-        record |= {name: meta.get(name) for name in ("side", "stream", "rows", "fingerprint", "model_dtype")}
+        record |= {
+            name: meta.get(name)
+            for name in ("side", "stream", "rows", "fingerprint", "model_dtype")
+        }
         record["model_name"] = meta.get("model")
         record["collections"] = [source.meta.get("id") for source in sources]
         record["collected_with"] = collected_with(meta)

@@ -1,7 +1,9 @@
-"""Folders of Hugging Face `datasets` rows, as the ancestor of this project wrote its activations: read in place, never copied.
+"""Folders of Hugging Face `datasets` rows, as the ancestor of this project wrote its activations:
+read in place, never copied.
 
-`Dataset.save_to_disk` writes Arrow streams. A column of equal lists of floats lies in them as one array a record batch, so its
-place in the file is all that reading needs. Extension types (Array2D) are taken as what they store; nothing is unpickled.
+`Dataset.save_to_disk` writes Arrow streams. A column of equal lists of floats lies in them as one
+array a record batch, so its place in the file is all that reading needs. Extension types (Array2D)
+are taken as what they store; nothing is unpickled.
 """
 
 from pathlib import Path
@@ -16,15 +18,18 @@ COLUMNS = ("activations", "values")  # what the ancestor's versions call it
 
 def is_arrow(folder):
     """Whether a folder holds a saved data set."""
-    return (Path(folder) / "state.json").is_file() and (Path(folder) / "dataset_info.json").is_file()
+    return (Path(folder) / "state.json").is_file() and (
+        Path(folder) / "dataset_info.json"
+    ).is_file()
 
 
 def open_arrow(folder):
-    """Map a saved data set: [(path, first byte, array (rows, tokens, d))], one a record batch, and the columns that say what a
-    row is of, {"timestep" or "file_name": one value a row}.
+    """Map a saved data set: [(path, first byte, array (rows, tokens, d))], one a record batch, and
+    the columns that say what a row is of, {"timestep" or "file_name": one value a row}.
 
-    Reading from the arrays would end Python where the file becomes shorter (see `disk.fill`); they say where the numbers lie.
-    Raises UsageError for rows that are no equal lists of floats, or files that are none of Arrow's.
+    Reading from the arrays would end Python where the file becomes shorter (see `disk.fill`); they
+    say where the numbers lie. Raises UsageError for rows that are no equal lists of floats, or
+    files that are none of Arrow's.
     """
     import pyarrow as pa  # half a second, for those who have such a folder
 
@@ -37,13 +42,17 @@ def open_arrow(folder):
             source.seek(0)
             batches = list(pa.ipc.open_stream(source))
         except (pa.ArrowException, OSError) as error:
-            raise UsageError(f"{path} is missing or not a complete Arrow stream ({error})") from None
+            raise UsageError(
+                f"{path} is missing or not a complete Arrow stream ({error})"
+            ) from None
         for batch in batches:
             if not len(batch):
                 continue
             column = next((name for name in COLUMNS if name in batch.schema.names), None)
             if column is None:
-                raise UsageError(f"{folder} has columns {batch.schema.names}, expected {' or '.join(COLUMNS)}")
+                raise UsageError(
+                    f"{folder} has columns {batch.schema.names}, expected {' or '.join(COLUMNS)}"
+                )
             array = as_numpy(batch.column(column), f"{path}, column {column}")
             arrays.append((str(path), array.__array_interface__["data"][0] - begin, array))
             for name in others:
@@ -58,7 +67,8 @@ def open_arrow(folder):
 
 
 def as_numpy(column, where):
-    """An Arrow array of equal lists, or of equal lists of equal lists, as a view (rows, tokens, d)."""
+    """An Arrow array of equal lists, or of equal lists of equal lists, as a view (rows, tokens,
+    d)."""
     import pyarrow as pa
 
     shape = [len(column)]
@@ -69,12 +79,18 @@ def as_numpy(column, where):
         if not hasattr(column, "flatten") or pa.types.is_struct(column.type):
             break
         inner = column.flatten()
-        lengths = [column.type.list_size] if hasattr(column.type, "list_size") else np.unique(np.diff(column.offsets))
+        lengths = (
+            [column.type.list_size]
+            if hasattr(column.type, "list_size")
+            else np.unique(np.diff(column.offsets))
+        )
         if len(lengths) != 1 or not lengths[0]:
             raise UsageError(f"{where}: lists of {len(lengths)} lengths, expected one")
         shape.append(int(lengths[0]))
         column = inner
     if len(shape) not in (2, 3) or not pa.types.is_floating(column.type):
-        raise UsageError(f"{where}: {len(shape) - 1} levels of lists of {column.type}, expected one or two of floats")
+        raise UsageError(
+            f"{where}: {len(shape) - 1} levels of lists of {column.type}, expected one or two of floats"
+        )
     array = column.to_numpy(zero_copy_only=True)
     return array.reshape(shape[0], -1, shape[-1])

@@ -1,7 +1,9 @@
-"""The file side, writing: activation files created, resumed, written and described; store/dataset.py reads them.
+"""The file side, writing: activation files created, resumed, written and described;
+store/dataset.py reads them.
 
-An activation file is a plain NumPy array (prompts, steps, tokens, d) that `np.load(path, mmap_mode="r")` opens anywhere,
-with a `.json` beside it that says what it holds. No pickle is read or written.
+An activation file is a plain NumPy array (prompts, steps, tokens, d) that `np.load(path,
+mmap_mode="r")` opens anywhere, with a `.json` beside it that says what it holds. No pickle is read
+or written.
 """
 
 import errno
@@ -56,8 +58,13 @@ class CollectionBatch(NamedTuple):
 
 
 def npy_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
-    """The first 128 bytes of `.npy` format 1.0, whatever the shape, so that a file can grow in place."""
-    fields = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": tuple(shape)}
+    """The first 128 bytes of `.npy` format 1.0, whatever the shape, so that a file can grow in
+    place."""
+    fields = {
+        "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
+        "fortran_order": False,
+        "shape": tuple(shape),
+    }
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", 118) + repr(fields).encode().ljust(117) + b"\n"
 
 
@@ -69,7 +76,8 @@ def as_numpy(x: torch.Tensor) -> np.ndarray:
 
 
 def same_prompt(old: bytes, new: bytes) -> bool:
-    """Whether two lines of prompts.jsonl say the same; earlier versions did not write all of ADDED_LATER."""
+    """Whether two lines of prompts.jsonl say the same; earlier versions did not write all of
+    ADDED_LATER."""
     if old == new:
         return True
     try:
@@ -83,9 +91,11 @@ def same_prompt(old: bytes, new: bytes) -> bool:
 
 
 def read_progress(path: Path) -> dict[int, dict]:
-    """{batch: its line in progress.jsonl} of the batches that are safe; {} where there is no such file.
+    """{batch: its line in progress.jsonl} of the batches that are safe; {} where there is no such
+    file.
 
-    Of two lines of one batch the last one counts. What is no such line, as a power cut may leave one, is passed over.
+    Of two lines of one batch the last one counts. What is no such line, as a power cut may leave
+    one, is passed over.
     """
     lines = {}
     for text in path.read_bytes().split(b"\n") if path.exists() else ():
@@ -93,28 +103,35 @@ def read_progress(path: Path) -> dict[int, dict]:
             line = json.loads(text)
         except ValueError:
             continue
-        if isinstance(line, dict) and type(line.get("batch")) is int and type(line.get("rows")) is int:
+        if (
+            isinstance(line, dict)
+            and type(line.get("batch")) is int
+            and type(line.get("rows")) is int
+        ):
             lines[line["batch"]] = line
     return lines
 
 
 class Collection:
-    """The files of one collection in `out_dir`, written batch by batch in any order; an unfinished one is resumed.
+    """The files of one collection in `out_dir`, written batch by batch in any order; an unfinished
+    one is resumed.
 
-    settings: a JSON object of all that decides the bytes. prompts: list of dicts, one for each row of the arrays, whose
-    `batch_size` consecutive rows are written together. From the start there are `collect.json` (the settings, and the facts
-    that `write` was given), `prompts.jsonl`, and `progress.jsonl`, which gets one line for each batch that is safely on the
-    disk: {"batch": 3, "rows": 16, "crc32": {"<name>": checksum of its rows, "images/": of its images}}. Until the end the
-    arrays are `<name>.npy.partial`. What is resumed is compared with the checksums first, and a batch that differs is pending
-    again; lines of earlier versions, which have none, are believed.
+    settings: a JSON object of all that decides the bytes. prompts: list of dicts, one for each row
+    of the arrays, whose `batch_size` consecutive rows are written together. From the start there
+    are `collect.json` (the settings, and the facts that `write` was given), `prompts.jsonl`, and
+    `progress.jsonl`, which gets one line for each batch that is safely on the disk: {"batch": 3,
+    "rows": 16, "crc32": {"<name>": checksum of its rows, "images/": of its images}}. Until the end
+    the arrays are `<name>.npy.partial`. What is resumed is compared with the checksums first, and a
+    batch that differs is pending again; lines of earlier versions, which have none, are believed.
 
-    Of several processes on a machine the first one begins, and locks the folder for as long as the collection is open; then
-    the others join it. Each writes batches of its own.
+    Of several processes on a machine the first one begins, and locks the folder for as long as the
+    collection is open; then the others join it. Each writes batches of its own.
 
-    More prompts than before extend a collection. Fewer finish one that was stopped, at that length, if no batch lies behind it.
+    More prompts than before extend a collection. Fewer finish one that was stopped, at that length,
+    if no batch lies behind it.
 
-    Raises UsageError for a folder with batches of other settings or prompts, with files of another program, with records that
-    are damaged, and while another program writes there.
+    Raises UsageError for a folder with batches of other settings or prompts, with files of another
+    program, with records that are damaged, and while another program writes there.
     """
 
     def __init__(
@@ -140,14 +157,19 @@ class Collection:
             return
 
         self._check_origin()
-        # of all threads: the one that writes holds it too, and so a thread that is still at it keeps the folder locked
+        # of all threads: the one that writes holds it too, and so a thread that is still at it
+        # keeps the folder locked
         self.lock = FileLock(self.out_dir / "collect.lock", timeout=0, thread_local=False)
         try:
             self.lock.acquire()
         except Timeout:
-            raise UsageError(f"another collect.py is writing to {self.out_dir}; wait for it, or use another --out_dir") from None
+            raise UsageError(
+                f"another collect.py is writing to {self.out_dir}; wait for it, or use another --out_dir"
+            ) from None
         except OSError as error:
-            raise UsageError(f"--out_dir {self.out_dir} can't be written: {error.strerror}") from None
+            raise UsageError(
+                f"--out_dir {self.out_dir} can't be written: {error.strerror}"
+            ) from None
         try:
             self._begin()
         except BaseException:
@@ -177,9 +199,15 @@ class Collection:
             )
         foreign = [name for name in names if name.endswith(".npy")]
         if not self.record.exists():
-            foreign += [name for name in names if name.endswith((".npy.partial", ".jsonl")) or name == self.images.name]
+            foreign += [
+                name
+                for name in names
+                if name.endswith((".npy.partial", ".jsonl")) or name == self.images.name
+            ]
         if foreign:
-            raise UsageError(f"{self.out_dir} has files of another origin ({foreign[0]}); use another --out_dir")
+            raise UsageError(
+                f"{self.out_dir} has files of another origin ({foreign[0]}); use another --out_dir"
+            )
 
     def _begin(self):
         lines = self.lines
@@ -196,7 +224,8 @@ class Collection:
         self._write_progress(progress)
 
     def _compare(self, lines):
-        """What is there must be the beginning of what is asked for, or an unfinished collection that goes further."""
+        """What is there must be the beginning of what is asked for, or an unfinished collection
+        that goes further."""
         there = self._read_record()
         self.facts = there.get("facts")
         remedy = "use the same options to resume it, or another --out_dir"
@@ -204,12 +233,16 @@ class Collection:
 
         old = self.listing.read_bytes().split(b"\n")[:-1] if self.listing.exists() else []
         if not all(map(same_prompt, old, lines)):  # as far as both go
-            raise UsageError(f"{self.out_dir} holds a collection of other prompts; use another --out_dir")
+            raise UsageError(
+                f"{self.out_dir} holds a collection of other prompts; use another --out_dir"
+            )
         if len(old) <= len(lines):
             return
         partial = [path for path in self.out_dir.glob("*.npy.partial") if not is_hidden(path)]
         if not partial and not self._pending_of(len(old)):
-            raise UsageError(f"{self.out_dir} holds {len(old)} rows, more than {len(lines)}; nothing to do")
+            raise UsageError(
+                f"{self.out_dir} holds {len(old)} rows, more than {len(lines)}; nothing to do"
+            )
         progress = read_progress(self.progress)
         last = max(progress)
         end = last * self.batch_size + progress[last]["rows"]
@@ -218,16 +251,21 @@ class Collection:
                 f"{self.out_dir} holds a stopped collection whose row {end - 1} is done: it can be finished "
                 f"with {end} rows or more, not with {len(lines)}"
             )
-        print(f"{self.out_dir}: a stopped collection of {len(old)} rows, which ends with row {len(lines)} now")
+        print(
+            f"{self.out_dir}: a stopped collection of {len(old)} rows, which ends with row {len(lines)} now"
+        )
 
     def _compare_settings(self, theirs, remedy):
-        """Raise UsageError unless the settings are the same; a collection of an earlier version does not say which weights."""
+        """Raise UsageError unless the settings are the same; a collection of an earlier version
+        does not say which weights."""
         weights, ours = theirs.get("fingerprints"), dict(self.settings)
         if weights is None:
             ours.pop("fingerprints", None)
         elif weights != ours.get("fingerprints"):
             changed = [
-                name for name in {**weights, **ours["fingerprints"]} if weights.get(name) != ours["fingerprints"].get(name)
+                name
+                for name in {**weights, **ours["fingerprints"]}
+                if weights.get(name) != ours["fingerprints"].get(name)
             ]
             raise UsageError(
                 f"{self.out_dir} was collected from a model with other weights or settings of its {', '.join(changed)}, "
@@ -236,7 +274,8 @@ class Collection:
         check_same(self.out_dir, theirs, ours, remedy)
 
     def _without_damaged(self, progress):
-        """The progress without the batches whose rows or images are not those that were written; they are named.
+        """The progress without the batches whose rows or images are not those that were written;
+        they are named.
 
         A finished collection of which nothing more is wanted is not read again.
         """
@@ -255,15 +294,20 @@ class Collection:
         if damaged:
             batch, names = next(iter(damaged.items()))
             count = f"{len(damaged)} of {len(wanted)} batches are not as they were written"
-            print(f"{self.out_dir}: {count} (batch {batch} in {', '.join(names)}), and are made again")
+            print(
+                f"{self.out_dir}: {count} (batch {batch} in {', '.join(names)}), and are made again"
+            )
         return {batch: line for batch, line in progress.items() if batch not in damaged}
 
     def _changed(self, batch, checksums):
-        """Names of the files in which a batch is not what it was. Raises UsageError where a file is missing or cut."""
+        """Names of the files in which a batch is not what it was. Raises UsageError where a file is
+        missing or cut."""
         if not isinstance(checksums, dict):
             return [self.progress.name]
         rows = self.batch(batch).rows
-        return [name for name, expected in checksums.items() if self._checksum(name, rows) != expected]
+        return [
+            name for name, expected in checksums.items() if self._checksum(name, rows) != expected
+        ]
 
     def _checksum(self, name, rows):
         """`rows_checksum` of some rows as they lie on the disk; `images_checksum` for IMAGES."""
@@ -271,7 +315,9 @@ class Collection:
             return images_checksum(self.images, rows)
         path = self.path(name)
         if path is None:
-            raise UsageError(f"{self.out_dir / name}.npy is missing; move its folder away and collect again")
+            raise UsageError(
+                f"{self.out_dir / name}.npy is missing; move its folder away and collect again"
+            )
         header = check_size(path)
         row_bytes = int(np.prod(header.shape[1:])) * header.dtype.itemsize
         begin, end = (header.offset + row * row_bytes for row in (rows.start, rows.stop))
@@ -288,8 +334,12 @@ class Collection:
 
     def _read_record(self):
         record = read_json(self.record)
-        if record.get("checksum", checksum(record)) != checksum(record):  # there was none in earlier versions
-            raise UsageError(f"{self.record} was changed after it was written; move its folder away and collect again")
+        if record.get("checksum", checksum(record)) != checksum(
+            record
+        ):  # there was none in earlier versions
+            raise UsageError(
+                f"{self.record} was changed after it was written; move its folder away and collect again"
+            )
         return record
 
     def _write_record(self):
@@ -297,7 +347,8 @@ class Collection:
         write_json(self.record, record | {"checksum": checksum(record)})
 
     def _write_progress(self, progress):
-        """In the order of the batches, each once: the same bytes whatever happened meanwhile, and no torn line to append to."""
+        """In the order of the batches, each once: the same bytes whatever happened meanwhile, and
+        no torn line to append to."""
         lines = [json.dumps(progress[batch]) + "\n" for batch in sorted(progress)]
         write_atomically(self.progress, "".join(lines).encode())
 
@@ -322,12 +373,14 @@ class Collection:
 
     @property
     def id(self) -> str:
-        """16 hex digits that tell this collection from every other: of its settings, the model's weights, and its prompts."""
+        """16 hex digits that tell this collection from every other: of its settings, the model's
+        weights, and its prompts."""
         text = json.dumps(self.settings, sort_keys=True) + self.prompts_digest
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def pending(self) -> list[int]:
-        """The batches that are not safe. One that has grown or shrunk is generated again: its bits depend on its size."""
+        """The batches that are not safe. One that has grown or shrunk is generated again: its bits
+        depend on its size."""
         return self._pending_of(len(self.prompts))
 
     def batch(self, index: int) -> CollectionBatch:
@@ -344,27 +397,36 @@ class Collection:
         output: object = None,
         sampling_rate: int = 44100,
     ) -> None:
-        """Write one batch: {name: CPU tensor (rows, ...)}, and facts (a JSON object) that are the same for each.
+        """Write one batch: {name: CPU tensor (rows, ...)}, and facts (a JSON object) that are the
+        same for each.
 
-        output, sampling_rate: what `save_images` saves in the folder `images`; None is nothing. Space for whole files is
-        reserved before their first byte. Raises OSError when the disk is full and UsageError when a batch's facts differ from
-        the ones before.
+        output, sampling_rate: what `save_images` saves in the folder `images`; None is nothing.
+        Space for whole files is reserved before their first byte. Raises OSError when the disk is
+        full and UsageError when a batch's facts differ from the ones before.
         """
         numbers = {name: as_numpy(x) for name, x in arrays.items()}
         with self.lock:
             try:
                 self._write(batch, numbers, json.loads(json.dumps(facts)), output, sampling_rate)
             except OSError as error:
-                where = f"{error.filename or self.out_dir} can't be written: {error.strerror or error}"
-                raise OSError(f"{where}; finished batches are kept, and the same command resumes") from error
+                where = (
+                    f"{error.filename or self.out_dir} can't be written: {error.strerror or error}"
+                )
+                raise OSError(
+                    f"{where}; finished batches are kept, and the same command resumes"
+                ) from error
 
     def _write(self, batch, arrays, facts, output, sampling_rate):
         rows = self.batch(batch).rows
         for name, data in arrays.items():
             if len(data) != len(rows):
-                raise UsageError(f"{name}: got {len(data)} rows for {len(rows)}; collect one image a prompt")
+                raise UsageError(
+                    f"{name}: got {len(data)} rows for {len(rows)}; collect one image a prompt"
+                )
         if facts != self.facts or arrays.keys() - self.ready:
-            with FileLock(self.out_dir / "prepare.lock"):  # one of the processes that write here at a time
+            with FileLock(
+                self.out_dir / "prepare.lock"
+            ):  # one of the processes that write here at a time
                 self._prepare(batch, arrays, facts)
         checksums = {}
         for name, data in arrays.items():
@@ -388,24 +450,31 @@ class Collection:
             self.facts = facts
             self._write_record()
         if facts != self.facts:
-            raise UsageError(f"batch {batch} ran other steps or tokens than the ones before it; collect it on its own")
+            raise UsageError(
+                f"batch {batch} ran other steps or tokens than the ones before it; collect it on its own"
+            )
         begun = bool(read_progress(self.progress))
         for name, data in arrays.items():
             self._reserve(name, data, begun)
         self.ready |= arrays.keys()
 
     def _reserve(self, name, data, begun):
-        """Make `<name>.npy.partial` of full size: a new file, or the one that is there, grown if need be."""
+        """Make `<name>.npy.partial` of full size: a new file, or the one that is there, grown if
+        need be."""
         if not name or Path(name).name != name:
             raise UsageError(f"{name!r} is no name for a file in {self.out_dir}")
         partial = self.out_dir / f"{name}.npy.partial"
         fresh = self.path(name) is None
         if fresh and begun:
-            raise UsageError(f"{self.out_dir / name}.npy is missing; move its folder away and collect again")
+            raise UsageError(
+                f"{self.out_dir / name}.npy is missing; move its folder away and collect again"
+            )
         if not fresh:
             check_size(self.path(name))
             self._reopen(name)
-        path = self.out_dir / f"{name}.npy.new" if fresh else partial  # a file without its header can't be gone on with
+        path = (
+            self.out_dir / f"{name}.npy.new" if fresh else partial
+        )  # a file without its header can't be gone on with
         try:
             with opened(path, os.O_CREAT) as fd:
                 size = HEADER + len(self.prompts) * data[0].nbytes
@@ -434,14 +503,16 @@ class Collection:
         return next((path for path in paths if path.exists()), None)
 
     def shape(self, name: str) -> list[int] | None:
-        """Shape of the array in `<name>.npy` when it is finished; None where there is no such file."""
+        """Shape of the array in `<name>.npy` when it is finished; None where there is no such
+        file."""
         path = self.path(name)
         return None if path is None else [len(self.prompts), *check_size(path).shape[1:]]
 
     def finish(self, descriptions: dict[str, dict | None]) -> None:
         """Give the files their final names and write `<name>.json` for {name: description or None}.
 
-        Every batch must be done. The room behind the last row, of a collection that was to be longer, is cut off.
+        Every batch must be done. The room behind the last row, of a collection that was to be
+        longer, is cut off.
         """
         assert not self.pending()
         self._write_progress(read_progress(self.progress))
@@ -464,39 +535,52 @@ class Collection:
         if shape[0] == num_rows and has == size:
             return
         if has < size:
-            raise UsageError(f"{path} has {shape[0]} rows of {num_rows}; move its folder away and collect again")
+            raise UsageError(
+                f"{path} has {shape[0]} rows of {num_rows}; move its folder away and collect again"
+            )
         with opened(self._reopen(name)) as fd:
             write_all(fd, npy_header((num_rows, *shape[1:]), dtype), 0)
             os.ftruncate(fd, size)
 
 
 def check_size(path: Path) -> NpyHeader:
-    """The header of a `.npy` file; raises UsageError if the file is missing or shorter than its header says."""
+    """The header of a `.npy` file; raises UsageError if the file is missing or shorter than its
+    header says."""
     try:
         return read_header(path)
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path} is missing or damaged ({error}); move its folder away and collect again") from None
+        raise UsageError(
+            f"{path} is missing or damaged ({error}); move its folder away and collect again"
+        ) from None
 
 
 def rows_checksum(row_shape: tuple[int, ...], dtype: np.dtype) -> int:
-    """CRC-32 of no row yet, only of what a row is: `zlib.crc32(data, this)` is that of rows, which a changed header changes too.
+    """CRC-32 of no row yet, only of what a row is: `zlib.crc32(data, this)` is that of rows, which
+    a changed header changes too.
 
-    Four GB a second on one core, a small part of what writing takes, and it finds every error of 32 bits in a row or fewer.
+    Four GB a second on one core, a small part of what writing takes, and it finds every error of 32
+    bits in a row or fewer.
     """
     return zlib.crc32(f"{np.dtype(dtype).str} {list(row_shape)}".encode())
 
 
 def check_saved_images(folder: Path, meta: dict, rows: set[int]) -> None:
-    """Raise UsageError where images of some rows beside a finished activation file are not those that collect.py saved.
+    """Raise UsageError where images of some rows beside a finished activation file are not those
+    that collect.py saved.
 
-    meta: the description of the file. Of a batch with a missing image, and of collections of earlier versions, nothing is known.
+    meta: the description of the file. Of a batch with a missing image, and of collections of
+    earlier versions, nothing is known.
     """
     images = folder / "images"
     batch_size = meta.get("batch_size", 1) * meta.get("num_images_per_prompt", 1)
     for batch, line in read_progress(folder / "progress.jsonl").items():
         of_batch = range(batch * batch_size, batch * batch_size + line["rows"])
         expected = line["crc32"].get(IMAGES) if isinstance(line.get("crc32"), dict) else None
-        if expected is None or rows.isdisjoint(of_batch) or any(image_path(images, row) is None for row in of_batch):
+        if (
+            expected is None
+            or rows.isdisjoint(of_batch)
+            or any(image_path(images, row) is None for row in of_batch)
+        ):
             continue
         if images_checksum(images, of_batch) != expected:
             raise UsageError(

@@ -1,4 +1,5 @@
-"""Files that are whole or not there: atomic writes, safetensors, JSON, and what a folder already holds; and reading in place."""
+"""Files that are whole or not there: atomic writes, safetensors, JSON, and what a folder already
+holds; and reading in place."""
 
 import hashlib
 import json
@@ -21,13 +22,16 @@ def write_atomically(path, data):
 
 
 def save_tensors(path, tensors, metadata):
-    """Write {name: tensor} and metadata {str: str} as a safetensors file; `path` has its old content or all of the new.
+    """Write {name: tensor} and metadata {str: str} as a safetensors file; `path` has its old
+    content or all of the new.
 
     Raises OSError, as on a full disk.
     """
     partial = path.with_name(path.name + ".partial")
     try:
-        safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
+        safetensors.torch.save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata
+        )
         umask = os.umask(0)
         os.umask(umask)
         partial.chmod(0o644 & ~umask)  # the package leaves it readable by its owner alone
@@ -45,10 +49,12 @@ def load_tensors(path):
 
 
 def fill(fd: int, memory: memoryview, offset: int, path: str | Path) -> None:
-    """Fill memory (bytes) with those of a file from `offset` on; several threads may share the descriptor.
+    """Fill memory (bytes) with those of a file from `offset` on; several threads may share the
+    descriptor.
 
-    A memory map of a file that becomes shorter would end Python with SIGBUS, without a message, and nothing in Python can catch
-    that. Raises UsageError where the file ends before, OSError where it can't be read.
+    A memory map of a file that becomes shorter would end Python with SIGBUS, without a message, and
+    nothing in Python can catch that. Raises UsageError where the file ends before, OSError where it
+    can't be read.
     """
     while memory:
         try:
@@ -85,13 +91,16 @@ def sync_folder(folder):
 
 def checksum(meta):
     """SHA-256 of a description without its "checksum", over its canonical JSON."""
-    canonical = json.dumps({key: meta[key] for key in meta if key != "checksum"}, sort_keys=True, separators=(",", ":"))
+    canonical = json.dumps(
+        {key: meta[key] for key in meta if key != "checksum"}, sort_keys=True, separators=(",", ":")
+    )
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 @contextmanager
 def opened(path, flags=0):
-    """File descriptor to write with; what was written is safe when the context ends. An OSError names the file."""
+    """File descriptor to write with; what was written is safe when the context ends. An OSError
+    names the file."""
     fd = os.open(path, os.O_WRONLY | flags, 0o644)
     try:
         yield fd
@@ -111,7 +120,8 @@ def write_all(fd, data, offset):
 
 
 def write_json(path: Path, record: dict) -> None:
-    """Write a JSON object, whole or not at all. Raises ValueError for NaN and infinity, which JSON does not have."""
+    """Write a JSON object, whole or not at all. Raises ValueError for NaN and infinity, which JSON
+    does not have."""
     text = json.dumps(record, indent=1, allow_nan=False)
     write_atomically(path, f"{text}\n".encode())
 
@@ -128,7 +138,8 @@ def read_json(path):
 
 
 def is_hidden(path: str | Path) -> bool:
-    """Whether a name begins with a dot, as those of the ._ files do that macOS leaves on other systems' disks."""
+    """Whether a name begins with a dot, as those of the ._ files do that macOS leaves on other
+    systems' disks."""
     return Path(path).name.startswith(".")
 
 
@@ -143,8 +154,8 @@ def make_folder(folder, option="--out_dir"):
 def check_same(place, theirs, ours, remedy="choose another --out_dir"):
     """Raise UsageError if what lies at `place` was made with other settings than `ours`.
 
-    theirs, ours: JSON objects. The message names the first setting that differs; in one that is an object itself, the
-    first difference in there.
+    theirs, ours: JSON objects. The message names the first setting that differs; in one that is an
+    object itself, the first difference in there.
     """
     ours = json.loads(json.dumps(ours))
     for name in {**theirs, **ours}:
@@ -157,11 +168,13 @@ def check_same(place, theirs, ours, remedy="choose another --out_dir"):
 
 
 def claim_folder(folder, record, settings, key="options", option="--out_dir"):
-    """Make the folder of a result. Raises UsageError if it holds a result of other settings, or something else.
+    """Make the folder of a result. Raises UsageError if it holds a result of other settings, or
+    something else.
 
-    record: name of the JSON file that describes the result, whose object `key` holds the settings that it was made with; with
-    key None they stand in it beside the result. Until the caller writes it, it says "unfinished": so the next run knows the
-    leftovers of one that was killed, and writes them anew.
+    record: name of the JSON file that describes the result, whose object `key` holds the settings
+    that it was made with; with key None they stand in it beside the result. Until the caller writes
+    it, it says "unfinished": so the next run knows the leftovers of one that was killed, and writes
+    them anew.
     """
     folder = Path(folder)
     path = folder / record
@@ -169,9 +182,13 @@ def claim_folder(folder, record, settings, key="options", option="--out_dir"):
         theirs = read_json(path)
         is_finished = not theirs.get("unfinished")
         said = theirs.get(key) if key else {name: theirs.get(name) for name in settings}
-        others = [other for other in folder.iterdir() if other != path and not other.name.startswith(".")]
+        others = [
+            other for other in folder.iterdir() if other != path and not other.name.startswith(".")
+        ]
         if is_finished or others:  # one that failed before it made anything is no obstacle
-            check_same(folder, said if isinstance(said, dict) else {}, settings, f"choose another {option}")
+            check_same(
+                folder, said if isinstance(said, dict) else {}, settings, f"choose another {option}"
+            )
         if is_finished:
             return
     else:
@@ -181,17 +198,23 @@ def claim_folder(folder, record, settings, key="options", option="--out_dir"):
 
 
 def check_empty(folder, files, option="--out_dir"):
-    """Raise UsageError if a folder holds anything but some of these files, finished or partial, and hidden files."""
+    """Raise UsageError if a folder holds anything but some of these files, finished or partial, and
+    hidden files."""
     if not folder.is_dir():
         return
     own = {name for file in files for name in (file, f"{file}.partial")}
-    others = sorted(path.name for path in folder.iterdir() if path.name not in own and not is_hidden(path))
+    others = sorted(
+        path.name for path in folder.iterdir() if path.name not in own and not is_hidden(path)
+    )
     if others:
-        raise UsageError(f"{folder} holds something else; choose another {option} ({others[0]} is there)")
+        raise UsageError(
+            f"{folder} holds something else; choose another {option} ({others[0]} is there)"
+        )
 
 
 def relative_to(path: str | Path, folder: Path) -> str:
-    """A path as seen from a folder; absolute where there is no way from one to the other, as between drives."""
+    """A path as seen from a folder; absolute where there is no way from one to the other, as
+    between drives."""
     try:
         return Path(os.path.relpath(Path(path).resolve(), Path(folder).resolve())).as_posix()
     except ValueError:
@@ -199,7 +222,10 @@ def relative_to(path: str | Path, folder: Path) -> str:
 
 
 def seen_from(folder: str | Path, path: str) -> str:
-    """The inverse of `relative_to`: the path in the words in which the folder is named, absolute where that is another place."""
+    """The inverse of `relative_to`: the path in the words in which the folder is named, absolute
+    where that is another place."""
     full = (Path(folder).resolve() / path).resolve()
-    plain = Path(os.path.normpath(Path(folder) / path))  # which is another place if the folder is a link
+    plain = Path(
+        os.path.normpath(Path(folder) / path)
+    )  # which is another place if the folder is a link
     return str(plain if plain.resolve() == full else full)

@@ -1,21 +1,25 @@
-"""Other packages' SAE files: those of SAELens and dictionary_learning are read here, those of SAELens written too.
+"""Other packages' SAE files: those of SAELens and dictionary_learning are read here, those of
+SAELens written too.
 
     sae.safetensors         + cfg.json      ours, sparsify, universal-diffsae (sae.py reads them)
     sae_weights.safetensors + cfg.json      SAELens: topk, jumprelu, standard (a ReLU: thresholds of 0)
     ae.pt                   + config.json   dictionary_learning: AutoEncoderTopK, AutoEncoder, JumpReluAutoEncoder, and
                                             BatchTopKSAE, MatryoshkaBatchTopKSAE with their threshold
 
-An SAE is handed around as what our own folder holds: a description (cfg.json) and tensors (sae.safetensors).
-All but the TopK ones become "jumprelu"; where the file names no k, k is num_latents, the most that can be active.
-Folded into the weights, in float64: SAELens' rescale_acts_by_decoder_norm; inputs from which b_dec is not subtracted; the
-decoder norms of AutoEncoder, which dictionary_learning divides by when it loads one.
-Refused: gated and other kinds, normalised inputs, hook_z. SAELens' layer_norm is not our input_unit_norm: it divides by the
-deviation of d - 1 degrees of freedom plus 1e-5, and multiplies by it without the 1e-5. Refused too, in every description, is a
-key that is not known here and not switched off, since it may change what the SAE computes.
+An SAE is handed around as what our own folder holds: a description (cfg.json) and tensors
+(sae.safetensors). All but the TopK ones become "jumprelu"; where the file names no k, k is
+num_latents, the most that can be active. Folded into the weights, in float64: SAELens'
+rescale_acts_by_decoder_norm; inputs from which b_dec is not subtracted; the decoder norms of
+AutoEncoder, which dictionary_learning divides by when it loads one. Refused: gated and other kinds,
+normalised inputs, hook_z. SAELens' layer_norm is not our input_unit_norm: it divides by the
+deviation of d - 1 degrees of freedom plus 1e-5, and multiplies by it without the 1e-5. Refused too,
+in every description, is a key that is not known here and not switched off, since it may change what
+the SAE computes.
 
-Written for SAELens: topk stays topk; batchtopk becomes jumprelu, which keeps pre_acts above a threshold, not those that reach
-it: one step of float32 below ours. It has no limit on how many latents of a vector are active, ours has 8 k.
-sampletopk and input_unit_norm are refused, since SAELens can't express them.
+Written for SAELens: topk stays topk; batchtopk becomes jumprelu, which keeps pre_acts above a
+threshold, not those that reach it: one step of float32 below ours. It has no limit on how many
+latents of a vector are active, ours has 8 k. sampletopk and input_unit_norm are refused, since
+SAELens can't express them.
 
 Checked against sae-lens 6.54, dictionary-learning 0.1 (tests/test_foreign_saes.py).
 """
@@ -33,10 +37,18 @@ from errors import UsageError
 from store.disk import read_json, save_tensors, write_json
 
 WEIGHTS = ("sae.safetensors", "sae_weights.safetensors", "ae.pt")
-ARRAYS = {"W_enc": "dM", "b_enc": "M", "W_dec": "Md", "b_dec": "d"}  # axes: d input width, M latents
+ARRAYS = {
+    "W_enc": "dM",
+    "b_enc": "M",
+    "W_dec": "Md",
+    "b_dec": "d",
+}  # axes: d input width, M latents
 LAYERS = {"encoder.weight": "Md", "encoder.bias": "M", "decoder.weight": "dM"}
 TOPK = {"k": "", "threshold": ""}
-LATER = {"AutoEncoderTopK": {"k", "threshold"}, "BatchTopKSAE": {"k"}}  # tensors that files of earlier versions do not have
+LATER = {
+    "AutoEncoderTopK": {"k", "threshold"},
+    "BatchTopKSAE": {"k"},
+}  # tensors that files of earlier versions do not have
 SAELENS = {"topk": ARRAYS, "standard": ARRAYS, "jumprelu": ARRAYS | {"threshold": "M"}}
 DICTIONARY_LEARNING = {
     "AutoEncoder": LAYERS | {"bias": "d"},
@@ -46,11 +58,37 @@ DICTIONARY_LEARNING = {
     "JumpReluAutoEncoder": ARRAYS | {"threshold": "M"},
 }
 
-# Keys of a description that say how the SAE was trained, what it was trained on, or what is looked at elsewhere in this project.
-# Keys of sparsify (and universal-diffsae), then those of ours. What train.py wrote has a digest of its data besides.
-OURS_EXPORTED = ("side", "stream", "rows", "fingerprint", "model_dtype", "collections", "collected_with")
-OFF_IS_USUAL = {"abs_topk", "batch_topk", "dataset_norm", "jumprelu", "sample_topk", "signed", "skip_connection", "transcode"}
-SPARSIFY_KEYS = {"activation", "expansion_factor", "normalize_decoder", "num_latents", "k", "multi_topk", "d_in"}
+# Keys of a description that say how the SAE was trained, what it was trained on, or what is looked
+# at elsewhere in this project. Keys of sparsify (and universal-diffsae), then those of ours. What
+# train.py wrote has a digest of its data besides.
+OURS_EXPORTED = (
+    "side",
+    "stream",
+    "rows",
+    "fingerprint",
+    "model_dtype",
+    "collections",
+    "collected_with",
+)
+OFF_IS_USUAL = {
+    "abs_topk",
+    "batch_topk",
+    "dataset_norm",
+    "jumprelu",
+    "sample_topk",
+    "signed",
+    "skip_connection",
+    "transcode",
+}
+SPARSIFY_KEYS = {
+    "activation",
+    "expansion_factor",
+    "normalize_decoder",
+    "num_latents",
+    "k",
+    "multi_topk",
+    "d_in",
+}
 OUR_KEYS = set(
     """
     always_on by_timestep collected_with collections cosine data data_relative_to dead dictionary_learning explained_variance
@@ -96,7 +134,8 @@ TRAINER_KEYS = set(
 def find_weights(path):
     """The file with the weights of an SAE folder; `path` is the folder or that file itself.
 
-    Raises FileNotFoundError where there is none, ValueError where there are several, or the file is of no known name.
+    Raises FileNotFoundError where there is none, ValueError where there are several, or the file is
+    of no known name.
     """
     path = Path(path)
     if path.is_file():
@@ -107,12 +146,15 @@ def find_weights(path):
     if not found:
         raise FileNotFoundError(f"{path} is no SAE folder: it has none of {', '.join(WEIGHTS)}")
     if len(found) > 1:
-        raise UsageError(f"{path} has {' and '.join(file.name for file in found)}; name the one that is meant")
+        raise UsageError(
+            f"{path} has {' and '.join(file.name for file in found)}; name the one that is meant"
+        )
     return found[0]
 
 
 def check_keys(path, cfg, known):
-    """Raise UsageError for a key of a description that is not known and says anything: it may change what is computed."""
+    """Raise UsageError for a key of a description that is not known and says anything: it may
+    change what is computed."""
     for key, value in cfg.items():
         says_nothing = value in (None, "none", "", [], {}) or value is False and key in OFF_IS_USUAL
         if key not in known and not says_nothing:
@@ -123,9 +165,11 @@ def check_keys(path, cfg, known):
 
 
 def read_foreign(weights):
-    """SAELens' or dictionary_learning's file of weights, and the description beside it -> cfg and tensors as in our files.
+    """SAELens' or dictionary_learning's file of weights, and the description beside it -> cfg and
+    tensors as in our files.
 
-    Raises UsageError for what can't be read or would be approximated, OSError where the description is not there.
+    Raises UsageError for what can't be read or would be approximated, OSError where the description
+    is not there.
     """
     read = read_dictionary_learning if weights.name == "ae.pt" else read_saelens
     tensors, activation, k, threshold, centred, unit_norm, provenance = read(weights)
@@ -144,7 +188,9 @@ def read_foreign(weights):
     M, d = W_dec.shape
     if activation == "jumprelu":
         state["threshold"], k = threshold.expand(M), k or M
-    return {**provenance, "activation": activation, "k": k, "d_in": d}, {name: t.float() for name, t in state.items()}
+    return {**provenance, "activation": activation, "k": k, "d_in": d}, {
+        name: t.float() for name, t in state.items()
+    }
 
 
 class Foreign(NamedTuple):
@@ -173,13 +219,17 @@ class Foreign(NamedTuple):
 
 
 def read_saelens(weights):
-    """The Foreign of SAELens' sae_weights.safetensors and cfg.json, also those of versions before 6; raises as read_foreign."""
+    """The Foreign of SAELens' sae_weights.safetensors and cfg.json, also those of versions before
+    6; raises as read_foreign."""
     path = weights.with_name("cfg.json")
     cfg = read_description(path)
     is_old = not isinstance(cfg.get("metadata"), dict)
     check_keys(path, cfg, OLD_SAELENS_KEYS if is_old else SAELENS_KEYS)
     check_keys(path, cfg.get("activation_fn_kwargs") or {}, {"k"})
-    kind, function = cfg.get("architecture", "standard"), cfg.get("activation_fn", cfg.get("activation_fn_str", "relu"))
+    kind, function = (
+        cfg.get("architecture", "standard"),
+        cfg.get("activation_fn", cfg.get("activation_fn_str", "relu")),
+    )
     k, metadata = cfg.get("k"), cfg["metadata"] if isinstance(cfg.get("metadata"), dict) else cfg
     if function == "topk":  # before version 6
         kind, function, k = "topk", "relu", (cfg.get("activation_fn_kwargs") or {}).get("k")
@@ -187,15 +237,25 @@ def read_saelens(weights):
         said = f"architecture {kind!r}" if kind not in SAELENS else f"activation_fn {function!r}"
         raise UsageError(f"{path} says {said}; of SAELens, {', '.join(SAELENS)} can be loaded")
     hook_z = "hook_z" if "metadata" not in cfg and "hook_z" in str(cfg.get("hook_name")) else "none"
-    fixed = {"reshape_activations": hook_z, "normalize_activations": "none", "finetuning_scaling_factor": False}
+    fixed = {
+        "reshape_activations": hook_z,
+        "normalize_activations": "none",
+        "finetuning_scaling_factor": False,
+    }
     for key, default in fixed.items():
         value = cfg.get(key, default)
         if value not in (None, False, "none"):
-            raise UsageError(f"{path} says {key} {value!r}, which can't be had exactly here; it can't be loaded")
+            raise UsageError(
+                f"{path} says {key} {value!r}, which can't be had exactly here; it can't be loaded"
+            )
     rescale = kind == "topk" and bool(cfg.get("rescale_acts_by_decoder_norm"))
     tensors = read_tensors(weights, load_file, SAELENS[kind])
     threshold = tensors.get("threshold", torch.zeros(1))
-    provenance = {key: metadata[key] for key in ("model_name", "hook_name") if isinstance(metadata.get(key), str)}
+    provenance = {
+        key: metadata[key]
+        for key in ("model_name", "hook_name")
+        if isinstance(metadata.get(key), str)
+    }
     if isinstance(metadata.get("side"), str):  # an export of ours
         provenance |= {key: metadata[key] for key in OURS_EXPORTED if key in metadata}
     centred, provenance["saelens"] = bool(cfg.get("apply_b_dec_to_input", True)), cfg
@@ -211,7 +271,9 @@ def read_dictionary_learning(weights):
     check_keys(path, cfg, {"trainer", "buffer"})
     kind = trainer.get("dict_class")
     if kind not in DICTIONARY_LEARNING:
-        raise UsageError(f"{path} says dict_class {kind!r}; {', '.join(DICTIONARY_LEARNING)} can be loaded")
+        raise UsageError(
+            f"{path} says dict_class {kind!r}; {', '.join(DICTIONARY_LEARNING)} can be loaded"
+        )
     check_keys(path, trainer, TRAINER_KEYS)
     tensors = read_tensors(weights, load_pickle, DICTIONARY_LEARNING[kind], LATER.get(kind, set()))
     k = int(tensors["k"]) if "k" in tensors else trainer.get("k")
@@ -219,34 +281,54 @@ def read_dictionary_learning(weights):
         raise UsageError(f"{path} says k {trainer['k']!r}, {weights} {k}")
     threshold = tensors.get("threshold", torch.zeros(1))
     norms = tensors["decoder.weight"].norm(dim=0) if kind == "AutoEncoder" else torch.ones(1)
-    unit_norm = not torch.allclose(norms, torch.ones_like(norms))  # the package's own test, with its tolerance
+    unit_norm = not torch.allclose(
+        norms, torch.ones_like(norms)
+    )  # the package's own test, with its tolerance
     activation = "topk" if kind == "AutoEncoderTopK" else "jumprelu"
     names = {"model_name": trainer.get("lm_name"), "hook_name": trainer.get("submodule_name")}
-    provenance = {key: value for key, value in names.items() if isinstance(value, str)} | {"dictionary_learning": cfg}
-    return Foreign(tensors, activation, k, threshold, kind != "JumpReluAutoEncoder", unit_norm, provenance)
+    provenance = {key: value for key, value in names.items() if isinstance(value, str)} | {
+        "dictionary_learning": cfg
+    }
+    return Foreign(
+        tensors, activation, k, threshold, kind != "JumpReluAutoEncoder", unit_norm, provenance
+    )
 
 
 def read_description(path):
     """A JSON object; OSError where the file is not there, ValueError if it is no JSON object."""
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing; without it nobody can say what the SAE computes")
+        raise FileNotFoundError(
+            f"{path} is missing; without it nobody can say what the SAE computes"
+        )
     return read_json(path)
 
 
 def read_tensors(weights, load, axes, optional=frozenset()):
-    """{name: float32 tensor} of a file, whose names and shapes are to fit `axes` {name: one letter an axis}.
+    """{name: float32 tensor} of a file, whose names and shapes are to fit `axes` {name: one letter
+    an axis}.
 
     optional: names that may be missing.
     """
     try:
         tensors = load(weights)
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, AttributeError) as error:
-        raise UsageError(f"{weights} is not a readable file of tensors: {str(error).splitlines()[0]}") from None
-    axes = {name: letters for name, letters in axes.items() if name in shapes or name not in optional}
+    except (
+        SafetensorError,
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        AttributeError,
+    ) as error:
+        raise UsageError(
+            f"{weights} is not a readable file of tensors: {str(error).splitlines()[0]}"
+        ) from None
+    axes = {
+        name: letters for name, letters in axes.items() if name in shapes or name not in optional
+    }
     sizes = {}
     fits = shapes.keys() == axes.keys() and all(
-        len(shapes[name]) == len(letters) and all(sizes.setdefault(a, n) == n for a, n in zip(letters, shapes[name]))
+        len(shapes[name]) == len(letters)
+        and all(sizes.setdefault(a, n) == n for a, n in zip(letters, shapes[name]))
         for name, letters in axes.items()
     )
     if not fits:
@@ -262,14 +344,17 @@ def load_pickle(path):
 
 
 def save_saelens(cfg, state, path):
-    """Write an SAE of ours in SAELens' format: `cfg.json` and `sae_weights.safetensors` in the folder `path`, the former last.
+    """Write an SAE of ours in SAELens' format: `cfg.json` and `sae_weights.safetensors` in the
+    folder `path`, the former last.
 
-    cfg, state: as in our own files (`Sae.cfg`, `Sae.state_dict()`). Raises UsageError for a variant that SAELens has not, and for
-    a folder with another SAE.
+    cfg, state: as in our own files (`Sae.cfg`, `Sae.state_dict()`). Raises UsageError for a variant
+    that SAELens has not, and for a folder with another SAE.
     """
     exported, tensors = as_saelens(cfg, state)
     path = Path(path)
-    others = [name for name in WEIGHTS if name != "sae_weights.safetensors" and (path / name).exists()]
+    others = [
+        name for name in WEIGHTS if name != "sae_weights.safetensors" and (path / name).exists()
+    ]
     if others:
         raise UsageError(f"{path} has another SAE in it ({others[0]}); use another folder")
     path.mkdir(parents=True, exist_ok=True)
@@ -286,19 +371,26 @@ def is_saved_saelens(cfg, state, path):
         theirs = load_file(path / "sae_weights.safetensors")
     except SafetensorError:
         return False
-    same = theirs.keys() == tensors.keys() and all(torch.equal(theirs[name], tensors[name].cpu()) for name in tensors)
+    same = theirs.keys() == tensors.keys() and all(
+        torch.equal(theirs[name], tensors[name].cpu()) for name in tensors
+    )
     return same and read_json(path / "cfg.json") == json.loads(json.dumps(exported))
 
 
 def as_saelens(cfg, state):
-    """The description and the tensors of SAELens' format. `sae_lens.SAE.load_from_disk(path)` gives the same codes and
-    x_hat, to rounding; of a batchtopk also where a vector has more than 8 k active latents, of which ours keeps the 8 k largest
-    and SAELens all. Raises UsageError for a variant that SAELens has not.
+    """The description and the tensors of SAELens' format. `sae_lens.SAE.load_from_disk(path)` gives
+    the same codes and x_hat, to rounding; of a batchtopk also where a vector has more than 8 k
+    active latents, of which ours keeps the 8 k largest and SAELens all. Raises UsageError for a
+    variant that SAELens has not.
     """
     if cfg.get("input_unit_norm"):
-        raise UsageError("input_unit_norm can't be exported: SAELens' layer_norm adds 1e-5 to the deviation, other numbers")
+        raise UsageError(
+            "input_unit_norm can't be exported: SAELens' layer_norm adds 1e-5 to the deviation, other numbers"
+        )
     if cfg["activation"] == "sampletopk":
-        raise UsageError("sampletopk can't be exported: SAELens has nothing that shares k out over the tokens of a sample")
+        raise UsageError(
+            "sampletopk can't be exported: SAELens has nothing that shares k out over the tokens of a sample"
+        )
 
     tensors = {
         "W_enc": state["encoder.weight"].T,
@@ -322,11 +414,14 @@ def as_saelens(cfg, state):
     else:
         exported["architecture"] = "jumprelu"
         threshold = state["threshold"].float()
-        if cfg["activation"] == "batchtopk":  # ours keeps what reaches the threshold, SAELens what is above it
+        if (
+            cfg["activation"] == "batchtopk"
+        ):  # ours keeps what reaches the threshold, SAELens what is above it
             just_below = torch.nextafter(threshold, torch.tensor(-torch.inf))
             threshold = just_below.clamp_min(0)
         tensors["threshold"] = threshold.expand(cfg["num_latents"])
-    # the version says which format this is: without it SAELens takes the file for one older than 6.0
+    # the version says which format this is: without it SAELens takes the file for one older than
+    # 6.0
     exported["metadata"] = {**cfg, "sae_lens_version": "6.0.0", "sae_lens_training_version": None}
 
     return exported, {name: tensor.float() for name, tensor in tensors.items()}

@@ -33,11 +33,14 @@ class HookPoint:
 
     @classmethod
     def from_description(cls, meta: dict) -> "HookPoint":
-        """The hook point that the .json beside an activation file names. Raises UsageError where it names none."""
+        """The hook point that the .json beside an activation file names. Raises UsageError where it
+        names none."""
         keys = ("hook_name", "side", "stream", "rows")
         missing = [key for key in keys if key not in meta]
         if missing:
-            raise UsageError(f"the description of the activations does not say {', '.join(missing)}")
+            raise UsageError(
+                f"the description of the activations does not say {', '.join(missing)}"
+            )
         return cls(*(meta[key] for key in keys))
 
     def as_dict(self) -> dict[str, str]:
@@ -57,9 +60,11 @@ class HookPoint:
 
 
 def trained_on(sae) -> HookPoint:
-    """The hook point of an SAE's training vectors: as its cfg.json says, or else the descriptions beside its training files.
+    """The hook point of an SAE's training vectors: as its cfg.json says, or else the descriptions
+    beside its training files.
 
-    Raises UsageError where a file has no description (moved, or not made by collect.py), or where two name different ones.
+    Raises UsageError where a file has no description (moved, or not made by collect.py), or where
+    two name different ones.
     """
     if sae.hook_point is not None:
         return sae.hook_point
@@ -69,10 +74,16 @@ def trained_on(sae) -> HookPoint:
         try:
             found.append(HookPoint.from_description(meta))
         except UsageError as error:
-            raise UsageError(f"{Path(path).with_suffix('.json')} is not there or not complete: {error}") from None
+            raise UsageError(
+                f"{Path(path).with_suffix('.json')} is not there or not complete: {error}"
+            ) from None
     if not found:
-        raise UsageError("the SAE's cfg.json names no activation file, so it is not known where in the model it belongs")
+        raise UsageError(
+            "the SAE's cfg.json names no activation file, so it is not known where in the model it belongs"
+        )
     for other in found:
         if other != found[0]:
-            raise UsageError(f"the SAE was trained on files of several hook points, {found[0]} and {other}")
+            raise UsageError(
+                f"the SAE was trained on files of several hook points, {found[0]} and {other}"
+            )
     return found[0]

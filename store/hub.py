@@ -1,8 +1,10 @@
-"""The Hugging Face Hub: an SAE folder or an activation folder pushed with a card, an SAE folder fetched.
+"""The Hugging Face Hub: an SAE folder or an activation folder pushed with a card, an SAE folder
+fetched.
 
-`huggingface_hub` does the work: its token (`hf auth login` or the variable HF_TOKEN), its cache, its variable HF_ENDPOINT.
-A folder whose files have changed replaces the ones there; the repository's history keeps the old. The card is a README.md; it
-is written only if there is none, neither in the folder nor in the repository.
+`huggingface_hub` does the work: its token (`hf auth login` or the variable HF_TOKEN), its cache,
+its variable HF_ENDPOINT. A folder whose files have changed replaces the ones there; the
+repository's history keeps the old. The card is a README.md; it is written only if there is none,
+neither in the folder nor in the repository.
 """
 
 import glob
@@ -14,7 +16,10 @@ from errors import UsageError
 from store.disk import is_hidden, read_json
 
 TYPES = {"sae": "model", "activations": "dataset"}
-DESCRIPTIONS, TENSORS = ("cfg.json", "training_prompts.txt"), ("sae.safetensors", "sae_weights.safetensors")
+DESCRIPTIONS, TENSORS = (
+    ("cfg.json", "training_prompts.txt"),
+    ("sae.safetensors", "sae_weights.safetensors"),
+)
 NOT_PUSHED = ("*.partial", "*.new", "*.lock", "checkpoint.safetensors", ".*", "*/.*")
 SAE_FACTS = {  # what a card says, and the key of cfg.json that knows it
     "hook name": "hook_name",
@@ -30,7 +35,12 @@ SAE_FACTS = {  # what a card says, and the key of cfg.json that knows it
     "l0, mean number of active latents, held out": "l0",
     "dead, share of latents silent on them": "dead",
 }
-ACTIVATION_FACTS = {"model": "model", "pipeline": "pipeline", "guidance scale": "guidance_scale", "prompts": "num_prompts"}
+ACTIVATION_FACTS = {
+    "model": "model",
+    "pipeline": "pipeline",
+    "guidance scale": "guidance_scale",
+    "prompts": "num_prompts",
+}
 
 
 @contextmanager
@@ -38,32 +48,45 @@ def one_line(repo_id):
     """Whatever goes wrong on the way to the Hub, as an OSError that names the repository."""
     try:
         yield
-    except Exception as error:  # of huggingface_hub, or of its HTTP client, which has been another twice
-        raise OSError(f"{repo_id}: {' '.join(str(error).split()) or type(error).__name__}") from error
+    except (
+        Exception
+    ) as error:  # of huggingface_hub, or of its HTTP client, which has been another twice
+        raise OSError(
+            f"{repo_id}: {' '.join(str(error).split()) or type(error).__name__}"
+        ) from error
 
 
 def download(repo_id, folder=None):
-    """Fetch the SAE at the top of a model repository, or in its folder `folder` -> path of the copy on this disk.
+    """Fetch the SAE at the top of a model repository, or in its folder `folder` -> path of the copy
+    on this disk.
 
-    Only cfg.json and safetensors files are fetched. Raises OSError where the repository can't be had, ValueError where there
-    is no SAE in it.
+    Only cfg.json and safetensors files are fetched. Raises OSError where the repository can't be
+    had, ValueError where there is no SAE in it.
     """
     from huggingface_hub import snapshot_download  # takes a second to import
 
     top = f"{folder.strip('/')}/" if folder else ""
     with one_line(repo_id):
-        path = Path(snapshot_download(repo_id, allow_patterns=[glob.escape(top) + n for n in (*DESCRIPTIONS, *TENSORS)]))
+        path = Path(
+            snapshot_download(
+                repo_id, allow_patterns=[glob.escape(top) + n for n in (*DESCRIPTIONS, *TENSORS)]
+            )
+        )
     if not any((path / top / name).exists() for name in TENSORS):
-        raise UsageError(f"{repo_id} has no {' or '.join(top + name for name in TENSORS)}; name the folder that has, hook_name")
+        raise UsageError(
+            f"{repo_id} has no {' or '.join(top + name for name in TENSORS)}; name the folder that has, hook_name"
+        )
     return path / top
 
 
 def push(folder, repo_id, kind, path_in_repo=None, private=None):
-    """Push an SAE folder (kind "sae", a model repository) or an activation folder ("activations", a data set) -> its address.
+    """Push an SAE folder (kind "sae", a model repository) or an activation folder ("activations", a
+    data set) -> its address.
 
-    A repository that is not there is made, `private` or not (None: as its owner's are). `path_in_repo`: a folder in it, where
-    several are to share one; for an SAE, what `Sae.load_from_hub` is given as `hook_name`. Unfinished files stay here. Raises
-    UsageError for a folder that is not of the kind or not finished, OSError for whatever the Hub says.
+    A repository that is not there is made, `private` or not (None: as its owner's are).
+    `path_in_repo`: a folder in it, where several are to share one; for an SAE, what
+    `Sae.load_from_hub` is given as `hook_name`. Unfinished files stay here. Raises UsageError for a
+    folder that is not of the kind or not finished, OSError for whatever the Hub says.
     """
     from huggingface_hub import HfApi
 
@@ -93,12 +116,15 @@ def push(folder, repo_id, kind, path_in_repo=None, private=None):
                 commit_message="Describe it",
             )
     if has_card and not (folder / "README.md").exists():
-        print(f"{repo_id} keeps its {readme}, which may describe earlier files; if you delete it, the next push writes one")
+        print(
+            f"{repo_id} keeps its {readme}, which may describe earlier files; if you delete it, the next push writes one"
+        )
     return str(address)
 
 
 def card(folder, repo_id, kind, path_in_repo=None):
-    """README.md of a folder that is pushed: what it is, its numbers, how to load it. Raises as `push` does."""
+    """README.md of a folder that is pushed: what it is, its numbers, how to load it. Raises as
+    `push` does."""
     if kind not in TYPES:
         raise UsageError(f"kind {kind!r}: expected {' or '.join(TYPES)}")
     if not folder.is_dir():
@@ -116,13 +142,17 @@ def card(folder, repo_id, kind, path_in_repo=None):
 def describe_sae(folder, repo_id, path_in_repo):
     """The card of an SAE folder, ours or SAELens'; only what its cfg.json says."""
     if not (folder / "cfg.json").exists() or not any((folder / name).exists() for name in TENSORS):
-        raise UsageError(f"{folder} has no finished SAE: expected cfg.json and {' or '.join(TENSORS)}")
+        raise UsageError(
+            f"{folder} has no finished SAE: expected cfg.json and {' or '.join(TENSORS)}"
+        )
     cfg = read_json(folder / "cfg.json")
     saelens = {"num_latents": cfg.get("d_sae"), "activation": cfg.get("architecture")}
     cfg = {**(cfg.get("metadata") or {}), **saelens, **cfg}
     facts = {name: cfg.get(key) for name, key in SAE_FACTS.items()}
     where = f'"{repo_id}", "{path_in_repo}"' if path_in_repo else f'"{repo_id}"'
-    shape = "(samples, tokens, d)" if str(cfg.get("activation")).startswith("sampletopk") else "(N, d)"
+    shape = (
+        "(samples, tokens, d)" if str(cfg.get("activation")).startswith("sampletopk") else "(N, d)"
+    )
     return f"""\
 # {path_in_repo or cfg.get("hook_name") or repo_id}
 
@@ -145,7 +175,9 @@ def describe_activations(folder, repo_id, path_in_repo):
     files = [path for path in sorted(folder.iterdir()) if not is_hidden(path)]
     unfinished = [path.name for path in files if path.match("*.partial") or path.match("*.new")]
     if unfinished:
-        raise UsageError(f"{folder} is not finished ({unfinished[0]}); let collect.py resume it first")
+        raise UsageError(
+            f"{folder} is not finished ({unfinished[0]}); let collect.py resume it first"
+        )
     records = {}
     for path in (path for path in files if path.suffix == ".npy"):
         description = path.with_name(f"{path.stem}.json")

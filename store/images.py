@@ -31,18 +31,26 @@ def image_path(folder: Path, row: int) -> Path | None:
 def save_images(output: object, folder: Path, rows: range, sampling_rate: int = 44100) -> None:
     """Save what a pipeline returned for these rows, and return once it is safe on the disk.
 
-    output: a list of PIL images, or of lists of them; images in [0, 1] (N, C, H, W) of torch or (N, H, W, C) of NumPy; videos
-    with an axis of frames before these; an object with `images`, `frames` or `audios` that is one of these. audios:
-    (N, samples) or (N, channels, samples) in [-1, 1]. Files of rows that were saved before are overwritten.
+    output: a list of PIL images, or of lists of them; images in [0, 1] (N, C, H, W) of torch or (N,
+    H, W, C) of NumPy; videos with an axis of frames before these; an object with `images`, `frames`
+    or `audios` that is one of these. audios: (N, samples) or (N, channels, samples) in [-1, 1].
+    Files of rows that were saved before are overwritten.
 
     Raises UsageError for anything else, and where there is not one for each row.
     """
     audio = hasattr(output, "audios")
-    found = next((getattr(output, name) for name in ("images", "frames", "audios") if hasattr(output, name)), output)
+    found = next(
+        (getattr(output, name) for name in ("images", "frames", "audios") if hasattr(output, name)),
+        output,
+    )
     if not isinstance(found, (list, torch.Tensor, np.ndarray)):
-        raise UsageError(f"a {type(output).__name__} can't be saved as images: collect with --no_save_images")
+        raise UsageError(
+            f"a {type(output).__name__} can't be saved as images: collect with --no_save_images"
+        )
     if len(found) != len(rows):
-        raise UsageError(f"the pipeline made {len(found)} images for {len(rows)} rows; collect one image a prompt")
+        raise UsageError(
+            f"the pipeline made {len(found)} images for {len(rows)} rows; collect one image a prompt"
+        )
 
     folder.mkdir(parents=True, exist_ok=True)
     for row, one in zip(rows, found):
@@ -86,12 +94,15 @@ def encode_frames(x: object) -> bytes:
 
 
 def to_bytes(x: object) -> np.ndarray:
-    """Frames (F, H, W, 3 or 4) uint8 of an image or a video in [0, 1]; channels stand first in torch and last in NumPy."""
+    """Frames (F, H, W, 3 or 4) uint8 of an image or a video in [0, 1]; channels stand first in
+    torch and last in NumPy."""
     if torch.is_tensor(x):
         x = x.movedim(-3, -1).float().cpu().numpy() if x.ndim in (3, 4) else x.cpu().numpy()
     x = np.asarray(x)
     if x.ndim not in (3, 4) or x.shape[-1] not in (1, 3, 4):
-        raise UsageError(f"an array of shape {x.shape} can't be saved as an image: collect with --no_save_images")
+        raise UsageError(
+            f"an array of shape {x.shape} can't be saved as an image: collect with --no_save_images"
+        )
     if x.dtype != np.uint8:
         x = (np.nan_to_num(x.astype(np.float32)).clip(0, 1) * 255).round().astype(np.uint8)
     if x.shape[-1] == 1:

@@ -1,4 +1,5 @@
-"""Headless Chromium, driven by the DevTools protocol over two pipes: no driver, no port, no package."""
+"""Headless Chromium, driven by the DevTools protocol over two pipes: no driver, no port, no
+package."""
 
 import base64
 import fcntl
@@ -9,32 +10,57 @@ import subprocess
 import tempfile
 import time
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))), None)
+CHROMIUM = next(
+    filter(
+        None,
+        map(
+            shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+        ),
+    ),
+    None,
+)
 
 
 class Browser:
-    """One page, of width x height. `errors` gathers what its console and its exceptions say, `dialogs` the alerts."""
+    """One page, of width x height. `errors` gathers what its console and its exceptions say,
+    `dialogs` the alerts."""
 
     def __init__(self, width=1280, height=800, dark=False, phone=False):
         self.profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         theirs, self.to = os.pipe()
         self.source, answers = os.pipe()
-        # Chromium reads from 3 and writes to 4; these copies are neither, and no file that is open already
+        # Chromium reads from 3 and writes to 4; these copies are neither, and no file that is open
+        # already
         commands, replies = (fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 5) for fd in (theirs, answers))
 
         def pipes():
             os.dup2(commands, 3)
             os.dup2(replies, 4)
 
-        arguments = ["--headless=new", "--no-sandbox", "--remote-debugging-pipe", "--disable-gpu", "--disable-dev-shm-usage"]
-        arguments += [f"--user-data-dir={self.profile.name}", "--no-first-run", "--disable-background-networking", "about:blank"]
+        arguments = [
+            "--headless=new",
+            "--no-sandbox",
+            "--remote-debugging-pipe",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+        ]
+        arguments += [
+            f"--user-data-dir={self.profile.name}",
+            "--no-first-run",
+            "--disable-background-networking",
+            "about:blank",
+        ]
         quiet = dict(stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        self.process = subprocess.Popen([CHROMIUM, *arguments], preexec_fn=pipes, pass_fds=(3, 4), **quiet)
+        self.process = subprocess.Popen(
+            [CHROMIUM, *arguments], preexec_fn=pipes, pass_fds=(3, 4), **quiet
+        )
         for fd in (commands, replies, theirs, answers):
             os.close(fd)
         self.number, self.buffer, self.session, self.errors, self.dialogs = 0, b"", None, [], []
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
-        self.session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self.session = self.send("Target.attachToTarget", targetId=target, flatten=True)[
+            "sessionId"
+        ]
         for domain in ("Page", "Runtime", "Log"):
             self.send(f"{domain}.enable")
         size = dict(width=width, height=height, deviceScaleFactor=2 if phone else 1, mobile=phone)
@@ -64,7 +90,10 @@ class Browser:
     def send(self, method, **params):
         self.number += 1
         number, message = self.number, {"id": self.number, "method": method, "params": params}
-        data = json.dumps(message | ({"sessionId": self.session} if self.session else {})).encode() + b"\0"
+        data = (
+            json.dumps(message | ({"sessionId": self.session} if self.session else {})).encode()
+            + b"\0"
+        )
         while data:
             data = data[os.write(self.to, data) :]
         while True:
@@ -85,7 +114,11 @@ class Browser:
         elif method == "Page.javascriptDialogOpening":
             self.dialogs.append(params["message"])
             self.number += 1
-            answer = {"id": self.number, "method": "Page.handleJavaScriptDialog", "params": {"accept": True}}
+            answer = {
+                "id": self.number,
+                "method": "Page.handleJavaScriptDialog",
+                "params": {"accept": True},
+            }
             os.write(self.to, json.dumps(answer | {"sessionId": self.session}).encode() + b"\0")
 
     def open(self, path, fragment=""):
@@ -95,7 +128,9 @@ class Browser:
 
     def run(self, expression):
         """The value of an expression in the page, awaited if it is a promise."""
-        found = self.send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        found = self.send(
+            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
+        )
         if "exceptionDetails" in found:
             raise RuntimeError(found["exceptionDetails"])
         return found["result"].get("value")

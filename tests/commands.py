@@ -1,8 +1,9 @@
 """The scripts as a user runs them: command lines, their status, and what they print.
 
-Python takes 3 to 6 s to import torch and diffusers. So a command line runs in a fork of a process that has imported them and done
-nothing else (multiprocessing's fork server); the modules of this repository are imported by each fork. What is read when those
-libraries are imported, and how a script really starts, a fork can't show: `run_fresh` starts Python itself.
+Python takes 3 to 6 s to import torch and diffusers. So a command line runs in a fork of a process
+that has imported them and done nothing else (multiprocessing's fork server); the modules of this
+repository are imported by each fork. What is read when those libraries are imported, and how a
+script really starts, a fork can't show: `run_fresh` starts Python itself.
 """
 
 import multiprocessing
@@ -24,15 +25,22 @@ PRELOADED = [  # what the scripts import of others
     "transformers.models.clip.tokenization_clip", "matplotlib.backends.backend_agg", "safetensors.torch", "filelock", "tqdm",
     "PIL.Image",
 ]  # fmt: skip
-READ_AT_IMPORT = ("HF_", "TRITON_", "MPLBACKEND", "CUDA_")  # beginnings of variables that a fork would see too late
+READ_AT_IMPORT = (
+    "HF_",
+    "TRITON_",
+    "MPLBACKEND",
+    "CUDA_",
+)  # beginnings of variables that a fork would see too late
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(PRELOADED)
 
 
 def run_script(*words, cwd, timeout=120, **environment):
-    """Run `python <words>` in the folder `cwd`; words[0] is a script of this repository, such as train.py.
+    """Run `python <words>` in the folder `cwd`; words[0] is a script of this repository, such as
+    train.py.
 
-    environment: variables beside those of this process. Returns a CompletedProcess with returncode, stdout, stderr (text).
+    environment: variables beside those of this process. Returns a CompletedProcess with returncode,
+    stdout, stderr (text).
     """
     script = Script(*words, cwd=cwd, **environment)
     try:
@@ -46,11 +54,19 @@ def run_fresh(*words, cwd, timeout=120, **environment):
     """`run_script` in a Python of its own."""
     words = [str(ROOT / words[0]), *map(str, words[1:])]
     environment = {**os.environ, **environment}
-    return subprocess.run([sys.executable, *words], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(
+        [sys.executable, *words],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
 
 
 class Script:
-    """A command line that runs; the methods are those of subprocess.Popen. words and environment: as in `run_script`."""
+    """A command line that runs; the methods are those of subprocess.Popen. words and environment:
+    as in `run_script`."""
 
     def __init__(self, *words, cwd, **environment):
         late = [name for name in environment if name.startswith(READ_AT_IMPORT)]
@@ -61,7 +77,12 @@ class Script:
         for path in self.printed:
             path.touch()
         start_server()
-        arguments = (self.words, str(cwd), {**os.environ, **environment}, list(map(str, self.printed)))
+        arguments = (
+            self.words,
+            str(cwd),
+            {**os.environ, **environment},
+            list(map(str, self.printed)),
+        )
         self.process = FORKS.Process(target=be_script, args=arguments)
         self.process.start()
         self.pid = self.process.pid
@@ -95,7 +116,8 @@ class Script:
 
 
 class Processes:
-    """A script by several processes, as torchrun runs them: a store for all, and when one fails the others are ended.
+    """A script by several processes, as torchrun runs them: a store for all, and when one fails the
+    others are ended.
 
     words and environment: as in `run_script`.
     """
@@ -104,8 +126,16 @@ class Processes:
         from torch.distributed import TCPStore
 
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        torchrun = dict(WORLD_SIZE=count, LOCAL_WORLD_SIZE=count, GROUP_RANK=0, GROUP_WORLD_SIZE=1, OMP_NUM_THREADS=1)
-        torchrun |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=self.store.port, TORCHELASTIC_USE_AGENT_STORE=True)
+        torchrun = dict(
+            WORLD_SIZE=count,
+            LOCAL_WORLD_SIZE=count,
+            GROUP_RANK=0,
+            GROUP_WORLD_SIZE=1,
+            OMP_NUM_THREADS=1,
+        )
+        torchrun |= dict(
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=self.store.port, TORCHELASTIC_USE_AGENT_STORE=True
+        )
         self.scripts = []
         for rank in range(count):
             variables = {**torchrun, "RANK": rank, "LOCAL_RANK": rank, **environment}
@@ -124,7 +154,9 @@ class Processes:
         end = time.monotonic() + timeout
         while (status := self.poll()) is None:
             if time.monotonic() > end:
-                raise subprocess.TimeoutExpired(self.scripts[0].words, timeout, self.scripts[0].stdout, self.stderr)
+                raise subprocess.TimeoutExpired(
+                    self.scripts[0].words, timeout, self.scripts[0].stdout, self.stderr
+                )
             time.sleep(0.01)
         for script in self.scripts:
             script.wait(30)
@@ -147,7 +179,9 @@ class Processes:
 def start_server():
     """Start the process that is forked, once; it inherits this one's environment."""
     quiet = dict(TRANSFORMERS_VERBOSITY="error")  # as cli.run says before transformers is imported
-    quiet |= dict(PYTORCH_NVML_BASED_CUDA_CHECK="1")  # asking whether there is a GPU must not start CUDA, which no fork survives
+    quiet |= dict(
+        PYTORCH_NVML_BASED_CUDA_CHECK="1"
+    )  # asking whether there is a GPU must not start CUDA, which no fork survives
     with patch.dict(os.environ, quiet):
         forkserver.ensure_running()
 
@@ -163,8 +197,14 @@ def be_script(words, cwd, environment, printed):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), descriptor)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if "OMP_NUM_THREADS" in environment:
-        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))  # OpenMP has read it when the server started
+        torch.set_num_threads(
+            int(environment["OMP_NUM_THREADS"])
+        )  # OpenMP has read it when the server started
     ours = (str(ROOT), str(ROOT / "tests"))
-    sys.path[:] = [str(Path(words[0]).parent), str(ROOT), *(path for path in sys.path if path not in ours)]
+    sys.path[:] = [
+        str(Path(words[0]).parent),
+        str(ROOT),
+        *(path for path in sys.path if path not in ours),
+    ]
     sys.argv = words
     runpy.run_path(words[0], run_name="__main__")

@@ -9,7 +9,8 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 import pytest
 from tiny import build, sd15, sdxl
 
-# A background job ignores SIGINT and so do the processes that it starts; tests that press Ctrl-C need what a terminal gives.
+# A background job ignores SIGINT and so do the processes that it starts; tests that press Ctrl-C
+# need what a terminal gives.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -24,5 +25,7 @@ def model_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "tiny"
     pipe = build(sd15)
     pipe.save_pretrained(folder)
-    (folder / "prompts.csv").write_text("prompt,colour\n" + "".join(f"a picture of {i},{i % 3}\n" for i in range(12)))
+    (folder / "prompts.csv").write_text(
+        "prompt,colour\n" + "".join(f"a picture of {i},{i % 3}\n" for i in range(12))
+    )
     return folder

@@ -6,7 +6,8 @@ from store.disk import checksum
 
 
 def describe(path, **meta):
-    """Write the .json of an activation file, and a prompts.jsonl, if there is none, in which no prompt has a text.
+    """Write the .json of an activation file, and a prompts.jsonl, if there is none, in which no
+    prompt has a text.
 
     So a prompt is known by its place in its file.
     """

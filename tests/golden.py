@@ -1,11 +1,13 @@
-"""Run an old commit and the working tree on this machine with the same commands, and compare what they write.
+"""Run an old commit and the working tree on this machine with the same commands, and compare what
+they write.
 
     python tests/golden.py b243481                    # every stage, about five minutes on two cores
     python tests/golden.py b243481 --only collect     # the commands whose name begins so
     python tests/golden.py b243481 --keep /tmp/golden # leave the files there
 
-Activations, SAEs, metrics, reports and the data of the feature page are compared number by number. Seconds, versions and
-checksums are left out. It prints one line per file, and ends with status 1 if a file differs that NAMED does not list.
+Activations, SAEs, metrics, reports and the data of the feature page are compared number by number.
+Seconds, versions and checksums are left out. It prints one line per file, and ends with status 1 if
+a file differs that NAMED does not list.
 """
 
 import argparse
@@ -28,17 +30,37 @@ DATA = "activations/up_blocks.1.attentions.1.npy"
 FEW_STEPS = ["--num_inference_steps", "6"]
 SMALL_SAE = ["--data", DATA, "--expansion_factor", "4", "--log_every", "2", "--save_every", "20"]
 
-# Differences that CHANGELOG.md names ("Results change: yes"): {file, as a regular expression: reason}
+# Differences that CHANGELOG.md names ("Results change: yes"): {file, as a regular expression:
+# reason}
 NAMED = {
     r".*/(collect\.json|progress\.npy)": "the progress of a collection is in progress.jsonl",
     r".*\.png": "figures share one grid and one style",
 }
-# Never compared: times and versions, what CHANGELOG.md names as gone or new in a description, and pictures of the page
+# Never compared: times and versions, what CHANGELOG.md names as gone or new in a description, and
+# pictures of the page
 LEFT_OUT = {"seconds", "seconds_each", "versions", "checksum", "run_id", "vectors_per_second"}
-LEFT_OUT |= {"mean_norm", "machines", "machine", "shard", "save_images", "save_samples", "output_type"}
+LEFT_OUT |= {
+    "mean_norm",
+    "machines",
+    "machine",
+    "shard",
+    "save_images",
+    "save_samples",
+    "output_type",
+}
 LEFT_OUT |= {"training", "unlearn", "report", "per_cell", "pictures", "note", "data", "crc32"}
-# Keys that an older version did not write: what a collection and an SAE say of themselves so that stages can check it
-ADDED = {"fingerprint", "fingerprints", "id", "prompts_digest", "model_folder", "model_dtype", "model_name", "collections"}
+# Keys that an older version did not write: what a collection and an SAE say of themselves so that
+# stages can check it
+ADDED = {
+    "fingerprint",
+    "fingerprints",
+    "id",
+    "prompts_digest",
+    "model_folder",
+    "model_dtype",
+    "model_name",
+    "collections",
+}
 ADDED |= {"side", "stream", "rows", "collected_with", "data_relative_to", "tokens_per_sample"}
 ADDED |= {
     "num_training_prompts",
@@ -76,7 +98,9 @@ def commands() -> list[Command]:
         found.append(Command(name, "collect.py", [*arguments, "--out_dir", folder], files, samples))
 
     add_collect("collect output", collect, "activations")
-    add_collect("collect both", [*collect, "--rows", "both", "--cache_every_n_timesteps", "2"], "both")
+    add_collect(
+        "collect both", [*collect, "--rows", "both", "--cache_every_n_timesteps", "2"], "both"
+    )
     for side in ("input", "diff"):
         add_collect(f"collect {side}", [*collect, "--side", side, "--tokens_per_step", "50"], side)
     add_collect("collect images", ["--images", "photos", "--timesteps_per_image", "3"], "images")
@@ -89,36 +113,97 @@ def commands() -> list[Command]:
         "multi_topk": ["--multi_topk"],
         "matryoshka": ["--matryoshka", "128", "256"],
         "unit_norm": ["--input_unit_norm", "--center", "mean"],
-        "per_step": ["--loss_weight", "per_step", "--grad_acc_steps", "2", "--no_normalize_decoder"],
+        "per_step": [
+            "--loss_weight",
+            "per_step",
+            "--grad_acc_steps",
+            "2",
+            "--no_normalize_decoder",
+        ],
         "auxk": ["--dead_feature_threshold", "2048", "--lr_scheduler", "cosine"],
     }
     for name, arguments in variants.items():
         out_dir = f"saes_{name}"
-        files = [f"{out_dir}/*/sae.safetensors", f"{out_dir}/*/metrics.jsonl", f"{out_dir}/*/cfg.json"]
-        found.append(Command(f"train {name}", "train.py", [*SMALL_SAE, *arguments, "--out_dir", out_dir], files))
+        files = [
+            f"{out_dir}/*/sae.safetensors",
+            f"{out_dir}/*/metrics.jsonl",
+            f"{out_dir}/*/cfg.json",
+        ]
+        found.append(
+            Command(
+                f"train {name}", "train.py", [*SMALL_SAE, *arguments, "--out_dir", out_dir], files
+            )
+        )
 
     sae = f"saes_topk/{Path(DATA).stem}_k16_M384"
     for name in ("topk", "batch_topk", "sample_topk"):
         folder = sae if name == "topk" else f"saes_{name}/*"
         graft = ["--graft", "--num_prompts", "2", "--windows", "2"] if name != "batch_topk" else []
         arguments = ["--sae", folder, *graft, "--out_dir", f"evaluations_{name}"]
-        found.append(Command(f"evaluate {name}", "evaluate.py", arguments, [f"evaluations_{name}/*/*.json"]))
+        found.append(
+            Command(f"evaluate {name}", "evaluate.py", arguments, [f"evaluations_{name}/*/*.json"])
+        )
 
     found.append(Command("features", "features.py", ["--sae", sae], ["features/*.html"]))
     steer = ["--sae", sae, "--num_prompts", "4", "--num_pictures", "16"]
     for name, arguments in {
         "multiply": ["--features", "3", "5", "--multiply", "0", "4", "--rows", "cond"],
-        "add": ["--features", "3", "--add", "0.5", "--steps", "1-3", "--rows", "both", "--mask", "0", "0", "1", "0.5"],
+        "add": [
+            "--features",
+            "3",
+            "--add",
+            "0.5",
+            "--steps",
+            "1-3",
+            "--rows",
+            "both",
+            "--mask",
+            "0",
+            "0",
+            "1",
+            "0.5",
+        ],
         "concept": ["--num_features", "2", "--renormalize", "--rows", "cond"],
     }.items():
         files = [f"steer_{name}/*/steer.json", f"steer_{name}/*/steer.png"]
-        found.append(Command(f"steer {name}", "steer.py", [*steer, *arguments, "--out_dir", f"steer_{name}"], files))
+        found.append(
+            Command(
+                f"steer {name}",
+                "steer.py",
+                [*steer, *arguments, "--out_dir", f"steer_{name}"],
+                files,
+            )
+        )
 
-    ablate = ["--max_num_examples", "2", "--num_inference_steps", "4", "--hook_names", "mid_block", "up_blocks.1.attentions.*"]
+    ablate = [
+        "--max_num_examples",
+        "2",
+        "--num_inference_steps",
+        "4",
+        "--hook_names",
+        "mid_block",
+        "up_blocks.1.attentions.*",
+    ]
     for mode in ("skip", "zero", "mean"):
         arguments = [*ablate, "--mode", mode, "--out_dir", f"ablate_{mode}"]
-        found.append(Command(f"ablate {mode}", "ablate.py", arguments, [f"ablate_{mode}/*.json", f"ablate_{mode}/ablate.png"]))
-    arguments = ["--data", DATA, "--expansion_factor", "2", "--trial_updates", "5", "--trial_seconds", "1000"]
+        found.append(
+            Command(
+                f"ablate {mode}",
+                "ablate.py",
+                arguments,
+                [f"ablate_{mode}/*.json", f"ablate_{mode}/ablate.png"],
+            )
+        )
+    arguments = [
+        "--data",
+        DATA,
+        "--expansion_factor",
+        "2",
+        "--trial_updates",
+        "5",
+        "--trial_seconds",
+        "1000",
+    ]
     found.append(Command("diagnose", "diagnose.py", arguments, ["diagnose/*.json"]))
     return found
 
@@ -152,7 +237,11 @@ def run(command: Command, code: Path, folder: Path, is_new: bool) -> str | None:
         text=True,
     )
     if done.returncode:
-        return done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"status {done.returncode}"
+        return (
+            done.stderr.strip().splitlines()[-1]
+            if done.stderr.strip()
+            else f"status {done.returncode}"
+        )
     return None
 
 
@@ -167,7 +256,9 @@ def content(path: Path) -> object:
     if path.suffix == ".jsonl":
         return [json.loads(line) for line in path.read_text().splitlines()]
     if path.suffix == ".html":
-        data = re.search(r'<script[^>]*type="application/json"[^>]*>(.*?)</script>', path.read_text(), re.DOTALL)
+        data = re.search(
+            r'<script[^>]*type="application/json"[^>]*>(.*?)</script>', path.read_text(), re.DOTALL
+        )
         return json.loads(data[1])
     return json.loads(path.read_text())
 
@@ -209,30 +300,49 @@ def compare(command: Command, old: Path, new: Path) -> tuple[int, int]:
     equal = unnamed = 0
     for name in sorted(names):
         if not (old / name).exists() or not (new / name).exists():
-            found = "only the old one is there" if (old / name).exists() else "only the new one is there"
+            found = (
+                "only the old one is there"
+                if (old / name).exists()
+                else "only the new one is there"
+            )
         else:
             found = difference(content(old / name), content(new / name))
         if found is None:
             equal += 1
             continue
-        reason = next((reason for pattern, reason in NAMED.items() if re.fullmatch(pattern, name)), None)
+        reason = next(
+            (reason for pattern, reason in NAMED.items() if re.fullmatch(pattern, name)), None
+        )
         unnamed += reason is None
-        print(f"  {'DIFFERS' if reason is None else 'named'}  {name}: {found}{'' if reason is None else f' ({reason})'}")
+        print(
+            f"  {'DIFFERS' if reason is None else 'named'}  {name}: {found}{'' if reason is None else f' ({reason})'}"
+        )
     print(f"  {equal} of {len(names)} files are equal", flush=True)
     return equal, unnamed
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("old_commit")
-    parser.add_argument("--only", default="", help="run the commands whose name begins so; earlier ones must be in --keep")
-    parser.add_argument("--keep", help="folder for the files; what it holds is used again, not run again")
+    parser.add_argument(
+        "--only",
+        default="",
+        help="run the commands whose name begins so; earlier ones must be in --keep",
+    )
+    parser.add_argument(
+        "--keep", help="folder for the files; what it holds is used again, not run again"
+    )
     options = parser.parse_args()
 
     work = Path(options.keep or tempfile.mkdtemp(prefix="golden-"))
     code = work / "code"
     if not code.exists():
-        subprocess.run(["git", "-C", HERE, "worktree", "add", "--force", "--detach", code, options.old_commit], check=True)
+        subprocess.run(
+            ["git", "-C", HERE, "worktree", "add", "--force", "--detach", code, options.old_commit],
+            check=True,
+        )
     folders = {"old": work / "old", "new": work / "new"}
     for folder in folders.values():
         if not (folder / "photos").exists():

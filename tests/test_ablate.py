@@ -31,16 +31,24 @@ def config(model_folder, tmp_path):
 @pytest.mark.parametrize("mode", ablate.EDITS)
 def test_what_each_mode_puts_in_place(mode):
     pipe, seen = build(sd15), []
-    module, follower = (pipe.unet.get_submodule("mid_block." + name) for name in ("attentions.0", "resnets.1"))
+    module, follower = (
+        pipe.unet.get_submodule("mid_block." + name) for name in ("attentions.0", "resnets.1")
+    )
     module.register_forward_hook(lambda module, args, output: seen.append((args[0], output[0])))
     follower.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     hooked = HookedDiffusionModel.from_pipeline(pipe)
-    hooked.run_with_hooks({"mid_block.attentions.0": ablate.EDITS[mode]}, PROMPTS, **generate_options(3))
+    hooked.run_with_hooks(
+        {"mid_block.attentions.0": ablate.EDITS[mode]}, PROMPTS, **generate_options(3)
+    )
     (before, after), edited = seen[-2:]
-    chunks = after.unflatten(0, (2, 3))  # unconditional and conditional rows each have their own mean
+    chunks = after.unflatten(
+        0, (2, 3)
+    )  # unconditional and conditional rows each have their own mean
     mean = chunks.mean(1, keepdim=True).expand_as(chunks).flatten(0, 1)
     expected = {"skip": before, "zero": torch.zeros_like(after), "mean": mean}[mode]
-    assert torch.allclose(edited, expected, atol=1e-6) and (mode == "mean" or torch.equal(edited, expected))
+    assert torch.allclose(edited, expected, atol=1e-6) and (
+        mode == "mean" or torch.equal(edited, expected)
+    )
 
 
 def test_distances_by_hand():
@@ -60,7 +68,9 @@ def test_a_report(config, mode, capsys):
     assert ranked == sorted(ranked, reverse=True) and min(ranked) > 0
     assert (hooks[HOOK]["tokens"], hooks[HOOK]["d"], hooks[HOOK]["grid"]) == (64, 16, [8, 8])
     assert hooks[HOOK]["mb_per_prompt"] == 2 * 64 * 16 * 2 / 1e6
-    assert ("error" in hooks["down_blocks.0"]) == (mode == "skip")  # its output has another shape than its input
+    assert ("error" in hooks["down_blocks.0"]) == (
+        mode == "skip"
+    )  # its output has another shape than its input
     printed = capsys.readouterr().out
     assert all(name in printed for name in hooks) and str(out / "ablate.png") in printed
     pictures = Image.open(out / "ablate.png")
@@ -70,7 +80,9 @@ def test_a_report(config, mode, capsys):
 def test_other_settings_and_too_few_prompts_are_refused(config):
     ablate.main(config)
     before = (Path(config.out_dir) / "ablate.png").read_bytes()
-    with pytest.raises(ValueError, match="was made with mode 'skip', not 'zero'; choose another --out_dir"):
+    with pytest.raises(
+        ValueError, match="was made with mode 'skip', not 'zero'; choose another --out_dir"
+    ):
         ablate.main(replace(config, mode="zero"))
     assert (Path(config.out_dir) / "ablate.png").read_bytes() == before
     with pytest.raises(ValueError, match="two prompts"):

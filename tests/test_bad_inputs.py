@@ -1,6 +1,8 @@
-"""Three hundred generated mistakes, and twenty of them as real command lines: one line and status 2, or a run that is right.
+"""Three hundred generated mistakes, and twenty of them as real command lines: one line and status
+2, or a run that is right.
 
-Never a traceback, never a hang, never a file changed that was there before. `pytest --hypothesis-seed=N` tries others.
+Never a traceback, never a hang, never a file changed that was there before. `pytest
+--hypothesis-seed=N` tries others.
 """
 
 import contextlib
@@ -37,7 +39,10 @@ from sae import Sae
 
 pytestmark = pytest.mark.slow
 
-SCRIPTS = {module.__name__: module for module in (ablate, collect, diagnose, evaluate, export, features, steer, train)}
+SCRIPTS = {
+    module.__name__: module
+    for module in (ablate, collect, diagnose, evaluate, export, features, steer, train)
+}
 SECONDS = 30  # for one case, which takes one or two
 X = np.random.default_rng(0).normal(size=(20, 3, 4, 8)).astype(np.float32)
 refused = []  # command lines and the line that each ended in, of which some are run again in earnest
@@ -60,8 +65,12 @@ def good(tmp_path_factory, model_folder):
     (folder / "prompts.csv").write_text("prompt,colour\na picture,1\nanother one,2\n")
     Sae(8, 16, 2, {"data": ["x.npy"]}).save_to_disk(folder / "sae")
     with contextlib.chdir(folder):
-        options = dict(model_name="model", dataset_name="prompts.csv", num_inference_steps=1, device="cpu")
-        collect.main(collect.Config(hook_names=["mid_block"], height=32, width=32, out_dir="acts", **options))
+        options = dict(
+            model_name="model", dataset_name="prompts.csv", num_inference_steps=1, device="cpu"
+        )
+        collect.main(
+            collect.Config(hook_names=["mid_block"], height=32, width=32, out_dir="acts", **options)
+        )
     d = np.load(folder / "acts" / "mid_block.npy", mmap_mode="r").shape[-1]
     Sae(d, 16, 2, {"data": ["acts/mid_block.npy"]}).save_to_disk(folder / "acts" / "sae")
     return folder
@@ -73,7 +82,11 @@ def offline_and_small(monkeypatch):
     resource = pytest.importorskip("resource")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("store.dataset.HELD_OUT", dict(share=0.1, at_least=0, at_most=10**9))
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() if Path("/proc").exists() else 0
+    used = (
+        int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        if Path("/proc").exists()
+        else 0
+    )
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (used + (8 << 30), before[1]))
     yield
@@ -95,7 +108,9 @@ def at_most(seconds):
 
 
 def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
 
 
 def command(script, *more):
@@ -111,11 +126,17 @@ def command(script, *more):
         "export": "--sae sae --export saelens --out_dir exported",
         "train": "--data x.npy --num_latents 16 --k 2 --max_examples 100 --effective_batch_size 50",
     }[script]
-    return [script, *base.split(), *("--out_dir out".split() if script not in ("export", "evaluate") else []), *more]
+    return [
+        script,
+        *base.split(),
+        *("--out_dir out".split() if script not in ("export", "evaluate") else []),
+        *more,
+    ]
 
 
 def run(good, words, damage=lambda folder: None):
-    """Run a command line in a copy of `good`: None if it is right, else the one line that it ends with."""
+    """Run a command line in a copy of `good`: None if it is right, else the one line that it ends
+    with."""
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder) / "here"
         shutil.copytree(good, folder)
@@ -132,7 +153,9 @@ def run(good, words, damage=lambda folder: None):
             except SystemExit as stop:
                 status = stop.code or 0
         after = contents(folder)
-        outside = [path for path in folder.parent.iterdir() if path != folder and path.name != "outside"]  # which is asked for
+        outside = [
+            path for path in folder.parent.iterdir() if path != folder and path.name != "outside"
+        ]  # which is asked for
     assert status in (0, 2), (words, status, err.getvalue()[-2000:])
     assert "Traceback" not in err.getvalue(), (words, err.getvalue()[-2000:])
     assert {path: after.get(path) for path in before} == before, words
@@ -156,15 +179,26 @@ ENDLESS = ("num_epochs", "list_hooks", "to_hub", "hf_repo_id", "log_to", "device
 def options(script):
     """Names of a script's options that a value can be given to."""
     fields = dataclasses.fields(SCRIPTS[script].Config)
-    return [f.name for f in fields if f.name not in ENDLESS and typing.get_type_hints(SCRIPTS[script].Config)[f.name] is not bool]
+    return [
+        f.name
+        for f in fields
+        if f.name not in ENDLESS
+        and typing.get_type_hints(SCRIPTS[script].Config)[f.name] is not bool
+    ]
 
 
 @some(120)
 @given(data=st.data())
 def test_options(good, data):
     script = data.draw(st.sampled_from(sorted(SCRIPTS)))
-    pairs = st.tuples(st.sampled_from(options(script)), st.sampled_from(JUNK) | st.integers(-3, 70000).map(str))
-    more = [word for name, value in data.draw(st.lists(pairs, min_size=1, max_size=2)) for word in (f"--{name}", value)]
+    pairs = st.tuples(
+        st.sampled_from(options(script)), st.sampled_from(JUNK) | st.integers(-3, 70000).map(str)
+    )
+    more = [
+        word
+        for name, value in data.draw(st.lists(pairs, min_size=1, max_size=2))
+        for word in (f"--{name}", value)
+    ]
     if line := run(good, words := command(script, *more)):
         refused.append((words, line))
 
@@ -173,18 +207,40 @@ def test_numbers_that_no_tensor_holds(good):
     """Every option that takes a number, of every script."""
     for script, module in SCRIPTS.items():
         for name, kind in typing.get_type_hints(module.Config).items():
-            values = ["inf", "nan"] * ("float" in str(kind)) + ["99999999999999999999"] * ("int" in str(kind))
+            values = ["inf", "nan"] * ("float" in str(kind)) + ["99999999999999999999"] * (
+                "int" in str(kind)
+            )
             for value in values:
                 assert run(good, command(script, f"--{name}", value)), (script, name, value)
 
 
-SHAPES = st.lists(st.sampled_from([-1, 0, 1, 2, 3, 4, 8, 20, 10**6, 2**40, 2**63, 1.5, "3", None]), max_size=5).map(tuple)
-DTYPES = ["<f4", "<f2", ">f4", "<f8", "|O", "<i4", "|b1", "<U3", "<c8", "|V8", "f4, i4", "", "<f3", None, 4]
+SHAPES = st.lists(
+    st.sampled_from([-1, 0, 1, 2, 3, 4, 8, 20, 10**6, 2**40, 2**63, 1.5, "3", None]), max_size=5
+).map(tuple)
+DTYPES = [
+    "<f4",
+    "<f2",
+    ">f4",
+    "<f8",
+    "|O",
+    "<i4",
+    "|b1",
+    "<U3",
+    "<c8",
+    "|V8",
+    "f4, i4",
+    "",
+    "<f3",
+    None,
+    4,
+]
 
 
 def npy(descr, shape, fortran, version):
     header = repr({"descr": descr, "fortran_order": fortran, "shape": shape}).encode()
-    return b"\x93NUMPY" + bytes([version, 0]) + struct.pack("<H", len(header)) + header + X.tobytes()
+    return (
+        b"\x93NUMPY" + bytes([version, 0]) + struct.pack("<H", len(header)) + header + X.tobytes()
+    )
 
 
 def damaged(raw):
@@ -198,15 +254,28 @@ def damaged(raw):
 @some(70)
 @given(data=st.data())
 def test_npy_files(good, data):
-    headers = st.builds(npy, st.sampled_from(DTYPES), SHAPES, st.sampled_from([False, True, None]), st.sampled_from([1, 2, 3, 9]))
+    headers = st.builds(
+        npy,
+        st.sampled_from(DTYPES),
+        SHAPES,
+        st.sampled_from([False, True, None]),
+        st.sampled_from([1, 2, 3, 9]),
+    )
     raw = data.draw(headers | damaged((good / "x.npy").read_bytes()) | st.binary(max_size=200))
     script = data.draw(st.sampled_from(["train", "diagnose", "evaluate"]))
     run(good, command(script), lambda folder: (folder / "x.npy").write_bytes(raw))
 
 
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-5, 2**70) | st.floats() | st.sampled_from(JUNK + ["topk", "batchtopk", "jumprelu"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["a", "k", "data"]), inner, max_size=2),
+    st.none()
+    | st.booleans()
+    | st.integers(-5, 2**70)
+    | st.floats()
+    | st.sampled_from(JUNK + ["topk", "batchtopk", "jumprelu"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["a", "k", "data"]), inner, max_size=2)
+    ),
     max_leaves=4,
 )
 KEYS = [
@@ -228,9 +297,18 @@ KEYS = [
 @given(data=st.data())
 def test_cfg_json(good, data):
     cfg = json.loads((good / "sae" / "cfg.json").read_text())
-    changed = st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=3).map(lambda more: json.dumps(cfg | more).encode())
-    dropped = st.sampled_from(sorted(cfg)).map(lambda key: json.dumps({k: v for k, v in cfg.items() if k != key}).encode())
-    raw = data.draw(changed | dropped | damaged(json.dumps(cfg).encode()) | VALUES.map(lambda v: json.dumps(v).encode()))
+    changed = st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=3).map(
+        lambda more: json.dumps(cfg | more).encode()
+    )
+    dropped = st.sampled_from(sorted(cfg)).map(
+        lambda key: json.dumps({k: v for k, v in cfg.items() if k != key}).encode()
+    )
+    raw = data.draw(
+        changed
+        | dropped
+        | damaged(json.dumps(cfg).encode())
+        | VALUES.map(lambda v: json.dumps(v).encode())
+    )
     script = data.draw(st.sampled_from(["evaluate", "export"]))
     run(good, command(script), lambda folder: (folder / "sae" / "cfg.json").write_bytes(raw))
 
@@ -238,7 +316,9 @@ def test_cfg_json(good, data):
 @some(30)
 @given(data=st.data())
 def test_safetensors(good, data):
-    raw = data.draw(damaged((good / "sae" / "sae.safetensors").read_bytes()) | st.binary(max_size=100))
+    raw = data.draw(
+        damaged((good / "sae" / "sae.safetensors").read_bytes()) | st.binary(max_size=100)
+    )
     script = data.draw(st.sampled_from(["evaluate", "export"]))
     run(good, command(script), lambda folder: (folder / "sae" / "sae.safetensors").write_bytes(raw))
 
@@ -247,10 +327,20 @@ def test_safetensors(good, data):
 @given(data=st.data())
 def test_prompt_files(good, data):
     text = st.text(max_size=60).map(lambda s: s.encode("utf-8", "surrogatepass"))
-    lines = st.lists(VALUES.map(lambda v: json.dumps({"prompt": v})), max_size=3).map(lambda rows: "\n".join(rows).encode())
-    raw = data.draw(text | lines | st.binary(max_size=60) | st.just(b"prompt\n\x00\n") | st.just(b'prompt,"\n"x\n'))
+    lines = st.lists(VALUES.map(lambda v: json.dumps({"prompt": v})), max_size=3).map(
+        lambda rows: "\n".join(rows).encode()
+    )
+    raw = data.draw(
+        text
+        | lines
+        | st.binary(max_size=60)
+        | st.just(b"prompt\n\x00\n")
+        | st.just(b'prompt,"\n"x\n')
+    )
     name = data.draw(st.sampled_from(["p.txt", "p.csv", "p.jsonl", "p.parquet", "p.json", "p.pkl"]))
-    words = command("collect", "--dataset_name", name, *data.draw(st.sampled_from([[], ["--column", "prompt"]])))
+    words = command(
+        "collect", "--dataset_name", name, *data.draw(st.sampled_from([[], ["--column", "prompt"]]))
+    )
     run(good, words, lambda folder: (folder / name).write_bytes(raw))
 
 
@@ -266,7 +356,10 @@ def test_twenty_of_them_as_command_lines(good, tmp_path):
         before = contents(here)
         done = run_script(f"{words[0]}.py", *words[1:], cwd=here, OMP_NUM_THREADS="1")
         assert done.returncode == 2 and "Traceback" not in done.stderr, (words, done.stderr[-2000:])
-        assert line in done.stderr or (line == "tyro's box" and "--help" in done.stderr), (line, done.stderr[-2000:])
+        assert line in done.stderr or (line == "tyro's box" and "--help" in done.stderr), (
+            line,
+            done.stderr[-2000:],
+        )
         assert {path: contents(here).get(path) for path in before} == before
 
     for i, case in enumerate(cases):
@@ -290,7 +383,9 @@ def test_no_file_can_run_code(good, tmp_path):
         run(good, command(script), lambda folder, name=name: (folder / name).write_bytes(raw))
     objects = io.BytesIO()
     np.save(objects, np.array([Escape()], dtype=object), allow_pickle=True)
-    assert "error" in run(good, command("train"), lambda folder: (folder / "x.npy").write_bytes(objects.getvalue()))
+    assert "error" in run(
+        good, command("train"), lambda folder: (folder / "x.npy").write_bytes(objects.getvalue())
+    )
 
     def foreign(folder):
         shutil.rmtree(folder / "sae")

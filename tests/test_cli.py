@@ -16,11 +16,22 @@ import collect
 import train
 from cli import HERE, gather_lists, resolve_device, resolve_dtype, run
 
-SCRIPTS = ["ablate", "collect", "diagnose", "train", "evaluate", "features", "toy.make", "export", "steer"]
+SCRIPTS = [
+    "ablate",
+    "collect",
+    "diagnose",
+    "train",
+    "evaluate",
+    "features",
+    "toy.make",
+    "export",
+    "steer",
+]
 
 
 def command_line(monkeypatch, capsys, script, *options):
-    """Run a script's options as its command line would: (exit status, what it printed to stderr)."""
+    """Run a script's options as its command line would: (exit status, what it printed to
+    stderr)."""
     monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, options)])
     with pytest.raises(SystemExit) as stop:
         run(script.main, script.Config)
@@ -52,15 +63,27 @@ def test_devices_and_dtypes():
 def test_processes_take_a_gpu_each_before_anything_is_on_one(monkeypatch):
     done = []
     for name, value in dict(is_available=True, device_count=2, set_device=None).items():
-        monkeypatch.setattr(torch.cuda, name, lambda *args, name=name, value=value: done.append((name, *args)) or value)
-    monkeypatch.setattr(torch, "zeros", lambda n, device: done.append(("zeros", device)) or torch.ones(n))
+        monkeypatch.setattr(
+            torch.cuda,
+            name,
+            lambda *args, name=name, value=value: done.append((name, *args)) or value,
+        )
+    monkeypatch.setattr(
+        torch, "zeros", lambda n, device: done.append(("zeros", device)) or torch.ones(n)
+    )
     monkeypatch.setenv("LOCAL_RANK", "1")
     for count, device in ((3, "auto"), (3, "cuda"), (2, "cuda:0"), (2, "cuda:1")):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(count))
-        with pytest.raises(ValueError, match="3 processes for 2 GPUs" if count == 3 else f"--device {device}: each of the 2"):
+        with pytest.raises(
+            ValueError,
+            match="3 processes for 2 GPUs" if count == 3 else f"--device {device}: each of the 2",
+        ):
             resolve_device(device)
         assert not {"zeros", "set_device"} & {name for name, *_ in done}
-    assert resolve_device("auto") == torch.device("cuda") and done[-2:] == [("set_device", 1), ("zeros", "cuda")]
+    assert resolve_device("auto") == torch.device("cuda") and done[-2:] == [
+        ("set_device", 1),
+        ("zeros", "cuda"),
+    ]
     assert resolve_device("cpu") == torch.device("cpu")
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
     assert resolve_device("cuda:1") == torch.device("cuda:1") and ("set_device", 0) not in done
@@ -82,12 +105,18 @@ class Numbers:
     seed: int = 0
 
 
-@pytest.mark.parametrize("option", ["lr inf", "lr nan", "lr -1e39", "seed 9223372036854775808", "k 1 99999999999999999999"])
+@pytest.mark.parametrize(
+    "option",
+    ["lr inf", "lr nan", "lr -1e39", "seed 9223372036854775808", "k 1 99999999999999999999"],
+)
 def test_numbers_that_no_tensor_can_hold(monkeypatch, capsys, option):
     monkeypatch.setattr(sys, "argv", ["x.py", *f"--{option}".split()])
     with pytest.raises(SystemExit, match="2"):
         run(lambda cfg: pytest.fail("it ran"), Numbers)
-    assert f"x.py: error: --{option.replace('1 9', '9').replace('1e', '1e+')}: expected" in capsys.readouterr().err
+    assert (
+        f"x.py: error: --{option.replace('1 9', '9').replace('1e', '1e+')}: expected"
+        in capsys.readouterr().err
+    )
     monkeypatch.setattr(sys, "argv", "x.py --k 1 9223372036854775807 --lr 1e38 --seed -1".split())
     run(lambda cfg: None, Numbers)
 
@@ -103,7 +132,10 @@ def test_of_runtime_errors_only_a_peer_that_is_gone_is_one_line(monkeypatch, cap
         monkeypatch.setenv("WORLD_SIZE", str(count))
         with pytest.raises(found):
             run(partial(fail, error), Lists)
-    assert capsys.readouterr().err == "x.py (process 0 of 2): error: another process ended; the same command resumes\n"
+    assert (
+        capsys.readouterr().err
+        == "x.py (process 0 of 2): error: another process ended; the same command resumes\n"
+    )
 
 
 def mistakes(tmp_path, model_folder):
@@ -136,8 +168,18 @@ def mistakes(tmp_path, model_folder):
     pictures, one_hook = [*model[:4]], ["--hook_names", "mid_block"]
     saes = ["--out_dir", tmp_path / "s", "--device", "cpu"]
     return [
-        ("unknown hook name", collect, [*model, "--hook_names", "up_blocks.0.attention.1"], "up_blocks.0.attentions.1"),
-        ("unknown glob", collect, [*model, "--hook_names", "up_blocks.*.attn"], "no module matches"),
+        (
+            "unknown hook name",
+            collect,
+            [*model, "--hook_names", "up_blocks.0.attention.1"],
+            "up_blocks.0.attentions.1",
+        ),
+        (
+            "unknown glob",
+            collect,
+            [*model, "--hook_names", "up_blocks.*.attn"],
+            "no module matches",
+        ),
         ("missing model folder", collect, ["--model_name", tmp_path / "nothing"], "no folder"),
         (
             "a folder that is no model",
@@ -145,23 +187,58 @@ def mistakes(tmp_path, model_folder):
             ["--model_name", tmp_path, "--dataset_name", "a cat"],
             "model_index.json",
         ),
-        ("empty prompt file", collect, [*model, "--dataset_name", tmp_path / "empty.txt"], "no prompts"),
-        ("missing prompt file", collect, [*model, "--dataset_name", tmp_path / "none.txt"], "no prompt file"),
-        ("missing column", collect, [*model, "--dataset_name", tmp_path / "some.csv", "--column", "c"], "from: a, b"),
+        (
+            "empty prompt file",
+            collect,
+            [*model, "--dataset_name", tmp_path / "empty.txt"],
+            "no prompts",
+        ),
+        (
+            "missing prompt file",
+            collect,
+            [*model, "--dataset_name", tmp_path / "none.txt"],
+            "no prompt file",
+        ),
+        (
+            "missing column",
+            collect,
+            [*model, "--dataset_name", tmp_path / "some.csv", "--column", "c"],
+            "from: a, b",
+        ),
         (
             "out_dir below a file",
             collect,
             [*model, "--hook_names", "mid_block", "--out_dir", tmp_path / "file" / "a"],
             "can't be made",
         ),
-        ("a table of another kind", collect, [*model, "--dataset_name", tmp_path / "x.npy"], "no prompt file"),
+        (
+            "a table of another kind",
+            collect,
+            [*model, "--dataset_name", tmp_path / "x.npy"],
+            "no prompt file",
+        ),
         ("batches of none", collect, [*model, "--batch_size", 0], "--batch_size 0"),
         ("no examples", collect, [*model, "--max_num_examples", 0], "--max_num_examples 0"),
         ("a bad pattern", collect, [*model, "--hook_names", "attn[z-a]"], "no pattern"),
         ("a missing variant", collect, [*model, "--variant", "fp16"], "can't be loaded"),
-        ("text tokens", collect, [*model, "--hook_names", "mid_block", "--stream", "text"], "no text tokens"),
-        ("other shapes", collect, [*model, "--hook_names", "down_blocks.0", "--side", "diff"], "--side diff"),
-        ("an option in the JSON", collect, [*model, "--pipeline_kwargs", '{"generator": 1}'], "generator"),
+        (
+            "text tokens",
+            collect,
+            [*model, "--hook_names", "mid_block", "--stream", "text"],
+            "no text tokens",
+        ),
+        (
+            "other shapes",
+            collect,
+            [*model, "--hook_names", "down_blocks.0", "--side", "diff"],
+            "--side diff",
+        ),
+        (
+            "an option in the JSON",
+            collect,
+            [*model, "--pipeline_kwargs", '{"generator": 1}'],
+            "generator",
+        ),
         ("no such device", collect, [*model, "--device", "tpu"], "--device"),
         (
             "bad pipeline_kwargs",
@@ -175,20 +252,45 @@ def mistakes(tmp_path, model_folder):
             [*model, "--hook_names", "mid_block", "--rows", "uncond", "--guidance_scale", 1],
             "guidance",
         ),
-        ("no pictures", collect, [*pictures, *one_hook, "--images", tmp_path / "none"], "no picture there"),
-        ("a column of pictures", collect, [*pictures, *one_hook, "--images", "nowhere"], "no such folder"),
-        ("a broken picture", collect, [*pictures, *one_hook, "--images", tmp_path / "broken"], "0.png can't be read"),
+        (
+            "no pictures",
+            collect,
+            [*pictures, *one_hook, "--images", tmp_path / "none"],
+            "no picture there",
+        ),
+        (
+            "a column of pictures",
+            collect,
+            [*pictures, *one_hook, "--images", "nowhere"],
+            "no such folder",
+        ),
+        (
+            "a broken picture",
+            collect,
+            [*pictures, *one_hook, "--images", tmp_path / "broken"],
+            "0.png can't be read",
+        ),
         (
             "no picture in a row",
             collect,
             [*pictures, "--images", "b", "--dataset_name", tmp_path / "some.jsonl"],
             "no picture: 2",
         ),
-        ("steps and pictures", collect, [*model, "--images", tmp_path / "broken"], "--timesteps_per_image"),
+        (
+            "steps and pictures",
+            collect,
+            [*model, "--images", tmp_path / "broken"],
+            "--timesteps_per_image",
+        ),
         (
             "what the pipeline refuses",
             collect,
-            [*model, *one_hook, "--pipeline_kwargs", '{"callback_on_step_end_tensor_inputs": ["x"]}'],
+            [
+                *model,
+                *one_hook,
+                "--pipeline_kwargs",
+                '{"callback_on_step_end_tensor_inputs": ["x"]}',
+            ],
             "has to be in",
         ),
         ("missing data", train, [*saes, "--data", tmp_path / "none.npy"], "none.npy"),
@@ -198,9 +300,24 @@ def mistakes(tmp_path, model_folder):
         ("one axis", train, [*saes, "--data", tmp_path / "flat.npy"], "shape"),
         ("NaN", train, [*saes, "--data", tmp_path / "nan.npy"], "NaN"),
         ("inf", train, [*saes, "--data", tmp_path / "inf.npy"], "inf"),
-        ("k > num_latents", train, [*saes, "--data", tmp_path / "x.npy", "--k", 9, "--num_latents", 8], "9"),
-        ("more latents than memory", train, [*saes, "--data", tmp_path / "x.npy", "--num_latents", 10**11], "GB are free"),
-        ("saes below a file", train, ["--data", tmp_path / "x.npy", "--out_dir", tmp_path / "file" / "s"], "file"),
+        (
+            "k > num_latents",
+            train,
+            [*saes, "--data", tmp_path / "x.npy", "--k", 9, "--num_latents", 8],
+            "9",
+        ),
+        (
+            "more latents than memory",
+            train,
+            [*saes, "--data", tmp_path / "x.npy", "--num_latents", 10**11],
+            "GB are free",
+        ),
+        (
+            "saes below a file",
+            train,
+            ["--data", tmp_path / "x.npy", "--out_dir", tmp_path / "file" / "s"],
+            "file",
+        ),
     ]
 
 
@@ -209,7 +326,9 @@ def test_mistakes_end_with_one_line_and_status_2(monkeypatch, capsys, tmp_path, 
         before = sorted(p for p in tmp_path.rglob("*"))
         capsys.readouterr()
         status, err = command_line(monkeypatch, capsys, script, *options)
-        lines = [line for line in err.splitlines() if line.startswith(f"{script.__name__}.py: error: ")]
+        lines = [
+            line for line in err.splitlines() if line.startswith(f"{script.__name__}.py: error: ")
+        ]
         assert status == 2, (what, err)
         assert len(lines) == 1 and err.rstrip().endswith(lines[0]) and said in lines[0], (what, err)
         assert "Traceback" not in err, what
@@ -225,7 +344,9 @@ def short(model_folder, tmp_path):
 
 
 def test_no_free_space(monkeypatch, capsys, tmp_path, short):
-    monkeypatch.setattr(collect.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr(
+        collect.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})
+    )
     status, err = command_line(monkeypatch, capsys, collect, *short)
     assert status == 2 and "do not fit" in err and not (tmp_path / "a").exists()
 
@@ -248,7 +369,10 @@ def test_a_real_command_line_has_no_traceback(tmp_path):
         cwd=tmp_path,
     )
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("train.py: error: ") and "Traceback" not in done.stderr
+    assert (
+        done.stderr.splitlines()[-1].startswith("train.py: error: ")
+        and "Traceback" not in done.stderr
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -256,15 +380,21 @@ def test_a_real_command_line_has_no_traceback(tmp_path):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_names_every_option(script):
     words = ["-m", script] if "." in script else [f"{script}.py"]
-    done = subprocess.run([sys.executable, *words, "--help"], cwd=HERE, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *words, "--help"], cwd=HERE, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"usage: {'python -m ' if '.' in script else ''}{words[-1]} "), done.stdout
+    assert done.stdout.startswith(f"usage: {'python -m ' if '.' in script else ''}{words[-1]} "), (
+        done.stdout
+    )
     module = importlib.import_module(script)
     classes = [cls for cls in module.Config.__mro__ if cls is not object]
     lines = [line for cls in classes for line in inspect.getsource(cls).splitlines()]
     for name in module.Config.__dataclass_fields__:
         assert name == "command" or f"--{name}" in done.stdout, name
-        assert any(line.startswith(f"    {name}: ") and "  # " in line for line in lines), f"{name} is not explained on its line"
+        assert any(line.startswith(f"    {name}: ") and "  # " in line for line in lines), (
+            f"{name} is not explained on its line"
+        )
     assert module.__doc__.splitlines()[0] in " ".join(done.stdout.split())
 
 
@@ -281,7 +411,9 @@ def shell(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_script_pasted_into_a_notebook_defines_its_names_and_runs_nothing(shell, script, monkeypatch, capsys):
+def test_a_script_pasted_into_a_notebook_defines_its_names_and_runs_nothing(
+    shell, script, monkeypatch, capsys
+):
     monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
     shell.run_cell((HERE / f"{script.replace('.', '/')}.py").read_text()).raise_error()
     assert shell.user_ns["__name__"] == "__main__" and shell.user_ns["Config"].__dataclass_fields__
@@ -291,7 +423,12 @@ def test_a_script_pasted_into_a_notebook_defines_its_names_and_runs_nothing(shel
 def test_main_works_from_a_notebook(shell, tmp_path, model_folder):
     shell.run_cell((HERE / "collect.py").read_text()).raise_error()
     out = tmp_path / "acts"
-    options = dict(model_name=str(model_folder), hook_names=["mid_block"], out_dir=str(out), num_inference_steps=2)
+    options = dict(
+        model_name=str(model_folder),
+        hook_names=["mid_block"],
+        out_dir=str(out),
+        num_inference_steps=2,
+    )
     cell = f"main(Config(**{options}, max_num_examples=3))"
     shell.run_cell(cell).raise_error()
     assert np.load(out / "mid_block.npy").shape == (3, 2, 64, 16)
@@ -303,9 +440,12 @@ def test_percent_run_does_run(shell, capsys):
 
 
 def test_the_folder_kernels_gets_on_with_the_package_of_that_name(tmp_path):
-    """transformers imports from Hugging Face's `kernels` where its metadata says that a fitting version is installed."""
+    """transformers imports from Hugging Face's `kernels` where its metadata says that a fitting
+    version is installed."""
     (tmp_path / "kernels").mkdir()
-    (tmp_path / "kernels" / "__init__.py").write_text("from .layer import Mode\nfrom kernels.layer import other\n")
+    (tmp_path / "kernels" / "__init__.py").write_text(
+        "from .layer import Mode\nfrom kernels.layer import other\n"
+    )
     (tmp_path / "kernels" / "layer.py").write_text("class Mode: pass\nother = 7\n")
     code = (
         "import sae; from kernels import Mode, other, decode; from kernels.layer import Mode as same; "

@@ -46,7 +46,11 @@ def config(model_folder, tmp_path):
 
 
 def contents(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in sorted(Path(folder).rglob("*"))
+        if p.is_file()
+    }
 
 
 def test_the_files_hold_what_the_modules_computed(config, model_folder):
@@ -54,7 +58,11 @@ def test_the_files_hold_what_the_modules_computed(config, model_folder):
     out = Path(config.out_dir)
     prompts = [json.loads(line) for line in (out / "prompts.jsonl").read_text().splitlines()]
     assert [p["prompt"] for p in prompts] == [f"a picture of {i}" for i in range(8)]
-    assert [(p["id"], p["seed"], p["colour"]) for p in prompts[:3]] == [(0, 0, "0"), (1, 1, "1"), (2, 2, "2")]
+    assert [(p["id"], p["seed"], p["colour"]) for p in prompts[:3]] == [
+        (0, 0, "0"),
+        (1, 1, "1"),
+        (2, 2, "2"),
+    ]
 
     pipe = HookedDiffusionModel.from_pretrained(model_folder)
     for first, last in ((0, 5), (5, 8)):  # in the batches it fixed
@@ -72,7 +80,11 @@ def test_the_files_hold_what_the_modules_computed(config, model_folder):
 
     record = json.loads((out / "mid_block.uncond.json").read_text())
     assert record["checksum"] == checksum(record)
-    assert record["shape"] == [8, 3, 64, 16] and record["rows"] == "uncond" and record["grid"] == [8, 8]
+    assert (
+        record["shape"] == [8, 3, 64, 16]
+        and record["rows"] == "uncond"
+        and record["grid"] == [8, 8]
+    )
     assert record["timesteps"] == [667.0, 334.0, 1.0] and len(record["sigmas"]) == 3
     assert "mean_norm" not in record
     assert record["guidance_scale"] == 7.5 and record["pipeline_kwargs"]["num_inference_steps"] == 3
@@ -92,8 +104,15 @@ def test_sides(config, side):
 
 def test_images_steps_and_negative_prompts(config, tmp_path):
     table = tmp_path / "p.jsonl"
-    table.write_text('{"caption": "a dog", "avoid": "rain", "n": 4}\n{"caption": "a cat", "avoid": "", "n": 5}\n')
-    options = dict(dataset_name=str(table), num_images_per_prompt=2, cache_every_n_timesteps=2, negative_prompt="avoid")
+    table.write_text(
+        '{"caption": "a dog", "avoid": "rain", "n": 4}\n{"caption": "a cat", "avoid": "", "n": 5}\n'
+    )
+    options = dict(
+        dataset_name=str(table),
+        num_images_per_prompt=2,
+        cache_every_n_timesteps=2,
+        negative_prompt="avoid",
+    )
     collect.main(replace(config, **options))
     out = Path(config.out_dir)
     rows = [json.loads(line) for line in (out / "prompts.jsonl").read_text().splitlines()]
@@ -108,19 +127,28 @@ def test_images_steps_and_negative_prompts(config, tmp_path):
 
 
 def test_odd_prompts_and_columns_named_like_ours(config, tmp_path):
-    """Line separators of Unicode, a column called id, an empty negative prompt: resumable, and ours stays ours.
+    """Line separators of Unicode, a column called id, an empty negative prompt: resumable, and ours
+    stays ours.
 
     A column called seed counts: each image of a prompt has the next number.
     """
     table = tmp_path / "p.jsonl"
-    rows = [{"prompt": "a\u2028b\u0085c", "seed": 7, "id": 9, "no": None}, {"prompt": "d\n\x00e", "seed": 7, "id": 9, "no": "f"}]
+    rows = [
+        {"prompt": "a\u2028b\u0085c", "seed": 7, "id": 9, "no": None},
+        {"prompt": "d\n\x00e", "seed": 7, "id": 9, "no": "f"},
+    ]
     table.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), "utf-8")
     config = replace(config, dataset_name=str(table), num_images_per_prompt=2, negative_prompt="no")
     for _ in range(2):
         collect.main(config)
     lines = (Path(config.out_dir) / "prompts.jsonl").read_text().split("\n")[:-1]
     found = [json.loads(line) for line in lines]
-    assert [(p["id"], p["seed"], p["negative_prompt"]) for p in found] == [(0, 7, ""), (0, 8, ""), (1, 7, "f"), (1, 8, "f")]
+    assert [(p["id"], p["seed"], p["negative_prompt"]) for p in found] == [
+        (0, 7, ""),
+        (0, 8, ""),
+        (1, 7, "f"),
+        (1, 8, "f"),
+    ]
     assert [p["prompt"] for p in found[::2]] == [r["prompt"] for r in rows]
     images = [(Path(config.out_dir) / "images" / f"{row}.webp").read_bytes() for row in range(4)]
     assert images[0] != images[1]
@@ -129,17 +157,30 @@ def test_odd_prompts_and_columns_named_like_ours(config, tmp_path):
 def test_bfloat16_is_stored_as_its_bits(config):
     collect.main(replace(config, store_dtype="bfloat16"))
     collect.main(replace(config, store_dtype="float32", out_dir=config.out_dir + "32"))
-    bits, full = (np.load(Path(d) / "mid_block.npy") for d in (config.out_dir, config.out_dir + "32"))
+    bits, full = (
+        np.load(Path(d) / "mid_block.npy") for d in (config.out_dir, config.out_dir + "32")
+    )
     assert bits.dtype == np.uint16
     assert json.loads((Path(config.out_dir) / "mid_block.json").read_text())["dtype"] == "bfloat16"
-    assert torch.equal(torch.from_numpy(bits).view(torch.bfloat16), torch.from_numpy(full).bfloat16())
+    assert torch.equal(
+        torch.from_numpy(bits).view(torch.bfloat16), torch.from_numpy(full).bfloat16()
+    )
 
 
-CALLS = [(os, "pwrite"), (os, "write"), (os, "fsync"), (os, "replace"), (os, "unlink"), (os, "posix_fallocate"), (os, "open")]
+CALLS = [
+    (os, "pwrite"),
+    (os, "write"),
+    (os, "fsync"),
+    (os, "replace"),
+    (os, "unlink"),
+    (os, "posix_fallocate"),
+    (os, "open"),
+]
 
 
 def crash_at(patch, moment):
-    """Let the system call number `moment` of those that write, and all after it, raise; the list that counts them."""
+    """Let the system call number `moment` of those that write, and all after it, raise; the list
+    that counts them."""
     made = []
 
     def crashing(real):
@@ -158,8 +199,11 @@ def crash_at(patch, moment):
 
 @pytest.mark.parametrize("start", ["fresh", "extending", "shrinking"])
 def test_a_crash_at_any_system_call_costs_no_byte(config, monkeypatch, start):
-    """Power cuts between any two writes, syncs and renames: the same command then gives the files of an undisturbed run."""
-    config = replace(config, hook_names=["mid_block"], num_inference_steps=1, batch_size=3, max_num_examples=5)
+    """Power cuts between any two writes, syncs and renames: the same command then gives the files
+    of an undisturbed run."""
+    config = replace(
+        config, hook_names=["mid_block"], num_inference_steps=1, batch_size=3, max_num_examples=5
+    )
     hooked = HookedDiffusionModel.from_pretrained(config.model_name)
     monkeypatch.setattr(HookedDiffusionModel, "from_pretrained", lambda *args, **kwargs: hooked)
     collect.main(replace(config, out_dir=config.out_dir + "-undisturbed"))
@@ -230,10 +274,17 @@ def test_fp16_overflow_names_the_option(config, model_folder, tmp_path):
     pipe = build(sd15)
     pipe.unet.mid_block.resnets[-1].conv2.weight.data.mul_(1e6)
     pipe.save_pretrained(tmp_path / "loud")
-    loud = replace(config, model_name=str(tmp_path / "loud"), dataset_name="a loud picture", hook_names=["mid_block.resnets.1"])
+    loud = replace(
+        config,
+        model_name=str(tmp_path / "loud"),
+        dataset_name="a loud picture",
+        hook_names=["mid_block.resnets.1"],
+    )
     with pytest.raises(ValueError, match="--store_dtype"):
         collect.main(loud)
-    collect.main(replace(loud, store_dtype="float32"))  # in the same folder: nothing was safe in it yet
+    collect.main(
+        replace(loud, store_dtype="float32")
+    )  # in the same folder: nothing was safe in it yet
 
 
 def test_space_is_checked_before_anything_is_written(config, monkeypatch):
@@ -279,7 +330,9 @@ def test_truncated_files_are_not_filled_with_zeros(config, monkeypatch, calls):
             real(self, batch, *rest)
 
         patch.setattr(collection.Collection, "write", write)
-        patch.setattr(collection.Collection, "finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            collection.Collection, "finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         with pytest.raises(KeyboardInterrupt):
             collect.main(config)
     partial = Path(config.out_dir) / "mid_block.npy.partial"
@@ -295,7 +348,9 @@ def test_pipeline_arguments_fill_in_defaults():
         num_inference_steps=50, guidance_scale=7.5
     )
     options = hooked.arguments(2, "latent", {"eta": 1.0}, guidance_scale=3.0)
-    assert options == dict(guidance_scale=3.0, num_images_per_prompt=2, output_type="latent", eta=1.0)
+    assert options == dict(
+        guidance_scale=3.0, num_images_per_prompt=2, output_type="latent", eta=1.0
+    )
     for wrong in ("etta", "prompt", "generator", "num_images_per_prompt"):
         with pytest.raises(ValueError, match=wrong):
             hooked.arguments(extra={wrong: 2})
@@ -308,7 +363,11 @@ def test_pipeline_arguments_fill_in_defaults():
 def during_write(monkeypatch, action):
     """Let `action(batch)` run before each batch is written."""
     real = collection.Collection.write
-    monkeypatch.setattr(collection.Collection, "write", lambda self, batch, *rest: (action(batch), real(self, batch, *rest)))
+    monkeypatch.setattr(
+        collection.Collection,
+        "write",
+        lambda self, batch, *rest: (action(batch), real(self, batch, *rest)),
+    )
 
 
 def counting_steps(monkeypatch):
@@ -332,7 +391,9 @@ def test_a_batch_is_written_while_the_next_is_generated(config, monkeypatch):
         for _ in range(3000):
             if batch == 0 and len(steps) == before:
                 threading.Event().wait(0.01)
-        seen.append((batch, len(steps) > before, threading.current_thread() is threading.main_thread()))
+        seen.append(
+            (batch, len(steps) > before, threading.current_thread() is threading.main_thread())
+        )
 
     during_write(monkeypatch, wait)
     collect.main(config)
@@ -340,7 +401,8 @@ def test_a_batch_is_written_while_the_next_is_generated(config, monkeypatch):
 
 
 def test_an_error_of_the_disk_ends_it_at_the_next_batch_and_loses_nothing(config, monkeypatch):
-    """The third of many batches meets it while the fourth is generated: the first two are safe, no fifth is begun."""
+    """The third of many batches meets it while the fourth is generated: the first two are safe, no
+    fifth is begun."""
     config = replace(config, batch_size=1, hook_names=["mid_block"])
     steps = counting_steps(monkeypatch)
 
@@ -356,7 +418,9 @@ def test_an_error_of_the_disk_ends_it_at_the_next_batch_and_loses_nothing(config
     undone = collection.Collection.pending
     with monkeypatch.context() as patch:
         left = []
-        patch.setattr(collection.Collection, "pending", lambda self: left.append(undone(self)) or left[-1])
+        patch.setattr(
+            collection.Collection, "pending", lambda self: left.append(undone(self)) or left[-1]
+        )
         collect.main(config)
     assert left[0] == [2, 3, 4, 5, 6, 7]
     collect.main(replace(config, out_dir=config.out_dir + "-undisturbed"))
@@ -364,7 +428,8 @@ def test_an_error_of_the_disk_ends_it_at_the_next_batch_and_loses_nothing(config
 
 
 def test_ctrl_c_writes_what_was_generated(config, monkeypatch, capsys):
-    """Once: the batch that is being written is finished, and a message says so; and an error of it is not lost."""
+    """Once: the batch that is being written is finished, and a message says so; and an error of it
+    is not lost."""
     real = HookedDiffusionModel.run_with_cache
 
     def interrupt(self, names, text, **kwargs):
@@ -412,21 +477,33 @@ def test_what_is_generated_is_written_when_the_next_fails(config, monkeypatch):
 
 
 def test_random_tokens_are_those_of_the_whole_file(config):
-    """Whatever the batch, the side of the guidance and the hook point; a layer with no more is kept whole."""
+    """Whatever the batch, the side of the guidance and the hook point; a layer with no more is kept
+    whole."""
     names = ["mid_block", HOOKS[0], "up_blocks.1.resnets.0"]  # 64, 64 and 256 tokens
-    whole = replace(config, hook_names=names, rows="both", store_dtype="float32", num_images_per_prompt=2)
+    whole = replace(
+        config, hook_names=names, rows="both", store_dtype="float32", num_images_per_prompt=2
+    )
     collect.main(whole)
     collect.main(replace(whole, tokens_per_step=7, out_dir=config.out_dir + "7"))
     full, some = Path(config.out_dir), Path(config.out_dir + "7")
     index = {name: np.load(some / f"{name}.tokens.npy") for name in names}
-    assert np.array_equal(index[names[0]], index[names[1]]) and index[names[0]].max() < 64 <= index[names[2]].max()
+    assert (
+        np.array_equal(index[names[0]], index[names[1]])
+        and index[names[0]].max() < 64 <= index[names[2]].max()
+    )
     for name in names:
-        assert index[name].dtype == np.uint16 and index[name].shape == (16, 3, 7) and (np.diff(index[name].astype(int)) > 0).all()
+        assert (
+            index[name].dtype == np.uint16
+            and index[name].shape == (16, 3, 7)
+            and (np.diff(index[name].astype(int)) > 0).all()
+        )
         assert len(np.unique(index[name].reshape(-1, 7), axis=0)) == 16 * 3
         for end in ("", ".uncond"):
             assert np.array_equal(index[name], np.load(some / f"{name}{end}.tokens.npy"))
             x, kept = np.load(full / f"{name}{end}.npy"), np.load(some / f"{name}{end}.npy")
-            assert np.array_equal(kept, np.take_along_axis(x, index[name][..., None].astype(int), 2))
+            assert np.array_equal(
+                kept, np.take_along_axis(x, index[name][..., None].astype(int), 2)
+            )
             record = json.loads((some / f"{name}{end}.json").read_text())
             assert record["tokens_per_step"] == 7 and record["shape"] == list(kept.shape)
     counts = np.bincount(index["mid_block"].reshape(-1), minlength=64)  # 336 of 64: 5.25 each
@@ -434,21 +511,50 @@ def test_random_tokens_are_those_of_the_whole_file(config):
     assert contents(full / "images") == contents(some / "images")
 
     out = config.out_dir + "64"
-    collect.main(replace(whole, tokens_per_step=64, out_dir=out, batch_size=3, cache_every_n_timesteps=2, rows="cond"))
-    assert sorted(path.name for path in Path(out).glob("*.tokens.npy")) == ["up_blocks.1.resnets.0.tokens.npy"]
+    collect.main(
+        replace(
+            whole,
+            tokens_per_step=64,
+            out_dir=out,
+            batch_size=3,
+            cache_every_n_timesteps=2,
+            rows="cond",
+        )
+    )
+    assert sorted(path.name for path in Path(out).glob("*.tokens.npy")) == [
+        "up_blocks.1.resnets.0.tokens.npy"
+    ]
     assert json.loads((Path(out) / "mid_block.json").read_text())["tokens_per_step"] is None
     assert np.load(Path(out) / "mid_block.npy").shape == (16, 2, 64, 16)
     out = config.out_dir + "again"
-    collect.main(replace(whole, tokens_per_step=7, out_dir=out, batch_size=3, cache_every_n_timesteps=2, rows="uncond"))
-    assert np.array_equal(np.load(Path(out) / "mid_block.uncond.tokens.npy"), index["mid_block"][:, ::2])
+    collect.main(
+        replace(
+            whole,
+            tokens_per_step=7,
+            out_dir=out,
+            batch_size=3,
+            cache_every_n_timesteps=2,
+            rows="uncond",
+        )
+    )
+    assert np.array_equal(
+        np.load(Path(out) / "mid_block.uncond.tokens.npy"), index["mid_block"][:, ::2]
+    )
 
 
-def test_random_tokens_in_the_listing_the_room_and_of_pictures(config, tmp_path, capsys, monkeypatch):
+def test_random_tokens_in_the_listing_the_room_and_of_pictures(
+    config, tmp_path, capsys, monkeypatch
+):
     config = replace(config, hook_names=["mid_block"], store_dtype="float32", tokens_per_step=7)
     collect.main(replace(config, list_hooks=True))
     printed = capsys.readouterr().out
-    assert f"{3 * 7 * (16 * 4 + 2) / 1e6:.2f}" in printed.splitlines()[1] and "7 random image tokens" in printed
-    usage = type("Usage", (), {"free": 8 * 3 * 7 * (16 * 4 + 2)})  # all of it, where 98 % may be asked for
+    assert (
+        f"{3 * 7 * (16 * 4 + 2) / 1e6:.2f}" in printed.splitlines()[1]
+        and "7 random image tokens" in printed
+    )
+    usage = type(
+        "Usage", (), {"free": 8 * 3 * 7 * (16 * 4 + 2)}
+    )  # all of it, where 98 % may be asked for
     with monkeypatch.context() as patch:
         patch.setattr(collect.shutil, "disk_usage", lambda path: usage)
         with pytest.raises(ValueError, match="lower --max_num_examples or --tokens_per_step"):
@@ -457,12 +563,20 @@ def test_random_tokens_in_the_listing_the_room_and_of_pictures(config, tmp_path,
         collect.main(config)
     with pytest.raises(ValueError, match="--tokens_per_step is for image tokens"):
         collect.main(replace(config, stream="text"))
-    options = dict(num_inference_steps=None, images=str(photos(tmp_path / "p", 3)), out_dir=config.out_dir + "p")
+    options = dict(
+        num_inference_steps=None,
+        images=str(photos(tmp_path / "p", 3)),
+        out_dir=config.out_dir + "p",
+    )
     collect.main(replace(config, **options))
-    collect.main(replace(config, **options | dict(tokens_per_step=None, out_dir=config.out_dir + "w")))
+    collect.main(
+        replace(config, **options | dict(tokens_per_step=None, out_dir=config.out_dir + "w"))
+    )
     index = np.load(Path(config.out_dir + "p") / "mid_block.tokens.npy")
     kept, whole = (np.load(Path(config.out_dir + end) / "mid_block.npy") for end in "pw")
-    assert kept.shape == (3, 4, 7, 16) and np.array_equal(kept, np.take_along_axis(whole, index[..., None].astype(int), 2))
+    assert kept.shape == (3, 4, 7, 16) and np.array_equal(
+        kept, np.take_along_axis(whole, index[..., None].astype(int), 2)
+    )
 
 
 def test_many_tokens_need_wider_indices():
@@ -470,14 +584,17 @@ def test_many_tokens_need_wider_indices():
     cache["tokens"] = {"a": torch.tensor([[[5, 89_999]]])}
     sites = [collect.Site(HookPoint("a"), "", None, 0)]
     arrays = collect.batch_arrays(cache, sites, Config(), torch.float16)
-    assert collection.as_numpy(arrays["a.tokens"]).dtype == np.uint32 and arrays["a.tokens"].tolist() == [[[5, 89_999]]]
+    assert collection.as_numpy(arrays["a.tokens"]).dtype == np.uint32 and arrays[
+        "a.tokens"
+    ].tolist() == [[[5, 89_999]]]
 
 
 # ------------------------------------------------------------------------------------------------- several processes
 
 
 def test_shards_are_parts_of_the_whole(config, monkeypatch):
-    """Together the rows, seeds, ids and images of an unsharded run, to the bit; each folder is a collection of its own."""
+    """Together the rows, seeds, ids and images of an unsharded run, to the bit; each folder is a
+    collection of its own."""
     config = replace(config, batch_size=2, max_num_examples=7, num_images_per_prompt=2)
     one = replace(config, out_dir=config.out_dir + "-one")
     collect.main(one)
@@ -486,7 +603,10 @@ def test_shards_are_parts_of_the_whole(config, monkeypatch):
         assert paths == [Path(config.out_dir) / f"shard{i}of2" / f"{name}.npy" for name in HOOKS]
     out = Path(config.out_dir)
     assert sorted(path.name for path in out.iterdir()) == ["shard0of2", "shard1of2"]
-    order = [0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13]  # batches of two prompts, of two images each
+    order = (
+        [0, 1, 2, 3, 8, 9, 10, 11],
+        [4, 5, 6, 7, 12, 13],
+    )  # batches of two prompts, of two images each
     for shard, rows in enumerate(order):
         folder = out / f"shard{shard}of2"
         for name in HOOKS:
@@ -495,7 +615,10 @@ def test_shards_are_parts_of_the_whole(config, monkeypatch):
         lines = (Path(one.out_dir) / "prompts.jsonl").read_text().splitlines()
         assert (folder / "prompts.jsonl").read_text().splitlines() == [lines[row] for row in rows]
         for here, row in enumerate(rows):
-            assert image_path(folder / "images", here).read_bytes() == image_path(Path(one.out_dir) / "images", row).read_bytes()
+            assert (
+                image_path(folder / "images", here).read_bytes()
+                == image_path(Path(one.out_dir) / "images", row).read_bytes()
+            )
         record = json.loads((folder / "mid_block.json").read_text())
         assert (record["shard"], record["num_prompts"]) == (f"{shard}/2", len(rows) // 2)
     data = dataset.open_activations(sorted(out.glob("*/mid_block.npy")))
@@ -535,9 +658,16 @@ def test_images_are_what_the_pipeline_makes(config, model_folder):
     collect.main(replace(config, save_images=False, out_dir=config.out_dir + "-none"))
     out, pipe = Path(config.out_dir), HookedDiffusionModel.from_pretrained(model_folder)
     assert not Path(config.out_dir + "-none", "images").exists()
-    assert (out / "mid_block.npy").read_bytes() == Path(config.out_dir + "-none", "mid_block.npy").read_bytes()
+    assert (out / "mid_block.npy").read_bytes() == Path(
+        config.out_dir + "-none", "mid_block.npy"
+    ).read_bytes()
     seeds = [torch.Generator().manual_seed(i) for i in range(5)]
-    images = pipe([f"a picture of {i}" for i in range(5)], generator=seeds, num_inference_steps=3, output_type="pt").images
+    images = pipe(
+        [f"a picture of {i}" for i in range(5)],
+        generator=seeds,
+        num_inference_steps=3,
+        output_type="pt",
+    ).images
     for row, image in enumerate(images):
         image = Image.fromarray((255 * image.movedim(0, -1)).round().to(torch.uint8).numpy())
         assert np.abs(pixels(out / "images" / f"{row}.webp") - lossy(image)).mean() < 0.5
@@ -546,20 +676,33 @@ def test_images_are_what_the_pipeline_makes(config, model_folder):
 
 def test_images_of_a_data_set_are_saved_cropped(config, tmp_path):
     folder = photos(tmp_path / "photos", 3)
-    collect.main(replace(config, num_inference_steps=None, images=str(folder), num_images_per_prompt=2))
+    collect.main(
+        replace(config, num_inference_steps=None, images=str(folder), num_images_per_prompt=2)
+    )
     for row in range(6):
-        crop = Image.open(folder / f"{row // 2}.png").crop((5, 0, 35, 30)).resize((32, 32), Image.Resampling.LANCZOS)
+        crop = (
+            Image.open(folder / f"{row // 2}.png")
+            .crop((5, 0, 35, 30))
+            .resize((32, 32), Image.Resampling.LANCZOS)
+        )
         saved = pixels(Path(config.out_dir) / "images" / f"{row}.webp")
         assert saved.shape == (32, 32, 3) and np.abs(saved - lossy(crop)).mean() < 1
 
 
-@pytest.mark.parametrize("recipe", [dit, ddpm, wan, stable_audio], ids=lambda recipe: recipe.__name__)
+@pytest.mark.parametrize(
+    "recipe", [dit, ddpm, wan, stable_audio], ids=lambda recipe: recipe.__name__
+)
 def test_every_kind_of_output_is_saved(recipe, tmp_path, monkeypatch):
-    """Class-conditional, unconditional, video and audio; the samples are those of the scheduler whatever the output."""
+    """Class-conditional, unconditional, video and audio; the samples are those of the scheduler
+    whatever the output."""
     hooked = HookedDiffusionModel.from_pipeline(build(recipe))
     monkeypatch.setattr(HookedDiffusionModel, "from_pretrained", lambda *args, **kwargs: hooked)
     (tmp_path / "p.txt").write_text("1\n2\n3\n")
-    given = {k: v for k, v in recipe.options.items() if not callable(v) and k not in ("prompt", "output_type", "guidance_scale")}
+    given = {
+        k: v
+        for k, v in recipe.options.items()
+        if not callable(v) and k not in ("prompt", "output_type", "guidance_scale")
+    }
     config = Config(
         hook_names=["*blocks.1" if recipe is not ddpm else "mid_block.attentions.0"],
         dataset_name=str(tmp_path / "p.txt"),
@@ -576,7 +719,10 @@ def test_every_kind_of_output_is_saved(recipe, tmp_path, monkeypatch):
         path = image_path(tmp_path / "acts" / "images", row)
         if recipe is stable_audio:
             with wave.open(str(path)) as sound:
-                assert sound.getnchannels() == 2 and sound.getframerate() == hooked.pipe.vae.config.sampling_rate
+                assert (
+                    sound.getnchannels() == 2
+                    and sound.getframerate() == hooked.pipe.vae.config.sampling_rate
+                )
                 assert sound.getnframes() > 0
         else:
             assert pixels(path).shape == shapes[recipe]
@@ -588,18 +734,30 @@ def test_every_kind_of_output_is_saved(recipe, tmp_path, monkeypatch):
 
 
 def test_what_can_be_saved(tmp_path):
-    """PIL, NumPy and torch alike, videos of each; a grey image; and what is none, or not one a row, is refused."""
+    """PIL, NumPy and torch alike, videos of each; a grey image; and what is none, or not one a row,
+    is refused."""
     colours = np.linspace(0, 1, 2 * 4 * 16 * 24 * 3).reshape(2, 4, 16, 24, 3).astype(np.float32)
     levels = (colours * 255).round().astype(np.uint8)
     video = dict(numpy=colours, torch=torch.from_numpy(colours).movedim(-1, 2))
     video["pil"] = [[Image.fromarray(frame) for frame in frames] for frames in levels]
-    image = dict(numpy=colours[:, 0], torch=video["torch"][:, 0], pil=[frames[0] for frames in video["pil"]], bytes=levels[:, 0])
-    for kind, outputs, frames in ((SimpleNamespace, image, 1), (dict, image, 1), (SimpleNamespace, video, 4)):
+    image = dict(
+        numpy=colours[:, 0],
+        torch=video["torch"][:, 0],
+        pil=[frames[0] for frames in video["pil"]],
+        bytes=levels[:, 0],
+    )
+    for kind, outputs, frames in (
+        (SimpleNamespace, image, 1),
+        (dict, image, 1),
+        (SimpleNamespace, video, 4),
+    ):
         found = []
         for name, value in outputs.items():
             folder = tmp_path / f"{kind.__name__}{name}{frames}"
             field = "images" if frames == 1 else "frames"
-            save_images(kind(**{field: value}) if kind is SimpleNamespace else value, folder, range(7, 9))
+            save_images(
+                kind(**{field: value}) if kind is SimpleNamespace else value, folder, range(7, 9)
+            )
             assert sorted(path.name for path in folder.iterdir()) == ["7.webp", "8.webp"]
             assert getattr(Image.open(folder / "8.webp"), "n_frames", 1) == frames
             found.append((folder / "8.webp").read_bytes())
@@ -632,10 +790,18 @@ def test_text_tokens_are_padded_to_one_length_and_not_trained_on(tmp_path):
     build(zimage).save_pretrained(folder)
     (tmp_path / "p.txt").write_text("\n".join(prompts))
     options = dict(
-        model_name=str(folder), dataset_name=str(tmp_path / "p.txt"), num_inference_steps=2, batch_size=1, device="cpu"
+        model_name=str(folder),
+        dataset_name=str(tmp_path / "p.txt"),
+        num_inference_steps=2,
+        batch_size=1,
+        device="cpu",
     )
-    options |= dict(hook_names=["layers.1"], stream="text", height=24, width=32, out_dir=str(tmp_path / "out"))
-    with pytest.raises(ValueError, match="larger --text_tokens"):  # the first batch, of one prompt, is shorter
+    options |= dict(
+        hook_names=["layers.1"], stream="text", height=24, width=32, out_dir=str(tmp_path / "out")
+    )
+    with pytest.raises(
+        ValueError, match="larger --text_tokens"
+    ):  # the first batch, of one prompt, is shorter
         collect.main(Config(**options))
     options |= dict(out_dir=str(tmp_path / "acts"), text_tokens=40, store_dtype="float32")
     collect.main(Config(**options))
@@ -653,34 +819,58 @@ def test_text_tokens_are_padded_to_one_length_and_not_trained_on(tmp_path):
 def photos(folder, n, size=(40, 30)):
     folder.mkdir()
     for i in range(n):
-        Image.effect_mandelbrot(size, (-2, -1, 1, 1), 5 + 9 * i).convert("RGB").save(folder / f"{i}.png")
+        Image.effect_mandelbrot(size, (-2, -1, 1, 1), 5 + 9 * i).convert("RGB").save(
+            folder / f"{i}.png"
+        )
     return folder
 
 
-def test_real_pictures_are_encoded_noised_and_run_once_at_each_timestep(config, model_folder, tmp_path):
-    """Against the same by hand: the VAE, `add_noise` and one forward of the UNet with the empty prompt."""
+def test_real_pictures_are_encoded_noised_and_run_once_at_each_timestep(
+    config, model_folder, tmp_path
+):
+    """Against the same by hand: the VAE, `add_noise` and one forward of the UNet with the empty
+    prompt."""
     folder = photos(tmp_path / "photos", 7, (64, 64))
-    options = dict(num_inference_steps=None, images=str(folder), timesteps_per_image=3, store_dtype="float32", batch_size=4)
+    options = dict(
+        num_inference_steps=None,
+        images=str(folder),
+        timesteps_per_image=3,
+        store_dtype="float32",
+        batch_size=4,
+    )
     options["save_samples"] = True
     collect.main(replace(config, **options))
     out, name = Path(config.out_dir), HOOKS[0]
     x, times = np.load(out / f"{name}.npy"), np.load(out / f"{name}.timesteps.npy")
     assert x.shape == (7, 3, 64, 16) and (times == times[0]).all()
     lines = [json.loads(line) for line in (out / "prompts.jsonl").read_text().splitlines()]
-    assert [(line["image"], line["prompt"], line["seed"]) for line in lines] == [(f"{i}.png", "", i) for i in range(7)]
+    assert [(line["image"], line["prompt"], line["seed"]) for line in lines] == [
+        (f"{i}.png", "", i) for i in range(7)
+    ]
 
     pipe, seen = HookedDiffusionModel.from_pretrained(model_folder).pipe, []
-    pipe.unet.get_submodule(name).register_forward_hook(lambda m, i, o: seen.append(o[0].flatten(2).transpose(1, 2)))
+    pipe.unet.get_submodule(name).register_forward_hook(
+        lambda m, i, o: seen.append(o[0].flatten(2).transpose(1, 2))
+    )
     pictures = [Image.open(folder / f"{i}.png") for i in range(4)]
     pictures = [p.resize((32, 32), Image.Resampling.LANCZOS) for p in pictures]
-    pixels = torch.from_numpy(np.stack([np.array(p) for p in pictures])).permute(0, 3, 1, 2) / 127.5 - 1
+    pixels = (
+        torch.from_numpy(np.stack([np.array(p) for p in pictures])).permute(0, 3, 1, 2) / 127.5 - 1
+    )
     with torch.no_grad():
         z = pipe.vae.encode(pixels).latent_dist.mode() * pipe.vae.config.scaling_factor
-        noise = torch.cat([torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(i)) for i in range(4)])
+        noise = torch.cat(
+            [
+                torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(i))
+                for i in range(4)
+            ]
+        )
         text, _ = pipe.encode_prompt([""] * 4, "cpu", 1, False)
         for t in times[0]:
             t = torch.tensor(int(t))
-            pipe.unet(pipe.scheduler.add_noise(z, noise, t.repeat(4)), t, encoder_hidden_states=text)
+            pipe.unet(
+                pipe.scheduler.add_noise(z, noise, t.repeat(4)), t, encoder_hidden_states=text
+            )
     by_hand = torch.stack(seen, 1).numpy()
     assert np.abs(x[:4] - by_hand).max() < 1e-4 * np.abs(by_hand).max()
     assert np.allclose(np.load(out / "samples.npy")[:4], z.numpy(), atol=1e-5)
@@ -695,27 +885,42 @@ def test_pictures_go_where_a_packed_sample_has_them(tmp_path):
     pipe, folder = build(flux), photos(tmp_path / "photos", 2)
     pipe.vae.register_to_config(shift_factor=0.3)
     hooked, seen = HookedDiffusionModel.from_pipeline(pipe), []
-    options = dict(num_inference_steps=4, output_type="latent", height=12, width=16, max_sequence_length=32)
+    options = dict(
+        num_inference_steps=4, output_type="latent", height=12, width=16, max_sequence_length=32
+    )
     pictures = real_images.RealImages(hooked, "", options, 16, 12)
-    pipe.transformer.register_forward_pre_hook(lambda m, a, k: seen.append((k["hidden_states"], k["timestep"])), with_kwargs=True)
+    pipe.transformer.register_forward_pre_hook(
+        lambda m, a, k: seen.append((k["hidden_states"], k["timestep"])), with_kwargs=True
+    )
     crops = [pictures.crop(str(folder / f"{i}.png")) for i in range(2)]  # they are 4 x 3
     with pictures.in_place(crops, [3, 4]) as sampling:
         clean = hooked(["", ""], generator=real_images.seeded([3, 4]), **options).images
     read = [real_images.to_pixels(crop) for crop in crops]
     assert torch.equal(sampling.sample, clean)
     with torch.no_grad():
-        z = (pipe.vae.encode(torch.stack(read)).latent_dist.mode() - 0.3) * pipe.vae.config.scaling_factor
+        z = (
+            pipe.vae.encode(torch.stack(read)).latent_dist.mode() - 0.3
+        ) * pipe.vae.config.scaling_factor
     packed = pipe._pack_latents(z, 2, 4, 6, 8)
     assert torch.equal(clean, packed)
-    noise = torch.stack([torch.randn(12, 16, generator=torch.Generator().manual_seed(i)) for i in (3, 4)])
+    noise = torch.stack(
+        [torch.randn(12, 16, generator=torch.Generator().manual_seed(i)) for i in (3, 4)]
+    )
     for sample, t in seen[1:]:
         assert torch.allclose(sample, (1 - t[0]) * packed + t[0] * noise, atol=1e-5)
 
 
 def test_pictures_of_a_data_set(config, tmp_path):
     folder = photos(tmp_path / "photos", 3)
-    (folder / "p.csv").write_text("file,caption,kind\n" + "".join(f"{i}.png,a picture,{i}\n" for i in range(3)))
-    options = dict(num_inference_steps=None, images="file", dataset_name=str(folder / "p.csv"), timesteps_per_image=1)
+    (folder / "p.csv").write_text(
+        "file,caption,kind\n" + "".join(f"{i}.png,a picture,{i}\n" for i in range(3))
+    )
+    options = dict(
+        num_inference_steps=None,
+        images="file",
+        dataset_name=str(folder / "p.csv"),
+        timesteps_per_image=1,
+    )
     options["save_samples"] = True
     collect.main(replace(config, **options))
     out = Path(config.out_dir)
@@ -723,16 +928,30 @@ def test_pictures_of_a_data_set(config, tmp_path):
     assert [(line["file"], line["prompt"], line["kind"]) for line in lines] == [
         (f"{i}.png", "a picture", str(i)) for i in range(3)
     ]
-    collect.main(replace(config, **options | dict(dataset_name=None, images=str(folder), out_dir=config.out_dir + "2")))
+    collect.main(
+        replace(
+            config,
+            **options | dict(dataset_name=None, images=str(folder), out_dir=config.out_dir + "2"),
+        )
+    )
     samples = [np.load(Path(d) / "samples.npy") for d in (out, config.out_dir + "2")]
     assert np.array_equal(*samples)
 
 
 def test_pictures_with_guidance_have_as_many_steps_in_both_files(config, tmp_path):
     folder = photos(tmp_path / "photos", 3)
-    options = dict(num_inference_steps=None, images=str(folder), guidance_scale=5.0, rows="both", hook_names=["mid_block"])
+    options = dict(
+        num_inference_steps=None,
+        images=str(folder),
+        guidance_scale=5.0,
+        rows="both",
+        hook_names=["mid_block"],
+    )
     collect.main(replace(config, **options, num_images_per_prompt=2))
-    shapes = [np.load(Path(config.out_dir) / f"mid_block{end}.npy").shape for end in ("", ".uncond", ".timesteps")]
+    shapes = [
+        np.load(Path(config.out_dir) / f"mid_block{end}.npy").shape
+        for end in ("", ".uncond", ".timesteps")
+    ]
     assert shapes == [(6, 4, 64, 16), (6, 4, 64, 16), (6, 4)]
 
 
@@ -749,7 +968,9 @@ def test_pictures_of_every_kind(tmp_path):
     assert torch.equal(read(clear), torch.ones(3, 30, 40))  # what is transparent is white
     assert real_images.open_image(str(tmp_path / "turned.jpg")).size == (40, 30)
     assert read(Image.new("P", (1, 1))).shape == (3, 30, 40)
-    (tmp_path / "broken.png").write_bytes(photos(tmp_path / "p", 1).joinpath("0.png").read_bytes()[:300])
+    (tmp_path / "broken.png").write_bytes(
+        photos(tmp_path / "p", 1).joinpath("0.png").read_bytes()[:300]
+    )
     with pytest.raises(ValueError, match="broken.png can't be read"):
         read(str(tmp_path / "broken.png"))
 
@@ -763,12 +984,27 @@ def test_a_timestep_that_a_scheduler_meets_twice_is_kept_once():
 
 
 def test_the_listing_says_what_a_file_would_take(config, capsys):
-    collect.main(replace(config, list_hooks=True, hook_names=["mid_block.**", "mid_block"], store_dtype="float32"))
+    collect.main(
+        replace(
+            config, list_hooks=True, hook_names=["mid_block.**", "mid_block"], store_dtype="float32"
+        )
+    )
     printed = capsys.readouterr().out
     line = next(line for line in printed.splitlines() if line.startswith("mid_block "))
-    assert line.split() == ["mid_block", "64", "x", "16", "8", "x", "8", f"{3 * 64 * 16 * 4 / 1e6:.2f}"]
+    assert line.split() == [
+        "mid_block",
+        "64",
+        "x",
+        "16",
+        "8",
+        "x",
+        "8",
+        f"{3 * 64 * 16 * 4 / 1e6:.2f}",
+    ]
     assert "\n  mid_block.attentions.0 " in printed and "several times in one forward" in printed
     assert not Path(config.out_dir).exists()
-    collect.main(replace(config, hook_names=["mid_block"], store_dtype="float32", max_num_examples=1))
+    collect.main(
+        replace(config, hook_names=["mid_block"], store_dtype="float32", max_num_examples=1)
+    )
     size = (Path(config.out_dir) / "mid_block.npy").stat().st_size
     assert size == 3 * 64 * 16 * 4 + 128

@@ -40,7 +40,9 @@ def test_columns_and_negative_prompts(tmp_path):
     path.write_text('{"a": "one", "b": "two", "c": 3, "d": [1]}\n')
     assert load_prompts(str(path), column="b") == [{"prompt": "two", "a": "one", "c": 3}]
     assert load_prompts(str(path), column="a", negative_prompt="b")[0]["negative_prompt"] == "two"
-    assert load_prompts(str(path), column="a", negative_prompt="ugly")[0]["negative_prompt"] == "ugly"
+    assert (
+        load_prompts(str(path), column="a", negative_prompt="ugly")[0]["negative_prompt"] == "ugly"
+    )
     with pytest.raises(ValueError, match="choose with --column from: a, b, c, d"):
         load_prompts(str(path))
     with pytest.raises(ValueError, match="no column 'e'"):
@@ -51,7 +53,9 @@ def test_columns_and_negative_prompts(tmp_path):
 
 def test_a_literal_prompt():
     assert load_prompts("a cat, 1/2 asleep") == [{"prompt": "a cat, 1/2 asleep"}]
-    assert load_prompts("cat", negative_prompt="dog") == [{"prompt": "cat", "negative_prompt": "dog"}]
+    assert load_prompts("cat", negative_prompt="dog") == [
+        {"prompt": "cat", "negative_prompt": "dog"}
+    ]
 
 
 @pytest.mark.parametrize(
@@ -85,7 +89,9 @@ def test_a_hub_data_set_is_streamed(monkeypatch):
     rows = [{"image": b"", "caption": f"number {i}", "score": i / 2} for i in range(5)]
     made = datasets.IterableDataset.from_generator(lambda: iter(rows))
     asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: asked.append((args, kwargs)) or made)
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *args, **kwargs: asked.append((args, kwargs)) or made
+    )
     found = load_prompts("guangyil/laion-coco-aesthetic", "train", max_num_examples=3)
     assert found == [{"prompt": f"number {i}", "score": i / 2} for i in range(3)]
     assert asked == [(("guangyil/laion-coco-aesthetic",), {"split": "train", "streaming": True})]
@@ -132,7 +138,10 @@ def finished(folder):
 
 
 def test_a_folder_is_one_programs_until_it_is_closed(tmp_path):
-    first, refused = collection(tmp_path), pytest.raises(ValueError, match="another collect.py is writing")
+    first, refused = (
+        collection(tmp_path),
+        pytest.raises(ValueError, match="another collect.py is writing"),
+    )
     with refused:
         collection(tmp_path)
     collection(tmp_path, joining=True).close()  # of the same torchrun: has no lock of its own
@@ -183,7 +192,8 @@ def test_processes_write_into_one_file(tmp_path):
 
 
 def test_progress_is_one_line_for_each_safe_batch(tmp_path):
-    """A line appears when the data are on the disk, a torn one counts for nothing, and the next start appends to none."""
+    """A line appears when the data are on the disk, a torn one counts for nothing, and the next
+    start appends to none."""
     c, progress = collection(tmp_path), tmp_path / "progress.jsonl"
     assert progress.read_text() == ""
     c.write(1, array(1, 2), {})
@@ -194,13 +204,22 @@ def test_progress_is_one_line_for_each_safe_batch(tmp_path):
         lines.append(json.dumps({"batch": batch, "rows": 2, "crc32": {"x": checksum}}) + "\n")
     assert progress.read_text() == lines[1] + lines[0]
     c.close()
-    for torn in ('{"batch": 2, "ro', '{"batch": 2, "rows": "1"}', "[2, 1]\n", "\x00\x00", '{"rows": 1}\n', "\udcff"):
+    for torn in (
+        '{"batch": 2, "ro',
+        '{"batch": 2, "rows": "1"}',
+        "[2, 1]\n",
+        "\x00\x00",
+        '{"rows": 1}\n',
+        "\udcff",
+    ):
         with progress.open("ab") as file:
             file.write(torn.encode("utf-8", "surrogateescape"))
         with collection(tmp_path) as c:
             assert c.pending() == [2]
         assert progress.read_text() == lines[0] + lines[1]
-    progress.write_text('{"batch": 0, "rows": 2, "checksum": 7}\n{"batch": 1, "rows": 1}\n{"batch": 2, "rows": 1}\n')
+    progress.write_text(
+        '{"batch": 0, "rows": 2, "checksum": 7}\n{"batch": 1, "rows": 1}\n{"batch": 2, "rows": 1}\n'
+    )
     with collection(tmp_path) as c:
         assert c.pending() == [1]  # which had another size
         assert '"checksum": 7' in progress.read_text()  # what a later version says
@@ -233,7 +252,9 @@ def test_a_smaller_number_finishes_a_stopped_collection(tmp_path, capsys):
                 c.write(batch, array(batch, 2), {})
         with collection(folder, rows=4) as c:
             assert c.pending() == sorted({0, 1} - {*done})
-        assert "a stopped collection of 8 rows, which ends with row 4 now" in capsys.readouterr().out
+        assert (
+            "a stopped collection of 8 rows, which ends with row 4 now" in capsys.readouterr().out
+        )
         with collection(folder, rows=8) as c:  # not yet finished: nothing has been cut off
             assert c.pending() == sorted({0, 1, 2, 3} - {*done})
             assert c.shape("x") == [8, 3]
@@ -266,7 +287,8 @@ def test_no_finished_batch_is_thrown_away(tmp_path):
 
 
 def test_nothing_is_cut_off_a_finished_file_that_is_extended(tmp_path):
-    """An extension that was stopped before its first batch: the file has its name and its description still."""
+    """An extension that was stopped before its first batch: the file has its name and its
+    description still."""
     with collection(tmp_path) as c:
         for batch, rows in enumerate((2, 2, 1)):
             c.write(batch, array(batch, rows), {})
@@ -282,7 +304,10 @@ def test_a_folder_of_an_earlier_version_is_named(tmp_path):
     np.save(tmp_path / "x.npy", np.zeros(3))
     np.save(tmp_path / "progress.npy", np.zeros((1, 2)))
     (tmp_path / "collect.json").write_text("{}")
-    with pytest.raises(ValueError, match="of an earlier version: if it is finished, train.py and the later stages read it"):
+    with pytest.raises(
+        ValueError,
+        match="of an earlier version: if it is finished, train.py and the later stages read it",
+    ):
         collection(tmp_path)
 
 
@@ -304,7 +329,9 @@ def test_a_flipped_byte_in_the_settings_is_refused(tmp_path):
             continue
         c.close()
         assert read_json(path) == settings and c.facts == settings["facts"]
-    path.write_text(json.dumps({key: settings[key] for key in ("settings", "facts")}))  # an earlier version's
+    path.write_text(
+        json.dumps({key: settings[key] for key in ("settings", "facts")})
+    )  # an earlier version's
     c = collection(tmp_path)
     assert c.pending() == [] and c.facts == {"steps": 2}
     c.close()
@@ -312,6 +339,11 @@ def test_a_flipped_byte_in_the_settings_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["../out", "/tmp/out", "a/b", ""])
 def test_a_name_cannot_leave_the_folder(tmp_path, name):
-    with closing(Collection(tmp_path / "in", {}, [{"prompt": "a"}], 1)) as collection, pytest.raises(ValueError, match="no name"):
+    with (
+        closing(Collection(tmp_path / "in", {}, [{"prompt": "a"}], 1)) as collection,
+        pytest.raises(ValueError, match="no name"),
+    ):
         collection.write(0, {name: torch.zeros(1, 2)}, {})
-    assert [path.name for path in tmp_path.iterdir()] == ["in"] and not list((tmp_path / "in").glob("**/*.npy*"))
+    assert [path.name for path in tmp_path.iterdir()] == ["in"] and not list(
+        (tmp_path / "in").glob("**/*.npy*")
+    )

@@ -5,7 +5,15 @@ import pytest
 import torch
 from test_features import write
 
-from analysis.concepts import auroc, contrast, find_features, image_scores, saeuron, toward, with_word
+from analysis.concepts import (
+    auroc,
+    contrast,
+    find_features,
+    image_scores,
+    saeuron,
+    toward,
+    with_word,
+)
 from bench.concepts import best_features
 from sae import Sae
 from store.activation_file import read_prompts
@@ -28,7 +36,9 @@ def test_image_scores(tmp_path, pool, activation):
             for t in range(5):
                 for a, i in zip(acts.reshape(5, -1)[t], where.reshape(5, -1)[t]):
                     codes[t, i] += a
-            assert torch.allclose(scores[p, s], codes.mean(0) if pool == "mean" else codes.amax(0), atol=1e-5)
+            assert torch.allclose(
+                scores[p, s], codes.mean(0) if pool == "mean" else codes.amax(0), atol=1e-5
+            )
     few, chosen = image_scores(sae, Activations([tmp_path / "x.npy"]), pool, most=48)
     assert len(few) == 2 and torch.equal(few, scores[chosen])
     with pytest.raises(ValueError, match=r"expected \(prompts, steps, tokens, 9\)"):
@@ -46,13 +56,20 @@ def test_padding_of_text_does_not_count(tmp_path):
         scores, _ = image_scores(sae, Activations([tmp_path / "block.npy"]), pool)
         for p, tokens in enumerate((3, 5)):
             acts, where = sae.encode(torch.from_numpy(x[p, 1, :tokens]))
-            assert torch.allclose(scores[p, 1], of(torch.zeros(tokens, 12).scatter(1, where, acts)), atol=1e-5)
+            assert torch.allclose(
+                scores[p, 1], of(torch.zeros(tokens, 12).scatter(1, where, acts)), atol=1e-5
+            )
 
 
 def test_the_direction_from_one_concept_to_another():
-    sae, scores = Sae(6, 3, 2), torch.tensor([[[4.0, 1.0, 0.0]], [[0.0, 2.0, 1.0]], [[9.0, 9.0, 9.0]]])
+    sae, scores = (
+        Sae(6, 3, 2),
+        torch.tensor([[[4.0, 1.0, 0.0]], [[0.0, 2.0, 1.0]], [[9.0, 9.0, 9.0]]]),
+    )
     there, away = torch.tensor([True, False, False]), torch.tensor([False, True, False])
-    assert torch.allclose(toward(sae, scores, there, away), torch.nn.functional.normalize(4 * sae.W_dec[0], dim=0))
+    assert torch.allclose(
+        toward(sae, scores, there, away), torch.nn.functional.normalize(4 * sae.W_dec[0], dim=0)
+    )
     expected = torch.nn.functional.normalize(sae.W_dec[1] + sae.W_dec[2], dim=0)
     assert torch.allclose(toward(sae, scores, away, there), expected)
     with pytest.raises(ValueError, match="no picture without the other"):
@@ -73,7 +90,9 @@ def test_prompts_that_are_damaged(tmp_path):
 
 
 def test_saeurons_score_by_hand():
-    scores = torch.tensor([[[3.0, 1.0, 0.0]], [[1.0, 1.0, 2.0]], [[0.0, 2.0, 2.0]]])  # three pictures, a step
+    scores = torch.tensor(
+        [[[3.0, 1.0, 0.0]], [[1.0, 1.0, 2.0]], [[0.0, 2.0, 2.0]]]
+    )  # three pictures, a step
     there = torch.tensor([True, True, False])
     expected = torch.tensor([[2 / 4 - 0, 1 / 4 - 1 / 2, 1 / 4 - 1 / 2]])
     assert torch.allclose(saeuron(scores, there), expected, atol=1e-6)
@@ -88,7 +107,10 @@ def test_contrast_by_hand():
 
 def test_auroc_against_all_pairs():
     rng = torch.Generator().manual_seed(0)
-    scores, there = torch.randint(0, 4, (30, 7), generator=rng).float(), torch.rand(30, generator=rng) < 0.3  # with ties
+    scores, there = (
+        torch.randint(0, 4, (30, 7), generator=rng).float(),
+        torch.rand(30, generator=rng) < 0.3,
+    )  # with ties
     a, b = scores[there][:, None], scores[~there][None]
     expected = ((a > b).double() + 0.5 * (a == b).double()).mean((0, 1))
     assert torch.allclose(auroc(scores, there).double(), expected)
@@ -96,8 +118,13 @@ def test_auroc_against_all_pairs():
 
 def test_a_feature_is_chosen_on_one_half_and_scored_on_the_other():
     there, choice = torch.tensor([1, 0] * 20).bool(), torch.arange(40) % 4 < 2
-    lucky = torch.where(choice, there.float(), 1 - there.float())  # tells it where it is chosen, and says the contrary elsewhere
-    scores = [torch.rand(40, 3, generator=torch.Generator().manual_seed(0)), torch.stack([torch.zeros(40), lucky], 1)]
+    lucky = torch.where(
+        choice, there.float(), 1 - there.float()
+    )  # tells it where it is chosen, and says the contrary elsewhere
+    scores = [
+        torch.rand(40, 3, generator=torch.Generator().manual_seed(0)),
+        torch.stack([torch.zeros(40), lucky], 1),
+    ]
     assert best_features(scores, there, choice) == (1, 1, 0.0)
 
 

@@ -1,4 +1,5 @@
-"""Collections that are killed, interrupted, or meet a full or damaged disk; `python -m bench crashes` has more of them."""
+"""Collections that are killed, interrupted, or meet a full or damaged disk; `python -m bench
+crashes` has more of them."""
 
 import re
 import subprocess
@@ -22,8 +23,21 @@ ROWS = {
 
 @pytest.fixture(scope="module")
 def table(model_folder):
-    command = [sys.executable, "-m", "bench", "crashes", "--kills", "3", "--model_name", str(model_folder), "--only", *ROWS]
-    result = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=600)
+    command = [
+        sys.executable,
+        "-m",
+        "bench",
+        "crashes",
+        "--kills",
+        "3",
+        "--model_name",
+        str(model_folder),
+        "--only",
+        *ROWS,
+    ]
+    result = subprocess.run(
+        command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=600
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout.splitlines()[1:]
 

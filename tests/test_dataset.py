@@ -1,4 +1,5 @@
-"""Reading activation files: what is refused, the split by prompt, and the seeded shuffle that starts anywhere."""
+"""Reading activation files: what is refused, the split by prompt, and the seeded shuffle that
+starts anywhere."""
 
 import json
 import os
@@ -42,7 +43,9 @@ def ids(tensors):
 def test_split_is_by_prompt_and_loses_nothing(tmp_path):
     data = Activations([numbered(tmp_path / "a.npy")])
     held_out, training = ids(data.held_out()), ids(data.batches(7, data.num_training))
-    assert (len(held_out), len(training)) == (data.num_held_out, data.num_training) == (48, 432)  # 2 prompts of 20
+    assert (
+        (len(held_out), len(training)) == (data.num_held_out, data.num_training) == (48, 432)
+    )  # 2 prompts of 20
     assert sorted(held_out.tolist() + training.tolist()) == list(range(480))
     prompts = lambda numbers: set((numbers // 24).tolist())
     assert not prompts(held_out) & prompts(training)
@@ -54,7 +57,9 @@ def test_split_is_by_prompt_and_loses_nothing(tmp_path):
 
 def sides(data):
     """Sets of the units of 5 vectors, numbered from 0, that are held out and trained on."""
-    return [set((ids(x) // 5).tolist()) for x in (data.held_out(), data.batches(100, data.num_training))]
+    return [
+        set((ids(x) // 5).tolist()) for x in (data.held_out(), data.batches(100, data.num_training))
+    ]
 
 
 def test_all_images_of_a_prompt_are_on_one_side(tmp_path):
@@ -70,7 +75,9 @@ def test_equal_prompts_are_on_one_side_in_all_files(tmp_path):
         (tmp_path / name).mkdir()
         describe(numbered(tmp_path / name / "m.npy", (40, 1, 5), first=200 * len(texts) // 40))
         mine = [f"prompt {i}" for i in rng.integers(0, 15, 40)]
-        (tmp_path / name / "prompts.jsonl").write_text("".join(json.dumps({"prompt": t}) + "\n" for t in mine))
+        (tmp_path / name / "prompts.jsonl").write_text(
+            "".join(json.dumps({"prompt": t}) + "\n" for t in mine)
+        )
         texts += mine
     held_out, training = sides(Activations([tmp_path / "a" / "m.npy", tmp_path / "b" / "m.npy"]))
     assert held_out and training and held_out | training == set(range(80))
@@ -84,16 +91,23 @@ def test_equal_prompts_are_on_one_side_in_all_files(tmp_path):
 def test_never_more_than_half_is_held_out(tmp_path, seed):
     describe(numbered(tmp_path / "a.npy", (40, 1, 5)))
     texts = ["a"] * 30 + ["b"] * 10
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": t}) + "\n" for t in texts))
+    (tmp_path / "prompts.jsonl").write_text(
+        "".join(json.dumps({"prompt": t}) + "\n" for t in texts)
+    )
     assert Activations([tmp_path / "a.npy"], seed).num_held_out == 50
     texts = ["a"] * 40  # one prompt, 40 seeds
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": t}) + "\n" for t in texts))
+    (tmp_path / "prompts.jsonl").write_text(
+        "".join(json.dumps({"prompt": t}) + "\n" for t in texts)
+    )
     assert Activations([tmp_path / "a.npy"], seed).num_held_out == 20
 
 
 def test_how_much_is_held_out(tmp_path, monkeypatch):
     path = numbered(tmp_path / "a.npy", (100, 4))
-    held_out = lambda **limits: (monkeypatch.setattr(dataset, "HELD_OUT", limits), Activations([path]).num_held_out)[1]
+    held_out = lambda **limits: (
+        monkeypatch.setattr(dataset, "HELD_OUT", limits),
+        Activations([path]).num_held_out,
+    )[1]
     assert held_out(share=0.1, at_least=0, at_most=10**6) == 40
     assert held_out(share=0.1, at_least=70, at_most=10**6) == 72  # whole prompts
     assert held_out(share=0.1, at_least=300, at_most=10**6) == 100  # but only up to a quarter
@@ -104,7 +118,9 @@ def test_how_much_is_held_out(tmp_path, monkeypatch):
 def test_one_prompt_or_none_is_split_into_contiguous_pieces(tmp_path, shape):
     data = Activations([numbered(tmp_path / "a.npy", shape)])
     held_out = ids(data.held_out())
-    assert sorted(held_out.tolist() + ids(data.batches(64, data.num_training)).tolist()) == list(range(500))
+    assert sorted(held_out.tolist() + ids(data.batches(64, data.num_training)).tolist()) == list(
+        range(500)
+    )
     assert (held_out.diff() != 1).sum() < 4
 
 
@@ -120,8 +136,12 @@ def test_shuffle_starts_anywhere_and_repeats_every_epoch(tmp_path, buffer_rows):
     assert set(sizes[:-1]) == {32} and sizes[-1] == stop % 32
     for start in (32, 416, 448, 864):
         assert torch.equal(ids(data.batches(32, stop, start, **options)), order[start:])
-    assert not torch.equal(ids(data.batches(32, stop, seed=4, buffer_gb=options["buffer_gb"])), order)
-    first = order[:40].sort().values  # of one buffer where they are small: from all over the file, and others next time
+    assert not torch.equal(
+        ids(data.batches(32, stop, seed=4, buffer_gb=options["buffer_gb"])), order
+    )
+    first = (
+        order[:40].sort().values
+    )  # of one buffer where they are small: from all over the file, and others next time
     assert first[-4] > 300
     assert not torch.equal(first, order[432:472].sort().values)
 
@@ -133,7 +153,9 @@ def test_each_row_is_read_once_an_epoch_and_once_at_all_where_they_fit(tmp_path,
     def counting(self, number, first, end, at):
         reads.extend(range(first, end))
         read(self, number, first, end, at)
-        assert at + (end - first) * self.row_bytes <= len(self.buffer) <= 3456  # all rows, or the buffer
+        assert (
+            at + (end - first) * self.row_bytes <= len(self.buffer) <= 3456
+        )  # all rows, or the buffer
 
     monkeypatch.setattr(shuffle.Reader, "read", counting)
     for _ in data.batches(10, 2 * 432, buffer_gb=200 * 8 / 2**30):
@@ -147,12 +169,17 @@ def test_each_row_is_read_once_an_epoch_and_once_at_all_where_they_fit(tmp_path,
 
 
 def test_sample_is_drawn_alike_from_files_of_two_lengths(tmp_path):
-    a, b = numbered(tmp_path / "a.npy", (10, 1, 5)), numbered(tmp_path / "b.npy", (30, 1, 20), first=50)
+    a, b = (
+        numbered(tmp_path / "a.npy", (10, 1, 5)),
+        numbered(tmp_path / "b.npy", (30, 1, 20), first=50),
+    )
     data = Activations([a, b])
     training = ids(data.batches(99, data.num_training)).sort().values
     assert torch.equal(data.sample(10**6)[:, 0].long(), training)
     some = data.sample(300)[:, 0].long()
-    assert (some < 50).double().mean().item() == pytest.approx((training < 50).double().mean().item(), abs=0.05)
+    assert (some < 50).double().mean().item() == pytest.approx(
+        (training < 50).double().mean().item(), abs=0.05
+    )
     assert set(some.tolist()) <= set(training.tolist()) and len(some.unique()) == 300
 
 
@@ -166,22 +193,36 @@ def test_several_files_are_one_data_set(tmp_path):
     a, b = numbered(tmp_path / "a.npy", (10, 5)), numbered(tmp_path / "b.npy", (12, 5), first=50)
     (data,) = open_activations([tmp_path / "*.npy", a])
     assert data.paths == [str(a), str(b)] and data.num_vectors == 110
-    assert sorted(ids(data.held_out()).tolist() + ids(data.batches(9, data.num_training)).tolist()) == list(range(110))
+    assert sorted(
+        ids(data.held_out()).tolist() + ids(data.batches(9, data.num_training)).tolist()
+    ) == list(range(110))
 
 
 def test_each_hook_name_is_a_data_set(tmp_path):
-    metas = {"m": {}, "n": {}, "m.uncond": {"rows": "uncond"}, "other": {"model": "other"}, "u": {"hook_name": "up"}}
+    metas = {
+        "m": {},
+        "n": {},
+        "m.uncond": {"rows": "uncond"},
+        "other": {"model": "other"},
+        "u": {"hook_name": "up"},
+    }
     for name, meta in metas.items():
         describe(numbered(tmp_path / f"{name}.npy"), **meta)
     for name in ("samples", "progress", "m.tokens"):
         numbered(tmp_path / f"{name}.npy")
     (tmp_path / "collect.json").write_text("{}")
-    for data in ([tmp_path], [tmp_path / "*.npy"], [tmp_path, tmp_path / "m.npy", tmp_path / ".." / tmp_path.name / "?.npy"]):
+    for data in (
+        [tmp_path],
+        [tmp_path / "*.npy"],
+        [tmp_path, tmp_path / "m.npy", tmp_path / ".." / tmp_path.name / "?.npy"],
+    ):
         sets = open_activations(data)
         names = [[path[len(str(tmp_path)) + 1 :] for path in s.paths] for s in sets]
         assert names == [["m.npy", "n.npy"], ["m.uncond.npy"], ["other.npy"], ["u.npy"]]
         assert sets[3].hook_name == "up"
-    assert [data.paths for data in open_activations([tmp_path / "samples.npy"])] == [[str(tmp_path / "samples.npy")]]
+    assert [data.paths for data in open_activations([tmp_path / "samples.npy"])] == [
+        [str(tmp_path / "samples.npy")]
+    ]
 
 
 def test_an_unfinished_collection_is_refused_in_one_line(tmp_path):
@@ -189,7 +230,10 @@ def test_an_unfinished_collection_is_refused_in_one_line(tmp_path):
     (tmp_path / "collect.json").write_text("{}")
     numbered(tmp_path / "progress.npy")
     for item in (tmp_path / "a.npy", tmp_path / "a.npy.partial", tmp_path, tmp_path / "*.npy"):
-        with pytest.raises(UsageError, match="a.npy.partial is not finished.*smaller --max_num_examples finishes it"):
+        with pytest.raises(
+            UsageError,
+            match="a.npy.partial is not finished.*smaller --max_num_examples finishes it",
+        ):
             open_activations([item])
     with pytest.raises(UsageError, match="a.npy.partial is not finished"):
         newest_activations(tmp_path)
@@ -220,7 +264,9 @@ def test_a_folder_means_its_own_files_or_else_those_of_its_subfolders(tmp_path, 
 
     (tmp_path / "empty").mkdir()
     assert len(open_activations([tmp_path])) == 2
-    numbered(tmp_path / "empty" / "m.npy").rename(tmp_path / "empty" / "m.npy.partial")  # a part that is still collected
+    numbered(tmp_path / "empty" / "m.npy").rename(
+        tmp_path / "empty" / "m.npy.partial"
+    )  # a part that is still collected
     with pytest.raises(UsageError, match="empty/m.npy.partial is not finished"):
         open_activations([tmp_path])
     describe(numbered(tmp_path / "own.npy"))
@@ -228,10 +274,13 @@ def test_a_folder_means_its_own_files_or_else_those_of_its_subfolders(tmp_path, 
 
 
 def test_a_listing_that_is_ahead_of_its_file(tmp_path):
-    """A larger --max_num_examples lists all prompts before its first batch is written; the split stays by text."""
+    """A larger --max_num_examples lists all prompts before its first batch is written; the split
+    stays by text."""
     describe(numbered(tmp_path / "a.npy", (4, 5)))
     texts = ["a", "b", "a", "b", "c", "d"]
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": t}) + "\n" for t in texts))
+    (tmp_path / "prompts.jsonl").write_text(
+        "".join(json.dumps({"prompt": t}) + "\n" for t in texts)
+    )
     assert Activations([tmp_path / "a.npy"]).num_prompts == 2
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
     with pytest.raises(UsageError, match="does not say the prompts"):
@@ -239,12 +288,22 @@ def test_a_listing_that_is_ahead_of_its_file(tmp_path):
 
 
 def test_an_opened_file_says_what_its_axes_are(tmp_path):
-    shapes = {(12, 2): (1, 1, 12), (3, 4, 2): (3, 1, 4), (3, 5, 4, 2): (3, 5, 4), (3, 5, 2, 2, 2): (3, 5, 4)}
+    shapes = {
+        (12, 2): (1, 1, 12),
+        (3, 4, 2): (3, 1, 4),
+        (3, 5, 4, 2): (3, 5, 4),
+        (3, 5, 2, 2, 2): (3, 5, 4),
+    }
     for number, (shape, axes) in enumerate(shapes.items()):
         np.save(tmp_path / f"{number}.npy", np.ones(shape, np.float32))
         file = open_activation_file(tmp_path / f"{number}.npy")
         assert (file.P, file.S, file.T) == axes and file.d == 2
-        assert file.grid == (axes[2],) and file.tokens_kept is None and file.prompt_rows is None and file.lengths is None
+        assert (
+            file.grid == (axes[2],)
+            and file.tokens_kept is None
+            and file.prompt_rows is None
+            and file.lengths is None
+        )
     path = tmp_path / "2.npy"
     describe(path, grid=[2, 2])
     assert open_activation_file(path).grid == (2, 2)
@@ -254,7 +313,9 @@ def test_an_opened_file_says_what_its_axes_are(tmp_path):
     file = open_activation_file(path)
     assert file.grid == (4, 4) and file.read_tokens_kept(2).shape == (5, 4)  # 4 tokens of the 16
     np.save(tmp_path / "2.tokens.npy", np.zeros((3, 5, 3), np.uint16))
-    with pytest.raises(UsageError, match=r"2.tokens.npy is of another.*shape \(3, 5, 3\), expected \(3, 5, 4\)"):
+    with pytest.raises(
+        UsageError, match=r"2.tokens.npy is of another.*shape \(3, 5, 3\), expected \(3, 5, 4\)"
+    ):
         open_activation_file(path).tokens_kept  # noqa: B018
 
 
@@ -267,7 +328,9 @@ def test_padding_of_text_is_not_read(tmp_path, prompts):
     np.save(tmp_path / "a.lengths.npy", np.array(lengths))
     data = Activations([path])
     found = ids([*data.held_out(), *data.batches(4, data.num_training)])
-    expected = [(p * 3 + s) * 5 + t for p in range(prompts) for s in range(3) for t in range(lengths[p])]
+    expected = [
+        (p * 3 + s) * 5 + t for p in range(prompts) for s in range(3) for t in range(lengths[p])
+    ]
     assert sorted(found.tolist()) == expected and data.whole_prompts == (prompts > 1)
     np.save(tmp_path / "a.lengths.npy", np.array([*lengths, 1]))
     with pytest.raises(UsageError, match="is of another collection"):
@@ -288,12 +351,16 @@ def test_the_activations_of_an_sae(tmp_path):
     a, b = numbered(tmp_path / "a.npy"), numbered(tmp_path / "b.npy")
     assert activations_of(Model(2, data=[str(a)]), "sae").paths == [str(a)]
     assert activations_of(Model(2, data=[str(a)]), "sae", [str(b)]).paths == [str(b)]
-    with pytest.raises(UsageError, match="sae does not say which files it was trained on; name some with --data"):
+    with pytest.raises(
+        UsageError, match="sae does not say which files it was trained on; name some with --data"
+    ):
         activations_of(Model(2), "sae")
     with pytest.raises(UsageError, match="holds vectors of width 2, and the SAE takes width 3"):
         activations_of(Model(3, data=[str(a)]), "sae")
     describe(b)
-    with pytest.raises(UsageError, match="--data holds 2 hook points or models; expected the files of one"):
+    with pytest.raises(
+        UsageError, match="--data holds 2 hook points or models; expected the files of one"
+    ):
         activations_of(Model(2), "sae", [str(a), str(b)])
 
 
@@ -312,10 +379,19 @@ def saved_rows(folder, x, column="activations", plain=False, shards=2, **columns
 def test_rows_saved_by_the_ancestor(tmp_path, dtype):
     x = np.arange(36 * 4, dtype=dtype).reshape(36, 4, 1).repeat(2, 2)
     times = np.tile(np.array([900, 500, 100], np.uint16), 12)
-    data = open_activations([saved_rows(tmp_path / "up.1", x, shards=5, timestep=times, label=["a"] * 36)])[0]
-    assert (data.hook_name, data.d, data.num_prompts, data.timesteps) == ("up.1", 2, 12, [900, 500, 100])
+    data = open_activations(
+        [saved_rows(tmp_path / "up.1", x, shards=5, timestep=times, label=["a"] * 36)]
+    )[0]
+    assert (data.hook_name, data.d, data.num_prompts, data.timesteps) == (
+        "up.1",
+        2,
+        12,
+        [900, 500, 100],
+    )
     assert data.whole_prompts and data.sample_tokens() == 4
-    assert {path for path, *_ in data.files} == {str(tmp_path / "up.1" / f"data-0000{i}-of-00005.arrow") for i in range(5)}
+    assert {path for path, *_ in data.files} == {
+        str(tmp_path / "up.1" / f"data-0000{i}-of-00005.arrow") for i in range(5)
+    }
     held_out = ids(data.held_out())
     for buffer_gb in (1, 1e-6):
         found = list(data.batches(9, data.num_training, buffer_gb=buffer_gb))
@@ -331,18 +407,28 @@ def test_rows_of_random_timesteps_are_no_run_of_one_prompt(tmp_path):
     x = np.arange(40_000, dtype=np.float32)[:, None, None]
     times = np.random.default_rng(0).random(40_000)
     data = open_activations([saved_rows(tmp_path / "a", x, timestep=times)])[0]
-    assert (data.num_prompts, data.timesteps, data.whole_prompts) == (0, [], False)  # it is not known which show one image
-    found = torch.cat([*data.held_out(), *(x for x, _ in data.batches(4096, data.num_training))]).flatten()
+    assert (data.num_prompts, data.timesteps, data.whole_prompts) == (
+        0,
+        [],
+        False,
+    )  # it is not known which show one image
+    found = torch.cat(
+        [*data.held_out(), *(x for x, _ in data.batches(4096, data.num_training))]
+    ).flatten()
     assert torch.equal(found.sort().values, torch.arange(40_000.0))
 
 
 def test_rows_saved_as_lists_and_by_file_name(tmp_path):
     x = np.random.default_rng(0).normal(size=(30, 4, 8)).astype(np.float32)
     names = [f"{i // 5}.png" for i in range(30)]
-    data = open_activations([saved_rows(tmp_path / "a", x, "values", plain=True, file_name=names)])[0]
+    data = open_activations([saved_rows(tmp_path / "a", x, "values", plain=True, file_name=names)])[
+        0
+    ]
     assert data.num_prompts == 6 and data.timesteps == []
     rows = torch.cat([*data.held_out(), *(x for x, _ in data.batches(16, data.num_training))])
-    assert sorted(map(tuple, rows.float().tolist())) == sorted(map(tuple, x.reshape(-1, 8).tolist()))
+    assert sorted(map(tuple, rows.float().tolist())) == sorted(
+        map(tuple, x.reshape(-1, 8).tolist())
+    )
     flat = open_activations([saved_rows(tmp_path / "b", x[:, 0], plain=True)])[0]
     assert (flat.num_vectors, flat.d, flat.num_prompts, flat.whole_prompts) == (30, 8, 0, False)
     assert len(open_activations([tmp_path / "*"])) == 2
@@ -351,7 +437,10 @@ def test_rows_saved_as_lists_and_by_file_name(tmp_path):
     with pytest.raises(ValueError, match="levels of lists of int64"):
         open_activations([saved_rows(tmp_path / "d", x.astype(int), plain=True)])
     ragged = [[[1.0, 2.0], [1.0, 2.0]], [[1.0, 2.0]]]
-    for name, rows in ("2 lengths", ragged * 2), ("different shapes", ragged):  # in one file, in two
+    for name, rows in (
+        ("2 lengths", ragged * 2),
+        ("different shapes", ragged),
+    ):  # in one file, in two
         saved_rows(tmp_path / name, np.array([*rows, None], object)[:-1], plain=True)
         with pytest.raises(ValueError, match=name):
             open_activations([tmp_path / name])
@@ -377,7 +466,9 @@ def test_newest(tmp_path):
 def test_dtypes(tmp_path, dtype):
     data = Activations([numbered(tmp_path / "a.npy", (30, 10), dtype)])
     assert data.sample(9).dtype == torch.float32
-    assert next(data.batches(4, 4))[0].dtype == (torch.float16 if dtype == np.float16 else torch.float32)
+    assert next(data.batches(4, 4))[0].dtype == (
+        torch.float16 if dtype == np.float16 else torch.float32
+    )
 
 
 def test_bfloat16_needs_its_description(tmp_path):
@@ -447,12 +538,18 @@ def test_damaged_description(tmp_path):
 
 
 def test_batches_hold_every_step_alike(tmp_path):
-    describe(numbered(tmp_path / "a.npy", (20, 5, 8)), timesteps=[900, 700, 500, 300, 100], shape=[20, 5, 8, 2])
+    describe(
+        numbered(tmp_path / "a.npy", (20, 5, 8)),
+        timesteps=[900, 700, 500, 300, 100],
+        shape=[20, 5, 8, 2],
+    )
     data = Activations([tmp_path / "a.npy"])
     assert data.timesteps == [900, 700, 500, 300, 100]
     found = list(data.batches(50, 2 * data.num_training))
     numbers = ids(found)
-    assert sorted(numbers[: data.num_training].tolist()) == sorted(numbers[data.num_training :].tolist())
+    assert sorted(numbers[: data.num_training].tolist()) == sorted(
+        numbers[data.num_training :].tolist()
+    )
     steps = numbers // 8 % 5
     assert torch.equal(torch.cat([step for _, step in found]), steps)
     counts = torch.stack([batch.bincount(minlength=5) for batch in steps[:700].split(50)])
@@ -469,14 +566,20 @@ def test_files_whose_timesteps_differ_have_none(tmp_path):
 
 
 def test_whole_samples_stay_together(tmp_path):
-    describe(numbered(tmp_path / "a.npy", (20, 5, 8)), timesteps=[900, 700, 500, 300, 100], shape=[20, 5, 8, 2])
+    describe(
+        numbered(tmp_path / "a.npy", (20, 5, 8)),
+        timesteps=[900, 700, 500, 300, 100],
+        shape=[20, 5, 8, 2],
+    )
     data = Activations([tmp_path / "a.npy"])
     assert data.sample_tokens() == 8
     for buffer_gb in (1, 2e-6):
         whole = ids(data.batches(40, data.num_training, buffer_gb=buffer_gb, tokens=8))
         samples = whole.view(-1, 8)
         assert sorted(whole.tolist()) == sorted(ids(data.batches(40, data.num_training)).tolist())
-        assert (samples[:, 0] % 8 == 0).all() and (samples - samples[:, :1] == torch.arange(8)).all()
+        assert (samples[:, 0] % 8 == 0).all() and (
+            samples - samples[:, :1] == torch.arange(8)
+        ).all()
         assert (samples[:, 0] // 8).diff().ne(1).float().mean() > 0.8
         again = ids(data.batches(40, data.num_training, 240, buffer_gb=buffer_gb, tokens=8))
         assert torch.equal(again, whole[240:])
@@ -487,7 +590,13 @@ def test_whole_samples_stay_together(tmp_path):
 
 def test_a_flipped_byte_in_a_description_is_seen(tmp_path):
     """Each byte in turn, also of the word "checksum": refused, or the same content."""
-    record = {"format": 1, "hook_name": "a.b", "mean_norm": [1.5, 2.0], "shape": [2, 3, 4, 5], "timesteps": [900.0, 1.0]}
+    record = {
+        "format": 1,
+        "hook_name": "a.b",
+        "mean_norm": [1.5, 2.0],
+        "shape": [2, 3, 4, 5],
+        "timesteps": [900.0, 1.0],
+    }
     np.save(tmp_path / "a.npy", np.zeros((2, 3, 4, 5), np.float32))
     record, path = record | {"checksum": checksum(record)}, tmp_path / "a.json"
     data, refused = json.dumps(record, indent=1).encode(), 0

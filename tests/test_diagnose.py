@@ -1,4 +1,5 @@
-"""The diagnosis: its numbers against float64 NumPy, its forecast of dead latents against real training, its warnings."""
+"""The diagnosis: its numbers against float64 NumPy, its forecast of dead latents against real
+training, its warnings."""
 
 import json
 import sys
@@ -28,7 +29,12 @@ def small(monkeypatch):
 def save(path, x, **meta):
     """A file as collect.py describes it: (prompts, steps, tokens, d)."""
     np.save(path, x)
-    meta = {"hook_name": path.stem, "stream": "image", "timesteps": list(range(900, 900 - 100 * x.shape[1], -100)), **meta}
+    meta = {
+        "hook_name": path.stem,
+        "stream": "image",
+        "timesteps": list(range(900, 900 - 100 * x.shape[1], -100)),
+        **meta,
+    }
     describe(path, **meta)
     return path
 
@@ -43,14 +49,18 @@ def measured(path, k=3, num_latents=24, **options):
 
 
 def config(path, out_dir, **options):
-    defaults = dict(data=[str(path)], out_dir=str(out_dir), num_latents=24, k=3, trial_updates=5, device="cpu")
+    defaults = dict(
+        data=[str(path)], out_dir=str(out_dir), num_latents=24, k=3, trial_updates=5, device="cpu"
+    )
     return diagnose.Config(**(defaults | options))
 
 
 def test_statistics_against_numpy_in_float64():
     """Odd sizes, several chunks, a mean so large that float32 sums would lose the rest."""
     rng = np.random.default_rng(1)
-    x = (rng.standard_normal((4999, 7)) * [1, 2, 3, 4, 5, 6, 0.1] + [3000, 0, 0, -7, 0, 0, 0]).astype(np.float32)
+    x = (
+        rng.standard_normal((4999, 7)) * [1, 2, 3, 4, 5, 6, 0.1] + [3000, 0, 0, -7, 0, 0, 0]
+    ).astype(np.float32)
     step = rng.integers(0, 5, 4999)
     mean, covariance = data_stats.moments(torch.from_numpy(x))
     wide = x.astype(np.float64)
@@ -58,12 +68,17 @@ def test_statistics_against_numpy_in_float64():
     np.testing.assert_allclose(mean, wide.mean(0), rtol=1e-12)
     np.testing.assert_allclose(covariance, expected, rtol=1e-9, atol=1e-9)
     gamma = np.linalg.norm(wide.mean(0)) / np.linalg.norm(wide.std(0))
-    assert data_stats.gamma(mean, covariance.diagonal()) == pytest.approx(gamma, rel=1e-10) and gamma > 300
+    assert (
+        data_stats.gamma(mean, covariance.diagonal()) == pytest.approx(gamma, rel=1e-10)
+        and gamma > 300
+    )
     values = np.linalg.eigvalsh(expected)
     rank = data_stats.effective_rank(torch.linalg.eigvalsh(covariance))
     assert rank == pytest.approx(values.sum() ** 2 / (values**2).sum(), rel=1e-9) and 2 < rank < 7
     rms = data_stats.rms_by_step(torch.from_numpy(x), torch.from_numpy(step), 6)
-    np.testing.assert_allclose(rms[:5], [np.sqrt((wide[step == s] ** 2).mean()) for s in range(5)], rtol=1e-12)
+    np.testing.assert_allclose(
+        rms[:5], [np.sqrt((wide[step == s] ** 2).mean()) for s in range(5)], rtol=1e-12
+    )
     assert rms[5].isnan()
 
 
@@ -80,8 +95,13 @@ def test_outliers_made_by_hand_are_found():
     mean, covariance = data_stats.moments(torch.from_numpy(x))
     dims, share = data_stats.outliers(mean, covariance.diagonal())
     power = (x.astype(np.float64) ** 2).mean(0)
-    assert dims == [31, 7] and share == pytest.approx((power[7] + power[31]) / power.sum(), rel=1e-9)
-    assert data_stats.share_of_largest(mean.square())[0] == 7 and data_stats.share_of_largest(covariance.diagonal())[0] == 31
+    assert dims == [31, 7] and share == pytest.approx(
+        (power[7] + power[31]) / power.sum(), rel=1e-9
+    )
+    assert (
+        data_stats.share_of_largest(mean.square())[0] == 7
+        and data_stats.share_of_largest(covariance.diagonal())[0] == 31
+    )
 
 
 def test_report_of_a_file_with_timesteps(tmp_path, small):
@@ -91,11 +111,25 @@ def test_report_of_a_file_with_timesteps(tmp_path, small):
     held_out = {int(first) // 150 for _, first, _ in activations.held_out_units}
     training = np.delete(x, list(held_out), axis=0).astype(np.float64)  # all 5400 are sampled
     mean = training.mean((0, 1, 2))
-    assert found["num_sampled"] == training[..., 0].size == 5400 and found["timesteps"] == [900, 800, 700]
-    np.testing.assert_allclose(found["rms_by_step"], np.sqrt((training**2).mean((0, 2, 3))), rtol=1e-6)
-    np.testing.assert_allclose(found["spread_by_step"], np.sqrt(((training - mean) ** 2).mean((0, 2, 3))), rtol=1e-6)
-    assert found["largest"] == np.abs(training).max() and found["rms"] == pytest.approx(np.sqrt((training**2).mean()))
-    assert json.loads(json.dumps({name: value for name, value in found.items() if name != "fires"}, allow_nan=False))
+    assert found["num_sampled"] == training[..., 0].size == 5400 and found["timesteps"] == [
+        900,
+        800,
+        700,
+    ]
+    np.testing.assert_allclose(
+        found["rms_by_step"], np.sqrt((training**2).mean((0, 2, 3))), rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        found["spread_by_step"], np.sqrt(((training - mean) ** 2).mean((0, 2, 3))), rtol=1e-6
+    )
+    assert found["largest"] == np.abs(training).max() and found["rms"] == pytest.approx(
+        np.sqrt((training**2).mean())
+    )
+    assert json.loads(
+        json.dumps(
+            {name: value for name, value in found.items() if name != "fires"}, allow_nan=False
+        )
+    )
 
 
 @pytest.mark.parametrize("center", ["median", "mean", "none"])
@@ -105,13 +139,17 @@ def test_dead_at_the_start_is_counted_as_the_definition_says(tmp_path, small, ce
     found, x = measured(path, 2, 40, center=center), data_stats.draw(Activations([path]))[0]
     assert list(found["dead"]) == [center, "none" if center != "none" else "median"]
     x = x.double().numpy()
-    middle = {"mean": x.mean(0), "none": 0}.get(center, geometric_median(torch.from_numpy(x)).numpy())
+    middle = {"mean": x.mean(0), "none": 0}.get(
+        center, geometric_median(torch.from_numpy(x)).numpy()
+    )
     W = data_stats.start(torch.from_numpy(x).float(), 40, 2, center).W_dec.detach().double().numpy()
     pre_acts = np.maximum((x[: found["num_counted"]] - middle) @ W.T, 0)
     kept = np.argsort(-pre_acts, 1)[:, :2]
     active = {j for row, chosen in zip(pre_acts, kept) for j in chosen if row[j] > 0}
     assert found["num_counted"] == 200 and found["dead"][center]["start"] == 1 - len(active) / 40
-    assert (found["dead"]["none"]["start"] > 0.3) and (center == "none" or found["dead"][center]["start"] < 0.2)
+    assert (found["dead"]["none"]["start"] > 0.3) and (
+        center == "none" or found["dead"][center]["start"] < 0.2
+    )
 
 
 def test_the_start_the_rate_and_the_defaults_are_train_py_s(tmp_path, small):
@@ -130,9 +168,16 @@ def test_the_start_the_rate_and_the_defaults_are_train_py_s(tmp_path, small):
     mine, theirs = diagnose.Config(), train.Config()
     for name in ("data", "num_epochs", "center", "device"):
         assert getattr(mine, name) == getattr(theirs, name), name
-    assert ([mine.k], [mine.expansion_factor], [mine.seed]) == (theirs.k, theirs.expansion_factor, theirs.seeds)
+    assert ([mine.k], [mine.expansion_factor], [mine.seed]) == (
+        theirs.k,
+        theirs.expansion_factor,
+        theirs.seeds,
+    )
     assert theirs.effective_batch_size == diagnose.BATCH_SIZE
-    assert theirs.dead_feature_threshold == 100_000 and (diagnose.AUXK_FROM - 1) * 1024 < 100_000 <= diagnose.AUXK_FROM * 1024
+    assert (
+        theirs.dead_feature_threshold == 100_000
+        and (diagnose.AUXK_FROM - 1) * 1024 < 100_000 <= diagnose.AUXK_FROM * 1024
+    )
 
 
 def test_the_trial_leaves_an_sae_of_the_vectors_as_they_are(tmp_path, small):
@@ -152,7 +197,8 @@ def test_the_trial_leaves_an_sae_of_the_vectors_as_they_are(tmp_path, small):
 
 
 def sparse_codes(path, gamma, n=200_000, d=32, atoms=128):
-    """n vectors, each of about 6 of 128 directions, round a mean that 4 dimensions hold: |mean| / |std| is gamma."""
+    """n vectors, each of about 6 of 128 directions, round a mean that 4 dimensions hold: |mean| /
+    |std| is gamma."""
     rng = np.random.default_rng(0)
     rows = rng.standard_normal((atoms, d))
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
@@ -166,7 +212,8 @@ def sparse_codes(path, gamma, n=200_000, d=32, atoms=128):
 
 
 def trained(path, out_dir, center):
-    """What train.py's defaults end with: the share of 256 latents, 8 active, that is silent on the held-out vectors."""
+    """What train.py's defaults end with: the share of 256 latents, 8 active, that is silent on the
+    held-out vectors."""
     options = dict(center=center, run_name=center, k=[8], num_latents=[256], device="cpu")
     train.main(train.Config(data=[str(path)], out_dir=str(out_dir), **options))
     return json.loads((out_dir / center / "cfg.json").read_text())["dead"]
@@ -174,7 +221,8 @@ def trained(path, out_dir, center):
 
 @pytest.mark.parametrize("gamma", [20, 3])
 def test_dead_latents_are_foreseen(tmp_path, gamma):
-    """gamma 20: few die where b_dec starts at the median, most where it starts at 0. gamma 3: about half do."""
+    """gamma 20: few die where b_dec starts at the median, most where it starts at 0. gamma 3: about
+    half do."""
     path = sparse_codes(tmp_path / "a.npy", gamma)
     cfg = config(path, tmp_path / "d", num_latents=256, k=8, trial_updates=300)
     diagnose.main(cfg)
@@ -189,7 +237,9 @@ def test_dead_latents_are_foreseen(tmp_path, gamma):
     if gamma == 20:
         assert ends["none"] >= 0.6
     else:
-        assert abs(found["dead"]["none"]["trained"] - ends["none"]) <= 0.1 and 0.2 < ends["none"] < 0.8
+        assert (
+            abs(found["dead"]["none"]["trained"] - ends["none"]) <= 0.1 and 0.2 < ends["none"] < 0.8
+        )
 
 
 def test_files_and_screen(tmp_path, small, capsys):
@@ -198,11 +248,22 @@ def test_files_and_screen(tmp_path, small, capsys):
     out = capsys.readouterr().out
     assert written == tmp_path / "d" / "mid_block.attn.json"
     found = json.loads(written.read_text())
-    assert sorted(p.name for p in (tmp_path / "d").iterdir()) == ["mid_block.attn.json", "mid_block.attn.png"]
+    assert sorted(p.name for p in (tmp_path / "d").iterdir()) == [
+        "mid_block.attn.json",
+        "mid_block.attn.png",
+    ]
     assert min(Image.open(tmp_path / "d" / "mid_block.attn.png").size) > 800
-    for text in ("(40, 3, 50, 8) float16: 6,000 vectors of 40 prompts, of 3 steps", f"gamma {found['gamma']:.2f}", "6 updates"):
+    for text in (
+        "(40, 3, 50, 8) float16: 6,000 vectors of 40 prompts, of 3 steps",
+        f"gamma {found['gamma']:.2f}",
+        "6 updates",
+    ):
         assert text in out
-    assert len(out.splitlines()) < 20 and found["updates"] == 6 and found["dead"]["median"]["updates"] == 5
+    assert (
+        len(out.splitlines()) < 20
+        and found["updates"] == 6
+        and found["dead"]["median"]["updates"] == 5
+    )
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "d").iterdir()}
     diagnose.main(config(path, tmp_path / "d", k=2))  # of the same data: replaced
     assert all(p.stat().st_mtime_ns > t for p, t in before.items())
@@ -220,12 +281,20 @@ def test_plain_files_text_and_bfloat16(tmp_path, small, capsys):
     found = measured(save(tmp_path / "t.text.npy", x, stream="text"))
     assert found["largest"] < 10 and found["num_vectors"] == 480
     steps = x[:, :, :4]
-    training = np.delete(steps, [int(r) // 30 for _, r, _ in Activations([tmp_path / "t.text.npy"]).held_out_units], axis=0)
-    np.testing.assert_allclose(found["rms_by_step"], np.sqrt((training.astype(float) ** 2).mean((0, 2, 3))), rtol=1e-6)
+    training = np.delete(
+        steps,
+        [int(r) // 30 for _, r, _ in Activations([tmp_path / "t.text.npy"]).held_out_units],
+        axis=0,
+    )
+    np.testing.assert_allclose(
+        found["rms_by_step"], np.sqrt((training.astype(float) ** 2).mean((0, 2, 3))), rtol=1e-6
+    )
 
     bits = torch.from_numpy(healthy()).bfloat16().view(torch.uint16).numpy()
     found = measured(save(tmp_path / "b.npy", bits, dtype="bfloat16"))
-    assert found["dtype"] == "bfloat16" and found["rms"] == pytest.approx(np.sqrt((healthy() ** 2).mean()), rel=0.02)
+    assert found["dtype"] == "bfloat16" and found["rms"] == pytest.approx(
+        np.sqrt((healthy() ** 2).mean()), rel=0.02
+    )
 
 
 def test_warnings_only_where_something_is_wrong(tmp_path, small):
@@ -245,12 +314,19 @@ def test_warnings_only_where_something_is_wrong(tmp_path, small):
         return x + np.float32(20) * np.eye(8, dtype=np.float32)[1]
 
     assert warned() == "" and warned(shift) == ""
-    assert "gamma is" in warned(shift, center="none") and "with --center median, 0%" in warned(shift, center="none")
+    assert "gamma is" in warned(shift, center="none") and "with --center median, 0%" in warned(
+        shift, center="none"
+    )
     assert "hold NaN or inf" in warned(put(slice(None), 0, 0, 3, value=np.nan))
-    assert "--store_dtype" in warned(lambda x: (x * 2e4).astype(np.float16)) and warned(lambda x: x * 2e4) == ""
+    assert (
+        "--store_dtype" in warned(lambda x: (x * 2e4).astype(np.float16))
+        and warned(lambda x: x * 2e4) == ""
+    )
     assert "1 of 8 dimensions never change" in warned(put(..., 2, value=5))
     assert "copies of another" in warned(put(slice(None), slice(None), slice(9), value=1))
-    assert "--loss_weight per_step" in warned(lambda x: x * np.array([9, 3, 1], np.float32)[:, None, None])
+    assert "--loss_weight per_step" in warned(
+        lambda x: x * np.array([9, 3, 1], np.float32)[:, None, None]
+    )
     assert "training vectors a latent are few" in warned(num_latents=300)
     assert warned(updates=1000) == "" and "2 times as many --num_epochs" in warned(updates=999)
     narrow = np.float32(1e-3) + np.eye(8, dtype=np.float32)[0]
@@ -271,7 +347,10 @@ def test_mistakes_end_in_one_line_and_overwrite_nothing(tmp_path, small, capsys,
         monkeypatch.setattr(sys, "argv", ["diagnose.py"])
         monkeypatch.setattr(sys.modules["__main__"], "__doc__", "", raising=False)
         with pytest.raises(SystemExit) as caught:
-            cli.run(lambda _: diagnose.main(config(path, tmp_path / out_dir, **options)), diagnose.Config)
+            cli.run(
+                lambda _: diagnose.main(config(path, tmp_path / out_dir, **options)),
+                diagnose.Config,
+            )
         lines = capsys.readouterr().err.strip().splitlines()
         assert caught.value.code == 2 and lines[-1].startswith("diagnose.py: error: ")
         return lines[-1]
@@ -281,7 +360,9 @@ def test_mistakes_end_in_one_line_and_overwrite_nothing(tmp_path, small, capsys,
     np.save(tmp_path / "same.npy", np.full((30, 5, 8), 1.1, np.float32))
     np.save(tmp_path / "huge.npy", healthy((30, 5, 8)) * np.float32(1e30))
     np.save(tmp_path / "nan.npy", np.full((30, 5, 8), np.nan, np.float32))
-    assert "no such file" in say(tmp_path / "missing.npy") and "bad.npy" in say(tmp_path / "bad.npy")
+    assert "no such file" in say(tmp_path / "missing.npy") and "bad.npy" in say(
+        tmp_path / "bad.npy"
+    )
     np.save(tmp_path / "zero.npy", np.zeros((30, 5, 8), np.float32))
     for name, text in (
         ("same", "equal or too large"),
@@ -290,7 +371,13 @@ def test_mistakes_end_in_one_line_and_overwrite_nothing(tmp_path, small, capsys,
         ("nan", "NaN or inf"),
     ):
         assert f"{name}.npy: " in (line := say(tmp_path / f"{name}.npy")) and text in line
-    for options in (dict(k=25), dict(k=0), dict(trial_updates=0), dict(trial_seconds=float("nan")), dict(num_epochs=0)):
+    for options in (
+        dict(k=25),
+        dict(k=0),
+        dict(trial_updates=0),
+        dict(trial_seconds=float("nan")),
+        dict(num_epochs=0),
+    ):
         (name, value) = next(iter(options.items()))
         assert f"--{name} {value}: expected" in say(path, **options)
     (tmp_path / "file").write_text("")
@@ -307,4 +394,6 @@ def test_mistakes_end_in_one_line_and_overwrite_nothing(tmp_path, small, capsys,
     (tmp_path / "b").mkdir()
     assert "choose another --out_dir" in say(save(tmp_path / "b" / "a.npy", healthy()))
     meta = dict(hook_name="other")  # two data sets, one name
-    assert "choose another --out_dir" in say("", "e", data=[str(path), str(save(tmp_path / "b" / "a.npy", healthy(), **meta))])
+    assert "choose another --out_dir" in say(
+        "", "e", data=[str(path), str(save(tmp_path / "b" / "a.npy", healthy(), **meta))]
+    )

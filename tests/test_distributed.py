@@ -1,4 +1,5 @@
-"""Several processes (gloo, two threads of control and more) against one: the same updates from the same global batches."""
+"""Several processes (gloo, two threads of control and more) against one: the same updates from the
+same global batches."""
 
 import json
 import os
@@ -31,7 +32,8 @@ D, M, K, N, TOKENS, STEPS = 24, 97, 5, 60, 10, 20
 
 
 def twenty_updates(case, vectors, latents):
-    """Parameters and what every update said, after 20 of them; of the last batch one of 4 processes has nothing."""
+    """Parameters and what every update said, after 20 of them; of the last batch one of 4 processes
+    has nothing."""
     from analysis.sharded import ShardedSae, ShardedUpdate
     from kernels import update as update_module
     from kernels.update import SparseUpdate
@@ -39,11 +41,17 @@ def twenty_updates(case, vectors, latents):
 
     of_sae, of_step = CASES[case]
     k = 3 * TOKENS if of_sae.get("activation") == "sampletopk" else K
-    sae = ShardedSae(D, M, k, of_sae, seed=1, latents=latents) if latents.count > 1 else Sae(D, M, k, of_sae, seed=1)
+    sae = (
+        ShardedSae(D, M, k, of_sae, seed=1, latents=latents)
+        if latents.count > 1
+        else Sae(D, M, k, of_sae, seed=1)
+    )
     own = latents.part(M)
     g = torch.Generator().manual_seed(0)
     sae.b_dec.data.copy_(torch.randn(D, generator=g))
-    sae.encoder.bias.data.copy_((0.1 * torch.randn(M, generator=g) - 1.0 * (torch.arange(M) % 3 == 0))[own])  # many are dead
+    sae.encoder.bias.data.copy_(
+        (0.1 * torch.randn(M, generator=g) - 1.0 * (torch.arange(M) % 3 == 0))[own]
+    )  # many are dead
     make = ShardedUpdate if latents.count > 1 else SparseUpdate
     update = make(sae, 7.0, auxk_alpha=1.0, dead_feature_threshold=50, group=vectors, **of_step)
     said = []
@@ -56,12 +64,15 @@ def twenty_updates(case, vectors, latents):
         x = x[here].unflatten(0, (part.stop - part.start, tokens)) if tokens > 1 else x[here]
         with patch.object(update_module, "LIST_DEAD_EVERY", 3):
             forward, norm = update(x, 1e-2, n, i < 5, weights[here])
-        said.append([forward.loss.item(), norm.item(), float(update.num_listed), float(update.num_dead())])
+        said.append(
+            [forward.loss.item(), norm.item(), float(update.num_listed), float(update.num_dead())]
+        )
     return sae, update, said
 
 
 def worker(folder):
-    """One of the processes: every case, whose whole state goes to a file that all write together."""
+    """One of the processes: every case, whose whole state goes to a file that all write
+    together."""
     from analysis.sharded import grid, load_rows, save_rows
     from distributed import Processes
     from store.disk import save_tensors
@@ -77,12 +88,18 @@ def worker(folder):
                 metadata = {"said": json.dumps(said), "rank": "0" * (1 + latents.index)}
                 if latents.count > 1:
                     save_rows(path, update.state, metadata, latents)
-                    latents.sum(torch.zeros(1))  # waits until the first one has given the file its name
+                    latents.sum(
+                        torch.zeros(1)
+                    )  # waits until the first one has given the file its name
                     again = load_rows(path, latents)
-                    assert all(torch.equal(again[name], tensor) for name, tensor in update.state.items())
+                    assert all(
+                        torch.equal(again[name], tensor) for name, tensor in update.state.items()
+                    )
                 else:
                     save_tensors(path, update.state, metadata)
-            own = torch.stack([p.detach().double().sum() for p in update.params.values()])  # equal in all that split vectors
+            own = torch.stack(
+                [p.detach().double().sum() for p in update.params.values()]
+            )  # equal in all that split vectors
             assert torch.equal(vectors.share(own.clone()), own), case
     processes.close()
 
@@ -106,7 +123,9 @@ def launch(count, *command):
 
 def torchrun(count, *command):
     """Run a Python file with `count` processes."""
-    done = subprocess.run(launch(count, *command), env=environment(), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        launch(count, *command), env=environment(), capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return done
 
@@ -131,10 +150,14 @@ def test_twenty_updates_are_those_of_one_process(folder, case, count, shards):
         for name, expected in update.state.items():
             found = file.get_tensor(name)
             assert found.shape == expected.shape and found.dtype == expected.dtype
-            error = (found.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-12)
+            error = (
+                found.double() - expected.double()
+            ).norm() / expected.double().norm().clamp_min(1e-12)
             assert error < 1e-5, (name, error)
         theirs = torch.tensor(json.loads(file.metadata()["said"]), dtype=torch.float64)
-    assert ((theirs - torch.tensor(said).double()).abs() <= 1e-4 * torch.tensor(said).double().abs()).all()
+    assert (
+        (theirs - torch.tensor(said).double()).abs() <= 1e-4 * torch.tensor(said).double().abs()
+    ).all()
     assert max(dead for _, _, dead, _ in said) > D // 2  # AuxK has to choose among the dead latents
 
 
@@ -142,7 +165,11 @@ def test_twenty_updates_are_those_of_one_process(folder, case, count, shards):
 def data(tmp_path_factory):
     """6000 sparse vectors of width 16: (20 prompts, 3 steps, 100 tokens, 16)."""
     rng = np.random.default_rng(0)
-    x = np.where(rng.random((6000, 24)) < 1 / 8, rng.gamma(3, 1, (6000, 24)), 0) @ rng.standard_normal((24, 16)) + 5
+    x = (
+        np.where(rng.random((6000, 24)) < 1 / 8, rng.gamma(3, 1, (6000, 24)), 0)
+        @ rng.standard_normal((24, 16))
+        + 5
+    )
     path = tmp_path_factory.mktemp("data") / "acts.npy"
     np.save(path, x.astype(np.float32).reshape(20, 3, 100, 16))
     return path
@@ -160,7 +187,8 @@ for word in ("first", "second", "third"):
 
 
 def test_one_group_after_another(tmp_path):
-    """As in a notebook's cell or a script of several stages: the later one finds nothing of the earlier."""
+    """As in a notebook's cell or a script of several stages: the later one finds nothing of the
+    earlier."""
     (tmp_path / "twice.py").write_text(TWICE)
     said = torchrun(2, tmp_path / "twice.py").stdout
     for word in ("first", "second", "third"):
@@ -190,12 +218,17 @@ processes.close()
 
 
 def test_a_full_disk_is_named_by_every_process(tmp_path):
-    """The first one fails when it makes the file, the second one when it writes into it; the old file stays."""
+    """The first one fails when it makes the file, the second one when it writes into it; the old
+    file stays."""
     (tmp_path / "full.py").write_text(FULL)
     by_processes(2, tmp_path / "full.py", tmp_path)
     for name in ("0 0", "0 1", "1 0", "1 1"):
-        assert (tmp_path / name).read_text().endswith("a.safetensors can't be written: File too large")
-    assert not load_file(tmp_path / "a.safetensors")["x"].any() and not list(tmp_path.glob("*.partial"))
+        assert (
+            (tmp_path / name).read_text().endswith("a.safetensors can't be written: File too large")
+        )
+    assert not load_file(tmp_path / "a.safetensors")["x"].any() and not list(
+        tmp_path.glob("*.partial")
+    )
 
 
 def train(data, out, *options):
@@ -211,7 +244,11 @@ def folder_of(out, name="acts_k3_M45_batch_topk"):
     folder = out / name
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert not [path for path in folder.iterdir() if "checkpoint" in path.name]
-    return load_file(folder / "sae.safetensors"), rows, json.loads((folder / "cfg.json").read_text())["num_held_out"]
+    return (
+        load_file(folder / "sae.safetensors"),
+        rows,
+        json.loads((folder / "cfg.json").read_text())["num_held_out"],
+    )
 
 
 def same(found, expected, tolerance=1e-4):
@@ -232,18 +269,23 @@ def alone(data, tmp_path_factory):
 
 @pytest.mark.parametrize("count, shards", [(2, 1), (4, 2)])
 def test_training_by_several_processes_is_that_of_one(data, alone, tmp_path, count, shards):
-    """Two SAEs from one reading, one of them the one that was trained alone; the held-out numbers too."""
+    """Two SAEs from one reading, one of them the one that was trained alone; the held-out numbers
+    too."""
     start = torchrun if count == 2 else by_processes
     start(count, *train(data, tmp_path, "--seeds", 0, 1, "--shard_latents", shards))
     same(folder_of(tmp_path), alone)
-    assert len(list(tmp_path.glob("*/cfg.json"))) == 2 and len(list(tmp_path.glob("*_sweep.png"))) == 1
+    assert (
+        len(list(tmp_path.glob("*/cfg.json"))) == 2 and len(list(tmp_path.glob("*_sweep.png"))) == 1
+    )
 
 
 def test_stopped_with_two_processes_and_gone_on_with_one_and_four(data, alone, tmp_path):
     metrics = tmp_path / "acts_k3_M45_batch_topk" / "metrics.jsonl"
     for count, shards, most in ((2, 2, 40), (1, 1, 80), (4, 2, 120)):
         process = Processes(count, *train(data, tmp_path, "--shard_latents", shards), cwd=HERE)
-        while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > most):
+        while process.poll() is None and not (
+            metrics.exists() and metrics.read_text().count("\n") > most
+        ):
             time.sleep(0.01)
         process.send_signal(signal.SIGTERM)  # as a cluster's scheduler does
         assert process.wait(60) != 0
@@ -260,11 +302,18 @@ def test_when_one_process_is_killed_the_other_says_so_in_one_line(data, tmp_path
         time.sleep(0.01)
     time.sleep(0.5)  # in the midst of the updates
     ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    (second,) = (int(pid) for pid in ranks if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
+    (second,) = (
+        int(pid) for pid in ranks if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()
+    )
     os.kill(second, signal.SIGKILL)
     said = process.communicate(timeout=60)[1]
-    assert "train.py (process 0 of 2): error: another process ended; the same command resumes\n" in said
-    assert "[rank0]" not in said and process.returncode != 0  # torch puts it before each line of a traceback
+    assert (
+        "train.py (process 0 of 2): error: another process ended; the same command resumes\n"
+        in said
+    )
+    assert (
+        "[rank0]" not in said and process.returncode != 0
+    )  # torch puts it before each line of a traceback
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Grafts and mean ablations against hooks as anybody would write them, and the numbers made of them by hand."""
+"""Grafts and mean ablations against hooks as anybody would write them, and the numbers made of them
+by hand."""
 
 import json
 from functools import partial
@@ -24,7 +25,8 @@ pytestmark = pytest.mark.slow
 
 
 class Hand(NamedTuple):
-    """What is known of a pipeline: a hook point, which of what it returns are image and text tokens, the chunks of a step."""
+    """What is known of a pipeline: a hook point, which of what it returns are image and text
+    tokens, the chunks of a step."""
 
     hook_name: str
     image: int
@@ -49,7 +51,8 @@ def options_of(recipe, n=P, **options):
 
 
 def by_hand(pipe, recipe, change, stream="image", **options):
-    """Final latents of the pipeline with `change(role, step, x (P, tokens, d), before)` or None at the hook point."""
+    """Final latents of the pipeline with `change(role, step, x (P, tokens, d), before)` or None at
+    the hook point."""
     hand, calls = HANDS[recipe], []
     forwards, index = hand.order.split(), getattr(hand, stream)
 
@@ -61,7 +64,9 @@ def by_hand(pipe, recipe, change, stream="image", **options):
         chunks = []
         for c, role in enumerate(forwards[part]):
             rows = slice(c * P, (c + 1) * P)
-            new = change(role, step, tokens(x)[rows], None if before is None else tokens(before)[rows])
+            new = change(
+                role, step, tokens(x)[rows], None if before is None else tokens(before)[rows]
+            )
             chunks.append(tokens(x)[rows] if new is None else new)
         new, out = torch.cat(chunks), torch.empty_like(x)
         out.copy_(new.transpose(1, 2).reshape(x.shape) if x.ndim == 4 else new)
@@ -72,7 +77,9 @@ def by_hand(pipe, recipe, change, stream="image", **options):
     try:
         with torch.no_grad():
             generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
-            return pipe(prompt=PROMPTS[:P], generator=generators, **options_of(recipe, **options)).images
+            return pipe(
+                prompt=PROMPTS[:P], generator=generators, **options_of(recipe, **options)
+            ).images
     finally:
         handle.remove()
 
@@ -123,7 +130,9 @@ def test_the_identity_changes_no_bit(recipe, stream, side, dtype):
     if recipe is sd15 and side == "diff":
         name += ".transformer_blocks.0.attn1"  # its output is far from its input: output - input + input is another number
     replacement = lambda role, step, x: evaluate.reconstruct(identity, x, stream)
-    make_edits = partial(evaluate.grafting_edits, HookPoint(name, side, stream), replacement, "both", None)
+    make_edits = partial(
+        evaluate.grafting_edits, HookPoint(name, side, stream), replacement, "both", None
+    )
     made = generate(hooked, Generation(PROMPTS[:P], SEEDS, options=options_of(recipe)), make_edits)
     assert torch.equal(made.sample, by_hand(pipe, recipe, lambda *x: None))
     assert set(seen) == {torch.float32} and len(seen) == P * S * 2
@@ -132,13 +141,20 @@ def test_the_identity_changes_no_bit(recipe, stream, side, dtype):
 @pytest.mark.parametrize("rows", ["cond", "both"])
 @pytest.mark.parametrize("recipe, stream", PLACES)
 def test_windows_and_rows_are_those_of_a_hand_written_hook(recipe, stream, rows):
-    """The graft and the mean ablation of every window; other steps, and by default unconditional rows, are left alone."""
+    """The graft and the mean ablation of every window; other steps, and by default unconditional
+    rows, are left alone."""
     pipe, sae = build(recipe), lossy(HANDS[recipe].d)
     roles, seen = ("c",) if rows == "cond" else ("c", "u"), {}
-    untouched = by_hand(pipe, recipe, lambda role, step, x, _: seen.update({(role, step): x.clone()}), stream)
+    untouched = by_hand(
+        pipe, recipe, lambda role, step, x, _: seen.update({(role, step): x.clone()}), stream
+    )
     means = {key: x.double().mean((0, 1)).float() for key, x in seen.items()}
     report, pictures = run(pipe, recipe, sae, stream, rows=rows)
-    assert pictures is None and [w["steps"] for w in (report["all"], *report["windows"])] == [[0, 2], [0, 0], [1, 2]]
+    assert pictures is None and [w["steps"] for w in (report["all"], *report["windows"])] == [
+        [0, 2],
+        [0, 0],
+        [1, 2],
+    ]
     distances = []
     for window in (report["all"], *report["windows"]):
         steps = range(window["steps"][0], window["steps"][1] + 1)
@@ -146,11 +162,21 @@ def test_windows_and_rows_are_those_of_a_hand_written_hook(recipe, stream, rows)
             ("graft", lambda role, step, x: sae(x.flatten(0, 1)).view_as(x)),
             ("mean", lambda role, step, x: means[role, step].expand_as(x)),
         ):
-            change = lambda role, step, x, _: new(role, step, x) if role in roles and step in steps else None  # noqa: B023
-            moved = (by_hand(pipe, recipe, change, stream) - untouched).flatten(1).square().mean(1).sqrt()
+            change = lambda role, step, x, _, new=new, steps=steps: (
+                new(role, step, x) if role in roles and step in steps else None
+            )
+            moved = (
+                (by_hand(pipe, recipe, change, stream) - untouched)
+                .flatten(1)
+                .square()
+                .mean(1)
+                .sqrt()
+            )
             assert moved.min() > 1e-5
             assert window["latents"][mode] == pytest.approx(moved.mean().item(), rel=1e-3)
-            assert window["latents"][f"{mode}_se"] == pytest.approx(moved.std().item() / P**0.5, rel=2e-2, abs=1e-7)
+            assert window["latents"][f"{mode}_se"] == pytest.approx(
+                moved.std().item() / P**0.5, rel=2e-2, abs=1e-7
+            )
             distances.append(window["latents"][mode])
         record = window["latents"]
         assert record["recovered"] == pytest.approx(1 - record["graft"] / record["mean"])
@@ -170,20 +196,35 @@ def test_the_difference_is_added_to_what_the_module_takes():
         ("mean", lambda step, x, before: before + seen["c", step].mean((0, 1))),
     ):
         change = lambda role, step, x, before: new(step, x, before) if role == "c" else None  # noqa: B023
-        moved = (by_hand(pipe, sd15, change) - untouched).flatten(1).square().mean(1).sqrt().mean().item()
+        moved = (
+            (by_hand(pipe, sd15, change) - untouched)
+            .flatten(1)
+            .square()
+            .mean(1)
+            .sqrt()
+            .mean()
+            .item()
+        )
         assert report["all"]["latents"][mode] == pytest.approx(moved, rel=1e-3) and moved > 1e-4
 
 
-@pytest.mark.parametrize("activation, k", [("topk", None), ("batchtopk", None), ("sampletopk", 64 * 32)])
+@pytest.mark.parametrize(
+    "activation, k", [("topk", None), ("batchtopk", None), ("sampletopk", 64 * 32)]
+)
 def test_a_perfect_sae_recovers_all_and_the_mean_nothing(activation, k):
     pipe, seen = build(sd15), {}
     report, _ = run(pipe, sd15, perfect(16, activation, k))
     for window in (report["all"], *report["windows"]):
-        assert window["latents"]["recovered"] == pytest.approx(1, abs=1e-4) and window["latents"]["mean"] > 1e-4
+        assert (
+            window["latents"]["recovered"] == pytest.approx(1, abs=1e-4)
+            and window["latents"]["mean"] > 1e-4
+        )
     by_hand(pipe, sd15, lambda role, step, x, _: seen.update({(role, step): x.clone()}))
     report, _ = run(pipe, sd15, constant(seen["c", 0].mean((0, 1))))
     first, rest = (window["latents"]["recovered"] for window in report["windows"])
-    assert first == pytest.approx(0, abs=1e-3) and abs(rest) > 1e-2  # it is the mean of the first step alone
+    assert (
+        first == pytest.approx(0, abs=1e-3) and abs(rest) > 1e-2
+    )  # it is the mean of the first step alone
 
 
 def test_an_sae_gets_whole_samples_one_at_a_time():
@@ -194,25 +235,36 @@ def test_an_sae_gets_whole_samples_one_at_a_time():
         return x
 
     run(build(sd15), sd15, fake)
-    assert set(shapes) == {(1, 64, 16)} and len(shapes) == P * S * 2  # in all steps, and in each step of the windows
+    assert (
+        set(shapes) == {(1, 64, 16)} and len(shapes) == P * S * 2
+    )  # in all steps, and in each step of the windows
 
 
 @pytest.mark.parametrize("recipe", [*RECIPES, wan22], ids=lambda recipe: recipe.__name__)
 def test_every_family(recipe):
-    """Each prompt is compared with itself, whatever is stepped; where denoisers take turns, windows are of one's steps."""
+    """Each prompt is compared with itself, whatever is stepped; where denoisers take turns, windows
+    are of one's steps."""
     options = generate_options(2, recipe)
     prompts = options.pop("prompt", None) or ["1", "7"]
-    options = {name: value for name, value in options.items() if name not in ("generator", "class_labels", "batch_size")}
+    options = {
+        name: value
+        for name, value in options.items()
+        if name not in ("generator", "class_labels", "batch_size")
+    }
     name = "transformer_2.blocks.1" if recipe is wan22 else BY_HAND[recipe.__name__].hook_name
     hooked = HookedDiffusionModel.from_pipeline(build(recipe))
     windows = 1 if recipe is wan22 else 2
     generation = Generation(prompts, [1, 2], options=options)
-    report, pictures = graft(hooked, lambda x: 0.9 * x, HookPoint(name), generation, windows, batch_size=1)
+    report, pictures = graft(
+        hooked, lambda x: 0.9 * x, HookPoint(name), generation, windows, batch_size=1
+    )
     assert pictures is None and len(report["windows"]) == windows == report["num_steps"]
     assert len(generate(hooked, generation).sample) == 2
     for window in (report["all"], *report["windows"]):
         record = window["latents"]
-        assert min(record["graft"], record["mean"], record["graft_se"]) > 0 and record["recovered"] < 1
+        assert (
+            min(record["graft"], record["mean"], record["graft_se"]) > 0 and record["recovered"] < 1
+        )
         assert window["steps"] == ([1, 1] if recipe is wan22 else window["steps"])
 
 
@@ -221,7 +273,9 @@ def test_padding_of_text_is_in_no_mean_and_in_no_reconstruction():
     hooked, name = HookedDiffusionModel.from_pipeline(pipe), "transformer_blocks.0"
     options, prompts = options_of(qwenimage), PROMPTS[:P]
     generators = lambda: [torch.Generator().manual_seed(seed) for seed in SEEDS]
-    _, cache = hooked.run_with_cache(name, prompts, stream="text", save_input=True, generator=generators(), **options)
+    _, cache = hooked.run_with_cache(
+        name, prompts, stream="text", save_input=True, generator=generators(), **options
+    )
     x, lengths = cache["output"][name] - cache["input"][name], cache["lengths"][name].tolist()
     assert lengths == [len(prompt) for prompt in prompts]
 
@@ -235,12 +289,18 @@ def test_padding_of_text_is_in_no_mean_and_in_no_reconstruction():
 
     def latents(edits):
         with hooked.watch(P) as sampling:
-            hooked.run_with_hooks({name: edits} if edits else {}, prompts, generator=generators(), **options)
+            hooked.run_with_hooks(
+                {name: edits} if edits else {}, prompts, generator=generators(), **options
+            )
         return sampling.sample
 
     means = [torch.cat([x[p, s, :n] for p, n in enumerate(lengths)]).mean(0) for s in range(S)]
-    add = lambda mean: lambda x, before: before + mean  # of the output itself the next layer would norm its size away
-    edits = [Edit(add(mean), stream="text", steps=[s], with_input=True) for s, mean in enumerate(means)]
+    add = lambda mean: (
+        lambda x, before: before + mean
+    )  # of the output itself the next layer would norm its size away
+    edits = [
+        Edit(add(mean), stream="text", steps=[s], with_input=True) for s, mean in enumerate(means)
+    ]
     moved = (latents(edits) - latents([])).flatten(1).square().mean(1).sqrt().mean().item()
     assert report["all"]["latents"]["mean"] == pytest.approx(moved, rel=1e-3) and moved > 1e-5
 
@@ -252,7 +312,11 @@ def test_where_the_mean_moves_nothing_there_is_no_share():
     report, _ = run(pipe, sd15, lambda x: x + 0.1, side="diff")
     for window in (report["all"], *report["windows"]):
         record = window["latents"]
-        assert record["mean"] == 0 and record["graft"] > 0 and record["recovered"] is record["recovered_se"] is None
+        assert (
+            record["mean"] == 0
+            and record["graft"] > 0
+            and record["recovered"] is record["recovered_se"] is None
+        )
 
 
 def test_what_can_not_be_grafted_is_said():
@@ -272,14 +336,25 @@ def test_what_can_not_be_grafted_is_said():
         run(pipe, sd15, perfect(8))
     with pytest.raises(ValueError, match="there is no difference"):
         generation = Generation(PROMPTS, SEEDS, options=options_of(sd15))
-        graft(HookedDiffusionModel.from_pipeline(pipe), perfect(16), HookPoint("down_blocks.0", "diff"), generation, 1)
+        graft(
+            HookedDiffusionModel.from_pipeline(pipe),
+            perfect(16),
+            HookPoint("down_blocks.0", "diff"),
+            generation,
+            1,
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------- the numbers
 
 
 def test_windows_by_hand():
-    assert evaluate.equal_windows(list(range(10)), 4) == [range(0, 2), range(2, 5), range(5, 7), range(7, 10)]
+    assert evaluate.equal_windows(list(range(10)), 4) == [
+        range(0, 2),
+        range(2, 5),
+        range(5, 7),
+        range(7, 10),
+    ]
     assert evaluate.equal_windows([3, 4, 5, 6], 2) == [range(3, 5), range(5, 7)]
 
 
@@ -288,21 +363,32 @@ def test_the_record_by_hand():
     expected = dict(graft=2, graft_se=1, mean=4, mean_se=0, recovered=0.5, recovered_se=0.25)
     assert record == pytest.approx(expected)
     paired = evaluate.compare(torch.tensor([1.0, 3.0, 2.0]), torch.tensor([2.0, 6.0, 4.0]))
-    assert (paired["recovered"], paired["recovered_se"]) == pytest.approx((0.5, 0))  # of each prompt exactly half
+    assert (paired["recovered"], paired["recovered_se"]) == pytest.approx(
+        (0.5, 0)
+    )  # of each prompt exactly half
     one = evaluate.compare(torch.tensor([1.0]), torch.tensor([4.0]))
-    assert one == dict(graft=1, graft_se=None, mean=4, mean_se=None, recovered=0.75, recovered_se=None)
-    assert evaluate.compare(torch.tensor([1.0, 3.0]), torch.tensor([0.1, 0.1]), floor=0.2)["recovered"] is None
+    assert one == dict(
+        graft=1, graft_se=None, mean=4, mean_se=None, recovered=0.75, recovered_se=None
+    )
+    assert (
+        evaluate.compare(torch.tensor([1.0, 3.0]), torch.tensor([0.1, 0.1]), floor=0.2)["recovered"]
+        is None
+    )
     broken = evaluate.compare(torch.tensor([1.0, torch.nan]), torch.tensor([1.0, 1.0]))
     assert broken["graft"] is broken["recovered"] is None and json.dumps(broken, allow_nan=False)
 
 
 def test_the_standard_error_is_that_of_samples_of_prompts():
     torch.manual_seed(0)
-    size = torch.rand(4000, 50) + 0.5  # 4000 experiments of 50 prompts, some of which move more than others
+    size = (
+        torch.rand(4000, 50) + 0.5
+    )  # 4000 experiments of 50 prompts, some of which move more than others
     grafts, means = size * (0.3 + 0.1 * torch.randn(4000, 50)), size
     records = [evaluate.compare(g, m) for g, m in zip(grafts, means)]
     spread = torch.tensor([r["recovered"] for r in records]).std().item()
-    assert torch.tensor([r["recovered_se"] for r in records]).mean().item() == pytest.approx(spread, rel=0.05)
+    assert torch.tensor([r["recovered_se"] for r in records]).mean().item() == pytest.approx(
+        spread, rel=0.05
+    )
 
 
 def test_where_an_sae_belongs(tmp_path):
@@ -312,7 +398,11 @@ def test_where_an_sae_belongs(tmp_path):
         (tmp_path / f"{name}.json").write_text(json.dumps(there | {"checksum": checksum(there)}))
     sae = lambda *names: Sae(4, 8, 2, {"data": [str(tmp_path / f"{name}.npy") for name in names]})
     assert trained_on(sae("a", "b")) == HookPoint(**meta)
-    for names, match in (("ac", "files of several hook points"), ("d", "d.json is not there"), ("", "names no activation file")):
+    for names, match in (
+        ("ac", "files of several hook points"),
+        ("d", "d.json is not there"),
+        ("", "names no activation file"),
+    ):
         with pytest.raises(ValueError, match=match):
             trained_on(sae(*names))
 
@@ -322,19 +412,33 @@ def test_a_report_and_its_picture(tmp_path):
     options = options_of(sd15, output_type="pt", negative_prompt=["blurry", "dark", "cut"])
     clip = lambda a, b: seen.append(a) or evaluate.rms(a, b)
     report, pictures = run(pipe, sd15, lossy(16), options=options, num_shown=2, clip=clip)
-    untouched = pipe(PROMPTS[:P], generator=[torch.Generator().manual_seed(seed) for seed in SEEDS], **options).images
+    untouched = pipe(
+        PROMPTS[:P], generator=[torch.Generator().manual_seed(seed) for seed in SEEDS], **options
+    ).images
     assert torch.allclose(pictures["untouched"], untouched[:2], atol=1e-5)
-    assert all(x.shape == (2, 3, 32, 32) for x in pictures.values()) and list(pictures) == list(GRAFT_ROWS)
+    assert all(x.shape == (2, 3, 32, 32) for x in pictures.values()) and list(pictures) == list(
+        GRAFT_ROWS
+    )
     _, more = run(pipe, sd15, lossy(16), options=options, num_shown=8)
-    assert all(x.shape == (3, 3, 32, 32) and torch.equal(x[:2], pictures[name]) for name, x in more.items())
+    assert all(
+        x.shape == (3, 3, 32, 32) and torch.equal(x[:2], pictures[name]) for name, x in more.items()
+    )
     for mode in ("graft", "mean"):  # the pictures are those of all steps
         moved = evaluate.rms(more[mode], more["untouched"]).mean().item()
         assert moved == pytest.approx(report["all"]["images"][mode], rel=1e-6)
-    assert pictures["graft"].ne(pictures["untouched"]).any() and pictures["mean"].ne(pictures["graft"]).any()
+    assert (
+        pictures["graft"].ne(pictures["untouched"]).any()
+        and pictures["mean"].ne(pictures["graft"]).any()
+    )
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     for window in (report["all"], *report["windows"]):
-        assert window["images"] == window["clip"] != window["latents"] and 0 < window["images"]["graft"] < 1
-    assert report["all"]["timesteps"] == [float(t) for t in (pipe.scheduler.timesteps[0], pipe.scheduler.timesteps[-1])]
+        assert (
+            window["images"] == window["clip"] != window["latents"]
+            and 0 < window["images"]["graft"] < 1
+        )
+    assert report["all"]["timesteps"] == [
+        float(t) for t in (pipe.scheduler.timesteps[0], pipe.scheduler.timesteps[-1])
+    ]
     sizes = []
     report["windows"][0]["latents"] |= {"recovered": None, "recovered_se": None}
     for name, shown in (("with", pictures), ("without", None)):
@@ -347,12 +451,18 @@ def test_clip_is_used_where_it_is_and_its_absence_said(tmp_path):
     from transformers import CLIPConfig, CLIPModel
 
     distance, line = evaluate.clip_distance(str(tmp_path / "nowhere"))
-    assert distance is None and line.startswith("no CLIP distance") and "not on this machine" in line
+    assert (
+        distance is None and line.startswith("no CLIP distance") and "not on this machine" in line
+    )
     small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     vision, text = small | dict(image_size=16, patch_size=8), small | dict(vocab_size=50)
     torch.manual_seed(0)
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(tmp_path)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(
+        tmp_path
+    )
     distance, line = evaluate.clip_distance(str(tmp_path))
     a, b = torch.rand(2, 2, 3, 32, 32)
-    assert distance(a, a).tolist() == pytest.approx([0, 0], abs=1e-6) and line.startswith("CLIP distance")
+    assert distance(a, a).tolist() == pytest.approx([0, 0], abs=1e-6) and line.startswith(
+        "CLIP distance"
+    )
     assert distance(a, b).min() > 1e-4 and distance(a, b).shape == (2,)

@@ -33,7 +33,10 @@ def test_the_script(tmp_path, monkeypatch, capsys):
         (["--sae", "saes/mine", "--to_hub", "a/b", "--out_dir", "x"], "--out_dir x"),
         (["--activations", "acts"], "--activations acts: expected --to_hub"),
         (["--activations", "acts", "--sae", "saes/mine", "--to_hub", "a/b"], "without --sae"),
-        (["--sae", "saes", "--export", "saelens"], "saes has several SAEs, mine, other, shared; name one"),
+        (
+            ["--sae", "saes", "--export", "saelens"],
+            "saes has several SAEs, mine, other, shared; name one",
+        ),
         (["--sae", "saes/none", "--export", "saelens"], "saes/none is no SAE folder"),
         (["--sae", "saes/shared", "--export", "saelens"], "sampletopk can't be exported"),
     ):

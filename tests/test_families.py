@@ -1,4 +1,5 @@
-"""Every kind of pipeline: rows, tokens, streams and edits, against what is written down here about each by hand."""
+"""Every kind of pipeline: rows, tokens, streams and edits, against what is written down here about
+each by hand."""
 
 import functools
 import re
@@ -55,9 +56,19 @@ BY_HAND = {
     "wan": Hand("blocks.1", "c u", (3, 2, 4), whole()),
     "ltx": Hand("transformer_blocks.1", "uc", (3, 2, 4), whole()),
     "cogvideox": Hand("transformer_blocks.1", "uc", (3, 2, 4), whole(0), whole(1)),
-    "stable_audio": Hand("transformer_blocks.1", "uc", (12,), (None, slice(1, None)), (None, slice(1))),
-    "zimage": Hand("layers.1", "cu", (6, 8), (None, slice(48)), (None, lambda x, words: x[64 : 64 + len(words) + 2])),
-    "lumina2": Hand("layers.1", "c u", (3, 4), (None, after_text), (None, lambda x, words: x[: len(words) + 16])),
+    "stable_audio": Hand(
+        "transformer_blocks.1", "uc", (12,), (None, slice(1, None)), (None, slice(1))
+    ),
+    "zimage": Hand(
+        "layers.1",
+        "cu",
+        (6, 8),
+        (None, slice(48)),
+        (None, lambda x, words: x[64 : 64 + len(words) + 2]),
+    ),
+    "lumina2": Hand(
+        "layers.1", "c u", (3, 4), (None, after_text), (None, lambda x, words: x[: len(words) + 16])
+    ),
     "hunyuanvideo": Hand("single_transformer_blocks.0", "c u", (3, 2, 4), whole(0), (1, unpadded)),
     "qwenimage": Hand("transformer_blocks.0", "c u", (3, 4), whole(1), (0, unpadded)),
 }
@@ -76,7 +87,8 @@ class Case:
         self.hooked = HookedDiffusionModel.from_pipeline(self.pipe)
 
     def arguments(self, n, prompts=None, **options):
-        """(prompt, other arguments) of n prompts; `prompts` are theirs where the pipeline takes any."""
+        """(prompt, other arguments) of n prompts; `prompts` are theirs where the pipeline takes
+        any."""
         options = generate_options(n, self.recipe, **options)
         own = options.pop("prompt", None)
         return (own if own is None or prompts is None else prompts), options
@@ -84,7 +96,11 @@ class Case:
     def cache(self, hook_names, n=3, prompts=None, change=False, keep=None, **options):
         prompt, options = self.arguments(n, prompts, **options)
         if change and prompt is not None:
-            prompt = [prompt[0], prompt[1].replace("waves", "caves"), *prompt[2:]]  # as long as before: some pad to the longest
+            prompt = [
+                prompt[0],
+                prompt[1].replace("waves", "caves"),
+                *prompt[2:],
+            ]  # as long as before: some pad to the longest
         elif change and "image" in options:
             options["image"][1] = options["image"][1].rotate(45)
         elif change and "class_labels" in options:
@@ -100,7 +116,8 @@ class Case:
         return sampling.sample
 
     def seen_by_hand(self, place, n=3, order=None, prompts=None, **options):
-        """{"c" or "u": one list a row of the tokens of each step}, from a hook as anybody would write it."""
+        """{"c" or "u": one list a row of the tokens of each step}, from a hook as anybody would
+        write it."""
         h, seen = self.by_hand, []
         name, (index, tokens) = h.hook_name, place
 
@@ -131,7 +148,8 @@ CASES = [*RECIPES, toy]
 
 @functools.cache
 def shared(recipe):
-    """The case of all tests that leave its pipeline as it is: later ones meet what earlier samplings left in it."""
+    """The case of all tests that leave its pipeline as it is: later ones meet what earlier
+    samplings left in it."""
     return Case(recipe)
 
 
@@ -141,7 +159,8 @@ def case(request):
 
 
 def check(kept, expected):
-    """kept (prompts, steps, tokens, d) equals `expected`, whose rows may have fewer tokens: the rest is padding."""
+    """kept (prompts, steps, tokens, d) equals `expected`, whose rows may have fewer tokens: the
+    rest is padding."""
     assert len(kept) == len(expected)
     for row, steps in zip(kept, expected):
         assert len(row) == len(steps)
@@ -150,16 +169,22 @@ def check(kept, expected):
 
 
 def moved_by_a_change(case, guided):
-    """Names of the modules in which changing prompt 2 changes anything at step 0: never but its own conditional rows."""
+    """Names of the modules in which changing prompt 2 changes anything at step 0: never but its own
+    conditional rows."""
     keep = dict(rows="both" if guided else "cond", save_input=True)
     _, before = case.cache("**", keep=keep)
     _, after = case.cache("**", keep=keep, change=True)
     moved, starts = set(), {name: times[0] for name, times in before["timesteps"].items()}
     for side in {"input", "output", "input_uncond", "output_uncond"} & set(before):
-        for name in [name for name in before[side] if starts[name] == max(starts.values())]:  # the others run in later steps
+        for name in [
+            name for name in before[side] if starts[name] == max(starts.values())
+        ]:  # the others run in later steps
             x = before[side][name]
             changed = (x[:, 0] != after[side][name][:, 0]).flatten(1).any(1).tolist()
-            assert changed in ([False, False, False], [False, side in ("input", "output"), False]), (side, name, changed)
+            assert changed in (
+                [False, False, False],
+                [False, side in ("input", "output"), False],
+            ), (side, name, changed)
             moved |= {name} if any(changed) else set()
     return moved
 
@@ -177,7 +202,9 @@ def test_changing_a_prompt_changes_its_rows_alone_in_other_families(recipe):
 def test_the_cache_equals_a_hand_written_hook(case):
     h, prompts = case.by_hand, PROMPTS[:3]
     assert case.hooked.hook_names(h.hook_name) == [h.hook_name]
-    _, cache = case.cache(h.hook_name, prompts=prompts, keep=dict(rows="both" if "u" in h.order else "cond"))
+    _, cache = case.cache(
+        h.hook_name, prompts=prompts, keep=dict(rows="both" if "u" in h.order else "cond")
+    )
     expected = case.seen_by_hand(h.image, prompts=prompts)
     check(cache["output"][h.hook_name], expected["c"])
     if "u" in h.order:
@@ -220,7 +247,9 @@ def test_an_identity_edit_changes_no_bit(case, n):
         layouts, _ = case.hooked.layouts("**", prompt, stream=stream, **options)
         for name, layout in layouts.items():
             if not isinstance(layout, NotHookable):
-                edits.setdefault(name, []).append(Edit(lambda x, name=name: touched.add(name), rows="all", stream=stream))
+                edits.setdefault(name, []).append(
+                    Edit(lambda x, name=name: touched.add(name), rows="all", stream=stream)
+                )
                 edits[name].append(Edit(lambda x: x.clone(), rows="all", stream=stream))
     assert torch.equal(case.sample(edits, n=n), plain) and touched == set(edits) and len(edits) > 10
 
@@ -243,17 +272,28 @@ def test_an_edit_in_the_last_step_leaves_the_earlier_ones(case, rows):
 
 
 def test_an_edit_meets_the_rows_and_tokens_it_asks_for(case):
-    """What `fn` gets in a conditional and in an unconditional edit is what the cache says, of either stream."""
+    """What `fn` gets in a conditional and in an unconditional edit is what the cache says, of
+    either stream."""
     h, got = case.by_hand, {}
     roles = ["cond", "uncond"] if "u" in h.order else ["cond"]
-    streams = ["image", "text"] if h.text and case.recipe.__name__ != "lumina2" else ["image"]  # its empty text has no token
+    streams = (
+        ["image", "text"] if h.text and case.recipe.__name__ != "lumina2" else ["image"]
+    )  # its empty text has no token
     for role in roles:
         for stream in streams:
             kept = []
-            case.sample({h.hook_name: Edit(lambda x, kept=kept: kept.append(x.clone()), rows=role, stream=stream)})
+            case.sample(
+                {
+                    h.hook_name: Edit(
+                        lambda x, kept=kept: kept.append(x.clone()), rows=role, stream=stream
+                    )
+                }
+            )
             got[role, stream] = torch.stack(kept, 1)
     for stream in streams:
-        _, cache = case.cache(h.hook_name, keep=dict(rows="both" if len(roles) > 1 else "cond", stream=stream))
+        _, cache = case.cache(
+            h.hook_name, keep=dict(rows="both" if len(roles) > 1 else "cond", stream=stream)
+        )
         for role, key in zip(roles, ("output", "output_uncond")):
             assert torch.equal(got[role, stream], cache[key][h.hook_name])
 
@@ -276,13 +316,17 @@ def test_rows_with_any_guidance_and_number_of_prompts(recipe, scale, n, images):
     negative = ["ugly", "a long and blurry thing", "x"][:n]
     guided = scale > 1
     for more in ({}, {"negative_prompt": negative}):
-        _, cache = case.cache(h.hook_name, n, keep=dict(rows="both" if guided else "cond"), **options | more)
+        _, cache = case.cache(
+            h.hook_name, n, keep=dict(rows="both" if guided else "cond"), **options | more
+        )
         expected = case.seen_by_hand(h.image, n, order=h.order if guided else "c", **options | more)
         check(cache["output"][h.hook_name], expected["c"])
         assert len(cache["output"][h.hook_name]) == n * images
         if guided:
             check(cache["output_uncond"][h.hook_name], expected["u"])
-            assert not torch.equal(cache["output"][h.hook_name], cache["output_uncond"][h.hook_name])
+            assert not torch.equal(
+                cache["output"][h.hook_name], cache["output_uncond"][h.hook_name]
+            )
         else:
             with pytest.raises(ValueError, match="no unconditional rows"):
                 case.cache(h.hook_name, n, keep=dict(rows="uncond"), **options | more)
@@ -317,16 +361,23 @@ def test_a_denoiser_that_runs_in_part_of_the_steps_has_that_many():
 def test_a_network_that_only_conditions_the_denoiser_is_none():
     case = shared(controlnet)
     _, cache = case.cache("**", keep=dict(rows="both"))
-    assert "up_blocks.0.attentions.1" in cache["output"] and "controlnet_down_blocks.0" not in cache["output"]
+    assert (
+        "up_blocks.0.attentions.1" in cache["output"]
+        and "controlnet_down_blocks.0" not in cache["output"]
+    )
     with pytest.raises(ValueError, match="controlnet, whose output does not reach the scheduler"):
         case.cache("controlnet_down_blocks.0")
 
 
 def test_two_loops_in_one_call():
     case = shared(kandinsky22)
-    _, cache = case.cache(["prior_prior.transformer_blocks.0", "unet.mid_block"], keep=dict(rows="both"))
+    _, cache = case.cache(
+        ["prior_prior.transformer_blocks.0", "unet.mid_block"], keep=dict(rows="both")
+    )
     assert cache["grid"] == {"transformer_blocks.0": (1,), "mid_block": (8, 12)}
-    assert all(x.shape[:2] == (3, 2) for side in ("output", "output_uncond") for x in cache[side].values())
+    assert all(
+        x.shape[:2] == (3, 2) for side in ("output", "output_uncond") for x in cache[side].values()
+    )
 
 
 @pytest.mark.parametrize("recipe", [animatediff, svd], ids=lambda recipe: recipe.__name__)
@@ -334,28 +385,36 @@ def test_frames_that_are_rows_inside(recipe):
     """A row's tokens are those of all its frames, in raster order."""
     case, seen = Case(recipe), []
     name = "up_blocks.0.attentions.0"
-    case.pipe.unet.get_submodule(name).register_forward_hook(lambda m, i, o: seen.append(o[0].clone()))
+    case.pipe.unet.get_submodule(name).register_forward_hook(
+        lambda m, i, o: seen.append(o[0].clone())
+    )
     _, cache = case.cache(name)
     d, H, W = seen[0].shape[1:]
-    by_hand = seen[0].reshape(2, 3, 3, d, H, W).permute(0, 1, 2, 4, 5, 3).flatten(2, 4)  # chunk, prompt, frame, d, H, W
+    by_hand = (
+        seen[0].reshape(2, 3, 3, d, H, W).permute(0, 1, 2, 4, 5, 3).flatten(2, 4)
+    )  # chunk, prompt, frame, d, H, W
     assert cache["grid"][name] == (3, H, W)
     assert torch.equal(cache["output"][name][:, 0], by_hand[1])
 
 
 def test_tokens_of_layers_over_time_are_in_raster_order():
-    """Inside a temporal layer the places are rows and the frames are tokens: (rows H W, frames, d)."""
+    """Inside a temporal layer the places are rows and the frames are tokens: (rows H W, frames,
+    d)."""
     case, seen = Case(animatediff), []
     name = "up_blocks.0.motion_modules.0.transformer_blocks.0"
     case.pipe.unet.get_submodule(name).register_forward_hook(lambda m, i, o: seen.append(o.clone()))
     _, cache = case.cache(name)
     H, W = cache["grid"][name][1:]
-    by_hand = seen[0].unflatten(0, (2, 3, H * W)).transpose(2, 3).flatten(2, 3)  # chunk, prompt, frame and place, d
+    by_hand = (
+        seen[0].unflatten(0, (2, 3, H * W)).transpose(2, 3).flatten(2, 3)
+    )  # chunk, prompt, frame and place, d
     assert cache["grid"][name] == (3, H, W) and seen[0].shape[:2] == (6 * H * W, 3)
     assert torch.equal(cache["output"][name][:, 0], by_hand[1])
 
 
 def test_names_of_contexts_tell_where_predictions_do_not():
-    """One prompt, and a last layer of zeros: conditional and unconditional predictions are the same."""
+    """One prompt, and a last layer of zeros: conditional and unconditional predictions are the
+    same."""
     case = Case(next(recipe for recipe in RECIPES if recipe.__name__ == "wan"))
     torch.nn.init.zeros_(case.pipe.transformer.proj_out.weight)
     _, cache = case.cache("blocks.1", n=1, keep=dict(rows="both"))
@@ -379,19 +438,32 @@ def test_nothing_knows_a_family():
             if file.exists() and file not in sources and name not in found:
                 found.append(name)
     assert {"guidance.py", "locate.py", "trace.py", "token_layout.py"} < {f.name for f in sources}
-    folders = {p.name for p in (Path(diffusers.__file__).parent / "pipelines").iterdir() if p.is_dir()}
+    folders = {
+        p.name for p in (Path(diffusers.__file__).parent / "pipelines").iterdir() if p.is_dir()
+    }
     plain = {"deprecated", "dance_diffusion", "audio_diffusion", "latent_diffusion", "__pycache__"}
-    families = {word for name in folders - plain for word in (name, name.replace("_", ""), name.replace("_", "-"))} - {"shape"}
-    classes = {name for name in dir(diffusers) if name.endswith(("Pipeline", "Model", "Scheduler", "DiffusionModel"))}
+    families = {
+        word
+        for name in folders - plain
+        for word in (name, name.replace("_", ""), name.replace("_", "-"))
+    } - {"shape"}
+    classes = {
+        name
+        for name in dir(diffusers)
+        if name.endswith(("Pipeline", "Model", "Scheduler", "DiffusionModel"))
+    }
     allowed = {"DiffusionPipeline"}
     for source in sources:
         words = set(re.findall(r"[A-Za-z][\w-]*", source.read_text()))
         assert not {w for w in words if w.lower() in families or w in classes - allowed}, source
-        assert not re.search(r"UNet\w|Transformer\w|type\([^)]*\)\.__name__ ?[=!i]", source.read_text()), source
+        assert not re.search(
+            r"UNet\w|Transformer\w|type\([^)]*\)\.__name__ ?[=!i]", source.read_text()
+        ), source
 
 
 def test_a_list_of_prompts_is_left_as_it_was():
-    """Some pipelines write their chat template into the list they get: a dry step must not do so twice."""
+    """Some pipelines write their chat template into the list they get: a dry step must not do so
+    twice."""
     zimage = next(recipe for recipe in RECIPES if recipe.__name__ == "zimage")
     case, prompts = shared(zimage), PROMPTS[:2]
     case.sample({"layers.1": Edit(lambda x: x)}, n=2)
@@ -400,9 +472,12 @@ def test_a_list_of_prompts_is_left_as_it_was():
     assert prompt == ["a red fox in snow", "blue ocean waves at night"]
 
 
-@pytest.mark.parametrize("name, form", [("sd3", "heads first"), ("flux", "heads"), ("cogvideox", "heads first")])
+@pytest.mark.parametrize(
+    "name, form", [("sd3", "heads first"), ("flux", "heads"), ("cogvideox", "heads first")]
+)
 def test_heads_are_part_of_a_token(name, form):
-    """Normalised queries are (rows, tokens, heads, d) in some families and (rows, heads, tokens, d) in others."""
+    """Normalised queries are (rows, tokens, heads, d) in some families and (rows, heads, tokens, d)
+    in others."""
     case = shared(next(recipe for recipe in RECIPES if recipe.__name__ == name))
     hook_name = case.hooked.hook_names("transformer_blocks.0.*.norm_q")[0]
     prompt, options = case.arguments(2)

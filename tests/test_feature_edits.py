@@ -1,4 +1,5 @@
-"""Edits of features: against dense codes, at the rows, steps and tokens that were asked for, and nothing else moves a bit."""
+"""Edits of features: against dense codes, at the rows, steps and tokens that were asked for, and
+nothing else moves a bit."""
 
 import numpy as np
 import pytest
@@ -10,7 +11,10 @@ from hook import HookedDiffusionModel
 from sae import Sae
 from store.hook_point import HookPoint
 
-HOOK, D = "mid_block.attentions.0", 16  # followed by mid_block.resnets.1, which sees what became of it
+HOOK, D = (
+    "mid_block.attentions.0",
+    16,
+)  # followed by mid_block.resnets.1, which sees what became of it
 POINT = HookPoint(HOOK)
 EVERY = {"topk": {}, "batchtopk": {}, "sampletopk": {}, "unit norm": {"input_unit_norm": True}}
 
@@ -26,16 +30,29 @@ def some_sae(d, M=64, k=6, cfg=None, seed=0):
 @pytest.mark.parametrize("kind", EVERY)
 def test_delta_is_the_difference_of_two_reconstructions(kind):
     activation = {} if kind == "unit norm" else {"activation": kind}
-    sae, x = some_sae(24, cfg=activation | EVERY[kind]), torch.randn(3, 10, 24, generator=torch.Generator().manual_seed(1))
+    sae, x = (
+        some_sae(24, cfg=activation | EVERY[kind]),
+        torch.randn(3, 10, 24, generator=torch.Generator().manual_seed(1)),
+    )
     features = torch.tensor([5, 17, 40])
-    top_acts, top_indices, *stats = sae.encode(x) if kind == "sampletopk" else sae.encode(x.flatten(0, 1))
+    top_acts, top_indices, *stats = (
+        sae.encode(x) if kind == "sampletopk" else sae.encode(x.flatten(0, 1))
+    )
     changed = torch.where(torch.isin(top_indices, features), -3 * top_acts, top_acts)
     codes = (changed.double(), top_acts.double())
-    hats = [torch.zeros(30, 64).double().scatter_add_(1, top_indices.reshape(30, -1), c.reshape(30, -1)) for c in codes]
+    hats = [
+        torch.zeros(30, 64).double().scatter_add_(1, top_indices.reshape(30, -1), c.reshape(30, -1))
+        for c in codes
+    ]
     expected = (hats[0] - hats[1]) @ sae.W_dec.double() * (stats[1].double() if stats else 1)
     found = delta(sae, x, features, lambda acts: -3 * acts)
-    assert torch.allclose(found.flatten(0, 1).double(), expected, atol=1e-5) and expected.abs().max() > 0.1
-    untouched = ~torch.isin(torch.where(top_acts > 0, top_indices, -1), features).reshape(30, -1).any(1)
+    assert (
+        torch.allclose(found.flatten(0, 1).double(), expected, atol=1e-5)
+        and expected.abs().max() > 0.1
+    )
+    untouched = ~torch.isin(torch.where(top_acts > 0, top_indices, -1), features).reshape(
+        30, -1
+    ).any(1)
     assert untouched.any() and not found.flatten(0, 1)[untouched].any()  # exactly 0
 
 
@@ -45,7 +62,9 @@ def test_add_is_in_units_of_the_steps_norm():
     found = steer(sae, [3], add=2.5)(x)
     for tokens, added in zip(x, found):
         norm = (tokens.double().square().sum() / 10).sqrt()
-        assert torch.allclose(added.double(), (2.5 * norm * sae.W_dec[3].double() / 2 / 1.0).expand(10, 24), atol=1e-4)
+        assert torch.allclose(
+            added.double(), (2.5 * norm * sae.W_dec[3].double() / 2 / 1.0).expand(10, 24), atol=1e-4
+        )
     padded = torch.cat([x, torch.zeros(2, 5, 24)], 1)
     assert torch.allclose(step_norm(padded, "text"), step_norm(x))
     assert not steer(sae, [3], add=2.5, stream="text")(padded)[:, 10:].any()
@@ -56,14 +75,21 @@ def test_redirect_puts_as_much_along_the_direction_as_it_takes_out():
     features, u = [5, 17, 40], torch.nn.functional.normalize(torch.randn(24), dim=0)
     taken = -delta(sae, x, torch.tensor(features), lambda acts: 0 * acts)
     found = redirect(sae, features, u)(x)
-    assert torch.allclose(found + taken, taken.norm(dim=-1)[..., None] * u, atol=1e-5) and taken.norm() > 1
+    assert (
+        torch.allclose(found + taken, taken.norm(dim=-1)[..., None] * u, atol=1e-5)
+        and taken.norm() > 1
+    )
     without = (taken == 0).all(-1)
     assert without.any() and not without.all() and not found[without].any()
 
 
 def test_nothing_to_change_is_none():
     sae, x = some_sae(24), torch.randn(1, 4, 24)
-    assert steer(sae, [3], multiply=1)(x) is None and steer(sae, [3], add=0)(x) is None and steer(sae, [], multiply=0)(x) is None
+    assert (
+        steer(sae, [3], multiply=1)(x) is None
+        and steer(sae, [3], add=0)(x) is None
+        and steer(sae, [], multiply=0)(x) is None
+    )
 
 
 def test_what_is_refused():
@@ -81,19 +107,30 @@ def test_what_is_refused():
 
 
 def generate(change, steps=None, dtype=None, hook_point=POINT, **options):
-    """(latents, [(output of the module, what follows it got)] a step, chunks as the pipeline stacks them) of two prompts."""
+    """(latents, [(output of the module, what follows it got)] a step, chunks as the pipeline stacks
+    them) of two prompts."""
     pipe, seen = build(sd15), []
     if dtype is not None:
         pipe.to(dtype)
     module, follower = pipe.unet.get_submodule(HOOK), pipe.unet.get_submodule("mid_block.resnets.1")
     hooked = HookedDiffusionModel.from_pipeline(pipe)
     with hooked.watch(2) as sampling:  # which the planning step is no part of
-        listen = lambda module, args, output: seen.append([output[0].clone()]) if not sampling.paused else None
-        follow = lambda module, args: seen[-1].append(args[0].clone()) if not sampling.paused else None
+        listen = lambda module, args, output: (
+            seen.append([output[0].clone()]) if not sampling.paused else None
+        )
+        follow = lambda module, args: (
+            seen[-1].append(args[0].clone()) if not sampling.paused else None
+        )
         module.register_forward_hook(listen)
         follower.register_forward_pre_hook(follow)
-        edits = {} if change is None else {HOOK: adding_edits(hook_point, change, sampling, steps=steps, **options)}
-        out = hooked.run_with_hooks(edits, PROMPTS[:2], **generate_options(2, num_inference_steps=3)).images
+        edits = (
+            {}
+            if change is None
+            else {HOOK: adding_edits(hook_point, change, sampling, steps=steps, **options)}
+        )
+        out = hooked.run_with_hooks(
+            edits, PROMPTS[:2], **generate_options(2, num_inference_steps=3)
+        ).images
     tokens = lambda x: x.flatten(2).transpose(1, 2)
     return out, [(tokens(a), tokens(b)) for a, b in seen]
 
@@ -106,10 +143,14 @@ def test_multiply_1_is_the_identity_bit_for_bit(dtype, rows):
     silent = lambda x, timestep: torch.zeros_like(x)  # as of features that are nowhere active
     for change in (steer(sae, list(range(64)), multiply=1), steer(sae, [0], add=0), silent):
         assert torch.equal(generate(change, dtype=dtype, rows=rows)[0], plain)
-    assert not torch.equal(generate(steer(sae, list(range(64)), multiply=2), dtype=dtype, rows=rows)[0], plain)
+    assert not torch.equal(
+        generate(steer(sae, list(range(64)), multiply=2), dtype=dtype, rows=rows)[0], plain
+    )
 
 
-@pytest.mark.parametrize("rows, there", [("cond", [False, True]), ("uncond", [True, False]), ("both", [True, True])])
+@pytest.mark.parametrize(
+    "rows, there", [("cond", [False, True]), ("uncond", [True, False]), ("both", [True, True])]
+)
 def test_only_the_rows_steps_and_tokens_asked_for_are_touched(rows, there):
     sae = some_sae(D)
     T = generate(None)[1][0][0].shape[1]
@@ -120,10 +161,16 @@ def test_only_the_rows_steps_and_tokens_asked_for_are_touched(rows, there):
         for chunk, edited in enumerate(there):
             part = slice(2 * chunk, 2 * chunk + 2)
             moved = (before[part] != after[part]).any(-1)
-            expected = mask.expand(2, T) if edited and step == 1 else torch.zeros(2, T, dtype=torch.bool)
+            expected = (
+                mask.expand(2, T) if edited and step == 1 else torch.zeros(2, T, dtype=torch.bool)
+            )
             assert torch.equal(moved, expected)
             x = before[part]
-            added = step_norm(x) * torch.nn.functional.normalize(sae.W_dec[1], dim=0) * expected[..., None]
+            added = (
+                step_norm(x)
+                * torch.nn.functional.normalize(sae.W_dec[1], dim=0)
+                * expected[..., None]
+            )
             assert torch.allclose(after[part], x + added, atol=1e-5)
 
 
@@ -135,10 +182,20 @@ def test_renormalize_and_what_is_measured():
         assert torch.allclose(before[2:].norm(dim=-1), after[2:].norm(dim=-1), rtol=1e-4)
         assert not torch.equal(before[2:], after[2:]) and torch.allclose(x, after[2:], atol=1e-6)
     assert len(seen) == 3 and seen[0][1] > seen[1][1] > seen[2][1]
-    for of, expected in (("cond", slice(2, 4)), ("uncond", slice(0, 2))):  # both are edited, one is measured
+    for of, expected in (
+        ("cond", slice(2, 4)),
+        ("uncond", slice(0, 2)),
+    ):  # both are edited, one is measured
         seen.clear()
-        _, both = generate(steer(sae, [1], add=3.0), rows="both", measure=measure, hook_point=HookPoint(HOOK, rows=of))
-        assert len(seen) == 3 and all(torch.allclose(x, a[expected], atol=1e-5) for (_, a), (x, _) in zip(both, seen))
+        _, both = generate(
+            steer(sae, [1], add=3.0),
+            rows="both",
+            measure=measure,
+            hook_point=HookPoint(HOOK, rows=of),
+        )
+        assert len(seen) == 3 and all(
+            torch.allclose(x, a[expected], atol=1e-5) for (_, a), (x, _) in zip(both, seen)
+        )
 
 
 def test_what_overflows_float16_stays_finite():
@@ -153,7 +210,9 @@ def test_the_hook_point_that_is_furthest_off_is_told():
     for i, (norm, distance) in enumerate(((0.05, 1.0), (1.0, 3.0), (2.0, 0.5))):
         for step in (-0.5, 0.5):  # means over steps
             for number, measured in enumerate(edits.measured):
-                measured.setdefault(i, []).append(torch.tensor([[norm * (1 + step)], [distance + number]]))
+                measured.setdefault(i, []).append(
+                    torch.tensor([[norm * (1 + step)], [distance + number]])
+                )
     assert edits.numbers(2) == [pytest.approx([0.05, 3.0]), pytest.approx([0.05, 4.0])]
 
 
@@ -171,7 +230,9 @@ def test_side_diff_moves_the_output_by_the_change_of_the_difference():
 
 def test_typical_is_1_for_what_it_was_made_of(tmp_path):
     generator = torch.Generator().manual_seed(0)
-    scales = torch.tensor([5.0] * 4 + [1.0] * 8 + [0.0] * 4)  # four directions that the model never uses
+    scales = torch.tensor(
+        [5.0] * 4 + [1.0] * 8 + [0.0] * 4
+    )  # four directions that the model never uses
     x = torch.randn(64, 100, 16, generator=generator) * scales + 2.0
     np.save(tmp_path / "x.npy", x.numpy())
     typical = Typical([tmp_path / "x.npy"], n=4000)
@@ -181,7 +242,9 @@ def test_typical_is_1_for_what_it_was_made_of(tmp_path):
     )
     assert torch.allclose(typical(2 * x[:8], 0.0)[0], 2 * norm)
     padded = torch.cat([x[:8], torch.zeros(8, 300, 16)], 1)
-    assert torch.allclose(torch.stack(typical(padded, 0.0, text=True)), torch.stack([norm, distance]), rtol=1e-4)
+    assert torch.allclose(
+        torch.stack(typical(padded, 0.0, text=True)), torch.stack([norm, distance]), rtol=1e-4
+    )
     assert typical(padded, 0.0)[0].max() < 0.6
     along, across = torch.zeros(16), torch.zeros(16)
     along[0], across[15] = 5.0, 5.0

@@ -1,4 +1,5 @@
-"""Other packages' files: folders written by hand against the formulas in float64, and against the packages themselves."""
+"""Other packages' files: folders written by hand against the formulas in float64, and against the
+packages themselves."""
 
 import json
 
@@ -25,12 +26,19 @@ def draw(*shape, seed=0):
 def dense(sae, x):
     """codes (N, M) and x_hat of one of ours."""
     codes = sae.encode(x)
-    return torch.zeros(len(x), sae.num_latents).scatter(1, codes.top_indices, codes.top_acts), sae.decode(*codes)
+    return torch.zeros(len(x), sae.num_latents).scatter(
+        1, codes.top_indices, codes.top_acts
+    ), sae.decode(*codes)
 
 
 def arrays():
     W_dec = draw(M, D) / 3
-    return {"W_enc": W_dec.T + draw(D, M) / 5, "b_enc": draw(M) / 2, "W_dec": W_dec, "b_dec": draw(D) + 3}
+    return {
+        "W_enc": W_dec.T + draw(D, M) / 5,
+        "b_enc": draw(M) / 2,
+        "W_dec": W_dec,
+        "b_dec": draw(D) + 3,
+    }
 
 
 def save_saelens_by_hand(folder, architecture, old=False, **cfg):
@@ -41,7 +49,9 @@ def save_saelens_by_hand(folder, architecture, old=False, **cfg):
     if architecture == "topk":
         cfg |= {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": K}} if old else {"k": K}
     if old:
-        cfg = {key: value for key, value in cfg.items() if key != "architecture" or value == "jumprelu"}
+        cfg = {
+            key: value for key, value in cfg.items() if key != "architecture" or value == "jumprelu"
+        }
         cfg |= {"hook_name": "blocks.1", "normalize_activations": False, "scaling_factor": None}
     else:
         cfg |= {"metadata": {"sae_lens_version": "6.54.0", "hook_name": "blocks.1"}}
@@ -49,8 +59,14 @@ def save_saelens_by_hand(folder, architecture, old=False, **cfg):
     return {name: tensor.double() for name, tensor in tensors.items()}
 
 
-def saelens_reference(t, x, architecture, apply_b_dec_to_input=True, rescale_acts_by_decoder_norm=False, old=False):
-    norms = t["W_dec"].norm(dim=1) if rescale_acts_by_decoder_norm else torch.ones(M, dtype=torch.float64)
+def saelens_reference(
+    t, x, architecture, apply_b_dec_to_input=True, rescale_acts_by_decoder_norm=False, old=False
+):
+    norms = (
+        t["W_dec"].norm(dim=1)
+        if rescale_acts_by_decoder_norm
+        else torch.ones(M, dtype=torch.float64)
+    )
     pre = ((x - t["b_dec"] * apply_b_dec_to_input) @ t["W_enc"] + t["b_enc"]) * norms
     codes = torch.relu(pre)
     if architecture == "topk":
@@ -103,10 +119,14 @@ def test_saelens_itself_reads_them_so(tmp_path, architecture, cfg):
 @pytest.mark.parametrize("kind", ["TopK", "BatchTopK", "JumpReLU", "Standard"])
 def test_we_read_what_saelens_saves_after_training(tmp_path, kind):
     sae_lens = pytest.importorskip("sae_lens", reason=f"sae-lens {BENCH}")
-    cfg = getattr(sae_lens, f"{kind}TrainingSAEConfig")(d_in=D, d_sae=M, **({"k": K} if "TopK" in kind else {}))
+    cfg = getattr(sae_lens, f"{kind}TrainingSAEConfig")(
+        d_in=D, d_sae=M, **({"k": K} if "TopK" in kind else {})
+    )
     theirs = getattr(sae_lens, f"{kind}TrainingSAE")(cfg)
     with torch.no_grad():
-        for parameter, (_, tensor) in zip((theirs.W_enc, theirs.b_enc, theirs.W_dec, theirs.b_dec), arrays().items()):
+        for parameter, (_, tensor) in zip(
+            (theirs.W_enc, theirs.b_enc, theirs.W_dec, theirs.b_dec), arrays().items()
+        ):
             parameter.copy_(tensor)
         if kind == "BatchTopK":
             theirs.topk_threshold.fill_(0.7)
@@ -146,7 +166,9 @@ EXPORTS = [dict(), dict(activation="batchtopk")]
 def sae_to_export(cfg):
     sae = make_sae(cfg=cfg)
     sae.cfg |= {"hook_name": "up_blocks.1", "fvu": 0.25}
-    if sae.activation == "batchtopk":  # one activation is the threshold itself, so that >= and > differ
+    if (
+        sae.activation == "batchtopk"
+    ):  # one activation is the threshold itself, so that >= and > differ
         acts = sae.encode(X).top_acts
         sae.threshold.copy_(acts[acts > 0].sort().values[-90])
     return sae
@@ -158,7 +180,9 @@ def test_an_export_comes_back(tmp_path, cfg):
     export(sae, tmp_path)
     again = Sae.load_from_disk(tmp_path)
     assert_same(dense(again, X), dense(sae, X))
-    assert again.cfg["hook_name"] == "up_blocks.1" and again.cfg["saelens"]["metadata"]["fvu"] == 0.25
+    assert (
+        again.cfg["hook_name"] == "up_blocks.1" and again.cfg["saelens"]["metadata"]["fvu"] == 0.25
+    )
     if cfg:
         assert again.activation == "jumprelu" and (dense(sae, X)[0] == sae.threshold).sum() == 1
         export(again, tmp_path / "twice")
@@ -186,7 +210,9 @@ def test_saelens_layer_norm_is_not_our_unit_norm(tmp_path):
     mine, _, std = make_sae(cfg=dict(input_unit_norm=True)).standardize(x)
     c = (D - 1) ** 0.5 / D**0.5
     torch.testing.assert_close(z, c * mine / (1 + 1e-5 * c / std), rtol=1e-12, atol=0)
-    assert ((z - c * mine) / mine).abs().max() > 2e-6  # so no factor in the weights makes up for it to float32's rounding
+    assert (
+        (z - c * mine) / mine
+    ).abs().max() > 2e-6  # so no factor in the weights makes up for it to float32's rounding
 
 
 def test_exports_that_are_refused(tmp_path):
@@ -202,7 +228,13 @@ def test_exports_that_are_refused(tmp_path):
     assert not (tmp_path / "new").exists() and Sae.load_from_disk(tmp_path).k == 4
 
 
-DICTIONARIES = ["AutoEncoderTopK", "BatchTopKSAE", "unset BatchTopKSAE", "MatryoshkaBatchTopKSAE", "AutoEncoder"]
+DICTIONARIES = [
+    "AutoEncoderTopK",
+    "BatchTopKSAE",
+    "unset BatchTopKSAE",
+    "MatryoshkaBatchTopKSAE",
+    "AutoEncoder",
+]
 DICTIONARIES += ["unit AutoEncoder", "JumpReluAutoEncoder"]
 
 
@@ -212,21 +244,38 @@ def save_dictionary_by_hand(folder, kind):
     if kind.startswith("unit"):
         t["W_dec"] = t["W_dec"] / t["W_dec"].norm(dim=1, keepdim=True)
     kind = kind.split()[-1]
-    topk = {"k": torch.tensor(K, dtype=torch.int), "threshold": torch.tensor(threshold)} if "TopK" in kind else {}
-    layers = {"encoder.weight": t["W_enc"].T, "encoder.bias": t["b_enc"], "decoder.weight": t["W_dec"].T}
+    topk = (
+        {"k": torch.tensor(K, dtype=torch.int), "threshold": torch.tensor(threshold)}
+        if "TopK" in kind
+        else {}
+    )
+    layers = {
+        "encoder.weight": t["W_enc"].T,
+        "encoder.bias": t["b_enc"],
+        "decoder.weight": t["W_dec"].T,
+    }
     state = {
         "AutoEncoder": layers | {"bias": t["b_dec"]},
         "JumpReluAutoEncoder": t | {"threshold": draw(M, seed=1)},
         "MatryoshkaBatchTopKSAE": t | topk | {"group_sizes": torch.tensor([10, 20])},
     }.get(kind, layers | {"b_dec": t["b_dec"]} | topk)
-    trainer = {"dict_class": kind, "activation_dim": D, "dict_size": M, "submodule_name": "blocks.1"} | ({"k": K} if topk else {})
+    trainer = {
+        "dict_class": kind,
+        "activation_dim": D,
+        "dict_size": M,
+        "submodule_name": "blocks.1",
+    } | ({"k": K} if topk else {})
     torch.save({name: tensor.contiguous() for name, tensor in state.items()}, folder / "ae.pt")
     (folder / "config.json").write_text(json.dumps({"trainer": trainer}))
     return {name: tensor.double() for name, tensor in {**t, **state}.items()}
 
 
 def dictionary_reference(t, x, kind):
-    norms = t["W_dec"].norm(dim=1) if kind.endswith("AutoEncoder") and "Jump" not in kind else torch.ones(M).double()
+    norms = (
+        t["W_dec"].norm(dim=1)
+        if kind.endswith("AutoEncoder") and "Jump" not in kind
+        else torch.ones(M).double()
+    )
     pre = ((x - t["b_dec"] * ("Jump" not in kind)) @ t["W_enc"] + t["b_enc"]) * norms
     codes = torch.relu(pre)
     if kind == "AutoEncoderTopK":
@@ -308,7 +357,9 @@ def test_the_files_of_a_folder_decide(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "cfg", [*VARIANTS, dict(activation="batchtopk", input_unit_norm=True), dict(activation="jumprelu")], ids=str
+    "cfg",
+    [*VARIANTS, dict(activation="batchtopk", input_unit_norm=True), dict(activation="jumprelu")],
+    ids=str,
 )
 def test_sparsify_refuses_the_variants(tmp_path, cfg, monkeypatch):
     monkeypatch.setenv("SPARSIFY_DISABLE_TRITON", "1")  # without it sparsify wants a GPU

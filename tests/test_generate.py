@@ -1,10 +1,18 @@
-"""Generating with seeds and edits: the images are those of the pipeline itself, however they are batched."""
+"""Generating with seeds and edits: the images are those of the pipeline itself, however they are
+batched."""
 
 import pytest
 import torch
 from tiny import PROMPTS, build, generate_options, sd15
 
-from diffusion.generate import Generation, generate, generate_batches, generate_images, images_of, required_images
+from diffusion.generate import (
+    Generation,
+    generate,
+    generate_batches,
+    generate_images,
+    images_of,
+    required_images,
+)
 from hook import Edit, HookedDiffusionModel
 
 HOOK = "up_blocks.0.attentions.1"
@@ -12,7 +20,9 @@ HOOK = "up_blocks.0.attentions.1"
 
 def options_of(**options):
     """Of the tiny pipeline, but the prompts and generators."""
-    return {name: value for name, value in generate_options(1, **options).items() if name != "generator"}
+    return {
+        name: value for name, value in generate_options(1, **options).items() if name != "generator"
+    }
 
 
 def generation_of(n=3, **options):
@@ -42,17 +52,26 @@ def test_batches_cut_all_that_belongs_to_a_prompt():
     options = {"prompt_2": ["x", "y", "z"], "guidance_scale": 3.0, "sigmas": [2.0, 1.0, 0.0]}
     whole = Generation(["a", "b", "c"], [5, 6, 7], ["not a", "not b", "not c"], options)
     first, second = whole.batches(2)
-    assert (first.prompts, first.seeds) == (["a", "b"], [5, 6]) and (second.prompts, second.seeds) == (["c"], [7])
+    assert (first.prompts, first.seeds) == (["a", "b"], [5, 6]) and (
+        second.prompts,
+        second.seeds,
+    ) == (["c"], [7])
     assert second.arguments() == {
         "prompt_2": ["z"],
         "guidance_scale": 3.0,
         "sigmas": [2.0, 1.0, 0.0],
         "negative_prompt": ["not c"],
     }
-    assert first.arguments()["negative_prompt"] == ["not a", "not b"] and "negative_prompt" not in whole.options
+    assert (
+        first.arguments()["negative_prompt"] == ["not a", "not b"]
+        and "negative_prompt" not in whole.options
+    )
     assert [batch.prompts for batch in whole.batches(3)] == [whole.prompts]
     assert "negative_prompt" not in generation_of().arguments()
-    rows = [{"prompt": "a", "seed": 1, "negative_prompt": "x"}, {"prompt": "b", "seed": 2, "negative_prompt": "y"}]
+    rows = [
+        {"prompt": "a", "seed": 1, "negative_prompt": "x"},
+        {"prompt": "b", "seed": 2, "negative_prompt": "y"},
+    ]
     assert Generation.from_rows(rows, {}) == Generation(["a", "b"], [1, 2], ["x", "y"])
     assert Generation.from_rows([{"prompt": "a", "seed": 1}], {}) == Generation(["a"], [1])
 
@@ -83,11 +102,15 @@ def test_each_batch_has_its_own_edits_and_steps(model):
     generation = generation_of()
     on_step = lambda step: indices.append(step.index)
     parts = list(generate_batches(model, generation, 2, make_edits, on_step, Bar))
-    assert sizes == [(2, 0), (2, 1), (1, 0), (1, 1)] and indices == [0, 1, 0, 1] and advanced == [2, 1]
+    assert (
+        sizes == [(2, 0), (2, 1), (1, 0), (1, 1)] and indices == [0, 1, 0, 1] and advanced == [2, 1]
+    )
     sample = torch.cat([part.sample for part in parts])
     assert torch.allclose(sample, generate(model, generation).sample, atol=1e-4)
     images = generate_images(model, generation_of(output_type="pt"), 2)
-    assert torch.allclose(images, generate(model, generation_of(output_type="pt")).images, atol=1e-4)
+    assert torch.allclose(
+        images, generate(model, generation_of(output_type="pt")).images, atol=1e-4
+    )
     zero = lambda sampling: {HOOK: Edit(torch.zeros_like)}
     assert not torch.allclose(generate(model, generation, zero).sample, sample, atol=1e-3)
 

@@ -14,29 +14,44 @@ def named(name):
     return next(recipe for recipe in RECIPES if recipe.__name__ == name)
 
 
-@pytest.mark.parametrize("recipe", [*map(named, ("sd15", "sdxl", "pixart", "ltx", "cogvideox")), sd3, lumina, sana])
+@pytest.mark.parametrize(
+    "recipe", [*map(named, ("sd15", "sdxl", "pixart", "ltx", "cogvideox")), sd3, lumina, sana]
+)
 def test_one_prompt_with_different_negative_prompts(recipe):
     """It is the unconditional rows that differ then: guidance subtracts them all the same."""
     case = shared(recipe)
     hook_name = case.by_hand.hook_name if case.by_hand else case.hooked.hook_names("*.1")[0]
-    rows = lambda negative: case.cache(hook_name, 2, [PROMPTS[0]] * 2, keep=dict(rows="both"), negative_prompt=negative)[1]
+    rows = lambda negative: case.cache(
+        hook_name, 2, [PROMPTS[0]] * 2, keep=dict(rows="both"), negative_prompt=negative
+    )[1]
     before, after = rows(["blurry", "ugly it"]), rows(["blurry", "ugly at"])
     assert torch.equal(before["output"][hook_name][:, 0], after["output"][hook_name][:, 0])
-    changed = (before["output_uncond"][hook_name] != after["output_uncond"][hook_name])[:, 0].flatten(1).any(1)
+    changed = (
+        (before["output_uncond"][hook_name] != after["output_uncond"][hook_name])[:, 0]
+        .flatten(1)
+        .any(1)
+    )
     assert changed.tolist() == [False, True]
 
 
-@pytest.mark.parametrize("n, prompts, guided", [(4, 2, True), (2, 4, False), (1, 2, False), (2, 1, True)])
+@pytest.mark.parametrize(
+    "n, prompts, guided", [(4, 2, True), (2, 4, False), (1, 2, False), (2, 1, True)]
+)
 def test_a_wrong_number_of_prompts_is_an_error(n, prompts, guided):
     pipe = build(sd15)
     options = generate_options(prompts, guidance_scale=5.0 if guided else 1.0)
-    with pytest.raises(ValueError, match="say how many prompts"), HookedDiffusionModel.from_pipeline(pipe).cache(HOOK, n):
+    with (
+        pytest.raises(ValueError, match="say how many prompts"),
+        HookedDiffusionModel.from_pipeline(pipe).cache(HOOK, n),
+    ):
         pipe((PROMPTS * 2)[:prompts], **options)
 
 
 def test_the_sample_says_how_many_rows_there_are_where_no_argument_does():
     case = Case(svd)
-    _, cache = case.cache("mid_block", max_guidance_scale=1.0)  # three pictures, no prompt, no guidance
+    _, cache = case.cache(
+        "mid_block", max_guidance_scale=1.0
+    )  # three pictures, no prompt, no guidance
     assert len(cache["output"]["mid_block"]) == 3
 
 
@@ -67,7 +82,9 @@ def test_a_list_of_predictions_is_stacked_even_where_there_are_as_many_channels(
     expected = case.seen_by_hand(case.by_hand.image, 2, prompts=["x", "x"])
     _, cache = case.cache("layers.1", 2, ["x", "x"], keep=dict(rows="both"))
     for key, role in (("output", "c"), ("output_uncond", "u")):
-        assert torch.equal(cache[key]["layers.1"], torch.stack([torch.stack(steps) for steps in expected[role]]))
+        assert torch.equal(
+            cache[key]["layers.1"], torch.stack([torch.stack(steps) for steps in expected[role]])
+        )
 
 
 def test_a_foreign_scheduler_of_the_same_class_changes_nothing():
@@ -80,22 +97,33 @@ def test_a_foreign_scheduler_of_the_same_class_changes_nothing():
         foreign.step(torch.zeros(1, 4, 2, 2), foreign.timesteps[0], torch.zeros(1, 4, 2, 2))
         return {}
 
-    hooked, options = HookedDiffusionModel.from_pipeline(pipe), generate_options(2, num_inference_steps=5)
+    hooked, options = (
+        HookedDiffusionModel.from_pipeline(pipe),
+        generate_options(2, num_inference_steps=5),
+    )
     options["callback_on_step_end"] = callback
     _, cache = hooked.run_with_cache(HOOK, PROMPTS[:2], cache_every_n_timesteps=2, **options)
     assert cache["output"][HOOK].shape[1] == 3
-    hooked.run_with_hooks({HOOK: Edit(lambda x: edited.append(len(x)), steps=[0])}, PROMPTS[:2], **options)
+    hooked.run_with_hooks(
+        {HOOK: Edit(lambda x: edited.append(len(x)), steps=[0])}, PROMPTS[:2], **options
+    )
     assert edited == [2]
 
 
 def test_a_dry_step_is_hidden_from_others_that_watch_the_model():
-    """Another HookedDiffusionModel's first step would have two forwards, of which one would count as unconditional."""
+    """Another HookedDiffusionModel's first step would have two forwards, of which one would count
+    as unconditional."""
     model, scheduler = Denoiser(), Euler()
     loop = dict(get_timesteps=lambda n, device: range(n, 0, -1), sample_shape=(3, 4, 5))
     loop["encode_prompt"] = lambda prompt, *args: (torch.ones(len(prompt), 5), None)
     one, other = (HookedDiffusionModel(model, scheduler, **loop) for _ in range(2))
-    with pytest.raises(ValueError, match="no unconditional rows"), one.cache("out", 2, rows="uncond"):
-        other.run_with_hooks({"out": Edit(lambda x: x)}, ["a", "b"], num_inference_steps=2, guidance_scale=1.0)
+    with (
+        pytest.raises(ValueError, match="no unconditional rows"),
+        one.cache("out", 2, rows="uncond"),
+    ):
+        other.run_with_hooks(
+            {"out": Edit(lambda x: x)}, ["a", "b"], num_inference_steps=2, guidance_scale=1.0
+        )
 
 
 def test_two_models_that_take_turns_keep_their_own_steps():
@@ -108,12 +136,17 @@ def test_two_models_that_take_turns_keep_their_own_steps():
             predictions = [model(x, t + i / 2, text) for i, model in enumerate(models)]
             for i, scheduler in enumerate(schedulers):
                 scheduler.step(predictions[i], t + i / 2, x)
-    assert of_a["timesteps"]["out"].tolist() == [3.0, 2.0] and of_b["timesteps"]["out"].tolist() == [3.5, 2.5]
+    assert of_a["timesteps"]["out"].tolist() == [3.0, 2.0] and of_b["timesteps"][
+        "out"
+    ].tolist() == [3.5, 2.5]
 
 
 def test_a_second_sampling_in_one_cache_is_an_error():
     pipe = build(sd15)
-    with pytest.raises(ValueError, match="second sampling"), HookedDiffusionModel.from_pipeline(pipe).cache(HOOK, 2):
+    with (
+        pytest.raises(ValueError, match="second sampling"),
+        HookedDiffusionModel.from_pipeline(pipe).cache(HOOK, 2),
+    ):
         for _ in range(2):
             pipe(PROMPTS[:2], **generate_options(2))
 
@@ -129,14 +162,22 @@ def one_step(model, timestep, scheduler=None, x=None, rows=2, **options):
 
 def test_timesteps_of_one_element_and_of_single_rows():
     broadcast = lambda t: t.view(-1, 1, 1, 1)
-    model = type("Rowwise", (Denoiser,), {"forward": lambda self, x, t, text: Denoiser.forward(self, x, broadcast(t), text)})()
+    model = type(
+        "Rowwise",
+        (Denoiser,),
+        {"forward": lambda self, x, t, text: Denoiser.forward(self, x, broadcast(t), text)},
+    )()
     assert one_step(model, torch.tensor([3.0, 3.0]))["timesteps"]["out"].tolist() == [3.0]
     with pytest.raises(ValueError, match="timestep of its own"):
         one_step(model, torch.tensor([3.0, 4.0]))
 
 
 def test_the_time_may_come_first():
-    model = type("TimeFirst", (Denoiser,), {"forward": lambda self, t, x, text: Denoiser.forward(self, x, t, text)})()
+    model = type(
+        "TimeFirst",
+        (Denoiser,),
+        {"forward": lambda self, t, x, text: Denoiser.forward(self, x, t, text)},
+    )()
     torch.manual_seed(0)
     hooked, x = HookedDiffusionModel(model, Euler()), torch.randn(2, 3, 4, 5)
     with torch.no_grad(), hooked.cache("out", 2) as cache:
@@ -202,7 +243,10 @@ def test_requests_that_make_no_sense_are_refused():
         (lambda: hooked.cache("out", ["a"]).__enter__(), "n_prompts"),
         (lambda: hooked.cache("out", 1, cache_every_n_timesteps=0).__enter__(), "at least 1"),
         (lambda: hooked("a"), "set_timesteps"),
-        (lambda: HookedDiffusionModel(tiny_unet(), Euler(), encode_prompt=lambda *args: args)(), "needs a prompt"),
+        (
+            lambda: HookedDiffusionModel(tiny_unet(), Euler(), encode_prompt=lambda *args: args)(),
+            "needs a prompt",
+        ),
     ):
         with pytest.raises(ValueError, match=said):
             call()

@@ -1,4 +1,5 @@
-"""Rows, tokens and labels of what hooks see, against hand-written hooks and against what must change when a prompt does."""
+"""Rows, tokens and labels of what hooks see, against hand-written hooks and against what must
+change when a prompt does."""
 
 import pytest
 import torch
@@ -14,12 +15,24 @@ HOOK = "up_blocks.0.attentions.1"
 def run(pipe, prompts=PROMPTS[:2], hook_names=HOOK, rows="both", n=1, **options):
     hooked = HookedDiffusionModel.from_pipeline(pipe)
     extra = {"num_images_per_prompt": n} if n > 1 else {}
-    keep = {k: options.pop(k) for k in ("save_input", "cache_every_n_timesteps", "dtype") if k in options}
-    return hooked.run_with_cache(hook_names, prompts, rows=rows, **keep, **generate_options(len(prompts) * n, **options), **extra)
+    keep = {
+        k: options.pop(k)
+        for k in ("save_input", "cache_every_n_timesteps", "dtype")
+        if k in options
+    }
+    return hooked.run_with_cache(
+        hook_names,
+        prompts,
+        rows=rows,
+        **keep,
+        **generate_options(len(prompts) * n, **options),
+        **extra,
+    )
 
 
 def test_rows_equal_a_hand_written_hook(pipe):
-    """Row (p, s, t) is what the module returns for that prompt, step and token in the same batch: exact."""
+    """Row (p, s, t) is what the module returns for that prompt, step and token in the same batch:
+    exact."""
     seen, inputs = [], []
     module = pipe.unet.get_submodule(HOOK)
 
@@ -46,19 +59,26 @@ def test_rows_equal_a_hand_written_hook(pipe):
 def test_changing_a_prompt_changes_its_conditional_rows_alone(pipe, guidance_scale):
     changed = [PROMPTS[0], PROMPTS[2], PROMPTS[1]]
     _, before = run(pipe, PROMPTS, guidance_scale=guidance_scale)
-    _, after = run(pipe, changed[:1] + [PROMPTS[1] + " and stars"] + PROMPTS[2:], guidance_scale=guidance_scale)
-    same = [torch.equal(before["output"][HOOK][p, 0], after["output"][HOOK][p, 0]) for p in range(3)]
+    _, after = run(
+        pipe, changed[:1] + [PROMPTS[1] + " and stars"] + PROMPTS[2:], guidance_scale=guidance_scale
+    )
+    same = [
+        torch.equal(before["output"][HOOK][p, 0], after["output"][HOOK][p, 0]) for p in range(3)
+    ]
     assert same == [True, False, True]
     assert torch.equal(before["output_uncond"][HOOK][:, 0], after["output_uncond"][HOOK][:, 0])
 
 
 def test_one_row_a_prompt_and_image(pipe):
-    """The first axis is prompts x images, prompt-major: with n=2 the rows of a prompt are those of its two seeds."""
+    """The first axis is prompts x images, prompt-major: with n=2 the rows of a prompt are those of
+    its two seeds."""
     _, two = run(pipe, n=2)
     repeated = [p for p in PROMPTS[:2] for _ in range(2)]
     _, four = run(pipe, repeated)
     assert two["output"][HOOK].shape[0] == 4
-    assert torch.allclose(two["output"][HOOK], four["output"][HOOK], rtol=1e-3, atol=1e-3)  # prompts are encoded 2 or 4 at once
+    assert torch.allclose(
+        two["output"][HOOK], four["output"][HOOK], rtol=1e-3, atol=1e-3
+    )  # prompts are encoded 2 or 4 at once
 
 
 def test_options_of_the_cache(pipe):
@@ -90,9 +110,9 @@ def test_a_step_is_a_call_of_the_scheduler():
     assert cache["output"][HOOK].shape[1] == 9
     assert cache["timesteps"][HOOK].tolist() == [float(t) for t in pipe.scheduler.timesteps]
     assert (
-        HookedDiffusionModel.from_pipeline(pipe).first_step(HOOK, PROMPTS[:2], **generate_options(2, num_inference_steps=5))[
-            "num_steps"
-        ]
+        HookedDiffusionModel.from_pipeline(pipe).first_step(
+            HOOK, PROMPTS[:2], **generate_options(2, num_inference_steps=5)
+        )["num_steps"]
         == 9
     )
 
@@ -127,7 +147,8 @@ def test_an_inherited_step_is_not_left_on_the_subclass():
 
 
 def test_nothing_is_left_behind(pipe):
-    """Hooks and class patches are gone afterwards, also after an exception, and the sample is the untouched one."""
+    """Hooks and class patches are gone afterwards, also after an exception, and the sample is the
+    untouched one."""
     before = hooks_and_patches(pipe)
     expected = pipe(PROMPTS[:2], **generate_options(2)).images
     output, _ = run(pipe, hook_names="**", save_input=True)
@@ -145,18 +166,30 @@ def test_nothing_is_left_behind(pipe):
 
 def hooks_and_patches(pipe):
     hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in pipe.unet.modules())
-    return hooks, type(pipe.scheduler).step, dict(vars(type(pipe.scheduler))), pipe._progress_bar_config
+    return (
+        hooks,
+        type(pipe.scheduler).step,
+        dict(vars(type(pipe.scheduler))),
+        pipe._progress_bar_config,
+    )
 
 
 def test_edits(pipe):
-    """A function sees (module, input, output) and what it returns takes the output's place; None changes nothing."""
+    """A function sees (module, input, output) and what it returns takes the output's place; None
+    changes nothing."""
     hooked = HookedDiffusionModel.from_pipeline(pipe)
     plain = hooked(PROMPTS[:2], **generate_options(2)).images
     nothing = hooked.run_with_hooks(
-        {HOOK: [lambda m, i, o: None, lambda m, i, o: (o[0] * 1,)]}, PROMPTS[:2], **generate_options(2)
+        {HOOK: [lambda m, i, o: None, lambda m, i, o: (o[0] * 1,)]},
+        PROMPTS[:2],
+        **generate_options(2),
     ).images
-    zeroed = hooked.run_with_hooks({HOOK: lambda m, i, o: (0 * o[0],)}, PROMPTS[:2], **generate_options(2)).images
-    skipped = hooked.run_with_hooks({HOOK: lambda m, i, o: (i[0],)}, PROMPTS[:2], **generate_options(2)).images
+    zeroed = hooked.run_with_hooks(
+        {HOOK: lambda m, i, o: (0 * o[0],)}, PROMPTS[:2], **generate_options(2)
+    ).images
+    skipped = hooked.run_with_hooks(
+        {HOOK: lambda m, i, o: (i[0],)}, PROMPTS[:2], **generate_options(2)
+    ).images
     assert torch.equal(nothing, plain)
     assert not torch.equal(zeroed, plain)
     assert not torch.equal(skipped, plain)
@@ -165,12 +198,17 @@ def test_edits(pipe):
 
 def test_names(pipe):
     hooked = HookedDiffusionModel.from_pipeline(pipe)
-    assert hooked.hook_names("up_blocks.*.attentions.*") == ["up_blocks.0.attentions.0", "up_blocks.0.attentions.1"]
+    assert hooked.hook_names("up_blocks.*.attentions.*") == [
+        "up_blocks.0.attentions.0",
+        "up_blocks.0.attentions.1",
+    ]
     assert hooked.hook_names(f"unet.{HOOK}") == [HOOK]
     assert "mid_block.attentions.0.transformer_blocks.0.attn2" in hooked.hook_names("attn[12]")
     assert "mid_block.attentions.0.transformer_blocks.0.attn2" in hooked.hook_names("mid_block.**")
     everything = hooked.hook_names()
-    assert set(everything) == set(hooked.hook_names("**")) and "mid_block.attentions" not in everything
+    assert (
+        set(everything) == set(hooked.hook_names("**")) and "mid_block.attentions" not in everything
+    )
     with pytest.raises(ValueError, match="up_blocks.0.attentions.1"):
         hooked.hook_names("up_block.0.attention.1")
     with pytest.raises(ValueError, match="no module matches"):
@@ -187,7 +225,9 @@ def test_a_module_that_runs_twice_is_refused_by_name_and_left_out_of_a_glob(pipe
 
 def test_layouts_say_why_there_is_none(pipe):
     names = [HOOK, "time_embedding"]
-    layouts, num_steps = HookedDiffusionModel.from_pipeline(pipe).layouts(names, PROMPTS[:2], **generate_options(2))
+    layouts, num_steps = HookedDiffusionModel.from_pipeline(pipe).layouts(
+        names, PROMPTS[:2], **generate_options(2)
+    )
     assert (layouts[HOOK].grid, layouts[HOOK].d, num_steps) == ((8, 8), 16, 2)
     assert layouts["time_embedding"].reason.startswith("its output holds no image tokens")
 
@@ -203,7 +243,9 @@ def test_modules_that_never_run_are_refused(pipe):
     with pytest.raises(ValueError, match="never ran"):
         run(pipe, hook_names="spare")
     with pytest.raises(ValueError, match="never ran"):
-        HookedDiffusionModel.from_pipeline(pipe).run_with_hooks({"spare": lambda m, i, o: o}, PROMPTS[:1], **generate_options(1))
+        HookedDiffusionModel.from_pipeline(pipe).run_with_hooks(
+            {"spare": lambda m, i, o: o}, PROMPTS[:1], **generate_options(1)
+        )
 
 
 def compiled(unet):
@@ -218,7 +260,9 @@ def compiled_in_part(unet):
     unet.mid_block.compile()
 
 
-@pytest.mark.parametrize("compile", [compiled, compiled_in_place, compiled_in_part], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "compile", [compiled, compiled_in_place, compiled_in_part], ids=lambda f: f.__name__
+)
 def test_a_compiled_denoiser_is_refused(compile):
     pipe = build(sd15)
     if (unet := compile(pipe.unet)) is not None:
@@ -227,7 +271,9 @@ def test_a_compiled_denoiser_is_refused(compile):
     assert HOOK in hooked.hook_names()
     for attempt in (
         lambda: hooked.run_with_cache(HOOK, PROMPTS[:1], **generate_options(1)),
-        lambda: hooked.run_with_hooks({HOOK: lambda m, i, o: o}, PROMPTS[:1], **generate_options(1)),
+        lambda: hooked.run_with_hooks(
+            {HOOK: lambda m, i, o: o}, PROMPTS[:1], **generate_options(1)
+        ),
         lambda: hooked.layouts(HOOK, PROMPTS[:1], **generate_options(1)),
     ):
         with pytest.raises(ValueError, match="compiled"):
@@ -273,7 +319,11 @@ def test_wrong_requests_are_refused(pipe):
     with pytest.raises(ValueError, match=r"must return \(2, 64, 16\) or None, got \(2, 64, 1\)"):
         hooked.run_with_hooks({HOOK: Edit(lambda x: x[..., :1])}, PROMPTS[:2], **options)
     with pytest.raises(ValueError, match="no unconditional rows to edit"):
-        hooked.run_with_hooks({HOOK: Edit(torch.zeros_like, rows="uncond")}, PROMPTS[:2], **options | {"guidance_scale": 1.0})
+        hooked.run_with_hooks(
+            {HOOK: Edit(torch.zeros_like, rows="uncond")},
+            PROMPTS[:2],
+            **options | {"guidance_scale": 1.0},
+        )
 
 
 def test_a_module_without_the_rows_of_the_batch_is_refused():
@@ -287,17 +337,25 @@ def test_a_module_without_the_rows_of_the_batch_is_refused():
 
     torch.manual_seed(0)
     model, x = Positions(), torch.randn(2, 3, 4, 5)
-    with pytest.raises(ValueError, match=r"no batch axis of 2 rows; the shape is \(5, 6\)"), torch.no_grad():  # noqa: SIM117
-        with HookedDiffusionModel(model, Euler()).cache("positions", 2):
-            Euler().step(model(x, 1.0, torch.randn(2, 5)), 1.0, x)
+    with (
+        pytest.raises(ValueError, match=r"no batch axis of 2 rows; the shape is \(5, 6\)"),
+        torch.no_grad(),
+        HookedDiffusionModel(model, Euler()).cache("positions", 2),
+    ):
+        Euler().step(model(x, 1.0, torch.randn(2, 5)), 1.0, x)
 
 
 class Joint(torch.nn.Module):
-    """Six text tokens, three places that a mask sets to zero, an image of 4 x 5 patches; attention written out."""
+    """Six text tokens, three places that a mask sets to zero, an image of 4 x 5 patches; attention
+    written out."""
 
     def __init__(self):
         super().__init__()
-        self.embed, self.qkv, self.out = torch.nn.Linear(3, 8), torch.nn.Linear(8, 24), torch.nn.Linear(8, 3)
+        self.embed, self.qkv, self.out = (
+            torch.nn.Linear(3, 8),
+            torch.nn.Linear(8, 24),
+            torch.nn.Linear(8, 3),
+        )
         self.block = torch.nn.Identity()
 
     def forward(self, x, t, text):
@@ -315,7 +373,10 @@ def test_streams_of_attention_that_is_written_out(stream, first, grid):
     torch.manual_seed(0)
     model, x, text, seen = Joint(), torch.randn(2, 3, 4, 5), torch.randn(2, 6, 8), []
     model.block.register_forward_hook(lambda module, input, output: seen.append(output))
-    with torch.no_grad(), HookedDiffusionModel(model, Euler()).cache("block", 2, stream=stream) as cache:
+    with (
+        torch.no_grad(),
+        HookedDiffusionModel(model, Euler()).cache("block", 2, stream=stream) as cache,
+    ):
         Euler().step(model(x, 1.0, text), 1.0, x)
     n = torch.Size(grid).numel()
     assert cache["grid"]["block"] == grid
@@ -351,7 +412,9 @@ def test_guidance_weights_are_exact():
 
     def check(chunks, model_output, expected, certain=None):
         weights, found = guidance_weights(chunks, model_output)
-        assert weights == pytest.approx(expected, abs=1e-6) and found == (certain or [True] * len(chunks))
+        assert weights == pytest.approx(expected, abs=1e-6) and found == (
+            certain or [True] * len(chunks)
+        )
 
     check([u, c], u + 5 * (c - u), [-4, 5])
     check([c, u], -(u + 5 * (c - u)), [-5, 4])
@@ -365,12 +428,21 @@ def test_tokens_are_in_raster_order():
     x = torch.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5)
     assert by_token(x, 2, "map")[1, 2 * 5 + 3].tolist() == x[1, :, 2, 3].tolist()
     frames = torch.arange(6 * 3 * 4 * 5).reshape(6, 3, 4, 5)  # 2 rows of 3 frames
-    assert by_token(frames, 2, "map")[1, (2 * 4 + 1) * 5 + 4].tolist() == frames[5, :, 1, 4].tolist()
-    over_time = torch.arange(2 * 20 * 3 * 7).reshape(40, 3, 7)  # 2 rows of 4 x 5 places, each with 3 frames
-    assert by_token(over_time, 2, "frames")[1, (2 * 4 + 1) * 5 + 4].tolist() == over_time[20 + 9, 2].tolist()
+    assert (
+        by_token(frames, 2, "map")[1, (2 * 4 + 1) * 5 + 4].tolist() == frames[5, :, 1, 4].tolist()
+    )
+    over_time = torch.arange(2 * 20 * 3 * 7).reshape(
+        40, 3, 7
+    )  # 2 rows of 4 x 5 places, each with 3 frames
+    assert (
+        by_token(over_time, 2, "frames")[1, (2 * 4 + 1) * 5 + 4].tolist()
+        == over_time[20 + 9, 2].tolist()
+    )
     heads = torch.arange(2 * 5 * 3 * 4).reshape(2, 5, 3, 4)
     assert by_token(heads, 2, "heads")[1, 2].tolist() == heads[1, 2].flatten().tolist()
-    assert torch.equal(by_token(heads.transpose(1, 2), 2, "heads first"), by_token(heads, 2, "heads"))
+    assert torch.equal(
+        by_token(heads.transpose(1, 2), 2, "heads first"), by_token(heads, 2, "heads")
+    )
 
 
 # ------------------------------------------------------------------------------------------- a denoiser of one's own
@@ -409,7 +481,12 @@ def test_a_loop_of_ones_own(order, forwards):
             if forwards == 2:
                 out = {n: model(x, t, text=text[n]) for n in names}
             else:
-                out = dict(zip(names, model(torch.cat([x, x]), t, torch.cat([text[n] for n in names])).chunk(2)))
+                out = dict(
+                    zip(
+                        names,
+                        model(torch.cat([x, x]), t, torch.cat([text[n] for n in names])).chunk(2),
+                    )
+                )
             for n in names:
                 seen[n].append(out[n].flatten(2).transpose(1, 2))
             x = scheduler.step(out["uncond"] + 4 * (out["cond"] - out["uncond"]), t, x)
@@ -423,15 +500,23 @@ def test_a_loop_of_ones_own(order, forwards):
 def test_the_built_in_loop_gives_the_pipelines_images():
     pipe = build(sd15)
 
-    def encode_prompt(prompt, device, num_images_per_prompt, do_classifier_free_guidance, negative_prompt):
-        return pipe.encode_prompt(prompt, device, num_images_per_prompt, do_classifier_free_guidance, negative_prompt)
+    def encode_prompt(
+        prompt, device, num_images_per_prompt, do_classifier_free_guidance, negative_prompt
+    ):
+        return pipe.encode_prompt(
+            prompt, device, num_images_per_prompt, do_classifier_free_guidance, negative_prompt
+        )
 
     hooked = HookedDiffusionModel(pipe.unet, pipe.scheduler, encode_prompt, vae=pipe.vae)
     options = dict(num_inference_steps=3, guidance_scale=5.0)
     for output_type, tolerance in (("latent", 0), ("pt", 1e-6)):
         latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-        expected = pipe(PROMPTS[:2], latents=latents, output_type=output_type, height=32, width=32, **options).images
-        output, cache = hooked.run_with_cache(HOOK, PROMPTS[:2], latents=latents, output_type=output_type, **options)
+        expected = pipe(
+            PROMPTS[:2], latents=latents, output_type=output_type, height=32, width=32, **options
+        ).images
+        output, cache = hooked.run_with_cache(
+            HOOK, PROMPTS[:2], latents=latents, output_type=output_type, **options
+        )
         assert torch.allclose(output.images, expected, atol=tolerance, rtol=0)
         assert cache["output"][HOOK].shape == (2, 3, 64, 16)
 
@@ -441,8 +526,12 @@ def test_a_denoiser_without_prompts():
     unet = torch.nn.Module()
     unet = type("Plain", (torch.nn.Module,), {"forward": lambda self, x, t: self.conv(x)})()
     unet.conv = torch.nn.Conv2d(3, 3, 1)
-    hooked = HookedDiffusionModel(unet, Euler(), get_timesteps=lambda n, device: range(n, 0, -1), sample_shape=(3, 4, 4))
-    output, cache = hooked.run_with_cache("conv", num_inference_steps=4, batch_size=2, generator=torch.Generator().manual_seed(0))
+    hooked = HookedDiffusionModel(
+        unet, Euler(), get_timesteps=lambda n, device: range(n, 0, -1), sample_shape=(3, 4, 4)
+    )
+    output, cache = hooked.run_with_cache(
+        "conv", num_inference_steps=4, batch_size=2, generator=torch.Generator().manual_seed(0)
+    )
     assert output.images.shape == (2, 3, 4, 4) and cache["output"]["conv"].shape == (2, 4, 16, 3)
     with pytest.raises(ValueError, match="sample_shape"):
         HookedDiffusionModel(unet, Euler(), get_timesteps=lambda n, device: range(n))()
@@ -451,13 +540,20 @@ def test_a_denoiser_without_prompts():
 def test_a_zero_last_layer_is_no_reason_to_guess():
     pipe = build(sd15)
     torch.nn.init.zeros_(pipe.unet.conv_out.weight)
-    with pytest.raises(ValueError, match="can't tell conditional"), HookedDiffusionModel.from_pipeline(pipe).cache(HOOK, 1):
+    with (
+        pytest.raises(ValueError, match="can't tell conditional"),
+        HookedDiffusionModel.from_pipeline(pipe).cache(HOOK, 1),
+    ):
         pipe(PROMPTS[:1], **generate_options(1))
-    _, one = run(pipe, PROMPTS[:1])  # another prompt changes conditional rows, whatever is predicted of them
+    _, one = run(
+        pipe, PROMPTS[:1]
+    )  # another prompt changes conditional rows, whatever is predicted of them
     _, other = run(pipe, PROMPTS[1:2])
     assert torch.equal(one["output_uncond"][HOOK], other["output_uncond"][HOOK])
     assert not torch.equal(one["output"][HOOK], other["output"][HOOK])
-    _, cache = run(pipe)  # with two prompts the conditioning tells: the unconditional one is the same for both
+    _, cache = run(
+        pipe
+    )  # with two prompts the conditioning tells: the unconditional one is the same for both
     _, after = run(pipe, [PROMPTS[0], PROMPTS[2]])
     assert torch.equal(cache["output_uncond"][HOOK], after["output_uncond"][HOOK])
 
@@ -470,7 +566,9 @@ def test_weak_guidance_is_labelled_by_the_conditioning(scale):
 
     def sample(n):
         with torch.no_grad(), HookedDiffusionModel(model, Euler()).cache("out", n) as cache:
-            uncond, cond = model(torch.cat([x[:n], x[:n]]), 1.0, torch.cat([text[:n], text[2 : 2 + n]])).chunk(2)
+            uncond, cond = model(
+                torch.cat([x[:n], x[:n]]), 1.0, torch.cat([text[:n], text[2 : 2 + n]])
+            ).chunk(2)
             Euler().step(uncond + scale * (cond - uncond), 1.0, x[:n])
         return cache["output"]["out"], cond
 
@@ -487,7 +585,10 @@ def test_unconditional_rows_in_part_of_the_steps_have_their_own_timesteps():
     text = torch.cat([torch.zeros(2, 5), torch.randn(2, 5)])
 
     def sample(rows):
-        with torch.no_grad(), HookedDiffusionModel(model, Euler()).cache("out", 2, rows=rows) as cache:
+        with (
+            torch.no_grad(),
+            HookedDiffusionModel(model, Euler()).cache("out", 2, rows=rows) as cache,
+        ):
             for t in (9.0, 5.0, 1.0):
                 both = t < 9
                 out = model(torch.cat([x, x]) if both else x, t, text if both else text[2:])
@@ -496,7 +597,9 @@ def test_unconditional_rows_in_part_of_the_steps_have_their_own_timesteps():
 
     assert sample("cond")["timesteps"]["out"].tolist() == [9.0, 5.0, 1.0]
     uncond = sample("uncond")
-    assert uncond["timesteps"]["out"].tolist() == [5.0, 1.0] and uncond["output"]["out"].shape[1] == 2
+    assert (
+        uncond["timesteps"]["out"].tolist() == [5.0, 1.0] and uncond["output"]["out"].shape[1] == 2
+    )
     with pytest.raises(ValueError, match="part of the steps"):
         sample("both")
 

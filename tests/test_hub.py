@@ -1,4 +1,5 @@
-"""The Hub: huggingface_hub itself against a stand-in on loopback that speaks the few requests this takes."""
+"""The Hub: huggingface_hub itself against a stand-in on loopback that speaks the few requests this
+takes."""
 
 import base64
 import hashlib
@@ -38,12 +39,15 @@ class StandIn(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def repo(self, parts):
-        """Of ["models", "me", "x", ...]: its files and its commit; ends the request with 404 where there is none."""
+        """Of ["models", "me", "x", ...]: its files and its commit; ends the request with 404 where
+        there is none."""
         files = self.server.repos.get("/".join(parts[:3]))
         if files is None:
             self.answer(404, X_Error_Code="RepoNotFound")
             return None, None
-        return files, hashlib.sha1(b"".join(k.encode() + v for k, v in sorted(files.items()))).hexdigest()
+        return files, hashlib.sha1(
+            b"".join(k.encode() + v for k, v in sorted(files.items()))
+        ).hexdigest()
 
     def do_POST(self):
         parts = unquote(self.path.split("?")[0]).strip("/").split("/")[1:]
@@ -55,8 +59,13 @@ class StandIn(BaseHTTPRequestHandler):
             owner = request.get("organization") or "me"
             name = f"{request.get('type') or 'model'}s/{owner}/{request['name']}"
             there, _ = name in self.server.repos, self.server.repos.setdefault(name, {})
-            self.server.private.setdefault(name, request.get("visibility") == "private" or request.get("private"))
-            return self.answer(409 if there else 200, {"url": f"{self.server.address}/{name.removeprefix('models/')}"})
+            self.server.private.setdefault(
+                name, request.get("visibility") == "private" or request.get("private")
+            )
+            return self.answer(
+                409 if there else 200,
+                {"url": f"{self.server.address}/{name.removeprefix('models/')}"},
+            )
         if parts == ["validate-yaml"]:
             return self.answer(200, {"errors": [], "warnings": []})
         files, _ = self.repo(parts)
@@ -64,14 +73,23 @@ class StandIn(BaseHTTPRequestHandler):
             return None
         if parts[3] == "preupload":
             names = [file["path"] for file in json.loads(body)["files"]]
-            return self.answer(200, {"files": [{"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names]})
+            return self.answer(
+                200,
+                {
+                    "files": [
+                        {"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names
+                    ]
+                },
+            )
         assert parts[3] == "commit", self.path
         for line in body.splitlines():
             record = json.loads(line)
             if record["key"] == "file":
                 files[record["value"]["path"]] = base64.b64decode(record["value"]["content"])
         commit = self.repo(parts)[1]
-        address = f"{self.server.address}/{'/'.join(parts[:3]).removeprefix('models/')}/commit/{commit}"
+        address = (
+            f"{self.server.address}/{'/'.join(parts[:3]).removeprefix('models/')}/commit/{commit}"
+        )
         return self.answer(200, {"commitUrl": address, "commitOid": commit})
 
     def do_GET(self):
@@ -82,10 +100,13 @@ class StandIn(BaseHTTPRequestHandler):
             files, commit = self.repo(parts)
             if files is not None and parts[3] == "tree":
                 entries = [
-                    {"type": "file", "path": n, "size": len(b), "oid": hashlib.sha1(b).hexdigest()} for n, b in files.items()
+                    {"type": "file", "path": n, "size": len(b), "oid": hashlib.sha1(b).hexdigest()}
+                    for n, b in files.items()
                 ]
                 return self.answer(200, entries)
-            return files is not None and self.answer(200, {"id": "/".join(parts[1:3]), "sha": commit, "siblings": []})
+            return files is not None and self.answer(
+                200, {"id": "/".join(parts[1:3]), "sha": commit, "siblings": []}
+            )
         parts = path.split("/") if path.startswith("datasets/") else ["models", *path.split("/")]
         files, commit = self.repo(parts)
         if files is None:
@@ -93,14 +114,20 @@ class StandIn(BaseHTTPRequestHandler):
         name = "/".join(parts[5:])  # after resolve/<revision>
         if name not in files:
             return self.answer(404, X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
-        return self.answer(200, files[name], ETag=f'"{hashlib.sha1(files[name]).hexdigest()}"', X_Repo_Commit=commit)
+        return self.answer(
+            200,
+            files[name],
+            ETag=f'"{hashlib.sha1(files[name]).hexdigest()}"',
+            X_Repo_Commit=commit,
+        )
 
     do_HEAD = do_GET
 
 
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
-    """The server, and huggingface_hub with it for an endpoint: as by these variables, which it reads when it is imported."""
+    """The server, and huggingface_hub with it for an endpoint: as by these variables, which it
+    reads when it is imported."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), StandIn)
     server.repos, server.private, server.gets = {}, {}, []
     server.address = f"http://127.0.0.1:{server.server_port}"
@@ -108,10 +135,18 @@ def stand_in(tmp_path, monkeypatch):
     thread.start()
     constants = huggingface_hub.constants
     monkeypatch.setattr(constants, "ENDPOINT", server.address)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.address + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(
+        constants,
+        "HUGGINGFACE_CO_URL_TEMPLATE",
+        server.address + "/{repo_id}/resolve/{revision}/{filename}",
+    )
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    for name, value in {"HF_TOKEN": "hf_test", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}.items():
+    for name, value in {
+        "HF_TOKEN": "hf_test",
+        "NO_PROXY": "127.0.0.1",
+        "no_proxy": "127.0.0.1",
+    }.items():
         monkeypatch.setenv(name, value)
     huggingface_hub.close_session()  # the next one is made with these
     yield server
@@ -123,7 +158,13 @@ def stand_in(tmp_path, monkeypatch):
 
 def make_folder(path, **cfg):
     sae = make_sae()
-    sae.cfg |= {"hook_name": "mid.1", "fvu": 0.12345678, "l0": 4.0, "dead": 0.0, "num_held_out": 50} | cfg
+    sae.cfg |= {
+        "hook_name": "mid.1",
+        "fvu": 0.12345678,
+        "l0": 4.0,
+        "dead": 0.0,
+        "num_held_out": 50,
+    } | cfg
     sae.save_to_disk(path)
     (path / "metrics.jsonl").write_text("{}\n")
     (path / "checkpoint.safetensors").write_bytes(b"unfinished")
@@ -132,7 +173,9 @@ def make_folder(path, **cfg):
 
 def test_push_and_load(tmp_path, stand_in):
     sae = make_folder(tmp_path / "run")
-    assert hub.push(tmp_path / "run", "me/saes", "sae", private=True) == f"{stand_in.address}/me/saes"
+    assert (
+        hub.push(tmp_path / "run", "me/saes", "sae", private=True) == f"{stand_in.address}/me/saes"
+    )
     assert stand_in.private == {"models/me/saes": True}
     files = stand_in.repos["models/me/saes"]
     assert sorted(files) == ["README.md", "cfg.json", "metrics.jsonl", "sae.safetensors"]
@@ -154,11 +197,16 @@ def test_several_in_one_repository_and_the_card_that_is_there_stays(tmp_path, st
     assert files["mid.1/README.md"] == b"my own words" and b"| 0.5 |" in files["mid.2/README.md"]
     assert b'Sae.load_from_hub("me/saes", "mid.2")' in files["mid.2/README.md"]
     assert capsys.readouterr().out.startswith("me/saes keeps its mid.1/README.md")
-    assert {f"mid.{i}/{name}" for i in (1, 2) for name in ("cfg.json", "sae.safetensors")} < files.keys()
+    assert {
+        f"mid.{i}/{name}" for i in (1, 2) for name in ("cfg.json", "sae.safetensors")
+    } < files.keys()
     stand_in.gets.clear()
     assert torch.equal(Sae.load_from_hub("me/saes", "mid.2")(X), sae(X))
     assert not any("mid.1/" in name for _, name in stand_in.gets)
-    with pytest.raises(ValueError, match="me/saes has no sae.safetensors or sae_weights.safetensors; name the folder"):
+    with pytest.raises(
+        ValueError,
+        match="me/saes has no sae.safetensors or sae_weights.safetensors; name the folder",
+    ):
         Sae.load_from_hub("me/saes")
 
 
@@ -183,20 +231,33 @@ def test_an_activation_folder(tmp_path, stand_in):
     files = stand_in.repos["datasets/me/acts"]
     assert files.keys() == {"README.md", "mid.1.npy", "mid.1.json", "samples.npy", "prompts.jsonl"}
     names = {}
-    exec(files["README.md"].decode().split("```python\n")[1].split("```")[0], names)  # what the card says works
+    exec(
+        files["README.md"].decode().split("```python\n")[1].split("```")[0], names
+    )  # what the card says works
     assert names["x"].shape == (2, 3, 4, 5)
 
 
 def make_activations(folder):
     np.save(folder / "mid.1.npy", np.zeros((2, 3, 4, 5), np.float16))
     np.save(folder / "samples.npy", np.zeros((2, 3)))
-    record = {"model": "toy", "guidance_scale": 7.5, "num_prompts": 2, "shape": [2, 3, 4, 5], "dtype": "float16", "rows": "cond"}
+    record = {
+        "model": "toy",
+        "guidance_scale": 7.5,
+        "num_prompts": 2,
+        "shape": [2, 3, 4, 5],
+        "dtype": "float16",
+        "rows": "cond",
+    }
     (folder / "mid.1.json").write_text(json.dumps(record))
     (folder / "prompts.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
 
 
-@pytest.mark.parametrize("repo_id, message", [("me/saes", "me/saes: .*401"), ("me/sa es", "me/sa es: Repo id must")])
-def test_what_the_hub_says_is_an_oserror_with_the_name(tmp_path, stand_in, monkeypatch, repo_id, message):
+@pytest.mark.parametrize(
+    "repo_id, message", [("me/saes", "me/saes: .*401"), ("me/sa es", "me/sa es: Repo id must")]
+)
+def test_what_the_hub_says_is_an_oserror_with_the_name(
+    tmp_path, stand_in, monkeypatch, repo_id, message
+):
     make_folder(tmp_path / "run")
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     with pytest.raises(OSError, match=message):
@@ -206,7 +267,10 @@ def test_what_the_hub_says_is_an_oserror_with_the_name(tmp_path, stand_in, monke
 
 
 def test_a_folder_of_several_saes_is_pushed_each_in_its_folder(tmp_path, stand_in):
-    saes = {name: make_folder(tmp_path / "saes" / name, fvu=fvu) for name, fvu in (("one", 0.25), ("deep/two", 0.5))}
+    saes = {
+        name: make_folder(tmp_path / "saes" / name, fvu=fvu)
+        for name, fvu in (("one", 0.25), ("deep/two", 0.5))
+    }
     export.main(export.Config(sae=str(tmp_path / "saes"), to_hub="me/saes", private=True))
     files = stand_in.repos["models/me/saes"]
     names = ("README.md", "cfg.json", "metrics.jsonl", "sae.safetensors")
@@ -226,7 +290,12 @@ def test_activations_are_pushed_by_the_script(tmp_path, stand_in, capsys):
 
 def run_export(tmp_path, endpoint, *args):
     """export.py as a user calls it -> exit status, what it printed, what it complained of."""
-    here = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_test"}
+    here = {
+        "HF_ENDPOINT": endpoint,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_TOKEN": "hf_test",
+    }
     result = run_fresh("export.py", "--sae", "run", *args, cwd=tmp_path, **here)
     return result.returncode, result.stdout, result.stderr
 
@@ -234,7 +303,9 @@ def run_export(tmp_path, endpoint, *args):
 @pytest.mark.slow
 def test_the_script_pushes_what_it_exported(tmp_path, stand_in):
     make_folder(tmp_path / "run")
-    code, out, error = run_export(tmp_path, stand_in.address, "--export", "saelens", "--to_hub", "me/lens")
+    code, out, error = run_export(
+        tmp_path, stand_in.address, "--export", "saelens", "--to_hub", "me/lens"
+    )
     assert code == 0, error
     assert out.splitlines()[-1] == f"{stand_in.address}/me/lens"
     files = stand_in.repos["models/me/lens"]
@@ -247,16 +318,29 @@ def test_the_script_pushes_what_it_exported(tmp_path, stand_in):
 def test_the_script_where_there_is_no_hub(tmp_path, stand_in):
     make_folder(tmp_path / "run")
     code, _, error = run_export(tmp_path, "http://127.0.0.1:1", "--to_hub", "me/saes")
-    assert code == 2 and error.startswith("export.py: error: me/saes: ") and error.count("\n") == 1, error
+    assert (
+        code == 2 and error.startswith("export.py: error: me/saes: ") and error.count("\n") == 1
+    ), error
 
 
 def test_the_card_of_an_sae(tmp_path):
     make_folder(tmp_path)
     text = hub.card(tmp_path, "me/saes", "sae", "mid.1")
     assert text.startswith("---\ntags:\n- sparse-autoencoder\n- diffusion\n---\n\n# mid.1\n")
-    rows = dict(line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ") and line != "| | |")
-    assert (rows["hook name"], rows["vector width d"], rows["latents M"], rows["active k"]) == ("mid.1", "12", "30", "4")
-    assert rows["held-out vectors"] == "50" and "training vectors" not in rows and "model" not in rows
+    rows = dict(
+        line.strip("| ").split(" | ")
+        for line in text.splitlines()
+        if line.startswith("| ") and line != "| | |"
+    )
+    assert (rows["hook name"], rows["vector width d"], rows["latents M"], rows["active k"]) == (
+        "mid.1",
+        "12",
+        "30",
+        "4",
+    )
+    assert (
+        rows["held-out vectors"] == "50" and "training vectors" not in rows and "model" not in rows
+    )
     assert 'Sae.load_from_hub("me/saes", "mid.1")' in text
     shared = make_sae(cfg=dict(activation="sampletopk"))
     shared.save_to_disk(tmp_path)
@@ -265,7 +349,11 @@ def test_the_card_of_an_sae(tmp_path):
 
 def test_folders_that_are_not_pushed(tmp_path):
     (tmp_path / "new").mkdir()
-    for kind, message in (("sae", "has no finished SAE"), ("activations", "has no activations"), ("model", "kind 'model'")):
+    for kind, message in (
+        ("sae", "has no finished SAE"),
+        ("activations", "has no activations"),
+        ("model", "kind 'model'"),
+    ):
         with pytest.raises(ValueError, match=message):
             hub.card(tmp_path / "new", "me/x", kind)
     with pytest.raises(ValueError, match="is no folder"):

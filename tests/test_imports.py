@@ -43,7 +43,8 @@ def sources() -> dict[str, Path]:
 
 
 def imported(path: Path, at_once: bool = False) -> set[str]:
-    """Dotted names of what a file imports from the project; with `at_once` without what functions import when they run."""
+    """Dotted names of what a file imports from the project; with `at_once` without what functions
+    import when they run."""
     known, found = sources(), set()
     tree = ast.parse(path.read_text())
     for node in tree.body if at_once else ast.walk(tree):
@@ -88,4 +89,13 @@ def test_train_needs_few_files():
 
 def test_the_top_holds_what_the_house_says():
     top = {path.stem for path in HERE.glob("*.py")}
-    assert top == {*SCRIPTS, "hook", "sae", "cli", "errors", "distributed", "test_kernels", "conftest"}
+    assert top == {
+        *SCRIPTS,
+        "hook",
+        "sae",
+        "cli",
+        "errors",
+        "distributed",
+        "test_kernels",
+        "conftest",
+    }

@@ -16,7 +16,9 @@ def test_no_configuration_spills():
     pytest.importorskip("triton")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = [sys.executable, "-m", "bench", "registers"]
-    done = subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        run, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     lines = [line.split() for line in done.stdout.splitlines() if line.startswith("sm_")]
     assert {line[0] for line in lines} == {"sm_75", "sm_80", "sm_90", "sm_100"} and len(lines) > 300

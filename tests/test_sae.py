@@ -1,4 +1,5 @@
-"""The SAE against float64 references, its folder against eai-sparsify itself, each metric against answers by hand."""
+"""The SAE against float64 references, its folder against eai-sparsify itself, each metric against
+answers by hand."""
 
 import json
 import os
@@ -48,7 +49,9 @@ def test_starts_with_unit_decoder_rows_and_the_encoder_as_their_transpose():
     sae = Sae(12, 30, 4)
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(30))
     assert torch.equal(sae.encoder.weight, sae.W_dec) and not sae.encoder.bias.any()
-    assert torch.equal(sae.W_dec, Sae(12, 30, 4).W_dec) and not torch.equal(sae.W_dec, Sae(12, 30, 4, seed=1).W_dec)
+    assert torch.equal(sae.W_dec, Sae(12, 30, 4).W_dec) and not torch.equal(
+        sae.W_dec, Sae(12, 30, 4, seed=1).W_dec
+    )
     with pytest.raises(ValueError, match="k is 31"):
         Sae(12, 30, 31)
 
@@ -81,7 +84,10 @@ def test_save_and_load_give_the_same_bits(tmp_path):
     sae.save_to_disk(tmp_path / "a")
     again = Sae.load_from_disk(tmp_path / "a")
     assert torch.equal(again(X), sae(X)) and again.cfg == sae.cfg and again.k == 4
-    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["cfg.json", "sae.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [
+        "cfg.json",
+        "sae.safetensors",
+    ]
 
 
 def test_a_file_is_swapped_in_and_a_full_disk_leaves_the_old_one(tmp_path):
@@ -98,7 +104,9 @@ def test_a_file_is_swapped_in_and_a_full_disk_leaves_the_old_one(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == before
     save_tensors(path, {"x": X + 1}, {})
-    assert path.read_bytes() != before == (tmp_path / "old").read_bytes()  # another file, not the old one written over
+    assert (
+        path.read_bytes() != before == (tmp_path / "old").read_bytes()
+    )  # another file, not the old one written over
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "old"]
 
 
@@ -113,7 +121,9 @@ def test_sparsify_reads_ours(sparsify, tmp_path):
     sae.save_to_disk(tmp_path)
     theirs = sparsify.SparseCoder.load_from_disk(tmp_path)
     torch.testing.assert_close(theirs(X).sae_out, sae(X), rtol=1e-6, atol=1e-6)
-    assert torch.equal(theirs.encode(X).top_indices.sort().values, sae.encode(X).top_indices.sort().values)
+    assert torch.equal(
+        theirs.encode(X).top_indices.sort().values, sae.encode(X).top_indices.sort().values
+    )
 
 
 @pytest.mark.parametrize("size", [{"expansion_factor": 3}, {"num_latents": 31}])
@@ -154,7 +164,9 @@ def test_refuses_what_it_would_get_wrong(tmp_path, change, message):
 def test_loads_what_only_changes_training(tmp_path):
     make_sae().save_to_disk(tmp_path)
     cfg = json.loads((tmp_path / "cfg.json").read_text())
-    (tmp_path / "cfg.json").write_text(json.dumps(cfg | {"multi_topk": True, "batch_topk": False, "input_unit_norm": False}))
+    (tmp_path / "cfg.json").write_text(
+        json.dumps(cfg | {"multi_topk": True, "batch_topk": False, "input_unit_norm": False})
+    )
     assert torch.equal(Sae.load_from_disk(tmp_path)(X), make_sae()(X))
 
 
@@ -180,11 +192,22 @@ def test_the_newest_sae_is_found_also_one_folder_deeper(tmp_path):
     assert newest_sae(tmp_path) == tmp_path / "group/b"
 
 
-HEAVY = ("tyro", "diffusers", "transformers", "matplotlib", "cli", "store.hub", "export", "hook", "torch.distributed.run")
+HEAVY = (
+    "tyro",
+    "diffusers",
+    "transformers",
+    "matplotlib",
+    "cli",
+    "store.hub",
+    "export",
+    "hook",
+    "torch.distributed.run",
+)
 
 
 def test_loading_one_imports_little(tmp_path):
-    """Neither the command line, nor diffusers, nor plots: an SAE of this project and one of another."""
+    """Neither the command line, nor diffusers, nor plots: an SAE of this project and one of
+    another."""
     sae, ours, theirs = make_sae(), tmp_path / "ours", tmp_path / "saelens"
     sae.save_to_disk(ours)
     theirs.mkdir()
@@ -232,7 +255,11 @@ def test_chunks_give_what_the_whole_gives_far_from_zero():
     for rows in torch.arange(50).split(7):
         chunked.update(x[rows], x_hat[rows], *sae.encode(X[rows]))
     expected = ((x - x_hat) ** 2).sum() / ((x - x.mean(0)) ** 2).sum()
-    assert whole.fvu == pytest.approx(expected.item(), rel=1e-6) == pytest.approx(chunked.fvu, rel=1e-6)
+    assert (
+        whole.fvu
+        == pytest.approx(expected.item(), rel=1e-6)
+        == pytest.approx(chunked.fvu, rel=1e-6)
+    )
     assert (whole.l0, whole.dead, whole.n) == (chunked.l0, chunked.dead, chunked.n)
 
 
@@ -240,9 +267,13 @@ def test_geometric_median():
     line = torch.tensor([[0.0], [1], [2], [3], [1000]])
     assert geometric_median(line).item() == pytest.approx(2, abs=0.05)  # on a line it is the median
     triangle = torch.tensor([[0.0, 0], [4, 0], [2, 3**0.5 * 2]])  # equilateral: its centre
-    torch.testing.assert_close(geometric_median(triangle), torch.tensor([2, 2 / 3**0.5]), atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        geometric_median(triangle), torch.tensor([2, 2 / 3**0.5]), atol=1e-3, rtol=0
+    )
     cloud = torch.randn(999, 8, generator=torch.Generator().manual_seed(0))
-    assert geometric_median(torch.cat([cloud, torch.full((1, 8), 1e5)])).norm() < 0.2  # the mean has norm 283
+    assert (
+        geometric_median(torch.cat([cloud, torch.full((1, 8), 1e5)])).norm() < 0.2
+    )  # the mean has norm 283
     assert torch.equal(geometric_median(torch.ones(5, 3)), torch.ones(3))
 
 
@@ -257,7 +288,11 @@ def test_variants_come_back_as_they_were(tmp_path, cfg):
         sae.threshold.fill_(0.8)
     sae.save_to_disk(tmp_path)
     again = Sae.load_from_disk(tmp_path)
-    assert again.cfg == sae.cfg and again.activation == sae.activation and torch.equal(again(x), sae(x))
+    assert (
+        again.cfg == sae.cfg
+        and again.activation == sae.activation
+        and torch.equal(again(x), sae(x))
+    )
     assert all(torch.equal(a, b) for a, b in zip(again.encode(x), sae.encode(x)))
     said = json.loads((tmp_path / "cfg.json").read_text())["activation"]
     assert said not in ("topk", "groupmax")  # all that sparsify takes
@@ -297,16 +332,23 @@ def test_input_unit_norm_gives_back_what_it_took():
     torch.testing.assert_close(sae(1000 * X + 7), 1000 * sae(X) + 7, rtol=1e-4, atol=1e-2)
 
 
-@pytest.mark.parametrize("cfg", [*VARIANTS, dict(activation="topk"), dict(activation="jumprelu")], ids=str)
+@pytest.mark.parametrize(
+    "cfg", [*VARIANTS, dict(activation="topk"), dict(activation="jumprelu")], ids=str
+)
 def test_every_variant_takes_whole_samples(cfg):
-    """(samples, tokens, d) gives what the same vectors give; where samples share their latents, what each gives alone."""
+    """(samples, tokens, d) gives what the same vectors give; where samples share their latents,
+    what each gives alone."""
     sae = make_sae(cfg=cfg)
     if sae.variant.threshold is not None:
         sae.threshold.fill_(0.5)
     samples = X.view(5, 10, 12)
     codes, x_hat = sae.encode(samples), sae(samples)
     assert codes.top_acts.shape[:2] == (5, 10) and x_hat.shape == samples.shape
-    expected = torch.cat([sae(sample[None]) for sample in samples]) if sae.takes_samples else sae(X).view_as(samples)
+    expected = (
+        torch.cat([sae(sample[None]) for sample in samples])
+        if sae.takes_samples
+        else sae(X).view_as(samples)
+    )
     torch.testing.assert_close(x_hat, expected)
     torch.testing.assert_close(sae.decode(*codes), expected)
 

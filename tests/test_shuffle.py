@@ -1,4 +1,5 @@
-"""The shuffle buffer: how well it mixes, what processes get, what happens when reading fails or stops in the middle."""
+"""The shuffle buffer: how well it mixes, what processes get, what happens when reading fails or
+stops in the middle."""
 
 import os
 import subprocess
@@ -73,7 +74,9 @@ def test_a_start_anywhere_gives_what_would_have_come(tmp_path):
     for start in (1, 77, data.num_training - 1, data.num_training, data.num_training + 1, stop - 1):
         assert np.array_equal(numbers(data.batches(130, stop, start, **options)), order[start:])
     other = numbers(data.batches(100, stop, buffer_gb=num_bytes / 4 / 2**30, seed=5))
-    assert not np.array_equal(other, order) and np.array_equal(np.sort(other[: data.num_training]), np.unique(order))
+    assert not np.array_equal(other, order) and np.array_equal(
+        np.sort(other[: data.num_training]), np.unique(order)
+    )
 
 
 @pytest.mark.parametrize("tokens", [1, 16])
@@ -101,7 +104,8 @@ def test_a_file_that_gets_shorter_is_named(tmp_path):
 
 
 def times_open(path):
-    """How often this process has the file open; 0 where the system does not say. Other files don't count."""
+    """How often this process has the file open; 0 where the system does not say. Other files don't
+    count."""
     descriptors = Path("/proc/self/fd")
     if not descriptors.is_dir():
         return 0
@@ -119,7 +123,10 @@ def test_closing_ends_the_threads_and_closes_the_files(tmp_path):
     assert times_open(tmp_path / "a.npy") == opened
 
 
-@pytest.mark.parametrize("end", ["", "raise ValueError('boom')", "import os, signal; os.kill(os.getpid(), signal.SIGINT)"])
+@pytest.mark.parametrize(
+    "end",
+    ["", "raise ValueError('boom')", "import os, signal; os.kill(os.getpid(), signal.SIGINT)"],
+)
 def test_a_program_that_leaves_off_in_the_middle_ends(tmp_path, end):
     data_set(tmp_path / "a.npy")
     code = (
@@ -128,7 +135,10 @@ def test_a_program_that_leaves_off_in_the_middle_ends(tmp_path, end):
     )
     started = time.time()
     done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(HERE)}, capture_output=True, timeout=60
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(HERE)},
+        capture_output=True,
+        timeout=60,
     )
     assert (done.returncode == 0) == (not end) and time.time() - started < 50
     assert done.stderr.count(b"Traceback") == bool(end)
@@ -146,13 +156,24 @@ def test_batches_that_are_kept_stay_as_they_are(tmp_path):
 
 def test_blocks_cover_the_units():
     units = np.array([[0, 0, 10], [0, 10, 25], [0, 30, 31], [1, 31, 40], [1, 40, 40], [1, 44, 48]])
-    expected = [[0, 0, 8], [0, 8, 16], [0, 16, 24], [0, 24, 25], [0, 30, 31], [1, 31, 39], [1, 39, 40], [1, 44, 48]]
+    expected = [
+        [0, 0, 8],
+        [0, 8, 16],
+        [0, 16, 24],
+        [0, 24, 25],
+        [0, 30, 31],
+        [1, 31, 39],
+        [1, 39, 40],
+        [1, 44, 48],
+    ]
     assert cut(units, 8).tolist() == expected
 
 
 def test_a_billion_vectors_are_planned_in_seconds():
     shuffle.BLOCK_BYTES = 1 << 20
-    units = np.stack([np.zeros(10**5, np.int64), np.arange(10**5) * 10**4, np.arange(1, 10**5 + 1) * 10**4], 1)
+    units = np.stack(
+        [np.zeros(10**5, np.int64), np.arange(10**5) * 10**4, np.arange(1, 10**5 + 1) * 10**4], 1
+    )
     units = units[np.arange(10**5) % 10 > 0]
     steps_of = lambda pieces: np.zeros(int((pieces[:, 2] - pieces[:, 1]).sum()), np.int64)
     started = time.process_time()
@@ -165,9 +186,12 @@ def test_a_billion_vectors_are_planned_in_seconds():
 
 
 def test_planning_takes_little_memory_and_the_order_of_a_seed_stays():
-    """Stopped runs go on in it; the numbers are from when indices had 64 bits, which took 46 bytes a row and not 26."""
+    """Stopped runs go on in it; the numbers are from when indices had 64 bits, which took 46 bytes
+    a row and not 26."""
     shuffle.BLOCK_BYTES, n = 1 << 20, 200_000
-    steps_of = lambda pieces: np.concatenate([np.arange(first, end) // 50 % 40 for _, first, end in pieces.tolist()])
+    steps_of = lambda pieces: np.concatenate(
+        [np.arange(first, end) // 50 % 40 for _, first, end in pieces.tolist()]
+    )
     plan = Plan(np.array([[0, 0, n]]), steps_of, 10_000, 1, 1e10, 0)
     tracemalloc.start()
     try:
@@ -175,12 +199,18 @@ def test_planning_takes_little_memory_and_the_order_of_a_seed_stays():
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak < 30 * n and np.array_equal(np.sort(order), np.arange(n)) and np.array_equal(steps, order // 50 % 40)
+    assert (
+        peak < 30 * n
+        and np.array_equal(np.sort(order), np.arange(n))
+        and np.array_equal(steps, order // 50 % 40)
+    )
     assert order[:5].tolist() == [137052, 127703, 135465, 51826, 167686]
 
 
 def test_shuffle_is_a_permutation():
     steps = np.array([0, 1, 1, 2] * 50, np.int16)
     order = shuffle.shuffle(steps, [1])
-    assert np.array_equal(np.sort(order), np.arange(200)) and not np.array_equal(order, shuffle.shuffle(steps, [2]))
+    assert np.array_equal(np.sort(order), np.arange(200)) and not np.array_equal(
+        order, shuffle.shuffle(steps, [2])
+    )
     assert np.array_equal(order, shuffle.shuffle(steps, [1]))

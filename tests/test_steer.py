@@ -25,23 +25,45 @@ pytestmark = pytest.mark.slow
 def trained(model_folder, tmp_path_factory):
     """Two SAEs of a tiny pipeline's hook points, of 16 and 64 tokens: their folders."""
     base = tmp_path_factory.mktemp("steer")
-    listing = "prompt\n" + "".join(f"a {'red' if i % 3 else 'blue'} picture of {i}\n" for i in range(12))
+    listing = "prompt\n" + "".join(
+        f"a {'red' if i % 3 else 'blue'} picture of {i}\n" for i in range(12)
+    )
     (base / "prompts.csv").write_text(listing)
-    options = dict(model_name=str(model_folder), device="cpu", num_inference_steps=4, height=64, width=64, batch_size=6)
-    options |= dict(dataset_name=str(base / "prompts.csv"), max_num_examples=12, out_dir=str(base / "acts"))
+    options = dict(
+        model_name=str(model_folder),
+        device="cpu",
+        num_inference_steps=4,
+        height=64,
+        width=64,
+        batch_size=6,
+    )
+    options |= dict(
+        dataset_name=str(base / "prompts.csv"), max_num_examples=12, out_dir=str(base / "acts")
+    )
     names = ["mid_block.attentions.0", "up_blocks.0.attentions.1"]
     collect.main(collect.Config(hook_names=names, **options))
     folders = []
     for name in names:
         data = [str(base / "acts" / f"{name}.npy")]
-        train.main(train.Config(data=data, num_latents=[40], k=[4], out_dir=str(base / "saes"), run_name=name, device="cpu"))
+        train.main(
+            train.Config(
+                data=data,
+                num_latents=[40],
+                k=[4],
+                out_dir=str(base / "saes"),
+                run_name=name,
+                device="cpu",
+            )
+        )
         folders.append(str(base / "saes" / name))
     return folders
 
 
 @pytest.fixture
 def config(trained, tmp_path):
-    return Config(sae=trained[:1], num_prompts=3, batch_size=2, out_dir=str(tmp_path / "steer"), device="cpu")
+    return Config(
+        sae=trained[:1], num_prompts=3, batch_size=2, out_dir=str(tmp_path / "steer"), device="cpu"
+    )
 
 
 def report_of(config, name):
@@ -54,20 +76,39 @@ def test_with_no_feature_named_the_one_that_varies_most(config, trained, capsys)
     assert sorted(folder.iterdir()) == sorted(written)
     report, sae = report_of(config, folder.name), Sae.load_from_disk(trained[0])
     scores = image_scores(sae, Activations(sae.cfg["data"]))[0].mean(1)
-    assert report["saes"][0]["features"] == [int(scores.std(0).argmax())] and folder.name == f"{scores.std(0).argmax()}_x0_x4"
-    assert [run["name"] for run in report["runs"]] == ["untouched", "× 0", "× 4"] and len(report["prompts"]) == 3
+    assert (
+        report["saes"][0]["features"] == [int(scores.std(0).argmax())]
+        and folder.name == f"{scores.std(0).argmax()}_x0_x4"
+    )
+    assert [run["name"] for run in report["runs"]] == ["untouched", "× 0", "× 4"] and len(
+        report["prompts"]
+    ) == 3
     feature = scores[:, report["saes"][0]["features"][0]]
-    rows = [json.loads(line) for line in Path(sae.cfg["data"][0]).with_name("prompts.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in Path(sae.cfg["data"][0]).with_name("prompts.jsonl").read_text().splitlines()
+    ]
     strength = {row["prompt"]: value for row, value in zip(rows, feature.tolist())}
-    assert strength[report["prompts"][0]] == feature.max() and strength[report["prompts"][2]] == feature.min()
-    assert report["seeds"] == [next(r["seed"] for r in rows if r["prompt"] == p) for p in report["prompts"]]
+    assert (
+        strength[report["prompts"][0]] == feature.max()
+        and strength[report["prompts"][2]] == feature.min()
+    )
+    assert report["seeds"] == [
+        next(r["seed"] for r in rows if r["prompt"] == p) for p in report["prompts"]
+    ]
     for picture in report["runs"][0]["pictures"]:  # the model's own: what the SAE was trained on
-        assert 0.7 < picture["norm"] < 1.4 and 0.7 < picture["distance"] < 1.4 and picture["moved"] == 0
+        assert (
+            0.7 < picture["norm"] < 1.4
+            and 0.7 < picture["distance"] < 1.4
+            and picture["moved"] == 0
+        )
     assert max(p["moved"] for p in report["runs"][2]["pictures"]) > 0
     picture = Image.open(folder / "steer.png")
     assert min(picture.size) > 400 and "norm" in capsys.readouterr().out
     main(config)  # again: the same
-    with pytest.raises(ValueError, match="was made with num_prompts 3, not 2; choose another --out_dir"):
+    with pytest.raises(
+        ValueError, match="was made with num_prompts 3, not 2; choose another --out_dir"
+    ):
         main(replace(config, num_prompts=2))
 
 
@@ -75,7 +116,9 @@ def test_multiply_1_and_the_meter(config):
     main(replace(config, features=["3", "7"], multiply=[1.0, -2.0]))
     main(replace(config, features=["3", "7"], add=[20.0]))
     untouched, same, _ = report_of(config, "3+7_x1_x-2")["runs"]
-    assert [p | {"moved": 0} for p in same["pictures"]] == untouched["pictures"] and not any(p["moved"] for p in same["pictures"])
+    assert [p | {"moved": 0} for p in same["pictures"]] == untouched["pictures"] and not any(
+        p["moved"] for p in same["pictures"]
+    )
     far = report_of(config, "3+7_add20")["runs"][1]["pictures"]
     assert all(p["norm"] > 5 and p["distance"] > 5 for p in far)
 
@@ -92,50 +135,98 @@ def test_a_concept_of_two_saes_in_some_steps(config, trained):
 
 
 def test_a_mask_in_pictures_of_two_grids(config, trained, tmp_path):
-    main(replace(config, sae=trained, features=["1:5"], add=[3.0], mask=["0", "0", "1", "0.5"], num_prompts=1))
+    main(
+        replace(
+            config,
+            sae=trained,
+            features=["1:5"],
+            add=[3.0],
+            mask=["0", "0", "1", "0.5"],
+            num_prompts=1,
+        )
+    )
     Image.fromarray(np.uint8([[255, 0]])).save(tmp_path / "left.png")
-    other = replace(config, out_dir=config.out_dir + "2", sae=trained, features=["1:5"], add=[3.0], num_prompts=1)
+    other = replace(
+        config,
+        out_dir=config.out_dir + "2",
+        sae=trained,
+        features=["1:5"],
+        add=[3.0],
+        num_prompts=1,
+    )
     main(replace(other, mask=[str(tmp_path / "left.png")]))
     runs = [report_of(c, "5_add3")["runs"][1]["pictures"] for c in (config, other)]
     assert runs[0] == runs[1] and runs[0][0]["moved"] > 0
 
 
 def test_every_option_reaches_the_pictures(config):
-    """One that did nothing would leave the numbers as they are; one that covers all steps or tokens does leave them."""
+    """One that did nothing would leave the numbers as they are; one that covers all steps or tokens
+    does leave them."""
     base, runs = replace(config, features=["3", "7"], add=[3.0], num_prompts=1), {}
-    options = {"": {}, "steps": dict(steps="0-1"), "mask": dict(mask=["0", "0", "1", "0.5"]), "rows": dict(rows="both")}
-    options |= {"norm": dict(renormalize=True), "all steps": dict(steps="0-3"), "all tokens": dict(mask=["0", "0", "1", "1"])}
+    options = {
+        "": {},
+        "steps": dict(steps="0-1"),
+        "mask": dict(mask=["0", "0", "1", "0.5"]),
+        "rows": dict(rows="both"),
+    }
+    options |= {
+        "norm": dict(renormalize=True),
+        "all steps": dict(steps="0-3"),
+        "all tokens": dict(mask=["0", "0", "1", "1"]),
+    }
     for name, given in options.items():
         main(replace(base, out_dir=f"{config.out_dir}/{name}", **given))
-        runs[name] = json.loads(next(Path(f"{config.out_dir}/{name}").glob("*/steer.json")).read_text())["runs"][1]["pictures"]
+        runs[name] = json.loads(
+            next(Path(f"{config.out_dir}/{name}").glob("*/steer.json")).read_text()
+        )["runs"][1]["pictures"]
     assert runs["all steps"] == runs["all tokens"] == runs[""]
-    assert all(runs[name][0]["moved"] not in (0, runs[""][0]["moved"]) for name in ("steps", "mask", "rows", "norm"))
+    assert all(
+        runs[name][0]["moved"] not in (0, runs[""][0]["moved"])
+        for name in ("steps", "mask", "rows", "norm")
+    )
 
 
 def test_untouched_is_what_the_model_makes_of_each_prompt_and_seed(config, trained, monkeypatch):
     shown = []
-    monkeypatch.setattr(steer, "plot_images", lambda path, rows, prompts: shown.extend((rows, prompts)))
+    monkeypatch.setattr(
+        steer, "plot_images", lambda path, rows, prompts: shown.extend((rows, prompts))
+    )
     main(replace(config, features=["3"], multiply=[0.0]))  # three prompts, two a batch
     (_, images, _), *_ = shown[0]
     report = report_of(config, "3_x0")
-    meta = json.loads(Path(Sae.load_from_disk(trained[0]).cfg["data"][0]).with_suffix(".json").read_text())
+    meta = json.loads(
+        Path(Sae.load_from_disk(trained[0]).cfg["data"][0]).with_suffix(".json").read_text()
+    )
     hooked = HookedDiffusionModel.from_pretrained(meta["model"], device="cpu")
-    options = hooked.arguments(1, "pt", {k: v for k, v in meta["pipeline_kwargs"].items() if k != "output_type"})
+    options = hooked.arguments(
+        1, "pt", {k: v for k, v in meta["pipeline_kwargs"].items() if k != "output_type"}
+    )
     for image, prompt, seed in zip(images, shown[1], report["seeds"]):
-        alone = hooked([prompt], generator=[torch.Generator().manual_seed(seed)], **options).images[0]
-        assert torch.allclose(image, alone.float(), atol=1e-3) and (image - images[0]).abs().max() < 1.1
-    assert (images[0] - images[2]).abs().max() > 0.02  # which two prompts, or two seeds, do not have in common
+        alone = hooked([prompt], generator=[torch.Generator().manual_seed(seed)], **options).images[
+            0
+        ]
+        assert (
+            torch.allclose(image, alone.float(), atol=1e-3)
+            and (image - images[0]).abs().max() < 1.1
+        )
+    assert (
+        images[0] - images[2]
+    ).abs().max() > 0.02  # which two prompts, or two seeds, do not have in common
 
 
 def test_one_concept_in_the_place_of_another(config, trained):
     main(replace(config, concept="blue", num_features=8, toward="red"))
     report = report_of(config, "blue_to_red")
-    assert [run["name"] for run in report["runs"]] == ["untouched", "→ red"] and report["runs"][1]["toward"] == "red"
+    assert [run["name"] for run in report["runs"]] == ["untouched", "→ red"] and report["runs"][1][
+        "toward"
+    ] == "red"
     assert len(report["saes"][0]["features"]) == 8 and report["runs"][1]["pictures"][0]["moved"] > 0
 
 
 def test_activations_of_several_videos_a_prompt(config, monkeypatch):
-    several = lambda cfg, meta: meta | {"pipeline_kwargs": meta["pipeline_kwargs"] | {"num_videos_per_prompt": 2}}
+    several = lambda cfg, meta: (
+        meta | {"pipeline_kwargs": meta["pipeline_kwargs"] | {"num_videos_per_prompt": 2}}
+    )
     monkeypatch.setattr(steer, "origin", several)
     main(replace(config, features=["3"], multiply=[0.0], num_prompts=1))
     assert len(report_of(config, "3_x0")["prompts"]) == 1
@@ -149,8 +240,16 @@ def test_many_features_have_a_folder_too(config):
 
 def test_boxes_by_hand():
     assert token_mask([], (4, 4)) is None
-    assert token_mask(["0", "0.5", "0.5", "1"], (2, 4)).view(2, 4).tolist() == [[False, False, True, True], [False] * 4]
-    assert token_mask(["0", "0.5", "0.5", "1"], (3, 2, 4)).view(3, 2, 4)[2, 0].tolist() == [False, False, True, True]
+    assert token_mask(["0", "0.5", "0.5", "1"], (2, 4)).view(2, 4).tolist() == [
+        [False, False, True, True],
+        [False] * 4,
+    ]
+    assert token_mask(["0", "0.5", "0.5", "1"], (3, 2, 4)).view(3, 2, 4)[2, 0].tolist() == [
+        False,
+        False,
+        True,
+        True,
+    ]
     for given, grid, said in (
         (["0", "0", "0.1", "0.1"], (2, 2), "no token of the 2 x 2"),
         (["0", "0", "1"], (2, 2), "expected top left bottom right"),
@@ -162,13 +261,28 @@ def test_boxes_by_hand():
 
 
 def test_steps_and_features_by_hand():
-    assert parse_steps("0-2", 4) == range(3) and parse_steps("3", 4) == range(3, 4) and parse_steps(None, 4) is None
-    for text, said in (("0-4", "has 4 steps, 0 to 3"), ("3-1", "expected first-last"), ("all", "expected first-last")):
+    assert (
+        parse_steps("0-2", 4) == range(3)
+        and parse_steps("3", 4) == range(3, 4)
+        and parse_steps(None, 4) is None
+    )
+    for text, said in (
+        ("0-4", "has 4 steps, 0 to 3"),
+        ("3-1", "expected first-last"),
+        ("all", "expected first-last"),
+    ):
         with pytest.raises(ValueError, match=said):
             parse_steps(text, 4)
     saes = [Sae(4, 8, 2), Sae(4, 16, 2)]
-    assert parse_features(["3"], saes[:1]) == [[3]] and parse_features(["1:12", "0:3", "1:0"], saes) == [[3], [12, 0]]
-    for text, said in (("3", "such as 0:12"), ("2:3", "--sae names 2"), ("0:9", "feature 9: the SAE has 8"), ("x", "expected")):
+    assert parse_features(["3"], saes[:1]) == [[3]] and parse_features(
+        ["1:12", "0:3", "1:0"], saes
+    ) == [[3], [12, 0]]
+    for text, said in (
+        ("3", "such as 0:12"),
+        ("2:3", "--sae names 2"),
+        ("0:9", "feature 9: the SAE has 8"),
+        ("x", "expected"),
+    ):
         with pytest.raises(ValueError, match=said):
             parse_features([text], saes)
 
@@ -188,7 +302,9 @@ def test_what_is_refused(config, trained, tmp_path):
     ):
         with pytest.raises(ValueError, match=said):
             main(replace(config, **options))
-    other = Sae(24, 48, 4, Sae.load_from_disk(trained[0]).cfg)  # says that it is of the same activations
+    other = Sae(
+        24, 48, 4, Sae.load_from_disk(trained[0]).cfg
+    )  # says that it is of the same activations
     other.save_to_disk(tmp_path / "other")
     with pytest.raises(ValueError, match="the SAE takes width 24"):
         main(replace(config, sae=[str(tmp_path / "other")], features=["1"]))

@@ -12,14 +12,19 @@ from hook import HookedDiffusionModel, NotHookable
 
 @pytest.mark.parametrize("recipe", [*RECIPES, *EXTRAS], ids=lambda recipe: recipe.__name__)
 def test_the_width_of_each_layer_is_its_own(recipe):
-    """d of a layer's output is what the layer itself says: channels of a convolution, features of a linear layer."""
+    """d of a layer's output is what the layer itself says: channels of a convolution, features of a
+    linear layer."""
     case, checked = shared(recipe), 0
     prompt, options = case.arguments(2)
     layouts, _ = case.hooked.layouts("**", prompt, **options)
     modules = case.hooked.modules()
     for name, layout in layouts.items():
         module = modules[name][1]
-        width = {nn.Linear: "out_features", nn.GroupNorm: "num_channels", nn.LayerNorm: "normalized_shape"}.get(type(module))
+        width = {
+            nn.Linear: "out_features",
+            nn.GroupNorm: "num_channels",
+            nn.LayerNorm: "normalized_shape",
+        }.get(type(module))
         width = "out_channels" if isinstance(module, nn.modules.conv._ConvNd) else width
         if width and not isinstance(layout, NotHookable) and not layout.form.startswith("heads"):
             value = getattr(module, width)
@@ -33,7 +38,11 @@ class Wave(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv, self.act, self.out = nn.Conv1d(3, 16, 3, padding=1), nn.SiLU(), nn.Conv1d(16, 3, 3, padding=1)
+        self.conv, self.act, self.out = (
+            nn.Conv1d(3, 16, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv1d(16, 3, 3, padding=1),
+        )
 
     def forward(self, x, t):
         return self.out(self.act(self.conv(x)) + t / 10)
@@ -55,11 +64,18 @@ def test_channels_first_and_last(model, size, grid):
     torch.manual_seed(0)
     model, x, seen = model(), torch.randn(2, *size), {}
     for name in ("conv", "act"):
-        model.get_submodule(name).register_forward_hook(lambda m, i, o, name=name: seen.__setitem__(name, o))
-    with torch.no_grad(), HookedDiffusionModel(model, Euler()).cache(["conv", "act"], 2, save_input=True) as cache:
+        model.get_submodule(name).register_forward_hook(
+            lambda m, i, o, name=name: seen.__setitem__(name, o)
+        )
+    with (
+        torch.no_grad(),
+        HookedDiffusionModel(model, Euler()).cache(["conv", "act"], 2, save_input=True) as cache,
+    ):
         Euler().step(model(x, 1.0), 1.0, x)
     for name, output in seen.items():
-        by_hand = output.flatten(2).transpose(1, 2) if isinstance(model, Wave) else output.flatten(1, 2)
+        by_hand = (
+            output.flatten(2).transpose(1, 2) if isinstance(model, Wave) else output.flatten(1, 2)
+        )
         assert cache["grid"][name] == grid and torch.equal(cache["output"][name][:, 0], by_hand)
     assert torch.equal(cache["input"]["act"], cache["output"]["conv"])
     assert torch.equal(cache["input"]["conv"][:, 0], x.flatten(2).transpose(1, 2))

@@ -1,4 +1,5 @@
-"""The embedded model is what toy/make.py says: a diffusers folder that loads with no network and draws what it is asked."""
+"""The embedded model is what toy/make.py says: a diffusers folder that loads with no network and
+draws what it is asked."""
 
 import csv
 import json
@@ -32,7 +33,8 @@ def test_every_word_of_a_caption_is_one_token():
 
 
 def test_training_goes_on_where_it_stopped(tmp_path):
-    """Six iterations at once, and four with a stop after which the last checkpoint is gone on from, give the same weights."""
+    """Six iterations at once, and four with a stop after which the last checkpoint is gone on from,
+    give the same weights."""
 
     def fit(folder, stop_at=None):
         torch.manual_seed(0)
@@ -77,13 +79,20 @@ def test_it_draws_what_it_is_asked():
 
     pipe = DiffusionPipeline.from_pretrained(TOY, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    assert type(pipe).__name__ == "StableDiffusionPipeline" and type(pipe.scheduler).__name__ == "DDIMScheduler"
+    assert (
+        type(pipe).__name__ == "StableDiffusionPipeline"
+        and type(pipe.scheduler).__name__ == "DDIMScheduler"
+    )
     assert "up_blocks.1.attentions.1" in dict(pipe.unet.named_modules())
     with open(TOY / "prompts.csv", newline="") as f:
         rows = list(csv.DictReader(f))[-24:]
     generators = [torch.Generator().manual_seed(i) for i in range(24)]
-    options = dict(num_inference_steps=10, guidance_scale=5.0, generator=generators, output_type="pt")
-    seen = concepts.Classifier.load(TOY).predict(2 * pipe([r["prompt"] for r in rows], **options).images - 1)
+    options = dict(
+        num_inference_steps=10, guidance_scale=5.0, generator=generators, output_type="pt"
+    )
+    seen = concepts.Classifier.load(TOY).predict(
+        2 * pipe([r["prompt"] for r in rows], **options).images - 1
+    )
     for name, at_least in (("object", 0.9), ("style", 0.9), ("colour", 0.95)):
         assert np.mean([s[name] == r[name] for s, r in zip(seen, rows)]) >= at_least, name
 
@@ -94,23 +103,52 @@ def test_draw(tmp_path):
 
 
 def test_training_from_nothing_ends_with_a_model_that_loads_and_is_never_overwritten(tmp_path):
-    small = dict(num_drawings=48, classifier_iterations=2, vae_iterations=2, unet_iterations=2, batch_size=4)
-    cfg = make.Config("train", folder=str(tmp_path / "mine"), work_dir=str(tmp_path / "work"), device="cpu", **small)
+    small = dict(
+        num_drawings=48, classifier_iterations=2, vae_iterations=2, unet_iterations=2, batch_size=4
+    )
+    cfg = make.Config(
+        "train",
+        folder=str(tmp_path / "mine"),
+        work_dir=str(tmp_path / "work"),
+        device="cpu",
+        **small,
+    )
     make.main(cfg)
-    make.main(make.Config("check", folder=cfg.folder, num_prompts=3, num_inference_steps=2, device="cpu"))
+    make.main(
+        make.Config("check", folder=cfg.folder, num_prompts=3, num_inference_steps=2, device="cpu")
+    )
     report = json.loads((tmp_path / "mine" / "check.json").read_text())
-    assert set(report["generated"]) == {"object", "style", "colour"} and (tmp_path / "mine" / "check.png").exists()
+    assert (
+        set(report["generated"]) == {"object", "style", "colour"}
+        and (tmp_path / "mine" / "check.png").exists()
+    )
     with pytest.raises(ValueError, match="report made with other options"):
-        make.main(make.Config("check", folder=cfg.folder, num_prompts=4, num_inference_steps=2, device="cpu"))
+        make.main(
+            make.Config(
+                "check", folder=cfg.folder, num_prompts=4, num_inference_steps=2, device="cpu"
+            )
+        )
     with pytest.raises(ValueError, match="holds a trained model"):
         make.main(cfg)
     with pytest.raises(ValueError, match="other options"):
-        make.main(make.Config("train", folder=str(tmp_path / "other"), work_dir=cfg.work_dir, seed=1, **small))
+        make.main(
+            make.Config(
+                "train", folder=str(tmp_path / "other"), work_dir=cfg.work_dir, seed=1, **small
+            )
+        )
 
 
 def test_training_that_goes_on_from_a_folder_keeps_its_classifier_and_autoencoder(tmp_path):
-    small = dict(num_drawings=48, unet_iterations=2, batch_size=4, start_from=str(TOY), device="cpu")
-    make.main(make.Config("train", folder=str(tmp_path / "mine"), work_dir=str(tmp_path / "work"), **small))
+    small = dict(
+        num_drawings=48, unet_iterations=2, batch_size=4, start_from=str(TOY), device="cpu"
+    )
+    make.main(
+        make.Config(
+            "train", folder=str(tmp_path / "mine"), work_dir=str(tmp_path / "work"), **small
+        )
+    )
     same = lambda path: (TOY / path).read_bytes() == (tmp_path / "mine" / path).read_bytes()
     assert same("classifier.safetensors") and same("vae/diffusion_pytorch_model.safetensors")
-    assert not same("unet/diffusion_pytorch_model.safetensors") and not same("text_encoder/model.safetensors")
+    assert not same("unet/diffusion_pytorch_model.safetensors") and not same(
+        "text_encoder/model.safetensors"
+    )

@@ -1,4 +1,5 @@
-"""Training: its gradients against a dense float64 reference, resuming to the bit, and every way to refuse."""
+"""Training: its gradients against a dense float64 reference, resuming to the bit, and every way to
+refuse."""
 
 import json
 import signal
@@ -36,7 +37,8 @@ def small(monkeypatch):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """8000 vectors of width 16, each of 3 of 24 directions, off centre: (40 prompts, 2 steps, 100 tokens, 16)."""
+    """8000 vectors of width 16, each of 3 of 24 directions, off centre: (40 prompts, 2 steps, 100
+    tokens, 16)."""
     rng = np.random.default_rng(0)
     atoms = rng.standard_normal((24, 16)) / 4
     codes = np.where(rng.random((8000, 24)) < 1 / 8, rng.gamma(3, 1, (8000, 24)), 0)
@@ -47,8 +49,12 @@ def data(tmp_path_factory):
 
 
 def config(data, out_dir, **options):
-    defaults = dict(num_latents=48, k=3, effective_batch_size=100, lr=3e-3, lr_warmup_steps=5, save_every=20)
-    defaults |= dict(data=[str(data)], out_dir=str(out_dir), run_name="run", device="cpu", mixed_precision="no")
+    defaults = dict(
+        num_latents=48, k=3, effective_batch_size=100, lr=3e-3, lr_warmup_steps=5, save_every=20
+    )
+    defaults |= dict(
+        data=[str(data)], out_dir=str(out_dir), run_name="run", device="cpu", mixed_precision="no"
+    )
     options = defaults | options
     for name in ("k", "num_latents"):
         options[name] = options[name] if isinstance(options[name], list) else [options[name]]
@@ -63,15 +69,27 @@ def test_a_run_ends_with_true_numbers(data, tmp_path, capsys):
     (folder,) = main(config(data, tmp_path, num_epochs=3))
     assert folder == tmp_path / "run"
     names = ["cfg.json", "evaluate.png", "metrics.jsonl", "sae.safetensors", "train.png"]
-    assert sorted(path.name for path in folder.iterdir()) == names and str(folder) in capsys.readouterr().out
+    assert (
+        sorted(path.name for path in folder.iterdir()) == names
+        and str(folder) in capsys.readouterr().out
+    )
     cfg, sae = json.loads((folder / "cfg.json").read_text()), Sae.load_from_disk(folder)
-    assert (cfg["d_in"], cfg["num_latents"], cfg["k"], cfg["training"]["num_epochs"]) == (16, 48, 3, 3)
+    assert (cfg["d_in"], cfg["num_latents"], cfg["k"], cfg["training"]["num_epochs"]) == (
+        16,
+        48,
+        3,
+        3,
+    )
 
-    x = torch.cat(list(Activations([data]).held_out())).double()  # as it is in the file: the scale is folded in
+    x = torch.cat(
+        list(Activations([data]).held_out())
+    ).double()  # as it is in the file: the scale is folded in
     x_hat = sae(x).double()
     top_acts, top_indices = sae.encode(x)
     assert len(x) == cfg["num_held_out"] == 800
-    assert cfg["fvu"] == pytest.approx((((x - x_hat) ** 2).sum() / ((x - x.mean(0)) ** 2).sum()).item(), rel=1e-5)
+    assert cfg["fvu"] == pytest.approx(
+        (((x - x_hat) ** 2).sum() / ((x - x.mean(0)) ** 2).sum()).item(), rel=1e-5
+    )
     assert cfg["l0"] == (top_acts > 0).sum().item() / 800
     assert cfg["dead"] == pytest.approx(1 - len(top_indices[top_acts > 0].unique()) / 48)
     assert cfg["fvu"] < 0.3 and 2 < cfg["l0"] <= 3
@@ -85,8 +103,13 @@ def test_a_poor_or_unfair_number_is_said_to_be_one(tmp_path, capsys):
     np.save(tmp_path / "a.npy", np.random.default_rng(0).standard_normal((1, 4, 30, 6), np.float32))
     main(config(tmp_path / "a.npy", tmp_path, k=2, num_latents=8, max_examples=10, lr=0.5))
     printed = capsys.readouterr().out
-    assert "no prompts to hold out whole" in printed and "an fvu of 1 is what the mean alone gives" in printed
-    assert json.loads((tmp_path / "run" / "cfg.json").read_text())["held_out_whole_prompts"] is False
+    assert (
+        "no prompts to hold out whole" in printed
+        and "an fvu of 1 is what the mean alone gives" in printed
+    )
+    assert (
+        json.loads((tmp_path / "run" / "cfg.json").read_text())["held_out_whole_prompts"] is False
+    )
 
 
 def test_a_run_stays_in_its_folder_and_can_be_read_by_others(data, tmp_path):
@@ -100,16 +123,23 @@ def test_a_run_stays_in_its_folder_and_can_be_read_by_others(data, tmp_path):
 
 def test_a_finished_run_is_left_alone(data, tmp_path, capsys):
     main(config(data, tmp_path, max_examples=500))
-    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "run").iterdir()}
+    before = {
+        path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "run").iterdir()
+    }
     capsys.readouterr()
     main(config(data, tmp_path, max_examples=500))
     assert "run is finished" in capsys.readouterr().out
-    assert before == {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "run").iterdir()}
+    assert before == {
+        path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "run").iterdir()
+    }
 
 
 def test_each_hook_name_gets_an_sae(tmp_path, monkeypatch):
     for name in ("a", "b"):
-        np.save(tmp_path / f"{name}.npy", np.random.default_rng(0).standard_normal((20, 30, 6), np.float32))
+        np.save(
+            tmp_path / f"{name}.npy",
+            np.random.default_rng(0).standard_normal((20, 30, 6), np.float32),
+        )
         describe(tmp_path / f"{name}.npy", hook_name=name)
     monkeypatch.chdir(tmp_path)
     main(Config(data=["."], k=[2], expansion_factor=[2], max_examples=64))
@@ -118,9 +148,11 @@ def test_each_hook_name_gets_an_sae(tmp_path, monkeypatch):
 
 
 def dense_reference(sae, x, dead, alpha, variance, residual):
-    """The loss by plain dense autograd in float64, its gradients, and the codes (N, M) with their zeros."""
+    """The loss by plain dense autograd in float64, its gradients, and the codes (N, M) with their
+    zeros."""
     W_enc, b_enc, W_dec, b_dec = params = [
-        p.detach().double().requires_grad_() for p in (sae.encoder.weight, sae.encoder.bias, sae.W_dec, sae.b_dec)
+        p.detach().double().requires_grad_()
+        for p in (sae.encoder.weight, sae.encoder.bias, sae.W_dec, sae.b_dec)
     ]
     top = lambda a, k: a * (a >= a.topk(k).values[:, -1:]) if k < a.shape[1] else a
     x = x.double()
@@ -136,9 +168,18 @@ def dense_reference(sae, x, dead, alpha, variance, residual):
 
 @pytest.mark.parametrize("normalize", [True, False])
 def test_updates_against_float64_autograd_and_torch_adam(data, tmp_path, normalize, monkeypatch):
-    """Six updates of `train`: the gradient, what is projected and clipped, the learning rate, Adam, who is dead."""
+    """Six updates of `train`: the gradient, what is projected and clipped, the learning rate, Adam,
+    who is dead."""
     monkeypatch.setattr(train, "LIST_DEAD_EVERY", 1)
-    cfg = config(data, tmp_path, max_examples=600, lr=0.01, lr_warmup_steps=1, auxk_alpha=20.0, dead_feature_threshold=200)
+    cfg = config(
+        data,
+        tmp_path,
+        max_examples=600,
+        lr=0.01,
+        lr_warmup_steps=1,
+        auxk_alpha=20.0,
+        dead_feature_threshold=200,
+    )
     cfg.normalize_decoder = normalize
     main(cfg)
     activations = Activations([data])
@@ -150,7 +191,9 @@ def test_updates_against_float64_autograd_and_torch_adam(data, tmp_path, normali
     params = [sae.encoder.weight, sae.encoder.bias, sae.W_dec, sae.b_dec]
     optimizer = torch.optim.Adam(params, betas=(0.9, 0.999), eps=6.25e-10)
     silent, residual, norms, dead_at_some_time = torch.zeros(48), 1.0, [], 0
-    for (batch, _), rate in zip(activations.batches(100, 600), (0.005, 0.01, 0.01, 0.01, 0.01, 0.01 * 5 / 6)):
+    for (batch, _), rate in zip(
+        activations.batches(100, 600), (0.005, 0.01, 0.01, 0.01, 0.01, 0.01 * 5 / 6)
+    ):
         dead = (silent >= 200).nonzero().flatten()
         dead_at_some_time += len(dead)
         _, grads, codes, e = dense_reference(sae, batch * scale, dead, 20.0, variance, residual)
@@ -209,21 +252,36 @@ def test_bf16_product_changes_little(data, tmp_path):
 
 def test_b_dec_starts_at_the_geometric_median_of_all_prompts(tmp_path, monkeypatch):
     monkeypatch.setattr(data_stats, "TRAINING_SAMPLE", 500)
-    x = np.random.default_rng(0).standard_normal((50, 40, 4), np.float32) + np.arange(50)[:, None, None].astype("f4")
+    x = np.random.default_rng(0).standard_normal((50, 40, 4), np.float32) + np.arange(50)[
+        :, None, None
+    ].astype("f4")
     x[:, 0] = 1e4  # one vector in 40 is an outlier
     np.save(tmp_path / "a.npy", x)
     activations = Activations([tmp_path / "a.npy"])
     stats = measure(activations, "median")
     whole = geometric_median(torch.from_numpy(x.reshape(-1, 4)))
-    assert (stats.center / stats.scale - whole).norm() < 5  # a batch of one prompt would be up to 50 off, the mean 500
+    assert (
+        stats.center / stats.scale - whole
+    ).norm() < 5  # a batch of one prompt would be up to 50 off, the mean 500
     assert np.log2(stats.scale) == round(np.log2(stats.scale))
     assert stats.variance == pytest.approx(x.reshape(-1, 4).var(0).sum() * stats.scale**2, rel=0.3)
 
 
 @pytest.mark.parametrize("options", [{}, {"effective_batch_size": 50}, {"grad_acc_steps": 20}])
 def test_dead_feature_threshold_counts_vectors(data, tmp_path, options):
-    """Without learning and k = 1 some latents never fire: they are dead from vector 600 on, in any batches."""
-    options = dict(lr=1e-30, k=1, num_latents=300, dead_feature_threshold=600, log_every=1, max_examples=1000) | options
+    """Without learning and k = 1 some latents never fire: they are dead from vector 600 on, in any
+    batches."""
+    options = (
+        dict(
+            lr=1e-30,
+            k=1,
+            num_latents=300,
+            dead_feature_threshold=600,
+            log_every=1,
+            max_examples=1000,
+        )
+        | options
+    )
     main(config(data, tmp_path, **options))
     assert min(row["vectors"] for row in rows(tmp_path / "run") if row["dead"] > 0) == 600
 
@@ -232,12 +290,22 @@ def test_auxk_revives_latents_that_started_badly(data, tmp_path, monkeypatch):
     class Badly(Sae):
         def __init__(self, *args):
             super().__init__(*args)
-            self.encoder.weight.data[12:] *= 0.05  # three quarters of the latents never come among the k largest
+            self.encoder.weight.data[12:] *= (
+                0.05  # three quarters of the latents never come among the k largest
+            )
 
     monkeypatch.setattr(train, "Sae", Badly)
     dead = {}
     for alpha in (0, 1 / 32):
-        main(config(data, tmp_path / str(alpha), auxk_alpha=alpha, dead_feature_threshold=1000, num_epochs=3))
+        main(
+            config(
+                data,
+                tmp_path / str(alpha),
+                auxk_alpha=alpha,
+                dead_feature_threshold=1000,
+                num_epochs=3,
+            )
+        )
         dead[alpha] = Sae.load_from_disk(tmp_path / str(alpha) / "run").cfg["dead"]
     assert dead[0] > 0.6 and dead[1 / 32] < dead[0] / 2
 
@@ -246,10 +314,16 @@ def test_learning_rate():
     cfg = Config(lr_warmup_steps=3, lr_scheduler="linear")
     rates = [learning_rate(i, 100, 2**14, cfg) / 1.2e-3 for i in range(100)]
     assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1, 1])
-    assert rates[80] == pytest.approx(1) and rates[90] == pytest.approx(0.5) and rates[99] == pytest.approx(0.05)
+    assert (
+        rates[80] == pytest.approx(1)
+        and rates[90] == pytest.approx(0.5)
+        and rates[99] == pytest.approx(0.05)
+    )
     constant = Config(lr=0.5, lr_scheduler="constant", lr_warmup_steps=100)
     assert learning_rate(50, 1000, 1, constant) == pytest.approx(0.5 * 51 / 101)
-    assert [learning_rate(i, 10, 1, constant) for i in range(4)] == pytest.approx([0.5 / 3, 1 / 3, 0.5, 0.5])  # at most a fifth
+    assert [learning_rate(i, 10, 1, constant) for i in range(4)] == pytest.approx(
+        [0.5 / 3, 1 / 3, 0.5, 0.5]
+    )  # at most a fifth
     assert learning_rate(50, 100, 2**16, cfg) == pytest.approx(6e-4)
     assert learning_rate(500, 7500, 2**14, cfg) == pytest.approx(4e-4)
     assert learning_rate(500, 10**6, 2**14, cfg) == pytest.approx(2e-4)
@@ -274,7 +348,8 @@ def saved_state(out):
 
 
 def command(data, out, stop=None):
-    """Run train.py as a user would; `stop` is the signal to send once some rows are there. Returns its status."""
+    """Run train.py as a user would; `stop` is the signal to send once some rows are there. Returns
+    its status."""
     options = "--num_latents 48 --k 3 --effective_batch_size 50 --save_every 30 --log_every 1 --num_epochs 20 --lr 3e-3"
     options += " --dead_feature_threshold 500 --run_name run --max_examples 25000"
     process = Script("train.py", "--data", data, "--out_dir", out, *options.split(), cwd=out.parent)
@@ -296,8 +371,12 @@ def test_stopped_and_resumed_is_the_same_to_the_bit(data, tmp_path, undisturbed,
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
         file.write('{"iteration": 1')  # torn
     assert command(data, tmp_path) == 0
-    assert (tmp_path / "run" / "sae.safetensors").read_bytes() == (undisturbed / "sae.safetensors").read_bytes()
-    timeless = lambda folder: [{k: v for k, v in row.items() if k != "seconds"} for row in rows(folder)]
+    assert (tmp_path / "run" / "sae.safetensors").read_bytes() == (
+        undisturbed / "sae.safetensors"
+    ).read_bytes()
+    timeless = lambda folder: [
+        {k: v for k, v in row.items() if k != "seconds"} for row in rows(folder)
+    ]
     assert timeless(tmp_path / "run") == timeless(undisturbed)
 
 
@@ -311,7 +390,11 @@ def test_ctrl_c_saves_each_sae_once(data, tmp_path, monkeypatch):
         return update(*args, **options)
 
     monkeypatch.setattr(train.SparseUpdate, "step", interrupted)
-    monkeypatch.setattr(train, "save_tensors", lambda path, *args: saved.append(path.parent.name) or save(path, *args))
+    monkeypatch.setattr(
+        train,
+        "save_tensors",
+        lambda path, *args: saved.append(path.parent.name) or save(path, *args),
+    )
     options = dict(seeds=[0, 1], num_epochs=9, save_every=10**6)
     with pytest.raises(KeyboardInterrupt):
         main(config(data, tmp_path, **options))
@@ -331,7 +414,9 @@ def test_ctrl_c_after_the_last_update_is_heard(data, tmp_path, monkeypatch, wher
     main(config(data, tmp_path / "undisturbed", batch_topk=True))
     found, expected = tmp_path / "run", tmp_path / "undisturbed" / "run"
     assert (found / "sae.safetensors").read_bytes() == (expected / "sae.safetensors").read_bytes()
-    timeless = lambda folder: [{k: v for k, v in row.items() if k != "seconds"} for row in rows(folder)]
+    timeless = lambda folder: [
+        {k: v for k, v in row.items() if k != "seconds"} for row in rows(folder)
+    ]
     assert timeless(found) == timeless(expected) and len(rows(found)) == 8
 
 
@@ -393,11 +478,15 @@ def test_bad_inputs_end_in_one_line(data, tmp_path, capsys, monkeypatch):
     assert "equal" in say(config(tmp_path / "same.npy", tmp_path))
     assert "file" in say(config(data, tmp_path / "file" / "below"))
     assert "something else" in say(config(data, tmp_path / "foreign"))
-    assert "--device cuda" in say(config(data, tmp_path, device="cuda")) or torch.cuda.is_available()
+    assert (
+        "--device cuda" in say(config(data, tmp_path, device="cuda")) or torch.cuda.is_available()
+    )
     zeros = "effective_batch_size num_epochs max_examples grad_acc_steps log_every save_every buffer_gb lr"
     for name in zeros.split():
         assert f"--{name} 0: expected" in say(config(data, tmp_path, **{name: 0}))
-    for name, value in dict(lr=float("nan"), lr_warmup_steps=-1, auxk_alpha=-0.1, buffer_gb=float("nan")).items():
+    for name, value in dict(
+        lr=float("nan"), lr_warmup_steps=-1, auxk_alpha=-0.1, buffer_gb=float("nan")
+    ).items():
         assert f"--{name} {value}: expected" in say(config(data, tmp_path, **{name: value}))
     np.save(tmp_path / "huge.npy", x[:, :, 1::2] * np.float32(1e30))
     assert "too large" in say(config(tmp_path / "huge.npy", tmp_path))
@@ -425,22 +514,32 @@ def test_nan_met_later_keeps_the_last_good_checkpoint(data, tmp_path, monkeypatc
 
 
 def test_nan_in_held_out_vectors_is_no_result(data, tmp_path):
-    """All of the training is kept: with the checkpoint of the last iteration, the same command fails at once."""
+    """All of the training is kept: with the checkpoint of the last iteration, the same command
+    fails at once."""
     x = np.load(data)
     x.reshape(-1, 16)[Activations([data]).held_out_units[0, 1]] = np.nan
     np.save(tmp_path / "nan.npy", x)
     for _ in range(2):
         with pytest.raises(ValueError, match="held-out"):
             main(config(tmp_path / "nan.npy", tmp_path, max_examples=1234, save_every=10**6))
-        assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoint.safetensors", "metrics.jsonl"]
+        assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+            "checkpoint.safetensors",
+            "metrics.jsonl",
+        ]
         state = saved_state(tmp_path)
-        assert state["iteration"] == state["row"]["iteration"] == 13 and rows(tmp_path / "run")[-1]["iteration"] == 10
+        assert (
+            state["iteration"] == state["row"]["iteration"] == 13
+            and rows(tmp_path / "run")[-1]["iteration"] == 10
+        )
 
 
 def test_one_train_py_writes_to_a_folder_at_a_time(data, tmp_path):
     """Of a sweep to each; the lock of one that was killed is none, and nothing is left of it."""
     options = dict(k=[2, 3], max_examples=200)
-    with train.locked(tmp_path / "run" / "k3_M48"), pytest.raises(ValueError, match="another train.py is writing to .*k3_M48"):
+    with (
+        train.locked(tmp_path / "run" / "k3_M48"),
+        pytest.raises(ValueError, match="another train.py is writing to .*k3_M48"),
+    ):
         main(config(data, tmp_path, **options))
     assert not list(tmp_path.iterdir())
     (tmp_path / "run" / "k3_M48").mkdir(parents=True)
@@ -450,10 +549,13 @@ def test_one_train_py_writes_to_a_folder_at_a_time(data, tmp_path):
 
 
 def as_version_0_wrote(settings):
-    """Settings of a run as they were written when --batch_topk, --sample_topk and --micro_acc_steps were options."""
+    """Settings of a run as they were written when --batch_topk, --sample_topk and --micro_acc_steps
+    were options."""
     activation = settings.pop("activation")
     old = {"batch_topk": activation == "batchtopk", "sample_topk": activation == "sampletopk"}
-    return settings | old | {"grad_acc_steps": settings["grad_acc_steps"] // 2, "micro_acc_steps": 2}
+    return (
+        settings | old | {"grad_acc_steps": settings["grad_acc_steps"] // 2, "micro_acc_steps": 2}
+    )
 
 
 def test_a_run_that_an_older_version_finished_is_left_alone(data, tmp_path, capsys):
@@ -525,7 +627,9 @@ def test_a_tracker_s_own_variable_names_the_project(data, tmp_path, monkeypatch)
 @pytest.mark.parametrize("log_to", ["wandb", "trackio", "tensorboard"])
 def test_log_to(data, tmp_path, monkeypatch, log_to):
     fake, calls, update = FakeTracker(), [], train.SparseUpdate.step
-    monkeypatch.setitem(sys.modules, {"tensorboard": "torch.utils.tensorboard"}.get(log_to, log_to), fake)
+    monkeypatch.setitem(
+        sys.modules, {"tensorboard": "torch.utils.tensorboard"}.get(log_to, log_to), fake
+    )
 
     def interrupted(*args, **options):
         calls.append(args)
@@ -540,14 +644,18 @@ def test_log_to(data, tmp_path, monkeypatch, log_to):
     assert fake.finished == 1 and [row["step"] for row in fake.rows] == [1, 2, 3]
     main(config(data, tmp_path, **options))
     assert fake.finished == 2 and [row["step"] for row in fake.rows] == [1, 2, 3, 3, 4, 5, 6]
-    assert [row["fvu"] for row in fake.rows[3:]] == [row["fvu"] for row in rows(tmp_path / "run")[2:]]
+    assert [row["fvu"] for row in fake.rows[3:]] == [
+        row["fvu"] for row in rows(tmp_path / "run")[2:]
+    ]
     main(config(data, tmp_path / "another", **options))
     first, resumed, other = fake.started
     if log_to == "tensorboard":
         assert [start["purge_step"] for start in fake.started] == [1, 3, 1]
     else:
         same = "id" if log_to == "wandb" else "name"
-        assert first == resumed and first["resume"] == "allow" and first["project"] == "diffusion-saes"
+        assert (
+            first == resumed and first["resume"] == "allow" and first["project"] == "diffusion-saes"
+        )
         assert first[same] != other[same]
 
 
@@ -559,7 +667,9 @@ def test_a_tracker_that_is_not_there_is_said_before_any_work(tmp_path, monkeypat
 
 def test_trains_where_triton_is_absent(data, tmp_path):
     code = "import sys; sys.modules['triton'] = None; from train import Config, main; "
-    code += f"main(Config(data=[{str(data)!r}], out_dir={str(tmp_path)!r}, k=[2], max_examples=300)); "
+    code += (
+        f"main(Config(data=[{str(data)!r}], out_dir={str(tmp_path)!r}, k=[2], max_examples=300)); "
+    )
     code += "assert 'matplotlib.pyplot' not in sys.modules"  # a notebook's backend stays as it is
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
     assert (tmp_path / "acts_k2_M256" / "cfg.json").exists()

@@ -12,14 +12,17 @@ HOLE = "..."
 
 
 def quoted_messages():
-    """The code at the beginning of each entry, `- **`message`**`; `...` in it stands for anything."""
+    """The code at the beginning of each entry, `- **`message`**`; `...` in it stands for
+    anything."""
     return re.findall(r"^- \*\*`(.+?)`\*\*", PAGE, flags=re.MULTILINE)
 
 
 def text_of(node):
     """A text in the source with HOLE for what is put into it; several for a choice."""
     if isinstance(node, ast.JoinedStr):
-        return "".join(part.value if isinstance(part, ast.Constant) else HOLE for part in node.values)
+        return "".join(
+            part.value if isinstance(part, ast.Constant) else HOLE for part in node.values
+        )
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         return text_of(node.left) + text_of(node.right)
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -44,7 +47,8 @@ SOURCE = texts_of_the_source()
 
 
 def stands_in_the_source(message):
-    """Whether the parts of a message between its holes stand in one text of the source, in this order."""
+    """Whether the parts of a message between its holes stand in one text of the source, in this
+    order."""
     parts = [re.escape(part.strip()) for part in message.split(HOLE)]
     return re.search(".*".join(parts), SOURCE) is not None
 
@@ -56,5 +60,7 @@ def test_each_quoted_message_stands_in_the_source(message):
 
 def test_the_page_has_entries_and_a_message_that_is_gone_is_noticed():
     assert len(quoted_messages()) > 100
-    assert len([line for line in PAGE.splitlines() if line.startswith("- ")]) == len(quoted_messages())
+    assert len([line for line in PAGE.splitlines() if line.startswith("- ")]) == len(
+        quoted_messages()
+    )
     assert not stands_in_the_source("... does not belong to ... but to nobody")

@@ -1,4 +1,5 @@
-"""The quick part of `python -m bench trust`: what is stored and edited against hooks written by hand, bit for bit."""
+"""The quick part of `python -m bench trust`: what is stored and edited against hooks written by
+hand, bit for bit."""
 
 import json
 
@@ -10,11 +11,15 @@ from diffusers import StableDiffusionPipeline
 import collect
 from bench.trust import FAMILIES, GUIDANCE, HOOK, PROMPTS, differences, family_differences
 
-# a column of every kind for one scheduler, and schedulers of every kind: ancestral, second order, SDE
+# a column of every kind for one scheduler, and schedulers of every kind: ancestral, second order,
+# SDE
 pytestmark = pytest.mark.slow
 
 CELLS = [("DDIM", guidance, number) for guidance in GUIDANCE for number in (1, 2)]
-CELLS += [(scheduler, "7.5", 1) for scheduler in ("Euler ancestral", "Heun", "KDPM2", "DPM++ 2M SDE", "LCM")]
+CELLS += [
+    (scheduler, "7.5", 1)
+    for scheduler in ("Euler ancestral", "Heun", "KDPM2", "DPM++ 2M SDE", "LCM")
+]
 
 
 @pytest.mark.parametrize("scheduler, guidance, number", CELLS)
@@ -24,10 +29,18 @@ def test_rows_and_edits_are_those_of_hooks_written_by_hand(scheduler, guidance, 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_files_of_collect_are_what_hooks_written_by_hand_see(model_folder, tmp_path, number):
-    """Batches of one to three prompts with two images each; of five steps those numbered 0, 2 and 4 are kept."""
+    """Batches of one to three prompts with two images each; of five steps those numbered 0, 2 and 4
+    are kept."""
     options = dict(num_inference_steps=5, guidance_scale=7.5, height=32, width=32)
-    files = dict(model_name=str(model_folder), hook_names=[HOOK], out_dir=str(tmp_path / "acts"), store_dtype="float32")
-    files |= dict(max_num_examples=4, num_images_per_prompt=2, batch_size=number, cache_every_n_timesteps=2)
+    files = dict(
+        model_name=str(model_folder),
+        hook_names=[HOOK],
+        out_dir=str(tmp_path / "acts"),
+        store_dtype="float32",
+    )
+    files |= dict(
+        max_num_examples=4, num_images_per_prompt=2, batch_size=number, cache_every_n_timesteps=2
+    )
     (path,) = collect.main(collect.Config(**files, **options, save_images=False, device="cpu"))
     stored = torch.from_numpy(np.load(path))
 
@@ -42,7 +55,9 @@ def test_files_of_collect_are_what_hooks_written_by_hand_see(model_folder, tmp_p
         generators = [torch.Generator().manual_seed(row["seed"]) for row in batch]
         outputs.clear()
         prompts = [row["prompt"] for row in batch[::2]]
-        pipe(prompts, generator=generators, num_images_per_prompt=2, output_type="latent", **options)
+        pipe(
+            prompts, generator=generators, num_images_per_prompt=2, output_type="latent", **options
+        )
         expected.append(torch.stack(outputs[::2], dim=1)[len(batch) :])
     assert torch.equal(stored, torch.cat(expected))
 

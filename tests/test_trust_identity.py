@@ -1,4 +1,5 @@
-"""What does not belong together is refused, or said: an SAE, its data, its prompts, its hook point and its model."""
+"""What does not belong together is refused, or said: an SAE, its data, its prompts, its hook point
+and its model."""
 
 import json
 import os
@@ -30,7 +31,9 @@ from store.identity import activations_of, fingerprint, same_weights
 
 pytestmark = pytest.mark.slow
 HOOK = "mid_block.attentions.0"
-PROMPTS = [f"a {'red' if i % 3 else 'blue'} picture of {'xyzuvw'[i % 6]} and {i}" for i in range(24)]
+PROMPTS = [
+    f"a {'red' if i % 3 else 'blue'} picture of {'xyzuvw'[i % 6]} and {i}" for i in range(24)
+]
 
 
 def small_held_out(monkeypatch):
@@ -67,7 +70,8 @@ def train_sae(data=f"acts/{HOOK}.npy", name="sae", **options):
 
 @pytest.fixture(scope="module")
 def made(model_folder, tmp_path_factory):
-    """A folder with a model, prompts, a collection of 16 of them (conditional and unconditional) and an SAE of it."""
+    """A folder with a model, prompts, a collection of 16 of them (conditional and unconditional)
+    and an SAE of it."""
     base = tmp_path_factory.mktemp("identity")
     shutil.copytree(model_folder, base / "model")
     (base / "prompts.txt").write_text("\n".join(PROMPTS))
@@ -114,10 +118,15 @@ def test_the_same_path_collected_anew_with_another_seed_is_said(copy, capsys):
     for run in (
         lambda: evaluate.main(evaluate_config()),
         lambda: features.main(features.Config(sae="saes/sae", device="cpu")),
-        lambda: steer.main(steer.Config(sae=["saes/sae"], features=["1"], num_prompts=1, device="cpu")),
+        lambda: steer.main(
+            steer.Config(sae=["saes/sae"], features=["1"], num_prompts=1, device="cpu")
+        ),
     ):
         run()
-        assert "was collected otherwise than the SAE's training vectors: seed 5, not 0" in capsys.readouterr().out
+        assert (
+            "was collected otherwise than the SAE's training vectors: seed 5, not 0"
+            in capsys.readouterr().out
+        )
 
 
 def test_the_same_path_collected_anew_with_another_model_is_refused(copy):
@@ -129,7 +138,10 @@ def test_the_same_path_collected_anew_with_another_model_is_refused(copy):
         lambda: features.main(features.Config(sae="saes/sae", device="cpu")),
         lambda: steer.main(steer.Config(sae=["saes/sae"], features=["1"], device="cpu")),
     ):
-        with pytest.raises(UsageError, match="does not belong to .*the weights are those of .*SAE was trained on .*--transfer"):
+        with pytest.raises(
+            UsageError,
+            match="does not belong to .*the weights are those of .*SAE was trained on .*--transfer",
+        ):
             run()
     evaluate.main(evaluate_config(transfer=True))
     assert "the weights are those of" in read("evaluations/sae/evaluate.json")["transfer"][0]
@@ -137,23 +149,33 @@ def test_the_same_path_collected_anew_with_another_model_is_refused(copy):
 
 def test_held_out_is_what_the_sae_never_saw_also_in_an_extended_collection(copy):
     seen = Activations([copy / "acts" / f"{HOOK}.npy"])
-    trained = {prompt_key({"prompt": PROMPTS[unit[1] // seen.files[0].tokens // 2]}) for unit in seen.training_units}
+    trained = {
+        prompt_key({"prompt": PROMPTS[unit[1] // seen.files[0].tokens // 2]})
+        for unit in seen.training_units
+    }
     evaluate.main(evaluate_config())
     before = read("evaluations/sae/evaluate.json")
-    assert before["fvu"] == pytest.approx(read("saes/sae/cfg.json")["fvu"], rel=1e-9) and before["surely_unseen"]
+    assert (
+        before["fvu"] == pytest.approx(read("saes/sae/cfg.json")["fvu"], rel=1e-9)
+        and before["surely_unseen"]
+    )
 
     collect.main(collect_config(rows="both", max_num_examples=24))
     evaluate.main(evaluate_config())
     after = read("evaluations/sae/evaluate.json")
     x = np.load(copy / "acts" / f"{HOOK}.npy").astype(np.float32)
-    unseen = [i for i, prompt in enumerate(PROMPTS) if prompt_key({"prompt": prompt}) not in trained]
+    unseen = [
+        i for i, prompt in enumerate(PROMPTS) if prompt_key({"prompt": prompt}) not in trained
+    ]
     vectors = torch.from_numpy(x[unseen]).flatten(0, -2)
     sae = Sae.load_from_disk("saes/sae")
     metrics = Metrics(sae.num_latents)
     with torch.no_grad():
         top_acts, top_indices = sae.encode(vectors)
         metrics.update(vectors, sae.decode(top_acts, top_indices), top_acts, top_indices)
-    assert after["vectors"] == len(vectors) == 12 * 2 * x.shape[2] and after["fvu"] == pytest.approx(metrics.fvu, rel=1e-5)
+    assert after["vectors"] == len(vectors) == 12 * 2 * x.shape[2] and after[
+        "fvu"
+    ] == pytest.approx(metrics.fvu, rel=1e-5)
 
 
 def test_a_collection_that_was_seen_whole_has_nothing_held_out(copy):
@@ -172,7 +194,10 @@ def test_a_collection_that_was_seen_whole_has_nothing_held_out(copy):
 
 def test_other_weights_under_the_same_name_do_not_extend_a_collection(copy):
     other_weights(copy / "model")
-    with pytest.raises(UsageError, match="from a model with other weights or settings of its unet, under the same name"):
+    with pytest.raises(
+        UsageError,
+        match="from a model with other weights or settings of its unet, under the same name",
+    ):
         collect.main(collect_config(rows="both", max_num_examples=24))
 
 
@@ -183,15 +208,21 @@ def test_settings_and_vocabularies_are_part_of_the_model(copy, part, capsys):
         path = copy / "model/unet/config.json"
         path.write_text(json.dumps(read(path) | {"attention_head_dim": 4}))
     else:
-        path = next((copy / "model/tokenizer").glob("tokenizer.json"), copy / "model/tokenizer/vocab.json")
+        path = next(
+            (copy / "model/tokenizer").glob("tokenizer.json"), copy / "model/tokenizer/vocab.json"
+        )
         text = path.read_text()
         path.write_text(
-            text.replace('"a</w>": ', '"swapped": ').replace('"b</w>": ', '"a</w>": ').replace('"swapped": ', '"b</w>": ')
+            text.replace('"a</w>": ', '"swapped": ')
+            .replace('"b</w>": ', '"a</w>": ')
+            .replace('"swapped": ', '"b</w>": ')
         )
         assert path.read_text() != text
     with pytest.raises(UsageError, match=f"other weights or settings of its {part}"):
         collect.main(collect_config(rows="both", max_num_examples=24))
-    config = steer.Config(sae=["saes/sae"], features=["1"], multiply=[0.0], num_prompts=1, device="cpu")
+    config = steer.Config(
+        sae=["saes/sae"], features=["1"], multiply=[0.0], num_prompts=1, device="cpu"
+    )
     if part == "unet":
         with pytest.raises(UsageError, match="does not belong to the model"):
             steer.main(config)
@@ -224,7 +255,15 @@ def test_prompts_of_ones_own_keep_their_own_negative_prompts(copy):
     collect.main(collect_config(negative_prompt="blurred", out_dir="negative"))
     train_sae(Path("negative") / f"{HOOK}.npy", "negative")
     Path("own.csv").write_text("prompt,negative_prompt\na cat,red\na dog,blue\n")
-    steer.main(steer.Config(sae=["saes/negative"], features=["1"], multiply=[0.0], dataset_name="own.csv", device="cpu"))
+    steer.main(
+        steer.Config(
+            sae=["saes/negative"],
+            features=["1"],
+            multiply=[0.0],
+            dataset_name="own.csv",
+            device="cpu",
+        )
+    )
     assert read("steer/1_x0/steer.json")["arguments"]["negative_prompt"] == ["red", "blue"]
 
 
@@ -236,7 +275,9 @@ def test_one_side_of_the_size_alone_is_refused(copy):
 @pytest.mark.parametrize("mask", [["0", "0", "50", "50"], ["0.5", "0", "0.2", "1"], ["deep.png"]])
 def test_masks_that_are_not_understood_are_refused(copy, mask):
     Image.fromarray(np.full((8, 8), 60_000, np.uint16)).save("deep.png")
-    config = steer.Config(sae=["saes/sae"], features=["1"], multiply=[0.0], num_prompts=1, mask=mask, device="cpu")
+    config = steer.Config(
+        sae=["saes/sae"], features=["1"], multiply=[0.0], num_prompts=1, mask=mask, device="cpu"
+    )
     with pytest.raises(UsageError, match="--mask"):
         steer.main(config)
 
@@ -245,7 +286,10 @@ def test_what_is_transparent_in_a_mask_is_not_edited(tmp_path):
     pixels = np.full((8, 8, 4), 255, np.uint8)
     pixels[:, 4:, 3] = 0
     Image.fromarray(pixels).save(tmp_path / "mask.png")
-    assert steer.token_mask([str(tmp_path / "mask.png")], (8, 8)).view(8, 8).sum(0).tolist() == [8] * 4 + [0] * 4
+    assert (
+        steer.token_mask([str(tmp_path / "mask.png")], (8, 8)).view(8, 8).sum(0).tolist()
+        == [8] * 4 + [0] * 4
+    )
 
 
 def test_another_scheduler_does_not_extend_a_collection(copy):
@@ -272,7 +316,9 @@ def test_prompts_that_the_model_reads_alike_are_one(twin):
     assert prompt_key({"prompt": twin}) == prompt_key({"prompt": "a red picture"})
     assert prompt_key({"prompt": "cafe\u0301"}) == prompt_key({"prompt": "caf\u00e9"})
     assert prompt_key({"prompt": "a red picture"}) != prompt_key({"prompt": "a blue picture"})
-    assert prompt_key({"prompt": "", "image": "a.png"}) != prompt_key({"prompt": "", "image": "b.png"})
+    assert prompt_key({"prompt": "", "image": "a.png"}) != prompt_key(
+        {"prompt": "", "image": "b.png"}
+    )
     assert prompt_key({"prompt": "", "seed": 1}) != prompt_key({"prompt": "", "seed": 2})
 
 
@@ -292,7 +338,11 @@ def test_both_spellings_of_a_prompt_lie_on_one_side(tmp_path):
 def test_a_listing_that_is_not_the_collections_is_refused(copy, how):
     listing = copy / "acts/prompts.jsonl"
     lines = listing.read_text().splitlines(keepends=True)
-    changed = {"short": lines[:-1], "another order": lines[::-1], "another text": [lines[0].replace("blue", "green"), *lines[1:]]}
+    changed = {
+        "short": lines[:-1],
+        "another order": lines[::-1],
+        "another text": [lines[0].replace("blue", "green"), *lines[1:]],
+    }
     listing.unlink()
     if how != "missing":
         listing.write_text("".join(changed[how]))
@@ -302,7 +352,10 @@ def test_a_listing_that_is_not_the_collections_is_refused(copy, how):
         lambda: features.main(features.Config(sae="saes/sae", device="cpu")),
         lambda: steer.main(steer.Config(sae=["saes/sae"], concept="red", device="cpu")),
     ):
-        with pytest.raises(UsageError, match="prompts.jsonl (is not there|does not say the prompts|was changed after)"):
+        with pytest.raises(
+            UsageError,
+            match="prompts.jsonl (is not there|does not say the prompts|was changed after)",
+        ):
             run()
 
 
@@ -311,7 +364,13 @@ def test_another_image_under_the_same_name_does_not_extend_a_collection(copy, tm
     photos.mkdir()
     for i in range(4):
         Image.fromarray(np.full((64, 64, 3), 60 * i, np.uint8)).save(photos / f"{i}.png")
-    options = dict(images=str(photos), dataset_name=None, num_inference_steps=None, out_dir="photo_acts", batch_size=2)
+    options = dict(
+        images=str(photos),
+        dataset_name=None,
+        num_inference_steps=None,
+        out_dir="photo_acts",
+        batch_size=2,
+    )
     collect.main(collect_config(**options, max_num_examples=2))
     shutil.copy(photos / "3.png", photos / "0.png")
     with pytest.raises(UsageError, match="holds a collection of other prompts"):
@@ -328,7 +387,9 @@ def test_images_in_another_order_are_refused(copy):
     first = (images / "0.webp").read_bytes()
     shutil.copy(images / "1.webp", images / "0.webp")
     (images / "1.webp").write_bytes(first)
-    with pytest.raises(UsageError, match="rows 0 to 7 do not have the images that collect.py saved"):
+    with pytest.raises(
+        UsageError, match="rows 0 to 7 do not have the images that collect.py saved"
+    ):
         features.main(config)
     shutil.rmtree(images)
     features.main(config)
@@ -347,8 +408,13 @@ def test_an_sae_finds_its_own_data_and_model_from_anywhere(copy, tmp_path, monke
     collect.main(collect_config(dataset_name=PROMPTS[0], rows="both"))
     shutil.rmtree(other / "saes")
     evaluate.main(evaluate.Config(sae="../project/saes/sae", device="cpu"))
-    assert Path(read("evaluations/sae/evaluate.json")["data"][0]).resolve() == (copy / "acts" / f"{HOOK}.npy").resolve()
-    steer.main(steer.Config(sae=["../project/saes/sae"], features=["1"], num_prompts=2, device="cpu"))
+    assert (
+        Path(read("evaluations/sae/evaluate.json")["data"][0]).resolve()
+        == (copy / "acts" / f"{HOOK}.npy").resolve()
+    )
+    steer.main(
+        steer.Config(sae=["../project/saes/sae"], features=["1"], num_prompts=2, device="cpu")
+    )
     report = read(next(Path("steer").glob("*/steer.json")))
     assert set(report["prompts"]) <= set(PROMPTS)
     moved = tmp_path / "moved"
@@ -372,14 +438,26 @@ def described(path, **changes):
     return target
 
 
-@pytest.mark.parametrize("change", [{"hook_name": "mid_block"}, {"side": "input"}, {"rows": "uncond"}, {"stream": "text"}])
+@pytest.mark.parametrize(
+    "change",
+    [{"hook_name": "mid_block"}, {"side": "input"}, {"rows": "uncond"}, {"stream": "text"}],
+)
 def test_data_of_another_site_are_refused_or_marked(copy, change):
     path = copy / "acts" / f"{HOOK}.npy"
-    other = path.with_name(f"{HOOK}.uncond.npy") if change == {"rows": "uncond"} else described(path, **change)
+    other = (
+        path.with_name(f"{HOOK}.uncond.npy")
+        if change == {"rows": "uncond"}
+        else described(path, **change)
+    )
     if change == {"stream": "text"}:
-        np.save(other.with_name("other.lengths.npy"), np.full(16, np.load(other, mmap_mode="r").shape[2]))
+        np.save(
+            other.with_name("other.lengths.npy"),
+            np.full(16, np.load(other, mmap_mode="r").shape[2]),
+        )
     (key, value), *_ = change.items()
-    with pytest.raises(UsageError, match=f"does not belong to .*: {key} '{value}', and the SAE was trained on"):
+    with pytest.raises(
+        UsageError, match=f"does not belong to .*: {key} '{value}', and the SAE was trained on"
+    ):
         evaluate.main(evaluate_config(data=[str(other)]))
     with pytest.raises(UsageError, match="does not belong to"):
         features.main(features.Config(sae="saes/sae", data=[str(other)], device="cpu"))
@@ -397,7 +475,9 @@ def test_an_sae_of_unconditional_rows_edits_those(copy, monkeypatch):
         return edits
 
     monkeypatch.setattr(feature_edits, "replacing_edits", spy)
-    config = steer.Config(sae=["saes/uncond"], features=["1"], add=[3.0], num_prompts=1, device="cpu")
+    config = steer.Config(
+        sae=["saes/uncond"], features=["1"], add=[3.0], num_prompts=1, device="cpu"
+    )
     steer.main(config)
     assert roles and all(rows == ["uncond"] for rows in roles)
 
@@ -409,7 +489,9 @@ def test_an_sae_says_where_it_belongs(copy, tmp_path):
     assert set(saes) == {HOOK, f"{HOOK}.uncond", f"{HOOK}.diff"}
     assert saes[f"{HOOK}.diff"].hook_point == HookPoint(HOOK, "diff", "image", "cond")
     model = HookedDiffusionModel.from_pretrained("model", device="cpu")
-    generation = Generation(PROMPTS[:1], [0], options=model.arguments(1, "latent", {"num_inference_steps": 1}))
+    generation = Generation(
+        PROMPTS[:1], [0], options=model.arguments(1, "latent", {"num_inference_steps": 1})
+    )
     with pytest.raises(UsageError, match="the SAE was trained on .*diff"):
         evaluate.graft(model, saes[f"{HOOK}.diff"], HookPoint(HOOK), generation, 1)
     evaluate.graft(model, saes[f"{HOOK}.diff"], HookPoint(HOOK), generation, 1, transfer=True)
@@ -418,12 +500,16 @@ def test_an_sae_says_where_it_belongs(copy, tmp_path):
 def test_samples_of_another_size_keep_the_active_latents_per_token(tmp_path):
     x = np.random.default_rng(0).normal(size=(8, 2, 16, 8)).astype(np.float32)
     np.save(tmp_path / "x.npy", x)
-    config = train.Config(data=[str(tmp_path / "x.npy")], num_latents=[64], k=[32], activation="sampletopk")
+    config = train.Config(
+        data=[str(tmp_path / "x.npy")], num_latents=[64], k=[32], activation="sampletopk"
+    )
     (folder,) = train.main(replace(config, out_dir=str(tmp_path), run_name="sae", device="cpu"))
     sae = Sae.load_from_disk(folder)
     for tokens in (4, 16, 64):
         acts = sae.encode(torch.randn(3, tokens, 8) * 5).top_acts
-        assert ((acts > 0).sum((1, 2)) <= 2 * tokens).all() and (acts > 0).sum() >= 0.9 * 3 * 2 * tokens
+        assert ((acts > 0).sum((1, 2)) <= 2 * tokens).all() and (
+            acts > 0
+        ).sum() >= 0.9 * 3 * 2 * tokens
 
 
 # --------------------------------------------------------------------------------------------------------- suggestions
@@ -432,9 +518,15 @@ def test_samples_of_another_size_keep_the_active_latents_per_token(tmp_path):
 def test_several_files_are_all_trained_or_named(copy, monkeypatch, capsys):
     shutil.rmtree(copy / "acts")
     collect.main(collect_config(rows="both", out_dir="activations"))
-    assert "python train.py --data activations, which trains an SAE for each of the 2 files" in capsys.readouterr().out
+    assert (
+        "python train.py --data activations, which trains an SAE for each of the 2 files"
+        in capsys.readouterr().out
+    )
     train.main(train.Config(num_latents=[64], k=[4], run_name="one", device="cpu"))
-    assert "the newest of 2 files there; --data activations trains an SAE for each" in capsys.readouterr().out
+    assert (
+        "the newest of 2 files there; --data activations trains an SAE for each"
+        in capsys.readouterr().out
+    )
 
 
 def test_the_newest_sae_of_a_sweep(tmp_path, monkeypatch):
@@ -448,26 +540,45 @@ def test_the_newest_sae_of_a_sweep(tmp_path, monkeypatch):
 # --------------------------------------------------------------------------------------------- generation of its own
 
 
-def test_steering_an_sae_of_real_images_needs_prompts_and_takes_the_pipelines_settings(copy, tmp_path):
+def test_steering_an_sae_of_real_images_needs_prompts_and_takes_the_pipelines_settings(
+    copy, tmp_path
+):
     (tmp_path / "photos").mkdir()
     for i in range(6):
         pixels = np.random.default_rng(i).integers(0, 255, (64, 64, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / "photos" / f"{i}.png")
-    options = dict(images=str(tmp_path / "photos"), dataset_name=None, num_inference_steps=None, out_dir="photo_acts")
+    options = dict(
+        images=str(tmp_path / "photos"),
+        dataset_name=None,
+        num_inference_steps=None,
+        out_dir="photo_acts",
+    )
     collect.main(collect_config(**options))
     train_sae(Path("photo_acts") / f"{HOOK}.npy", "photos")
-    config = steer.Config(sae=["saes/photos"], features=["1"], multiply=[0.0], num_prompts=1, device="cpu")
-    with pytest.raises(UsageError, match="real images without captions .*: name prompts with --dataset_name"):
+    config = steer.Config(
+        sae=["saes/photos"], features=["1"], multiply=[0.0], num_prompts=1, device="cpu"
+    )
+    with pytest.raises(
+        UsageError, match="real images without captions .*: name prompts with --dataset_name"
+    ):
         steer.main(config)
     steer.main(replace(config, dataset_name="a red picture"))
     arguments = read("steer/1_x0/steer.json")["arguments"]
-    assert not {"num_inference_steps", "guidance_scale"} & arguments.keys()  # so that the pipeline takes its own
+    assert (
+        not {"num_inference_steps", "guidance_scale"} & arguments.keys()
+    )  # so that the pipeline takes its own
 
 
 def test_prompts_of_ones_own_keep_the_collections_negative_prompt(copy):
     collect.main(collect_config(negative_prompt="blurred", out_dir="negative"))
     train_sae(Path("negative") / f"{HOOK}.npy", "negative")
-    config = steer.Config(sae=["saes/negative"], features=["1"], multiply=[0.0], dataset_name="a red picture", device="cpu")
+    config = steer.Config(
+        sae=["saes/negative"],
+        features=["1"],
+        multiply=[0.0],
+        dataset_name="a red picture",
+        device="cpu",
+    )
     steer.main(config)
     assert read("steer/1_x0/steer.json")["arguments"]["negative_prompt"] in ("blurred", ["blurred"])
     steer.main(replace(config, negative_prompt="ugly", out_dir="other"))
@@ -488,10 +599,16 @@ def test_a_graft_of_an_sae_that_lay_there_before_does_not_stay(copy, capsys):
     evaluate.main(replace(config, graft=False))
     assert not (folder / "graft.json").exists() and not (folder / "graft.png").exists()
     assert "was of an SAE that lay at this path before" in capsys.readouterr().out
-    assert (folder / "graft_of_another_sae.json").exists() and (folder / "graft_of_another_sae.png").exists()
-    (folder / "graft.json").write_text("{}")  # of an earlier version, which did not say of which SAE
+    assert (folder / "graft_of_another_sae.json").exists() and (
+        folder / "graft_of_another_sae.png"
+    ).exists()
+    (folder / "graft.json").write_text(
+        "{}"
+    )  # of an earlier version, which did not say of which SAE
     evaluate.main(replace(config, graft=False))
-    assert (folder / "graft.json").exists() and "it can't be checked that it is of this SAE" in capsys.readouterr().out
+    assert (
+        folder / "graft.json"
+    ).exists() and "it can't be checked that it is of this SAE" in capsys.readouterr().out
 
 
 def test_models_with_other_weights_are_refused(copy, tmp_path):
@@ -509,10 +626,16 @@ def test_models_with_other_weights_are_refused(copy, tmp_path):
         steer.main(steer.Config(sae=["saes/sae"], model_name="finetuned", **options))
     steer.main(steer.Config(sae=["saes/sae"], model_name="finetuned", transfer=True, **options))
 
-    collect.main(collect_config("finetuned", hook_names=["up_blocks.0.attentions.1"], out_dir="others"))
+    collect.main(
+        collect_config("finetuned", hook_names=["up_blocks.0.attentions.1"], out_dir="others")
+    )
     train_sae(Path("others/up_blocks.0.attentions.1.npy"), "finetuned")
     with pytest.raises(UsageError, match="finetuned does not belong to the model"):
-        steer.main(steer.Config(sae=["saes/sae", "saes/finetuned"], **options | dict(features=["0:1", "1:1"])))
+        steer.main(
+            steer.Config(
+                sae=["saes/sae", "saes/finetuned"], **options | dict(features=["0:1", "1:1"])
+            )
+        )
 
 
 def test_another_text_encoder_is_said(copy, capsys):
@@ -520,7 +643,9 @@ def test_another_text_encoder_is_said(copy, capsys):
     with torch.no_grad():
         next(pipe.text_encoder.parameters()).mul_(1.01)
     pipe.text_encoder.save_pretrained("model/text_encoder")
-    config = steer.Config(sae=["saes/sae"], features=["1"], multiply=[0.0], num_prompts=1, device="cpu")
+    config = steer.Config(
+        sae=["saes/sae"], features=["1"], multiply=[0.0], num_prompts=1, device="cpu"
+    )
     steer.main(config)
     assert "note: the text_encoder of" in capsys.readouterr().out
 
@@ -528,8 +653,15 @@ def test_another_text_encoder_is_said(copy, capsys):
 def test_files_that_were_collected_otherwise_are_said(copy, capsys):
     collect.main(collect_config(guidance_scale=2.0, seed=40, out_dir="weak"))
     capsys.readouterr()
-    train.main(train.Config(data=[f"acts/{HOOK}.npy", f"weak/{HOOK}.npy"], num_latents=[64], k=[4], device="cpu"))
-    assert "was collected otherwise than acts/" in (out := capsys.readouterr().out) and "guidance_scale 2.0, not" in out
+    train.main(
+        train.Config(
+            data=[f"acts/{HOOK}.npy", f"weak/{HOOK}.npy"], num_latents=[64], k=[4], device="cpu"
+        )
+    )
+    assert (
+        "was collected otherwise than acts/" in (out := capsys.readouterr().out)
+        and "guidance_scale 2.0, not" in out
+    )
     assert "seed" not in out
 
 
@@ -563,7 +695,9 @@ def test_a_fingerprint_sees_each_weight_and_not_the_precision():
 def test_a_fingerprint_of_a_part_of_a_tensor_and_of_its_last_values():
     whole = torch.randn(200).bfloat16()
     part = torch.nn.Module()
-    part.weight = torch.nn.Parameter(whole[3:70])  # begins in the middle of a word, and does not end with one
+    part.weight = torch.nn.Parameter(
+        whole[3:70]
+    )  # begins in the middle of a word, and does not end with one
     before = fingerprint(part)
     for place in (0, 30, 65, 66):
         changed = torch.nn.Module()
@@ -579,7 +713,9 @@ def test_a_copied_sae_knows_what_it_has_seen(copy):
     sae.save_to_disk("elsewhere/deep/copy")
     again = Sae.load_from_disk("elsewhere/deep/copy")
     assert again.training_prompts == sae.training_prompts and again.training_prompts
-    assert [Path(name).resolve() for name in again.cfg["data"]] == [Path(name).resolve() for name in sae.cfg["data"]]
+    assert [Path(name).resolve() for name in again.cfg["data"]] == [
+        Path(name).resolve() for name in sae.cfg["data"]
+    ]
 
 
 def test_an_sae_of_an_earlier_version_on_another_hook_name_is_refused(copy):
@@ -602,13 +738,21 @@ def test_files_of_one_model_with_and_without_a_fingerprint_are_one_data_set(copy
 
 
 def test_a_negative_prompt_counts_for_the_activations_own_prompts_too(copy):
-    config = steer.Config(sae=["saes/sae"], features=["1"], multiply=[0.0], num_prompts=1, negative_prompt="ugly", device="cpu")
+    config = steer.Config(
+        sae=["saes/sae"],
+        features=["1"],
+        multiply=[0.0],
+        num_prompts=1,
+        negative_prompt="ugly",
+        device="cpu",
+    )
     steer.main(config)
     assert read("steer/1_x0/steer.json")["arguments"]["negative_prompt"] in ("ugly", ["ugly"])
 
 
 def test_earlier_versions_are_read_with_a_line(copy, capsys):
-    """Descriptions and SAE folders without fingerprints, sides and prompts: used, and it is said what could not be checked."""
+    """Descriptions and SAE folders without fingerprints, sides and prompts: used, and it is said
+    what could not be checked."""
     cfg = read("saes/sae/cfg.json")
     new = (
         "side",
@@ -635,5 +779,7 @@ def test_earlier_versions_are_read_with_a_line(copy, capsys):
     assert "it can't be checked" in out and "whether the model's weights are the same" in out
     assert read("evaluations/sae/evaluate.json")["fvu"] == pytest.approx(cfg["fvu"], rel=1e-9)
     assert read("evaluations/sae/evaluate.json")["surely_unseen"]  # the digest of the data says so
-    steer.main(steer.Config(sae=["saes/sae"], features=["1"], multiply=[0.0], num_prompts=1, device="cpu"))
+    steer.main(
+        steer.Config(sae=["saes/sae"], features=["1"], multiply=[0.0], num_prompts=1, device="cpu")
+    )
     evaluate.main(evaluate_config(graft=True, num_prompts=1, windows=1))

@@ -1,4 +1,5 @@
-"""Inputs are used as they were meant, or refused in one line: prompt files, foreign SAEs, words, leftovers of killed runs."""
+"""Inputs are used as they were meant, or refused in one line: prompt files, foreign SAEs, words,
+leftovers of killed runs."""
 
 import importlib
 import json
@@ -60,22 +61,40 @@ def prompts_of(path, **options):
 
 @pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
 def test_the_header_of_a_table_says_its_separator(tmp_path, separator):
-    fox, bottles = f'"a red fox{separator} in snow"', "three, green; bottles | in\tall".replace(separator, " ")
+    fox, bottles = (
+        f'"a red fox{separator} in snow"',
+        "three, green; bottles | in\tall".replace(separator, " "),
+    )
     lines = [["style", "Prompt"], ["oil", fox], ["ink", bottles]]
     path = write(tmp_path, "p.csv", "".join(separator.join(line) + "\r\n" for line in lines))
-    assert load_prompts(path) == [{"prompt": fox.strip('"'), "style": "oil"}, {"prompt": bottles, "style": "ink"}]
+    assert load_prompts(path) == [
+        {"prompt": fox.strip('"'), "style": "oil"},
+        {"prompt": bottles, "style": "ink"},
+    ]
 
 
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("prompt\na red fox, in snow\n", "line 2, 'a red fox', has 2 fields where the first line has 1"),
-        ("prompt,style\na blue star,oil\na red fox, in snow,oil\n", "line 3, 'a red fox', has 3 fields"),
-        ("prompt,style\na red fox\n", "line 2, 'a red fox', has 1 fields where the first line has 2"),
+        (
+            "prompt\na red fox, in snow\n",
+            "line 2, 'a red fox', has 2 fields where the first line has 1",
+        ),
+        (
+            "prompt,style\na blue star,oil\na red fox, in snow,oil\n",
+            "line 3, 'a red fox', has 3 fields",
+        ),
+        (
+            "prompt,style\na red fox\n",
+            "line 2, 'a red fox', has 1 fields where the first line has 2",
+        ),
         ("prompt;style\na red fox\n", "line 2, 'a red fox', has 1 fields"),
         ('prompt,style\n"a red\nfox",oil\na dog\n', "line 4, 'a dog'"),
         ("a red fox\na blue star\n", "put a line with the word prompt above it"),
-        ("a red fox, in snow\na blue star, at night\n", "no column prompt, caption or text in its first line"),
+        (
+            "a red fox, in snow\na blue star, at night\n",
+            "no column prompt, caption or text in its first line",
+        ),
         ("prompt,style;caption\na,b;c\n", "several separators"),
         ("prompt,style,prompt\na,b,c\n", "names column 'prompt' twice"),
         ('prompt,style\n"a red fox" in snow,oil\n', "line 2"),
@@ -100,11 +119,15 @@ def test_a_column_of_an_unusual_name_is_named(tmp_path):
 
 def test_blank_lines_spaces_and_marks(tmp_path):
     assert prompts_of(write(tmp_path, "a.csv", "\n\nprompt\n\na fox\n\n")) == ["a fox"]
-    assert load_prompts(write(tmp_path, "b.csv", "prompt,style\na fox,oil\n,\n,\n")) == [{"prompt": "a fox", "style": "oil"}]
+    assert load_prompts(write(tmp_path, "b.csv", "prompt,style\na fox,oil\n,\n,\n")) == [
+        {"prompt": "a fox", "style": "oil"}
+    ]
     assert load_prompts(write(tmp_path, "c.csv", 'style, prompt\noil, "a fox, red"\n')) == [
         {"prompt": "a fox, red", "style": "oil"}
     ]
-    assert prompts_of(write(tmp_path, "d.csv", 'prompt,style\n"a fox\nin snow",oil\n')) == ["a fox\nin snow"]
+    assert prompts_of(write(tmp_path, "d.csv", 'prompt,style\n"a fox\nin snow",oil\n')) == [
+        "a fox\nin snow"
+    ]
     assert prompts_of(write(tmp_path, "e.txt", "a fox\ra dog\r")) == ["a fox", "a dog"]
     assert load_prompts(write(tmp_path, "f.tsv", "prompt\tstyle\na fox, red\toil\n")) == [
         {"prompt": "a fox, red", "style": "oil"}
@@ -127,29 +150,49 @@ def test_encodings_that_nobody_names_are_not_guessed(tmp_path):
 
 
 def test_json_arrays(tmp_path):
-    assert load_prompts(write(tmp_path, "a.json", '["a fox", "a dog"]')) == [{"prompt": "a fox"}, {"prompt": "a dog"}]
-    assert load_prompts(write(tmp_path, "b.JSON", '[\n{"prompt": "a fox",\n "n": 1}]')) == [{"prompt": "a fox", "n": 1}]
+    assert load_prompts(write(tmp_path, "a.json", '["a fox", "a dog"]')) == [
+        {"prompt": "a fox"},
+        {"prompt": "a dog"},
+    ]
+    assert load_prompts(write(tmp_path, "b.JSON", '[\n{"prompt": "a fox",\n "n": 1}]')) == [
+        {"prompt": "a fox", "n": 1}
+    ]
     for text in ('{"prompt": {"0": "a fox"}}', '{"prompt": "a"}\n{"prompt": "b"}\n', "[1]"):
         with pytest.raises(UsageError, match="array of objects or of texts|is named .jsonl"):
             load_prompts(write(tmp_path, "c.json", text))
 
 
 def test_rows_without_a_prompt_are_named(tmp_path):
-    with pytest.raises(UsageError, match="row 1: column 'prompt' is no text: None"):  # and style is not taken for it
-        load_prompts(write(tmp_path, "a.jsonl", '{"prompt": null, "style": "oil"}\n{"prompt": "a fox", "style": "ink"}\n'))
+    with pytest.raises(
+        UsageError, match="row 1: column 'prompt' is no text: None"
+    ):  # and style is not taken for it
+        load_prompts(
+            write(
+                tmp_path,
+                "a.jsonl",
+                '{"prompt": null, "style": "oil"}\n{"prompt": "a fox", "style": "ink"}\n',
+            )
+        )
     with pytest.raises(UsageError, match="row 2: column 'prompt' is no text: None"):
         load_prompts(write(tmp_path, "b.jsonl", '{"prompt": "a fox"}\n{"caption": "a dog"}\n'))
     with pytest.raises(UsageError, match="row 2: column 'no' is no text"):
         load_prompts(
-            write(tmp_path, "c.jsonl", '{"prompt": "a", "no": "b"}\n{"prompt": "a", "no": ["c"]}\n'), negative_prompt="no"
+            write(
+                tmp_path, "c.jsonl", '{"prompt": "a", "no": "b"}\n{"prompt": "a", "no": ["c"]}\n'
+            ),
+            negative_prompt="no",
         )
 
 
-@pytest.mark.parametrize("text", ["prompt\na fox\n", "prompt,seed\na fox,1\n", "Caption\tstyle\na fox\toil\n"])
+@pytest.mark.parametrize(
+    "text", ["prompt\na fox\n", "prompt,seed\na fox,1\n", "Caption\tstyle\na fox\toil\n"]
+)
 def test_a_table_named_txt_is_refused(tmp_path, text):
     with pytest.raises(UsageError, match="names columns; name a table .csv"):
         load_prompts(write(tmp_path, "p.txt", text))
-    assert prompts_of(write(tmp_path, "q.txt", "a prompt, text, in red\n")) == ["a prompt, text, in red"]
+    assert prompts_of(write(tmp_path, "q.txt", "a prompt, text, in red\n")) == [
+        "a prompt, text, in red"
+    ]
 
 
 def test_a_missing_file_is_no_prompt(tmp_path):
@@ -165,7 +208,16 @@ def test_a_prompt_longer_than_a_file_name(trained, model_folder, tmp_path):
     with pytest.raises(UsageError, match="no prompt file a red fox"):
         load_prompts(f"{prompt}.txt")
     size = '{"height": 64, "width": 64}'
-    few = ("--model_name", model_folder, "--dataset_name", prompt, "--num_inference_steps", 2, "--out_dir", "out")
+    few = (
+        "--model_name",
+        model_folder,
+        "--dataset_name",
+        prompt,
+        "--num_inference_steps",
+        2,
+        "--out_dir",
+        "out",
+    )
     commands = {
         "collect.py": ("--hook_names", "mid_block", "--height", 64, "--width", 64),
         "ablate.py": ("--hook_names", "mid_block", "--height", 64, "--width", 64),
@@ -176,11 +228,16 @@ def test_a_prompt_longer_than_a_file_name(trained, model_folder, tmp_path):
         folder.mkdir()
         done = run_script(script, *few, *options, cwd=folder)
         assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "collect.py" / "out" / "prompts.jsonl").read_text())["prompt"] == prompt
+    assert (
+        json.loads((tmp_path / "collect.py" / "out" / "prompts.jsonl").read_text())["prompt"]
+        == prompt
+    )
 
 
 def test_seeds_and_negative_prompts_of_a_table(tmp_path):
-    path = write(tmp_path, "p.csv", "prompt,Negative Prompt,seed,style\na fox,dark,7,oil\na dog,,3.0,ink\n")
+    path = write(
+        tmp_path, "p.csv", "prompt,Negative Prompt,seed,style\na fox,dark,7,oil\na dog,,3.0,ink\n"
+    )
     rows = load_prompts(path)
     assert rows == [
         {"prompt": "a fox", "negative_prompt": "dark", "style": "oil", "seed": 7},
@@ -188,8 +245,13 @@ def test_seeds_and_negative_prompts_of_a_table(tmp_path):
     ]
     assert [row["seed"] for row in with_seeds(rows, 0)] == [7, 3]
     assert [row["seed"] for row in with_seeds(rows, 0, images_each=2)] == [7, 8, 3, 4]
-    assert [row["seed"] for row in with_seeds([{"prompt": "a"}, {"prompt": "b"}], 5, images_each=2)] == [5, 6, 7, 8]
-    assert [row["negative_prompt"] for row in load_prompts(path, negative_prompt="grey")] == ["grey", "grey"]
+    assert [
+        row["seed"] for row in with_seeds([{"prompt": "a"}, {"prompt": "b"}], 5, images_each=2)
+    ] == [5, 6, 7, 8]
+    assert [row["negative_prompt"] for row in load_prompts(path, negative_prompt="grey")] == [
+        "grey",
+        "grey",
+    ]
     with pytest.raises(UsageError, match="--seed 5: the data set has a column seed"):
         with_seeds(rows, 5)
     empty = write(tmp_path, "q.csv", "prompt,negative_prompt\na fox,\n")
@@ -211,21 +273,41 @@ def test_seeds_of_some_rows_only(tmp_path):
 
 def collect_tiny(model_folder, tmp_path, **options):
     """Collect mid_block of the tiny model in two steps; the lines of prompts.jsonl."""
-    defaults = dict(model_name=str(model_folder), hook_names=["mid_block"], num_inference_steps=2, height=32, width=32)
+    defaults = dict(
+        model_name=str(model_folder),
+        hook_names=["mid_block"],
+        num_inference_steps=2,
+        height=32,
+        width=32,
+    )
     defaults |= dict(out_dir=str(tmp_path / "acts"), store_dtype="float32", device="cpu")
     cfg = collect.Config(**defaults | options)
     collect.main(cfg)
-    return [json.loads(line) for line in (Path(cfg.out_dir) / "prompts.jsonl").read_text("utf-8").splitlines()]
+    return [
+        json.loads(line)
+        for line in (Path(cfg.out_dir) / "prompts.jsonl").read_text("utf-8").splitlines()
+    ]
 
 
 def test_a_collection_uses_the_columns_of_its_data_set(model_folder, tmp_path):
-    """With the seeds and negative prompts in the table it has the bytes of one whose options say the same."""
+    """With the seeds and negative prompts in the table it has the bytes of one whose options say
+    the same."""
     path = write(
-        tmp_path, "P.CSV", "prompt;negative_prompt;seed\n" + "".join(f"{p};dark;{7 + i}\n" for i, p in enumerate(PROMPTS))
+        tmp_path,
+        "P.CSV",
+        "prompt;negative_prompt;seed\n"
+        + "".join(f"{p};dark;{7 + i}\n" for i, p in enumerate(PROMPTS)),
     )
     plain = write(tmp_path, "p.txt", "\n".join(PROMPTS))
     lines = collect_tiny(model_folder, tmp_path, dataset_name=path, out_dir=str(tmp_path / "a"))
-    same = collect_tiny(model_folder, tmp_path, dataset_name=plain, out_dir=str(tmp_path / "b"), seed=7, negative_prompt="dark")
+    same = collect_tiny(
+        model_folder,
+        tmp_path,
+        dataset_name=plain,
+        out_dir=str(tmp_path / "b"),
+        seed=7,
+        negative_prompt="dark",
+    )
     other = collect_tiny(model_folder, tmp_path, dataset_name=plain, out_dir=str(tmp_path / "c"))
     assert lines == same and [line["seed"] for line in lines] == [7, 8, 9] and other != lines
     a, b, c = ((tmp_path / name / "mid_block.npy").read_bytes() for name in "abc")
@@ -279,24 +361,49 @@ def test_a_key_that_is_off_may_change_the_meaning(tmp_path, key):
 
 
 def test_an_export_for_saelens_comes_back_with_its_hook_point(tmp_path):
-    site = {"hook_name": "mid_block", "side": "diff", "stream": "image", "rows": "uncond", "fingerprint": "a-b"}
+    site = {
+        "hook_name": "mid_block",
+        "side": "diff",
+        "stream": "image",
+        "rows": "uncond",
+        "fingerprint": "a-b",
+    }
     Sae(12, 30, 4, site | {"model_name": "toy"}).save_to_disk(tmp_path / "sae")
-    export.main(export.Config(sae=str(tmp_path / "sae"), export="saelens", out_dir=str(tmp_path / "exported")))
+    export.main(
+        export.Config(
+            sae=str(tmp_path / "sae"), export="saelens", out_dir=str(tmp_path / "exported")
+        )
+    )
     sae = Sae.load_from_disk(tmp_path / "exported")
-    assert sae.hook_point == HookPoint("mid_block", "diff", "image", "uncond") and sae.cfg["fingerprint"] == "a-b"
+    assert (
+        sae.hook_point == HookPoint("mid_block", "diff", "image", "uncond")
+        and sae.cfg["fingerprint"] == "a-b"
+    )
 
 
-@pytest.mark.parametrize("text", ["a solid red  star", "a RED\u00a0star", "red\nstar", "\uff52\uff45\uff44 star", "a red star"])
+@pytest.mark.parametrize(
+    "text",
+    ["a solid red  star", "a RED\u00a0star", "red\nstar", "\uff52\uff45\uff44 star", "a red star"],
+)
 def test_a_concept_of_two_words_whatever_stands_between(text):
     assert with_word([text, "a blue ring"], " red  star ").tolist() == [True, False]
 
 
 def test_what_changes_nothing_is_loaded(tmp_path):
     Sae(12, 30, 4).save_to_disk(tmp_path)
-    off = {"signed": False, "jumprelu": None, "transcode": False, "multi_topk": True, "expansion_factor": 32, "some_list": []}
+    off = {
+        "signed": False,
+        "jumprelu": None,
+        "transcode": False,
+        "multi_topk": True,
+        "expansion_factor": 32,
+        "some_list": [],
+    }
     change_json(tmp_path / "cfg.json", off)
     assert Sae.load_from_disk(tmp_path).k == 4
-    change_json(tmp_path / "cfg.json", {"training": {"digest": "0"}, "of_another_version": 1})  # of train.py
+    change_json(
+        tmp_path / "cfg.json", {"training": {"digest": "0"}, "of_another_version": 1}
+    )  # of train.py
     assert Sae.load_from_disk(tmp_path).k == 4
     change_json(tmp_path / "cfg.json", {"num_latents": 31})
     with pytest.raises(UsageError, match="expected encoder.weight"):
@@ -333,13 +440,20 @@ def test_a_dictionary_learning_folder_with_an_unknown_key_is_refused(tmp_path, w
 
 
 @pytest.mark.parametrize(
-    "kind, missing", [("AutoEncoderTopK", ["k", "threshold"]), ("AutoEncoderTopK", ["threshold"]), ("BatchTopKSAE", ["k"])]
+    "kind, missing",
+    [
+        ("AutoEncoderTopK", ["k", "threshold"]),
+        ("AutoEncoderTopK", ["threshold"]),
+        ("BatchTopKSAE", ["k"]),
+    ],
 )
 def test_old_dictionary_learning_files_have_k_in_their_config(tmp_path, kind, missing):
     save_dictionary_by_hand(tmp_path, kind)
     expected = Sae.load_from_disk(tmp_path)
     state = torch.load(tmp_path / "ae.pt", weights_only=True)
-    torch.save({name: tensor for name, tensor in state.items() if name not in missing}, tmp_path / "ae.pt")
+    torch.save(
+        {name: tensor for name, tensor in state.items() if name not in missing}, tmp_path / "ae.pt"
+    )
     sae = Sae.load_from_disk(tmp_path)
     x = torch.randn(20, sae.d_in, generator=torch.Generator().manual_seed(0)) + 3
     assert sae.k == expected.k == 4 and torch.equal(sae(x), expected(x))
@@ -347,7 +461,9 @@ def test_old_dictionary_learning_files_have_k_in_their_config(tmp_path, kind, mi
         config = json.loads((tmp_path / "config.json").read_text())
         del config["trainer"]["k"]
         (tmp_path / "config.json").write_text(json.dumps(config))
-        torch.save({name: tensor for name, tensor in state.items() if name != "k"}, tmp_path / "ae.pt")
+        torch.save(
+            {name: tensor for name, tensor in state.items() if name != "k"}, tmp_path / "ae.pt"
+        )
         with pytest.raises(UsageError, match="k is None"):
             Sae.load_from_disk(tmp_path)
 
@@ -380,15 +496,23 @@ def test_which_prompts_have_a_word(text, word, has):
 
 
 def test_words_with_accents_and_signs_stay_whole():
-    assert words_of("Cafe\u0301, l’été; हिन्दी red-hot") == ["caf\u00e9", "l’été", "हिन्दी", "red-hot"]
+    assert words_of("Cafe\u0301, l’été; हिन्दी red-hot") == [
+        "caf\u00e9",
+        "l’été",
+        "हिन्दी",
+        "red-hot",
+    ]
 
 
 @pytest.mark.parametrize("recipe", [sd15, sdxl, flux, lumina2], ids=lambda f: f.__name__)
 def test_the_text_that_the_encoders_receive(recipe):
-    """A long prompt gives the encoders the ids of its `Encoding`, cut at its limit, and no other word would fit in."""
+    """A long prompt gives the encoders the ids of its `Encoding`, cut at its limit, and no other
+    word would fit in."""
     pipe = build(recipe)
     prompt, received = " ".join(f"w{i}" for i in range(400)), []
-    listen = lambda module, args, kwargs: received.append(kwargs.get("input_ids", args[0] if args else None))
+    listen = lambda module, args, kwargs: received.append(
+        kwargs.get("input_ids", args[0] if args else None)
+    )
     for component in pipe.components.values():
         if hasattr(component, "get_input_embeddings"):
             component.register_forward_pre_hook(listen, with_kwargs=True)
@@ -398,7 +522,9 @@ def test_the_text_that_the_encoders_receive(recipe):
     assert seen.encodings and calls
     for encoding in seen.encodings:
         whole = f"{encoding.before}{encoding.prepared(prompt)}{encoding.after}"
-        ids = list(encoding.tokenizer(whole, truncation=True, max_length=encoding.limit)["input_ids"])
+        ids = list(
+            encoding.tokenizer(whole, truncation=True, max_length=encoding.limit)["input_ids"]
+        )
         assert any(row[: len(ids)] == ids for row in rows) and len(ids) <= encoding.limit
     text = seen.text(prompt)
     more = prompt[: len(text)] + prompt[len(text) :].partition(" w")[0] + " w999"
@@ -433,7 +559,8 @@ LONG = "a picture with very many words that go on and on until the end of what t
 
 @pytest.fixture
 def long_collection(model_folder, tmp_path):
-    """Six prompts, two of which say "dotted" behind the 77 tokens of the encoder, one before; the tiny one counts letters."""
+    """Six prompts, two of which say "dotted" behind the 77 tokens of the encoder, one before; the
+    tiny one counts letters."""
     prompts = [LONG, f"{LONG} too", "a dotted star", "a red fox", "a blue star", "green bottles"]
     path = write(tmp_path, "p.txt", "\n".join(prompts))
     return path, collect_tiny(model_folder, tmp_path, dataset_name=path), tmp_path / "acts"
@@ -448,11 +575,20 @@ def test_words_behind_the_end_of_the_encoder_do_not_count(long_collection, tmp_p
 
     data = str(folder / "mid_block.npy")
     Sae(16, 40, 4, {"data": [data], "hook_name": "mid_block"}).save_to_disk(tmp_path / "sae")
-    page = features.main(features.Config(sae=str(tmp_path / "sae"), out_dir=str(tmp_path / "pages"), device="cpu"))
+    page = features.main(
+        features.Config(sae=str(tmp_path / "sae"), out_dir=str(tmp_path / "pages"), device="cpu")
+    )
     shown = read_page(page)
     where = [caption for caption, *_ in shown["examples"]].index(LONG)
     assert shown["seen"][str(where)] == cut and len(shown["seen"]) == 2
-    assert with_word([seen_text(line) for line in lines], "dotted").tolist() == [False, False, True, False, False, False]
+    assert with_word([seen_text(line) for line in lines], "dotted").tolist() == [
+        False,
+        False,
+        True,
+        False,
+        False,
+        False,
+    ]
 
     sae = Sae.load_from_disk(tmp_path / "sae")
     target = Target(str(tmp_path / "sae"), sae, None, features=[], activations=Activations([data]))
@@ -472,11 +608,17 @@ def test_a_collection_of_an_earlier_version_is_extended(long_collection, model_f
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
 def test_the_search_of_the_page_uses_what_the_encoder_receives(model_folder, tmp_path):
-    path = write(tmp_path, "p.txt", "\n".join([LONG, "a dotted star", "a caf\u00e9", "红色的狐狸", "a red fox", "a dog"]))
+    path = write(
+        tmp_path,
+        "p.txt",
+        "\n".join([LONG, "a dotted star", "a caf\u00e9", "红色的狐狸", "a red fox", "a dog"]),
+    )
     collect_tiny(model_folder, tmp_path, dataset_name=path)
     data = str(tmp_path / "acts" / "mid_block.npy")
     Sae(16, 40, 4, {"data": [data], "hook_name": "mid_block"}).save_to_disk(tmp_path / "sae")
-    options = dict(sae=str(tmp_path / "sae"), out_dir=str(tmp_path / "pages"), device="cpu", top_images=1)
+    options = dict(
+        sae=str(tmp_path / "sae"), out_dir=str(tmp_path / "pages"), device="cpu", top_images=1
+    )
     page = features.main(features.Config(**options))
     shown = read_page(page)
     captions = [caption for caption, *_ in shown["examples"]]
@@ -485,7 +627,11 @@ def test_the_search_of_the_page_uses_what_the_encoder_receives(model_folder, tmp
         browser.open(page)
         set_value = "(() => {{ const q = document.getElementById('{}'); q.value = '{}'; q.dispatchEvent(new Event('{}')); }})()"
         browser.run(set_value.format("where", "prompts", "change"))
-        for query, captions_found in (("dotted", ["a dotted star"]), ("CAFE\u0301", ["a caf\u00e9"]), ("狐狸", ["红色的狐狸"])):
+        for query, captions_found in (
+            ("dotted", ["a dotted star"]),
+            ("CAFE\u0301", ["a caf\u00e9"]),
+            ("狐狸", ["红色的狐狸"]),
+        ):
             browser.run(set_value.format("query", query, "input"))
             count = int(browser.run("document.getElementById('count').textContent").split()[0])
             assert count == sum(caption in captions_found for caption in of_feature), query
@@ -522,9 +668,24 @@ def trained(model_folder, tmp_path_factory):
 
 
 STAGES = {  # module, its options, which of its functions is killed, what is left then
-    "steer, its model": ("steer", {"features": ["3"], "num_prompts": 2}, "load_model", ["steer.json"]),
-    "steer, its numbers": ("steer", {"features": ["3"], "num_prompts": 2}, "write_json", ["steer.json", "steer.png"]),
-    "ablate": ("ablate", {"hook_names": ["mid_block"], "max_num_examples": 2}, "ablate", ["ablate.json"]),
+    "steer, its model": (
+        "steer",
+        {"features": ["3"], "num_prompts": 2},
+        "load_model",
+        ["steer.json"],
+    ),
+    "steer, its numbers": (
+        "steer",
+        {"features": ["3"], "num_prompts": 2},
+        "write_json",
+        ["steer.json", "steer.png"],
+    ),
+    "ablate": (
+        "ablate",
+        {"hook_names": ["mid_block"], "max_num_examples": 2},
+        "ablate",
+        ["ablate.json"],
+    ),
     "evaluate": ("evaluate", {}, "write_json", ["evaluate.json"]),
     "evaluate, its picture": ("evaluate", {}, "plot_evaluation", ["evaluate.json"]),
 }
@@ -554,7 +715,8 @@ def test_the_same_command_again_after_a_kill(trained, model_folder, tmp_path, mo
 
 
 def test_leftovers_of_an_unfinished_run_are_nobody_s_result(tmp_path):
-    """After one that failed before it made anything the next may have other options; else they would mix."""
+    """After one that failed before it made anything the next may have other options; else they
+    would mix."""
     (tmp_path / "steer.json.partial").write_text('{"options": ')
     (tmp_path / "._steer.png").write_bytes(b"\0")
     claim_folder(tmp_path, "steer.json", {"seed": 0})
@@ -568,17 +730,23 @@ def test_leftovers_of_an_unfinished_run_are_nobody_s_result(tmp_path):
     with pytest.raises(UsageError, match="was made with seed 1, not 0"):
         claim_folder(tmp_path, "steer.json", {"seed": 0})
     (tmp_path / "steer.json").unlink()
-    with pytest.raises(UsageError, match="holds something else; choose another --out_dir .steer.png is there"):
+    with pytest.raises(
+        UsageError, match="holds something else; choose another --out_dir .steer.png is there"
+    ):
         claim_folder(tmp_path, "steer.json", {"seed": 1})
 
 
-@pytest.mark.parametrize("left", ["sae_weights.safetensors.partial", "sae_weights.safetensors", "both"])
+@pytest.mark.parametrize(
+    "left", ["sae_weights.safetensors.partial", "sae_weights.safetensors", "both"]
+)
 def test_export_again_after_a_kill(tmp_path, left):
     Sae(12, 30, 4).save_to_disk(tmp_path / "saes" / "mine")
     command = ("export.py", "--sae", "saes/mine", "--export", "saelens")
     whole = tmp_path / "whole"
     Sae.load_from_disk(tmp_path / "saes" / "mine")
-    export.main(export.Config(sae=str(tmp_path / "saes" / "mine"), export="saelens", out_dir=str(whole)))
+    export.main(
+        export.Config(sae=str(tmp_path / "saes" / "mine"), export="saelens", out_dir=str(whole))
+    )
     out = tmp_path / "exported" / "mine"
     out.mkdir(parents=True)
     weights = (whole / "sae_weights.safetensors").read_bytes()
@@ -589,11 +757,18 @@ def test_export_again_after_a_kill(tmp_path, left):
         (out / left).write_bytes(weights[:500])
     done = run_script(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert all((out / name).read_bytes() == (whole / name).read_bytes() for name in ("cfg.json", "sae_weights.safetensors"))
+    assert all(
+        (out / name).read_bytes() == (whole / name).read_bytes()
+        for name in ("cfg.json", "sae_weights.safetensors")
+    )
     (out / "notes.txt").write_text("mine")
     (out / "cfg.json").unlink()
-    with pytest.raises(UsageError, match="holds something else; choose another --out_dir .notes.txt is there"):
-        export.main(export.Config(sae=str(tmp_path / "saes" / "mine"), export="saelens", out_dir=str(out)))
+    with pytest.raises(
+        UsageError, match="holds something else; choose another --out_dir .notes.txt is there"
+    ):
+        export.main(
+            export.Config(sae=str(tmp_path / "saes" / "mine"), export="saelens", out_dir=str(out))
+        )
 
 
 # ------------------------------------------------------------------------------------------------------ other systems
@@ -612,13 +787,23 @@ def test_files_of_macos_are_passed_over(trained, model_folder, tmp_path):
     with pytest.raises(UsageError, match="holds 12 rows, more than 5; nothing to do"):
         collect_tiny(model_folder, tmp_path, max_num_examples=5)
 
-    assert not any(fnmatch(name, pattern) for pattern in hub.NOT_PUSHED for name in ("mid_block.npy", "images/0.webp"))
+    assert not any(
+        fnmatch(name, pattern)
+        for pattern in hub.NOT_PUSHED
+        for name in ("mid_block.npy", "images/0.webp")
+    )
     np.save(folder / ".backup.npy", np.zeros((2, 16), np.float32))  # hidden by a user or an editor
     (folder / ".backup.json").write_text("{}")
     (data,) = open_activations([str(folder)])
     assert data.paths == [str(folder / "mid_block.npy")]
     assert ".backup" not in hub.card(folder, "me/acts", "activations")
-    for name in (".DS_Store", "._mid_block.npy", ".backup.npy", "images/._0.webp", ".thumbs/0.webp"):
+    for name in (
+        ".DS_Store",
+        "._mid_block.npy",
+        ".backup.npy",
+        "images/._0.webp",
+        ".thumbs/0.webp",
+    ):
         assert any(fnmatch(name, pattern) for pattern in hub.NOT_PUSHED), name
 
     for name in ("sae.safetensors", "cfg.json"):
@@ -633,7 +818,9 @@ def test_files_are_read_where_the_system_has_no_preadv(tmp_path, monkeypatch):
     memory = memoryview(bytearray(56))
     with path.open("rb") as file:
         fill(file.fileno(), memory, 200, path)
-        assert bytes(memory) == bytes(range(200, 256)) and file.tell() == 0  # other threads read through it too
+        assert (
+            bytes(memory) == bytes(range(200, 256)) and file.tell() == 0
+        )  # other threads read through it too
         with pytest.raises(UsageError, match="has become shorter"):
             fill(file.fileno(), memory, 201, path)
 
@@ -646,7 +833,9 @@ def test_on_windows_the_first_line_says_that_it_is_not_supported(script, monkeyp
     with pytest.raises(SystemExit) as stopped:
         cli.run(module.main, module.Config)
     error = capsys.readouterr().err
-    assert stopped.value.code == 2 and error.startswith(f"{script}.py: error: Windows is not supported; run this in WSL")
+    assert stopped.value.code == 2 and error.startswith(
+        f"{script}.py: error: Windows is not supported; run this in WSL"
+    )
 
 
 # ------------------------------------------------------------------------------------------------- tiny and huge numbers
@@ -662,7 +851,9 @@ def test_metrics_do_not_depend_on_the_scale(scale):
     found = []
     for factor in (1.0, scale):
         metrics = Metrics(4)
-        metrics.update(factor * x, factor * x_hat, torch.ones(50, 1), torch.zeros(50, 1, dtype=torch.int64))
+        metrics.update(
+            factor * x, factor * x_hat, torch.ones(50, 1), torch.zeros(50, 1, dtype=torch.int64)
+        )
         found.append((metrics.fvu, metrics.cosine))
     assert found[0] == found[1] and 0.9 < found[0][1] < 1
 
@@ -684,10 +875,16 @@ def test_scores_of_features_do_not_depend_on_the_scale(scale):
     scores = torch.rand(20, 3, 30, generator=torch.Generator().manual_seed(0)).relu()
     scores[:, :, 5] = 0
     there = torch.arange(20) % 3 == 0
-    torch.testing.assert_close(contrast(scale * scores, there), contrast(scores, there), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(saeuron(scale * scores, there), saeuron(scores, there), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        contrast(scale * scores, there), contrast(scores, there), rtol=1e-5, atol=1e-6
+    )
+    torch.testing.assert_close(
+        saeuron(scale * scores, there), saeuron(scores, there), rtol=1e-4, atol=1e-6
+    )
     sae = Sae(12, 30, 4)
-    torch.testing.assert_close(toward(sae, scale * scores, there, ~there), toward(sae, scores, there, ~there))
+    torch.testing.assert_close(
+        toward(sae, scale * scores, there, ~there), toward(sae, scores, there, ~there)
+    )
 
 
 def test_scores_of_the_usual_size_are_not_copied():
@@ -695,26 +892,49 @@ def test_scores_of_the_usual_size_are_not_copied():
     assert scaled(scores) is scores
     assert usual_scale(2.0**40 * scores) == 2.0**-41 and usual_scale(-scores * 2.0**40) == 2.0**-41
     assert torch.equal(scaled(2.0**40 * scores), scores / 2)
-    assert usual_scale(torch.tensor([torch.nan, 1e20])) == usual_scale(torch.tensor([torch.inf, 1e-20])) == 1
+    assert (
+        usual_scale(torch.tensor([torch.nan, 1e20]))
+        == usual_scale(torch.tensor([torch.inf, 1e-20]))
+        == 1
+    )
 
 
-@pytest.mark.parametrize("options", [{}, {"activation": "batchtopk"}, {"input_unit_norm": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"activation": "batchtopk"}, {"input_unit_norm": True}], ids=str
+)
 def test_an_sae_of_tiny_activations(tmp_path, options):
-    """It is as good as that of the same vectors in other units; it was not trained with the very same bits."""
+    """It is as good as that of the same vectors in other units; it was not trained with the very
+    same bits."""
     rng = np.random.default_rng(0)
     x = (rng.standard_normal((24, 2, 32, 12)) * rng.uniform(0.2, 3, 12) + 1).astype(np.float32)
     found = []
     for name, scale in (("usual", 1), ("tiny", 2.0**-66)):
         np.save(tmp_path / f"{name}.npy", x * np.float32(scale))
-        size = dict(num_latents=[30], k=[4], num_epochs=3, effective_batch_size=64, device="cpu", out_dir=str(tmp_path / "saes"))
-        (folder,) = train.main(train.Config(data=[str(tmp_path / f"{name}.npy")], run_name=name, **size, **options))
-        evaluate.main(evaluate.Config(sae=str(folder), out_dir=str(tmp_path / "evaluations"), device="cpu"))
+        size = dict(
+            num_latents=[30],
+            k=[4],
+            num_epochs=3,
+            effective_batch_size=64,
+            device="cpu",
+            out_dir=str(tmp_path / "saes"),
+        )
+        (folder,) = train.main(
+            train.Config(data=[str(tmp_path / f"{name}.npy")], run_name=name, **size, **options)
+        )
+        evaluate.main(
+            evaluate.Config(sae=str(folder), out_dir=str(tmp_path / "evaluations"), device="cpu")
+        )
         report = json.loads((tmp_path / "evaluations" / name / "evaluate.json").read_text())
         typical = Typical([str(tmp_path / f"{name}.npy")])
         norm, distance = typical(torch.from_numpy(x[:4, 0] * np.float32(scale)), 0.0)
-        found.append([report["fvu"], report["cosine"], report["l0"], *norm.tolist(), *distance.tolist()])
+        found.append(
+            [report["fvu"], report["cosine"], report["l0"], *norm.tolist(), *distance.tolist()]
+        )
         cfg = json.loads((folder / "cfg.json").read_text())
-        assert cfg["num_training"] == 3 * cfg["num_training_in_data"] and cfg["num_training_in_data"] < 24 * 2 * 32
+        assert (
+            cfg["num_training"] == 3 * cfg["num_training_in_data"]
+            and cfg["num_training_in_data"] < 24 * 2 * 32
+        )
         card = hub.card(folder, "me/sae", "sae")
         assert f"| training vectors in the data | {cfg['num_training_in_data']} |" in card
         assert f"| vectors seen in training, repeats counted | {cfg['num_training']} |" in card
@@ -758,7 +978,8 @@ run(main, Config)
 
 @pytest.fixture
 def start_group(tmp_path):
-    """Starts processes as torchrun on two machines would, without one that ends those of the other machine."""
+    """Starts processes as torchrun on two machines would, without one that ends those of the other
+    machine."""
     every = []
 
     def start(*options, ranks=(0, 1)):
@@ -780,8 +1001,17 @@ def start_processes(tmp_path, options, ranks, count=2):
         port = found.getsockname()[1]
     started = {}
     for rank in ranks:
-        variables = dict(RANK=rank, WORLD_SIZE=count, LOCAL_RANK=0, LOCAL_WORLD_SIZE=1, GROUP_RANK=rank, GROUP_WORLD_SIZE=count)
-        variables |= dict(MASTER_ADDR="localhost", MASTER_PORT=port, PYTHONPATH=Path(cli.__file__).parent)
+        variables = dict(
+            RANK=rank,
+            WORLD_SIZE=count,
+            LOCAL_RANK=0,
+            LOCAL_WORLD_SIZE=1,
+            GROUP_RANK=rank,
+            GROUP_WORLD_SIZE=count,
+        )
+        variables |= dict(
+            MASTER_ADDR="localhost", MASTER_PORT=port, PYTHONPATH=Path(cli.__file__).parent
+        )
         environment = os.environ | {name: str(value) for name, value in variables.items()}
         command = [sys.executable, str(tmp_path / "group.py"), *options]
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -805,27 +1035,38 @@ def test_a_process_that_never_starts_is_named(start_group):
     (alone,) = start_group(ranks=(0,)).values()
     said = alone.communicate(timeout=60)[1]
     assert alone.returncode == 2 and said.count("waiting for process 1 of 2") >= 2
-    assert "group.py (process 0 of 2): error: process 1 of 2 did not start within 15 s; see what it says\n" in said
+    assert (
+        "group.py (process 0 of 2): error: process 1 of 2 did not start within 15 s; see what it says\n"
+        in said
+    )
 
 
 def test_a_process_that_ends_early_is_named(start_group):
     started = start_group("--how", "ends", "--rank", "1")
     said = {rank: process.communicate(timeout=60)[1] for rank, process in started.items()}
     assert "group.py (process 1 of 2): error: no such prompt file\n" in said[1]
-    assert "group.py (process 0 of 2): error: process 1 of 2 has ended; see what it says, the same command resumes\n" in said[0]
+    assert (
+        "group.py (process 0 of 2): error: process 1 of 2 has ended; see what it says, the same command resumes\n"
+        in said[0]
+    )
     assert started[0].returncode == started[1].returncode == 2
 
 
 @pytest.mark.parametrize("how", ["killed", "asleep"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_machine_that_dies_is_noticed(start_group, how, rank):
-    """A stopped process keeps its connections, as a machine without power seems to: "asleep" waits in gloo, "killed" in tell."""
+    """A stopped process keeps its connections, as a machine without power seems to: "asleep" waits
+    in gloo, "killed" in tell."""
     started = start_group("--how", how, "--rank", str(rank))
     wait_until_there(started[rank])
     wait_until_there(started[1 - rank])
     started[rank].send_signal(signal.SIGSTOP)
     said = started[1 - rank].communicate(timeout=40)[1]
-    assert started[1 - rank].returncode == 2 and "error: " in said and "the same command resumes\n" in said
+    assert (
+        started[1 - rank].returncode == 2
+        and "error: " in said
+        and "the same command resumes\n" in said
+    )
     assert "Traceback" not in said
 
 
@@ -833,10 +1074,20 @@ def test_a_machine_that_dies_is_noticed(start_group, how, rank):
 def test_a_negative_prompt_in_a_later_row_counts(tmp_path, first):
     """Whatever the first row has."""
     path = tmp_path / "p.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in (first, {"prompt": "b", "negative_prompt": "blue", "no": "red"})))
+    path.write_text(
+        "".join(
+            json.dumps(row) + "\n"
+            for row in (first, {"prompt": "b", "negative_prompt": "blue", "no": "red"})
+        )
+    )
     assert [row["negative_prompt"] for row in load_prompts(str(path))] == ["", "blue"]
-    assert [row["negative_prompt"] for row in load_prompts(str(path), negative_prompt="no")] == ["", "red"]
-    assert [row["negative_prompt"] for row in load_prompts(str(path), negative_prompt="ugly, blurred")] == ["ugly, blurred"] * 2
+    assert [row["negative_prompt"] for row in load_prompts(str(path), negative_prompt="no")] == [
+        "",
+        "red",
+    ]
+    assert [
+        row["negative_prompt"] for row in load_prompts(str(path), negative_prompt="ugly, blurred")
+    ] == ["ugly, blurred"] * 2
 
 
 def test_a_table_means_the_pictures_beside_it(tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
-"""One class reads activations: damaged, cut, stopped, huge and 16-bit files give the right numbers or one line."""
+"""One class reads activations: damaged, cut, stopped, huge and 16-bit files give the right numbers
+or one line."""
 
 import json
 import os
@@ -35,7 +36,11 @@ HOOK = "mid_block"
 
 
 def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(Path(folder).rglob("*"))
+        if path.is_file()
+    }
 
 
 def flip(path, place):
@@ -50,7 +55,12 @@ def flip(path, place):
 
 def collection_of(model_folder, out_dir, **options):
     """The Config of four batches."""
-    options = dict(hook_names=[HOOK], num_inference_steps=2, batch_size=2, max_num_examples=8, device="cpu") | options
+    options = (
+        dict(
+            hook_names=[HOOK], num_inference_steps=2, batch_size=2, max_num_examples=8, device="cpu"
+        )
+        | options
+    )
     return collect.Config(model_name=str(model_folder), out_dir=str(out_dir), **options)
 
 
@@ -73,9 +83,14 @@ def stop(config, monkeypatch, num_batches):
 MANY_FILES = dict(rows="both", tokens_per_step=5, save_samples=True)
 
 
-@pytest.mark.parametrize("options", [{}, MANY_FILES, dict(side="diff")], ids=["plain", "many files", "diff"])
-def test_damaged_rows_of_a_stopped_collection_are_made_again(options, monkeypatch, model_folder, tmp_path, capsys):
-    """Wherever one bit was flipped: in the rows of any file, in an image, or a whole image is missing."""
+@pytest.mark.parametrize(
+    "options", [{}, MANY_FILES, dict(side="diff")], ids=["plain", "many files", "diff"]
+)
+def test_damaged_rows_of_a_stopped_collection_are_made_again(
+    options, monkeypatch, model_folder, tmp_path, capsys
+):
+    """Wherever one bit was flipped: in the rows of any file, in an image, or a whole image is
+    missing."""
     config = collection_of(model_folder, tmp_path / "whole", **options)
     collect.main(config)
     expected = contents(config.out_dir)
@@ -84,7 +99,10 @@ def test_damaged_rows_of_a_stopped_collection_are_made_again(options, monkeypatc
     stop(stopped, monkeypatch, 3)
     rng = random.Random(0)
     names = [path.name for path in (tmp_path / "stopped").glob("*.npy.partial")]
-    damages = [(name, 128 + rng.randrange((tmp_path / "stopped" / name).stat().st_size // 2)) for name in names]
+    damages = [
+        (name, 128 + rng.randrange((tmp_path / "stopped" / name).stat().st_size // 2))
+        for name in names
+    ]
     damages += [("images/1.webp", 40), ("images/2.webp", None)]
     for number, (name, place) in enumerate(damages):
         folder = tmp_path / str(number)
@@ -99,8 +117,11 @@ def test_damaged_rows_of_a_stopped_collection_are_made_again(options, monkeypatc
         assert contents(folder) == expected, (name, place)
 
 
-def test_a_damaged_line_of_progress_and_a_damaged_header(monkeypatch, model_folder, tmp_path, capsys):
-    """A digit that names a batch that was never made, or rows of another shape; also where only the last renaming is missing."""
+def test_a_damaged_line_of_progress_and_a_damaged_header(
+    monkeypatch, model_folder, tmp_path, capsys
+):
+    """A digit that names a batch that was never made, or rows of another shape; also where only the
+    last renaming is missing."""
     config = collection_of(model_folder, tmp_path / "whole")
     collect.main(config)
     expected = contents(config.out_dir)
@@ -136,14 +157,19 @@ def test_a_damaged_line_of_progress_and_a_damaged_header(monkeypatch, model_fold
         assert contents(folder) == expected
 
 
-def test_lines_without_checksums_are_believed_and_what_is_finished_is_not_read(monkeypatch, model_folder, tmp_path, capsys):
+def test_lines_without_checksums_are_believed_and_what_is_finished_is_not_read(
+    monkeypatch, model_folder, tmp_path, capsys
+):
     config = collection_of(model_folder, tmp_path / "acts", max_num_examples=4)
     stop(config, monkeypatch, 1)
     (tmp_path / "acts" / "progress.jsonl").write_text('{"batch": 0, "rows": 2}\n')
     flip(tmp_path / "acts" / f"{HOOK}.npy.partial", 200)
     collect.main(config)
     lines = (tmp_path / "acts" / "progress.jsonl").read_text().splitlines()
-    assert lines[0] == '{"batch": 0, "rows": 2}' and list(json.loads(lines[1])["crc32"]) == [HOOK, "images/"]
+    assert lines[0] == '{"batch": 0, "rows": 2}' and list(json.loads(lines[1])["crc32"]) == [
+        HOOK,
+        "images/",
+    ]
 
     flip(tmp_path / "acts" / f"{HOOK}.npy", -1)
     collect.main(config)  # nothing to do
@@ -154,13 +180,33 @@ def test_lines_without_checksums_are_believed_and_what_is_finished_is_not_read(m
 
 @pytest.mark.parametrize("damage", [b"", b"garbage", None], ids=["empty", "garbage", "cut"])
 @pytest.mark.parametrize("name", [f"{HOOK}.npy.partial", f"{HOOK}.tokens.npy.partial"])
-def test_a_cut_file_of_a_stopped_collection_is_one_line(name, damage, monkeypatch, model_folder, tmp_path):
+def test_a_cut_file_of_a_stopped_collection_is_one_line(
+    name, damage, monkeypatch, model_folder, tmp_path
+):
     config = collection_of(model_folder, tmp_path / "acts", tokens_per_step=3)
     stop(config, monkeypatch, 2)
     path = tmp_path / "acts" / name
     path.write_bytes(path.read_bytes()[:-60] if damage is None else damage)
-    options = ["--hook_names", HOOK, "--num_inference_steps", 2, "--batch_size", 2, "--max_num_examples", 8, "--device", "cpu"]
-    options += ["--tokens_per_step", 3, "--model_name", model_folder, "--out_dir", tmp_path / "acts"]
+    options = [
+        "--hook_names",
+        HOOK,
+        "--num_inference_steps",
+        2,
+        "--batch_size",
+        2,
+        "--max_num_examples",
+        8,
+        "--device",
+        "cpu",
+    ]
+    options += [
+        "--tokens_per_step",
+        3,
+        "--model_name",
+        model_folder,
+        "--out_dir",
+        tmp_path / "acts",
+    ]
     done = run_script("collect.py", *options, cwd=tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert f"{name} is missing or damaged" in done.stderr.splitlines()[-1]
@@ -180,33 +226,62 @@ def of_two_files(tmp_path_factory):
         kinds.setdefault((row["object"], row["style"]), []).append(number)
     for name, place in (("a", 0), ("b", 1)):
         chosen = [numbers[place] for numbers in kinds.values()]
-        (base / f"{name}.csv").write_text("\n".join([lines[0], *(lines[1 + number] for number in chosen)]) + "\n")
-        options = dict(dataset_name=str(base / f"{name}.csv"), store_dtype="bfloat16", out_dir=str(base / name), device="cpu")
-        options |= dict(num_inference_steps=2, max_num_examples=48, batch_size=48, save_images=False)
+        (base / f"{name}.csv").write_text(
+            "\n".join([lines[0], *(lines[1 + number] for number in chosen)]) + "\n"
+        )
+        options = dict(
+            dataset_name=str(base / f"{name}.csv"),
+            store_dtype="bfloat16",
+            out_dir=str(base / name),
+            device="cpu",
+        )
+        options |= dict(
+            num_inference_steps=2, max_num_examples=48, batch_size=48, save_images=False
+        )
         collect.main(collect.Config(hook_names=["mid_block.attentions.0"], **options))
     data = [str(base / name / "mid_block.attentions.0.npy") for name in "ab"]
-    train.main(train.Config(data=data, num_latents=[64], k=[8], out_dir=str(base), run_name="sae", device="cpu"))
+    train.main(
+        train.Config(
+            data=data, num_latents=[64], k=[8], out_dir=str(base), run_name="sae", device="cpu"
+        )
+    )
     return base / "sae"
 
 
 def numbers_of(path):
-    """A file of bfloat16 as float32, by another way than the reader's: its bits are the upper half of a float32's."""
+    """A file of bfloat16 as float32, by another way than the reader's: its bits are the upper half
+    of a float32's."""
     return (np.load(path).astype(np.uint32) << 16).view(np.float32)
 
 
-def test_unlearning_reads_numbers_of_all_files_and_excludes_all_their_prompts(of_two_files, tmp_path, monkeypatch):
+def test_unlearning_reads_numbers_of_all_files_and_excludes_all_their_prompts(
+    of_two_files, tmp_path, monkeypatch
+):
     sae = Sae.load_from_disk(of_two_files)
     paths = [of_two_files.parent / name / "mid_block.attentions.0.npy" for name in "ab"]
     domain = unlearn.domains_of([sae], {"object": ("moon", "star")})["object"]
     expected = np.concatenate([numbers_of(path).mean(2) for path in paths])
     assert domain.means.shape == (96, 2, 160) and len(domain.labels) == len(domain.scores) == 96
-    assert np.allclose(domain.means.numpy(), expected, rtol=1e-3, atol=1e-5) and domain.means.abs().max() < 100
+    assert (
+        np.allclose(domain.means.numpy(), expected, rtol=1e-3, atol=1e-5)
+        and domain.means.abs().max() < 100
+    )
 
     seen = []
-    monkeypatch.setattr(unlearn, "split_prompts", lambda rows, used, per_cell: seen.append(used) or 1 / 0)
+    monkeypatch.setattr(
+        unlearn, "split_prompts", lambda rows, used, per_cell: seen.append(used) or 1 / 0
+    )
     with pytest.raises(ZeroDivisionError):
-        unlearn.main(unlearn.Config(sae=[str(of_two_files)], unlearn="moon", out_dir=str(tmp_path), device="cpu"))
-    listed = [json.loads(line)["prompt"] for path in paths for line in path.with_name("prompts.jsonl").read_text().splitlines()]
+        unlearn.main(
+            unlearn.Config(
+                sae=[str(of_two_files)], unlearn="moon", out_dir=str(tmp_path), device="cpu"
+            )
+        )
+    listed = [
+        json.loads(line)["prompt"]
+        for path in paths
+        for line in path.with_name("prompts.jsonl").read_text().splitlines()
+    ]
     assert len(set(listed)) == 96 and seen == [set(listed)]
 
 
@@ -217,7 +292,9 @@ def test_unlearning_on_a_stopped_extension_is_one_line(of_two_files, tmp_path, m
     path.with_suffix(".json").unlink()
     monkeypatch.chdir(folder)
     with pytest.raises(UsageError, match="not finished|no description|is not there"):
-        unlearn.main(unlearn.Config(sae=["sae"], unlearn="moon", out_dir=str(tmp_path), device="cpu"))
+        unlearn.main(
+            unlearn.Config(sae=["sae"], unlearn="moon", out_dir=str(tmp_path), device="cpu")
+        )
 
 
 def test_image_scores_of_two_files_are_those_of_their_numbers(of_two_files):
@@ -254,10 +331,21 @@ def test_the_padding_of_texts_takes_no_k_of_a_sample_topk(tmp_path):
 def describe(path, x, lengths=None, tokens=None, **meta):
     """Write an activation file as collect.py does."""
     np.save(path, x)
-    meta = {"format": 1, "hook_name": "block", "side": "output", "rows": "cond", "stream": "image", "model": "toy", **meta}
+    meta = {
+        "format": 1,
+        "hook_name": "block",
+        "side": "output",
+        "rows": "cond",
+        "stream": "image",
+        "model": "toy",
+        **meta,
+    }
     meta |= {"timesteps": list(range(x.shape[1])), "shape": list(x.shape)}
     path.with_suffix(".json").write_text(json.dumps(meta | {"checksum": checksum(meta)}))
-    rows = [{"id": p, "prompt": f"a {'red' if p % 2 else 'blue'} thing {p}", "seed": p} for p in range(len(x))]
+    rows = [
+        {"id": p, "prompt": f"a {'red' if p % 2 else 'blue'} thing {p}", "seed": p}
+        for p in range(len(x))
+    ]
     (path.parent / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if lengths is not None:
         np.save(path.with_suffix(".lengths.npy"), lengths)
@@ -273,7 +361,11 @@ def small(tmp_path_factory):
     x = np.random.default_rng(0).standard_normal((40, 2, 64, 8)).astype(np.float32)
     describe(base / "acts" / "block.npy", x, grid=[8, 8])
     data = [str(base / "acts" / "block.npy")]
-    train.main(train.Config(data=data, num_latents=[32], k=[4], out_dir=str(base), run_name="sae", device="cpu"))
+    train.main(
+        train.Config(
+            data=data, num_latents=[32], k=[4], out_dir=str(base), run_name="sae", device="cpu"
+        )
+    )
     return base
 
 
@@ -288,13 +380,17 @@ STAGES = {
 
 @pytest.mark.parametrize("script", STAGES)
 def test_a_stopped_extension_is_refused_by_every_stage(script, small, tmp_path):
-    """What is not yet written reads as zeros; the file has no description then, and another name."""
+    """What is not yet written reads as zeros; the file has no description then, and another
+    name."""
     folder = shutil.copytree(small, tmp_path / "base")
     (folder / "acts" / "block.npy").rename(folder / "acts" / "block.npy.partial")
     (folder / "acts" / "block.json").unlink()
     done = run_script(script, *STAGES[script], "--device", "cpu", cwd=folder)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert "block.npy.partial is not finished" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert (
+        "block.npy.partial is not finished" in done.stderr
+        and len(done.stderr.strip().splitlines()) == 1
+    )
 
 
 @pytest.mark.parametrize("script", STAGES)
@@ -337,7 +433,8 @@ def test_other_readers_notice_a_cut_too(cut, tmp_path):
     for reader in readers:
         with (
             pytest.raises(
-                UsageError, match="block.npy (has become shorter while it was read|was replaced or changed while it was in use)"
+                UsageError,
+                match="block.npy (has become shorter while it was read|was replaced or changed while it was in use)",
             )
             if cut
             else nullcontext()
@@ -349,7 +446,12 @@ def damaged_arrays(good, path):
     """Files in the place of a good array of whole numbers."""
     np.save(path, good)
     whole = path.read_bytes()
-    damages = {"empty": b"", "garbage": os.urandom(300), "cut": whole[:-3], "half a header": whole[:50]}
+    damages = {
+        "empty": b"",
+        "garbage": os.urandom(300),
+        "cut": whole[:-3],
+        "half a header": whole[:50],
+    }
     for name, wrong in (
         ("shape", good[:-1]),
         ("float", good.astype(np.float32)),
@@ -368,7 +470,12 @@ def test_damaged_files_beside_the_activations_are_one_line(small, tmp_path):
     x = np.random.default_rng(0).standard_normal((4, 2, 5, 8)).astype(np.float32)
     tokens = np.random.default_rng(0).integers(0, 64, (4, 2, 5)).astype(np.uint16)
     describe(tmp_path / "block.npy", x, grid=[8, 8], tokens=tokens)
-    config = features.Config(sae=str(small / "sae"), data=[str(tmp_path / "block.npy")], out_dir=str(tmp_path), device="cpu")
+    config = features.Config(
+        sae=str(small / "sae"),
+        data=[str(tmp_path / "block.npy")],
+        out_dir=str(tmp_path),
+        device="cpu",
+    )
     features.main(config)
     path = tmp_path / "block.tokens.npy"
     for name, data in damaged_arrays(tokens, path).items():
@@ -376,8 +483,21 @@ def test_damaged_files_beside_the_activations_are_one_line(small, tmp_path):
         with pytest.raises(UsageError, match="block.tokens.npy"):
             features.main(config)
         assert name
-    done = run_script("features.py", "--sae", small / "sae", "--data", tmp_path / "block.npy", "--device", "cpu", cwd=tmp_path)
-    assert done.returncode == 2 and "Traceback" not in done.stderr and "block.tokens.npy" in done.stderr
+    done = run_script(
+        "features.py",
+        "--sae",
+        small / "sae",
+        "--data",
+        tmp_path / "block.npy",
+        "--device",
+        "cpu",
+        cwd=tmp_path,
+    )
+    assert (
+        done.returncode == 2
+        and "Traceback" not in done.stderr
+        and "block.tokens.npy" in done.stderr
+    )
 
     lengths = np.array([5, 3, 1, 2])
     (tmp_path / "text").mkdir()
@@ -387,18 +507,49 @@ def test_damaged_files_beside_the_activations_are_one_line(small, tmp_path):
         path.write_bytes(data)
         with pytest.raises(UsageError, match="block.lengths.npy"):
             Activations([tmp_path / "text" / "block.npy"])
-    done = run_script("train.py", "--data", tmp_path / "text" / "block.npy", "--device", "cpu", cwd=tmp_path)
-    assert done.returncode == 2 and "Traceback" not in done.stderr and "block.lengths.npy" in done.stderr
+    done = run_script(
+        "train.py", "--data", tmp_path / "text" / "block.npy", "--device", "cpu", cwd=tmp_path
+    )
+    assert (
+        done.returncode == 2
+        and "Traceback" not in done.stderr
+        and "block.lengths.npy" in done.stderr
+    )
 
 
-DAMAGED_LINES = ["3", "[1]", '"text"', "null", "{}", '{"iteration": "1"}', "{", "\x00\x00", '{"iteration": 1, "fvu": null}']
+DAMAGED_LINES = [
+    "3",
+    "[1]",
+    '"text"',
+    "null",
+    "{}",
+    '{"iteration": "1"}',
+    "{",
+    "\x00\x00",
+    '{"iteration": 1, "fvu": null}',
+]
 
 
 def test_a_damaged_line_of_metrics_jsonl_is_one_line(small, tmp_path, monkeypatch):
-    words = ["--data", small / "acts" / "block.npy", "--num_latents", 16, "--k", 2, "--effective_batch_size", 64]
+    words = [
+        "--data",
+        small / "acts" / "block.npy",
+        "--num_latents",
+        16,
+        "--k",
+        2,
+        "--effective_batch_size",
+        64,
+    ]
     words += ["--log_every", 2, "--out_dir", tmp_path, "--run_name", "run", "--device", "cpu"]
     path = tmp_path / "run" / "metrics.jsonl"
-    options = dict(data=[str(small / "acts" / "block.npy")], num_latents=[16], k=[2], effective_batch_size=64, log_every=2)
+    options = dict(
+        data=[str(small / "acts" / "block.npy")],
+        num_latents=[16],
+        k=[2],
+        effective_batch_size=64,
+        log_every=2,
+    )
     config = train.Config(**options, out_dir=str(tmp_path), run_name="run", device="cpu")
     real, calls = train.SparseUpdate.step, []
 
@@ -419,7 +570,11 @@ def test_a_damaged_line_of_metrics_jsonl_is_one_line(small, tmp_path, monkeypatc
         with pytest.raises(UsageError, match="metrics.jsonl: line 2 is damaged; remove it"):
             train.main(config)
     done = run_script("train.py", *words, cwd=tmp_path)
-    assert done.returncode == 2 and "Traceback" not in done.stderr and "line 2 is damaged" in done.stderr
+    assert (
+        done.returncode == 2
+        and "Traceback" not in done.stderr
+        and "line 2 is damaged" in done.stderr
+    )
     path.write_text(f"{good}\x00\x00\n{{")  # as a power cut leaves it
     train.main(config)
     iterations = [json.loads(line)["iteration"] for line in path.read_text().splitlines()]
@@ -436,12 +591,19 @@ def sparse_file(path, shape):
 
 
 def test_little_of_a_huge_plain_file_is_held_out_and_it_is_read_in_blocks(tmp_path, monkeypatch):
-    """A piece of 40 million vectors has 1.25 million: more than are ever held out, and it was read at once."""
+    """A piece of 40 million vectors has 1.25 million: more than are ever held out, and it was read
+    at once."""
     path = sparse_file(tmp_path / "x.npy", (40_000_000, 4))
     sizes, read = [], Activations.read
-    monkeypatch.setattr(Activations, "read", lambda self, pieces: [sizes.append(pieces), read(self, pieces)][1])
+    monkeypatch.setattr(
+        Activations, "read", lambda self, pieces: [sizes.append(pieces), read(self, pieces)][1]
+    )
     Sae(4, 8, 2).save_to_disk(tmp_path / "sae")
-    evaluate.main(evaluate.Config(sae=str(tmp_path / "sae"), data=[str(path)], out_dir=str(tmp_path / "e"), device="cpu"))
+    evaluate.main(
+        evaluate.Config(
+            sae=str(tmp_path / "sae"), data=[str(path)], out_dir=str(tmp_path / "e"), device="cpu"
+        )
+    )
     record = json.loads((tmp_path / "e" / "sae" / "evaluate.json").read_text())
     assert record["vectors"] == 1_000_000 and record["whole_prompts"] is False
     assert max((pieces[:, 2] - pieces[:, 1]).sum() for pieces in sizes if len(pieces) == 1) <= 4096
@@ -450,11 +612,15 @@ def test_little_of_a_huge_plain_file_is_held_out_and_it_is_read_in_blocks(tmp_pa
     units = np.concatenate([activations.training_units, activations.held_out_units])
     units = units[units[:, 1].argsort()]
     assert (units[1:, 1] == units[:-1, 2]).all() and units[0, 1] == 0 and units[-1, 2] == 40_000_000
-    assert activations.num_held_out + activations.num_training == activations.num_vectors == 40_000_000
+    assert (
+        activations.num_held_out + activations.num_training == activations.num_vectors == 40_000_000
+    )
     assert sum(map(len, activations.held_out())) == 1_000_000
 
 
-@pytest.mark.parametrize("shape", [(10, 1_000_000, 4), (1, 20_000_000, 4)], ids=["few prompts", "one prompt"])
+@pytest.mark.parametrize(
+    "shape", [(10, 1_000_000, 4), (1, 20_000_000, 4)], ids=["few prompts", "one prompt"]
+)
 def test_a_huge_prompt_is_read_in_blocks(shape, tmp_path, monkeypatch):
     """A prompt stays whole, one alone is cut in pieces; neither is in memory at once."""
     activations = Activations([sparse_file(tmp_path / "x.npy", shape)])
@@ -467,14 +633,19 @@ def test_a_huge_prompt_is_read_in_blocks(shape, tmp_path, monkeypatch):
 def test_held_out_pieces_that_fit_stay_as_they_were(tmp_path):
     path = sparse_file(tmp_path / "x.npy", (320_000, 4))
     units = Activations([path]).held_out_units
-    assert (units[:, 1] % 10_000 == 0).all() and (units[:, 2] - units[:, 1] == 10_000).all() and len(units) == 8
+    assert (
+        (units[:, 1] % 10_000 == 0).all()
+        and (units[:, 2] - units[:, 1] == 10_000).all()
+        and len(units) == 8
+    )
 
 
 # ------------------------------------------------------------------------------------------------- folders of saved rows
 
 
 def saved_rows(folder, images, steps, num_tokens=4):
-    """Rows of images (n,) at steps (n,), each image with numbers of its own, as the ancestor saves them."""
+    """Rows of images (n,) at steps (n,), each image with numbers of its own, as the ancestor saves
+    them."""
     from datasets import Array2D, Dataset, Features, Value, disable_progress_bars
 
     disable_progress_bars()
@@ -484,14 +655,21 @@ def saved_rows(folder, images, steps, num_tokens=4):
     x = own[images]
     x[:, :, 1] = np.array(steps)[:, None]
     kinds = Features({"activations": Array2D(x.shape[1:], "float32"), "timestep": Value("uint16")})
-    Dataset.from_dict({"activations": x, "timestep": [900 - 100 * s for s in steps]}, features=kinds).save_to_disk(folder)
+    Dataset.from_dict(
+        {"activations": x, "timestep": [900 - 100 * s for s in steps]}, features=kinds
+    ).save_to_disk(folder)
     return folder
 
 
 def orders():
     """{name: (image, step) of each row} of 40 images in 3 steps."""
     by_step = [(image, step) for step in range(3) for image in range(40)]
-    in_batches = [(image, step) for batch in (range(16), range(16, 32), range(32, 40)) for step in range(3) for image in batch]
+    in_batches = [
+        (image, step)
+        for batch in (range(16), range(16, 32), range(32, 40))
+        for step in range(3)
+        for image in batch
+    ]
     by_image = [(image, step) for image in range(40) for step in range(3)]
     mixed = [by_image[i] for i in np.random.default_rng(0).permutation(120)]
     return {"by image": by_image, "by step": by_step, "in batches": in_batches, "mixed": mixed}
@@ -510,18 +688,37 @@ def test_rows_of_one_image_are_on_one_side_or_it_is_said(order, tmp_path, capsys
     assert activations.whole_prompts == (order != "mixed") == (not shared)
     assert activations.num_prompts == (0 if order == "mixed" else 40)
 
-    options = dict(num_latents=[16], k=[2], effective_batch_size=64, out_dir=str(tmp_path / "saes"), run_name="r", device="cpu")
+    options = dict(
+        num_latents=[16],
+        k=[2],
+        effective_batch_size=64,
+        out_dir=str(tmp_path / "saes"),
+        run_name="r",
+        device="cpu",
+    )
     train.main(train.Config(data=[str(folder)], **options))
-    evaluate.main(evaluate.Config(sae=str(tmp_path / "saes" / "r"), out_dir=str(tmp_path / "e"), device="cpu"))
-    assert capsys.readouterr().out.count("no prompts to hold out whole") == (2 if order == "mixed" else 0)
-    assert json.loads((tmp_path / "saes" / "r" / "cfg.json").read_text())["held_out_whole_prompts"] == (order != "mixed")
+    evaluate.main(
+        evaluate.Config(sae=str(tmp_path / "saes" / "r"), out_dir=str(tmp_path / "e"), device="cpu")
+    )
+    assert capsys.readouterr().out.count("no prompts to hold out whole") == (
+        2 if order == "mixed" else 0
+    )
+    assert json.loads((tmp_path / "saes" / "r" / "cfg.json").read_text())[
+        "held_out_whole_prompts"
+    ] == (order != "mixed")
 
 
 def test_orders_of_timesteps_that_tell_no_image():
     from store.activation_file import images_by_step
 
     assert images_by_step(np.array([900, 900, 500, 500, 900, 500])) == [0, 1, 0, 1, 2, 2]
-    for times in ([900, 900, 500], [900, 500, 500], [900, 900, 500, 500, 500, 500, 900, 900], [900, 500, 900, 100], [1, 1, 2, 1]):
+    for times in (
+        [900, 900, 500],
+        [900, 500, 500],
+        [900, 900, 500, 500, 500, 500, 900, 900],
+        [900, 500, 900, 100],
+        [1, 1, 2, 1],
+    ):
         assert images_by_step(np.array(times)) is None, times
 
 
@@ -532,7 +729,11 @@ def test_a_file_that_is_replaced_while_it_is_in_use_is_refused(tmp_path):
     activations = Activations([path])
     activations.sample(8)
     np.save(path, np.ones((64, 32), np.float32))
-    for read in (lambda: activations.sample(8), lambda: list(activations.held_out()), lambda: list(activations.batches(8, 16))):
+    for read in (
+        lambda: activations.sample(8),
+        lambda: list(activations.held_out()),
+        lambda: list(activations.batches(8, 16)),
+    ):
         with pytest.raises(UsageError, match="was replaced or changed while it was in use"):
             read()
 

@@ -1,4 +1,5 @@
-"""Rows and tokens are told by what depends on what, not by one step: each test is a way in which a guess was silently wrong."""
+"""Rows and tokens are told by what depends on what, not by one step: each test is a way in which a
+guess was silently wrong."""
 
 import functools
 
@@ -31,7 +32,11 @@ def map_tokens(x):
 def watch_by_hand(pipe, denoiser, hook_name, prompt, options, pick=lambda output: output):
     """What the module returns in each forward, from a hook as anybody would write it."""
     seen = []
-    handle = getattr(pipe, denoiser).get_submodule(hook_name).register_forward_hook(lambda m, i, o: seen.append(pick(o).clone()))
+    handle = (
+        getattr(pipe, denoiser)
+        .get_submodule(hook_name)
+        .register_forward_hook(lambda m, i, o: seen.append(pick(o).clone()))
+    )
     try:
         pipe(prompt=prompt, **options)
     finally:
@@ -83,18 +88,31 @@ def ramped(scales, scheduler=Counting):
     return pipe
 
 
-SCALES = {"from 0": (0.0, 2.0, 5.0), "always 0": (0.0,), "weak": (0.3,), "one": (1.0,), "negative": (-2.0,), "as ever": (5.0,)}
+SCALES = {
+    "from 0": (0.0, 2.0, 5.0),
+    "always 0": (0.0,),
+    "weak": (0.3,),
+    "one": (1.0,),
+    "negative": (-2.0,),
+    "as ever": (5.0,),
+}
 
 
 @pytest.mark.parametrize("scales", SCALES.values(), ids=SCALES)
-@pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS[:1] * 2, PROMPTS[:2], [""]], ids=["one", "the same", "two", "empty"])
+@pytest.mark.parametrize(
+    "prompts",
+    [PROMPTS[:1], PROMPTS[:1] * 2, PROMPTS[:2], [""]],
+    ids=["one", "the same", "two", "empty"],
+)
 @pytest.mark.parametrize("negative", [False, True], ids=["", "negatives"])
 def test_conditional_rows_whatever_the_guidance_does(scales, prompts, negative):
     """u, c in one batch, in every step."""
     pipe, n = ramped(scales), len(prompts)
     more = {"negative_prompt": ["ugly", "blurry"][:n]} if negative else {}
     options, again = (generate_options(n, num_inference_steps=3, **more) for _ in range(2))
-    _, cache = HookedDiffusionModel.from_pipeline(pipe).run_with_cache(HOOK, prompts, rows="both", **options)
+    _, cache = HookedDiffusionModel.from_pipeline(pipe).run_with_cache(
+        HOOK, prompts, rows="both", **options
+    )
     seen = watch_by_hand(pipe, "unet", HOOK, prompts, again, pick=lambda output: output[0])
     by_hand = torch.stack([map_tokens(x) for x in seen], 1)
     assert torch.equal(cache["output_uncond"][HOOK], by_hand[:n])
@@ -106,7 +124,14 @@ def test_a_first_step_without_guidance_or_prediction():
     options = generate_options(1, num_inference_steps=3)
     hooked = HookedDiffusionModel.from_pipeline(pipe)
     _, cache = hooked.run_with_cache(HOOK, PROMPTS[:1], **options)
-    seen = watch_by_hand(pipe, "unet", HOOK, PROMPTS[:1], generate_options(1, num_inference_steps=3), pick=lambda o: o[0])
+    seen = watch_by_hand(
+        pipe,
+        "unet",
+        HOOK,
+        PROMPTS[:1],
+        generate_options(1, num_inference_steps=3),
+        pick=lambda o: o[0],
+    )
     assert torch.equal(cache["output"][HOOK][0], torch.stack([map_tokens(x)[1] for x in seen]))
 
 
@@ -118,7 +143,9 @@ def test_an_edit_meets_its_rows_when_guidance_begins_late(rows, changed, schedul
     module = pipe.unet.get_submodule(HOOK)
     handles = [module.register_forward_hook(lambda m, i, o: before.append(o[0].clone()))]
     edits = {HOOK: Edit(lambda x: x + 1, rows=rows)}
-    follow = pipe.unet.get_submodule("up_blocks.1.resnets.0").register_forward_pre_hook(lambda m, i: after.append(i[0].clone()))
+    follow = pipe.unet.get_submodule("up_blocks.1.resnets.0").register_forward_pre_hook(
+        lambda m, i: after.append(i[0].clone())
+    )
     hooked.run_with_hooks(edits, PROMPTS[:1], **options)
     edited = after[-2:]
     after.clear()
@@ -138,7 +165,14 @@ def test_rows_where_prompts_are_given_as_embeddings():
     pipe = ramped((0.0, 3.0))
     options = generate_options(1) | by_prompt_embeddings(pipe, PROMPTS[:1])
     _, cache = HookedDiffusionModel.from_pipeline(pipe).run_with_cache(HOOK, **options)
-    seen = watch_by_hand(pipe, "unet", HOOK, None, options | {"generator": generate_options(1)["generator"]}, pick=lambda o: o[0])
+    seen = watch_by_hand(
+        pipe,
+        "unet",
+        HOOK,
+        None,
+        options | {"generator": generate_options(1)["generator"]},
+        pick=lambda o: o[0],
+    )
     assert torch.equal(cache["output"][HOOK][0], torch.stack([map_tokens(x)[1] for x in seen]))
 
 
@@ -161,13 +195,20 @@ def calls(monkeypatch):
 
 def test_asking_costs_one_step_for_all_batches(calls):
     pipe = build(sd15)
-    hooked, batches = HookedDiffusionModel.from_pipeline(pipe), (PROMPTS[:2], PROMPTS[1:], PROMPTS[:1])
+    hooked, batches = (
+        HookedDiffusionModel.from_pipeline(pipe),
+        (PROMPTS[:2], PROMPTS[1:], PROMPTS[:1]),
+    )
     for prompts in batches:
-        hooked.layouts(HOOK, prompts, **generate_options(len(prompts)))  # so that layouts are known, and not looked for below
+        hooked.layouts(
+            HOOK, prompts, **generate_options(len(prompts))
+        )  # so that layouts are known, and not looked for below
     counts = []
     for prompts in batches:
         calls.clear()
-        hooked.run_with_cache(HOOK, prompts, **generate_options(len(prompts), num_inference_steps=3))
+        hooked.run_with_cache(
+            HOOK, prompts, **generate_options(len(prompts), num_inference_steps=3)
+        )
         counts.append(len(calls))
     assert counts == [4, 3, 3]
     calls.clear()
@@ -176,10 +217,16 @@ def test_asking_costs_one_step_for_all_batches(calls):
     assert len(calls) == 1 + 1 + 4  # as collect.py does
     for rows, expected in (("all", 1 + 1 + 5), ("all", 1 + 5), ("cond", 1 + 5)):
         calls.clear()
-        hooked.run_with_hooks({HOOK: Edit(lambda x: x, rows=rows)}, PROMPTS[:1], **generate_options(1, num_inference_steps=5))
+        hooked.run_with_hooks(
+            {HOOK: Edit(lambda x: x, rows=rows)},
+            PROMPTS[:1],
+            **generate_options(1, num_inference_steps=5),
+        )
         assert len(calls) == expected
     calls.clear()
-    hooked.run_with_hooks({HOOK: Edit(lambda x: x)}, PROMPTS[:1], **generate_options(1, num_inference_steps=3))
+    hooked.run_with_hooks(
+        {HOOK: Edit(lambda x: x)}, PROMPTS[:1], **generate_options(1, num_inference_steps=3)
+    )
     assert len(calls) == 4  # the plan's step, which is nothing new
 
 
@@ -195,12 +242,17 @@ def test_the_answer_is_not_lost(first):
         with pytest.raises(ValueError, match="must return"):
             hooked.run_with_hooks({HOOK: Edit(lambda x: x[:0])}, PROMPTS[:1], **generate_options(1))
     _, cache = hooked.run_with_cache(HOOK, PROMPTS[1:2], **generate_options(1))
-    seen = watch_by_hand(pipe, "unet", HOOK, PROMPTS[1:2], generate_options(1), pick=lambda output: output[0])
+    seen = watch_by_hand(
+        pipe, "unet", HOOK, PROMPTS[1:2], generate_options(1), pick=lambda output: output[0]
+    )
     assert torch.equal(cache["output"][HOOK][0], torch.stack([map_tokens(x)[1] for x in seen]))
 
 
 def test_asking_leaves_no_trace(pipe):
-    hooked, options = HookedDiffusionModel.from_pipeline(pipe), generate_options(2) | {"generator": None}
+    hooked, options = (
+        HookedDiffusionModel.from_pipeline(pipe),
+        generate_options(2) | {"generator": None},
+    )
     torch.manual_seed(3)
     expected = hooked(PROMPTS[:2], **options).images
     torch.manual_seed(3)
@@ -211,7 +263,16 @@ def test_asking_leaves_no_trace(pipe):
 # ------------------------------------------------------------------------------------------------------------ loops of one's own
 
 
-def own_loop(scales, order=None, swap_at=None, n=1, cond_rows="out", same_text=False, places="uc", null_until=0):
+def own_loop(
+    scales,
+    order=None,
+    swap_at=None,
+    n=1,
+    cond_rows="out",
+    same_text=False,
+    places="uc",
+    null_until=0,
+):
     """A guided loop of one's own, u, c: (rows that were kept, conditional ones by hand)."""
     torch.manual_seed(0)
     model, scheduler, seen = Denoiser(), Euler(), []
@@ -219,7 +280,10 @@ def own_loop(scales, order=None, swap_at=None, n=1, cond_rows="out", same_text=F
     if same_text:
         text["c"] = text["c"][:1].expand(n, 5)
     x = torch.randn(n, 3, 4, 5)
-    with torch.no_grad(), HookedDiffusionModel(model, scheduler).cache("out", n, order=order) as cache:
+    with (
+        torch.no_grad(),
+        HookedDiffusionModel(model, scheduler).cache("out", n, order=order) as cache,
+    ):
         for i, scale in enumerate(scales):
             names = places[::-1] if i == swap_at else places
             given = torch.cat([text["u" if i < null_until else name] for name in names])
@@ -242,10 +306,12 @@ def test_a_loop_whose_guidance_never_tells_is_refused_unless_the_order_is_said(s
 
 
 @pytest.mark.parametrize(
-    "scales, options", [((-3.0, 4.0), {}), ((0.0, 4.0), dict(n=2, same_text=True)), ((4.0, 4.0), dict(swap_at=1))]
+    "scales, options",
+    [((-3.0, 4.0), {}), ((0.0, 4.0), dict(n=2, same_text=True)), ((4.0, 4.0), dict(swap_at=1))],
 )
 def test_steps_that_disagree_are_refused(scales, options):
-    """The second has one prompt with two negative ones: its unconditional rows vary, and the conditional ones do not."""
+    """The second has one prompt with two negative ones: its unconditional rows vary, and the
+    conditional ones do not."""
     with pytest.raises(ValueError, match="otherwise than an earlier step"):
         own_loop(scales, **options)
 
@@ -253,7 +319,8 @@ def test_steps_that_disagree_are_refused(scales, options):
 @pytest.mark.parametrize("places", ["uc", "cu"])
 @pytest.mark.parametrize("n", [1, 2])
 def test_passes_that_are_equal_in_some_steps_are_told_by_the_others(n, places):
-    """Guidance in a limited interval: before it both passes have the unconditional text, and any label would do there."""
+    """Guidance in a limited interval: before it both passes have the unconditional text, and any
+    label would do there."""
     kept, conditional = own_loop((5.0, 5.0, 5.0), n=n, places=places, null_until=1)
     assert torch.equal(kept, conditional)
     kept, conditional = own_loop((5.0, 5.0), n=n, places=places, null_until=2)  # in no step
@@ -273,8 +340,21 @@ def test_an_order_that_does_not_fit_is_refused():
 @called_with(height=32, width=32, num_frames=9)
 def cosmos():
     """c then u, and the scheduler steps both, unconditional first."""
-    size = dict(in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=2, mlp_ratio=2)
-    size |= dict(text_embed_dim=32, adaln_lora_dim=4, max_size=(4, 32, 32), patch_size=(1, 2, 2), rope_scale=(2.0, 1.0, 1.0))
+    size = dict(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=2,
+        mlp_ratio=2,
+    )
+    size |= dict(
+        text_embed_dim=32,
+        adaln_lora_dim=4,
+        max_size=(4, 32, 32),
+        patch_size=(1, 2, 2),
+        rope_scale=(2.0, 1.0, 1.0),
+    )
     size |= dict(concat_padding_mask=True, extra_pos_embed_type="learnable")
     vae = diffusers.AutoencoderKLCosmos(
         encoder_block_out_channels=(8, 8, 8, 8),
@@ -337,14 +417,18 @@ def test_cosmos(n, monkeypatch):
     pipe, name = build(cosmos), "transformer_blocks.0"
     options = generate_options(n, cosmos)
     prompt = options.pop("prompt")
-    _, cache = HookedDiffusionModel.from_pipeline(pipe).run_with_cache(name, prompt, rows="both", **options)
+    _, cache = HookedDiffusionModel.from_pipeline(pipe).run_with_cache(
+        name, prompt, rows="both", **options
+    )
     again = generate_options(n, cosmos)
     seen = watch_by_hand(pipe, "transformer", name, again.pop("prompt"), again)
     assert torch.equal(cache["output"][name], torch.stack(seen[::2], 1))
     assert torch.equal(cache["output_uncond"][name], torch.stack(seen[1::2], 1))
     plain = HookedDiffusionModel.from_pipeline(pipe)
     sampled = lambda edits: plain.run_with_hooks(edits, **generate_options(n, cosmos)).frames
-    identity, edited = (sampled({name: Edit(fn, rows="cond")}) for fn in (lambda x: x.clone(), torch.zeros_like))
+    identity, edited = (
+        sampled({name: Edit(fn, rows="cond")}) for fn in (lambda x: x.clone(), torch.zeros_like)
+    )
     assert torch.equal(identity, sampled({})) and not torch.equal(edited, identity)
 
 
@@ -354,9 +438,17 @@ def picture(width, height):
     return Image.linear_gradient("L").convert("RGB").resize((width, height))
 
 
-@called_with(image=lambda n: picture(32, 24), height=12, width=16, max_sequence_length=32, _auto_resize=False, max_area=12 * 16)
+@called_with(
+    image=lambda n: picture(32, 24),
+    height=12,
+    width=16,
+    max_sequence_length=32,
+    _auto_resize=False,
+    max_area=12 * 16,
+)
 def kontext():
-    """c alone, with an embedded guidance scale; 12 tokens of the sample, then those of the picture."""
+    """c alone, with an embedded guidance scale; 12 tokens of the sample, then those of the
+    picture."""
     return diffusers.FluxKontextPipeline(**flux_parts())
 
 
@@ -368,7 +460,9 @@ def test_tokens_of_a_reference_image_are_not_the_images(name, steps):
     hooked, prompt = HookedDiffusionModel.from_pipeline(pipe), options.pop("prompt")
     _, cache = hooked.run_with_cache(name, prompt, **options)
     again = generate_options(1, kontext, num_inference_steps=steps)
-    seen = watch_by_hand(pipe, "transformer", name, again.pop("prompt"), again, pick=lambda output: output[1])
+    seen = watch_by_hand(
+        pipe, "transformer", name, again.pop("prompt"), again, pick=lambda output: output[1]
+    )
     assert seen[0].shape[1] > 12
     assert cache["grid"][name] == (3, 4)
     assert torch.equal(cache["output"][name], torch.stack([x[:, :12] for x in seen], 1))
@@ -404,7 +498,8 @@ def test_tokens_of_a_reference_image_in_ones_own_loop_are_refused():
 
 
 def repeat_every_third(module, unet):
-    """The module's `forward` is replaced by one that gives back in two of three calls what it kept."""
+    """The module's `forward` is replaced by one that gives back in two of three calls what it
+    kept."""
     forward, state = module.forward, {"calls": 0}
 
     def cached(*args, **kwargs):
@@ -417,7 +512,8 @@ def repeat_every_third(module, unet):
 
 
 def repeat_by_timestep(module, unet):
-    """As DeepCache does: in two of three steps; the denoiser's own `forward` is replaced to know which."""
+    """As DeepCache does: in two of three steps; the denoiser's own `forward` is replaced to know
+    which."""
     forward, of_denoiser, state, timesteps = module.forward, unet.forward, {}, []
 
     def watched(sample, timestep, *args, **kwargs):
@@ -435,7 +531,8 @@ def repeat_by_timestep(module, unet):
 
 
 class Skipping(torch.nn.Module):
-    """A processor that keeps what its attention computed, as those of some caches do; no `forward` is replaced."""
+    """A processor that keeps what its attention computed, as those of some caches do; no `forward`
+    is replaced."""
 
     def __init__(self, processor):
         super().__init__()
@@ -476,13 +573,20 @@ CACHES = {
 def test_a_cache_that_replaces_forwards_is_refused(cached, hook_name, replace, rows):
     pipe = build(sd15)
     replace(pipe.unet.get_submodule(cached), pipe.unet)
-    hooked, options = HookedDiffusionModel.from_pipeline(pipe), lambda: generate_options(2, num_inference_steps=6)
+    hooked, options = (
+        HookedDiffusionModel.from_pipeline(pipe),
+        lambda: generate_options(2, num_inference_steps=6),
+    )
     with pytest.raises(ValueError, match=SKIPPED):
         hooked.run_with_cache(hook_name, PROMPTS[:2], **options())
     with pytest.raises(ValueError, match=SKIPPED):
-        hooked.run_with_hooks({hook_name: Edit(lambda x: 2 * x, rows=rows)}, PROMPTS[:2], **options())
+        hooked.run_with_hooks(
+            {hook_name: Edit(lambda x: 2 * x, rows=rows)}, PROMPTS[:2], **options()
+        )
     with pytest.raises(ValueError, match=SKIPPED):
-        hooked.run_with_cache("up_blocks.*.attentions.*" if cached != ATTENTION else "**", PROMPTS[:2], **options())
+        hooked.run_with_cache(
+            "up_blocks.*.attentions.*" if cached != ATTENTION else "**", PROMPTS[:2], **options()
+        )
 
 
 def test_steps_that_are_not_recorded_may_be_skipped():
@@ -490,7 +594,9 @@ def test_steps_that_are_not_recorded_may_be_skipped():
     repeat_by_timestep(pipe.unet.get_submodule(HOOK), pipe.unet)
     hooked, seen = HookedDiffusionModel.from_pipeline(pipe), []
     options = generate_options(2, num_inference_steps=6, cache_every_n_timesteps=3)
-    pipe.unet.get_submodule(HOOK).register_forward_hook(lambda module, args, output: seen.append(output[0][2:].clone()))
+    pipe.unet.get_submodule(HOOK).register_forward_hook(
+        lambda module, args, output: seen.append(output[0][2:].clone())
+    )
     _, cache = hooked.run_with_cache(HOOK, PROMPTS[:2], **options)
     assert torch.equal(cache["output"][HOOK], torch.stack([map_tokens(x) for x in seen[::3]], 1))
 
@@ -541,23 +647,34 @@ def test_a_glob_leaves_out_what_runs_in_some_trials_only():
         return sorted(cache["output"])
 
     assert layouts("*") == ["a", "b"]
-    with pytest.raises(ValueError, match="late: did not run in trial run 2 of the denoiser, and it ran in trial run 1"):
+    with pytest.raises(
+        ValueError,
+        match="late: did not run in trial run 2 of the denoiser, and it ran in trial run 1",
+    ):
         layouts("late")
 
 
-@pytest.mark.parametrize("config", ["PyramidAttentionBroadcastConfig", "FasterCacheConfig", "FirstBlockCacheConfig"])
+@pytest.mark.parametrize(
+    "config", ["PyramidAttentionBroadcastConfig", "FasterCacheConfig", "FirstBlockCacheConfig"]
+)
 def test_caches_of_diffusers_are_refused(config):
     from families import flux
 
     pipe = build(flux)
     options = {
-        "PyramidAttentionBroadcastConfig": dict(spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500),
-        "FasterCacheConfig": dict(current_timestep_callback=lambda: 500, is_guidance_distilled=True),
+        "PyramidAttentionBroadcastConfig": dict(
+            spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500
+        ),
+        "FasterCacheConfig": dict(
+            current_timestep_callback=lambda: 500, is_guidance_distilled=True
+        ),
         "FirstBlockCacheConfig": dict(threshold=0.1),
     }
     pipe.transformer.enable_cache(getattr(diffusers, config)(**options[config]))
     with pytest.raises(ValueError, match="caches what blocks compute"):
-        HookedDiffusionModel.from_pipeline(pipe).run_with_cache("transformer_blocks.0", **generate_options(1, flux))
+        HookedDiffusionModel.from_pipeline(pipe).run_with_cache(
+            "transformer_blocks.0", **generate_options(1, flux)
+        )
 
 
 def offloaded(unet):
@@ -573,10 +690,14 @@ def cast_by_layer(unet):
 def replaced_for_good(unet):
     """Somebody's own forward, which calls the one that was there."""
     for module in unet.modules():
-        module.forward = functools.partial(lambda forward, *args, **kwargs: forward(*args, **kwargs), module.forward)
+        module.forward = functools.partial(
+            lambda forward, *args, **kwargs: forward(*args, **kwargs), module.forward
+        )
 
 
-@pytest.mark.parametrize("replace", [offloaded, cast_by_layer, replaced_for_good], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "replace", [offloaded, cast_by_layer, replaced_for_good], ids=lambda f: f.__name__
+)
 def test_forwards_that_call_the_modules_own_are_let_through(replace):
     names = [HOOK, "mid_block", f"{ATTENTION}.to_q", "conv_out"]
     caches, images = [], []
@@ -584,8 +705,16 @@ def test_forwards_that_call_the_modules_own_are_let_through(replace):
         pipe = build(sd15)
         hooked = HookedDiffusionModel.from_pipeline(pipe)
         change(pipe.unet)
-        caches.append(hooked.run_with_cache(names, PROMPTS[:1], **generate_options(1, num_inference_steps=4))[1]["output"])
+        caches.append(
+            hooked.run_with_cache(names, PROMPTS[:1], **generate_options(1, num_inference_steps=4))[
+                1
+            ]["output"]
+        )
         edits = {name: Edit(lambda x: x.clone(), rows="cond") for name in names}
-        images.append(hooked.run_with_hooks(edits, PROMPTS[:1], **generate_options(1, num_inference_steps=4)).images)
+        images.append(
+            hooked.run_with_hooks(
+                edits, PROMPTS[:1], **generate_options(1, num_inference_steps=4)
+            ).images
+        )
     assert all(torch.equal(caches[0][name], caches[1][name]) for name in names)
     assert torch.equal(*images)

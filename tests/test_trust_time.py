@@ -1,4 +1,5 @@
-"""Time, index, randomness and real images: what is recorded, and told to edits, is what the denoiser was given."""
+"""Time, index, randomness and real images: what is recorded, and told to edits, is what the
+denoiser was given."""
 
 import json
 import random
@@ -51,8 +52,12 @@ def test_the_index_restarts_with_the_second_loop(two_loops):
     """`Edit(steps=[3])` edits step 3 of the loop that its module runs in."""
     prompt, options = prompt_and_options(2, kandinsky22, **TWO_LOOPS)
     times, edited = [], []
-    with two_loops.watch(2, on_step=lambda step: times.append((step.index, step.time()))) as sampling:
-        edit = Edit(lambda x: edited.append((sampling.index, sampling.timestep())), rows="all", steps=[3])
+    with two_loops.watch(
+        2, on_step=lambda step: times.append((step.index, step.time()))
+    ) as sampling:
+        edit = Edit(
+            lambda x: edited.append((sampling.index, sampling.timestep())), rows="all", steps=[3]
+        )
         two_loops.run_with_hooks({"unet.mid_block": edit}, prompt, **options)
     assert [index for index, _ in times] == [0, 1, 2, 0, 1, 2, 3, 4]
     assert edited == [times[3 + 3]] * 2  # once each chunk of the guidance
@@ -62,7 +67,9 @@ def test_every_second_step_of_the_second_loop_is_kept(two_loops):
     prompt, options = prompt_and_options(2, kandinsky22, **TWO_LOOPS)
     _, every = two_loops.run_with_cache("unet.mid_block", prompt, **options)
     prompt, options = prompt_and_options(2, kandinsky22, **TWO_LOOPS)
-    _, second = two_loops.run_with_cache("unet.mid_block", prompt, cache_every_n_timesteps=2, **options)
+    _, second = two_loops.run_with_cache(
+        "unet.mid_block", prompt, cache_every_n_timesteps=2, **options
+    )
     assert every["output"]["mid_block"].shape[1] == 5
     assert torch.equal(second["output"]["mid_block"], every["output"]["mid_block"][:, ::2])
     assert torch.equal(second["timesteps"]["mid_block"], every["timesteps"]["mid_block"][::2])
@@ -71,7 +78,9 @@ def test_every_second_step_of_the_second_loop_is_kept(two_loops):
 def test_a_report_by_step_has_the_timesteps_of_its_own_loop(two_loops):
     prompt, options = prompt_and_options(2, kandinsky22, **TWO_LOOPS)
     _, cache = two_loops.run_with_cache("unet.mid_block", prompt, **options)
-    generation = Generation(prompt, [0, 1], options={k: v for k, v in options.items() if k != "generator"})
+    generation = Generation(
+        prompt, [0, 1], options={k: v for k, v in options.items() if k != "generator"}
+    )
     report, _ = graft(two_loops, lambda x: x, HookPoint("mid_block"), generation, windows=1)
     times = cache["timesteps"]["mid_block"].tolist()
     assert report["all"]["timesteps"] == [times[0], times[-1]]
@@ -119,11 +128,15 @@ def two_loops_of_ones_own(lengths):
 def test_a_loop_of_another_scheduler_has_an_index_of_its_own():
     hooked, edited = two_loops_of_ones_own([4, 3]), []
     with hooked.watch(2) as sampling:
-        edit = Edit(lambda x: edited.append((sampling.index, sampling.timestep())), steps=[2], rows="all")
+        edit = Edit(
+            lambda x: edited.append((sampling.index, sampling.timestep())), steps=[2], rows="all"
+        )
         hooked.run_with_hooks({"mix": edit}, ["a", "b"])
     assert edited == [(2, 2.0)] * 2
     with pytest.raises(ValueError, match="step 2 while the denoiser ran is step 0 of another loop"):
-        two_loops_of_ones_own([2, 3]).run_with_hooks({"mix": Edit(lambda x: None, steps=[2], rows="all")}, ["a", "b"])
+        two_loops_of_ones_own([2, 3]).run_with_hooks(
+            {"mix": Edit(lambda x: None, steps=[2], rows="all")}, ["a", "b"]
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------- strength
@@ -131,20 +144,31 @@ def test_a_loop_of_another_scheduler_has_an_index_of_its_own():
 
 @called_with(image=pictures, strength=0.5)
 def img2img():
-    return diffusers.StableDiffusionImg2ImgPipeline(**sd15_parts(), safety_checker=None, requires_safety_checker=False)
+    return diffusers.StableDiffusionImg2ImgPipeline(
+        **sd15_parts(), safety_checker=None, requires_safety_checker=False
+    )
 
 
 @called_with(**img2img.options)
 def img2img_heun():
-    """Its list has every timestep but the first twice, and the sampling begins with the second of two."""
+    """Its list has every timestep but the first twice, and the sampling begins with the second of
+    two."""
     pipe = img2img()
     pipe.scheduler = diffusers.HeunDiscreteScheduler()
     return pipe
 
 
-@called_with(image=pictures, mask_image=lambda n: [p.convert("L") for p in pictures(n)], strength=0.5, height=16, width=24)
+@called_with(
+    image=pictures,
+    mask_image=lambda n: [p.convert("L") for p in pictures(n)],
+    strength=0.5,
+    height=16,
+    width=24,
+)
 def inpaint():
-    return diffusers.StableDiffusionInpaintPipeline(**sd15_parts(), safety_checker=None, requires_safety_checker=False)
+    return diffusers.StableDiffusionInpaintPipeline(
+        **sd15_parts(), safety_checker=None, requires_safety_checker=False
+    )
 
 
 @called_with(image=pictures, strength=0.5, height=16, width=24, max_sequence_length=32)
@@ -155,7 +179,12 @@ def flux_img2img():
     )
 
 
-IN_THE_MIDDLE = [(img2img, HOOK), (img2img_heun, HOOK), (inpaint, HOOK), (flux_img2img, "transformer_blocks.1")]
+IN_THE_MIDDLE = [
+    (img2img, HOOK),
+    (img2img_heun, HOOK),
+    (inpaint, HOOK),
+    (flux_img2img, "transformer_blocks.1"),
+]
 
 
 @pytest.mark.parametrize("recipe, name", IN_THE_MIDDLE)
@@ -165,7 +194,9 @@ def test_the_timestep_of_an_edit_is_the_schedulers(recipe, name, steps):
     prompt, options = prompt_and_options(2, recipe, num_inference_steps=6)
     with hooked.watch(2, on_step=lambda step: true.append(step.time())) as sampling:
         change = lambda x, timestep: told.append(timestep)
-        hooked.run_with_hooks({name: adding_edits(HookPoint(name), change, sampling, steps=steps)}, prompt, **options)
+        hooked.run_with_hooks(
+            {name: adding_edits(HookPoint(name), change, sampling, steps=steps)}, prompt, **options
+        )
     n = 5 if recipe is img2img_heun else 3
     assert len(true) == n and true[0] < 700  # half of the schedule
     assert told == (true if steps is None else [true[2]])
@@ -184,15 +215,21 @@ def test_steps_that_the_pipeline_leaves_out_at_the_end_do_not_count():
 
 
 def test_an_edited_activation_is_compared_with_its_own_step(tmp_path):
-    """Norms near 1 in an untouched run: each step of an image-to-image sampling is as typical as any."""
+    """Norms near 1 in an untouched run: each step of an image-to-image sampling is as typical as
+    any."""
     hooked = HookedDiffusionModel.from_pipeline(build(img2img))
     prompt, options = prompt_and_options(3, img2img, num_inference_steps=6)
     _, cache = hooked.run_with_cache(HOOK, prompt, **options)
-    x = cache["output"][HOOK] * torch.tensor([1.0, 10.0, 100.0]).view(1, 3, 1, 1)  # so that a wrong step shows
+    x = cache["output"][HOOK] * torch.tensor([1.0, 10.0, 100.0]).view(
+        1, 3, 1, 1
+    )  # so that a wrong step shows
     np.save(tmp_path / f"{HOOK}.npy", x.numpy())
     meta = {"timesteps": cache["timesteps"][HOOK].tolist(), "hook_name": HOOK}
     (tmp_path / f"{HOOK}.json").write_text(json.dumps(meta))
-    typical, scale = Typical([tmp_path / f"{HOOK}.npy"]), dict(zip(meta["timesteps"], (1.0, 10.0, 100.0)))
+    typical, scale = (
+        Typical([tmp_path / f"{HOOK}.npy"]),
+        dict(zip(meta["timesteps"], (1.0, 10.0, 100.0))),
+    )
     asked = []
 
     class Meter(Typical):
@@ -203,7 +240,9 @@ def test_an_edited_activation_is_compared_with_its_own_step(tmp_path):
             asked.append(timestep)
             return typical(x * scale[timestep], timestep, text)
 
-    edits = Edits([Target("", None, HookPoint(HOOK), [], typical=Meter())], [lambda x, timestep: None])
+    edits = Edits(
+        [Target("", None, HookPoint(HOOK), [], typical=Meter())], [lambda x, timestep: None]
+    )
     options.pop("generator")
     generate(hooked, Generation(prompt, [0, 1, 2], options=options), edits)
     assert asked == meta["timesteps"]
@@ -223,7 +262,9 @@ def test_a_timestep_that_cannot_be_told_is_not_compared():
 
     hooked.pipe, told = pipe, []
     with hooked.watch(2) as sampling:
-        hooked.run_with_hooks({"mix": Edit(lambda x: told.append(sampling.timestep()), rows="all")}, ["a", "b"])
+        hooked.run_with_hooks(
+            {"mix": Edit(lambda x: told.append(sampling.timestep()), rows="all")}, ["a", "b"]
+        )
     assert told[0] == 9 and np.isnan(told[-1])
 
 
@@ -232,22 +273,38 @@ def test_a_timestep_that_cannot_be_told_is_not_compared():
 
 @called_with(**flux.options)
 def stochastic():
-    """Its pipeline does not pass the generators on to the scheduler, which draws from the global state."""
+    """Its pipeline does not pass the generators on to the scheduler, which draws from the global
+    state."""
     pipe = flux()
     pipe.scheduler = flow_matching(stochastic_sampling=True)
     return pipe
 
 
 def contents(folder):
-    return {p.name: p.read_bytes() for p in sorted(Path(folder).iterdir()) if p.is_file() and p.suffix in (".npy", ".jsonl")}
+    return {
+        p.name: p.read_bytes()
+        for p in sorted(Path(folder).iterdir())
+        if p.is_file() and p.suffix in (".npy", ".jsonl")
+    }
 
 
 @pytest.fixture
 def config(tmp_path):
     build(stochastic).save_pretrained(tmp_path / "model")
     (tmp_path / "p.txt").write_text("a red fox\nblue ocean waves\nthree green bottles\na cat\n")
-    options = dict(hook_names=["transformer_blocks.1"], model_name=str(tmp_path / "model"), dataset_name=str(tmp_path / "p.txt"))
-    options |= dict(num_inference_steps=3, height=12, width=16, batch_size=2, device="cpu", out_dir=str(tmp_path / "acts"))
+    options = dict(
+        hook_names=["transformer_blocks.1"],
+        model_name=str(tmp_path / "model"),
+        dataset_name=str(tmp_path / "p.txt"),
+    )
+    options |= dict(
+        num_inference_steps=3,
+        height=12,
+        width=16,
+        batch_size=2,
+        device="cpu",
+        out_dir=str(tmp_path / "acts"),
+    )
     return collect.Config(**options, save_samples=True, save_images=False)
 
 
@@ -265,34 +322,69 @@ def test_collecting_twice_gives_the_same_bytes(config, monkeypatch):
 
 def test_an_edit_that_changes_nothing_moves_nothing(config, tmp_path):
     paths = collect.main(config)
-    saes = dict(num_latents=[40], k=[4], out_dir=str(tmp_path / "saes"), run_name="a", device="cpu", num_epochs=1)
-    train.main(train.Config(data=[str(paths[0])], **{k: v for k, v in saes.items() if k in vars(train.Config())}))
+    saes = dict(
+        num_latents=[40],
+        k=[4],
+        out_dir=str(tmp_path / "saes"),
+        run_name="a",
+        device="cpu",
+        num_epochs=1,
+    )
+    train.main(
+        train.Config(
+            data=[str(paths[0])], **{k: v for k, v in saes.items() if k in vars(train.Config())}
+        )
+    )
     out = dict(out_dir=str(tmp_path / "steer"), device="cpu", num_prompts=2)
-    steer.main(steer.Config(sae=[str(tmp_path / "saes" / "a")], features=["1"], multiply=[1.0], **out))
+    steer.main(
+        steer.Config(sae=[str(tmp_path / "saes" / "a")], features=["1"], multiply=[1.0], **out)
+    )
     report = json.loads(next((tmp_path / "steer").rglob("steer.json")).read_text())
     assert [picture["moved"] for run in report["runs"] for picture in run["pictures"]] == [0.0] * 4
 
 
 def test_an_ablation_that_does_nothing_ranks_at_zero(config, tmp_path):
-    """The second part of an attention's output is a dropout, which does nothing: skipped, it must not seem to."""
-    options = dict(model_name=config.model_name, dataset_name=config.dataset_name, num_inference_steps=3, height=12, width=16)
+    """The second part of an attention's output is a dropout, which does nothing: skipped, it must
+    not seem to."""
+    options = dict(
+        model_name=config.model_name,
+        dataset_name=config.dataset_name,
+        num_inference_steps=3,
+        height=12,
+        width=16,
+    )
     name = "transformer_blocks.0.attn.to_out.1"
-    ablate.main(ablate.Config(hook_names=[name], max_num_examples=2, out_dir=str(tmp_path / "ablate"), device="cpu", **options))
+    ablate.main(
+        ablate.Config(
+            hook_names=[name],
+            max_num_examples=2,
+            out_dir=str(tmp_path / "ablate"),
+            device="cpu",
+            **options,
+        )
+    )
     record = json.loads((tmp_path / "ablate" / "ablate.json").read_text())["hooks"][0]
     assert (record["latents"], record["images"]) == (0.0, 0.0)
 
 
 def test_noise_of_a_row_does_not_depend_on_its_neighbours():
-    """Whichever rows are generated together, a row has its own noise, and other seeds have other noise."""
+    """Whichever rows are generated together, a row has its own noise, and other seeds have other
+    noise."""
     hooked, options = (
         HookedDiffusionModel.from_pipeline(build(stochastic)),
         generate_options(3, stochastic, num_inference_steps=3),
     )
-    options = {k: v[0] if k == "negative_prompt" else v for k, v in options.items() if k not in ("generator", "prompt")}
+    options = {
+        k: v[0] if k == "negative_prompt" else v
+        for k, v in options.items()
+        if k not in ("generator", "prompt")
+    }
     options["true_cfg_scale"] = 1.0
     three = generate(hooked, Generation(["a"] * 3, [3, 4, 5], options=options)).sample
     two = generate(hooked, Generation(["a"] * 2, [5, 3], options=options)).sample
-    assert torch.allclose(two, three[[2, 0]], atol=1e-4) and not torch.allclose(three[0], three[1], atol=0.1)
+    assert torch.allclose(two, three[[2, 0]], atol=1e-4) and not torch.allclose(
+        three[0], three[1], atol=0.1
+    )
 
 
 class Noisy(diffusers.DDIMScheduler):
@@ -304,7 +396,11 @@ class Noisy(diffusers.DDIMScheduler):
 
     def step(self, *args, **kwargs):
         result = super().step(*args, **kwargs)
-        noise = torch.as_tensor(np.asarray(self.draw(result[0].numel()))).view_as(result[0]).to(result[0])
+        noise = (
+            torch.as_tensor(np.asarray(self.draw(result[0].numel())))
+            .view_as(result[0])
+            .to(result[0])
+        )
         return diffusers.schedulers.scheduling_ddim.DDIMSchedulerOutput(result[0] + 0.1 * noise)
 
 
@@ -345,7 +441,9 @@ def test_every_source_of_random_numbers_is_seeded_and_put_back(draw):
     assert torch.equal(first, kept)
     assert not torch.equal(first, generate(hooked, replace(generation, seeds=[3, 5])).sample)
     after = torch.get_rng_state(), np.random.get_state()[1], random.getstate()  # noqa: NPY002
-    assert torch.equal(before[0], after[0]) and (before[1] == after[1]).all() and before[2] == after[2]
+    assert (
+        torch.equal(before[0], after[0]) and (before[1] == after[1]).all() and before[2] == after[2]
+    )
 
 
 def test_a_dry_step_leaves_the_random_numbers_as_they_were():
@@ -395,7 +493,9 @@ class InPlace(diffusers.DDIMScheduler):
 
 
 def in_place():
-    hooked = HookedDiffusionModel.from_pipeline(build(sd15, scheduler=InPlace(clip_sample=False, steps_offset=1)))
+    hooked = HookedDiffusionModel.from_pipeline(
+        build(sd15, scheduler=InPlace(clip_sample=False, steps_offset=1))
+    )
     return hooked, generate_options(2, num_inference_steps=3)
 
 
@@ -410,13 +510,16 @@ def test_looking_for_random_numbers_leaves_the_sample_alone():
 
 def test_random_numbers_of_a_scheduler_that_steps_in_place_are_refused():
     hooked, options = in_place()
-    hooked.pipe.scheduler.draw = lambda x: torch.as_tensor(np.random.default_rng().normal(size=x.shape)).to(x)
+    hooked.pipe.scheduler.draw = lambda x: torch.as_tensor(
+        np.random.default_rng().normal(size=x.shape)
+    ).to(x)
     with pytest.raises(ValueError, match="InPlace draws random numbers that no seed reaches"):
         hooked.first_step(HOOK, PROMPTS[:2], **options)
 
 
 def test_a_scheduler_is_looked_at_once_for_all_batches(monkeypatch):
-    """The steps that are made in it are those of the rest of the loop, and a dry step needs none of them."""
+    """The steps that are made in it are those of the rest of the loop, and a dry step needs none of
+    them."""
     steps, step = [], diffusers.DDIMScheduler.step
 
     def counted(self, *args, **kwargs):
@@ -430,7 +533,9 @@ def test_a_scheduler_is_looked_at_once_for_all_batches(monkeypatch):
         hooked.first_step(HOOK, prompts, **generate_options(len(prompts), num_inference_steps=7))
         counts.append(len(steps))
     assert counts == [14, 14, 14]
-    hooked.pipe.scheduler = hooked.schedulers[0] = Noisy(lambda n: np.random.default_rng().normal(size=n))
+    hooked.pipe.scheduler = hooked.schedulers[0] = Noisy(
+        lambda n: np.random.default_rng().normal(size=n)
+    )
     with pytest.raises(ValueError, match="Noisy draws random numbers that no seed reaches"):
         hooked.first_step(HOOK, PROMPTS[:2], **generate_options(2, num_inference_steps=7))
 
@@ -441,27 +546,42 @@ class NotCopied(diffusers.DDIMScheduler):
 
 
 def test_a_scheduler_that_cannot_be_copied_is_not_looked_at():
-    hooked = HookedDiffusionModel.from_pipeline(build(sd15, scheduler=NotCopied(clip_sample=False, steps_offset=1)))
+    hooked = HookedDiffusionModel.from_pipeline(
+        build(sd15, scheduler=NotCopied(clip_sample=False, steps_offset=1))
+    )
     assert HOOK in hooked.first_step(HOOK, PROMPTS[:2], **generate_options(2))["output"]
 
 
 def test_the_brownian_tree_of_a_scheduler_is_seeded():
     pytest.importorskip("torchsde")
     pipe = build(sd15, scheduler=diffusers.DPMSolverSDEScheduler(use_karras_sigmas=True))
-    hooked, options = HookedDiffusionModel.from_pipeline(pipe), generate_options(2, num_inference_steps=4)
+    hooked, options = (
+        HookedDiffusionModel.from_pipeline(pipe),
+        generate_options(2, num_inference_steps=4),
+    )
     options.pop("generator")
     generation = Generation(PROMPTS[:2], [3, 4], options=options)
     first = generate(hooked, generation).sample
-    assert torch.equal(first, generate(hooked, generation, lambda sampling: {HOOK: Edit(lambda x: x.clone())}).sample)
+    assert torch.equal(
+        first,
+        generate(hooked, generation, lambda sampling: {HOOK: Edit(lambda x: x.clone())}).sample,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- sigmas, arguments
 
 
-SECOND_ORDER = ["KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "HeunDiscreteScheduler", "DPMSolverSDEScheduler"]
+SECOND_ORDER = [
+    "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "DPMSolverSDEScheduler",
+]
 
 
-@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", *SECOND_ORDER])
+@pytest.mark.parametrize(
+    "name", ["EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", *SECOND_ORDER]
+)
 @pytest.mark.parametrize("karras", [False, True])
 def test_sigmas_are_those_that_the_denoiser_was_called_at(name, karras):
     """Against the scale of the denoiser's input, 1 / sqrt(sigma^2 + 1), measured from outside."""
@@ -472,10 +592,14 @@ def test_sigmas_are_those_that_the_denoiser_was_called_at(name, karras):
     hooked, inputs, samples = HookedDiffusionModel.from_pipeline(pipe), [], []
     pipe.unet.register_forward_pre_hook(lambda module, args: inputs.append(args[0][:2].double()))
     with hooked.watch(2, on_step=lambda step: samples.append(step.sample.double())):
-        _, cache = hooked.run_with_cache(HOOK, PROMPTS[:2], **generate_options(2, num_inference_steps=5))
+        _, cache = hooked.run_with_cache(
+            HOOK, PROMPTS[:2], **generate_options(2, num_inference_steps=5)
+        )
     scales = [(x.norm() / sample.norm()).item() for x, sample in zip(inputs, samples)]
     assert len(scales) == len(cache["sigmas"][HOOK])
-    assert [1 / np.hypot(1, sigma) for sigma in cache["sigmas"][HOOK].tolist()] == pytest.approx(scales, rel=1e-3)
+    assert [1 / np.hypot(1, sigma) for sigma in cache["sigmas"][HOOK].tolist()] == pytest.approx(
+        scales, rel=1e-3
+    )
 
 
 def test_a_timestep_that_is_listed_twice_has_the_sigma_of_its_step():
@@ -500,7 +624,9 @@ def test_arguments_of_a_scheduler_are_bound_by_name():
     """`step(model_output, old_pred_original_sample, timestep, timestep_back, sample, ...)`."""
     pipe, seen, name = build(cogvideox_dpm), [], "transformer_blocks.1"
     hooked = HookedDiffusionModel.from_pipeline(pipe)
-    pipe.transformer.get_submodule(name).register_forward_hook(lambda module, args, output: seen.append(output[0].clone()))
+    pipe.transformer.get_submodule(name).register_forward_hook(
+        lambda module, args, output: seen.append(output[0].clone())
+    )
     prompt, options = prompt_and_options(2, cogvideox_dpm, num_inference_steps=3)
     _, cache = hooked.run_with_cache(name, prompt, rows="both", **options)
     kept = torch.cat([cache["output_uncond"][name], cache["output"][name]])
@@ -525,12 +651,36 @@ def flux2():
     """Noise is on 2 x 2 patches of latents, which a batch norm of the VAE scales."""
     import transformers
 
-    text = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, head_dim=8, vocab_size=300)
-    text |= dict(num_attention_heads=2, num_key_value_heads=2, bos_token_id=0, eos_token_id=0, pad_token_id=0)
-    size = dict(num_layers=1, num_single_layers=1, num_attention_heads=2, attention_head_dim=16, patch_size=1, in_channels=16)
-    size |= dict(joint_attention_dim=48, axes_dims_rope=(4, 4, 4, 4), timestep_guidance_channels=8, guidance_embeds=False)
-    blocks = dict(block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=1, sample_size=32)
-    blocks |= dict(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
+    text = dict(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, head_dim=8, vocab_size=300
+    )
+    text |= dict(
+        num_attention_heads=2, num_key_value_heads=2, bos_token_id=0, eos_token_id=0, pad_token_id=0
+    )
+    size = dict(
+        num_layers=1,
+        num_single_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        patch_size=1,
+        in_channels=16,
+    )
+    size |= dict(
+        joint_attention_dim=48,
+        axes_dims_rope=(4, 4, 4, 4),
+        timestep_guidance_channels=8,
+        guidance_embeds=False,
+    )
+    blocks = dict(
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=1,
+        sample_size=32,
+    )
+    blocks |= dict(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2
+    )
     pipe = diffusers.Flux2KleinPipeline(
         scheduler=flow_matching(),
         vae=diffusers.AutoencoderKLFlux2(**blocks),
@@ -550,13 +700,20 @@ def pndm():
 
 
 def own_of_ltx(pipe, z):
-    scaled = pipe._normalize_latents(z, pipe.vae.latents_mean, pipe.vae.latents_std, pipe.vae.config.scaling_factor)
+    scaled = pipe._normalize_latents(
+        z, pipe.vae.latents_mean, pipe.vae.latents_std, pipe.vae.config.scaling_factor
+    )
     return pipe._pack_latents(scaled, 1, 1)
 
 
 def own_of_flux2(pipe, z):
-    mean, variance = pipe.vae.bn.running_mean.view(1, -1, 1, 1), pipe.vae.bn.running_var.view(1, -1, 1, 1)
-    return pipe._pack_latents((pipe._patchify_latents(z) - mean) / (variance + pipe.vae.config.batch_norm_eps).sqrt())
+    mean, variance = (
+        pipe.vae.bn.running_mean.view(1, -1, 1, 1),
+        pipe.vae.bn.running_var.view(1, -1, 1, 1),
+    )
+    return pipe._pack_latents(
+        (pipe._patchify_latents(z) - mean) / (variance + pipe.vae.config.batch_norm_eps).sqrt()
+    )
 
 
 def own_of_sd15(pipe, z):
@@ -569,16 +726,21 @@ def photo(width, height):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "recipe, own", [(ltx_statistics, own_of_ltx), (flux2, own_of_flux2), (sd15, own_of_sd15), (pndm, own_of_sd15)]
+    "recipe, own",
+    [(ltx_statistics, own_of_ltx), (flux2, own_of_flux2), (sd15, own_of_sd15), (pndm, own_of_sd15)],
 )
 def test_latents_of_real_images_are_the_pipelines_own(recipe, own, dtype):
     pipe = build(recipe).to(dtype)
     _, options = prompt_and_options(1, recipe)
     options.pop("generator")
     size = options["width"], options["height"]
-    real = real_images.RealImages(HookedDiffusionModel.from_pipeline(pipe), "", options | dict(num_inference_steps=5), *size)
+    real = real_images.RealImages(
+        HookedDiffusionModel.from_pipeline(pipe), "", options | dict(num_inference_steps=5), *size
+    )
     image = photo(*size)
-    x = real_images.to_pixels(image)[None].to(pipe.vae.dtype)  # some VAEs are computed in float32 all the same
+    x = real_images.to_pixels(image)[None].to(
+        pipe.vae.dtype
+    )  # some VAEs are computed in float32 all the same
     with torch.no_grad():
         z = pipe.vae.encode(x if recipe is not ltx_statistics else x[:, :, None]).latent_dist.mode()
         expected = own(pipe, z).to(dtype).float()
@@ -593,12 +755,18 @@ class OwnDecoding(Loop):
 
     def __call__(self, prompt=None, output_type="pt", **options):
         sample = super().__call__(prompt, output_type="latent", **options).images
-        return sample if output_type == "latent" else self.vae.decode(self.before_decoding(sample)).sample
+        return (
+            sample
+            if output_type == "latent"
+            else self.vae.decode(self.before_decoding(sample)).sample
+        )
 
 
 def with_decoding(before_decoding):
     pipe = build(sd15)
-    hooked = HookedDiffusionModel(pipe.unet, pipe.scheduler, pipe.encode_prompt, vae=pipe.vae, sample_shape=(4, 16, 16))
+    hooked = HookedDiffusionModel(
+        pipe.unet, pipe.scheduler, pipe.encode_prompt, vae=pipe.vae, sample_shape=(4, 16, 16)
+    )
     hooked.pipe.__class__ = OwnDecoding
     hooked.pipe.before_decoding = before_decoding
     return hooked, pipe.vae
@@ -616,7 +784,10 @@ def test_a_way_of_ones_own_from_sample_to_latents_is_learned():
 def test_latents_that_do_not_follow_number_by_number_are_refused():
     mix = torch.randn(4, 4)
     hooked, _ = with_decoding(lambda sample: torch.einsum("cd,bdhw->bchw", mix, sample))
-    with pytest.raises(ValueError, match="--images: what OwnDecoding gives its VAE is no rearrangement of its sample"):
+    with pytest.raises(
+        ValueError,
+        match="--images: what OwnDecoding gives its VAE is no rearrangement of its sample",
+    ):
         real_images.RealImages(hooked, "", {"num_inference_steps": 3})
     hooked, _ = with_decoding(lambda sample: sample[..., 1:])
     with pytest.raises(ValueError, match="no rearrangement"):
@@ -640,7 +811,9 @@ class Squares(torch.nn.Module):
         return (torch.nn.functional.pixel_shuffle(z, 2).clamp(self.low, 1),)
 
 
-def test_a_vae_made_for_another_range_is_refused_and_a_bad_one_is_remarked(model_folder, tmp_path, capsys):
+def test_a_vae_made_for_another_range_is_refused_and_a_bad_one_is_remarked(
+    model_folder, tmp_path, capsys
+):
     real = real_images.RealImages.__new__(real_images.RealImages)
     real.vae = Squares(-1)
     assert real.check_reconstruction(photo(32, 32)) is None
@@ -651,13 +824,21 @@ def test_a_vae_made_for_another_range_is_refused_and_a_bad_one_is_remarked(model
     assert "was not checked: TypeError" in real.check_reconstruction(photo(32, 32))
     (tmp_path / "photos").mkdir()
     photo(32, 32).save(tmp_path / "photos" / "a.png")
-    options = dict(images=str(tmp_path / "photos"), timesteps_per_image=1, out_dir=str(tmp_path / "acts"), device="cpu")
+    options = dict(
+        images=str(tmp_path / "photos"),
+        timesteps_per_image=1,
+        out_dir=str(tmp_path / "acts"),
+        device="cpu",
+    )
     collect.main(collect.Config(model_name=str(model_folder), hook_names=[HOOK], **options))
-    assert "note: the VAE gives an image back with an error of" in capsys.readouterr().out  # its weights are random
+    assert (
+        "note: the VAE gives an image back with an error of" in capsys.readouterr().out
+    )  # its weights are random
 
 
 @pytest.mark.parametrize(
-    "dtype, white", [(np.uint16, 65535), (np.int32, 255), (np.float32, 255), (np.float32, 1), (np.int32, 65535)]
+    "dtype, white",
+    [(np.uint16, 65535), (np.int32, 255), (np.float32, 255), (np.float32, 1), (np.int32, 65535)],
 )
 def test_images_of_more_than_8_bits_keep_their_brightness(tmp_path, dtype, white):
     """Grey of two thirds stays that, whatever number is white."""
@@ -681,14 +862,17 @@ def test_numbers_of_which_none_is_known_to_be_white_are_refused(tmp_path):
 
 
 def test_samplings_that_end_in_another_order_do_not_disturb_each_other():
-    """The first that was watched ends first; the second sees all of its steps, and the class is as before."""
+    """The first that was watched ends first; the second sees all of its steps, and the class is as
+    before."""
     original = vars(diffusers.DDIMScheduler)["step"]
     pipes = [build(sd15) for _ in range(2)]
     for pipe in pipes:
         pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
     first, second = (HookedDiffusionModel.from_pipeline(pipe) for pipe in pipes)
     options = generate_options(2, num_inference_steps=4)
-    _, alone = second.run_with_cache("mid_block", PROMPTS[:2], **generate_options(2, num_inference_steps=4))
+    _, alone = second.run_with_cache(
+        "mid_block", PROMPTS[:2], **generate_options(2, num_inference_steps=4)
+    )
 
     outer = first.watch(2)
     outer.__enter__()
@@ -698,6 +882,11 @@ def test_samplings_that_end_in_another_order_do_not_disturb_each_other():
             outer.__exit__(None, None, None)
         return given
 
-    _, cache = second.run_with_cache("mid_block", PROMPTS[:2], **options | {"callback_on_step_end": leave})
+    _, cache = second.run_with_cache(
+        "mid_block", PROMPTS[:2], **options | {"callback_on_step_end": leave}
+    )
     assert torch.equal(cache["output"]["mid_block"], alone["output"]["mid_block"])
-    assert cache["output"]["mid_block"].shape[1] == 4 and vars(diffusers.DDIMScheduler)["step"] is original
+    assert (
+        cache["output"]["mid_block"].shape[1] == 4
+        and vars(diffusers.DDIMScheduler)["step"] is original
+    )

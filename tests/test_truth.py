@@ -22,7 +22,10 @@ def known(tmp_path_factory):
 def test_known_atoms_are_recovered(known, tmp_path, monkeypatch, variant):
     monkeypatch.setattr("store.dataset.HELD_OUT", dict(share=0.1, at_least=0, at_most=10**9))
     path, dictionary = known
-    options = {name: [64, 128] if name == "matryoshka" else value for name, value in VARIANTS[variant].items()}
+    options = {
+        name: [64, 128] if name == "matryoshka" else value
+        for name, value in VARIANTS[variant].items()
+    }
     options |= dict(num_latents=[128], k=[3], num_epochs=20, lr=4e-3, device="cpu", run_name="run")
     assert recovered(Sae(32, 128, 3), dictionary) < 0.3  # before training
     train.main(train.Config(data=[str(path)], out_dir=str(tmp_path), **options))

@@ -1,4 +1,5 @@
-"""The training step against plain dense autograd in float64 and torch.optim.Adam, and AuxK by hand."""
+"""The training step against plain dense autograd in float64 and torch.optim.Adam, and AuxK by
+hand."""
 
 import contextlib
 import itertools
@@ -43,13 +44,18 @@ def select(pre_acts, k, activation):
     return top(pre_acts.reshape(rows[0], -1), rows[1]).view(N, M)
 
 
-def dense_loss(params, x, variance, dead, residual, weights, alpha, multi_topk, prefixes, k, activation):
-    """The loss of kernels/update.py's first lines by dense autograd: what it is, the codes (N, M) and the error (N, d)."""
+def dense_loss(
+    params, x, variance, dead, residual, weights, alpha, multi_topk, prefixes, k, activation
+):
+    """The loss of kernels/update.py's first lines by dense autograd: what it is, the codes (N, M)
+    and the error (N, d)."""
     W_enc, b_enc, W_dec, b_dec = params
     pre_acts = torch.relu((x - b_dec) @ W_enc.T + b_enc)
     codes = select(pre_acts, k, activation)
     error = lambda codes: weights * (codes @ W_dec + b_dec - x).square().sum(1)
-    loss = sum(error(codes * (torch.arange(len(b_enc)) < m)) for m in prefixes).sum() / (len(prefixes) * variance)
+    loss = sum(error(codes * (torch.arange(len(b_enc)) < m)) for m in prefixes).sum() / (
+        len(prefixes) * variance
+    )
     e = (codes @ W_dec + b_dec - x).detach()
     if len(dead) and alpha:
         e_hat = top(pre_acts[:, dead], max(1, x.shape[1] // 2)) @ W_dec[dead]
@@ -60,9 +66,15 @@ def dense_loss(params, x, variance, dead, residual, weights, alpha, multi_topk, 
 
 
 OPTIONS = [  # alpha, multi_topk, unit_norm, variance, more
-    *((*options, {}) for options in itertools.product([0.0, 5.0], [False, True], [False, True], [700.0, 0.07])),
+    *(
+        (*options, {})
+        for options in itertools.product([0.0, 5.0], [False, True], [False, True], [700.0, 0.07])
+    ),
     *((5.0, False, True, variance, dict(activation="batchtopk")) for variance in (700.0, 0.07)),
-    *((5.0, False, True, variance, dict(activation="sampletopk", k=30)) for variance in (700.0, 0.07)),
+    *(
+        (5.0, False, True, variance, dict(activation="sampletopk", k=30))
+        for variance in (700.0, 0.07)
+    ),
     *((5.0, False, unit, 700.0, dict(matryoshka=[10, 40])) for unit in (False, True)),
     (5.0, False, True, 0.07, dict(matryoshka=[40], activation="batchtopk", weighted=True)),
     (0.0, False, True, 700.0, dict(weighted=True)),
@@ -75,12 +87,28 @@ OPTIONS = [  # alpha, multi_topk, unit_norm, variance, more
 
 @pytest.mark.parametrize("alpha, multi_topk, unit_norm, variance, more", OPTIONS)
 def test_twenty_steps_against_float64(monkeypatch, alpha, multi_topk, unit_norm, variance, more):
-    """Every variant; AuxK, Multi-TopK and unit norm on and off; a variance so small that every gradient is clipped, and a large
-    one. Dead latents are looked up every third step."""
+    """Every variant; AuxK, Multi-TopK and unit norm on and off; a variance so small that every
+    gradient is clipped, and a large one. Dead latents are looked up every third step."""
     monkeypatch.setattr(update_module, "LIST_DEAD_EVERY", 3)
-    more = dict(activation="topk", k=5, matryoshka=[], weighted=False, input_unit_norm=False, padded=False, each=False) | more
+    more = (
+        dict(
+            activation="topk",
+            k=5,
+            matryoshka=[],
+            weighted=False,
+            input_unit_norm=False,
+            padded=False,
+            each=False,
+        )
+        | more
+    )
     cfg = {name: more[name] for name in ("activation", "input_unit_norm")}
-    options = dict(auxk_alpha=alpha, multi_topk=multi_topk, normalize_decoder=unit_norm, matryoshka=more["matryoshka"])
+    options = dict(
+        auxk_alpha=alpha,
+        multi_topk=multi_topk,
+        normalize_decoder=unit_norm,
+        matryoshka=more["matryoshka"],
+    )
     sae, step = make(k=more["k"], cfg=cfg, dead_feature_threshold=100, **options)
     step.variance, step.padded = variance, more["padded"]
     params = [sae.get_parameter(name).detach().double().requires_grad_() for name in NAMES]
@@ -95,7 +123,13 @@ def test_twenty_steps_against_float64(monkeypatch, alpha, multi_topk, unit_norm,
             x = (given - given.mean(1, keepdim=True)) / given.std(1, correction=0, keepdim=True)
         dead = (silent >= 100).nonzero().flatten() if iteration % 3 == 0 else dead
         auxk_ran += bool(len(dead))
-        rest = alpha, multi_topk, [*more["matryoshka"], 96], more["k"], "topk" if more["each"] else more["activation"]
+        rest = (
+            alpha,
+            multi_topk,
+            [*more["matryoshka"], 96],
+            more["k"],
+            "topk" if more["each"] else more["activation"],
+        )
         loss, codes, e = dense_loss(params, x.double(), variance, dead, residual, weights, *rest)
         optimizer.zero_grad()
         loss.backward()
@@ -111,14 +145,22 @@ def test_twenty_steps_against_float64(monkeypatch, alpha, multi_topk, unit_norm,
         least += (codes[codes > 0].min() - least) / min(iteration + 1, 10)
 
         sample = given.view(4, 10, 24) if more["activation"] == "sampletopk" else given
-        result, norm = step(sample, 1e-3, weights=weights if more["weighted"] else None, plain_topk=more["each"])
+        result, norm = step(
+            sample, 1e-3, weights=weights if more["weighted"] else None, plain_topk=more["each"]
+        )
         torch.testing.assert_close(result.loss.double(), loss.detach(), rtol=1e-5, atol=0)
         torch.testing.assert_close(norm.double().item(), norms[-1], rtol=1e-4, atol=0)
         spread = given.std(1, correction=0, keepdim=True) if more["input_unit_norm"] else 1
         dense = torch.zeros(40, 96).scatter(1, result.top_indices, result.top_acts)
-        for mine, expected in ((result.e, e * spread), (result.x_hat - given, e * spread), (dense, codes)):
+        for mine, expected in (
+            (result.e, e * spread),
+            (result.x_hat - given, e * spread),
+            (dense, codes),
+        ):
             assert (mine.double() - expected).norm() <= 1e-5 * expected.norm()
-    assert (auxk_ran > 3 or more["activation"] == "sampletopk") and (min(norms) > 1 if variance < 1 else max(norms) < 1 or alpha)
+    assert (auxk_ran > 3 or more["activation"] == "sampletopk") and (
+        min(norms) > 1 if variance < 1 else max(norms) < 1 or alpha
+    )
     for name, p in zip(NAMES, params):
         mine = sae.get_parameter(name).double()
         assert (mine - p).norm() <= 1e-5 * p.norm(), (name, ((mine - p).norm() / p.norm()).item())
@@ -128,9 +170,16 @@ def test_twenty_steps_against_float64(monkeypatch, alpha, multi_topk, unit_norm,
 
 
 def test_forward_and_backward_change_nothing():
-    """So that forward, backward and step may be called one by one, with the bits of a call; of every variant."""
-    for cfg, options in (({}, {}), (dict(activation="batchtopk"), dict(matryoshka=[40])), ({}, dict(multi_topk=True))):
-        (_, one), (_, other) = (make(cfg=cfg, auxk_alpha=1.0, dead_feature_threshold=60, **options) for _ in range(2))
+    """So that forward, backward and step may be called one by one, with the bits of a call; of
+    every variant."""
+    for cfg, options in (
+        ({}, {}),
+        (dict(activation="batchtopk"), dict(matryoshka=[40])),
+        ({}, dict(multi_topk=True)),
+    ):
+        (_, one), (_, other) = (
+            make(cfg=cfg, auxk_alpha=1.0, dead_feature_threshold=60, **options) for _ in range(2)
+        )
         for seed in range(4):
             x = torch.randn(40, 24, generator=torch.Generator().manual_seed(seed))
             whole, norm = one(x, 1e-3)
@@ -140,7 +189,9 @@ def test_forward_and_backward_change_nothing():
             forward = other.forward(x)
             gradients = other.backward(forward)
             assert all(torch.equal(before[name], tensor) for name, tensor in other.state.items())
-            assert torch.equal(other.step(gradients, 1e-3), norm) and torch.equal(forward.loss, whole.loss)
+            assert torch.equal(other.step(gradients, 1e-3), norm) and torch.equal(
+                forward.loss, whole.loss
+            )
         assert all(torch.equal(one.state[name], tensor) for name, tensor in other.state.items())
 
 
@@ -157,7 +208,8 @@ def test_what_does_not_go_together():
 
 
 def test_places_that_fill_up_a_reconstruction_are_pairs_of_no_latent():
-    """multi_topk: of 4 k places k are used again. Were the others latent 0's, a GPU would add them up one by one."""
+    """multi_topk: of 4 k places k are used again. Were the others latent 0's, a GPU would add them
+    up one by one."""
     _, update = make(multi_topk=True)
     gradients = update.backward(update.forward(torch.randn(40, 24)))
     assert gradients.W_enc.ends.diff()[0] < 40 and gradients.W_enc.ends[-1] <= 40 * (4 * 5 + 5)
@@ -179,14 +231,20 @@ def test_parts_are_the_whole():
     for parts in (1, 3):
         sae, step = make(auxk_alpha=1.0, dead_feature_threshold=60)
         for seed in range(4):
-            step(torch.randn(40, 24, generator=torch.Generator().manual_seed(seed)), 1e-3, parts=parts)
+            step(
+                torch.randn(40, 24, generator=torch.Generator().manual_seed(seed)),
+                1e-3,
+                parts=parts,
+            )
         runs[parts] = step.state
     for name in runs[1]:
         torch.testing.assert_close(runs[1][name], runs[3][name], rtol=1e-5, atol=1e-6)
 
 
 def test_a_saved_state_goes_on_to_the_same_bits():
-    batches = [torch.randn(40, 24, generator=torch.Generator().manual_seed(seed)) for seed in range(6)]
+    batches = [
+        torch.randn(40, 24, generator=torch.Generator().manual_seed(seed)) for seed in range(6)
+    ]
     for dtype in (None, torch.bfloat16):
         _, whole = make(dtype=dtype, dead_feature_threshold=60)
         _, first = make(dtype=dtype, dead_feature_threshold=60)
@@ -202,14 +260,18 @@ def test_a_saved_state_goes_on_to_the_same_bits():
 
 
 def test_auxk_predicts_the_residual_with_dead_latents_alone():
-    """By hand: the one dead latent points along the residual, so the loss is 0 there, and only it has a gradient."""
+    """By hand: the one dead latent points along the residual, so the loss is 0 there, and only it
+    has a gradient."""
     sae = Sae(2, 3, 1)
     with torch.no_grad():
         sae.W_dec.copy_(torch.tensor([[1.0, 0], [0, 1], [-1, 0]]))
         sae.encoder.weight.copy_(sae.W_dec)
         sae.b_dec.fill_(10)
     step = SparseUpdate(sae, variance=1.0, auxk_alpha=1.0)
-    x, dead = torch.tensor([[13.0, 11.0]]), torch.tensor([1])  # b_dec + (3, 1): latent 0 takes the 3, the residual is +(0, 1)
+    x, dead = (
+        torch.tensor([[13.0, 11.0]]),
+        torch.tensor([1]),
+    )  # b_dec + (3, 1): latent 0 takes the 3, the residual is +(0, 1)
 
     def auxk():
         without = step.forward(x)
@@ -221,13 +283,20 @@ def test_auxk_predicts_the_residual_with_dead_latents_alone():
         return forward.auxk.loss, gradients
 
     loss, gradients = auxk()
-    assert loss == 0 and not gradients.W_enc.dense.any() and not gradients.W_dec.dense.any() and not gradients.b_enc[1]
+    assert (
+        loss == 0
+        and not gradients.W_enc.dense.any()
+        and not gradients.W_dec.dense.any()
+        and not gradients.b_enc[1]
+    )
     sae.W_dec.data[1] *= 1.5
     loss, gradients = auxk()  # it says 1.5 where 1 is left over
     assert loss.item() == pytest.approx(0.25) and gradients.b_enc[1].item() == pytest.approx(1.5)
     dW_enc, dW_dec = gradients.W_enc, gradients.W_dec
     assert dW_enc.rows.tolist() == dW_dec.rows.tolist() == [1]
-    assert dW_dec.dense.tolist() == [pytest.approx([0, 1])] and dW_enc.dense.tolist() == [pytest.approx([4.5, 1.5])]
+    assert dW_dec.dense.tolist() == [pytest.approx([0, 1])] and dW_enc.dense.tolist() == [
+        pytest.approx([4.5, 1.5])
+    ]
     assert gradients.along[1].item() == pytest.approx(1.5)
 
 
@@ -242,10 +311,16 @@ def test_zero_activations_move_nothing():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("N, M, k", [(7, 50, 5), (1, 33, 33), (5, 40, 1), (9, 64, 63), (6, 512, 3), (3, 513, 3)])
+@pytest.mark.parametrize(
+    "N, M, k", [(7, 50, 5), (1, 33, 33), (5, 40, 1), (9, 64, 63), (6, 512, 3), (3, 513, 3)]
+)
 def test_topk_is_exact_and_ties_go_to_the_lower_index(dtype, N, M, k):
     g = torch.Generator().manual_seed(0)
-    for x in (torch.randn(N, M, generator=g), torch.randint(-2, 3, (N, M), generator=g).float(), -torch.rand(N, M, generator=g)):
+    for x in (
+        torch.randn(N, M, generator=g),
+        torch.randint(-2, 3, (N, M), generator=g).float(),
+        -torch.rand(N, M, generator=g),
+    ):
         x = x.to(dtype)
         acts, indices = torch_topk(x, k)
         expected = x.relu().sort(dim=1, descending=True, stable=True)
@@ -254,18 +329,24 @@ def test_topk_is_exact_and_ties_go_to_the_lower_index(dtype, N, M, k):
         assert torch.equal(x.relu().gather(1, indices)[acts > 0], acts[acts > 0])
         for row in range(N):
             positive = expected.values[row, :k] > 0
-            assert set(indices[row][acts[row] > 0].tolist()) == set(expected.indices[row, :k][positive].tolist())
+            assert set(indices[row][acts[row] > 0].tolist()) == set(
+                expected.indices[row, :k][positive].tolist()
+            )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_blocks_of_columns_choose_as_the_whole_does(monkeypatch, dtype):
     g = torch.Generator().manual_seed(0)
-    x, W, b, b_dec = (torch.randint(-2, 3, size, generator=g).float() for size in ((9, 6), (53, 6), (53,), (6,)))  # many ties
+    x, W, b, b_dec = (
+        torch.randint(-2, 3, size, generator=g).float() for size in ((9, 6), (53, 6), (53,), (6,))
+    )  # many ties
     whole = encode(x, W, b, b_dec, 7, dtype)
     monkeypatch.setattr(sys.modules["kernels.encode"], "COLUMNS", 11)
     monkeypatch.setattr(sys.modules["kernels.encode"], "ROWS", 4)
     parts = encode(x, W, b, b_dec, 7, dtype)
-    as_sets = lambda acts, indices: [{(i, a) for i, a in zip(*row) if a > 0} for row in zip(indices.tolist(), acts.tolist())]
+    as_sets = lambda acts, indices: [
+        {(i, a) for i, a in zip(*row) if a > 0} for row in zip(indices.tolist(), acts.tolist())
+    ]
     assert as_sets(*whole) == as_sets(*parts)
 
 
@@ -275,22 +356,37 @@ def test_gradients_by_blocks_of_rows(monkeypatch, block, kept):
     for module in ("kernels.adam", "kernels.grad"):
         monkeypatch.setattr(sys.modules[module], "BLOCK", block)
     g = torch.Generator().manual_seed(0)
-    weights, indices, x = torch.randn(6, 3, generator=g), torch.randint(9, (6, 3), generator=g), torch.randn(6, 5, generator=g)
+    weights, indices, x = (
+        torch.randn(6, 3, generator=g),
+        torch.randint(9, (6, 3), generator=g),
+        torch.randn(6, 5, generator=g),
+    )
     order, ends = sort_pairs(indices, 9)
     rows, dense = torch.tensor([0, 3, 8]), torch.randn(3, 5, generator=g)
-    gradient = Gradient(weights.flatten()[order], order // 3, ends, x, rows, dense).keep(torch.empty(9, 5) if kept else None)
+    gradient = Gradient(weights.flatten()[order], order // 3, ends, x, rows, dense).keep(
+        torch.empty(9, 5) if kept else None
+    )
     expected = torch.zeros(6, 9).scatter_add(1, indices, weights).T @ x
     expected[rows] += dense
-    torch.testing.assert_close(torch.cat([gradient.block(a, min(a + 4, 9)) for a in (0, 4, 8)]), expected)
+    torch.testing.assert_close(
+        torch.cat([gradient.block(a, min(a + 4, 9)) for a in (0, 4, 8)]), expected
+    )
     assert squared_norm(gradient).item() == pytest.approx(expected.square().sum().item(), rel=1e-5)
 
 
 class NoWaiting(TorchDispatchMode):
-    """Fails where a GPU would have to be waited for: numbers that Python reads, and shapes that depend on them."""
+    """Fails where a GPU would have to be waited for: numbers that Python reads, and shapes that
+    depend on them."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "bincount"), name
+        assert name not in (
+            "_local_scalar_dense",
+            "nonzero",
+            "masked_select",
+            "unique_dim",
+            "bincount",
+        ), name
         return func(*args, **kwargs or {})
 
 
@@ -303,21 +399,36 @@ class Pair(Group):
 
 @pytest.mark.parametrize(
     "options",
-    [dict(), dict(multi_topk=True), dict(matryoshka=[40]), dict(cfg=dict(activation="batchtopk")), dict(group=Pair((0, 1)))],
+    [
+        dict(),
+        dict(multi_topk=True),
+        dict(matryoshka=[40]),
+        dict(cfg=dict(activation="batchtopk")),
+        dict(group=Pair((0, 1))),
+    ],
 )
 def test_update_never_waits_for_the_device(options):
-    """As on a GPU, through Triton's launchers, whose kernels do nothing here: so that a CUDA graph can hold the step."""
+    """As on a GPU, through Triton's launchers, whose kernels do nothing here: so that a CUDA graph
+    can hold the step."""
     from kernels.grad import triton
 
     if triton is None:
         pytest.skip("Triton is not installed")
-    modules = {name: sys.modules[f"kernels.{name}"] for name in ("adam", "decode", "grad", "batch_topk", "topk")}
+    modules = {
+        name: sys.modules[f"kernels.{name}"]
+        for name in ("adam", "decode", "grad", "batch_topk", "topk")
+    }
     _, step = make(auxk_alpha=1.0, dead_feature_threshold=0, dtype=torch.bfloat16, **options)
     step.padded, step.memory = True, step.memory if "group" in options else [None, None]
     step.state["dead"][:9] = True
     step.index_dead()
     assert step.dead.tolist() == [*range(9), *[96] * 7]
-    kernels = {(m, n): k for m, module in modules.items() for n, k in vars(module).items() if n.endswith("_kernel")}
+    kernels = {
+        (m, n): k
+        for m, module in modules.items()
+        for n, k in vars(module).items()
+        if n.endswith("_kernel")
+    }
     launched = []
 
     class Nothing:
@@ -331,16 +442,28 @@ def test_update_never_waits_for_the_device(options):
         for (module, name), _ in kernels.items():
             stack.enter_context(patch.object(modules[module], name, Nothing(name)))
         stack.enter_context(patch.object(torch.Tensor, "new_empty", torch.Tensor.new_zeros))
-        for name, module in dict(topk="topk", decode_error="decode", keep_largest="batch_topk").items():
+        for name, module in dict(
+            topk="topk", decode_error="decode", keep_largest="batch_topk"
+        ).items():
             chosen = getattr(modules[module], f"triton_{name}")
             for user in (update_module, sys.modules["kernels.encode"], sys.modules["sae"]):
                 if hasattr(user, name):
                     stack.enter_context(patch.object(user, name, chosen))
-        stack.enter_context(patch.object(modules["grad"], "count_ends", modules["grad"].search_ends))
+        stack.enter_context(
+            patch.object(modules["grad"], "count_ends", modules["grad"].search_ends)
+        )
         stack.enter_context(patch.object(modules["adam"], "in_triton", lambda W: True))
-        stack.enter_context(patch.object(update_module, "totals", lambda weights, ends: weights.new_zeros(len(ends) - 1)))
-        stack.enter_context(patch.object(torch.cuda, "device_of", lambda tensor: contextlib.nullcontext()))
+        stack.enter_context(
+            patch.object(
+                update_module, "totals", lambda weights, ends: weights.new_zeros(len(ends) - 1)
+            )
+        )
+        stack.enter_context(
+            patch.object(torch.cuda, "device_of", lambda tensor: contextlib.nullcontext())
+        )
         stack.enter_context(NoWaiting())
         step.run(torch.randn(40, 24))
     assert ("make_kernel" in launched) == ("group" in options)
-    assert {"topk_kernel", "decode_error_kernel", "squared_norm_kernel", "update_kernel"} <= set(launched)
+    assert {"topk_kernel", "decode_error_kernel", "squared_norm_kernel", "update_kernel"} <= set(
+        launched
+    )

@@ -26,7 +26,8 @@ def small(monkeypatch):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """20,000 vectors of width 16, each of about 3 of 24 directions, off centre, four times as large in the first step of four."""
+    """20,000 vectors of width 16, each of about 3 of 24 directions, off centre, four times as large
+    in the first step of four."""
     rng = np.random.default_rng(0)
     atoms = rng.standard_normal((24, 16)) / 4
     codes = np.where(rng.random((20_000, 24)) < 1 / 8, rng.gamma(3, 1, (20_000, 24)), 0)
@@ -34,14 +35,32 @@ def data(tmp_path_factory):
     x[:, 0] *= 4
     path = tmp_path_factory.mktemp("data") / "acts.npy"
     np.save(path, (x + 5).astype(np.float32))
-    meta = {"format": 1, "hook_name": "mid_block", "timesteps": [900, 600, 300, 0], "shape": list(x.shape)}
+    meta = {
+        "format": 1,
+        "hook_name": "mid_block",
+        "timesteps": [900, 600, 300, 0],
+        "shape": list(x.shape),
+    }
     describe(path, **meta)
     return path
 
 
 def config(data, out_dir, **options):
-    defaults = dict(num_latents=[48], k=[3], effective_batch_size=200, lr=3e-3, lr_warmup_steps=5, run_name="run")
-    defaults |= dict(data=[str(data)], out_dir=str(out_dir), device="cpu", mixed_precision="no", dead_feature_threshold=2000)
+    defaults = dict(
+        num_latents=[48],
+        k=[3],
+        effective_batch_size=200,
+        lr=3e-3,
+        lr_warmup_steps=5,
+        run_name="run",
+    )
+    defaults |= dict(
+        data=[str(data)],
+        out_dir=str(out_dir),
+        device="cpu",
+        mixed_precision="no",
+        dead_feature_threshold=2000,
+    )
     return Config(**(defaults | options))
 
 
@@ -51,17 +70,37 @@ def weights(folder):
 
 def test_a_sweep_gives_what_each_alone_gives_from_one_reading(data, tmp_path, monkeypatch, capsys):
     read, bytes_read = Activations.read, []
-    monkeypatch.setattr(Activations, "read", lambda *args: bytes_read.append(len(x := read(*args))) or x)
-    main(config(data, tmp_path / "sweep", k=[2, 4], num_latents=[32, 48], seeds=[0, 1], max_examples=4000))
+    monkeypatch.setattr(
+        Activations, "read", lambda *args: bytes_read.append(len(x := read(*args))) or x
+    )
+    main(
+        config(
+            data,
+            tmp_path / "sweep",
+            k=[2, 4],
+            num_latents=[32, 48],
+            seeds=[0, 1],
+            max_examples=4000,
+        )
+    )
     together, bytes_read[:] = sum(bytes_read), []
     printed, base = capsys.readouterr().out, tmp_path / "sweep" / "run"
     folders = sorted(path.name for path in base.iterdir() if path.is_dir())
-    assert len(folders) == 8 and (base / "acts_sweep.png").exists() and all(name in printed for name in folders)
-    for name, options in (("k2_M32", dict(k=[2], num_latents=[32])), ("k4_M48_seed1", dict(k=[4], seeds=[1]))):
+    assert (
+        len(folders) == 8
+        and (base / "acts_sweep.png").exists()
+        and all(name in printed for name in folders)
+    )
+    for name, options in (
+        ("k2_M32", dict(k=[2], num_latents=[32])),
+        ("k4_M48_seed1", dict(k=[4], seeds=[1])),
+    ):
         main(config(data, tmp_path / name, max_examples=4000, **options))
         mine, alone = weights(base / name), weights(tmp_path / name / "run")
         assert all(torch.equal(mine[key], alone[key]) for key in alone)
-        numbers = lambda folder: json.loads((folder / "cfg.json").read_text()) | {"training": None, "data": None}  # a path
+        numbers = lambda folder: (
+            json.loads((folder / "cfg.json").read_text()) | {"training": None, "data": None}
+        )  # a path
         assert numbers(base / name) == numbers(tmp_path / name / "run")
     assert together == sum(bytes_read) / 2
 
@@ -86,7 +125,10 @@ def test_a_sweep_that_is_interrupted_goes_on_to_the_same_bits(data, tmp_path, mo
     for name in ("k2_M48", "k3_M48"):
         a, b = (tmp_path / kind / "run" / name for kind in ("whole", "torn"))
         assert (a / "sae.safetensors").read_bytes() == (b / "sae.safetensors").read_bytes()
-        rows = [[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (a, b)]
+        rows = [
+            [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            for folder in (a, b)
+        ]
         assert [[r["iteration"] for r in found] for found in rows] == [[10, 20]] * 2
 
 
@@ -105,7 +147,8 @@ VARIANTS = {
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_what_was_trained_is_what_is_used(data, tmp_path, name):
-    """The reloaded SAE selects what a step of training does of the same vectors: to the bit, or 1 % of L0 by a threshold."""
+    """The reloaded SAE selects what a step of training does of the same vectors: to the bit, or 1 %
+    of L0 by a threshold."""
     main(config(data, tmp_path, num_epochs=3, **VARIANTS[name]))
     sae = Sae.load_from_disk(tmp_path / "run")
     assert sae.cfg["fvu"] < 0.35 and sae.cfg["dead"] < 0.3
@@ -113,13 +156,19 @@ def test_what_was_trained_is_what_is_used(data, tmp_path, name):
     x = x.view(-1, 50, 16) if "sample" in name else x
     with torch.no_grad():
         codes = sae.encode(x)
-    update = SparseUpdate(sae, 1.0, multi_topk="multi" in name, matryoshka=VARIANTS[name].get("matryoshka", ()))
+    update = SparseUpdate(
+        sae, 1.0, multi_topk="multi" in name, matryoshka=VARIANTS[name].get("matryoshka", ())
+    )
     trained = update.forward(x)
     if "batch" in name:
-        assert (codes.top_acts > 0).sum().item() == pytest.approx((trained.top_acts > 0).sum().item(), rel=0.01)
+        assert (codes.top_acts > 0).sum().item() == pytest.approx(
+            (trained.top_acts > 0).sum().item(), rel=0.01
+        )
         assert sae.cfg["l0"] == pytest.approx(3, rel=0.03)  # of other prompts
     else:
-        dense = lambda acts, indices: torch.zeros(16_000, 48).scatter(1, indices.flatten(0, -2), acts.flatten(0, -2))
+        dense = lambda acts, indices: torch.zeros(16_000, 48).scatter(
+            1, indices.flatten(0, -2), acts.flatten(0, -2)
+        )
         assert torch.equal(dense(*codes[:2]), dense(trained.top_acts, trained.top_indices))
         assert sae.cfg["l0"] == pytest.approx(3, rel=0.02)
 
@@ -135,20 +184,29 @@ def test_numbers_by_timestep_against_float64(data, tmp_path):
         top_acts, top_indices = sae.encode(x)
         x_hat, x = sae.decode(top_acts, top_indices).double(), x.double()
         assert row["vectors"] == len(x) == 1000
-        assert row["fvu"] == pytest.approx(((x - x_hat).square().sum() / (x - x.mean(0)).square().sum()).item(), rel=1e-5)
-        assert row["cosine"] == pytest.approx(torch.cosine_similarity(x, x_hat).mean().item(), rel=1e-6)
-        counts = torch.zeros(48).index_add(0, top_indices[top_acts > 0], torch.ones(int((top_acts > 0).sum())))
+        assert row["fvu"] == pytest.approx(
+            ((x - x_hat).square().sum() / (x - x.mean(0)).square().sum()).item(), rel=1e-5
+        )
+        assert row["cosine"] == pytest.approx(
+            torch.cosine_similarity(x, x_hat).mean().item(), rel=1e-6
+        )
+        counts = torch.zeros(48).index_add(
+            0, top_indices[top_acts > 0], torch.ones(int((top_acts > 0).sum()))
+        )
         assert row["l0"] == pytest.approx(counts.sum().item() / 1000)
         assert row["dead"] == pytest.approx((counts == 0).float().mean().item())
         assert row["always_on"] == pytest.approx((counts >= 900).float().mean().item())
     whole = total(evaluate([sae], activations, 100)[0])
-    assert sae.cfg["fvu"] == pytest.approx(whole.fvu) and sae.cfg["explained_variance"] == pytest.approx(1 - whole.fvu)
+    assert sae.cfg["fvu"] == pytest.approx(whole.fvu) and sae.cfg[
+        "explained_variance"
+    ] == pytest.approx(1 - whole.fvu)
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["held_out_fvu"] == sae.cfg["fvu"] and last["held_out_dead"] == sae.cfg["dead"]
 
 
 def test_a_weight_per_step_evens_the_steps_out(data, tmp_path):
-    """The first step has 16 times the variance: unweighted it decides the dictionary, weighted the others count as much."""
+    """The first step has 16 times the variance: unweighted it decides the dictionary, weighted the
+    others count as much."""
     later = {}
     for loss_weight in ("none", "per_step"):
         main(config(data, tmp_path / loss_weight, loss_weight=loss_weight, k=[2], num_latents=[20]))
@@ -163,7 +221,10 @@ def test_older_names_of_activations(data, tmp_path, alias):
     options = dict(run_name=None, max_examples=1000, k=[150 if alias == "sample_topk" else 3])
     main(config(data, tmp_path / "a", **{alias: True}, **options))
     main(config(data, tmp_path / "b", activation=alias.replace("_", ""), **options))
-    a, b = (next(folder.glob(f"acts_k*_M48_{alias}/sae.safetensors")) for folder in (tmp_path / "a", tmp_path / "b"))
+    a, b = (
+        next(folder.glob(f"acts_k*_M48_{alias}/sae.safetensors"))
+        for folder in (tmp_path / "a", tmp_path / "b")
+    )
     assert a.read_bytes() == b.read_bytes()
     training = json.loads(b.with_name("cfg.json").read_text())["training"]
     assert training == json.loads(a.with_name("cfg.json").read_text())["training"]
@@ -181,8 +242,14 @@ def test_older_names_of_activations(data, tmp_path, alias):
         (dict(k=[]), "--k"),
         (dict(seeds=[]), "--seeds"),
         (dict(k=[3, 49]), "--k 49"),
-        (dict(activation="sampletopk", batch_topk=True), "expected one, got batchtopk and sampletopk"),
-        (dict(activation="batchtopk", sample_topk=True), "expected one, got batchtopk and sampletopk"),
+        (
+            dict(activation="sampletopk", batch_topk=True),
+            "expected one, got batchtopk and sampletopk",
+        ),
+        (
+            dict(activation="batchtopk", sample_topk=True),
+            "expected one, got batchtopk and sampletopk",
+        ),
         (dict(multi_topk=True, activation="sampletopk"), "--multi_topk True"),
         (dict(activation="sampletopk", k=[48 * 50 + 1]), "--k 2401"),
         (dict(data_seed=-1), "--data_seed -1"),
@@ -205,7 +272,12 @@ def test_files_without_steps(tmp_path, options):
 def test_a_single_prompt_has_held_out_vectors_of_some_steps_only(tmp_path):
     x = np.random.default_rng(0).standard_normal((1, 50, 20, 8), np.float32)
     np.save(tmp_path / "one.npy", x)
-    meta = {"format": 1, "hook_name": "mid_block", "timesteps": list(range(50, 0, -1)), "shape": list(x.shape)}
+    meta = {
+        "format": 1,
+        "hook_name": "mid_block",
+        "timesteps": list(range(50, 0, -1)),
+        "shape": list(x.shape),
+    }
     describe(tmp_path / "one.npy", **meta)
     main(config(tmp_path / "one.npy", tmp_path))
     assert 0 < len(Sae.load_from_disk(tmp_path / "run").cfg["by_timestep"]) < 50
@@ -215,7 +287,13 @@ def test_prompts_without_text(tmp_path):
     x = np.random.default_rng(0).standard_normal((20, 3, 10, 8), np.float32)
     np.save(tmp_path / "text.npy", x)
     np.save(tmp_path / "text.lengths.npy", np.array([10, 0, 7, 10] * 5))
-    meta = {"format": 1, "hook_name": "b", "stream": "text", "timesteps": [3, 2, 1], "shape": list(x.shape)}
+    meta = {
+        "format": 1,
+        "hook_name": "b",
+        "stream": "text",
+        "timesteps": [3, 2, 1],
+        "shape": list(x.shape),
+    }
     describe(tmp_path / "text.npy", **meta)
     main(config(tmp_path / "text.npy", tmp_path))
     assert Sae.load_from_disk(tmp_path / "run").cfg["num_held_out"] > 0
@@ -225,11 +303,15 @@ def test_prompts_without_text(tmp_path):
 
 def test_weights_of_nan_are_never_saved(data, tmp_path, monkeypatch):
     update = train.SparseUpdate.step
-    spoilt = lambda *args, **options: update(*args, **options) * float("nan")  # the norm of the gradients
+    spoilt = lambda *args, **options: (
+        update(*args, **options) * float("nan")
+    )  # the norm of the gradients
     monkeypatch.setattr(train.SparseUpdate, "step", spoilt)
     with pytest.raises(ValueError, match="last good"):
         main(config(data, tmp_path))
-    assert all(t.isfinite().all() for t in load_file(tmp_path / "run" / "checkpoint.safetensors").values())
+    assert all(
+        t.isfinite().all() for t in load_file(tmp_path / "run" / "checkpoint.safetensors").values()
+    )
 
 
 def test_ctrl_c_in_the_last_update_stops_before_the_held_out_numbers(data, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Tiny pipelines built from configs alone (nothing is downloaded), two prompts in under 0.3 s.
 
-The parts, and the two recipes that most tests use; `families.py` has one recipe for each other kind of pipeline.
+The parts, and the two recipes that most tests use; `families.py` has one recipe for each other kind
+of pipeline.
 """
 
 import warnings
@@ -13,9 +14,11 @@ PROMPTS = ["a red fox in snow", "blue ocean waves at night", "three green bottle
 
 
 def called_with(**options):
-    """Keeps beside a recipe, as `recipe.options`, what the call of its pipeline needs beyond the common options.
+    """Keeps beside a recipe, as `recipe.options`, what the call of its pipeline needs beyond the
+    common options.
 
-    A function stands for its value for n prompts, None for a common option that the pipeline does not take.
+    A function stands for its value for n prompts, None for a common option that the pipeline does
+    not take.
     """
 
     def keep(recipe):
@@ -30,13 +33,21 @@ def clip_tokenizer():
 
     letters = [chr(c) for c in range(33, 127)]
     tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(c + "</w>" for c in letters)]
-    return CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=[], pad_token="!", model_max_length=77)
+    return CLIPTokenizer(
+        vocab={t: i for i, t in enumerate(tokens)}, merges=[], pad_token="!", model_max_length=77
+    )
 
 
 def t5_tokenizer():
     from transformers import T5Tokenizer
 
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((chr(c), -3.0) for c in range(33, 127))]
+    pieces = [
+        ("<pad>", 0.0),
+        ("</s>", 0.0),
+        ("<unk>", 0.0),
+        ("▁", -2.0),
+        *((chr(c), -3.0) for c in range(33, 127)),
+    ]
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=32)
 
 
@@ -45,9 +56,13 @@ def qwen_tokenizer():
     from transformers import Qwen2Tokenizer
 
     tokens = [*sorted(ByteLevel.alphabet()), "<|endoftext|>"]
-    tokenizer = Qwen2Tokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=[], model_max_length=64)
+    tokenizer = Qwen2Tokenizer(
+        vocab={t: i for i, t in enumerate(tokens)}, merges=[], model_max_length=64
+    )
     tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
-    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
+    )
     return tokenizer
 
 
@@ -71,15 +86,22 @@ def clip_text_encoder(projection=False):
 def t5_encoder():
     from transformers import T5Config, T5EncoderModel
 
-    return T5EncoderModel(T5Config(d_model=32, d_ff=37, d_kv=8, num_heads=4, num_layers=1, vocab_size=128))
+    return T5EncoderModel(
+        T5Config(d_model=32, d_ff=37, d_kv=8, num_heads=4, num_layers=1, vocab_size=128)
+    )
 
 
 def language_model(family):
-    """A decoder whose hidden states are the text embedding: family is Gemma, Gemma2, Llama or Qwen3."""
+    """A decoder whose hidden states are the text embedding: family is Gemma, Gemma2, Llama or
+    Qwen3."""
     import transformers
 
-    size = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, head_dim=8, vocab_size=300)
-    size |= dict(num_attention_heads=2, num_key_value_heads=2, bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    size = dict(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, head_dim=8, vocab_size=300
+    )
+    size |= dict(
+        num_attention_heads=2, num_key_value_heads=2, bos_token_id=0, eos_token_id=0, pad_token_id=0
+    )
     return getattr(transformers, family + "Model")(getattr(transformers, family + "Config")(**size))
 
 
@@ -87,20 +109,37 @@ def qwen_vl():
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     size = dict(hidden_size=16, intermediate_size=16)
-    text = dict(num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, vocab_size=300, bos_token_id=0, eos_token_id=0)
+    text = dict(
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=300,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     text |= dict(rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[1, 1, 2]))
     vision = dict(depth=1, num_heads=2, out_hidden_size=16)
-    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=size | text, vision_config=size | vision))
+    return Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(text_config=size | text, vision_config=size | vision)
+    )
 
 
 def tiny_vae(**options):
     from diffusers import AutoencoderKL
 
-    defaults = dict(block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=1, sample_size=32)
+    defaults = dict(
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=1,
+        sample_size=32,
+    )
     options = defaults | options
     depth = len(options["block_out_channels"])
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * depth, up_block_types=("UpDecoderBlock2D",) * depth, **options
+        down_block_types=("DownEncoderBlock2D",) * depth,
+        up_block_types=("UpDecoderBlock2D",) * depth,
+        **options,
     )
 
 
@@ -160,7 +199,8 @@ def sdxl(scheduler=None):
 
 
 def build(recipe, **options):
-    """A seeded pipeline whose zero-initialised weights are made random, so that its two guidance passes differ."""
+    """A seeded pipeline whose zero-initialised weights are made random, so that its two guidance
+    passes differ."""
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -179,8 +219,8 @@ def build(recipe, **options):
 def generate_options(n, recipe=None, **options):
     """Arguments of a short, seeded generation of n prompts.
 
-    With a recipe they are all that its pipeline needs, the first n of PROMPTS (or what it takes in their place) among them;
-    without one they are those of `sd15` but for the prompts.
+    With a recipe they are all that its pipeline needs, the first n of PROMPTS (or what it takes in
+    their place) among them; without one they are those of `sd15` but for the prompts.
     """
     rows = n * next((v for name, v in options.items() if name.endswith("_per_prompt")), 1)
     seeds = [torch.Generator().manual_seed(i) for i in range(rows)]

@@ -1,7 +1,8 @@
-"""What the toy's pictures show: its concepts, their drawings and captions, and the classifier that judges pictures.
+"""What the toy's pictures show: its concepts, their drawings and captions, and the classifier that
+judges pictures.
 
-Every drawing is one object in one style and one colour on a background, 64 x 64 RGB, at a random place, size and tilt.
-make.py trains the model on them.
+Every drawing is one object in one style and one colour on a background, 64 x 64 RGB, at a random
+place, size and tilt. make.py trains the model on them.
 """
 
 import csv
@@ -28,12 +29,22 @@ COLOURS = {
     "blue": (40, 85, 225),
     "purple": (145, 50, 190),
 }
-BACKGROUNDS = {"white": (245, 245, 245), "gray": (140, 140, 140), "black": (15, 15, 15), "pink": (250, 195, 210)}
-CONCEPTS = {"object": OBJECTS, "style": STYLES, "colour": tuple(COLOURS)}  # what the classifier tells
+BACKGROUNDS = {
+    "white": (245, 245, 245),
+    "gray": (140, 140, 140),
+    "black": (15, 15, 15),
+    "pink": (250, 195, 210),
+}
+CONCEPTS = {
+    "object": OBJECTS,
+    "style": STYLES,
+    "colour": tuple(COLOURS),
+}  # what the classifier tells
 
 
 def contours(name, radius, tilt):
-    """Closed outlines of an object round the origin: a list of (points, 2) float arrays, the outer one first."""
+    """Closed outlines of an object round the origin: a list of (points, 2) float arrays, the outer
+    one first."""
     turn = lambda n, start=0.0: tilt + math.radians(start) + 2 * math.pi * np.arange(n) / n
     polar = lambda angle, r: np.stack([r * np.sin(angle), -r * np.cos(angle)], 1)
     rotate = np.array([[math.cos(tilt), math.sin(tilt)], [-math.sin(tilt), math.cos(tilt)]])
@@ -51,7 +62,11 @@ def contours(name, radius, tilt):
         a, b = 0.36, 1.05
         arm = np.array([(-a, -b), (a, -b), (a, -a)])
         quarter = np.array([(0, 1), (-1, 0)])
-        return [radius * np.concatenate([arm @ np.linalg.matrix_power(quarter, i) for i in range(4)]) @ rotate]
+        return [
+            radius
+            * np.concatenate([arm @ np.linalg.matrix_power(quarter, i) for i in range(4)])
+            @ rotate
+        ]
     if name == "heart":
         s = 2 * math.pi * np.arange(64) / 64
         y = 13 * np.cos(s) - 5 * np.cos(2 * s) - 2 * np.cos(3 * s) - np.cos(4 * s)
@@ -72,23 +87,37 @@ def contours(name, radius, tilt):
 def draw(attributes, rng):
     """One drawing of `{"object", "style", "colour", "background", "size"}`: uint8 (64, 64, 3)."""
     scale, side = 4, 4 * SIZE  # drawn four times as large, then averaged: smooth edges
-    radius = scale * rng.uniform(*{"small": (11, 14), "": (14, 18), "large": (18, 21)}[attributes["size"]])
+    radius = scale * rng.uniform(
+        *{"small": (11, 14), "": (14, 18), "large": (18, 21)}[attributes["size"]]
+    )
     margin = 1.25 * radius
     centre = rng.uniform(margin, side - margin, 2)
-    shapes = [[tuple(p) for p in c + centre] for c in contours(attributes["object"], radius, rng.uniform(-0.25, 0.25))]
-    jitter = lambda rgb: tuple(int(v) for v in np.clip(np.array(rgb) + rng.integers(-10, 11, 3), 0, 255))
-    colour, ground = jitter(COLOURS[attributes["colour"]]), jitter(BACKGROUNDS[attributes["background"]])
+    shapes = [
+        [tuple(p) for p in c + centre]
+        for c in contours(attributes["object"], radius, rng.uniform(-0.25, 0.25))
+    ]
+    jitter = lambda rgb: tuple(
+        int(v) for v in np.clip(np.array(rgb) + rng.integers(-10, 11, 3), 0, 255)
+    )
+    colour, ground = (
+        jitter(COLOURS[attributes["colour"]]),
+        jitter(BACKGROUNDS[attributes["background"]]),
+    )
 
     mask = Image.new("L", (side, side))
     for shape, ink in zip(shapes, (255, 0)):
         ImageDraw.Draw(mask).polygon(shape, fill=ink)
     style, x0, y0 = attributes["style"], *rng.uniform(0, 32, 2)
-    pattern = Image.new("L", (side, side), 255)  # where the colour is full; elsewhere in the object it is a pale tint
+    pattern = Image.new(
+        "L", (side, side), 255
+    )  # where the colour is full; elsewhere in the object it is a pale tint
     pen = ImageDraw.Draw(pattern)
     if style == "outlined":
         pattern = Image.new("L", (side, side))
         for shape in shapes:
-            ImageDraw.Draw(pattern).line([*shape, shape[0], shape[1]], fill=255, width=int(2.6 * scale), joint="curve")
+            ImageDraw.Draw(pattern).line(
+                [*shape, shape[0], shape[1]], fill=255, width=int(2.6 * scale), joint="curve"
+            )
         mask = pattern
     elif style == "striped":
         for u in np.arange(-side - x0, 2 * side, 32):
@@ -100,7 +129,9 @@ def draw(attributes, rng):
     elif style == "checkered":
         for i, j in itertools.product(range(14), range(14)):
             if (i + j) % 2:
-                pen.rectangle((20 * i - x0, 20 * j - y0, 20 * i + 19 - x0, 20 * j + 19 - y0), fill=0)
+                pen.rectangle(
+                    (20 * i - x0, 20 * j - y0, 20 * i + 19 - x0, 20 * j + 19 - y0), fill=0
+                )
     elif style == "blurred":
         mask = mask.filter(ImageFilter.GaussianBlur(3.2 * scale))
 
@@ -162,14 +193,19 @@ def to_model(pixels):
 
 
 class Classifier(nn.Module):
-    """Pictures (N, 3, 64, 64) in [-1, 1] -> logits of object (N, 8), style (N, 6), colour (N, 6)."""
+    """Pictures (N, 3, 64, 64) in [-1, 1] -> logits of object (N, 8), style (N, 6), colour (N,
+    6)."""
 
     def __init__(self):
         super().__init__()
         widths = (3, 32, 64, 128, 128)
-        self.convs = nn.ModuleList(nn.Conv2d(i, o, 3, stride=2, padding=1) for i, o in itertools.pairwise(widths))
+        self.convs = nn.ModuleList(
+            nn.Conv2d(i, o, 3, stride=2, padding=1) for i, o in itertools.pairwise(widths)
+        )
         self.norms = nn.ModuleList(nn.GroupNorm(8, o) for o in widths[1:])
-        self.heads = nn.ModuleDict({n: nn.Linear(2 * widths[-1], len(names)) for n, names in CONCEPTS.items()})
+        self.heads = nn.ModuleDict(
+            {n: nn.Linear(2 * widths[-1], len(names)) for n, names in CONCEPTS.items()}
+        )
 
     def forward(self, x):
         for conv, norm in zip(self.convs, self.norms):
@@ -191,12 +227,14 @@ class Classifier(nn.Module):
 
 
 def shares(seen, wanted):
-    """Share of pictures in which each of object, style and colour is what was wanted: two lists of dict -> dict."""
+    """Share of pictures in which each of object, style and colour is what was wanted: two lists of
+    dict -> dict."""
     return {n: sum(s[n] == w[n] for s, w in zip(seen, wanted)) / len(seen) for n in CONCEPTS}
 
 
 def write_prompts(path, seed):
-    """Every object, style, colour and background once, in random order, with its attributes as columns."""
+    """Every object, style, colour and background once, in random order, with its attributes as
+    columns."""
     values = CONCEPTS | {"background": BACKGROUNDS}
     rows = [dict(zip(values, combination)) for combination in itertools.product(*values.values())]
     order = np.random.default_rng(seed).permutation(len(rows))
