@@ -57,7 +57,7 @@ from tqdm import tqdm
 from cli import GenerationConfig, check_positive, parse_object, resolve_device, resolve_dtype, run
 from diffusion.randomness import random_numbers_of
 from diffusion.real_images import RealImages, open_image, seeded
-from diffusion.seen_text import SeenText, watch_tokenizers
+from diffusion.tokenizer_calls import SeenText, watch_tokenizers
 from distributed import Processes
 from errors import UsageError
 from hook import HookedDiffusionModel, NotHookable, find_model, unwrap

@@ -41,7 +41,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from analysis.feature_edits import check_width, map_samples, replacing_edits
+from analysis.feature_edits import check_input_width, map_samples, replacing_edits
 from analysis.metrics import Metrics, evaluate, total
 from analysis.plots import plot_evaluation, plot_graft
 from cli import check_positive, resolve_device, resolve_dtype, run
@@ -381,7 +381,7 @@ def reconstruct(sae: Sae | Callable[[Tensor], Tensor], x: Tensor, stream: str = 
     where widths differ."""
     device = x.device
     if isinstance(sae, Sae):
-        check_width(sae, x)
+        check_input_width(sae, x)
         device = sae.W_dec.device
     return map_samples(sae, x, stream, device)
 

@@ -48,7 +48,7 @@ def check_features(sae, features):
     return torch.as_tensor(features, device=sae.W_dec.device)
 
 
-def check_width(sae: Sae, x: Tensor) -> None:
+def check_input_width(sae: Sae, x: Tensor) -> None:
     """Raise UsageError if the vectors x (..., d) are of another width than those that the SAE
     takes."""
     if x.shape[-1] != sae.d_in:
@@ -84,7 +84,7 @@ def delta(
     features: int64 (F,). new(acts (n, F)) -> their new activations (n, F). Padding of text, which
     is zeros, stays. Raises UsageError where widths differ.
     """
-    check_width(sae, x)
+    check_input_width(sae, x)
     F = len(features)
     column = torch.full(
         (sae.num_latents,), F, device=features.device

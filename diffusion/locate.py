@@ -82,7 +82,7 @@ def bare(root):
             setattr(module, kind, hooks)
 
 
-def fingerprint(x):
+def hash_tokens(x):
     """A number for each token of (rows, tokens, d), int64 (rows, tokens), that changes if the token
     does: the sum of its bits."""
     x = (torch.view_as_real(x).flatten(-2) if x.is_complex() else x) + 0  # + 0 makes -0.0 a 0.0
@@ -230,7 +230,7 @@ class Run:
 
     def _look_at(self, x, module, side):
         form = self._form(x, module, side)
-        return Seen(x.shape, form, form and fingerprint(by_token(x, self.rows, form)))
+        return Seen(x.shape, form, form and hash_tokens(by_token(x, self.rows, form)))
 
     def _form(self, x, module, side):
         """See `row_view`; None for a tensor without the rows of the batch."""

@@ -67,7 +67,7 @@ class RunWatch:
         self.empty.add(module)
         if not is_replaced(module) or next(module.children(), None) is not None:
             return False
-        key, value = fingerprint(returned), fingerprint(given)
+        key, value = content_key(returned), content_key(given)
         return key is not None and self.given.setdefault(module, {}).setdefault(key, value) != value
 
     def check(self, name, forward, when):
@@ -99,7 +99,7 @@ def is_replaced(module):
     return "forward" in vars(module)
 
 
-def fingerprint(value):
+def content_key(value):
     """A hash of a few numbers of the first tensor in a nested structure; None where that has one
     number only, over and over."""
     found = [x for x in tensors(value) if x.is_floating_point() and x.numel()]

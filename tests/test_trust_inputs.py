@@ -33,7 +33,7 @@ import train
 from analysis.concepts import contrast, saeuron, scaled, toward, with_word
 from analysis.feature_edits import Target, Typical
 from analysis.metrics import Metrics, usual_scale
-from diffusion.seen_text import SeenText, TokenizerCall, watch_tokenizers
+from diffusion.tokenizer_calls import SeenText, TokenizerCall, watch_tokenizers
 from errors import UsageError
 from hook import HookPoint
 from sae import Sae
