@@ -1,247 +1,352 @@
-"""The edge every script shares: parse the options, turn a user's mistake into one line and status
-2, resolve the device."""
+"""The edge that every script shares: its options, one line for a user's mistake, the device.
+
+    if __name__ == "__main__":
+        answer_help(Config)  # --help and a mistyped option, before torch is imported
+    ...
+    if __name__ == "__main__":
+        run_script(main, Config)
+
+Nothing here imports torch until a function needs it: that import takes seconds, and `--help` is
+answered in a fraction of one.
+"""
 
 import dataclasses
 import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
-from typing import Literal
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal
 
 from errors import UsageError
+from options import parse
+
+if TYPE_CHECKING:
+    import torch
 
 HERE = Path(__file__).resolve().parent
-# what gloo, nccl and the store say where another process is there no more
+
+STATUS_MISTAKE = 2
+STATUS_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
+STATUS_BROKEN_PIPE = 141  # 128 + SIGPIPE: the reader of our output, such as `head`, has ended
+
+# What gloo, nccl and torch's store write when another process has ended
 PEER_GONE = (
     "Connection closed by peer",
     "Connection reset by peer",
     "remote process exit",
     "Connection was likely closed",
 )
+# Seconds for which the other processes wait before they fail too. All of them meet a mistake at
+# the same moment, and the first one to fail makes torchrun end the others: that must be process 0,
+# which prints the line.
+LET_FIRST_SPEAK = 3
+
+LARGEST_FLOAT32 = 3e38
 
 
 @dataclasses.dataclass
 class GenerationConfig:
     """Options of every script that generates from prompts: which model, which prompts, how."""
 
+    # model
     model_name: str = "toy"
-    """A diffusers folder or hub id."""
+    """Load this diffusers folder or hub id."""
 
     variant: str | None = None
-    """Of the weights, such as fp16."""
+    """Load this variant of the weights, such as fp16. If not given, the plain files are loaded."""
 
     revision: str | None = None
-    """Of the hub repository."""
-
-    dataset_name: str | None = None
-    """Prompt file, hub data set or one prompt (None: the model folder's prompts.csv)."""
-
-    split: str = "train"
-    """Of a hub data set."""
-
-    column: str | None = None
-    """That holds the prompt (None: prompt, caption or text)."""
-
-    negative_prompt: str | None = None
-    """A text for all, or the column that holds each one's (None: negative_prompt, if any)."""
-
-    num_inference_steps: int | None = None
-    """None: the pipeline's own default, as for the next three."""
-
-    guidance_scale: float | None = None
-    """Classifier-free guidance."""
-
-    height: int | None = None
-    """Pixels."""
-
-    width: int | None = None
-    """Pixels."""
-
-    pipeline_kwargs: str = "{}"
-    """JSON object: anything else that the pipeline takes."""
+    """Load this revision of the hub repository: a branch, a tag or a commit."""
 
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    """Of the model (auto: float32 on a CPU, else 16 bits)."""
+    """Run the model in this precision. auto means float32 on a CPU and 16 bits on a GPU."""
 
-    cpu_offload: bool = False
-    """Keep only the running component on the GPU."""
+    # data
+    dataset_name: str | None = None
+    """Take the prompts from this file, folder or hub data set, or use this text as the one prompt.
+    If not given, the prompts.csv of the model folder is used."""
+
+    split: str = "train"
+    """Use this split of a hub data set."""
+
+    column: str | None = None
+    """Read the prompts from this column. If not given, it is the one called prompt, caption or
+    text."""
+
+    negative_prompt: str | None = None
+    """Use this negative prompt for all prompts, or the column of this name. If not given, the
+    column negative_prompt is used where the data set has one."""
 
     seed: int = 0
-    """Row i is generated with seed + i; where the data set has a column seed, with what that
-    says."""
+    """Generate prompt number i with seed + i. A column `seed` of the data set goes first."""
 
+    # generation
+    num_inference_steps: int | None = None
+    """Sample in this many steps. If not given, the pipeline's default holds; fewer are faster."""
+
+    guidance_scale: float | None = None
+    """Use this scale of classifier-free guidance. If not given, the pipeline's default holds."""
+
+    height: int | None = None
+    """Make images of this height, in pixels. If not given, the pipeline's default holds."""
+
+    width: int | None = None
+    """Make images of this width, in pixels. If not given, the pipeline's default holds."""
+
+    pipeline_kwargs: str = "{}"
+    """Pass these arguments to the pipeline as well: a JSON object, such as '{"eta": 1.0}'."""
+
+    # hardware
     device: str = "auto"
-    """Auto (cuda, else mps, else cpu), cuda:1, ..."""
+    """Run on this device: cpu, cuda, cuda:1 or mps. auto takes CUDA, else MPS, else the CPU."""
 
-    def pipeline_options(self) -> dict:
-        """The pipeline's arguments that have an option of their own; None is the pipeline's own
-        default."""
+    cpu_offload: bool = False
+    """Keep only the running component on the GPU. Slower; for a model that does not fit."""
+
+    def pipeline_options(self) -> dict[str, Any]:
+        """The pipeline's arguments that have options of their own; None is the pipeline's default."""
         return {
-            name: getattr(self, name)
-            for name in ("num_inference_steps", "guidance_scale", "height", "width")
+            "num_inference_steps": self.num_inference_steps,
+            "guidance_scale": self.guidance_scale,
+            "height": self.height,
+            "width": self.width,
         }
 
 
-def run(main, Config):
-    """Parse `Config` from the command line with tyro and call `main(cfg)`.
+def answer_help(Config: type) -> None:
+    """Read the command line once, only to answer `--help` or to refuse a mistyped option.
 
-    A UsageError, and any OSError, is the user's to mend: one line on stderr, exit status 2, no
-    traceback; so is what torch.distributed says when another process has ended. Anything else is a
-    bug and keeps its traceback. Ctrl-C exits with 130. Of the processes of torchrun only the first
-    prints, and those that fail say which they are.
+    Call it before torch is imported. `run_script` reads the command line again. In a notebook,
+    where the page may have been pasted into a cell, it does nothing.
     """
-    check_system()
-    import tyro  # here, so that what imports another function of this file does not wait for it
+    if not is_pasted(Config):
+        read_options(Config)
 
-    rank, count = (
-        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1))
-    )
-    if rank:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    os.environ.setdefault(
-        "TRANSFORMERS_VERBOSITY", "error"
-    )  # before it is imported: it complains of absent torchvision
-    args = gather_lists(sys.argv[1:], Config)
-    program = Path(sys.argv[0]).name
-    description = sys.modules["__main__"].__doc__
+
+def run_script(main: Callable[[Any], Any], Config: type) -> None:
+    """Read the command line into a `Config` and call `main(cfg)`.
+
+    A UsageError or an OSError is the user's to mend, and so is the end of another process of
+    torchrun: each is one line on stderr and exit status 2, without a traceback. Any other error is
+    a bug and keeps its traceback. Ctrl-C exits with status 130. Of the processes of torchrun only
+    the first one prints. In a notebook, where the page may have been pasted into a cell, it does
+    nothing.
+    """
+    if is_pasted(Config):
+        return
+
+    cfg = read_options(Config)
     try:
-        with redirect_stderr(sys.stdout) if rank else nullcontext():
-            cfg = tyro.cli(
-                Config, args=args, prog=program, description=description, use_underscores=True
-            )
+        main(cfg)
+        flush_output()
+    except BrokenPipeError:
+        leave_broken_pipe()
+    except KeyboardInterrupt as interrupt:
+        if is_first_process():
+            reason = f": {interrupt}" if str(interrupt) else ""
+            print(f"\ninterrupted{reason}", file=sys.stderr)
+        raise SystemExit(STATUS_INTERRUPTED) from None
+    except (UsageError, OSError) as error:
+        fail(str(error))
+    except RuntimeError as error:
+        if not is_peer_gone(error):
+            raise
+        fail("another process ended; the same command resumes")
+
+
+def is_pasted(Config: type) -> bool:
+    """True if the class was defined in a notebook's cell, where IPython puts `get_ipython`."""
+    return hasattr(sys.modules.get(Config.__module__), "get_ipython")
+
+
+def is_first_process() -> bool:
+    """True in process 0 of torchrun, and without torchrun."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def count_processes() -> int:
+    """The number of processes that torchrun started; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def program_name() -> str:
+    """How the user called the program: `train.py`, or `python -m bench step`."""
+    return Path(sys.argv[0]).name
+
+
+def read_options(Config: type) -> Any:
+    """Return the `Config` that sys.argv asks for; exit with one line if it can't be used."""
+    # transformers complains of an absent torchvision when it is imported
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    check_system()
+
+    if is_first_process():
+        quiet = nullcontext()
+    else:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        quiet = redirect_stderr(sys.stdout)
+
+    try:
+        with quiet:
+            cfg = parse(Config, program_name(), sys.argv[1:])
     except SystemExit:
-        time.sleep(3 if rank else 0)  # as below
+        flush_output()
+        if not is_first_process():
+            time.sleep(LET_FIRST_SPEAK)
         raise
+
     try:
         check_numbers(cfg)
-        main(cfg)
-    except KeyboardInterrupt as error:
-        if not rank:
-            print(": ".join(["\ninterrupted", *filter(None, [str(error)])]), file=sys.stderr)
-        raise SystemExit(130) from None
-    except (UsageError, OSError, RuntimeError) as error:
-        said = " ".join(str(error).split())
-        gone = (
-            count > 1
-            and isinstance(error, RuntimeError)
-            and any(words in said for words in PEER_GONE)
-        )
-        if not gone and isinstance(error, RuntimeError):
-            raise
-        if rank:
-            time.sleep(3)  # what the first one meets too it says, and torchrun then ends the others
-        who = f" (process {rank} of {count})" if count > 1 else ""
-        said = "another process ended; the same command resumes" if gone else said
-        print(f"{program}{who}: error: {said}", file=sys.stderr)
-        raise SystemExit(2) from None
+    except UsageError as error:
+        fail(str(error))
+    return cfg
 
 
-def check_system():
-    """Say on Windows that it is not supported, and exit with status 2: files are written by
-    os.pwrite, which it does not have."""
+def fail(message: str) -> None:
+    """Print one line on stderr and exit with status 2. Of several processes the first is fastest."""
+    if not is_first_process():
+        time.sleep(LET_FIRST_SPEAK)
+
+    who = ""
+    if count_processes() > 1:
+        who = f" (process {os.environ.get('RANK', 0)} of {count_processes()})"
+    one_line = " ".join(message.split())
+    print(f"{program_name()}{who}: error: {one_line}", file=sys.stderr)
+    raise SystemExit(STATUS_MISTAKE) from None
+
+
+def is_peer_gone(error: RuntimeError) -> bool:
+    """True if torch.distributed says by this error that another process has ended."""
+    return count_processes() > 1 and any(words in str(error) for words in PEER_GONE)
+
+
+def flush_output() -> None:
+    """Write what is still buffered; exit quietly if nobody reads it."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        leave_broken_pipe()
+
+
+def leave_broken_pipe() -> None:
+    """Exit quietly because nobody reads our output any more."""
+    # Python flushes stdout when it exits, and would fail again
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise SystemExit(STATUS_BROKEN_PIPE) from None
+
+
+def check_system() -> None:
+    """Refuse Windows: files are written by os.pwrite, which it does not have."""
     if sys.platform == "win32":
-        program = Path(sys.argv[0]).name
-        print(
-            f"{program}: error: Windows is not supported; run this in WSL (wsl --install)",
-            file=sys.stderr,
-        )
-        raise SystemExit(2)
+        fail("Windows is not supported; run this in WSL (wsl --install)")
 
 
-def gather_lists(args, Config):
-    """`--k 16 --k 32` as `--k 16 32`, for options that are lists: repeating one appends."""
-    lists = {
-        f.name
-        for f in dataclasses.fields(Config)
-        if str(f.type).removeprefix("typing.").lower().startswith("list")
-    }
-    groups, last = (
-        {"": []},
-        "",
-    )  # in order: everything up to the next option belongs to the one before
-    for i, arg in enumerate(args):
-        name, equals, value = arg.partition("=") if arg.startswith("--") else ("", "", "")
-        key = name[2:].replace("-", "_")
-        if not name:
-            groups[last].append(arg)
-            continue
-        last = key if key in lists else f"{key} {i}"
-        groups.setdefault(last, [name] if key in lists else [arg])
-        if key in lists and equals:
-            groups[last].append(value)
-    return [arg for group in groups.values() for arg in group]
+def resolve_device(device: str = "auto") -> "torch.device":
+    """Return the device that an option names; `auto` is CUDA, else MPS, else the CPU.
 
+    Each of several processes on a machine gets a GPU of its own, before it allocates anything.
+    Raises UsageError for a device that this machine does not have, and if there are more processes
+    than GPUs.
+    """
+    import torch
 
-def resolve_device(device="auto"):
-    """`auto` is CUDA, else MPS, else the CPU; else what is named. Of several processes on a machine
-    each gets a GPU of its own, before it allocates anything. Raises UsageError for a device that
-    can't be used."""
     if device == "auto":
-        device = (
-            "cuda"
-            if torch.cuda.is_available()
-            else "mps"
-            if torch.backends.mps.is_available()
-            else "cpu"
-        )
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if here > 1 and device.startswith("cuda") and torch.cuda.is_available():
-        if device != "cuda":
-            raise UsageError(
-                f"--device {device}: each of the {here} processes takes a GPU of its own; expected cuda"
-            )
-        if here > (gpus := torch.cuda.device_count()):
-            raise UsageError(
-                f"{here} processes for {gpus} GPU{'s' * (gpus > 1)}: lower --nproc_per_node, or use --device cpu"
-            )
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        device = best_device()
+
+    num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if num_processes > 1 and device.startswith("cuda") and torch.cuda.is_available():
+        take_own_gpu(device, num_processes)
+
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UsageError(
-            f"--device {device}: not to be had on this machine; expected auto, cuda, cuda:N, mps or cpu"
+            f"--device {device}: this machine does not have it; "
+            "expected auto, cuda, cuda:N, mps or cpu"
         ) from None
     return torch.device(device)
 
 
-def resolve_dtype(dtype, device):
-    """`auto` is float32 on a CPU, where 16 bits are many times slower, else bfloat16, or float16
-    where that is not to be had."""
-    if dtype != "auto":
-        return getattr(torch, dtype)
+def best_device() -> str:
+    """The fastest kind of device of this machine: cuda, mps or cpu."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    if torch.backends.mps.is_available():
+        return "mps"
+    return "cpu"
+
+
+def take_own_gpu(device: str, num_processes: int) -> None:
+    """Give this process of torchrun the GPU with the number of its local rank."""
+    import torch
+
+    if device != "cuda":
+        raise UsageError(
+            f"--device {device}: each of the {num_processes} processes takes a GPU of its own; "
+            "expected cuda"
+        )
+    num_gpus = torch.cuda.device_count()
+    if num_processes > num_gpus:
+        gpus = "1 GPU" if num_gpus == 1 else f"{num_gpus} GPUs"
+        raise UsageError(
+            f"{num_processes} processes for {gpus}: lower --nproc_per_node, or use --device cpu"
+        )
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+
+
+def resolve_dtype(choice: str, device: "torch.device") -> "torch.dtype":
+    """Return the precision of a model.
+
+    `auto` is float32 on a CPU, where 16 bits are many times slower; elsewhere it is bfloat16, or
+    float16 on a GPU that has no bfloat16 of its own.
+    """
+    import torch
+
+    if choice != "auto":
+        return getattr(torch, choice)
     if device.type == "cpu":
         return torch.float32
-    return (
-        torch.bfloat16
-        if device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-        else torch.float16
-    )
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
+    return torch.bfloat16
 
 
-def product_dtype(choice, device):
-    """Of the encoder's product: auto is 16 bits on a GPU, and bfloat16 on a CPU that multiplies it
-    by itself."""
-    if choice == "auto" and device.type == "cpu":
-        native = [
-            getattr(torch.cpu, f"_is_{name}_supported", lambda: False)()
-            for name in ("avx512_bf16", "amx_tile")
-        ]
-        return torch.bfloat16 if any(native) else torch.float32
-    named = {
-        "auto": resolve_dtype("auto", device),
-        "no": torch.float32,
-        "bf16": torch.bfloat16,
-        "fp16": torch.float16,
-    }
-    return named[choice]
+def product_dtype(choice: str, device: "torch.device") -> "torch.dtype":
+    """Return the precision of the encoder's product, from `auto`, `no`, `bf16` or `fp16`.
+
+    `auto` is 16 bits on a GPU, and bfloat16 on a CPU that has instructions for it.
+    """
+    import torch
+
+    if choice == "no":
+        return torch.float32
+    if choice == "bf16":
+        return torch.bfloat16
+    if choice == "fp16":
+        return torch.float16
+    if device.type == "cpu" and multiplies_bfloat16():
+        return torch.bfloat16
+    return resolve_dtype("auto", device)
 
 
-def parse_object(text, option):
-    """A JSON object given on the command line; UsageError if it is none."""
+def multiplies_bfloat16() -> bool:
+    """True if this CPU has instructions for products of bfloat16: AVX512-BF16 or AMX."""
+    import torch
+
+    for name in ("avx512_bf16", "amx_tile"):
+        is_supported = getattr(torch.cpu, f"_is_{name}_supported", None)
+        if is_supported is not None and is_supported():
+            return True
+    return False
+
+
+def parse_object(text: str, option: str) -> dict:
+    """Return the JSON object that an option was given. Raises UsageError if it is none."""
     try:
         value = json.loads(text)
     except ValueError as error:
@@ -251,19 +356,23 @@ def parse_object(text, option):
     return value
 
 
-def check_numbers(cfg):
-    """UsageError for a number of any option that no tensor can hold: beyond float32's range or 64
-    bits, infinite or NaN."""
+def check_numbers(cfg: Any) -> None:
+    """Raise UsageError for a number that no tensor can hold: not finite, or beyond 64 bits."""
     for name, value in vars(cfg).items():
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, float) and not abs(number) < 3e38:
+        numbers = value if isinstance(value, list) else [value]
+        for number in numbers:
+            if isinstance(number, float) and not abs(number) < LARGEST_FLOAT32:
                 raise UsageError(f"--{name} {number}: expected a finite float32 number")
             if isinstance(number, int) and not -(2**63) <= number < 2**63:
                 raise UsageError(f"--{name} {number}: expected a number of at most 64 bits")
 
 
-def check_positive(cfg, *names):
-    """UsageError for an option below 1; None is left alone."""
+def check_positive(cfg: Any, *names: str) -> None:
+    """Raise UsageError for an option below 1; None is left alone."""
     for name in names:
-        if (value := getattr(cfg, name)) is not None and value < 1:
+        value = getattr(cfg, name)
+        if value is not None and value < 1:
             raise UsageError(f"--{name} {value}: expected at least 1")
+
+
+run = run_script

@@ -786,5 +786,5 @@ def finish(
         )
 
 
-if __name__ == "__main__" and "get_ipython" not in globals():
+if __name__ == "__main__":
     run(main, Config)

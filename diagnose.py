@@ -267,5 +267,5 @@ def main(cfg: Config) -> list[Path]:
     return [place.with_name(f"{place.name}.json") for place in places]
 
 
-if __name__ == "__main__" and "get_ipython" not in globals():
+if __name__ == "__main__":
     run(main, Config)

@@ -563,5 +563,5 @@ def main(cfg: Config) -> list[Path]:
     return written
 
 
-if __name__ == "__main__" and "get_ipython" not in globals():
+if __name__ == "__main__":
     run(main, Config)

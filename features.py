@@ -548,5 +548,5 @@ def main(cfg):
     return path
 
 
-if __name__ == "__main__" and "get_ipython" not in globals():
+if __name__ == "__main__":
     run(main, Config)

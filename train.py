@@ -1050,5 +1050,5 @@ def require(fine, cfg, name, expected):
         raise UsageError(f"--{name} {value}: expected {expected}")
 
 
-if __name__ == "__main__" and "get_ipython" not in globals():
+if __name__ == "__main__":
     run_script(main, Config)

@@ -4,7 +4,7 @@ import importlib
 import sys
 from pathlib import Path
 
-from cli import run
+from cli import run_script
 
 NAMES = sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py"))
 name = sys.argv[1] if len(sys.argv) > 1 else ""
@@ -21,6 +21,5 @@ if name not in NAMES:
     )
     raise SystemExit(2)
 module = importlib.import_module(f"bench.{sys.argv.pop(1)}")
-sys.modules["__main__"].__doc__ = module.__doc__
 sys.argv[0] = f"python -m bench {name}"
-run(module.main, module.Config)
+run_script(module.main, module.Config)

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 import collect
-from cli import HERE, run
+from cli import HERE, run_script
 from store.activation_file import open_file
 from store.collection import read_progress
 from store.disk import read_json
@@ -71,7 +71,7 @@ class Run:
             try:
                 if before is not None:
                     before()
-                run(collect.main, collect.Config)
+                run_script(collect.main, collect.Config)
             except SystemExit as error:
                 status = error.code
             except BaseException:

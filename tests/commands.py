@@ -21,7 +21,7 @@ from unittest.mock import patch
 ROOT = Path(__file__).parents[1]
 PRELOADED = [  # what the scripts import of others
     "torch", "torch.distributed", "torch._dynamo", "triton", "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
-    "diffusers.schedulers.scheduling_ddim", "transformers.models.clip.modeling_clip", "tyro", "matplotlib.figure",
+    "diffusers.schedulers.scheduling_ddim", "transformers.models.clip.modeling_clip", "matplotlib.figure",
     "transformers.models.clip.tokenization_clip", "matplotlib.backends.backend_agg", "safetensors.torch", "filelock", "tqdm",
     "PIL.Image",
 ]  # fmt: skip
@@ -178,7 +178,9 @@ class Processes:
 
 def start_server():
     """Start the process that is forked, once; it inherits this one's environment."""
-    quiet = dict(TRANSFORMERS_VERBOSITY="error")  # as cli.run says before transformers is imported
+    quiet = dict(
+        TRANSFORMERS_VERBOSITY="error"
+    )  # as cli.read_options says before transformers is imported
     quiet |= dict(
         PYTORCH_NVML_BASED_CUDA_CHECK="1"
     )  # asking whether there is a GPU must not start CUDA, which no fork survives

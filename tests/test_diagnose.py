@@ -347,7 +347,7 @@ def test_mistakes_end_in_one_line_and_overwrite_nothing(tmp_path, small, capsys,
         monkeypatch.setattr(sys, "argv", ["diagnose.py"])
         monkeypatch.setattr(sys.modules["__main__"], "__doc__", "", raising=False)
         with pytest.raises(SystemExit) as caught:
-            cli.run(
+            cli.run_script(
                 lambda _: diagnose.main(config(path, tmp_path / out_dir, **options)),
                 diagnose.Config,
             )

@@ -193,7 +193,7 @@ def test_the_newest_sae_is_found_also_one_folder_deeper(tmp_path):
 
 
 HEAVY = (
-    "tyro",
+    "options",
     "diffusers",
     "transformers",
     "matplotlib",

@@ -453,7 +453,7 @@ def one_line_error(cfg, capsys, monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     monkeypatch.setattr(sys.modules["__main__"], "__doc__", "", raising=False)
     with pytest.raises(SystemExit) as caught:
-        cli.run(lambda _: main(cfg), Config)
+        cli.run_script(lambda _: main(cfg), Config)
     lines = capsys.readouterr().err.strip().splitlines()
     assert caught.value.code == 2 and "error" in lines[-1]
     return lines[-1]

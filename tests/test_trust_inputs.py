@@ -831,7 +831,7 @@ def test_on_windows_the_first_line_says_that_it_is_not_supported(script, monkeyp
     monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setattr(sys, "argv", [f"{script}.py"])
     with pytest.raises(SystemExit) as stopped:
-        cli.run(module.main, module.Config)
+        cli.run_script(module.main, module.Config)
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and error.startswith(
         f"{script}.py: error: Windows is not supported; run this in WSL"
@@ -946,7 +946,7 @@ def test_an_sae_of_tiny_activations(tmp_path, options):
 GROUP = """
 import sys, time
 import distributed
-from cli import run
+from cli import run_script
 from dataclasses import dataclass
 
 @dataclass
@@ -972,7 +972,7 @@ def main(cfg):
     processes.barrier()
     processes.close()
 
-run(main, Config)
+run_script(main, Config)
 """
 
 

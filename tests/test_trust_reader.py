@@ -408,8 +408,8 @@ def begin_and_cut(self, *args, **options):
     os.truncate(self.paths[0], 1000)
 store.dataset.Activations.__init__ = begin_and_cut
 import {script[:-3]} as stage
-from cli import run
-run(stage.main, stage.Config)
+from cli import run_script
+run_script(stage.main, stage.Config)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr, (done.returncode, done.stderr)

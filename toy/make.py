@@ -31,18 +31,17 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
-from cli import HERE, check_positive, resolve_device, run
+from cli import HERE, check_positive, resolve_device, run_script
 from errors import UsageError
 from toy.concepts import (
     BACKGROUNDS,
@@ -63,8 +62,8 @@ from toy.concepts import (
 
 @dataclass
 class Config:
-    command: Annotated[Literal["draw", "train", "check"], tyro.conf.Positional]
-    """What to do."""
+    command: Literal["draw", "train", "check"]
+    """Draw the training images, train the model on them, or check what it has learned."""
 
     folder: str = str(HERE / "toy")
     """The diffusers folder."""
@@ -504,6 +503,7 @@ def main(cfg):
     print(f"one drawing of each object and style in {path}")
 
 
-if __name__ == "__main__" and "get_ipython" not in globals():
-    sys.argv[0] = "python -m toy.make"
-    run(main, Config)
+if __name__ == "__main__":
+    if "get_ipython" not in globals():
+        sys.argv[0] = "python -m toy.make"
+    run_script(main, Config)
