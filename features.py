@@ -30,6 +30,7 @@ import hashlib
 import html
 import io
 import json
+import linecache
 import re
 import zlib
 from collections import Counter
@@ -463,7 +464,7 @@ def write_page(path, about, data, images):
     text = json.dumps(
         data | {"name": path.stem, "pictures": urls}, separators=(",", ":"), allow_nan=False
     )
-    template = PAGE.read_text("utf-8")
+    template = "".join(linecache.getlines(str(PAGE)))  # bundle.py puts the page there
     fields = {
         "title": html.escape(path.stem),
         "about": html.escape(json.dumps(about)),
