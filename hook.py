@@ -81,7 +81,7 @@ class HookedDiffusionModel:
         self._hook(
             Loop(model, scheduler, encode_prompt, get_timesteps, vae, sample_shape),
             {"model": model},
-            [scheduler],
+            {"scheduler": scheduler},
         )
 
     @classmethod
@@ -101,14 +101,16 @@ class HookedDiffusionModel:
                 f"{type(pipe).__name__} has no component whose forward takes a timestep: {sorted(modules)}"
             )
         hooked = cls.__new__(cls)
-        hooked._hook(
-            pipe,
-            denoisers,
-            [c for c in pipe.components.values() if callable(getattr(type(c), "step", None))],
-        )
+        schedulers = {}
+        for name, component in pipe.components.items():
+            if callable(getattr(type(component), "step", None)):
+                schedulers[name] = component
+        hooked._hook(pipe, denoisers, schedulers)
         return hooked
 
     def _hook(self, pipe, denoisers, schedulers):
+        self._watched = denoisers | schedulers  # {attribute of the pipeline: its component}
+        schedulers = list(schedulers.values())
         if not all(callable(getattr(type(s), "step", None)) for s in schedulers) or not schedulers:
             raise UsageError(
                 "the scheduler's class has no method `step(model_output, timestep, sample)`"
@@ -145,6 +147,17 @@ class HookedDiffusionModel:
             pipe.to(device)
         return cls.from_pipeline(pipe)
 
+    def _check_not_replaced(self):
+        """Raise UsageError where the pipeline has another scheduler or denoiser than at hooking."""
+        known = {id(component) for component in (*self.denoisers.values(), *self.schedulers)}
+        for name, component in self._watched.items():
+            current = getattr(self.pipe, name, component)
+            if current is not component and id(current) not in known:
+                raise UsageError(
+                    f"{name} of {type(self.pipe).__name__} was replaced after hooking, so it is "
+                    "not the one that is watched: hook the model again after such a change"
+                )
+
     def modules(self):
         """{hook_name: (denoiser name, module)} of every module that can run; names that several
         denoisers have are long."""
@@ -162,6 +175,7 @@ class HookedDiffusionModel:
     def _targets(self, positions):
         """Of a name, a glob or a list of them: ({hook_name: (denoiser, module)}, names that were
         spelt out)."""
+        self._check_not_replaced()
         positions = [positions] if isinstance(positions, str) else list(positions)
         modules, targets, explicit = self.modules(), {}, set()
         for position in positions:
@@ -565,6 +579,7 @@ class HookedDiffusionModel:
         """Context in which a sampling of P prompts x n images is followed; options: further fields
         of `trace.Sampling`, which it yields.
         """
+        self._check_not_replaced()
         return Sampling(
             self.denoisers, self.schedulers, P, n, on_forward, on_step, **options
         ).watch()

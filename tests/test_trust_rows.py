@@ -718,3 +718,48 @@ def test_forwards_that_call_the_modules_own_are_let_through(replace):
         )
     assert all(torch.equal(caches[0][name], caches[1][name]) for name in names)
     assert torch.equal(*images)
+
+
+# ------------------------------------------------------------------------------- components that are replaced after hooking
+
+
+def another_scheduler(pipe):
+    pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    return "scheduler"
+
+
+def a_scheduler_of_the_same_class(pipe):
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    return "scheduler"
+
+
+def another_denoiser(pipe):
+    pipe.unet = build(sd15).unet
+    return "unet"
+
+
+@pytest.mark.parametrize(
+    "replace", [another_scheduler, a_scheduler_of_the_same_class, another_denoiser]
+)
+def test_a_component_that_was_replaced_after_hooking_is_named(replace):
+    pipe = build(sd15)
+    hooked = HookedDiffusionModel.from_pipeline(pipe)
+    replaced = replace(pipe)
+    attempts = (
+        lambda: hooked.run_with_cache(HOOK, PROMPTS[:1], **generate_options(1)),
+        lambda: hooked.run_with_hooks({HOOK: Edit(torch.neg)}, PROMPTS[:1], **generate_options(1)),
+        lambda: hooked.run_with_hooks({HOOK: lambda *_: None}, PROMPTS[:1], **generate_options(1)),
+        lambda: hooked.first_sample(PROMPTS[:1], **generate_options(1)),
+    )
+    for attempt in attempts:
+        with pytest.raises(ValueError, match=f"^{replaced} of .* was replaced after hooking"):
+            attempt()
+    again = HookedDiffusionModel.from_pipeline(pipe)
+    again.run_with_cache(HOOK, PROMPTS[:1], **generate_options(1))
+
+
+def test_a_loop_whose_model_was_replaced_after_hooking_is_named():
+    hooked = HookedDiffusionModel(Denoiser(), Euler(), sample_shape=(3, 4, 5))
+    hooked.pipe.model = Denoiser()
+    with pytest.raises(ValueError, match="^model of Loop was replaced after hooking"):
+        hooked.run_with_cache("out", num_inference_steps=2)
