@@ -24,7 +24,7 @@ from diffusion.edit import Edit
 from diffusion.generate import Generation
 from diffusion.guidance import Memory, Pass, RoleFinder, check_order
 from diffusion.hook_names import check_hookable, find_modules, is_pattern, match_names
-from diffusion.locate import NEVER_RAN, bare, find_layouts, has_more_than_sample, note_sampled
+from diffusion.locate import NEVER_RAN, find_layouts, has_more_than_sample, note_sampled
 from diffusion.recorder import CacheOptions, Recorder
 from diffusion.repeated import RunWatch
 from diffusion.sampling_loop import Loop
@@ -41,6 +41,7 @@ from diffusion.signatures import (
 )
 from diffusion.token_layout import Layout, NotHookable
 from diffusion.trace import DryRunOver, Sampling, undisturbed
+from diffusion.unnoticed import processors_put_back, without_hooks
 from errors import UsageError
 from store.hook_point import HookPoint
 
@@ -340,7 +341,8 @@ class HookedDiffusionModel:
         layouts = {}
 
         def on_forward(forward, module):
-            find_layouts(forward, module, places, self._known)
+            with processors_put_back([module]):
+                find_layouts(forward, module, places, self._known)
             for (_, name, _), layout in forward.layouts.items():
                 layouts.setdefault(name, layout)
 
@@ -400,10 +402,7 @@ class HookedDiffusionModel:
                 raise DryRunOver
 
         try:
-            with ExitStack() as stack:
-                for denoiser in self.denoisers.values():
-                    stack.enter_context(bare(denoiser))  # hooks of the user's own see nothing of it
-                self._dry_run({None}, other, options, on_forward, on_step, must_repeat=False)
+            self._dry_run({None}, other, options, on_forward, on_step, must_repeat=False)
         except Exception:  # noqa: BLE001  it may know no such prompt; anything else that is wrong will show again
             return None
         return passes if changed else None
@@ -425,6 +424,9 @@ class HookedDiffusionModel:
 
         If it `must_repeat`, a scheduler whose random numbers no seed reaches is refused, looked at
         once for such options.
+
+        The user's hooks in the denoisers do not see it, unless a denoiser can't run without them,
+        and attention processors get their state back, see `diffusion/unnoticed.py`.
 
         on_step gets the first steps of each denoiser only. Returns the `Sampling` that watched: `P`
         the prompts, `R` the rows of each chunk, `num_steps` the length of the whole sampling;
@@ -450,23 +452,36 @@ class HookedDiffusionModel:
             if denoisers <= ran:
                 raise DryRunOver
 
-        with undisturbed(self.pipe, self.schedulers, self.denoisers, kwargs), ExitStack() as stack:
-            labels = dict(roles=finder, rehearsal=True, repeatable=repeatable)
-            watching = self.watch(
-                *count_prompts(prompt, kwargs), on_forward, stop_when_all_ran, **labels
-            )
-            sampling = stack.enter_context(watching)
-            if listen is not None:
-                listen(stack, sampling)
-            try:
-                self(prompt, **kwargs)
-            except DryRunOver:
-                pass
-            except (
-                ValueError
-            ) as error:  # what a pipeline says of its arguments is the user's to mend
-                raise UsageError(f"{error}") from error
-            sampling.tell_others()
+        def sample():
+            nonlocal sampling
+            with ExitStack() as stack:
+                stack.enter_context(processors_put_back(self.denoisers.values()))
+                stack.enter_context(undisturbed(self.pipe, self.schedulers, self.denoisers, kwargs))
+                labels = dict(roles=finder, rehearsal=True, repeatable=repeatable)
+                watching = self.watch(
+                    *count_prompts(prompt, kwargs), on_forward, stop_when_all_ran, **labels
+                )
+                sampling = stack.enter_context(watching)
+                if listen is not None:
+                    listen(stack, sampling)
+                try:
+                    self(prompt, **kwargs)
+                except DryRunOver:
+                    pass
+                except (
+                    ValueError
+                ) as error:  # what a pipeline says of its arguments is the user's to mend
+                    raise UsageError(f"{error}") from error
+                sampling.tell_others()
+
+        sampling = None
+        try:
+            with without_hooks(self.denoisers.values()):
+                sample()
+        except Exception:
+            if sampling is None or sampling.called:
+                raise
+            sample()  # a denoiser may need a hook, such as one that fills in an argument
         if finder is not None and must_tell:
             finder.check_decided()
         if not sampling.called:
@@ -531,7 +546,10 @@ class HookedDiffusionModel:
                     if is_met and (reason := runs.check(name, forward, f"step {step.index}")):
                         raise UsageError(f"{name}: {reason}")
 
-        on_forward = partial(find_layouts, places=places, known=self._known)
+        def on_forward(forward, module):
+            with processors_put_back([module]):
+                find_layouts(forward, module, places, self._known)
+
         idle = dict.fromkeys(targets, "never ran")  # until it has been edited
         with ExitStack() as stack:
             if edits:

@@ -16,6 +16,7 @@ from diffusion.locate import (
 )
 from diffusion.repeated import RunWatch
 from diffusion.token_layout import NotHookable
+from diffusion.unnoticed import processors_put_back
 from errors import UsageError, check_choice
 from store.hook_point import STREAMS
 
@@ -141,7 +142,8 @@ class Recorder:
         if (key := sampled_key(forward)) in self.mixed:
             note_sampled(self.known, forward, self.mixed.pop(key))
         if self.sampling.index % self.options.cache_every_n_timesteps == 0:
-            find_layouts(forward, module, self.places, self.known)
+            with processors_put_back([module]):
+                find_layouts(forward, module, self.places, self.known)
 
     def on_step(self, step):
         for f in step.forwards:
