@@ -210,8 +210,16 @@ class RealImages:
 
     hooked: a HookedDiffusionModel whose pipeline has a VAE. prompt, options: of any generation with
     it, as short as can be. width, height: of the images, or None for the pipeline's own size, which
-    is square. Raises UsageError for a pipeline without a VAE or a scheduler that adds noise, and
-    where its sample is no rearrangement of the VAE's latents.
+    is square.
+
+    This costs two calls of the denoiser, once for all images: the first noise says how latents are
+    packed into a sample, and only then known latents can be packed and sent through the pipeline.
+    One call would do if the packing were read and used inside one step of the scheduler. The check
+    of the size and the second try, with more steps, would have to run inside that step too, and one
+    call is little beside a collection.
+
+    Raises UsageError for a pipeline without a VAE or a scheduler that adds noise, and where its
+    sample is no rearrangement of the VAE's latents.
     """
 
     def __init__(self, hooked, prompt, options, width=None, height=None):

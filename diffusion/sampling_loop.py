@@ -39,6 +39,10 @@ class Loop:
     ):
         """Sample, with classifier-free guidance if `guidance_scale > 1` and prompts can be encoded.
 
+        With a scale of 1 or less, a negative one too, there is one pass, the conditional one, as in
+        diffusers. So the weights of the passes always tell which rows are conditional: a scale
+        below 0, by whose weights the passes are exchanged, never guides here.
+
         Returns an object with `images`: decoded to [0, 1] by the VAE if there is one and
         `output_type` is not "latent".
         """

@@ -720,6 +720,31 @@ def test_forwards_that_call_the_modules_own_are_let_through(replace):
     assert torch.equal(*images)
 
 
+@pytest.mark.parametrize("scale", [-2.0, 0.0, 1.0, 4.0])
+def test_the_loop_that_comes_with_it_never_exchanges_the_passes(scale):
+    """It guides with a scale above 1 only, and puts the unconditional rows first."""
+    torch.manual_seed(0)
+    model, seen = Denoiser(), []
+    text = {"cond": torch.randn(2, 5), "uncond": torch.randn(2, 5)}
+    hooked = HookedDiffusionModel(
+        model,
+        Euler(),
+        encode_prompt=lambda *_: (text["cond"], text["uncond"]),
+        get_timesteps=lambda n, device: range(n, 0, -1),
+        sample_shape=(3, 4, 5),
+    )
+
+    def keep_conditional(module, args, output):
+        conditional = (args[2][:, None] == text["cond"]).all(-1).any(1)
+        assert len(output) == (4 if scale > 1 else 2)
+        seen.append(map_tokens(output[conditional]))
+
+    model.register_forward_hook(keep_conditional)
+    with hooked.cache("out", 2) as cache:
+        hooked(["a", "b"], num_inference_steps=3, guidance_scale=scale)
+    assert torch.equal(cache["output"]["out"], torch.stack(seen, 1))
+
+
 # ------------------------------------------------------------------------------- components that are replaced after hooking
 
 
