@@ -39,6 +39,7 @@ from diffusion.locate import NEVER_RAN, find_layouts
 from diffusion.recorder import CacheOptions, Recorder
 from diffusion.sampling_loop import Loop
 from diffusion.signatures import (
+    Prompt,
     count_prompts,
     per_prompt,
     prompt_arguments,
@@ -70,8 +71,8 @@ __all__ = [
 # Arguments of pipelines for which this project has options of its own
 OUR_ARGUMENTS = ("self", "prompt", "negative_prompt", "generator", "output_type")
 
-Prompt = str | list[str] | None
 HookFunction = Edit | Callable[[nn.Module, tuple, Any], Any]
+"""An `Edit`, or a function as in PyTorch: fn(module, input, output) -> new output or None."""
 
 
 class HookedDiffusionModel:
@@ -115,20 +116,20 @@ class HookedDiffusionModel:
         whose output does not reach the scheduler, such as a network that only conditions another,
         is left out when it runs. Raises UsageError where there is no denoiser or no scheduler.
         """
-        modules = {}
+        networks = {}
         denoisers = {}
         schedulers = {}
         for name, component in pipe.components.items():
             if has_step(component):
                 schedulers[name] = component
             if isinstance(component, nn.Module):
-                modules[name] = component
+                networks[name] = component
                 if time_parameter(component) and not hasattr(unwrap(component), "decode"):
                     denoisers[name] = component
         if not denoisers:
             raise UsageError(
                 f"{type(pipe).__name__} has no component whose forward takes a timestep: "
-                f"{sorted(modules)}"
+                f"{sorted(networks)}"
             )
         hooked = cls.__new__(cls)
         hooked._hook(pipe, denoisers, schedulers)
@@ -174,7 +175,8 @@ class HookedDiffusionModel:
         """Set the attributes. pipe: what generates; the others are its components by name."""
         if not schedulers or not all(map(has_step, schedulers.values())):
             raise UsageError(
-                "the scheduler's class has no method `step(model_output, timestep, sample)`"
+                "the scheduler's class has no method `step(model_output, timestep, sample)`; pass an "
+                "object that has one"
             )
         for denoiser in denoisers.values():
             sample_name(denoiser)  # raises UsageError where it can't be told
@@ -182,12 +184,13 @@ class HookedDiffusionModel:
         self.pipe = pipe
         self.denoisers = denoisers
         self.schedulers = list(schedulers.values())
+        # {attribute of the pipeline: component}, to see whether one is replaced later
         self._hooked_components: dict[str, Any] = denoisers | schedulers
 
-        # What one generation finds out and the next ones use; the last two are by the outline of a
-        # generation's options, see `signatures.outline`
-        self.known_layouts: dict = {}  # see `locate.find_layouts`
-        self.role_memories: dict[tuple, Memory] = {}
+        # What one generation finds out and the next ones use. The keys of the last two are outlines
+        # of a generation's options, see `signatures.outline`
+        self.known_layouts: dict = {}  # where tokens are, see `locate.find_layouts`
+        self.role_memories: dict[tuple, Memory] = {}  # which rows are conditional
         self.repeatable: dict[tuple, list] = {}  # schedulers that were seen to repeat themselves
 
     # ------------------------------------------------------------------------------ names
@@ -262,7 +265,8 @@ class HookedDiffusionModel:
 
             cache["output"][hook_name]       (prompts, steps, tokens, d), of `dtype`
             cache["input"][hook_name]        likewise, with save_input
-            cache["output_uncond"], ["input_uncond"]              with rows="both"
+            cache["output_uncond"][hook_name], cache["input_uncond"][hook_name]
+                                             the unconditional rows, with rows="both"
             cache["timesteps"][hook_name]    (steps,) float64
             cache["sigmas"][hook_name]       (steps,) float64, where they are known
             cache["grid"][hook_name]         a tuple whose product is `tokens`, such as (16, 16)
@@ -324,13 +328,14 @@ class HookedDiffusionModel:
         """Generate with edits, and return what the pipeline returns.
 
         position_hook_dict: {name or glob: function or a list of them}. A function is an `Edit`, or
-        as in PyTorch: `fn(module, input, output) -> new output or None` sees the whole batch,
-        conditional and unconditional rows alike. `input` is the tuple of positional arguments, or
-        of the keyword ones where the module gets only those.
+        one as in PyTorch, `fn(module, input, output) -> new output or None`. That one sees the
+        whole batch, conditional and unconditional rows alike; its `input` is the tuple of
+        positional arguments, or of the keyword ones where the module gets only those. The hooks are
+        removed afterwards, also after an exception.
 
         An `Edit` needs to know which rows are conditional before the scheduler is called. So one
-        step is run first, unedited, and thrown away. The order of passes that it finds is checked
-        against every step. Hooks are removed afterwards, also after an exception.
+        step is run first, unedited, and thrown away. The order of the passes in it is the plan for
+        this generation, and every step is checked against it.
 
         order: the passes in a step, such as ("uncond", "cond"), where neither the prompts nor the
         guidance tell it. kwargs: arguments of the pipeline.
@@ -356,20 +361,21 @@ class HookedDiffusionModel:
         self, position_hook_dict: dict[str, HookFunction | list[HookFunction]]
     ) -> dict[str, list[HookFunction]]:
         """Return {hook_name: its functions}, where the keys of the argument may be globs."""
-        of_module = {}
+        functions_of = {}
         for position, functions in position_hook_dict.items():
             if not isinstance(functions, (list, tuple)):
                 functions = [functions]
             for name in self.hook_names(position):
-                of_module.setdefault(name, []).extend(functions)
-        return of_module
+                functions_of.setdefault(name, []).extend(functions)
+        return functions_of
 
     def _watch_edits(
         self, editor: Editor, prompt: Prompt, kwargs: dict, order: tuple[str, ...] | None
     ) -> AbstractContextManager[Sampling]:
-        """Return a context in which each forward has its roles while it runs, from a dry step.
+        """Return a context in which the rows of each forward are labelled while it runs.
 
-        Roles are left out if every edit is for all rows.
+        The labels (cond, uncond, other) come from a dry step; there are none if every edit is for
+        all rows. Raises UsageError if unconditional rows are to be edited and there are none.
         """
         needs_roles = editor.rows != {"all"}
         finder = ask_which_rows(self, prompt, kwargs, order)
@@ -482,7 +488,7 @@ class HookedDiffusionModel:
         stream: str = "image",
         **kwargs,
     ) -> tuple[dict[str, Layout | NotHookable], int | None]:
-        """Find where the tokens are in what modules return, from one step that is thrown away.
+        """Find where the tokens are in what modules return, from a step that is thrown away.
 
         Returns ({hook_name: Layout, or NotHookable with the reason}, number of steps of the whole
         sampling, None where the scheduler lists none).

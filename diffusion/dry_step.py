@@ -1,27 +1,28 @@
 """A dry step: a generation is begun to find something out, stopped, and leaves no trace.
 
-Which rows are conditional, how many steps there are and where the image's tokens lie is known only
-when the model runs. So its pipeline is called with the user's own arguments, stopped inside the
-scheduler's first step, and everything is put back: random states, what the pipeline and its
-schedulers note of themselves, attention processors. The user's hooks do not see it.
-
     sampling = DryStep(model, prompt, options).run()
     sampling.num_steps                            # of the whole generation
-    finder = ask_which_rows(model, prompt, options)
-    finder.label(...)                             # cond, uncond or other: see diffusion/guidance.py
 
-`model` is a `hook.HookedDiffusionModel` throughout.
+Which rows are conditional, how many steps there are and where the image's tokens lie is known only
+when the model runs. So its pipeline is called with the user's own arguments and stopped inside the
+scheduler's first step. Then everything is put back: random states, what the pipeline and its
+schedulers note of themselves, attention processors. The user's hooks do not see it.
+
+`ask_which_rows` runs a dry step with other prompts, and returns what labels rows by the difference.
+
+`model` is a `hook.HookedDiffusionModel` in all of these.
 """
 
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
 from diffusion.guidance import Memory, Pass, RoleFinder
 from diffusion.locate import has_more_than_sample, note_sampled
-from diffusion.signatures import count_prompts, other_prompts, outline
+from diffusion.signatures import Prompt, count_prompts, other_prompts, outline
 from diffusion.trace import DryRunOver, Forward, Sampling, Step, undisturbed
 from diffusion.unnoticed import processors_put_back, without_hooks
 from errors import UsageError
@@ -31,8 +32,11 @@ from errors import UsageError
 class DryStep:
     """One dry step, or a few where several denoisers take turns."""
 
-    model: object
-    prompt: str | list[str] | None
+    model: Any
+    """A `hook.HookedDiffusionModel`."""
+
+    prompt: Prompt
+
     options: dict
     """The pipeline's other arguments."""
 
@@ -53,11 +57,11 @@ class DryStep:
     """Labels the rows of these steps; it knows their roles afterwards."""
 
     must_tell: bool = True
-    """Whether it goes on until the finder has told the rows of some step of each denoiser."""
+    """Whether the finder must have told the rows of a step of each denoiser before it stops."""
 
     must_repeat: bool = True
-    """Whether a scheduler whose random numbers no seed reaches is refused. It is looked at once for
-    all generations with such options."""
+    """Whether a scheduler whose random numbers no seed reaches is refused. A scheduler is tried
+    once for all generations with such options."""
 
     ran: set[str] = field(default_factory=set, init=False)  # denoisers that need not run again
     sampling: Sampling | None = field(default=None, init=False)
@@ -91,7 +95,8 @@ class DryStep:
         model = self.model
         repeatable = None
         if self.must_repeat:
-            repeatable = model.repeatable.setdefault(self._outline(), [])
+            kind = outline_with_prompt(self.prompt, self.options)
+            repeatable = model.repeatable.setdefault(kind, [])
         num_prompts, num_images = count_prompts(self.prompt, self.options)
 
         with ExitStack() as stack:
@@ -119,9 +124,6 @@ class DryStep:
                 raise UsageError(f"{error}") from error
             self.sampling.tell_others()
 
-    def _outline(self) -> tuple:
-        return outline(self.options | {"prompt": self.prompt})
-
     def _on_step(self, step: Step) -> None:
         """Hand the step on, and stop the generation if all has been seen."""
         sampling = self.sampling
@@ -139,16 +141,15 @@ class DryStep:
 
 
 def ask_which_rows(
-    model, prompt: str | list[str] | None, options: dict, order: tuple[str, ...] | None = None
+    model: Any, prompt: Prompt, options: dict, order: tuple[str, ...] | None = None
 ) -> RoleFinder:
-    """Return what labels the rows of the generation that follows.
+    """Return a `RoleFinder`, which labels the rows of the generation that follows.
 
     Once for all generations with such options, a dry step is run with other prompts: the rows that
     it changes are conditional. Where a denoiser gets more than the sample, such as a picture to
     edit, it also shows which numbers of its input are sampled.
     """
-    kinds = outline(options | {"prompt": prompt})
-    key = (kinds, order and tuple(order))
+    key = (outline_with_prompt(prompt, options), order and tuple(order))
     memory = model.role_memories.setdefault(key, Memory())
     passes = None
     if not memory.asked:
@@ -158,9 +159,12 @@ def ask_which_rows(
     return RoleFinder(order, passes, memory)
 
 
-def run_with_other_prompts(
-    model, prompt: str | list[str] | None, options: dict
-) -> list[Pass] | None:
+def outline_with_prompt(prompt: Prompt, options: dict) -> tuple:
+    """Return `signatures.outline` of all arguments of a generation."""
+    return outline(options | {"prompt": prompt})
+
+
+def run_with_other_prompts(model: Any, prompt: Prompt, options: dict) -> list[Pass] | None:
     """Return the forwards of a first step with other prompts.
 
     None where there are no prompts to change, or the pipeline refuses the changed ones.
