@@ -63,13 +63,14 @@ class Edit:
         return self.steps is None or index in self.steps
 
     def is_for_rows(self, role: str) -> bool:
-        """Whether it edits a pass with this role: cond, uncond, other, or all where no role is
-        known."""
+        """Whether it edits a pass with this role: cond, uncond or other; all if none is known."""
         return self.rows in ("all", role)
 
     def is_for(self, index: int, roles: list[str] | None) -> bool:
-        """Whether it edits a forward with these roles, None where they are not told, in the step
-        `index`."""
+        """Whether it edits a forward of the step `index` with these roles.
+
+        roles: one for each pass, such as ["uncond", "cond"]; None where they are not told.
+        """
         if not self.is_for_step(index):
             return False
         return roles is None or self.rows == "all" or self.rows in roles
@@ -93,7 +94,7 @@ class Editor:
     """Carries out the edits of one generation, and checks that each takes place.
 
     functions: {hook_name: [Edit, or a function as in PyTorch]}.
-    targets: {hook_name: (denoiser, module)}, for the same names.
+    targets: {hook_name: (denoiser's name, module)}, for the same names.
     explicit: the hook names that the user spelt out; the others were found by a glob.
     denoisers: {name: module}. known: layouts found so far, see `locate.find_layouts`.
     """
@@ -112,8 +113,10 @@ class Editor:
         self.known = known
 
         self.edits: list[tuple[str, Edit]] = []  # (hook_name, edit)
-        for hook_name, of_module in functions.items():
-            self.edits += [(hook_name, edit) for edit in of_module if isinstance(edit, Edit)]
+        for hook_name, functions_of_module in functions.items():
+            for function in functions_of_module:
+                if isinstance(function, Edit):
+                    self.edits.append((hook_name, function))
 
         self.wanted = {}  # {(side, hook_name, stream): (denoiser, module)}
         for hook_name, edit in self.edits:
@@ -198,13 +201,13 @@ class EditHook:
         stack.callback(handle.remove)
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Note what the module takes."""
         self.values["input"] = (args, kwargs)
 
     def after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         """Return what takes the place of the module's output.
 
-        Where there are no tokens to edit, it is an error if the user spelt the module's name out,
-        and the module is passed over if a glob found it.
+        A hook of PyTorch that returns None leaves the output as it is.
         """
         forward = self.sampling.current
         if forward is None or not self.edit.is_for_step(self.sampling.index):
@@ -223,7 +226,11 @@ class EditHook:
         return new_output
 
     def edit_chunk(self, forward: Forward, chunk: int, output: Any) -> Any:
-        """Return `output` with the edited tokens of one pass, a chunk of the batch's rows."""
+        """Return `output` with the edited tokens of one pass, a chunk of the batch's rows.
+
+        Where it has no such tokens, it raises UsageError if the user spelt the module's name out,
+        and returns `output` as it is if a glob found the module.
+        """
         layouts = []
         for side in self.edit.sides:
             layout = forward.layouts[side, self.hook_name, self.edit.stream]
