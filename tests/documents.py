@@ -23,10 +23,10 @@ FENCE = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
-# Words of commands that need more than this folder: a hub model, an account, several processes, other
-# packages, an hour. The last two are stages of the whole project, which `.ci` runs elsewhere.
-NOT_RUN = ("sd-legacy", "stabilityai", "--to_hub", "torchrun", "pip", "pre-commit", "toy.make")
-NOT_RUN += ("unlearn", "step", "pytest", "bundle.py")
+# Commands that need more than this folder are not run: a hub model, an account, other packages, an
+# hour or a GPU for each process. The tests and the toy's check are run elsewhere in `.ci`.
+NOT_RUN = ("--to_hub", "torchrun", "pip", "pre-commit", "toy.make", "unlearn", "step", "pytest")
+HUB_MODELS = ("sd-legacy/", "stabilityai/")
 FREE = ("pip", "pre-commit")  # programs of others, whose options are not looked at
 
 
@@ -95,7 +95,10 @@ def anchors(page: Path) -> set[str]:
 
 def runs_here(block: Block, words: list[str]) -> bool:
     """Whether a command is run by `.ci/slow`."""
-    return block.is_run and not any(name in word for word in words for name in NOT_RUN)
+    for word in words:
+        if word in NOT_RUN or word.startswith(HUB_MODELS):
+            return False
+    return block.is_run
 
 
 def prepare(folder: Path) -> None:
@@ -108,6 +111,22 @@ def prepare(folder: Path) -> None:
         Image.new("RGB", (64, 64), color).save(folder / "photos" / f"{number}.png")
 
 
+def adapted(words: list[str]) -> list[str]:
+    """A command as its reader would adapt it: this Python, and a folder of its own for a collection with
+    other options, so that it does not meet the one that is there."""
+    options = []
+    for word in words:
+        word = word.replace("activations/shard", "activations_shards/shard")
+        options.append(word.replace("saes/mine", "saes/up_blocks.1.attentions.1_k16_M1536"))
+    if options[0] == "python":
+        options[0] = sys.executable
+    if "collect.py" in words and "--shard" in words:
+        options += ["--out_dir", "activations_shards"]
+    if "collect.py" in words and "--images" in words:
+        options += ["--out_dir", "activations_photos"]
+    return options
+
+
 def run_all() -> int:
     """Run the commands in a new clone; print each with its time. Returns how many failed."""
     failed = 0
@@ -117,22 +136,7 @@ def run_all() -> int:
         for block, words in all_commands():
             if not runs_here(block, words):
                 continue
-            # a collection with other options gets a folder of its own, as its reader would choose
-            options = list(words)
-            if "collect.py" in words and "--out_dir" not in words:
-                if "--shard" in words:
-                    options += ["--out_dir", "activations_shards", "--max_num_examples", "64"]
-                if "--images" in words:
-                    options += ["--out_dir", "activations_photos"]
-            options = [
-                word.replace("activations/shard", "activations_shards/shard") for word in options
-            ]
-            options = [
-                word.replace("saes/mine", "saes/up_blocks.1.attentions.1_k16_M1536")
-                for word in options
-            ]
-            if options[0] == "python":
-                options[0] = sys.executable
+            options = adapted(words)
             start = time.perf_counter()
             done = subprocess.run(options, cwd=folder, capture_output=True, text=True)
             seconds = time.perf_counter() - start

@@ -120,14 +120,10 @@ class Scheduler:
         self.timesteps = torch.linspace(9, 1, num_inference_steps, device=device)
 
     def step(self, model_output, timestep, sample):
-        return (
-            sample - 0.1 * model_output
-            if torch.is_tensor(timestep)
-            else sample - 0.1 * model_output
-        )
+        return sample - 0.1 * model_output
 
 
-class Block3(torch.nn.Module):
+class Layer(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.mlp = torch.nn.Linear(16, 16)
@@ -143,7 +139,7 @@ class Denoiser(torch.nn.Module):
         super().__init__()
         self.into = torch.nn.Linear(4, 16)
         self.text = torch.nn.Linear(5, 16)
-        self.blocks = torch.nn.ModuleList(Block3() for _ in range(3))
+        self.blocks = torch.nn.ModuleList(Layer() for _ in range(3))
         self.out = torch.nn.Linear(16, 4)
 
     def forward(self, sample, timestep, text):
@@ -174,10 +170,9 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
     names = {"__name__": page.stem}
     if page.name == "models.md":
         names |= {"model": Denoiser().eval(), "scheduler": Scheduler(), "embeddings": embeddings}
-    with torch.no_grad():
-        for block in blocks(page, "python"):
-            if block.is_run:
-                exec(compile(block.text, f"{page.name}", "exec"), names)
+    for block in blocks(page, "python"):
+        if block.is_run:
+            exec(compile(block.text, page.name, "exec"), names)
     if page.name == "models.md":
         x = names["cache"]["output"]["blocks.1"]
         assert x.shape == (1, 10, 64, 16)
