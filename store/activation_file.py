@@ -6,6 +6,7 @@ import json
 import os
 import re
 import unicodedata
+import zlib
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -20,6 +21,10 @@ from store.arrow import is_arrow, open_arrow
 from store.disk import checksum, fill, read_json, seen_from
 
 PIECES = 32  # that a file without prompts is cut into
+SIDE_FILES = (".tokens.npy", ".timesteps.npy", ".lengths.npy")  # that collect.py writes beside one
+WHOLE_FILE = 1 << 24  # bytes; of a longer file `contents_checksum` reads some blocks
+CHECKED_BLOCKS = 64
+CHECKED_BLOCK_BYTES = 1 << 12
 INVISIBLE = re.compile(r"[\s\u200b-\u200d\u2060\ufeff]+")
 COLLECTED_WITH = (
     *("variant", "revision", "pipeline", "pipeline_kwargs", "images", "seed"),
@@ -205,6 +210,64 @@ def read_description(path):
     return meta
 
 
+def contents_checksum(path: str | Path) -> int:
+    """Return a CRC-32 that another file of the same size does not have, but for rare accidents.
+
+    A file of up to 16 MiB is read whole. Of a longer one, 64 evenly spaced blocks of 4 KiB are
+    read, the first and the last bytes among them, so that 100 GB take milliseconds: a file that was
+    exchanged is noticed, a single changed number between two blocks is not. Raises OSError if the
+    file can't be read.
+    """
+    crc = 0
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        size = os.fstat(fd).st_size
+        block_bytes = size
+        starts = [0]
+        if size > WHOLE_FILE:
+            block_bytes = CHECKED_BLOCK_BYTES
+            last = size - block_bytes
+            starts = [last * block // (CHECKED_BLOCKS - 1) for block in range(CHECKED_BLOCKS)]
+        for start in starts:
+            block = bytearray(block_bytes)
+            fill(fd, memoryview(block), start, path)
+            crc = zlib.crc32(block, crc)
+    finally:
+        os.close(fd)
+    return crc
+
+
+def contents_checksums(path: str | Path) -> dict[str, int]:
+    """Return {end of the name: `contents_checksum`} of an activation file and its side files, such
+    as {".npy": 123, ".lengths.npy": 456}. Its description holds this as "contents".
+    """
+    checksums = {}
+    for suffix in (".npy", *SIDE_FILES):
+        file = Path(path).with_suffix(suffix)
+        if file.exists():
+            checksums[suffix] = contents_checksum(file)
+    return checksums
+
+
+def check_contents(path: str | Path, meta: dict) -> None:
+    """Raise UsageError if an activation file or a side file is not the one that `meta` describes.
+
+    meta: its description. Earlier versions wrote no "contents", so nothing is checked then. A side
+    file that is missing is reported by the stage that needs it.
+    """
+    expected = meta.get("contents")
+    if expected is None:
+        return
+    path = Path(path)
+    for suffix, crc in contents_checksums(path).items():
+        if expected.get(suffix) != crc:
+            raise UsageError(
+                f"{path.with_suffix(suffix)} is not the file that {path.with_suffix('.json')} "
+                "describes: it was exchanged or changed after it was collected; put the old one "
+                "back, or move the folder away and collect again"
+            )
+
+
 def refuse_unfinished(path):
     """Raise UsageError where a path names a file of a collection that was stopped, and the finished
     file is not there."""
@@ -249,6 +312,7 @@ def open_file(path) -> tuple[NpyHeader, dict]:
         raise UsageError(f"{path} is empty: shape {shape}")
     if list(meta.get("shape", shape)) != list(shape):
         raise UsageError(f"{path} has shape {list(shape)}, but its .json says {meta['shape']}")
+    check_contents(path, meta)
     return header, meta
 
 

@@ -22,7 +22,13 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from errors import UsageError
-from store.activation_file import NpyHeader, listing_digest, read_header
+from store.activation_file import (
+    NpyHeader,
+    check_contents,
+    contents_checksums,
+    listing_digest,
+    read_header,
+)
 from store.disk import (
     check_same,
     checksum,
@@ -512,7 +518,8 @@ class Collection:
         """Give the files their final names and write `<name>.json` for {name: description or None}.
 
         Every batch must be done. The room behind the last row, of a collection that was to be
-        longer, is cut off.
+        longer, is cut off. The description gets the `contents_checksums` of the file. Raises
+        UsageError if a file that was finished before was exchanged since.
         """
         assert not self.pending()
         self._write_progress(read_progress(self.progress))
@@ -522,8 +529,16 @@ class Collection:
             self._cut(name)
             if partial.exists():
                 rename(partial, final)
-            if record is not None:
-                write_json(self.out_dir / f"{name}.json", record | {"checksum": checksum(record)})
+        # only now: the side files have their final names too
+        for name, record in descriptions.items():
+            if record is None:
+                continue
+            description = self.out_dir / f"{name}.json"
+            final = self.out_dir / f"{name}.npy"
+            if description.exists():  # nothing was written into the file since
+                check_contents(final, read_json(description))
+            record = record | {"contents": contents_checksums(final)}
+            write_json(description, record | {"checksum": checksum(record)})
 
     def _cut(self, name):
         """Let a file end with its last row."""

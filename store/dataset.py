@@ -18,6 +18,7 @@ import torch
 
 from errors import UsageError
 from store.activation_file import (
+    SIDE_FILES,
     hash_key,
     open_activation_file,
     read_description,
@@ -33,11 +34,6 @@ HELD_OUT = dict(
     share=0.1, at_least=100_000, at_most=1_000_000
 )  # vectors kept from training, in whole prompts
 READ_BYTES = 1 << 26  # that `held_out` reads at once
-BESIDE = (
-    ".tokens.npy",
-    ".timesteps.npy",
-    ".lengths.npy",
-)  # files that collect.py writes beside an activation file
 
 
 def newest_activations(folder="activations"):
@@ -84,7 +80,7 @@ def own_files(folder):
 def holds_activations(path):
     """Whether a file that was found is meant: in a folder of collect.py those that it describes,
     such as no samples.npy."""
-    if path.suffix != ".npy" or path.name.endswith(BESIDE) or is_hidden(path):
+    if path.suffix != ".npy" or path.name.endswith(SIDE_FILES) or is_hidden(path):
         return False
     return path.with_suffix(".json").exists() or not (path.parent / "collect.json").exists()
 
