@@ -294,6 +294,13 @@ def open_file(path) -> tuple[NpyHeader, dict]:
     if path.suffix != ".npy":
         raise UsageError(f"{path} is no .npy file")
     meta = read_description(path)
+    lengths = path.with_suffix(".lengths.npy")
+    if not meta and lengths.exists():
+        raise UsageError(
+            f"{path} lies beside {lengths.name}, which says which of its tokens are padding, but "
+            f"{path.with_suffix('.json')} that describes both is not there; put it back, or move "
+            f"{lengths.name} away to use the padding too"
+        )
     try:
         header = read_header(path)
     except ValueError as error:

@@ -361,6 +361,19 @@ def test_another_file_of_the_same_shape_is_refused(of_two_seeds, tmp_path, suffi
         Activations([acts / "mid_block.npy"])
 
 
+def test_padding_without_a_description_is_not_taken_for_vectors(tmp_path):
+    """Lengths beside a file whose .json is gone: nothing says that they are meant."""
+    x = np.random.default_rng(0).standard_normal((4, 2, 6, 3)).astype(np.float32)
+    path = tmp_path / "block.npy"
+    describe(path, x, stream="text", lengths=np.array([6, 2, 3, 1]))
+    assert Activations([path]).num_vectors == 2 * 12
+    path.with_suffix(".json").unlink()
+    with pytest.raises(UsageError, match="block.npy lies beside block.lengths.npy"):
+        Activations([path])
+    path.with_suffix(".lengths.npy").unlink()
+    assert Activations([path]).num_vectors == 2 * 24
+
+
 def test_a_second_run_of_collect_does_not_describe_an_exchanged_file(of_two_seeds, tmp_path):
     shutil.copytree(of_two_seeds / "seed0", tmp_path / "acts")
     shutil.copy(of_two_seeds / "seed1" / "mid_block.npy", tmp_path / "acts" / "mid_block.npy")
