@@ -37,10 +37,19 @@ def fingerprint(module: nn.Module, dtype: torch.dtype | None = None) -> str:
     that a model loaded in float32 can be compared with one that was loaded in bfloat16. Where the
     values lie elsewhere (on the meta device, by sequential offloading), the second half is empty.
     """
-    structure, values = hashlib.sha256(settings_text(module).encode()), hashlib.sha256()
-    tensors = {
-        name.replace("_orig_mod.", ""): tensor for name, tensor in module.state_dict().items()
-    }
+    tensors = {}
+    for name, tensor in module.state_dict().items():
+        tensors[name.replace("_orig_mod.", "")] = tensor  # which torch.compile adds
+    return fingerprint_tensors(tensors, dtype, settings_text(module))
+
+
+@torch.no_grad()
+def fingerprint_tensors(
+    tensors: dict[str, torch.Tensor], dtype: torch.dtype | None = None, settings: str = ""
+) -> str:
+    """Return the `fingerprint` of a module with these tensors and these settings."""
+    structure = hashlib.sha256(settings.encode())
+    values = hashlib.sha256()
     known = True
     for name in sorted(tensors):
         tensor = tensors[name]
