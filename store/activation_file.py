@@ -4,9 +4,9 @@
     file.P, file.S, file.T, file.d       # 128 prompts, 50 steps, 64 tokens, width 1280
     file.meta["model"]                   # what the .json beside it says
 
-The main definitions are `ActivationFile` and `open_activation_file`; `read_pieces` reads its numbers.
-store/dataset.py joins several files and splits their prompts. "Saved rows" are a folder that Hugging
-Face `datasets` wrote. No pickle is read.
+The main definitions are `ActivationFile` and `open_activation_file`; `read_pieces` reads its
+numbers. store/dataset.py joins several files and splits their prompts. "Saved rows" are a folder
+that Hugging Face `datasets` wrote. No pickle is read.
 """
 
 import hashlib
@@ -168,8 +168,8 @@ class ActivationFile:
     def read_tokens_kept(self, image: int) -> np.ndarray:
         """Return which token of the grid each stored token of an image is: int64 (S, T).
 
-        On a grid (8, 8), token 10 lies at row 1 and column 2. Raises UsageError for numbers that are
-        not on the grid.
+        On a grid (8, 8), token 10 lies at row 1 and column 2. Raises UsageError for numbers that
+        are not on the grid.
         """
         numbers = read_pieces([self.tokens_kept], np.array([[0, image, image + 1]]))
         if numbers.min() < 0 or numbers.max() >= prod(self.grid):
@@ -205,7 +205,7 @@ def read_pieces(files: list[StoredRows], pieces: np.ndarray) -> np.ndarray:
     return rows
 
 
-# ------------------------------------------------------------------------------------------------------------ opening
+# ---- opening
 
 
 def open_activation_file(path: str | Path) -> ActivationFile:
@@ -495,8 +495,8 @@ def read_side_header(path: Path, shape: tuple[int, ...]) -> NpyHeader:
 def read_lengths(path: str | Path, shape: tuple[int, ...]) -> np.ndarray:
     """Read how many tokens of each prompt are no padding: int64 (prompts,).
 
-    path: the activation file of text tokens, of shape (prompts, steps, tokens, d). Raises UsageError
-    if the lengths are missing or damaged.
+    path: the activation file of text tokens, of shape (prompts, steps, tokens, d). Raises
+    UsageError if the lengths are missing or damaged.
     """
     path = Path(path).with_suffix(".lengths.npy")
     num_prompts = shape[0]
@@ -522,7 +522,7 @@ def known_timesteps(shape: tuple[int, ...], meta: dict) -> list[float]:
     return [float(timestep) for timestep in timesteps]
 
 
-# ------------------------------------------------------------------------------------------------ prompts and units
+# ---- prompts and units
 
 
 def image_prompts(
@@ -530,8 +530,8 @@ def image_prompts(
 ) -> list:
     """Return which prompt each image of a file shows.
 
-    It is the image's `prompt_key` if the prompts are known and differ, else (path, number): with two
-    images per prompt, the images 0 to 3 have the numbers 0 0 1 1. [] for a file of two axes.
+    It is the image's `prompt_key` if the prompts are known and differ, else (path, number): with
+    two images per prompt, the images 0 to 3 have the numbers 0 0 1 1. [] for a file of two axes.
     """
     if len(shape) == 2:
         return []
@@ -549,8 +549,8 @@ def cut_units(
 
     images: which prompt each image shows; each image is one unit. None: the array is cut into 32
     contiguous units, which are numbered. lengths: of text tokens; each (prompt, step) is a unit
-    without its padding. Returns the units' first rows (n,), end rows (n,), and what each shows (n,).
-    For shape (2, 3, 4, d) and images "a", "b" it gives [0, 12], [12, 24] and ["a", "b"].
+    without its padding. Returns the units' first rows (n,), end rows (n,), and what each shows
+    (n,). For shape (2, 3, 4, d) and images "a", "b" it gives [0, 12], [12, 24] and ["a", "b"].
     """
     num_vectors = prod(shape[:-1])
     if lengths is None:
@@ -575,10 +575,10 @@ def cut_units(
 def prompt_key(row: dict) -> str:
     """Return what tells one prompt from another, as the model sees it.
 
-    row: a line of prompts.jsonl. Text encoders cut long prompts (the row then says what was `seen`),
-    and some drop case, white space or the form of an accent. Prompts that differ in these alone
-    count as one for every model: at worst one more prompt is kept from training. For "A  Cat" it
-    gives "text acat". A row without a text is known by its real image, or else by its seed.
+    row: a line of prompts.jsonl. Text encoders cut long prompts (the row then says what was
+    `seen`), and some drop case, white space or the form of an accent. Prompts that differ in these
+    alone count as one for every model: at worst one more prompt is kept from training. For "A  Cat"
+    it gives "text acat". A row without a text is known by its real image, or else by its seed.
     """
     text = row.get("seen", row.get("prompt"))
     if isinstance(text, str) and text.strip():
@@ -599,46 +599,56 @@ def hash_key(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
-# -------------------------------------------------------------------------------------------------------- saved rows
+# ---- saved rows
 
 
 def open_saved_rows(folder: str | Path) -> ActivationFile:
-    """Open a folder of saved rows, each of which holds the vectors (tokens, d) of an image and step.
+    """Open a folder of saved rows: each holds the vectors (tokens, d) of one image and step.
 
     Which rows show one image is told by their column `file_name`, or else by the order of their
     timesteps. If neither tells it, `whole_prompts` is False, and each row is trained on or held out
     by itself.
     """
     arrays, columns = open_arrow(folder)
-    counts = np.array([len(array) for *_, array in arrays])
-    _, tokens, d = arrays[0][2].shape
+    files = []
+    rows_before = 0
+    for path, offset, array in arrays:
+        num_samples, tokens, d = array.shape
+        num_rows = num_samples * tokens
+        files.append(StoredRows(path, offset, num_rows, d, array.dtype, tokens, rows_before))
+        rows_before += num_rows
+    units = units_of_samples(files)
+
     timesteps, images = images_of_rows(columns.get("timestep") or [])
     prompts = columns.get("file_name")
     if not prompts:
         prompts = [(str(folder), image) for image in images or ()]
     whole_prompts = len(set(prompts)) > 1
     if not whole_prompts:
-        prompts = [(str(folder), row) for row in range(counts.sum())]
-
-    files = []
-    rows_before = 0
-    for path, offset, array in arrays:
-        num_rows = len(array) * tokens
-        files.append(StoredRows(path, offset, num_rows, d, array.dtype, tokens, rows_before))
-        rows_before += num_rows
-    first = np.concatenate([np.arange(count) for count in counts]) * tokens
-    file_numbers = np.arange(len(counts)).repeat(counts)
+        prompts = [(str(folder), row) for row in range(len(units))]
     return ActivationFile(
         path=Path(folder),
         meta={},
-        shape=(len(first), tokens, d),
+        shape=(len(units), files[0].tokens, files[0].width),
         files=files,
         timesteps=timesteps,
         hook_name=Path(folder).resolve().name,
-        units=np.stack([file_numbers, first, first + tokens], 1),
+        units=units,
         prompts=prompts,
         whole_prompts=whole_prompts,
     )
+
+
+def units_of_samples(files: list[StoredRows]) -> np.ndarray:
+    """Return one unit per image and step: (n, 3), index in `files`, first row, end row.
+
+    For one file of 6 rows, 2 per sample, it gives [[0, 0, 2], [0, 2, 4], [0, 4, 6]].
+    """
+    units = []
+    for number, file in enumerate(files):
+        first = np.arange(0, file.num_rows, file.tokens)
+        units.append(np.stack([np.full_like(first, number), first, first + file.tokens], 1))
+    return np.concatenate(units)
 
 
 def images_of_rows(times: list) -> tuple[list[float], list[int] | None]:
@@ -687,7 +697,7 @@ def images_by_step(times: np.ndarray) -> list[int] | None:
     return images
 
 
-# -------------------------------------------------------------------------------------------------------- provenance
+# ---- provenance
 
 
 def collected_with(meta: dict) -> dict:

@@ -145,9 +145,9 @@ class Collection:
     Until the end the arrays are `<name>.npy.partial`.
 
     An unfinished collection is resumed. What it holds is compared with the checksums first, and a
-    batch that differs is pending again; lines of earlier versions have no checksums and are believed.
-    More prompts than before extend a collection. Fewer finish one that was stopped, at that length,
-    if no batch lies behind it.
+    batch that differs is pending again; lines of earlier versions have no checksums and are
+    believed. More prompts than before extend a collection. Fewer finish one that was stopped, at
+    that length, if no batch lies behind it.
 
     Of several processes on a machine, the first one makes this object, which locks the folder as
     long as the collection is open; then the others make theirs with `joining`. Each writes batches
@@ -200,7 +200,7 @@ class Collection:
         if isinstance(self.lock, FileLock):
             self.lock.release()
 
-    # --------------------------------------------------------------------------------- what a user of a collection calls
+    # ---- what a user of a collection calls
 
     def pending(self) -> list[int]:
         """Return the batches that are not safe.
@@ -210,7 +210,7 @@ class Collection:
         return self._pending_of(len(self.prompts))
 
     def batch(self, index: int) -> CollectionBatch:
-        """Return the rows and prompts of a batch; with batch_size 16, batch 2 has the rows 32 to 48."""
+        """Return the rows and prompts of a batch: with batch_size 16, batch 2 has rows 32 to 48."""
         first = index * self.batch_size
         rows = range(first, min(first + self.batch_size, len(self.prompts)))
         return CollectionBatch(index, rows, self.prompts[rows.start : rows.stop])
@@ -243,7 +243,7 @@ class Collection:
                 ) from error
 
     def finish(self, descriptions: dict[str, dict | None]) -> None:
-        """Give the files their final names, and write `<name>.json` for {name: description or None}.
+        """Give the files their names, and write `<name>.json` for {name: description or None}.
 
         Every batch must be done. The room behind the last row, of a collection that was to be
         longer, is cut off. The description gets the `contents_checksums` of the file. Raises
@@ -279,7 +279,7 @@ class Collection:
         return None
 
     def shape(self, name: str) -> list[int] | None:
-        """Return the shape that the array in `<name>.npy` has when it is finished; None without it."""
+        """Return the shape that the array in `<name>.npy` has when finished; None without it."""
         path = self.path(name)
         if path is None:
             return None
@@ -304,7 +304,7 @@ class Collection:
         text = json.dumps(self.settings, sort_keys=True) + self.prompts_digest
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    # ------------------------------------------------------------------------------------------------ beginning, resuming
+    # ---- beginning, resuming
 
     def _check_origin(self) -> None:
         """Make the folder. Raises UsageError if it holds files of another program or version."""
@@ -378,7 +378,7 @@ class Collection:
             self._check_shorter(len(old), len(lines))
 
     def _check_shorter(self, old_rows: int, num_rows: int) -> None:
-        """Raise UsageError unless a collection can be finished with fewer rows than it was to have."""
+        """Raise UsageError unless a collection of `old_rows` can be finished with `num_rows`."""
         partial = [path for path in self.out_dir.glob("*.npy.partial") if not is_hidden(path)]
         if not partial and not self._pending_of(old_rows):
             raise UsageError(
@@ -485,7 +485,7 @@ class Collection:
         """What to say about a file that is gone."""
         return f"{self.out_dir / name}.npy is missing; move its folder away and collect again"
 
-    # ---------------------------------------------------------------------------------------------------- the records
+    # ---- the records
 
     def _read_record(self) -> dict:
         """Read collect.json. Raises UsageError if it is damaged."""
@@ -520,7 +520,7 @@ class Collection:
                 pending.append(batch)
         return pending
 
-    # ----------------------------------------------------------------------------------------------------- the arrays
+    # ---- the arrays
 
     def _write(
         self,

@@ -270,12 +270,13 @@ def choose_held_out(sizes: np.ndarray, seed: int, is_unseen: np.ndarray | None) 
 class Activations:
     """The vectors of one hook point, from one or several files, split into training and held-out.
 
-    The split is by prompt (see `choose_held_out`): all images of a prompt, in any of the files, fall
-    on one side. A file of two axes, or of a single prompt, is cut into 32 contiguous pieces, which
-    take the place of prompts; a held-out piece that is larger than HELD_OUT["at_most"] is shortened.
+    The split is by prompt (see `choose_held_out`): all images of a prompt, in any of the files,
+    fall on one side. A file of two axes, or of a single prompt, is cut into 32 contiguous pieces,
+    which take the place of prompts; a held-out piece that is larger than HELD_OUT["at_most"] is
+    shortened.
 
-    paths: activation files of one width and dtype. seed: of the choice. seen: hashes (`hash_key`) of
-    the prompts that an SAE was trained on; where every prompt can be told from the others by its
+    paths: activation files of one width and dtype. seed: of the choice. seen: hashes (`hash_key`)
+    of the prompts that an SAE was trained on; where every prompt can be told from the others by its
     text, image or seed, only other prompts are held out. Raises UsageError for files that can't be
     read or do not fit together, and for a single vector.
     """
@@ -363,7 +364,7 @@ class Activations:
                 )
 
     def split(self, units: np.ndarray, prompts: list, seed: int, seen: set[str] | None) -> None:
-        """Share the units (n, 3) between training and held out; prompts (n,): what each shows."""
+        """Divide the units (n, 3) into training and held-out; prompts (n,): what each shows."""
         number_of = {}
         for prompt in prompts:
             number_of.setdefault(prompt, len(number_of))
@@ -393,10 +394,11 @@ class Activations:
         self.num_training = self.num_vectors - self.num_held_out
 
     def shorten_held_out(self, most: int) -> None:
-        """Give the ends of held-out pieces back to training if more than `most` vectors are held out.
+        """Give the ends of held-out pieces back to training if they are more than `most` vectors.
 
-        Whole prompts stay whole: only pieces of files without prompts are shortened, all by the same
-        factor. For one held-out piece of rows 0 to 100 and `most` 60, rows 60 to 100 are trained on.
+        Whole prompts stay whole: only pieces of files without prompts are shortened, all by the
+        same factor. For one held-out piece of rows 0 to 100 and `most` 60, rows 60 to 100 are
+        trained on.
         """
         units = self.held_out_units
         sizes = units[:, 2] - units[:, 1]
@@ -430,8 +432,8 @@ class Activations:
     def steps_of(self, pieces: np.ndarray) -> np.ndarray:
         """Return the step of each row that `read` gives for the same pieces: int64 (n,).
 
-        A step is an index of `timesteps`; without timesteps it is 0. For a file (prompts, 3 steps, 2
-        tokens, d), rows 2 to 8 have the steps 1 1 2 2 0 0.
+        A step is an index of `timesteps`; without timesteps it is 0. For a file (prompts, 3 steps,
+        2 tokens, d), rows 2 to 8 have the steps 1 1 2 2 0 0.
         """
         num_steps = max(1, len(self.timesteps))
         steps = []
@@ -442,7 +444,10 @@ class Activations:
         return np.concatenate(steps)
 
     def draw(self, n: int, seed: int = 0) -> np.ndarray:
-        """Draw up to n training vectors, each by itself, as pieces (n, 3) for `read`, in file order."""
+        """Draw up to n training vectors, each by itself.
+
+        Returns pieces (n, 3) for `read`, in the order of the files.
+        """
         units = self.training_units
         ends = np.cumsum(units[:, 2] - units[:, 1])
         rng = np.random.default_rng([seed, 1])
@@ -527,10 +532,10 @@ class Activations:
         pin: bool = False,
         ahead: int = 4,
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-        """Return an iterator over vectors `start` to `stop` of an endless shuffle of the training set.
+        """Return an iterator over vectors `start` to `stop` of an endless shuffle for training.
 
-        It yields (x (batch_size, d), step (batch_size,)); the last batch may be shorter. A step is an
-        index of `timesteps`, and None without timesteps. Every vector comes once per epoch of
+        It yields (x (batch_size, d), step (batch_size,)); the last batch may be shorter. A step is
+        an index of `timesteps`, and None without timesteps. Every vector comes once per epoch of
         `num_training`; a batch may span two epochs, so no vector is dropped. With timesteps, every
         stretch of a buffer holds the same share of every step. The order depends on the seed, the
         buffer's size and `tokens` alone, so starting at any position gives what would have come.

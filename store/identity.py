@@ -8,8 +8,8 @@ Names and paths do not tell: other weights come under the same name, and other a
 the same path. So a collection says which weights made it, an SAE says what it was trained on
 (`provenance` in activation_file.py), and `check_belongs` compares them wherever two things meet.
 
-Parameters named `sae` take an `Sae`, those named `model` a `HookedDiffusionModel`. They have no type
-here, because sae.py and hook.py import this folder and not the reverse.
+Parameters named `sae` take an `Sae`, those named `model` a `HookedDiffusionModel`. They have no
+type here, because sae.py and hook.py import this folder and not the reverse.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ SAMPLED = 64  # values of each tensor, evenly spaced, that a fingerprint looks a
 WORD = torch.int64  # tensors are also summed as such words, which wrap around
 
 
-# ---------------------------------------------------------------------------------------------------------------- models
+# ---- models
 
 
 def fingerprint(module: nn.Module, dtype: torch.dtype | None = None) -> str:
@@ -165,8 +165,8 @@ def same_weights(one: str, other: str) -> bool | None:
 def origin(cfg: dict, description: dict) -> dict:
     """Return which model, with which options, made an SAE's training vectors.
 
-    description: what lies beside its training data, and is returned if it is not {}. Else the answer
-    is in cfg, its cfg.json. Raises UsageError if neither says it.
+    description: what lies beside its training data, and is returned if it is not {}. Else the
+    answer is in cfg, its cfg.json. Raises UsageError if neither says it.
     """
     if description:
         return description
@@ -179,7 +179,7 @@ def origin(cfg: dict, description: dict) -> dict:
     return cfg["collected_with"] | {"model": cfg["model_name"]}
 
 
-# ------------------------------------------------------------------------------------------------------------- the check
+# ---- the check
 
 
 class Finding(NamedTuple):
@@ -342,7 +342,7 @@ def floating_dtype(module: nn.Module) -> torch.dtype:
     return torch.float32
 
 
-# ------------------------------------------------------------------------------------------------ an SAE and activations
+# ---- an SAE and activations
 
 
 def activations_of(
@@ -355,9 +355,9 @@ def activations_of(
 
     data: names of files, folders or globs; if none is given, the files that it was trained on. Held
     out are prompts that the SAE has not seen. folder: what messages call the SAE. transfer: use
-    files of another hook point or model on purpose. Raises UsageError if no files are known, if they
-    hold several hook points or vectors of another width, or if they do not belong to the SAE (see
-    `check_belongs`).
+    files of another hook point or model on purpose. Raises UsageError if no files are known, if
+    they hold several hook points or vectors of another width, or if they do not belong to the SAE
+    (see `check_belongs`).
     """
     names = data or sae.cfg.get("data")
     if not names:

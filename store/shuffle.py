@@ -1,4 +1,4 @@
-"""The shuffle buffer: threads read rows of files in large blocks, and batches come out of it shuffled.
+"""The shuffle buffer: threads read rows of files in large blocks, and batches come out shuffled.
 
 What comes is fixed by the seed, the buffer's size and the rows alone. So it can start at any
 position, and processes that each have a buffer agree on it.
@@ -6,18 +6,22 @@ position, and processes that each have a buffer agree on it.
 If all rows fit the buffer, they are read once, and every epoch shuffles them as a whole. Else the
 blocks of an epoch are permuted and cut into S parts, each of an eighth of the buffer, a slab. In
 stage t, the parts t to t + 6 are in memory, and part t + 7 is read into the slab that is free. A
-part gives some of its rows to each of the 7 stages in which it is in memory (fewer at the ends of an
-epoch), and a stage shuffles all rows that it was given. For S = 9 an epoch has three stages:
+part gives some of its rows to each of the 7 stages in which it is in memory (fewer at the ends of
+an epoch), and a stage shuffles all rows that it was given. For S = 9 an epoch has three stages:
 
-    stage   parts in memory     is being read       parts 0 and 1 leave after stages 0 and 1, so
-    0       0 1 2 3 4 5 6       7                   part 0 gives all its rows to stage 0, part 1
-    1       1 2 3 4 5 6 7       8                   half of its rows to stage 0 and to stage 1,
-    2       2 3 4 5 6 7 8                           parts 2 to 6 a third to each stage (about).
+    stage   parts in memory    part that is read meanwhile
+    0       0 1 2 3 4 5 6      7
+    1       1 2 3 4 5 6 7      8
+    2       2 3 4 5 6 7 8      0 of the next epoch, into the slab of part 1
+
+Part 0 is in memory in stage 0 alone, and gives it all its rows. Part 1 gives 61 % of its rows to
+stage 0 and 39 % to stage 1; the parts 2 to 6 give 38, 24 and 38 % to the three stages, which so
+have the rows of 3.5, 2 and 3.5 parts. `Plan.shares` says why.
 
 Reading goes on while batches are taken, the disk is read in blocks of 1 MB, and each batch mixes
 rows of seven eighths of the buffer. Two rows of one block meet in a batch 1.15 to 1.45 x (bytes of
-the rows / buffer) times as often as by chance. Rows are bytes here; store/dataset.py knows what they
-hold.
+the rows / buffer) times as often as by chance. Rows are bytes here; store/dataset.py knows what
+they hold.
 """
 
 import mmap
@@ -77,7 +81,7 @@ def permutation(rng: np.random.Generator, n: int, most: int = 0) -> np.ndarray:
 
 
 def shuffle(steps: np.ndarray, seed: int | list[int]) -> np.ndarray:
-    """Return a random order (n,) of rows whose steps are `steps` (n,), in which the steps take turns.
+    """Return a random order (n,) of rows in which their `steps` (n,) take turns.
 
     Every stretch of the order holds about the same share of each step: the i-th of a step's m rows
     comes at a random place between i / m and (i + 1) / m of the whole. For steps 0 0 1 1 the first
@@ -129,8 +133,8 @@ class Plan:
     """What is in memory in each stage, and in what order it comes: arithmetic alone, no reading.
 
     It counts in groups: `tokens` rows that stay together. Parts and stages are numbered through all
-    epochs: part e S + p is the p-th of epoch e. The slab of the buffer in which a part lies is fixed
-    by its number.
+    epochs: part e S + p is the p-th of epoch e. The slab of the buffer in which a part lies is
+    fixed by its number.
 
     units (n, 3): file, first row, end row. steps_of(pieces): the step of each of their rows.
     """
@@ -237,9 +241,7 @@ class Plan:
         return first, end
 
     def find(self, group: int) -> tuple[int, int]:
-        """Return in which stage a group of the endless shuffle comes, and how many come before it in
-        that stage.
-        """
+        """Return the stage in which a group of the endless shuffle comes, and its place in it."""
         epoch, position = divmod(group, self.total)
         sizes = self.epoch(epoch).sizes
         t = np.arange(self.stages)
@@ -267,8 +269,9 @@ class Plan:
         return self.first_group(part) + order, steps[order]
 
     def order(self, stage: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return where in the buffer the groups of a stage are, in the order in which they come, and
-        their steps: (n,), (n,).
+        """Return the groups of a stage in the order in which they come, and their steps.
+
+        (n,): places in the buffer, counted in groups; (n,): steps.
         """
         first, last = self.window(stage)
         drawn = {}
