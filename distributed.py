@@ -4,8 +4,8 @@
     torchrun --nnodes 2 --nproc_per_node 4 --rdzv_backend c10d \\
         --rdzv_endpoint first-machine:29500 train.py ...
 
-`Processes` is all of them, and exchanges small JSON values, never pickles. A `Group` is some of them,
-and exchanges tensors. Without torchrun there is one process, and every call returns at once.
+`Processes` is all of them, and exchanges small JSON values, never pickles. A `Group` is some of
+them, and exchanges tensors. Without torchrun there is one process, and every call returns at once.
 
 Work of any length may lie between two messages, so a process waits without a limit as long as the
 other processes live. Each one gives a sign of life every few seconds from a thread of its own
@@ -57,7 +57,7 @@ class Group:
         self.group = group
         self.device = device
 
-    def part(self, n: int) -> slice:
+    def slice_of(self, n: int) -> slice:
         """Return which of n things are this process's, if each gets a contiguous part.
 
         For 10 things and 4 processes these are 0 to 2, 2 to 5, 5 to 7 and 7 to 10.
@@ -78,7 +78,7 @@ class Group:
         sums = self.sum(flat).split([x.numel() for x in tensors])
         return tuple(total.view(x.shape) for total, x in zip(sums, tensors))
 
-    def side_by_side(self, x: torch.Tensor) -> torch.Tensor:
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """Return the x (n, k) of all processes beside each other: (n, count k).
 
         The shape has to be the same in all.
@@ -91,7 +91,7 @@ class Group:
         dist.all_gather(gathered, x.contiguous(), group=self.group)
         return torch.cat(gathered, dim=1)
 
-    def share(self, x: torch.Tensor) -> torch.Tensor:
+    def broadcast(self, x: torch.Tensor) -> torch.Tensor:
         """Overwrite x with the first process's x."""
         if self.count > 1:
             dist.broadcast(x, self.ranks[0], self.group)
@@ -104,9 +104,10 @@ ALONE = Group()
 def connect(number: int, is_host: bool) -> dist.Store:
     """Return torchrun's store: a dictionary on the first machine that all processes read and write.
 
-    number: which `Processes` of this process it is for (0, 1, ...); each has keys of its own. is_host:
-    this process runs the store. Unlike `dist.rendezvous` it does not wait for the other processes, so
-    that `Processes` can say for which it waits. Raises OSError if the machine can't be reached.
+    number: which `Processes` of this process it is for (0, 1, ...); each has keys of its own.
+    is_host: this process runs the store. Unlike `dist.rendezvous` it does not wait for the other
+    processes, so that `Processes` can say for which it waits. Raises OSError if the machine can't
+    be reached.
     """
     address = os.environ["MASTER_ADDR"]
     port = int(os.environ["MASTER_PORT"])
@@ -132,8 +133,8 @@ class Heartbeat:
     """Gives signs of life of this process, and ends it when another process gives none any more.
 
     One thread talks to torchrun's store. It has a connection of its own, because a connection on
-    which somebody waits for a message is blocked. It would wait for ever if the store's machine were
-    dead, so a second thread looks at the clock.
+    which somebody waits for a message is blocked. It would wait for ever if the store's machine
+    were dead, so a second thread looks at the clock.
     """
 
     def __init__(self, number: int, rank: int, count: int) -> None:
@@ -208,13 +209,13 @@ class Heartbeat:
 class Processes:
     """All processes that torchrun started; this one is `rank` of `count`.
 
-    On this machine it is `local_rank` of `local_count`, and the machine is `node` of `nodes`. device:
-    this process's own GPU if "cuda" was asked for, else what was asked for.
+    On this machine it is `local_rank` of `local_count`, and the machine is `node` of `nodes`.
+    device: this process's own GPU if "cuda" was asked for, else what was asked for.
 
     Joins the group that torchrun's variables name: gloo exchanges what is on CPUs, nccl what is on
-    GPUs. Raises OSError if another process has not started after START seconds, and in `tell` if one
-    has ended; see also `Heartbeat`. After `close` another object may be made, in the same order in
-    every process. A method that exchanges something has to be called by all processes.
+    GPUs. Raises OSError if another process has not started after START seconds, and in `all_gather`
+    if one has ended; see also `Heartbeat`. After `close` another object may be made, in the same
+    order in every process. A method that exchanges something has to be called by all processes.
     """
 
     made = (
@@ -232,7 +233,7 @@ class Processes:
         if self.count > 1 and self.device == torch.device("cuda"):
             self.device = torch.device("cuda", self.local_rank)
             torch.cuda.set_device(self.device)
-        self.num_gathered = 0  # values that `tell` has exchanged: each has a key of its own
+        self.num_gathered = 0  # values that `all_gather` has exchanged: each has a key of its own
         self.numbers = {}  # {name: the last number that `next` gave}, without torchrun
         self.machine_group = None  # the processes on this machine
         if self.count > 1:
@@ -251,7 +252,7 @@ class Processes:
         dist.init_process_group(
             backend, store=self.store, rank=self.rank, world_size=self.count, timeout=FOREVER
         )
-        node_of = self.tell(self.node)
+        node_of = self.all_gather(self.node)
         for node in sorted(set(node_of)):  # every process has to make every group
             ranks = [rank for rank in range(self.count) if node_of[rank] == node]
             group = dist.new_group(ranks, FOREVER, "gloo")
@@ -299,10 +300,11 @@ class Processes:
             pause = min(2 * pause, 0.2)
         return self.store.get(key)
 
-    def tell(self, value: object) -> list:
-        """Return the value of every process, in the order of their ranks (an all_gather).
+    def all_gather(self, value: object) -> list:
+        """Return the value of every process, in the order of their ranks.
 
-        In both of two processes, `tell(rank + 10)` gives [10, 11]. A value is what JSON can hold.
+        In both of two processes, `all_gather(rank + 10)` gives [10, 11]. A value is anything that
+        JSON can hold.
         """
         if self.count == 1:
             return [value]
