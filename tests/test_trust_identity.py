@@ -25,7 +25,7 @@ from analysis.metrics import Metrics
 from errors import UsageError
 from hook import Generation, HookedDiffusionModel, HookPoint
 from sae import Sae, newest_sae
-from store.activation_file import hash_key, prompt_key
+from store.activation_file import contents_checksums, hash_key, prompt_key
 from store.dataset import Activations, open_activations
 from store.disk import checksum
 from store.identity import activations_of, fingerprint, same_weights
@@ -435,6 +435,10 @@ def described(path, **changes):
     target = path.with_name("other.npy")
     shutil.copy(path, target)
     meta = read(path.with_suffix(".json")) | changes
+    if meta["stream"] == "text":
+        _, _, tokens, _ = np.load(target, mmap_mode="r").shape
+        np.save(target.with_name("other.lengths.npy"), np.full(16, tokens))
+    meta["contents"] = contents_checksums(target)
     target.with_suffix(".json").write_text(json.dumps(meta | {"checksum": checksum(meta)}))
     return target
 
@@ -450,11 +454,6 @@ def test_data_of_another_site_are_refused_or_marked(copy, change):
         if change == {"rows": "uncond"}
         else described(path, **change)
     )
-    if change == {"stream": "text"}:
-        np.save(
-            other.with_name("other.lengths.npy"),
-            np.full(16, np.load(other, mmap_mode="r").shape[2]),
-        )
     (key, value), *_ = change.items()
     with pytest.raises(
         UsageError, match=f"does not belong to .*: {key} '{value}', and the SAE was trained on"
