@@ -25,6 +25,7 @@ https://github.com/EleutherAI/sparsify.
 
 import json
 import re
+import sys
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
@@ -291,7 +292,10 @@ class Sae(nn.Module):
             write_atomically(
                 prompts, "".join(f"{line}\n" for line in sorted(self.training_prompts)).encode()
             )
+        from store.identity import fingerprint_tensors
+
         record = dict(self.cfg)
+        record["sae_fingerprint"] = fingerprint_tensors(load_file(path / "sae.safetensors"))
         if self.training_prompts is not None:
             record["num_training_prompts"] = len(self.training_prompts)
         if "data" in record:  # the folder knows its own data wherever it is read from
@@ -312,6 +316,7 @@ class Sae(nn.Module):
         packages), OSError where a file is not there.
         """
         from store.foreign_saes import find_weights, read_foreign
+        from store.identity import fingerprint_tensors
 
         weights = find_weights(path)
         path = weights.parent
@@ -319,7 +324,7 @@ class Sae(nn.Module):
             return build(*read_foreign(weights), weights).to(device)
         try:
             cfg = json.loads((path / "cfg.json").read_text())
-            state = {name: tensor.float() for name, tensor in load_file(weights).items()}
+            tensors = load_file(weights)
         except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
             raise UsageError(f"{path} is not a readable SAE folder: {error}") from None
         if not isinstance(cfg, dict):
@@ -331,6 +336,14 @@ class Sae(nn.Module):
         if cfg.pop("data_relative_to", None):
             cfg["data"] = [seen_from(path, name) for name in data]
         num_training_prompts = cfg.pop("num_training_prompts", None)
+        described = cfg.pop("sae_fingerprint", None)  # sparsify and earlier versions write none
+        if described is not None and described != fingerprint_tensors(tensors):
+            print(
+                f"note: {weights} does not hold the weights that its cfg.json describes: they were "
+                "edited or exchanged",
+                file=sys.stderr,
+            )
+        state = {name: tensor.float() for name, tensor in tensors.items()}
         sae = build(cfg, state, weights).to(device)
         sae.training_prompts = read_training_prompts(path, num_training_prompts)
         return sae

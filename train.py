@@ -526,7 +526,7 @@ def measure_once(cfg, dataset, processes):
         )
         print(f"data      gamma {stats.gamma:.2f}; python diagnose.py says more")
         stats = asdict(replace(stats, center=stats.center.tolist()))
-    stats = processes.tell(stats)[0]
+    stats = processes.all_gather(stats)[0]
     return DataStats(**stats | {"center": torch.tensor(stats["center"])})
 
 
@@ -590,7 +590,7 @@ class TrainingRun:
         """Lock the folder, and look at what it holds. Raises UsageError if that is another run, or
         another train.py writes it."""
         settings = json.loads(json.dumps(self.settings))
-        if any(other != settings for other in self.processes.tell(settings)):
+        if any(other != settings for other in self.processes.all_gather(settings)):
             raise UsageError(f"{self.dataset.paths[0]}: the processes do not see the same data")
         with ExitStack() as opened:
             found = None
@@ -598,7 +598,7 @@ class TrainingRun:
                 if not (self.folder / "cfg.json").exists():
                     opened.enter_context(locked(self.folder))
                 found = find_run(self.folder, settings)
-            self.finished, self.saved = self.processes.tell(found)[0]
+            self.finished, self.saved = self.processes.all_gather(found)[0]
             self.opened = opened.pop_all()
         if self.finished and self.processes.rank == 0:
             self.checkpoint.unlink(missing_ok=True)  # where a power cut came just before it went
@@ -1001,7 +1001,7 @@ def check_memory(runs, dataset, processes, latents):
             line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable")
         )
         free = 1024 * int(available.split()[1]) / processes.local_count
-    free = min(processes.tell(free))
+    free = min(processes.all_gather(free))
     num_latents = sum(run.num_latents for run in runs)
     # bytes for each of M x d: 24 for two matrices and their moments, 8 for gradients (or to draw
     # the first rows), 2 for a copy

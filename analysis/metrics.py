@@ -92,7 +92,7 @@ class Metrics:
         whole = Metrics(len(self.counts))
         counts = self.counts.to(group.device)
         for n, variance, error, cosines, *mean in (
-            group.side_by_side(numbers.to(group.device)).view(group.count, -1).tolist()
+            group.all_gather(numbers.to(group.device)).view(group.count, -1).tolist()
         ):
             part = Metrics(len(self.counts))
             part.n, part.variance, part.error, part.cosines = int(n), variance, error, cosines

@@ -78,7 +78,7 @@ class ShardedSae(Sae):
     together; no gradients."""
 
     def __init__(self, d_in, num_latents, k, cfg=None, seed=0, latents=ALONE):
-        self.latents, self.own = latents, latents.part(num_latents)
+        self.latents, self.own = latents, latents.slice_of(num_latents)
         super().__init__(d_in, num_latents, k, cfg, seed)
 
     def random_rows(self, seed):
@@ -93,7 +93,7 @@ class ShardedSae(Sae):
         indices among all latents."""
         missing = (0, k - acts.shape[1])
         acts, indices = F.pad(acts, missing), F.pad(indices + self.own.start, missing)
-        return merge(self.latents.side_by_side(acts), self.latents.side_by_side(indices), k)
+        return merge(self.latents.all_gather(acts), self.latents.all_gather(indices), k)
 
     def of_own(self, acts, indices):
         """Of (N, K) chosen from all latents those that are this process's; the others are zeros of
@@ -143,7 +143,7 @@ class ShardedUpdate(SparseUpdate):
         if self.num_listed <= k:
             return None
         largest = topk(acts, min(k, acts.shape[1]))[0] if acts.shape[1] else acts
-        largest = self.sae.latents.side_by_side(F.pad(largest, (0, k - largest.shape[1])))
+        largest = self.sae.latents.all_gather(F.pad(largest, (0, k - largest.shape[1])))
         return topk(largest, k)[0].amin(1, keepdim=True)
 
     def add_reconstruction(self, e, acts, W_dec):
@@ -181,7 +181,7 @@ def save_rows(path, tensors, metadata, latents):
         shape, at = list(tensor.shape), end
         if is_split(name, tensor.ndim):
             shape[0] = num_latents
-            at += latents.part(num_latents).start * math.prod(shape[1:]) * tensor.itemsize
+            at += latents.slice_of(num_latents).start * math.prod(shape[1:]) * tensor.itemsize
         places.append((tensor, at))
         header[name] = {"dtype": DTYPES[tensor.dtype], "shape": shape}
         header[name]["data_offsets"] = [end, end := end + math.prod(shape) * tensor.itemsize]
@@ -189,7 +189,7 @@ def save_rows(path, tensors, metadata, latents):
     text += b" " * (-len(text) % 8)
     text = len(text).to_bytes(8, "little") + text
     begin = int(
-        latents.share(torch.tensor(len(text), device=latents.device))
+        latents.broadcast(torch.tensor(len(text), device=latents.device))
     )  # the first process's header is written
 
     partial = path.with_name(path.name + ".partial")
@@ -217,7 +217,7 @@ def shared_errors(path, partial, latents):
         yield
     except OSError as error:
         number = error.errno or errno.EIO
-    number = int(latents.side_by_side(torch.tensor([[number]], device=latents.device)).max())
+    number = int(latents.all_gather(torch.tensor([[number]], device=latents.device)).max())
     if number:
         if latents.index == 0:
             partial.unlink(missing_ok=True)
@@ -232,5 +232,5 @@ def load_rows(path, latents):
             rows = file.get_slice(name)
             shape = rows.get_shape()
             split = is_split(name, len(shape))
-            tensors[name] = rows[latents.part(shape[0])] if split else file.get_tensor(name)
+            tensors[name] = rows[latents.slice_of(shape[0])] if split else file.get_tensor(name)
     return tensors

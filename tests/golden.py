@@ -71,6 +71,7 @@ ADDED |= {
     "image_digest",
     "seen",
     "num_training_in_data",
+    "contents",
 }
 
 

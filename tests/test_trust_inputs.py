@@ -968,7 +968,7 @@ def main(cfg):
         time.sleep(6 * mine)  # longer than SILENCE
     if cfg.how == "asleep":
         processes.barrier()
-    print(processes.tell(processes.rank), flush=True)
+    print(processes.all_gather(processes.rank), flush=True)
     processes.barrier()
     processes.close()
 
