@@ -76,7 +76,7 @@ def measure(
     seed: int = 0,
     device: str | torch.device = "cpu",
 ) -> DataStats:
-    """Return the DataStats of a sample of TRAINING_SAMPLE vectors.
+    """Return the DataStats of a sample of up to TRAINING_SAMPLE vectors.
 
     center: "median", "mean" or "none", see `middle`. per_step: add weights that make all timesteps
     count alike. Raises UsageError for NaN or infinity, for vectors that are all equal, and for
@@ -284,7 +284,10 @@ class Draw(NamedTuple):
 
 
 def draw(dataset: Activations, seed: int = 0) -> Draw:
-    """Return SAMPLE training vectors. Raises UsageError if all of them hold NaN or infinity."""
+    """Return up to SAMPLE training vectors, drawn from all files and prompts.
+
+    Raises UsageError if all of them hold NaN or infinity.
+    """
     pieces = dataset.draw(SAMPLE, seed)
     x = dataset.read(pieces).float()
     finite = x.isfinite().all(1).nonzero().flatten()
@@ -378,7 +381,10 @@ def describe(dataset: Activations) -> dict[str, Any]:
 
 
 def describe_values(x: Tensor) -> dict[str, Any]:
-    """Return the share of copies, the dimensions that never change, and the largest |x| (N, d)."""
+    """Return what the numbers of x (N, d) say.
+
+    The share of vectors that are copies, the dimensions that never change, and the largest |x|.
+    """
     different = {hash(row.tobytes()) for row in x.numpy()}
     constant = x.amin(0) == x.amax(0)
     return {
