@@ -213,9 +213,9 @@ def total(metrics: list[Metrics]) -> Metrics:
 def usual_scale(x: Tensor) -> float:
     """Return the power of two that brings the largest |x| near 1; 1.0 where none is needed.
 
-    None is needed if the largest is between 1e-6 and 1e6, or 0, or not finite. For what does not
-    depend on the scale of x, such as an AUC: nothing is then lost in squares, or in what keeps a
-    divisor above 0. For 2^40 it gives 2^-40.
+    None is needed if the largest is between 1e-6 and 1e6, or 0, or not finite. It is for results
+    that do not depend on the scale of x: multiplied by it, x loses nothing in squares, nor by a
+    small number that keeps a divisor above 0. For 2^40 it gives 2^-40.
     """
     lowest, highest = torch.aminmax(x)  # without a copy of x, as abs would make
     largest = max(-lowest.item(), highest.item())
