@@ -75,7 +75,8 @@ class Config:
     the top of sae.py says more. If not given, topk."""
 
     batch_topk: bool = False
-    """Do the same as --activation batchtopk. Use it if some vectors need more latents than others."""
+    """Do the same as --activation batchtopk: k is an average over a batch, and a threshold replaces
+    it in use. Use it if some vectors need more latents than others."""
 
     sample_topk: bool = False
     """Do the same as --activation sampletopk: k is for all tokens of one prompt and step together.
@@ -175,7 +176,7 @@ class Config:
 
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """Compute the encoder's product in this precision; auto takes 16 bits where they are fast. Use
-    "no" for numbers that do not depend on the device's type."""
+    "no" if rounding must not change which latents are chosen."""
 
     grad_acc_steps: int = 1
     """Divide each batch into this many parts that go through one after another. Raise it if memory
@@ -221,7 +222,7 @@ from store.disk import (
 
 # batchtopk and sampletopk make this share of their updates like topk. On the toy, batchtopk then
 # ended with an FVU of 0.074 instead of 0.096, and sampletopk in mid_block with 0.108 instead of
-# 0.123. In `bench truth`, batchtopk then found 99 % of the atoms instead of 79 %.
+# 0.123. In `python -m bench truth`, batchtopk then found 99 % of the atoms instead of 79 %.
 PLAIN_TOPK_UNTIL = 0.3
 
 # A run without --expansion_factor and --num_latents has this many latents per dimension.
@@ -242,8 +243,8 @@ FREE_TO_CHANGE = (
 # A run that was killed before its first checkpoint may leave these files in its folder.
 LEFTOVERS = ("checkpoint.safetensors.partial", "train.lock")
 
-# The settings of one SAE do not repeat these options: the values that it has of them are recorded
-# as k, num_latents, seed and activation.
+# In place of these options, the settings of a run hold its SAE's k, num_latents, seed and
+# activation.
 RECORDED_PER_SAE = ("k", "num_latents", "expansion_factor", "seeds", "batch_topk", "sample_topk")
 
 
@@ -273,7 +274,7 @@ class Schedule:
         less than one sample.
         """
         tokens = 1
-        if Sae(1, 1, 1, {"activation": cfg.activation}).takes_samples:
+        if cfg.activation == "sampletopk":
             tokens = dataset.sample_tokens()
 
         num_vectors = cfg.num_epochs * dataset.num_training
@@ -317,7 +318,11 @@ def peak_learning_rate(iterations: int, num_latents: int) -> float:
 
 
 def learning_rate(iteration: int, iterations: int, num_latents: int, cfg: Config) -> float:
-    """Return the learning rate of one iteration, counted from 0."""
+    """Return the learning rate of one iteration, counted from 0: peak times rise times fall.
+
+    With lr=0.01, lr_warmup_steps=1 and six iterations it is 0.005, then 0.01, and in the last one
+    0.01 * 5 / 6, since "linear" falls in the last fifth.
+    """
     # 1) the peak
     peak = cfg.lr
     if peak is None:
