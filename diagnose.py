@@ -287,20 +287,20 @@ def trial_order(num_vectors: int, num_updates: int, seed: int) -> Tensor:
 
 def screen(report: Report) -> list[str]:
     """Return the report as lines to print, each with a name of at most 9 letters in front."""
-    lines = [f"shape     {describe_shape(report)}"]
+    lines = [f"shape     {shape_line(report)}"]
     lines.append(f"size      RMS {report['rms']:.3g}, largest |x| {report['largest']:.4g}")
     if report.get("timesteps"):
-        lines.append(f"steps     {describe_steps(report)}")
-    lines.append(f"mean      {describe_mean(report)}")
-    lines.append(f"outliers  {describe_outliers(report)}")
+        lines.append(f"steps     {steps_line(report)}")
+    lines.append(f"mean      {mean_line(report)}")
+    lines.append(f"outliers  {outliers_line(report)}")
     lines.append(f"rank      effective rank {report['effective_rank']:.1f} of {report['d']}")
     for center in report["dead"]:
-        lines.append(f"dead      {describe_dead(report, center)}")
-    lines.append(f"training  {describe_training(report)}")
+        lines.append(f"dead      {dead_line(report, center)}")
+    lines.append(f"training  {training_line(report)}")
     return lines
 
 
-def describe_shape(report: Report) -> str:
+def shape_line(report: Report) -> str:
     """Return "(40, 3, 50, 8) float16: 6,000 vectors of 40 prompts, of 3 steps, ..."."""
     shapes = " ".join(str(tuple(shape)) for shape in report["shapes"][:2])
     if len(report["shapes"]) > 2:
@@ -317,7 +317,7 @@ def describe_shape(report: Report) -> str:
     )
 
 
-def describe_steps(report: Report) -> str:
+def steps_line(report: Report) -> str:
     """Return where the vectors are shortest and longest: "RMS 1 at timestep 900 to 9 at 1: ..."."""
     rms = list(zip(report["rms_by_step"], report["timesteps"]))
     lowest, lowest_timestep = min(rms)
@@ -329,7 +329,7 @@ def describe_steps(report: Report) -> str:
     )
 
 
-def describe_mean(report: Report) -> str:
+def mean_line(report: Report) -> str:
     """Return gamma, and the dimensions with the largest part of the mean and of the variance."""
     mean_dimension, mean_share = report["largest_mean"]
     variance_dimension, variance_share = report["largest_variance"]
@@ -339,7 +339,7 @@ def describe_mean(report: Report) -> str:
     )
 
 
-def describe_outliers(report: Report) -> str:
+def outliers_line(report: Report) -> str:
     """Return how many dimensions are outliers, the first six of them, and their power."""
     dimensions = report["outlier_dims"]
     text = f"{len(dimensions)} of {report['d']} dimensions above {OUTLIER} times the median RMS"
@@ -351,7 +351,7 @@ def describe_outliers(report: Report) -> str:
     return f"{text}: {names}, with {report['outlier_power']:.0%} of the power"
 
 
-def describe_dead(report: Report, center: str) -> str:
+def dead_line(report: Report, center: str) -> str:
     """Return how many latents are dead at the start and after the trial, with one centring."""
     dead = report["dead"][center]
     text = (
@@ -363,7 +363,7 @@ def describe_dead(report: Report, center: str) -> str:
     return text
 
 
-def describe_training(report: Report) -> str:
+def training_line(report: Report) -> str:
     """Return what train.py would do, and about how long it would take."""
     return (
         f"{report['num_latents']} latents, k = {report['k']}; batches of {report['batch_size']}, "
