@@ -41,7 +41,7 @@ import json
 import re
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -51,8 +51,9 @@ from torch import Tensor, nn
 from errors import UsageError
 from kernels import decode, encode, keep_largest, topk
 from store.disk import relative_to, save_tensors, seen_from, write_atomically, write_json
-from store.foreign_saes import OUR_KEYS, SPARSIFY_KEYS, check_keys, find_weights, read_foreign
-from store.hook_point import HookPoint
+
+if TYPE_CHECKING:
+    from store.hook_point import HookPoint
 
 
 class Variant(NamedTuple):
@@ -182,11 +183,13 @@ class Sae(nn.Module):
             self.register_buffer("threshold", torch.zeros(shape))
 
     @property
-    def hook_point(self) -> HookPoint | None:
+    def hook_point(self) -> "HookPoint | None":
         """The HookPoint of the training vectors, None where cfg.json does not say all of it.
 
         Other packages' files do not.
         """
+        from store.hook_point import HookPoint  # computing with an SAE needs no activation files
+
         if "side" not in self.cfg:
             return None
         return HookPoint.from_description(self.cfg)
@@ -413,6 +416,8 @@ class Sae(nn.Module):
         ancestor, which did not save them whole; variants and keys of cfg.json that this version
         does not know. store/foreign_saes.py says what is refused of other packages.
         """
+        from store.foreign_saes import find_weights, read_foreign  # training needs none of it
+
         weights = find_weights(path)
         folder = weights.parent
         if weights.name != "sae.safetensors":
@@ -561,6 +566,8 @@ def check_description(path: Path, cfg: object) -> None:
 
     It is for cfg.json of this project, sparsify and universal-diffsae.
     """
+    from store.foreign_saes import OUR_KEYS, SPARSIFY_KEYS, check_keys
+
     if not isinstance(cfg, dict):
         raise UsageError(f"{path}: expected a JSON object")
 

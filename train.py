@@ -200,12 +200,11 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from analysis import sharded
 from analysis.data_stats import TRAINING_SAMPLE, DataStats, measure
 from analysis.metrics import Metrics, evaluate, total
 from analysis.plots import plot_evaluation, plot_sweep, plot_training
 from cli import check_positive, product_dtype, resolve_device
-from distributed import Group, Processes
+from distributed import ALONE, Group, Processes
 from errors import UsageError
 from kernels.update import LIST_DEAD_EVERY, Forward, SparseUpdate
 from sae import Sae
@@ -497,7 +496,12 @@ def main(cfg: Config) -> list[Path]:
     check_options(cfg)
 
     processes = Processes(training_device(cfg.device))
-    vectors, latents = sharded.grid(processes, cfg.shard_latents)
+    vectors = ALONE
+    latents = ALONE
+    if processes.count > 1 or cfg.shard_latents != 1:
+        from analysis.sharded import grid  # a single process needs nothing of it
+
+        vectors, latents = grid(processes, cfg.shard_latents)
     workers = Workers(processes, vectors, latents)
 
     datasets = open_activations(cfg.data or [default_activations(workers.is_first)])
@@ -754,6 +758,8 @@ class TrainingRun:
         self.save_tensors = save_tensors
         self.load_tensors = load_tensors
         if workers.latents.count > 1:
+            from analysis import sharded
+
             self.make_sae = partial(sharded.ShardedSae, latents=workers.latents)
             self.make_sparse_update = sharded.ShardedUpdate
             self.save_tensors = partial(sharded.save_rows, latents=workers.latents)
