@@ -140,6 +140,9 @@ def run(main, Config):
         raise SystemExit(2) from None
 
 
+def answer_help(Config): pass
+
+
 def check_system():
     """Say on Windows that it is not supported, and exit with status 2: files are written by
     os.pwrite, which it does not have."""
