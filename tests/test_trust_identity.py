@@ -524,7 +524,7 @@ def test_several_files_are_all_trained_or_named(copy, monkeypatch, capsys):
     )
     train.main(train.Config(num_latents=[64], k=[4], run_name="one", device="cpu"))
     assert (
-        "the newest of 2 files there; --data activations trains an SAE for each"
+        "the newest of 2 files in its folder; --data activations trains an SAE for each"
         in capsys.readouterr().out
     )
 
