@@ -86,6 +86,10 @@ class GenerationConfig:
         }
 
 
+def answer_help(Config):
+    pass
+
+
 def run(main, Config):
     """Parse `Config` from the command line with tyro and call `main(cfg)`.
 
