@@ -19,6 +19,7 @@ those without:
                order; a tie counts one half
 """
 
+from collections import Counter
 from typing import Literal
 
 import numpy as np
@@ -30,9 +31,13 @@ from analysis.metrics import usual_scale
 from errors import UsageError
 from sae import Sae
 from store.dataset import Activations
-from store.words import has_word
+from store.words import has_word, words_of
 
 MAX_SCORES = 1 << 28  # image scores may take this many numbers, which are 1 GiB
+MIN_IMAGES = 8  # images with a word from which on its contrast is more than chance
+SHARE_WITH_WORD = 0.5  # of the images at most have a word that is exchanged
+MIN_CLEARNESS = 1.0  # mean contrast that the features of a word must have, to be exchanged
+MIN_EXPECTED = 2.0  # prompts that would have both words by chance, if the words were independent
 
 
 def with_word(prompts: list[str], word: str) -> Tensor:
@@ -195,3 +200,36 @@ def toward(sae: Sae, scores: Tensor, has_target: Tensor, has_source: Tensor) -> 
     difference = scores[has_target].mean((0, 1)) - scores[has_source].mean((0, 1))
     more = difference.clamp_min(0)
     return torch.nn.functional.normalize(more.to(sae.W_dec) @ sae.W_dec.detach(), dim=0)
+
+
+def clearest_exchange(scores: Tensor, prompts: list[str], count: int = 8) -> tuple[str, str] | None:
+    """Return the two words of the prompts that are best exchanged, or None if there are no two.
+
+    scores: (P, S, M). A word is as clear as the mean contrast of its `count` best features, and the
+    clearer word comes first. No prompt has both, although by chance at least two would: such words
+    exclude each other, as two colours of one thing do. On the toy they are "pink" and "black", two
+    backgrounds.
+    """
+    scores = scores.mean(1)
+    num_with_word = Counter()
+    for prompt in prompts:
+        num_with_word.update(set(words_of(prompt)))
+
+    candidates = []  # (clearness, word, which images have it)
+    for word, number in sorted(num_with_word.items()):
+        if not MIN_IMAGES <= number <= SHARE_WITH_WORD * len(prompts):
+            continue
+        has = torch.tensor([has_word(prompt, word) for prompt in prompts])
+        _, values = find_features(scores, has, "contrast", count)
+        value = float(values.mean())
+        if value >= MIN_CLEARNESS:
+            candidates.append((value, word, has))
+    candidates.sort(key=lambda candidate: -candidate[0])
+
+    # the first pair that is found has the largest clearness of its less clear word
+    for i, (_, other, has_other) in enumerate(candidates):
+        for _, word, has in candidates[:i]:
+            expected = int(has.sum()) * int(has_other.sum()) / len(prompts)
+            if expected >= MIN_EXPECTED and not (has & has_other).any():
+                return word, other
+    return None

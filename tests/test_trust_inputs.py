@@ -592,8 +592,9 @@ def test_words_behind_the_end_of_the_encoder_do_not_count(long_collection, tmp_p
 
     sae = Sae.load_from_disk(tmp_path / "sae")
     target = Target(str(tmp_path / "sae"), sae, None, features=[], activations=Activations([data]))
-    with_it, without = steer.choose_of_concept(steer.Config(concept="dotted"), target, lines)
-    assert with_it.tolist() == [2] and sorted(without.tolist()) == [0, 1, 3, 4, 5]
+    config = steer.Config(concept="dotted")
+    with_it, without = steer.choose_of_concept(config, target, steer.score_images(config, target))
+    assert with_it == [lines[2]] and without == [lines[p] for p in (0, 1, 3, 4, 5)]
 
 
 def test_a_collection_of_an_earlier_version_is_extended(long_collection, model_folder, tmp_path):
