@@ -432,7 +432,7 @@ def best_words(
         deviations = log_odds(count, len(own_texts), num_with_word[word], num_texts)
         if deviations >= SIGNIFICANT:
             best.append(PromptWord(word, count, float(deviations)))
-    best.sort(key=lambda found: (-found.deviations, found.word))
+    best.sort(key=lambda word: (-word.deviations, word.word))
     return best[:NUM_WORDS]
 
 
@@ -530,17 +530,21 @@ def describe(
     The first is an object for JSON; the second holds numbers of examples in ascending order.
     """
     shown = sorted(set(statistics.examples[statistics.examples >= 0].tolist()))
+    captions = []
+    for e in shown:
+        captions.append([examples[e].caption, examples[e].place, examples[e].file])
+    features = f"{sae.num_latents:,} features, {sae.activation}, k = {sae.k}"
     vectors = f"{int(statistics.vectors.sum()):,} vectors of width {sae.d_in}"
     data = {
         "hook_name": activations.hook_name,
         "files": activations.paths,
-        "about": f"{sae.num_latents:,} features, {sae.activation}, k = {sae.k}; {vectors}",
+        "about": f"{features}; {vectors}",
         "levels": LEVELS,
         "timesteps": [],
         "shapes": [grid.shape for grid in grids],
         "ratios": [grid.ratio for grid in grids],
         "cells": statistics.maps.shape[2],
-        "examples": [[examples[e].caption, examples[e].place, examples[e].file] for e in shown],
+        "examples": captions,
     }
     if activations.timesteps:
         timesteps = coarse(np.array([activations.timesteps]))[0]
@@ -566,12 +570,13 @@ def describe(
 def describe_numbers(statistics: Statistics) -> dict:
     """Return how often, how strongly and when each feature is active."""
     num_active = statistics.counts.double().sum(1)
+    mean = statistics.sums.sum(1) / num_active.clamp_min(1)
     by_step = coarse((statistics.sums / statistics.vectors.double().clamp_min(1)).numpy())
     height = by_step.max(1)
     curves = np.rint(255 * by_step / height[:, None].clip(1e-300)).astype(np.uint8)
     return {
         "density": short(statistics.density.tolist()),
-        "mean": short((statistics.sums.sum(1) / num_active.clamp_min(1)).tolist()),
+        "mean": short(mean.tolist()),
         "max": short(statistics.largest.tolist()),
         "height": short(height.tolist()),
         "curves": base64.b64encode(curves.tobytes()).decode(),
