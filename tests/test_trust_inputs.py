@@ -710,9 +710,11 @@ def test_the_same_command_again_after_a_kill(trained, model_folder, tmp_path, mo
     assert json.loads(record.read_text()).get("unfinished") or function == "plot_evaluation"
     assert module.main(cfg)
     assert "unfinished" not in json.loads(record.read_text()) and (folder / f"{name}.png").exists()
-    if name != "evaluate":
-        with pytest.raises(UsageError, match="was made with seed 0, not 1"):
-            module.main(replace(cfg, seed=1))
+    others = {"steer": ("num_prompts", 2, 1), "ablate": ("seed", 0, 1)}
+    if name in others:
+        option, ours, other = others[name]
+        with pytest.raises(UsageError, match=f"was made with {option} {ours}, not {other}"):
+            module.main(replace(cfg, **{option: other}))
 
 
 def test_leftovers_of_an_unfinished_run_are_nobody_s_result(tmp_path):
