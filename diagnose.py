@@ -32,8 +32,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from cli import answer_help
-from cli import run as run_script
+from cli import answer_help, run_script
 
 
 @dataclass
@@ -81,8 +80,8 @@ class Config:
     """Try on this device: auto, cuda, cuda:N, mps or cpu. The forecast of the time is for it."""
 
 
-if __name__ == "__main__" and "get_ipython" not in globals():
-    answer_help(Config)  # --help and a mistyped option are answered before the slow imports below
+if __name__ == "__main__":
+    answer_help(Config)  # --help and a mistyped option are answered before torch is imported
 
 import torch
 from torch import Tensor
@@ -381,5 +380,5 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h"
 
 
-if __name__ == "__main__" and "get_ipython" not in globals():
+if __name__ == "__main__":
     run_script(main, Config)

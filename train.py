@@ -51,8 +51,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from cli import answer_help
-from cli import run as run_script
+from cli import answer_help, run_script
 
 
 @dataclass
@@ -192,8 +191,8 @@ class Config:
     over the copies."""
 
 
-if __name__ == "__main__" and "get_ipython" not in globals():
-    answer_help(Config)  # --help and a mistyped option are answered before the slow imports below
+if __name__ == "__main__":
+    answer_help(Config)  # --help and a mistyped option are answered before torch is imported
 
 import torch
 from filelock import FileLock, Timeout
@@ -1372,5 +1371,5 @@ def as_words(values: list[int]) -> str:
     return " ".join(map(str, values)) or "(none)"
 
 
-if __name__ == "__main__" and "get_ipython" not in globals():
+if __name__ == "__main__":
     run_script(main, Config)
