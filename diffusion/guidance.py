@@ -23,8 +23,10 @@ step 0 only the guidance is compared: if it favours another chunk than number 1,
 If the prompts can't be changed, as in a loop of the user's own, only the guidance tells. The scheduler
 gets `model_output` = 5 cond - 4 uncond. Least squares over the chunks of the denoiser's output gives
 the weights [-4, 5] back (`guidance_weights`). Chunk 0 is subtracted, so chunk 1 is conditional. At a
-guidance scale of 0 or 1 one weight is 0 and the step tells nothing: then a later step does, and all
-steps that tell must agree. A network that left nothing in the model output is no denoiser.
+guidance scale of 0 or 1 one weight is 0, and nothing is subtracted. Then the chunk whose embeddings
+differ between the two prompts is conditional. With a single prompt the step tells nothing: a later
+step has to, and all steps that tell must agree. A network that left nothing in the model output is
+no denoiser.
 """
 
 from dataclasses import dataclass, field, replace
@@ -128,8 +130,8 @@ class RoleFinder:
        roles. The first step that tells labels all that wait. What waits at the end of the sampling
        is for `check_decided`.
 
-    For example, guidance scales 0, 1 and 5 in a loop of the user's own: steps 0 and 1 wait (case 5),
-    and step 2 labels all three (case 3).
+    For example, one prompt in a loop of the user's own, at guidance scales 0, 1 and 5: steps 0 and 1
+    wait (case 5), and step 2 labels all three (case 3).
     """
 
     order: tuple[str, ...] | None = None
@@ -141,7 +143,7 @@ class RoleFinder:
     memory: Memory = field(default_factory=Memory)
 
     known: dict[Pattern, Roles] = field(default_factory=dict)
-    """The roles that hold in this sampling. A dry run's are given to the sampling that follows it."""
+    """The roles that hold in this sampling. Those of a dry run are given to the sampling after it."""
 
     undecided: dict[Pattern, list[list[Forward]]] = field(default_factory=dict, init=False)
     """The steps that wait, each a list of its forwards."""
@@ -203,7 +205,9 @@ class RoleFinder:
                     f"otherwise than an earlier step: {SAY_ORDER}"
                 )
 
-    def _wait(self, pattern: Pattern, forwards: list[Forward], model_output: Tensor, R: int):
+    def _wait(
+        self, pattern: Pattern, forwards: list[Forward], model_output: Tensor, R: int
+    ) -> None:
         """Put a step among the undecided ones: case 5 above."""
         self.undecided.setdefault(pattern, []).append(forwards)
         if self._all_alike.get(pattern, True):
@@ -309,7 +313,7 @@ def check_order(order: tuple[str, ...] | None) -> None:
 
 @dataclass(eq=False)
 class Chunk:
-    """The rows of one forward that belong together: one row for each sample."""
+    """R rows of one forward that belong together, such as the conditional ones: a row per sample."""
 
     forward: Forward | Pass
     rows: slice
@@ -322,14 +326,17 @@ class Chunk:
 
     @property
     def output(self) -> Tensor:
+        """The prediction for these rows, (R, ...)."""
         return self.forward.output[self.rows]
 
     @property
     def conditioning(self) -> list:
+        """What the denoiser was given for these rows besides sample and time, such as embeddings."""
         return [x[self.rows] for x in self.forward.conditioning]
 
     @property
     def inputs(self) -> list:
+        """The sample of these rows, and their conditioning."""
         return [self.forward.sample[self.rows], *self.conditioning]
 
     @property

@@ -119,22 +119,35 @@ def locate(runs: Runs, forward: Forward, place: Place) -> Layout | NotHookable:
     reason = f"its {side} holds no {stream} tokens"
     if stream == "image" and runs.has_text:
         reason += "; try the text stream"
-    half = (forward.rows + 1) // 2
-    for index, (plain, upper, lower, text) in enumerate(zip(*seen)):
+    for index, in_each_run in enumerate(zip(*seen)):
+        plain = in_each_run[0]
         if plain.form is None:
             continue
-        by_upper = plain.tokens != upper.tokens  # (rows, tokens)
-        by_lower = plain.tokens != lower.tokens
-        if by_upper[half:].any() or by_lower[:half].any():
+        mask = mask_of(stream, *in_each_run)
+        if mask is None:
             shape = tuple(plain.shape)
             reason = f"its {side} mixes the {forward.rows} rows of the batch; the shape is {shape}"
-            continue
-        mask = by_upper | by_lower
-        if stream == "text":
-            mask = (plain.tokens != text.tokens) & ~mask
-        if mask.any(1).all():
+        elif mask.any(1).all():
             return layout_of(runs, forward, place, index, plain, mask)
     return NotHookable(reason)
+
+
+def mask_of(stream: str, plain: Seen, upper: Seen, lower: Seen, text: Seen) -> Tensor | None:
+    """Return which tokens of a tensor belong to a stream, bool (rows, tokens).
+
+    The arguments are the same tensor as seen in the four runs. None if the tensor mixes the rows:
+    noise on one half of the sample's rows changed the other half.
+    """
+    half = (len(plain.tokens) + 1) // 2
+    by_upper = plain.tokens != upper.tokens
+    by_lower = plain.tokens != lower.tokens
+    if by_upper[half:].any() or by_lower[:half].any():
+        return None
+    is_image = by_upper | by_lower
+    if stream == "image":
+        return is_image
+    by_text = plain.tokens != text.tokens
+    return by_text & ~is_image
 
 
 def layout_of(

@@ -13,10 +13,11 @@ conditional or the unconditional rows, has R = 2 rows, so the denoiser gets 4.
       modules of the unet run    Hooks of a `Recorder` put their tokens into `current.captured`.
     unet returns                 The prediction becomes `output` of the forward. The forward is
                                  *open*: it waits for its step. `current` is None again.
-    step(output, 667, x)         The open forwards are those of step 0. `roles.label` sets their roles,
-                                 ["uncond", "cond"], and `on_step` is called with Step(index=0,
-                                 timestep=667, forwards=[that one], R=2, sample=x). `index` becomes
-                                 1. Then the scheduler's own `step` runs; `sample` is its result.
+    step(output, 667, x)         The open forwards are those of step 0. `roles`, a `RoleFinder`, sets
+                                 their roles to ["uncond", "cond"]. `on_step` is called with
+                                 Step(index=0, timestep=667, forwards=[that one], R=2, sample=x).
+                                 `index` becomes 1. Then the scheduler's own `step` runs, and
+                                 `sample` is its result.
     unet(x, 334, text)           A Forward with index 1.
     step(output, 334, x)         Step(index=1, timestep=334); `index` becomes 2.
     unet, step at timestep 1     A Forward and a Step with index 2; `index` becomes 3.
@@ -298,7 +299,7 @@ class Sampling:
     """{id of a denoiser: name of the `cache_context` in which it runs}."""
 
     def __post_init__(self):
-        self.R = self.P and self.P * self.n
+        self.R = None if self.P is None else self.P * self.n
         self.loop = LoopPosition(self.schedulers)
         self._row_by_row = RowByRow(self.row_seeds) if self.row_seeds else None
 

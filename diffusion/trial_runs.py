@@ -92,34 +92,25 @@ def run_trials(
     Raises UsageError if the denoiser fails, and if a module is called without being run, since it
     would repeat what an earlier call computed.
     """
-    rows = forward.rows
-    half = (rows + 1) // 2
     sample = sample_name(root)
-    time = time_parameter(root)
-    others = {name: x for name, x in forward.arguments.items() if name not in (sample, time)}
-    sample_is_list = isinstance(forward.sample, (list, tuple))
-    noisy_text = {name: disturb_text(x, rows, sample_is_list) for name, x in others.items()}
+    upper_rows = range((forward.rows + 1) // 2)
+    lower_rows = range(len(upper_rows), forward.rows)
+    noisy_text = noise_on_text(root, forward)
+    text_before = {name: forward.arguments[name] for name in noisy_text}
     wants_text = any(stream == "text" for _, _, stream in places)
 
     trials = Trials(root, forward, places, known)
     plain = trials.run({})
-    noisy_upper = disturb(forward.sample, range(half), forward.sampled)
-    upper = trials.run({sample: noisy_upper})
+    upper = trials.run({sample: disturb(forward.sample, upper_rows, forward.sampled)})
     lower = plain
-    if rows > 1:
-        noisy_lower = disturb(forward.sample, range(half, rows), forward.sampled)
-        lower = trials.run({sample: noisy_lower})
+    if lower_rows:
+        lower = trials.run({sample: disturb(forward.sample, lower_rows, forward.sampled)})
     text = trials.run(noisy_text) if wants_text else plain
 
-    return Runs(
-        plain,
-        upper,
-        lower,
-        text,
-        has_text=any(a is not b for a, b in zip(tensors(noisy_text), tensors(others))),
-        attention_is_local=trials.attention.calls > 0,
-        idle=trials.idle,
-    )
+    pairs = zip(tensors(noisy_text), tensors(text_before))
+    has_text = any(noisy is not before for noisy, before in pairs)
+    attention_is_local = trials.attention.calls > 0
+    return Runs(plain, upper, lower, text, has_text, attention_is_local, trials.idle)
 
 
 @dataclass
@@ -286,8 +277,7 @@ class Run:
             pixels = len(x) // self.rows
             videos = [sizes for sizes in self.maps(around) if len(sizes) == 3]
             for frames, height, width in videos:
-                fits = (x.shape[1], pixels) == (frames, height * width)
-                if fits and pixels != frames:
+                if pixels == height * width and x.shape[1] == frames and pixels != frames:
                     return "frames"
 
         # 4. everything else
@@ -381,6 +371,17 @@ def disturb(
         chosen = chosen & mask.cpu()
     other = x + noise if x.is_floating_point() else (x - 1).abs()
     return torch.where(chosen.to(x.device), other, x)
+
+
+def noise_on_text(root: nn.Module, forward: Forward) -> dict[str, Any]:
+    """Return the arguments of a forward, but sample and time, with noise on all text embeddings."""
+    not_text = (sample_name(root), time_parameter(root))
+    sample_is_list = isinstance(forward.sample, (list, tuple))
+    noisy = {}
+    for name, value in forward.arguments.items():
+        if name not in not_text:
+            noisy[name] = disturb_text(value, forward.rows, sample_is_list)
+    return noisy
 
 
 def disturb_text(value: Any, rows: int, sample_is_list: bool) -> Any:
