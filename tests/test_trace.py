@@ -46,7 +46,7 @@ def test_roles_of_a_step_by_prompts_and_by_guidance():
     options = generate_options(2, num_inference_steps=3, guidance_scale=5.0)
     with hooked.watch(2, on_step=steps.append):
         pipe(PROMPTS[:2], **options)
-        pipe(PROMPTS[2:4], **options)
+        pipe(PROMPTS[1::-1], **options)
     (forward,) = steps[0].forwards
     (other,) = steps[3].forwards
     u, c = forward.output.chunk(2)
