@@ -477,14 +477,14 @@ def test_tokens_of_a_reference_image_are_not_the_images(name, steps):
 
 def test_tokens_are_looked_for_once_whatever_the_options(monkeypatch):
     """What of the denoiser's input is sampled is seen again with other options, and is the same."""
-    probes, probe = [], locate.probe
-    monkeypatch.setattr(locate, "probe", lambda *args: probes.append(1) or probe(*args))
+    trials, run_trials = [], locate.run_trials
+    monkeypatch.setattr(locate, "run_trials", lambda *args: trials.append(1) or run_trials(*args))
     hooked, name = HookedDiffusionModel.from_pipeline(build(kontext)), "transformer_blocks.0"
     for steps in (2, 3, 4):
         options = generate_options(1, kontext, num_inference_steps=steps)
         _, cache = hooked.run_with_cache(name, options.pop("prompt"), **options)
         assert cache["grid"][name] == (3, 4)
-    assert len(probes) == 1
+    assert len(trials) == 1
 
 
 def test_tokens_of_a_reference_image_in_ones_own_loop_are_refused():
