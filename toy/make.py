@@ -451,8 +451,10 @@ def train_autoencoder(
         squared_mean = posterior.mean.float() ** 2
         log_variance = posterior.logvar.float()
         kl = 0.5 * (squared_mean + posterior.var.float() - 1 - log_variance).mean()
-        error = x_hat.float() - x
-        return error.abs().mean() + error.pow(2).mean() + KL_WEIGHT * kl
+        # the error is computed twice: sharing it would round its 16-bit gradient elsewhere
+        absolute = (x_hat.float() - x).abs().mean()
+        squared = (x_hat.float() - x).pow(2).mean()
+        return absolute + squared + KL_WEIGHT * kl
 
     fit("vae", {"vae": vae}, loss_of, cfg.vae_iterations, SMALL_MODEL_LR, cfg, device)
 
