@@ -1,13 +1,16 @@
-"""Does a single feature tell a concept? AUROC on the toy, chosen on half of the prompts and scored
-on the other half.
+"""Does a single feature tell a concept? AUROC on the toy, chosen and scored on different prompts.
 
-    python -m bench concepts                            # collects, trains and scores: half an hour of one core
+    python -m bench concepts                            # collects, trains, scores: 30 minutes, one core
     python -m bench concepts --sae saes/a saes/b        # only scores
 
-For each object, style and colour: the feature, of all of the SAEs, whose image score separates the
-pictures with it from those without best on the even prompts, and its AUROC on the odd ones. Image
-score: the latent's activation, mean or max over tokens (--pool), mean over steps. The prompts' own
-words are the labels: of 576 pictures all show what was asked for (toy/check.json).
+For each object, style and colour one feature is chosen, of all of the SAEs: the one whose image
+score best separates the images that show the concept from the others, on the prompts with an even
+number. Its AUROC on the prompts with an odd number is printed.
+
+The image score is the latent's activation, mean or max over tokens (--pool), mean over steps. The
+prompts' own words are the labels: all of 576 images showed what was asked for (toy/check.json).
+
+    <concept> <value> <AUROC>   <hook name> <feature>
 """
 
 import contextlib
@@ -31,6 +34,7 @@ from toy.concepts import CONCEPTS
 
 @dataclass
 class Config:
+    # model
     hook_names: list[str] = field(
         default_factory=lambda: [
             "mid_block.attentions.0",
@@ -38,38 +42,44 @@ class Config:
             "up_blocks.1.attentions.1.transformer_blocks.0.attn2",
         ]
     )
-    """An SAE each: where ablation says that objects and styles are, and where the text's colour
-    comes in."""
+    """Train one SAE at each of these hook points. The first two are where ablation finds objects
+    and styles; at the third one the text's colour comes in."""
 
     sae: list[str] = field(default_factory=list)
-    """Folders of SAEs to score instead, on the activations that they are of."""
-
-    num_prompts: int = 384
-    """Pictures that are collected, in 20 steps at guidance 5."""
-
-    num_epochs: int = 4
-    """Of training each SAE."""
+    """Score the SAEs in these folders on their training activations. If not given, SAEs are
+    trained."""
 
     k: int = 16
-    """Active latents a vector."""
+    """Keep this many latents active per vector."""
 
     expansion_factor: int = 16
-    """Latents as a multiple of the width."""
+    """Give the SAEs this many latents, as a multiple of the vectors' width."""
 
+    # data
+    num_prompts: int = 384
+    """Collect from this many prompts, in 20 steps at guidance 5."""
+
+    # training
+    num_epochs: int = 4
+    """Pass over the training vectors this often."""
+
+    # scoring
     pool: list[str] = field(default_factory=lambda: ["mean"])
-    """Of the tokens: mean, max or both."""
+    """Score an image by the mean or the max over its tokens. Give both words to see both."""
 
     at_least: float = 0.95
-    """AUROC that counts as telling it."""
+    """Count a concept as told from this AUROC on."""
 
+    # output
     show: Literal["all", "summary"] = "all"
-    """Every concept, or only how many are told."""
+    """Print every concept, or only how many are told."""
 
     work_dir: str = "concepts"
-    """Activations and SAEs; what is there is used again."""
+    """Keep activations and SAEs in this folder. What it holds already is used again."""
 
+    # hardware
     device: str = "auto"
-    """Auto, cuda, cuda:N, mps, cpu."""
+    """Run on this device: cpu, cuda, cuda:1 or mps. auto takes CUDA, else MPS, else the CPU."""
 
 
 def best_features(scores, there, choice):
@@ -114,8 +124,7 @@ def train_some(cfg, work):
 def main(cfg):
     check_positive(cfg, "num_prompts", "num_epochs", "k", "expansion_factor")
     device = resolve_device(cfg.device)
-    where, versions, commit = conditions(device)
-    print(f"{where}; {versions}; commit {commit}")
+    print(conditions(device))
     saes = [
         Sae.load_from_disk(path, device) for path in cfg.sae or train_some(cfg, Path(cfg.work_dir))
     ]

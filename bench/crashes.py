@@ -1,15 +1,21 @@
-"""What becomes of a collection that is killed, interrupted, or meets a full or damaged disk: a
-table.
+"""What becomes of a collection that is killed, interrupted, or meets a full or damaged disk.
 
-    python -m bench crashes                      # about two minutes; exit status 1 if a row is not as it has to be
+    python -m bench crashes                      # about two minutes
     python -m bench crashes --kills 3 --only kill Ctrl-C
 
-Each row is `collect.py` on the toy (or `--model_name`), 12 prompts in 6 batches, disturbed once,
-then the cause taken away and the same command given again. "Lost" are batches that were safe before
-that and were generated again; "same bytes" is every file of the folder compared with that of an
-undisturbed run. For speed each is a fork of this process, which has imported everything; torchrun
-is real. Full disks are small tmpfs, in a mount namespace of this program's own (`unshare`); a row
-that needs one says so if there is none.
+Claim: no safe batch is lost, and the same command ends with the bytes of an undisturbed run. The
+exit status is 1 if a row shows anything else.
+
+Each row is `collect.py` on the toy (or `--model_name`), with 12 prompts in 6 batches. It is
+disturbed once; then the cause is taken away and the same command is given again.
+
+    lost          batches that were safe before and were generated again
+    same bytes    every file of the folder compared with that of an undisturbed run
+
+The last column has the exit status and the last line of the disturbed command. For speed each run is
+a fork of this process, which has imported everything; torchrun is real. Full disks are small tmpfs,
+in a mount namespace of this program's own (`unshare`). A row that needs one says so if there is
+none.
 """
 
 import json
@@ -41,20 +47,23 @@ ARGS = f"--hook_names mid_block --num_inference_steps 2 --batch_size {BATCH} --m
 
 @dataclass
 class Config:
+    # model
+    model_name: str = "toy"
+    """Collect from this diffusers folder. It needs a prompts.csv of at least 12 prompts."""
+
+    # measuring
+    only: list[str] = field(default_factory=list)
+    """Measure only the rows whose first column has one of these words. If not given, all rows are
+    measured."""
+
     kills: int = 20
-    """Random moments of kill -9."""
+    """Kill a collection with -9 at this many random moments."""
 
     flips: int = 5
-    """Flipped bytes of each record, and starts of two at once."""
-
-    only: list[str] = field(default_factory=list)
-    """Rows whose first column has one of these words (none: all)."""
+    """Damage each record in this many places, and start this many pairs at the same moment."""
 
     seed: int = 0
-    """Of the moments."""
-
-    model_name: str = "toy"
-    """A folder; with prompts.csv of at least 12 prompts."""
+    """Choose the moments and the damaged bytes by this seed."""
 
 
 class Run:

@@ -1,17 +1,24 @@
-"""Each kernel alone, against what one would write in plain torch and against the bytes it cannot do
-without.
+"""Each kernel alone, against plain PyTorch and against the bytes that it cannot do without.
 
     python -m bench kernels                                  # N = 1024, d = 640, M = 10240, k = 32
-    python -m bench kernels --N 4096 --d 1280 --M 20480      # Stable Diffusion 1.5, up_blocks.1.attentions.1
+    python -m bench kernels --N 4096 --d 1280 --M 20480      # of Stable Diffusion 1.5
 
-On a GPU the Triton kernels, elsewhere their torch twins. All take turns, in an order that turns;
-the first three rounds are not counted. `/ ours` is the median of the paired ratios. On a GPU a time
-is that between two events behind a pause in which the host gets ahead, so it holds no launching.
+The table of docs/benchmarks.md was measured on two cores of an AMD EPYC. On a GPU these are the
+Triton kernels, elsewhere their PyTorch versions. All take turns, in an order that rotates; the
+first three rounds are not counted. On a GPU a time lies between two events, behind a pause in which
+the host gets ahead, so that it holds no launching.
 
-`floor` is every number that has to be read or written, once (of W the rows that are used), at the
-speed of a copy of 64 MB (on a GPU 256 MB) in the same rounds. None of these does more than 4 N k d
-operations, 2 or 3 a byte, so bytes are what binds. `of copy` is the kernel's own speed, floor bytes
-over time, against the copy's; above 1 part of them came from a cache.
+    ms p20, p50, p80   percentiles of our time
+    plain p50, / ours  the plain expression's median, and the median of the ratios, round by round
+    floor MB, ms       every number that has to be read or written, once (of W the rows that are
+                       used), and its time at the speed of a copy in the same rounds; the copy has
+                       64 MB, on a GPU 256 MB
+    GB/s               floor bytes over our median time
+    of copy            this speed over the copy's; above 1, a cache held part of the numbers
+    plain              what the plain expression does
+
+None of these kernels does more than 4 N k d operations, 2 or 3 per byte, so the bytes are what
+limits them.
 """
 
 import statistics
@@ -42,26 +49,31 @@ from kernels.decode import gather_dot, gather_sum
 
 @dataclass
 class Config:
+    # data
     N: int = 1024
-    """Vectors."""
+    """Give the kernels this many vectors."""
 
     d: int = 640
-    """Their width."""
+    """Give the vectors this width."""
 
+    # model
     M: int = 10_240
-    """Latents."""
+    """Give the SAE this many latents."""
 
     k: int = 32
-    """Active a vector; keep_largest chooses among four times as many."""
+    """Keep this many latents active per vector. keep_largest chooses among four times as many."""
 
+    # measuring
     rounds: int = 30
-    """That are counted."""
+    """Count this many rounds. More rounds make the medians steadier."""
 
+    # output
     csv: str | None = None
-    """A file to append the rows to."""
+    """Append the rows to this CSV file. If not given, they are only printed."""
 
+    # hardware
     device: str = "auto"
-    """Auto, cuda, cuda:N, mps, cpu."""
+    """Run on this device: cpu, cuda, cuda:1 or mps. auto takes CUDA, else MPS, else the CPU."""
 
 
 class Row(NamedTuple):

@@ -1,16 +1,24 @@
-"""Shuffled vectors a second: ours from a file that fits the buffer and one that does not, the
-ancestor's way, and plain reading.
+"""How fast shuffled vectors are read: ours, the ancestor's way, and plain reading.
 
-    python -m bench loader                       # 1 GB of (samples, 256, 1280) float16, batches of 4096 vectors
-    python -m bench loader --large 8 --buffer_gb 1      # and the memory that training on a file of 8 GB needs
+    python -m bench loader                              # a file of 1 GB, batches of 4096 vectors
+    python -m bench loader --large 8 --buffer_gb 1      # and the memory that reading 8 GB takes
 
-Everything is in the page cache but for two rows, and every row reads all vectors once a round; rows
-take turns, the first round is not counted, medians of the others. `read` is pread of a block into
-one small piece of memory, the best that reading can be and the yardstick; `np.fromfile` reads it
-all into fresh memory, `load` into memory that is there already. The ancestor's way is that of its
-trainer: a shuffled `datasets` table of Array2D in torch format through a DataLoader with 1 worker,
-whole images a batch; other numbers of workers beside it. Batches are looked at, not used. Memory is
-RssAnon, watched while the vectors of a sparse file come (Linux).
+Claim: ours reads 11 times as fast as the ancestor's trainer where the file fits the buffer, and 5.2
+times where it does not (docs/benchmarks.md; two cores of an AMD EPYC, the page cache warm).
+
+Every row reads all vectors once per round. Rows take turns, the first round is not counted, and the
+numbers are medians of the others. Everything is in the page cache, but for the rows "from the disk".
+
+    read            pread of a block into one small piece of memory: the best that reading can be
+    np.fromfile     reads the whole file into fresh memory
+    load            reads the whole file into memory that exists already
+    ours            store/dataset.py, from a file that fits the buffer, and from one that does not
+    the ancestor's  universal-diffsae's trainer: a shuffled `datasets` table of Array2D in torch
+                    format through a DataLoader with 1 worker, whole images per batch; other numbers
+                    of workers stand beside it
+
+Batches are looked at, not used. Memory is RssAnon, watched while the vectors of a sparse file come
+(Linux).
 """
 
 import os
@@ -36,32 +44,36 @@ MB = 1 << 20
 
 @dataclass
 class Config:
+    # data
     gb: float = 1.0
-    """Of activations."""
+    """Write and read a file of this many GB."""
 
     tokens: int = 256
-    """Vectors of one image and step."""
+    """Give each image and step this many vectors."""
 
     d: int = 1280
-    """Their width."""
-
-    batch_size: int = 4096
-    """Vectors."""
-
-    rounds: int = 5
-    """That are counted."""
-
-    workers: tuple[int, ...] = (0, 1, 2)
-    """Of the ancestor's DataLoader, each measured; its own default is 1."""
+    """Give the vectors this width."""
 
     large: float | None = None
-    """Also: GB of a sparse file, to see the memory that reading it takes."""
+    """Also read a sparse file of this many GB and print how much memory that takes. If not given,
+    this is left out."""
 
     buffer_gb: float = 1.0
-    """For --large."""
+    """Give the reading of the large file a shuffle buffer of this many GiB."""
 
+    batch_size: int = 4096
+    """Give each batch this many vectors."""
+
+    workers: tuple[int, ...] = (0, 1, 2)
+    """Measure the ancestor's DataLoader with these numbers of workers. Its own default is 1."""
+
+    # measuring
+    rounds: int = 5
+    """Count this many rounds. More rounds make the medians steadier."""
+
+    # output
     folder: str | None = None
-    """For the files (None: the temporary one)."""
+    """Put the files into a folder here. If not given, it is the system's temporary folder."""
 
 
 def read(path, size, block, threads):

@@ -1,13 +1,14 @@
-"""How far it goes: what data sets and dictionaries cost in disk, memory and time, worked out from
-rates that are measured here.
+"""How far it goes: disk, memory and time of large data sets and dictionaries, from measured rates.
 
     python -m bench scale                    # rates of this machine, then the tables
-    python -m bench scale --check 500 1000   # fit on so many toy prompts, predict twice as many, and measure those too
+    python -m bench scale --check 500 1000   # predict 2000 toy prompts from these, and measure them
 
-Disk is exact: prompts x steps x tokens x d x bytes. Times come from rates, each named with where it
-is from: measured on this machine, published by others, or counted from a device's products, memory
-and links a second, which nothing can be faster than. --check fits straight lines, seconds = a + b x
-prompts, through two runs of collect.py and of train.py as users start them.
+Disk is exact: prompts x steps x tokens x d x bytes. Times come from rates, and each says where its
+rate is from: measured on this machine, published by others, or counted. Counted means the time that
+a device's products, memory and links take at the least; it is a lower bound.
+
+--check fits straight lines, seconds = a + b x prompts, through two runs of collect.py and of
+train.py as users start them. The tables are in docs/scaling.md.
 """
 
 import os
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from bench.sizes import make
+from bench.sizes import make_step
 from bench.step import conditions, sync
 from cli import HERE, check_positive, product_dtype, resolve_device
 from store.collection import Collection
@@ -29,33 +30,38 @@ from store.dataset import Activations
 
 @dataclass
 class Config:
+    # data
     check: tuple[int, int] | None = None
-    """Toy prompts of the two runs that are fitted, the larger of which is doubled."""
+    """Run collect.py and train.py on these two numbers of toy prompts, predict twice the larger
+    one, and measure that too. If not given, the tables are printed."""
 
     num_inference_steps: int = 10
-    """Of these runs."""
+    """Sample in this many steps when --check runs collect.py."""
 
+    # training
     N: int = 4096
-    """Vectors an update."""
+    """Give each update this many vectors."""
 
     k: int = 32
-    """Active latents a vector."""
+    """Keep this many latents active per vector."""
 
+    # hardware
     seconds_per_picture: float = 1.604
-    """SD 1.5, 50 steps: A100, github.com/fal-ai/stable-diffusion-benchmarks, "torch 2.1,
-    SDPA"."""
+    """Count this many seconds for an image. The default is SD 1.5 in 50 steps on an A100, by
+    github.com/fal-ai/stable-diffusion-benchmarks, "torch 2.1, SDPA"."""
 
     tflops: float = 790
-    """Of one device's products in bfloat16; this and the next are an H100's."""
+    """Count with this speed of one device's products in bfloat16, in TFLOP/s. The default is an
+    H100's, and so are those of the memory and the links."""
 
     memory_gbs: float = 3000
-    """Its memory."""
+    """Count with this speed of one device's memory, in GB/s."""
 
     link_gbs: float = 450
-    """Between devices, each way."""
+    """Count with this speed between devices, in GB/s each way."""
 
     device: str = "auto"
-    """Auto, cuda, cuda:N, mps, cpu."""
+    """Run on this device: cpu, cuda, cuda:1 or mps. auto takes CUDA, else MPS, else the CPU."""
 
 
 SD15 = dict(steps=50, tokens=256, d=1280)  # up_blocks.1.attentions.1 at 512 x 512
@@ -93,7 +99,7 @@ def rates(cfg, device, folder):
     for batch, _ in activations.batches(cfg.N, activations.num_training, buffer_gb=0.25):
         seen += batch.nbytes
     read = seen / (time.perf_counter() - start)
-    step = make(cfg.N, SD15["d"], 16 * SD15["d"], cfg.k, device, product_dtype("auto", device))
+    step = make_step(cfg.N, SD15["d"], 16 * SD15["d"], cfg.k, device, product_dtype("auto", device))
     times = []
     for _ in range(5):
         start = time.perf_counter()

@@ -1,26 +1,32 @@
-"""Unlearning concepts of the toy, and how well it goes: the protocol of UnlearnCanvas, judged by
-the toy's own classifier.
+"""How well concepts of the toy are unlearned, by UnlearnCanvas's protocol and the toy's classifier.
 
-    python -m bench unlearn --sae saes/a saes/b --report            # every concept, against four baselines
+    python -m bench unlearn --sae saes/a saes/b --report        # every concept, every method
     python -m bench unlearn --sae saes/a --unlearn star
 
-    UA    unlearning accuracy: share of the pictures whose prompt has the concept that are not classified as it
-    IRA   in-domain retain accuracy: of the other prompts, share whose picture shows the right value of the same domain
-    CRA   cross-domain retain accuracy: of all prompts, share whose picture shows the right value of the other domain
+    UA    unlearning accuracy: of the prompts with the concept, the fraction of images in which the
+          classifier does not see it
+    IRA   in-domain retain accuracy: of the other prompts, the fraction of images that show the right
+          value of the same domain
+    CRA   cross-domain retain accuracy: of all prompts, the fraction of images that show the right
+          value of the other domain
 
-A concept is one of 8 objects or 6 styles; the other domain of an object is the style. Prompts are
-those of toy/prompts.csv that the SAE's activations are not of, `per_cell` of each object and style
-in either half: settings are chosen on one half, for each concept by the mean of the three (ties by
-the sum over its domain) on the prompts with it and `others` without, and the other half is
-reported, all of it, with seeds of its own.
+A concept is one of 8 objects or 6 styles; the other domain of an object is the style. Prompts come
+from toy/prompts.csv, without those of the SAE's training activations. There are two halves, each
+with `per_cell` prompts of each object and style. On one half the settings are chosen: for each
+concept by the mean of the three numbers (ties by the sum over its domain), on the prompts with the
+concept and on `others` prompts without it. The other half is reported, all of it, with seeds of its
+own. These methods are compared:
 
     none             the model as it is
-    features         ours: the concept's features (contrast), conditional rows, x + delta: their activations times a number, or
-                     what they add is put along the direction of the nearest, 2nd or 3rd nearest other value (edits.redirect)
-    saeuron          arXiv 2501.18052: each step's own features by their score; where one is above its mean over the domain's
-                     values it is multiplied by a negative number times its mean on the concept; both halves of the guidance
+    features         ours: the concept's features (contrast), conditional rows, x + delta. Their
+                     activations are multiplied by a number, or what they add is put along the
+                     direction of the nearest, 2nd or 3rd nearest other value (edits.redirect)
+    saeuron          arXiv 2501.18052: each step has its own features, by their score. One that is
+                     above its mean over the domain's values is multiplied by a negative number times
+                     its mean on the concept. Both halves of the guidance are edited
     negative_prompt  the word, for the unconditional rows
-    mean_direction   of the same module, s times what x has more than the other prompts' mean along the difference of means
+    mean_direction   at the same module, s times what x has more than the other prompts' mean along
+                     the difference of means is subtracted
 
 Writes <out_dir>/<concept>/unlearn.json; the same command resumes where it stopped. SAeUron's code
 adds x_hat - x for the error where its text keeps x - x_hat; here the error is kept. Sources:
@@ -86,33 +92,43 @@ BATCH = 48  # prompts generated together
 
 @dataclass
 class Config:
+    # model
     sae: list[str] = field(default_factory=list)
-    """Their folders, each at a hook point of its own (none: the newest in saes/)."""
-
-    unlearn: str = "all"
-    """An object or style of the toy, or all."""
-
-    report: bool = False
-    """Also SAeUron, a negative prompt and removing the mean direction."""
-
-    per_cell: int = 1
-    """Prompts of each object and style, in either half."""
+    """Unlearn with the SAEs in these folders, each at a hook point of its own. If not given, it is
+    the newest one in saes/."""
 
     model_name: str | None = None
-    """None: the model that the activations are of."""
+    """Load this diffusers folder. If not given, it is the model that made the activations."""
 
+    # what to unlearn
+    unlearn: str = "all"
+    """Unlearn this object or style of the toy, or all of them one after another."""
+
+    report: bool = False
+    """Measure the other methods as well: SAeUron, a negative prompt, the mean direction."""
+
+    # data
+    per_cell: int = 1
+    """Use this many prompts of each object and style to choose, and as many to report. Raise it for
+    numbers that are less noisy."""
+
+    # generation
     num_inference_steps: int = 10
+    """Sample in this many steps."""
+
     guidance_scale: float | None = None
-    """None: that of the activations."""
+    """Use this scale of classifier-free guidance. If not given, it is that of the activations."""
 
     pipeline_kwargs: str = "{}"
-    """JSON object: anything else that the pipeline takes."""
+    """Pass these arguments to the pipeline as well: a JSON object, such as '{"eta": 1.0}'."""
 
+    # output
     out_dir: str = "unlearn"
-    """In which each concept gets a folder."""
+    """Write into this folder, in which each concept gets a folder of its own."""
 
+    # hardware
     device: str = "auto"
-    """Auto, cuda, cuda:N, mps, cpu."""
+    """Run on this device: cpu, cuda, cuda:1 or mps. auto takes CUDA, else MPS, else the CPU."""
 
 
 @dataclass
