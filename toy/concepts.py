@@ -1,4 +1,4 @@
-"""What the toy knows: its concepts, their drawings and captions, and the classifier that judges images.
+"""What the toy knows: its concepts, drawings and captions, and the classifier that judges images.
 
 A drawing shows one object in one style and one colour on a background. It has 64 x 64 RGB pixels,
 and the object has a random position, size and tilt. make.py trains the model on such drawings.
