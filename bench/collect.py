@@ -8,8 +8,8 @@ a millisecond per step (docs/benchmarks.md; two cores of an AMD EPYC).
 
 A round is one batch. First the pipeline runs alone, with the same prompts, seeds and output_type.
 Then collect.py generates, converts and writes the batch, until it asks for the next one. Images are
-left out unless --save_images is given. collect.py writes while the next batch is generated; here one
-comes after the other, so that all that it costs is counted. The first round is not counted.
+left out unless --save_images is given. collect.py writes while the next batch is generated; here
+one comes after the other, so that all that it costs is counted. The first round is not counted.
 
     bare /s, collect /s    images per second of either side, by the median time
     ratio                  median of the ratios of both times, round by round
@@ -37,7 +37,10 @@ from hook import HookedDiffusionModel
 
 
 class AtOnce(ThreadPoolExecutor):
-    """Writes before the next batch is generated."""
+    """An executor that has done the work when `submit` returns.
+
+    It makes collect.py write a batch before the next one is generated.
+    """
 
     def submit(self, *arguments):
         future = super().submit(*arguments)
@@ -78,7 +81,7 @@ HOOKS = {
 
 
 def measure(cfg, hooked, hook_name, rounds, batch_size, **pipeline_kwargs):
-    """Seconds of each round: (bare, collecting)."""
+    """Return (seconds of the bare pipeline, seconds of collecting) of each counted round."""
     marks, original = [], HookedDiffusionModel.run_with_cache
 
     def run_with_cache(self, hook_names, prompt=None, *, generator, **kwargs):
@@ -125,7 +128,8 @@ def measure(cfg, hooked, hook_name, rounds, batch_size, **pipeline_kwargs):
     ][1:]
 
 
-def main(cfg):
+def main(cfg: Config) -> None:
+    """Print one line per pipeline. Raises UsageError for a recipe that is not in HOOKS."""
     if wrong := [name for name in cfg.tiny if name not in HOOKS]:
         raise UsageError(f"--tiny {wrong[0]}: expected {', '.join(HOOKS)}")
     sys.path.insert(0, str(HERE / "tests"))
@@ -135,7 +139,8 @@ def main(cfg):
     device = resolve_device(cfg.device)
     chip = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
     print(
-        f"{chip}; torch {torch.__version__}, {torch.get_num_threads()} threads; {cfg.num_inference_steps} steps\n"
+        f"{chip}; torch {torch.__version__}, {torch.get_num_threads()} threads; "
+        f"{cfg.num_inference_steps} steps\n"
     )
     print(
         "pipeline  hook name                    batch  bare /s  collect /s  ratio  ms a step more"
@@ -161,5 +166,6 @@ def main(cfg):
         ratio = statistics.median(b / o for b, o in times)
         more = statistics.median(o - b for b, o in times) / cfg.num_inference_steps * 1e3
         print(
-            f"{name:9} {hook_name:28} {batch_size:5}  {bare:7.2f}  {ours:10.2f}  {ratio:5.3f}  {more:14.2f}"
+            f"{name:9} {hook_name:28} {batch_size:5}  {bare:7.2f}  "
+            f"{ours:10.2f}  {ratio:5.3f}  {more:14.2f}"
         )

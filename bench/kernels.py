@@ -77,12 +77,21 @@ class Config:
 
 
 class Row(NamedTuple):
+    """One row of the table."""
+
     name: str
     dtype: str
-    bytes: int  # to be read or written
+    bytes: int
+    """What has to be read and written at the least."""
+
     ours: Callable
+    """Runs our kernel."""
+
     plain: Callable | None = None
-    words: str = ""  # what `plain` does
+    """Runs the plain expression; None for the copy."""
+
+    words: str = ""
+    """What the plain expression does."""
 
 
 def plain_decode_error(x, top_acts, top_indices, W_dec, b_dec):
@@ -119,7 +128,8 @@ def plain_sort_pairs(top_indices, M):
     )
 
 
-def make_rows(cfg, device):
+def make_rows(cfg: Config, device: torch.device) -> list[Row]:
+    """Return the rows of the table, all on the same random vectors and weights."""
     N, d, M, k = cfg.N, cfg.d, cfg.M, cfg.k
     g = torch.Generator().manual_seed(0)
     x, W, pre_acts = (
@@ -152,43 +162,85 @@ def make_rows(cfg, device):
     single, half = "float32", "bfloat16"
     return [
         Row("copy", single, 8 * len(source), lambda: target.copy_(source)),
-        Row("topk", single, 4 * N * M + 12 * pairs, lambda: topk(pre_acts, k), lambda: relu_topk(pre_acts), "relu, topk"),
-        Row("topk", half, 2 * N * M + 10 * pairs, lambda: topk(halves, k), lambda: relu_topk(halves), "relu, topk"),
         Row(
-            "decode_error", single, read + vectors + used + 4 * pairs,
-            lambda: decode_error(x, acts, indices, W, b), lambda: plain_decode_error(x, acts, indices, W, b), einsum,
+            "topk",
+            single,
+            4 * N * M + 12 * pairs,
+            lambda: topk(pre_acts, k),
+            lambda: relu_topk(pre_acts),
+            "relu, topk",
+        ),
+        Row(
+            "topk",
+            half,
+            2 * N * M + 10 * pairs,
+            lambda: topk(halves, k),
+            lambda: relu_topk(halves),
+            "relu, topk",
+        ),
+        Row(
+            "decode_error",
+            single,
+            read + vectors + used + 4 * pairs,
+            lambda: decode_error(x, acts, indices, W, b),
+            lambda: plain_decode_error(x, acts, indices, W, b),
+            einsum,
         ),
         Row("gather_sum", single, read + used, lambda: gather_sum(acts, indices, W), sums, einsum),
         Row("gather_dot", single, read + used, lambda: gather_dot(x, indices, W), dots, einsum),
         Row(
-            "sum_by_latent", single, read + matrix + 4 * M,
-            lambda: sum_by_latent(acts, indices, x, M), lambda: plain_sum_by_latent(acts, indices, x, M), index_add,
+            "sum_by_latent",
+            single,
+            read + matrix + 4 * M,
+            lambda: sum_by_latent(acts, indices, x, M),
+            lambda: plain_sum_by_latent(acts, indices, x, M),
+            index_add,
         ),
         Row(
-            "update_rows", single, read + 6 * matrix + matrix // 2 + 12 * M, fused, adam,
+            "update_rows",
+            single,
+            read + 6 * matrix + matrix // 2 + 12 * M,
+            fused,
+            adam,
             index_add + ", Adam(fused), norm, copy",
         ),
         Row(
-            "squared_norm", single, read + 12 * M,
-            lambda: squared_norm(gradient), lambda: made().square().sum(), index_add + ", sum",
+            "squared_norm",
+            single,
+            read + 12 * M,
+            lambda: squared_norm(gradient),
+            lambda: made().square().sum(),
+            index_add + ", sum",
         ),
         Row(
-            "keep_largest", single, 8 * many.numel(),
-            lambda: keep_largest(many, pairs), lambda: plain_keep_largest(many, pairs), "topk, scatter",
+            "keep_largest",
+            single,
+            8 * many.numel(),
+            lambda: keep_largest(many, pairs),
+            lambda: plain_keep_largest(many, pairs),
+            "topk, scatter",
         ),
         Row(
-            "keep_largest", half, 4 * many.numel(),
-            lambda: keep_largest(few, pairs), lambda: plain_keep_largest(few, pairs), "topk, scatter",
+            "keep_largest",
+            half,
+            4 * many.numel(),
+            lambda: keep_largest(few, pairs),
+            lambda: plain_keep_largest(few, pairs),
+            "topk, scatter",
         ),
         Row(
-            "sort_pairs", "int64", 16 * pairs + 8 * M,
-            lambda: sort_pairs(indices, M), lambda: plain_sort_pairs(indices, M), "argsort, bincount, cumsum",
+            "sort_pairs",
+            "int64",
+            16 * pairs + 8 * M,
+            lambda: sort_pairs(indices, M),
+            lambda: plain_sort_pairs(indices, M),
+            "argsort, bincount, cumsum",
         ),
-    ]  # fmt: skip
+    ]
 
 
-def measure(function, device):
-    """Milliseconds."""
+def measure(function: Callable, device: torch.device) -> float:
+    """Return the milliseconds that a function takes on the device."""
     if device.type != "cuda":
         start = time.perf_counter()
         function()
@@ -204,7 +256,7 @@ def measure(function, device):
 
 
 @torch.no_grad()
-def main(cfg):
+def main(cfg: Config) -> None:
     check_positive(cfg, "N", "d", "M", "k", "rounds")
     device = resolve_device(cfg.device)
     if device.type == "cuda":
@@ -226,10 +278,12 @@ def main(cfg):
 
     where, versions, commit = conditions(device)
     print(
-        f"{where}; {versions}; commit {commit}\nN = {cfg.N}, d = {cfg.d}, M = {cfg.M}, k = {cfg.k}; {cfg.rounds} rounds\n"
+        f"{where}; {versions}; commit {commit}\n"
+        f"N = {cfg.N}, d = {cfg.d}, M = {cfg.M}, k = {cfg.k}; {cfg.rounds} rounds\n"
     )
     print(
-        "kernel         dtype      ms p20     p50     p80  plain p50   / ours  floor MB     ms     GB/s  of copy  plain"
+        "kernel         dtype      ms p20     p50     p80"
+        "  plain p50   / ours  floor MB     ms     GB/s  of copy  plain"
     )
     speed = rows[0].bytes / percentile(times[0, "ours"], 0.5)  # of the copy, bytes a ms
     written = []
@@ -251,7 +305,8 @@ def main(cfg):
             add(f"{row.name}.floor", row.dtype, floor)
         line = f"{row.name:14} {row.dtype:10} {p20:6.3f} {p50:7.3f} {p80:7.3f} {plain}"
         print(
-            f"{line} {row.bytes / 1e6:9.1f} {floor:6.3f} {rate / 1e6:8.1f} {rate / speed:8.2f}  {row.words}".rstrip()
+            f"{line} {row.bytes / 1e6:9.1f} {floor:6.3f} {rate / 1e6:8.1f} "
+            f"{rate / speed:8.2f}  {row.words}".rstrip()
         )
     if cfg.csv:
         write_csv(cfg.csv, "kernels", written, (where, versions, commit))

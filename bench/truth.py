@@ -92,7 +92,7 @@ def synthetic(
 
 
 def recovered(sae: Sae, dictionary: np.ndarray, cosine: float = 0.95) -> float:
-    """Return the fraction of atoms (atoms, d) to which some decoder row has at least this cosine."""
+    """Return the fraction of atoms (atoms, d) with this cosine, or more, to some decoder row."""
     rows = torch.nn.functional.normalize(sae.W_dec.detach().cpu(), dim=1)
     best_cosine = (torch.from_numpy(dictionary) @ rows.T).amax(1)
     return best_cosine.ge(cosine).float().mean().item()
