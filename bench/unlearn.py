@@ -65,7 +65,7 @@ DOMAINS = {"object": "style", "style": "object"}  # {domain: the other one, whic
 
 
 def pairs(first: str, second: str, values: Iterable[tuple]) -> list[dict]:
-    """Return settings of two names: ("s", "rows", [(1, "cond")]) gives [{"s": 1, "rows": "cond"}]."""
+    """Return settings of two names: ("s", "n", [(1, 2)]) gives [{"s": 1, "n": 2}]."""
     return [{first: a, second: b} for a, b in values]
 
 
