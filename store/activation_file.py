@@ -26,7 +26,6 @@ from typing import NamedTuple
 import numpy as np
 
 from errors import UsageError
-from store.arrow import is_arrow, open_arrow
 from store.disk import checksum, fill, read_json, seen_from
 
 PIECES = 32  # that a file without prompts is cut into
@@ -214,9 +213,9 @@ def open_activation_file(path: str | Path) -> ActivationFile:
     Raises UsageError if it can't be used, or if its side files or its prompts.jsonl are damaged or
     exchanged; OSError if it is missing.
     """
-    if is_arrow(path):
-        return open_saved_rows(path)
     path = Path(path)
+    if is_saved_rows(path):
+        return open_saved_rows(path)
     header, meta = open_file(path)
     shape = header.shape
     prompt_rows = None
@@ -602,6 +601,15 @@ def hash_key(key: str) -> str:
 # ---- saved rows
 
 
+def is_saved_rows(path: Path) -> bool:
+    """Return whether a path is a folder that Hugging Face `datasets` wrote."""
+    if not path.is_dir():
+        return False
+    from store.arrow import is_arrow  # only someone who has folders needs it
+
+    return is_arrow(path)
+
+
 def open_saved_rows(folder: str | Path) -> ActivationFile:
     """Open a folder of saved rows: each holds the vectors (tokens, d) of one image and step.
 
@@ -609,6 +617,8 @@ def open_saved_rows(folder: str | Path) -> ActivationFile:
     timesteps. If neither tells it, `whole_prompts` is False, and each row is trained on or held out
     by itself.
     """
+    from store.arrow import open_arrow  # only someone who has such a folder needs it
+
     arrays, columns = open_arrow(folder)
     files = []
     rows_before = 0

@@ -27,13 +27,13 @@ from store.activation_file import (
     ActivationFile,
     StoredRows,
     hash_key,
+    is_saved_rows,
     open_activation_file,
     read_description,
     read_pieces,
     read_prompts,
     refuse_unfinished,
 )
-from store.arrow import is_arrow
 from store.disk import is_hidden
 from store.shuffle import Reader
 
@@ -109,7 +109,7 @@ def find_paths(item: str) -> list[Path]:
     """
     path = Path(item)
     if path.is_dir():
-        paths = [path] if is_arrow(path) else files_in(path)
+        paths = [path] if is_saved_rows(path) else files_in(path)
     elif path.exists() or not glob.has_magic(item):
         paths = [path]
     else:
@@ -126,8 +126,7 @@ def match_glob(pattern: str) -> list[Path]:
     """
     paths = []
     for path in map(Path, sorted(glob.glob(pattern))):
-        is_meant = is_arrow(path) if path.is_dir() else holds_activations(path)
-        if is_meant:
+        if is_saved_rows(path) or holds_activations(path):
             paths.append(path)
     if not paths:
         for partial in sorted(glob.glob(f"{pattern}.partial")):
@@ -153,7 +152,7 @@ def open_activations(
             if real_path in real_paths:
                 continue
             real_paths.add(real_path)
-            if is_arrow(path):
+            if is_saved_rows(path):
                 metas[str(path)] = {"hook_name": path.resolve().name}
             else:
                 metas[str(path)] = read_description(path)
