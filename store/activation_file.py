@@ -110,12 +110,13 @@ class ActivationFile:
     """(n, 3): index in `files`, first row, end row. The rows of a unit show one prompt, and none is
     padding."""
 
-    prompts: list
-    """(n,): which prompt each unit shows; units of the same value show the same one."""
+    prompts: list[tuple]
+    """(n,): the keys of what each unit shows, see `prompt_keys`. Units that share a key belong
+    together."""
 
     whole_prompts: bool
     """False if there are no prompts, only one, or unknown ones. Then `prompts` numbers pieces or
-    rows."""
+    rows: [((path, 0),), ((path, 1),), ...]."""
 
     prompt_rows: list[dict] | None = None
     """(P,): the lines of prompts.jsonl."""
@@ -225,10 +226,10 @@ def open_activation_file(path: str | Path) -> ActivationFile:
     lengths = read_lengths(path, shape) if meta.get("stream") == "text" else None
 
     images = image_prompts(path, shape, meta, prompt_rows)
-    whole_prompts = len(set(images)) > 1
+    whole_prompts = len(set(group_units(images)[1])) > 1
     first, end, prompts = cut_units(shape, images if whole_prompts else None, lengths)
     if not whole_prompts:
-        prompts = [(str(path), piece) for piece in prompts]
+        prompts = [((str(path), piece),) for piece in prompts]
     rows = StoredRows(
         str(path),
         header.offset,
@@ -526,19 +527,21 @@ def known_timesteps(shape: tuple[int, ...], meta: dict) -> list[float]:
 
 def image_prompts(
     path: Path, shape: tuple[int, ...], meta: dict, prompt_rows: list[dict] | None
-) -> list:
-    """Return which prompt each image of a file shows.
+) -> list[tuple]:
+    """Return the keys of what each image of a file shows.
 
-    It is the image's `prompt_key` if the prompts are known and differ, else (path, number): with
-    two images per prompt, the images 0 to 3 have the numbers 0 0 1 1. [] for a file of two axes.
+    They are the image's `prompt_keys` if the prompts are known and differ, else ((path, number),):
+    with two images per prompt, the images 0 to 3 have the numbers 0 0 1 1. [] for a file of two
+    axes.
     """
     if len(shape) == 2:
         return []
-    keys = [prompt_key(row) for row in prompt_rows or []]
-    if len(set(keys)) > 1:
+    keys = [prompt_keys(row) for row in prompt_rows or []]
+    _, groups = group_units(keys)
+    if len(set(groups)) > 1:
         return keys
     images_per_prompt = int(meta.get("num_images_per_prompt", 1))
-    return [(str(path), row // images_per_prompt) for row in range(shape[0])]
+    return [((str(path), row // images_per_prompt),) for row in range(shape[0])]
 
 
 def cut_units(
@@ -590,6 +593,67 @@ def prompt_key(row: dict) -> str:
     return f"seed {row.get('seed')}"
 
 
+def prompt_keys(row: dict) -> tuple[str, ...]:
+    """Return the keys of a line of prompts.jsonl: of its text, and of its real image if it has one.
+
+    A picture with several captions has several lines. All of them show the same picture, so that
+    they must not be told apart by their texts alone. For {"prompt": "a cat", "image_digest": "ab"}
+    it gives ("text acat", "image ab"), for {"prompt": "a cat"} it gives ("text acat",).
+    """
+    key = prompt_key(row)
+    if not row.get("image_digest"):
+        return (key,)
+    picture = f"image {row['image_digest']}"
+    if key == picture:
+        return (key,)
+    return key, picture
+
+
+def group_units(prompts: list[tuple]) -> tuple[list[tuple], list[int]]:
+    """Return by which keys units are grouped (n,), and the number of each one's group (n,).
+
+    prompts (n,): the keys of each unit, see `prompt_keys`. Units that share a key are in one group.
+    If that joins all units, as where 10 pictures have the same 5 texts, the pictures alone are the
+    keys, or else the texts alone, if these differ. For ("t", "p1"), ("t", "p2") it gives ("p1",),
+    ("p2",) and 0 1.
+    """
+    numbers = number_groups(prompts)
+    if max(numbers, default=0) > 0:
+        return prompts, numbers
+    for kind in (-1, 0):  # the picture, the text
+        keys = [(unit[kind],) for unit in prompts]
+        if len(set(keys)) > 1:
+            return keys, number_groups(keys)
+    return prompts, numbers
+
+
+def number_groups(keys: list[tuple]) -> list[int]:
+    """Return the number of each unit's group, in the order in which the groups appear.
+
+    Units that share a key are in one group, and so are units that are joined through others. For
+    ("a", "p1"), ("b", "p2"), ("c", "p1"), ("b", "p3") it gives 0 1 0 1.
+    """
+    parents = {}  # {key: another key of its group}; the one that is its own parent stands for all
+    for unit in dict.fromkeys(keys):
+        for key in unit:
+            parents.setdefault(key, key)
+            parents[first_of_group(parents, key)] = first_of_group(parents, unit[0])
+    number_of = {}
+    numbers = []
+    for unit in keys:
+        first = first_of_group(parents, unit[0])
+        numbers.append(number_of.setdefault(first, len(number_of)))
+    return numbers
+
+
+def first_of_group(parents: dict, key: object) -> object:
+    """Return the key that stands for a key's group, see `number_groups`. Shortens the way to it."""
+    while parents[key] != key:
+        parents[key] = parents[parents[key]]
+        key = parents[key]
+    return key
+
+
 def hash_key(key: str) -> str:
     """Return 16 hex digits of a prompt's key.
 
@@ -636,6 +700,7 @@ def open_saved_rows(folder: str | Path) -> ActivationFile:
     whole_prompts = len(set(prompts)) > 1
     if not whole_prompts:
         prompts = [(str(folder), row) for row in range(len(units))]
+    prompts = [(prompt,) for prompt in prompts]
     return ActivationFile(
         path=Path(folder),
         meta={},

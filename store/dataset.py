@@ -26,6 +26,7 @@ from store.activation_file import (
     SIDE_FILES,
     ActivationFile,
     StoredRows,
+    group_units,
     hash_key,
     is_saved_rows,
     open_activation_file,
@@ -266,13 +267,27 @@ def choose_held_out(sizes: np.ndarray, seed: int, is_unseen: np.ndarray | None) 
     return is_held_out
 
 
+def hashes_of_groups(prompts: list[tuple], numbers: list[int]) -> list[set[str]] | None:
+    """Return the hashes of the keys of each group; None if a key is not a text, image or seed.
+
+    prompts (n,): the keys of each unit. numbers (n,): the group of each, see `group_units`.
+    """
+    hashes = [set() for _ in range(max(numbers) + 1)]
+    for keys, number in dict.fromkeys(zip(prompts, numbers)):
+        for key in keys:
+            if not isinstance(key, str):
+                return None
+            hashes[number].add(hash_key(key))
+    return hashes
+
+
 class Activations:
     """The vectors of one hook point, from one or several files, split into training and held-out.
 
     The split is by prompt (see `choose_held_out`): all images of a prompt, in any of the files,
-    fall on one side. A file of two axes, or of a single prompt, is cut into 32 contiguous pieces,
-    which take the place of prompts; a held-out piece that is larger than HELD_OUT["at_most"] is
-    shortened.
+    fall on one side, and so do all captions of a real image. A file of two axes, or of a single
+    prompt, is cut into 32 contiguous pieces, which take the place of prompts; a held-out piece that
+    is larger than HELD_OUT["at_most"] is shortened.
 
     paths: activation files of one width and dtype. seed: of the choice. seen: hashes (`hash_key`)
     of the prompts that an SAE was trained on; where every prompt can be told from the others by its
@@ -312,7 +327,8 @@ class Activations:
     """Whether it is known, from `seen`, that an SAE has not seen what is held out."""
 
     training_prompts: set[str] | None
-    """Hashes of the prompts that are not held out; None if the files do not say their prompts."""
+    """Hashes of the keys (`prompt_keys`) of what is not held out; None if the files do not say
+    their prompts."""
 
     transfer: list[str]
     """Why the files do not belong to an SAE that is used on them on purpose; see identity.py."""
@@ -363,27 +379,28 @@ class Activations:
                 )
 
     def split(self, units: np.ndarray, prompts: list, seed: int, seen: set[str] | None) -> None:
-        """Divide the units (n, 3) into training and held-out; prompts (n,): what each shows."""
-        number_of = {}
-        for prompt in prompts:
-            number_of.setdefault(prompt, len(number_of))
-        if len(number_of) < 2:
+        """Divide the units (n, 3) into training and held-out; prompts (n,): the keys of each."""
+        prompts, groups = group_units(prompts)
+        numbers = np.array(groups)
+        num_groups = int(numbers.max()) + 1
+        if num_groups < 2:
             raise UsageError(f"{self.paths[0]} holds a single vector; there is nothing to train on")
-        numbers = np.array([number_of[prompt] for prompt in prompts])
         sizes = np.bincount(numbers, units[:, 2] - units[:, 1])
-        self.num_prompts = len(number_of) if self.whole_prompts else 0
+        self.num_prompts = num_groups if self.whole_prompts else 0
 
-        hashes = [hash_key(prompt) for prompt in number_of if isinstance(prompt, str)]
-        are_known = self.whole_prompts and len(hashes) == len(number_of)
-        self.unseen = are_known and seen is not None
+        hashes = None
+        if self.whole_prompts:
+            hashes = hashes_of_groups(prompts, groups)
+        self.unseen = hashes is not None and seen is not None
         is_unseen = None
         if self.unseen:
-            is_unseen = np.array([prompt not in seen for prompt in hashes])
+            is_unseen = np.array([group.isdisjoint(seen) for group in hashes])
 
         is_held_out = choose_held_out(sizes, seed, is_unseen)
         self.training_prompts = None
-        if are_known:
-            self.training_prompts = {hashes[number] for number in np.flatnonzero(~is_held_out)}
+        if hashes is not None:
+            trained = [hashes[number] for number in np.flatnonzero(~is_held_out)]
+            self.training_prompts = set().union(*trained)
         self.held_out_units = units[is_held_out[numbers]]
         self.training_units = units[~is_held_out[numbers]]
         self.shorten_held_out(HELD_OUT["at_most"])

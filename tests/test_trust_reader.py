@@ -836,3 +836,75 @@ def test_numbers_that_are_not_finite_or_vanish_are_one_line(tmp_path, monkeypatc
     np.save("x.npy", x)
     with pytest.raises(UsageError, match="NaN or inf in held-out vectors"):
         evaluate.main(evaluate.Config(sae="sae", device="cpu"))
+
+
+# ------------------------------------------------------------------------------------------------ found by testers
+
+
+def list_rows(path, rows):
+    """Write prompts.jsonl beside an activation file."""
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (path.parent / "prompts.jsonl").write_text(text)
+
+
+def sides(data, rows):
+    """The rows of prompts.jsonl that are trained on, and those that are held out."""
+    vectors_per_row = data.num_vectors // len(rows)
+    held_out = set((data.held_out_units[:, 1] // vectors_per_row).tolist())
+    assert 0 < len(held_out) < len(rows)
+    return (
+        [row for number, row in enumerate(rows) if number not in held_out],
+        [row for number, row in enumerate(rows) if number in held_out],
+    )
+
+
+def values(rows, name):
+    return {row[name] for row in rows}
+
+
+def test_captions_of_one_picture_lie_on_one_side(tmp_path):
+    """As in COCO: 8 pictures, each with 5 captions; two pictures also share a caption."""
+    path = tmp_path / "a.npy"
+    describe(path, np.random.default_rng(0).standard_normal((40, 2, 3, 4)).astype(np.float32))
+    rows = [
+        {"prompt": f"caption {caption} of {picture}", "image_digest": f"d{picture}"}
+        for caption in range(5)
+        for picture in range(8)
+    ]
+    rows[3]["prompt"] = rows[1]["prompt"]
+    list_rows(path, rows)
+    data = Activations([path])
+    assert data.num_prompts == 7 and data.whole_prompts
+    trained, held_out = sides(data, rows)
+    assert not values(trained, "image_digest") & values(held_out, "image_digest")
+    assert not values(trained, "prompt") & values(held_out, "prompt")
+
+    # an SAE of it has seen the pictures of the training rows under any other caption, too
+    again = [
+        {"prompt": f"other {row['prompt']}", "image_digest": row["image_digest"]} for row in rows
+    ]
+    list_rows(path, again)
+    seen = Activations([path], seen=data.training_prompts)
+    assert seen.unseen
+    assert values(sides(seen, again)[1], "image_digest") == values(held_out, "image_digest")
+
+
+@pytest.mark.parametrize("alike", ["prompt", "image_digest", "both cross"])
+def test_rows_that_all_hang_together_are_split_by_their_pictures_or_else_their_texts(
+    alike, tmp_path
+):
+    """Where no split keeps both apart, the pictures decide if there are several."""
+    path = tmp_path / "a.npy"
+    describe(path, np.random.default_rng(0).standard_normal((20, 2, 3, 4)).astype(np.float32))
+    rows = []
+    for number in range(20):
+        prompt = "a photo" if alike == "prompt" else f"text {number % 5}"
+        picture = "d" if alike == "image_digest" else f"d{number // 5}"
+        rows.append({"prompt": prompt, "image_digest": picture})
+    list_rows(path, rows)
+    data = Activations([path])
+    split_by = "prompt" if alike == "image_digest" else "image_digest"
+    trained, held_out = sides(data, rows)
+    assert not values(trained, split_by) & values(held_out, split_by)
+    assert data.whole_prompts and data.num_prompts == len(values(rows, split_by))
+    assert len(data.training_prompts) == len(values(trained, split_by))
