@@ -214,7 +214,7 @@ def open_activation_file(path: str | Path) -> ActivationFile:
     Raises UsageError if it can't be used, or if its side files or its prompts.jsonl are damaged or
     exchanged; OSError if it is missing.
     """
-    path = Path(path)
+    path = follow_link(path)
     if is_saved_rows(path):
         return open_saved_rows(path)
     header, meta = open_file(path)
@@ -252,6 +252,22 @@ def open_activation_file(path: str | Path) -> ActivationFile:
         prompt_rows=prompt_rows,
         lengths=lengths,
     )
+
+
+def follow_link(path: str | Path) -> Path:
+    """Return the file that a symbolic link means, if its description or side files lie there.
+
+    A link whose description lies beside the link keeps its path, as in a folder of a download whose
+    files are all links. So does a link to a `.npy` without such files.
+    """
+    path = Path(path)
+    if not path.is_symlink() or path.with_suffix(".json").exists():
+        return path
+    real_path = Path(os.path.realpath(path))
+    for suffix in (".json", *SIDE_FILES):
+        if real_path.suffix == ".npy" and real_path.with_suffix(suffix).exists():
+            return real_path
+    return path
 
 
 class NpyHeader(NamedTuple):

@@ -26,6 +26,7 @@ from store.activation_file import (
     SIDE_FILES,
     ActivationFile,
     StoredRows,
+    follow_link,
     group_units,
     hash_key,
     is_saved_rows,
@@ -140,15 +141,15 @@ def open_activations(
 ) -> list["Activations"]:
     """Open files, folders and globs as data sets: one for each model and hook point.
 
-    Files without a description are one data set together, and a file that is named twice is read
-    once. seen: hashes of prompts that must not be held out, see `Activations`. Raises UsageError if
-    a glob or folder has no file, or if two files are copies of each other; OSError if a file is not
-    there.
+    Files without a description are one data set together. A file that is named twice is read once,
+    and a link to an activation file stands for the file (see `follow_link`). seen: hashes of
+    prompts that must not be held out, see `Activations`. Raises UsageError if a glob or folder has
+    no file, or if two files are copies of each other; OSError if a file is not there.
     """
     metas = {}  # {path: description}
     real_paths = set()
     for item in data:
-        for path in find_paths(str(item)):
+        for path in map(follow_link, find_paths(str(item))):
             real_path = os.path.realpath(path)
             if real_path in real_paths:
                 continue

@@ -908,3 +908,29 @@ def test_rows_that_all_hang_together_are_split_by_their_pictures_or_else_their_t
     assert not values(trained, split_by) & values(held_out, split_by)
     assert data.whole_prompts and data.num_prompts == len(values(rows, split_by))
     assert len(data.training_prompts) == len(values(trained, split_by))
+
+
+def test_a_link_to_an_activation_file_stands_for_the_file(small, tmp_path, capsys):
+    real = small / "acts/block.npy"
+    link = tmp_path / "link.npy"
+    link.symlink_to(real)
+    by_link = dataset.open_activations([link])[0]
+    by_name = Activations([real])
+    assert by_link.paths == [os.path.realpath(real)] and by_link.hook_name == "block"
+    assert by_link.training_prompts == by_name.training_prompts
+    assert np.array_equal(by_link.held_out_units, by_name.held_out_units)
+    assert Activations([link]).training_prompts == by_name.training_prompts
+    assert len(dataset.open_activations([link, real])[0].paths) == 1
+    options = dict(data=[str(link)], device="cpu", out_dir=str(tmp_path / "evaluations"))
+    evaluate.main(evaluate.Config(sae=str(small / "sae"), **options))
+    printed = capsys.readouterr().out
+    assert "may be among them" not in printed and "whether the hook_name" not in printed
+
+    # a link with a description of its own beside it, as in a download, keeps its path
+    linked = tmp_path / "snapshot"
+    linked.mkdir()
+    for file in real.parent.iterdir():
+        (linked / file.name).symlink_to(file)
+    by_links = dataset.open_activations([linked])[0]
+    assert by_links.paths == [str(linked / "block.npy")]
+    assert by_links.training_prompts == by_name.training_prompts
