@@ -314,7 +314,7 @@ def open_file(path: str | Path) -> tuple[NpyHeader, dict]:
         raise UsageError(f"{path} is no .npy file")
     meta = read_description(path)
     if not meta:
-        refuse_lone_lengths(path)
+        refuse_lone_side_files(path)
     try:
         header = read_header(path)
     except ValueError as error:
@@ -355,18 +355,19 @@ def refuse_unfinished(path: str | Path) -> None:
         )
 
 
-def refuse_lone_lengths(path: Path) -> None:
-    """Raise UsageError if a file without a description has lengths beside it.
+def refuse_lone_side_files(path: Path) -> None:
+    """Raise UsageError if a file without a description has side files of collect.py beside it.
 
-    Its padding would count as vectors.
+    Without the description, padding would count as vectors, and prompts would not be known.
     """
-    lengths = path.with_suffix(".lengths.npy")
-    if lengths.exists():
-        raise UsageError(
-            f"{path} lies beside {lengths.name}, which says which of its tokens are padding, but "
-            f"{path.with_suffix('.json')} that describes both is not there; put it back, or move "
-            f"{lengths.name} away to use the padding too"
-        )
+    for suffix in SIDE_FILES:
+        side_file = path.with_suffix(suffix)
+        if side_file.exists():
+            raise UsageError(
+                f"{path} lies beside {side_file.name}, but {path.with_suffix('.json')}, which "
+                f"describes both, is not there; put it back, or move {side_file.name} away to use "
+                "all vectors of the file, padding too"
+            )
 
 
 def read_description(path: str | Path) -> dict:

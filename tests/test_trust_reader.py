@@ -934,3 +934,14 @@ def test_a_link_to_an_activation_file_stands_for_the_file(small, tmp_path, capsy
     by_links = dataset.open_activations([linked])[0]
     assert by_links.paths == [str(linked / "block.npy")]
     assert by_links.training_prompts == by_name.training_prompts
+
+
+@pytest.mark.parametrize("suffix", [".tokens.npy", ".timesteps.npy", ".lengths.npy"])
+def test_a_file_beside_side_files_needs_its_description(suffix, tmp_path):
+    x = np.random.default_rng(0).standard_normal((40, 4, 16, 8)).astype(np.float32)
+    np.save(tmp_path / "b.text.npy", x)
+    np.save(tmp_path / f"b.text{suffix}", np.full(40, 3))
+    (tmp_path / "link.npy").symlink_to(tmp_path / "b.text.npy")
+    for name in ("b.text.npy", "link.npy"):
+        with pytest.raises(UsageError, match=f"b.text.npy lies beside b.text{suffix}"):
+            dataset.open_activations([tmp_path / name])
