@@ -26,6 +26,7 @@ from store.activation_file import (
     SIDE_FILES,
     ActivationFile,
     StoredRows,
+    contents_checksum,
     follow_link,
     group_units,
     hash_key,
@@ -169,6 +170,8 @@ def open_activations(
         if meta.get("fingerprint"):
             key = (meta["fingerprint"], *hook_point)
         data_sets.setdefault(key, []).append(path)
+    for paths in data_sets.values():
+        check_equal_contents(paths)
     return [Activations(paths, seen=seen) for paths in data_sets.values()]
 
 
@@ -202,6 +205,42 @@ def check_copies(metas: dict[str, dict]) -> None:
                 f"{other} and {path} are copies of one collection, "
                 "whose vectors would count twice; name one"
             )
+
+
+def check_equal_contents(paths: list[str]) -> None:
+    """Raise UsageError if two files, or two folders of saved rows, have the same contents.
+
+    Without prompts, equal vectors would lie on both sides of the split. paths: of one data set; two
+    hook points can have equal vectors. Only files of the same size are read, see
+    `contents_checksum`.
+    """
+    paths_by_size = {}
+    for path in paths:
+        sizes = tuple(file.stat().st_size for file in files_with_rows(path))
+        paths_by_size.setdefault(sizes, []).append(path)
+    for same_size in paths_by_size.values():
+        if len(same_size) == 1:
+            continue
+        first_path = {}
+        for path in same_size:
+            contents = tuple(contents_checksum(file) for file in files_with_rows(path))
+            other = first_path.setdefault(contents, path)
+            if other != path and contents:
+                raise UsageError(
+                    f"{other} and {path} have the same contents, "
+                    "so their vectors would count twice; name one"
+                )
+
+
+def files_with_rows(path: str) -> list[Path]:
+    """Return the files that hold the numbers of a path: itself, or the .arrow files of a folder.
+
+    [] if it is not there; whoever opens it says so.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return sorted(path.glob("*.arrow"))
+    return [path] if path.exists() else []
 
 
 def say_missing_shards(metas: Iterable[dict]) -> None:

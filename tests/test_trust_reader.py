@@ -945,3 +945,24 @@ def test_a_file_beside_side_files_needs_its_description(suffix, tmp_path):
     for name in ("b.text.npy", "link.npy"):
         with pytest.raises(UsageError, match=f"b.text.npy lies beside b.text{suffix}"):
             dataset.open_activations([tmp_path / name])
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_copies_of_plain_files_are_refused(large, tmp_path):
+    x = np.random.default_rng(0).standard_normal((40, 16, 8)).astype(np.float32)
+    if large:
+        x = np.resize(x, (40, 1 << 14, 8))
+    np.save(tmp_path / "a.npy", x)
+    np.save(tmp_path / "b.npy", x + 1)
+    shutil.copy(tmp_path / "a.npy", tmp_path / "c.npy")
+    assert len(dataset.open_activations([tmp_path / "a.npy", tmp_path / "b.npy"])[0].paths) == 2
+    with pytest.raises(UsageError, match="a.npy and .*c.npy have the same contents"):
+        dataset.open_activations([tmp_path])
+
+
+def test_copies_of_saved_rows_are_refused(tmp_path):
+    (tmp_path / "first").mkdir()
+    saved_rows(tmp_path / "first/rows", [0, 0, 1, 1], [0, 1, 0, 1])
+    shutil.copytree(tmp_path / "first", tmp_path / "second")
+    with pytest.raises(UsageError, match="first/rows and .*second/rows have the same contents"):
+        dataset.open_activations([tmp_path / "first/rows", tmp_path / "second/rows"])
