@@ -330,12 +330,20 @@ def check_array(path: Path, header: NpyHeader, meta: dict) -> None:
     dtype = header.dtype
     is_bfloat16 = dtype == np.uint16 and meta.get("dtype") == "bfloat16"
     if not is_bfloat16 and dtype not in (np.float16, np.float32, np.float64):
+        way_on = ""
+        if dtype.kind == "f" and dtype.itemsize in (2, 4, 8):  # the bytes are in the other order
+            way_on = f'; save x.astype("<f{dtype.itemsize}") instead of the array x'
         raise UsageError(
-            f"{path} holds {dtype}, expected float16, 32 or 64 (or bfloat16 with its .json)"
+            f"{path} holds {dtype}, expected float16, 32 or 64 (or bfloat16 with its .json){way_on}"
         )
-    if len(shape) < 2 or not header.c_order:
+    if len(shape) < 2:
         raise UsageError(
             f"{path} has shape {shape}, expected (prompts, ..., d) or (vectors, d) in C order"
+        )
+    if not header.c_order:
+        raise UsageError(
+            f"{path} is in Fortran order, expected C order; "
+            "save np.ascontiguousarray(x) instead of the array x"
         )
     if not prod(shape):
         raise UsageError(f"{path} is empty: shape {shape}")

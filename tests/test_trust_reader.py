@@ -966,3 +966,16 @@ def test_copies_of_saved_rows_are_refused(tmp_path):
     shutil.copytree(tmp_path / "first", tmp_path / "second")
     with pytest.raises(UsageError, match="first/rows and .*second/rows have the same contents"):
         dataset.open_activations([tmp_path / "first/rows", tmp_path / "second/rows"])
+
+
+def test_arrays_in_another_order_of_bytes_or_axes_say_the_way_on(tmp_path):
+    x = np.random.default_rng(0).standard_normal((40, 16, 8)).astype(np.float32)
+    ways = {
+        "big": (x.astype(">f4"), 'x.astype("<f4")'),
+        "fortran": (np.asfortranarray(x), "np.ascontiguousarray(x)"),
+    }
+    for name, (array, way) in ways.items():
+        np.save(tmp_path / f"{name}.npy", array)
+        with pytest.raises(UsageError) as error:
+            Activations([tmp_path / f"{name}.npy"])
+        assert way in str(error.value)
