@@ -29,6 +29,7 @@ from store import dataset
 from store.activation_file import WHOLE_FILE, contents_checksum
 from store.dataset import Activations
 from store.disk import checksum
+from store.identity import activations_of
 from store.prompts import load_prompts
 
 pytestmark = pytest.mark.slow
@@ -945,6 +946,52 @@ def test_a_file_beside_side_files_needs_its_description(suffix, tmp_path):
     for name in ("b.text.npy", "link.npy"):
         with pytest.raises(UsageError, match=f"b.text.npy lies beside b.text{suffix}"):
             dataset.open_activations([tmp_path / name])
+
+
+def of_two_guidances(folder):
+    """Two files of one model and hook point, the second collected with another guidance."""
+    for number, guidance in enumerate((7.5, 1.5)):
+        (folder / str(number)).mkdir()
+        x = np.random.default_rng(number).standard_normal((40, 2, 64, 8)).astype(np.float32)
+        options = {"pipeline_kwargs": {"guidance_scale": guidance}, "id": f"id{number}"}
+        describe(folder / str(number) / "block.npy", x, grid=[8, 8], **options)
+    return [str(folder / "0/block.npy"), str(folder / "1/block.npy")]
+
+
+def test_every_file_is_compared_with_the_sae(tmp_path, capsys):
+    data = of_two_guidances(tmp_path)
+    config = train.Config(data=data[:1], num_latents=[32], k=[4], out_dir=str(tmp_path))
+    train.main(replace(config, run_name="sae", device="cpu"))
+    capsys.readouterr()
+    options = dict(sae=str(tmp_path / "sae"), data=data, device="cpu")
+    for number, stage in enumerate((evaluate, features)):
+        stage.main(stage.Config(**options, out_dir=str(tmp_path / f"out{number}")))
+        printed = capsys.readouterr().out
+        assert printed.count("was collected otherwise than the SAE's training vectors") == 1
+        assert f"note: {data[1]} was collected" in printed
+        assert "guidance_scale 1.5, not 7.5" in printed
+
+
+def test_diagnosis_says_which_file_was_collected_otherwise(tmp_path, capsys):
+    data = of_two_guidances(tmp_path)
+    options = dict(trial_updates=2, device="cpu", out_dir=str(tmp_path / "diagnosis"))
+    diagnose.main(diagnose.Config(data=data, **options))
+    printed = capsys.readouterr().out
+    assert f"note: {data[1]} was collected otherwise than {data[0]}" in printed
+
+
+def test_each_kind_of_file_is_compared_once(tmp_path, capsys):
+    """Five shards that differ alike are one line, not five."""
+    paths = []
+    for number in range(5):
+        (tmp_path / str(number)).mkdir()
+        x = np.random.default_rng(number).standard_normal((8, 2, 4, 8)).astype(np.float32)
+        paths.append(tmp_path / str(number) / "block.npy")
+        describe(paths[-1], x, id=f"id{number}", seed=1)
+    point = {"hook_name": "block", "side": "output", "rows": "cond", "stream": "image"}
+    sae = Sae(8, 16, 2, {**point, "collected_with": {"seed": 0}})
+    activations_of(sae, "sae", paths)
+    assert capsys.readouterr().out.count("seed 1, not 0") == 1
 
 
 @pytest.mark.parametrize("large", [False, True])
