@@ -38,8 +38,10 @@ KINDS = (
 PROMPT_COLUMNS = ("prompt", "caption", "text")
 # These columns decide what is generated; they are found however they are spelled
 USED_COLUMNS = (*PROMPT_COLUMNS, "negative_prompt", "seed")
-# Keys of prompts.jsonl that a column of the data set must not fill
-OWN_KEYS = ("id", "prompt", "negative_prompt", "seed", "seen")
+# collect.py adds these keys to prompts.jsonl; a column of such a name is kept as dataset_<name>
+ADDED_KEYS = ("id", "seen", "image_digest")
+# Keys of a prompt that are never copied from a column of the same name as they are
+OWN_KEYS = (*ADDED_KEYS, "prompt", "negative_prompt", "seed")
 
 SEPARATORS = ",;\t|"
 BYTE_ORDER_MARKS = {
@@ -80,7 +82,7 @@ def load_prompts(
     rows = read_rows(dataset_name, split, max_num_examples, named)
     for number, row in enumerate(rows, 1):
         where = f"{dataset_name}, row {number}"
-        row = rename_columns(row, named)
+        row = rename_columns(row, named, where)
         if not prompts:
             column = column or find_prompt_column(row)
             check_has_column(row, column, dataset_name)
@@ -207,7 +209,7 @@ def pictures_of_column(
     sources = []
     for number, row in enumerate(rows, 1):
         where = f"{dataset_name}, row {number}"
-        row = rename_columns(row, named)
+        row = rename_columns(row, named, where)
         for name in named:
             if name not in row:
                 raise UsageError(
@@ -258,21 +260,38 @@ def picture_of(row: Row, images: str, dataset_name: str, where: str) -> Any:
 # ---- one row of a data set
 
 
-def rename_columns(row: Row, named: list[str]) -> Row:
-    """Return a row whose columns have the names that `column_name` gives them."""
-    return {column_name(name, named): value for name, value in row.items()}
+def rename_columns(row: Row, named: list[str], where: str) -> Row:
+    """Return a row whose columns have the names that `column_name` gives them.
+
+    Raises UsageError if two columns get the same name, since one of them would be lost.
+    """
+    renamed = {}
+    originals = {}
+    for original, value in row.items():
+        name = column_name(original, named)
+        if name in renamed:
+            raise UsageError(
+                f"{where}: columns {originals[name]!r} and {original!r} both count as {name!r}; "
+                "rename or remove one of them"
+            )
+        renamed[name] = value
+        originals[name] = original
+    return renamed
 
 
 def column_name(name: str, named: list[str]) -> str:
     """Return the name under which a column is kept.
 
     White space around a name is removed. A column that decides what is generated is found however
-    it is spelled: "Negative Prompt" gives "negative_prompt". A name that the user gave, in `named`,
-    stays as it is.
+    it is spelled: "Negative Prompt" gives "negative_prompt". A column that is called like a key
+    which collect.py adds is kept under another name: "id" gives "dataset_id". A name that the user
+    gave, in `named`, stays as it is.
     """
     if name in named:
         return name
     stripped = str(name).strip()
+    if stripped in ADDED_KEYS:
+        return f"dataset_{stripped}"
     usual = re.sub(r"[\s-]+", "_", stripped.lower())
     return usual if usual in USED_COLUMNS else stripped
 
@@ -463,7 +482,7 @@ def read_table(path: Path, named: list[str]) -> list[Row]:
 
 
 def read_parquet(path: Path) -> list[Row]:
-    """Return the rows of a parquet file."""
+    """Return the rows of a parquet file. pyarrow raises ValueError if two columns have one name."""
     import pyarrow.parquet  # comes with `datasets`
 
     return pyarrow.parquet.read_table(path).to_pylist()
@@ -518,7 +537,7 @@ def read_text_lines(text: str) -> list[Row]:
 
 def read_json_lines(text: str) -> list[Row]:
     """Return the rows of a text with one JSON object per line."""
-    rows = [json.loads(line) for line in lines_of(text)]
+    rows = [parse_json(line) for line in lines_of(text)]
     if not all(isinstance(row, dict) for row in rows):
         raise UsageError("expected one object per line")
     return rows
@@ -527,12 +546,28 @@ def read_json_lines(text: str) -> list[Row]:
 def read_json_array(text: str) -> list[Row]:
     """Return the rows of a JSON array of objects, or of texts, which are prompts."""
     try:
-        rows = json.loads(text)
+        rows = parse_json(text)
     except json.JSONDecodeError as error:
         raise UsageError(f"{error}; a file with one object per line is named .jsonl") from None
     if not isinstance(rows, list) or not all(isinstance(row, (dict, str)) for row in rows):
         raise UsageError("expected an array of objects or of texts")
     return [{"prompt": row} if isinstance(row, str) else row for row in rows]
+
+
+def parse_json(text: str) -> Any:
+    """Return a JSON value. Raises UsageError if an object has a key twice, which json.loads lets
+    pass: there the last one wins."""
+    return json.loads(text, object_pairs_hook=as_object)
+
+
+def as_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the dict of a JSON object's keys and values. Raises UsageError for a key twice."""
+    values = {}
+    for key, value in pairs:
+        if key in values:
+            raise UsageError(f"an object has the key {key!r} twice; rename or remove one of them")
+        values[key] = value
+    return values
 
 
 # ---- comma-separated text
