@@ -419,7 +419,7 @@ def main(cfg: Config) -> list[Path]:
     settings = settings_of(cfg, hooked, options, sites, processes.device, dtype, store_dtype)
     arguments = (folder, settings, prompts, cfg.batch_size * cfg.num_images_per_prompt)
     with Collection(*arguments) if first else nullcontext() as collection:
-        pending = processes.tell(collection.pending() if first else None)[0]
+        pending = processes.all_gather(collection.pending() if first else None)[0]
         collection = collection or Collection(*arguments, joining=True)
         sample = partial(generate, hooked, cfg, sites, options, real, sources)
         write = partial(

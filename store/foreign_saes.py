@@ -186,9 +186,9 @@ def check_keys(path: Path, cfg: dict[str, Any], known: Collection[str]) -> None:
         says_nothing = is_off or value in (None, "none", "", [], {})
         if key not in known and not says_nothing:
             raise UsageError(
-                f"{path} says {key} {repr(value)[:60]}, which is not known here and may change what "
-                "the SAE computes; it can't be loaded. If it changes nothing, remove it from a copy "
-                "of the file"
+                f"{path} says {key} {repr(value)[:60]}, which is not known here and may change "
+                "what the SAE computes; it can't be loaded. If it changes nothing, remove it from "
+                "a copy of the file"
             )
 
 
