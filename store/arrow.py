@@ -151,5 +151,15 @@ def length_of_lists(column: Any, where: str) -> int:
 
 
 def offset_of(array: np.ndarray, stream: Stream, path: Path) -> int:
-    """Return where the first number of an array lies in the mapped file, in bytes."""
-    return array.__array_interface__["data"][0] - stream.address
+    """Return where the first number of an array lies in the mapped file, in bytes.
+
+    Raises UsageError if the array does not lie in the file: then the stream is compressed, and
+    pyarrow unpacked it into other memory.
+    """
+    offset = array.__array_interface__["data"][0] - stream.address
+    if offset < 0 or offset + array.nbytes > stream.size:
+        raise UsageError(
+            f"{path} is compressed, and only rows that are not can be read in place; load it with "
+            "datasets.load_from_disk, and save it again with save_to_disk"
+        )
+    return offset
