@@ -449,6 +449,22 @@ def test_rows_saved_as_lists_and_by_file_name(tmp_path):
         open_activations([tmp_path / "b"])
 
 
+@pytest.mark.parametrize("compression", ["lz4", "zstd"])
+def test_compressed_rows_are_refused(tmp_path, compression):
+    """Their numbers do not lie in the file, so a place in it would be a number out of the air."""
+    import pyarrow as pa
+
+    x = np.random.default_rng(0).normal(size=(30, 4, 8)).astype(np.float32)
+    folder = saved_rows(tmp_path / "a", x, plain=True, shards=1)
+    [path] = folder.glob("*.arrow")
+    table = pa.ipc.open_stream(path.read_bytes()).read_all()
+    options = pa.ipc.IpcWriteOptions(compression=compression)
+    with pa.ipc.new_stream(str(path), table.schema, options=options) as stream:
+        stream.write_table(table)
+    with pytest.raises(UsageError, match="arrow is compressed.*save it again"):
+        open_activations([folder])
+
+
 def test_a_folder_of_plain_files_is_one_data_set(tmp_path):
     paths = [str(numbered(tmp_path / f"{name}.npy", first=ord(name))) for name in "ab"]
     assert [data.paths for data in open_activations([tmp_path])] == [paths]
