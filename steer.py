@@ -461,6 +461,7 @@ def choose_of_concept(
     features, values = find_features(images.scores, has_word, cfg.score, count)
     target.features = features.tolist()
     target.scores = values.tolist()
+    check_chosen_features(target, count, f"more active with {cfg.concept!r} than without it")
     with_it = has_word.nonzero()[:, 0]
     without = (~has_word).nonzero()[:, 0]
     return images.chosen(with_it), images.chosen(without)
@@ -475,14 +476,29 @@ def choose_varying(
     the weakest first.
     """
     scores = images.scores.mean(1)  # (P, M), over the steps
-    count = min(cfg.num_features or 1, target.sae.num_latents)
-    values, features = scores.std(0).topk(count)
+    count = cfg.num_features or 1
+    values, features = scores.std(0).topk(min(count, target.sae.num_latents))
+    varies = values > 0
+    features = features[varies]
     target.features = features.tolist()
-    target.scores = values.tolist()
+    target.scores = values[varies].tolist()
+    check_chosen_features(target, count, "active on some images more than on others")
 
     order = scores[:, features].sum(1).argsort(descending=True)
     half = len(order) // 2
     return images.chosen(order[:half]), images.chosen(order.flip(0)[:half])
+
+
+def check_chosen_features(target: Target, count: int, what: str) -> None:
+    """Print one line if fewer than `count` features are `what`. Raises UsageError if none is."""
+    num_features = len(target.features)
+    if num_features == 0:
+        raise UsageError(f"no feature of {target.path} is {what}: name others with --features")
+    if num_features < count:
+        print(
+            f"note: only {num_features} features of {target.path} are {what}, not {count}; "
+            "these are changed"
+        )
 
 
 # ------------------------------------------------------------------------------------- strengths
