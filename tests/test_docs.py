@@ -7,11 +7,10 @@ import re
 
 import pytest
 import torch
-import tyro
 from commands import ROOT
 from documents import FREE, PAGES, Block, all_commands, anchors, blocks, commands, links
 
-from cli import gather_lists
+from options import parse
 from sae import Sae
 
 SCRIPTS = ["ablate", "collect", "diagnose", "train", "evaluate", "features", "steer", "export"]
@@ -28,7 +27,7 @@ NAMES = [f"{block.page.stem}: {' '.join(words)}" for block, words in COMMANDS]
 def check_options(module: str, options: list[str]) -> None:
     """Parse the options as the script would."""
     Config = importlib.import_module(module).Config
-    tyro.cli(Config, args=gather_lists(options, Config), use_underscores=True)
+    parse(Config, f"{module}.py", [word for word in options if word != "--help"])
 
 
 def check_command(words: list[str]) -> None:
