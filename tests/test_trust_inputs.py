@@ -574,7 +574,8 @@ def test_old_dictionary_learning_files_have_k_in_their_config(tmp_path, kind, mi
         ("ที่บ้าน", "ท", False),  # a vowel sign belongs to the letter before it
         ("हिन्दी", "ह", False),
         ("a red fox", "red fox", True),
-        ("a_b", "a", False),
+        ("red_hair", "hair", True),  # as tags are written
+        ("red_hair", "air", False),
         ("赤いfox", "fox", True),
     ],
 )
@@ -585,7 +586,7 @@ def test_which_prompts_have_a_word(text, word, has):
 def test_words_with_accents_and_signs_stay_whole():
     assert words_of("Cafe\u0301, l’été; हिन्दी red-hot") == [
         "caf\u00e9",
-        "l’été",
+        "l'été",
         "हिन्दी",
         "red-hot",
     ]
@@ -759,7 +760,7 @@ STAGES = {  # module, its options, which of its functions is killed, what is lef
     "steer, its model": (
         "steer",
         {"features": ["3"], "num_prompts": 2},
-        "load_model",
+        "model_of",
         ["steer.json"],
     ),
     "steer, its numbers": (
