@@ -126,7 +126,7 @@ class ShardedUpdate(SparseUpdate):
 
     def over_latents(self, count):
         """The sum of a count over the processes."""
-        return int(self.sae.latents.sum(self.dead.new_tensor([count])))
+        return int(self.sae.latents.sum(self.dead_indices.new_tensor([count])))
 
     def largest(self, centred, width, parts):
         acts, indices = super().largest(centred, min(width, len(self.W_dec)), parts)

@@ -81,17 +81,17 @@ def configurations(half, widths):
         yield (
             DECODE.gather_sum_kernel,
             dict(weights=f, **gather),
-            DECODE.GATHER_SUM | dict(BLOCK_D=DECODE.blocks_of(d, 256)),
+            DECODE.GATHER_SUM | dict(BLOCK_D=DECODE.block_of_columns(d, 256)),
         )
         yield (
             DECODE.gather_dot_kernel,
             dict(x=f, **gather),
-            DECODE.GATHER_DOT | dict(BLOCK_D=DECODE.blocks_of(d, 128)),
+            DECODE.GATHER_DOT | dict(BLOCK_D=DECODE.block_of_columns(d, 128)),
         )
         fused = dict(x=f, top_acts=f, top_indices=i, W=f, b=f, e=f, d_acts=f, d=n, k=n)
         yield DECODE.decode_error_kernel, fused, DECODE.decode_error_blocks(d)
         summed = dict(weights=f, order=i, ends=i, x=f, dW=f, db=f, d=n, k=n)
-        yield GRAD.sum_kernel, summed, dict(BLOCK_P=8, BLOCK_D=DECODE.blocks_of(d, 256))
+        yield GRAD.sum_kernel, summed, dict(BLOCK_P=8, BLOCK_D=DECODE.block_of_columns(d, 256))
         for dense in (False, True):
             blocks = ADAM.row_blocks(d) | dict(DENSE=dense)
             yield ADAM.squared_norm_kernel, dict(**pairs, out=f, d=n), blocks

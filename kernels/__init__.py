@@ -24,7 +24,7 @@ from kernels.batch_topk import keep_largest  # noqa: E402
 from kernels.decode import decode, decode_error  # noqa: E402
 from kernels.encode import Selector, encode, merge  # noqa: E402
 from kernels.grad import (  # noqa: E402
-    KEPT,
+    MAX_STORED,
     Gradient,
     count_active,
     sort_pairs,
@@ -35,6 +35,6 @@ from kernels.grad import (  # noqa: E402
 from kernels.topk import topk  # noqa: E402
 
 __all__ = [
-    "KEPT", "Gradient", "Selector", "adam", "count_active", "decode", "decode_error", "encode", "keep_largest", "merge",
+    "MAX_STORED", "Gradient", "Selector", "adam", "count_active", "decode", "decode_error", "encode", "keep_largest", "merge",
     "sort_pairs", "squared_norm", "sum_by_latent", "sum_over", "topk", "totals", "update_rows", "weighted_sum",
 ]  # fmt: skip
