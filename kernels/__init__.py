@@ -3,10 +3,10 @@
     topk.py        topk(pre_acts, k)                            top_acts, top_indices
     encode.py      encode(x, W_enc, b_enc, b_dec, k)            top_acts, top_indices
     decode.py      decode(top_acts, top_indices, W_dec, b_dec)  x_hat
-    grad.py        sum_by_latent(weights, top_indices, x, M)    dW, db: the gradients of both
-    adam.py        update_rows(W, gradient, ...)                clip, project, Adam, unit norm, in place
+    grad.py        sum_by_latent(weights, top_indices, x, M)    dW, db, for both of these
+    adam.py        update_rows(W, gradient, ...)                clip, Adam, unit norm, in place
     batch_topk.py  keep_largest(acts, count)                    kept, least: BatchTopK's selection
-    update.py      SparseUpdate(sae, variance)                  one training update, made of these
+    update.py      SparseUpdate(sae, variance)                  one training update of all
 
 N vectors have the width d; there are M latents, of which k are active per vector. Tensors on CUDA
 go through Triton, and all others through torch, as do all where Triton is not installed. Both

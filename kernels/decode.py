@@ -89,10 +89,11 @@ if triton is not None:
 
     @triton.jit
     def decode_error_kernel(
-        x, top_acts, top_indices, W, b, e, d_acts, d, k, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr
+        x, top_acts, top_indices, W, b, e, d_acts, d, k,
+        BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     ):  # fmt: skip
-        """Program n writes e[n] = x_hat[n] - x[n], which it keeps in registers whole, and d_acts[n],
-        its products with the k rows that made x_hat[n]."""
+        """Program n writes e[n] = x_hat[n] - x[n], which it keeps whole in registers, and
+        d_acts[n], its products with the k rows that made x_hat[n]."""
         n = tl.program_id(0).to(tl.int64)
         cols = tl.arange(0, BLOCK_D)
         # x_hat: the bias, and BLOCK_K rows of W at a time
