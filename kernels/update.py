@@ -374,10 +374,11 @@ class SparseUpdate:
         last = reconstructions[-1]
 
         slope = self.slope_of(len(x), num_vectors, weights)
-        error_losses = [error_loss(one.e, slope) for one in reconstructions]
         loss = 0.0
-        for one, its_loss in zip(reconstructions, error_losses):
-            loss = loss + one.loss_weight * its_loss
+        for reconstruction in reconstructions:
+            error = error_loss(reconstruction.e, slope)
+            loss = loss + reconstruction.loss_weight * error
+        last_error = error  # the SAE's own reconstruction comes last
 
         auxk = None
         if self.num_listed:
@@ -386,7 +387,7 @@ class SparseUpdate:
 
         active = count_active(last.top_acts, last.top_indices, len(self.W_dec)) > 0
         loss, last_error_loss, active = self.sum_over_processes(
-            loss, error_losses[-1], active.to(x.dtype)
+            loss, last_error, active.to(x.dtype)
         )
         return Forward(
             loss=loss,
@@ -554,32 +555,28 @@ class SparseUpdate:
         reconstructions, slope = forward.reconstructions, forward.slope
         n, d = forward.x.shape
         num_latents = len(self.W_dec)
-        width = max(one.top_acts.shape[1] for one in reconstructions)
+        width = max(reconstruction.top_acts.shape[1] for reconstruction in reconstructions)
+
+        latents, acts, scaled_acts, d_acts, errors = [], [], [], [], []
+        b_dec = 0.0
+        for reconstruction in reconstructions:
+            is_active = reconstruction.top_acts > 0
+            scale = reconstruction.loss_weight * slope  # (n, 1): d loss / d x_hat = scale e
+            latents.append(torch.where(is_active, reconstruction.top_indices, num_latents))
+            acts.append(reconstruction.top_acts)
+            scaled_acts.append(reconstruction.top_acts * scale)
+            d_acts.append(reconstruction.d_acts * scale)
+            errors.append(reconstruction.e)
+            b_dec = b_dec + scale[:, 0] @ reconstruction.e
 
         # sort the pairs by latent; those that are not active come last, and count nowhere
-        latents = []
-        for one in reconstructions:
-            latents.append(torch.where(one.top_acts > 0, one.top_indices, num_latents))
         order, ends = sort_pairs(stack(latents, width, num_latents), num_latents)
-
-        # numbers (R n K,) of the pairs, in that order
-        acts = stack([one.top_acts for one in reconstructions], width).flatten()[order]
-        slopes = [
-            one.loss_weight * slope for one in reconstructions
-        ]  # of |e|^2 in the loss, (n, 1)
-        d_acts, scaled_acts = [], []
-        for one, its_slope in zip(reconstructions, slopes):
-            scaled_acts.append(one.top_acts * its_slope)
-            d_acts.append(one.d_acts * its_slope)
+        acts = stack(acts, width).flatten()[order]
         scaled_acts = stack(scaled_acts, width).flatten()[order]
         d_acts = stack(d_acts, width).flatten()[order]
+        errors = stack(errors, d)
         rows = order // width
         vectors = rows % n if len(reconstructions) > 1 else rows
-
-        b_dec = 0.0
-        for one in reconstructions:
-            b_dec = b_dec + (one.loss_weight * slope[:, 0]) @ one.e
-        errors = stack([one.e for one in reconstructions], d)
         return Gradients(
             forward=forward,
             W_enc=Gradient(d_acts, vectors, ends, forward.centred),
