@@ -103,10 +103,10 @@ def selection_kernels(dtype: str, half: str) -> Iterator[Configuration]:
 def decoder_kernels(d: int) -> Iterator[Configuration]:
     """The kernels that gather and sum rows of the decoder, for vectors of width d."""
     gather = {"top_indices": INDICES, "W": FLOATS, "out": FLOATS, "d": NUMBER, "k": NUMBER}
-    blocks = DECODE.GATHER_SUM | {"BLOCK_D": DECODE.blocks_of(d, 256)}
+    blocks = DECODE.GATHER_SUM | {"BLOCK_D": DECODE.block_of_columns(d, 256)}
     yield Configuration(DECODE.gather_sum_kernel, {"weights": FLOATS, **gather}, blocks)
 
-    blocks = DECODE.GATHER_DOT | {"BLOCK_D": DECODE.blocks_of(d, 128)}
+    blocks = DECODE.GATHER_DOT | {"BLOCK_D": DECODE.block_of_columns(d, 128)}
     yield Configuration(DECODE.gather_dot_kernel, {"x": FLOATS, **gather}, blocks)
 
     types = dict.fromkeys(("x", "top_acts", "W", "b", "e", "d_acts"), FLOATS)
@@ -115,7 +115,7 @@ def decoder_kernels(d: int) -> Iterator[Configuration]:
 
     types = dict.fromkeys(("weights", "x", "dW", "db"), FLOATS)
     types |= {"order": INDICES, "ends": INDICES, "d": NUMBER, "k": NUMBER}
-    blocks = {"BLOCK_P": 8, "BLOCK_D": DECODE.blocks_of(d, 256)}
+    blocks = {"BLOCK_P": 8, "BLOCK_D": DECODE.block_of_columns(d, 256)}
     yield Configuration(GRAD.sum_kernel, types, blocks)
 
 
