@@ -13,6 +13,7 @@ from diffusion.generate import (
     images_of,
     required_images,
 )
+from errors import UsageError
 from hook import Edit, HookedDiffusionModel
 
 HOOK = "up_blocks.0.attentions.1"
@@ -121,3 +122,30 @@ def test_the_images_of_an_output():
     assert torch.equal(images_of((video[:, 0], video)), video[:, 0])
     for none in (torch.rand(2, 1, 8, 8), torch.rand(2, 400), [], {"images": "of PIL"}):
         assert images_of(none) is None
+
+
+def test_an_edit_in_place_that_returns_nothing_is_carried_out(model):
+    def zero(x):
+        x.zero_()
+
+    def zero_before(x, before):
+        before.zero_()  # a copy of what the module takes, which no edit changes
+
+    def look(x):
+        pass
+
+    def images(edit):
+        return generate(model, generation_of(2), lambda sampling: {HOOK: [edit]}).sample
+
+    plain = generate(model, generation_of(2)).sample
+    returned = images(Edit(lambda x: 0 * x))
+    assert not torch.equal(returned, plain)
+    assert torch.equal(images(Edit(zero)), returned)
+    assert torch.equal(images(Edit(zero_before, with_input=True)), plain)
+    assert torch.equal(images(Edit(look)), plain)
+
+
+@pytest.mark.parametrize("steps", ["0-1", "1", 1])
+def test_steps_that_are_no_collection_of_numbers_are_refused(steps):
+    with pytest.raises(UsageError, match="steps: expected a range or a list, got"):
+        Edit(lambda x: x, steps=steps)
