@@ -400,7 +400,7 @@ def main(cfg: Config) -> list[Path]:
         return []
     real = None
     if cfg.images is not None:
-        real = RealImages(hooked, texts[0], options, cfg.width, cfg.height)
+        real = RealImages(hooked, texts[0], options)
         if first:
             check_images(sources, prompts)
             if remark := real.check_reconstruction(real.crop(sources[prompts[0]["id"]])):
