@@ -334,6 +334,60 @@ def test_an_order_that_does_not_fit_is_refused():
         own_loop((4.0,), order="cond")
 
 
+class Noise(torch.nn.Module):
+    """Predicts the toy's noise. A loop of one's own may want it, whatever the toy predicts."""
+
+    def __init__(self, pipe):
+        super().__init__()
+        self.unet = pipe.unet
+        self.alphas = pipe.scheduler.alphas_cumprod
+
+    def forward(self, sample, timestep, text):
+        a = self.alphas[timestep]
+        return a.sqrt() * self.unet(sample, timestep, text).sample + (1 - a).sqrt() * sample
+
+
+@pytest.fixture(scope="module")
+def toy():
+    return HookedDiffusionModel.from_pretrained("toy").pipe
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 10])
+@pytest.mark.parametrize("scale", [1.2, 3.0, 7.5, 12.0])
+@pytest.mark.parametrize("predicts", ["sample", "clipped sample", "v_prediction"])
+def test_a_loop_that_turns_the_guided_noise_into_something_else(toy, predicts, scale, num_steps):
+    """The scheduler's input holds the sample too, which resembles the noise in it."""
+    model = Noise(toy)
+    scheduler = diffusers.DDIMScheduler.from_config(
+        toy.scheduler.config, prediction_type=predicts.split()[-1], clip_sample=False
+    )
+    scheduler.set_timesteps(num_steps)
+    prompts, empty = toy.encode_prompt(["a red star", "a blue ring"], "cpu", 1, True)[:2]
+    name = "unet.up_blocks.1.attentions.1"
+    seen = []
+    model.get_submodule(name).register_forward_hook(
+        lambda module, args, output: seen.append(output[0])
+    )
+    x = torch.randn(2, 4, 32, 32, generator=torch.Generator().manual_seed(0))
+    hooked = HookedDiffusionModel(model, scheduler)
+    with torch.no_grad(), hooked.cache(name, 2, rows="both") as cache:
+        for t in scheduler.timesteps:
+            u, c = model(torch.cat([x, x]), t, torch.cat([empty, prompts])).chunk(2)
+            noise = u + scale * (c - u)
+            a = scheduler.alphas_cumprod[t].clamp_min(1e-5)
+            if predicts == "v_prediction":
+                prediction = (noise - (1 - a).sqrt() * x) / a.sqrt()
+            else:
+                prediction = (x - (1 - a).sqrt() * noise) / a.sqrt()
+            if predicts == "clipped sample":
+                prediction = prediction.clamp(-1, 1)
+            x = scheduler.step(prediction, t, x).prev_sample
+    assert torch.equal(cache["output"][name], torch.stack([map_tokens(o[2:]) for o in seen], 1))
+    assert torch.equal(
+        cache["output_uncond"][name], torch.stack([map_tokens(o[:2]) for o in seen], 1)
+    )
+
+
 # ----------------------------------------------------------------------------------------------------------------- Cosmos, FLUX
 
 
