@@ -388,6 +388,119 @@ def test_a_loop_that_turns_the_guided_noise_into_something_else(toy, predicts, s
     )
 
 
+# ------------------------------------------------------------------------- text and image that meet outside of attention
+
+
+class JointBlock(torch.nn.Module):
+    def __init__(self, mixing):
+        super().__init__()
+        self.mixing = mixing
+        self.norm = torch.nn.LayerNorm(24, elementwise_affine=False)
+        self.qkv = torch.nn.Linear(24, 72)
+
+    def forward(self, x, modulation):
+        q, k, v = self.qkv(self.norm(x) * (1 + modulation)).chunk(3, -1)
+        if self.mixing == "linear":
+            q, k = q.exp(), k.exp()
+            return x + q @ (k.mT @ v) / (q @ k.sum(1, keepdim=True).mT)
+        attended = torch.nn.functional.scaled_dot_product_attention(
+            q[:, None], k[:, None], v[:, None]
+        )
+        return x + attended[:, 0]
+
+
+class JointModel(torch.nn.Module):
+    """5 text tokens, then 16 of the image, in blocks that mix them by attention or otherwise."""
+
+    def __init__(self, mixing, mean_of=None):
+        super().__init__()
+        self.mean_of = mean_of
+        self.embed = torch.nn.Conv2d(4, 24, 2, 2)
+        self.blocks = torch.nn.ModuleList([JointBlock(kind) for kind in mixing])
+        self.out = torch.nn.Linear(24, 16)
+
+    def forward(self, sample, timestep, text):
+        image = self.embed(sample).flatten(2).mT
+        modulation = 0 * image[:, :1] + timestep / 1000
+        if self.mean_of is not None:
+            modulation = modulation + {"image": image, "text": text}[self.mean_of].mean(1, True)
+        tokens = torch.cat([text, image], 1)
+        for block in self.blocks:
+            tokens = block(tokens, modulation)
+        patches = self.out(tokens[:, 5:]).view(-1, 4, 4, 4, 2, 2)
+        return patches.permute(0, 3, 1, 4, 2, 5).reshape(sample.shape)
+
+
+def joint(mixing, mean_of=None):
+    torch.manual_seed(0)
+    text = torch.randn(2, 5, 24)
+    return HookedDiffusionModel(
+        JointModel(mixing, mean_of).eval(),
+        diffusers.DDIMScheduler(),
+        lambda *_: (text, 0 * text),
+        sample_shape=(4, 8, 8),
+    )
+
+
+@pytest.mark.parametrize(
+    "mixing, mean_of, refused",
+    [
+        (["attention"] * 3, None, []),
+        (["attention"] * 3, "text", []),
+        (["attention"] * 3, "image", [0, 1, 2]),
+        (["attention", "linear", "attention"], None, [1, 2]),
+        (["linear"] * 2, None, [0, 1]),
+        (["linear", "attention", "linear"], None, [0, 1, 2]),
+    ],
+)
+def test_text_that_meets_the_image_outside_of_attention_is_not_taken_for_it(
+    mixing, mean_of, refused
+):
+    hooked = joint(mixing, mean_of)
+    for i in range(len(mixing)):
+        seen = []
+        handle = hooked.pipe.model.blocks[i].register_forward_hook(
+            lambda module, args, output, seen=seen: seen.append(output[-2:, 5:].clone())
+        )
+        options = dict(num_inference_steps=2)
+        if i in refused:
+            with pytest.raises(
+                ValueError, match="can't be told apart: .* there are 21, on no grid"
+            ):
+                hooked.run_with_cache(f"blocks.{i}", ["a", "b"], **options)
+        else:
+            _, cache = hooked.run_with_cache(f"blocks.{i}", ["a", "b"], **options)
+            assert cache["grid"][f"blocks.{i}"] == (4, 4)
+            assert torch.equal(cache["output"][f"blocks.{i}"], torch.stack(seen[-2:], 1))
+        handle.remove()
+
+
+class WaveWithText(torch.nn.Module):
+    """A wave has no grid, so only its length tells which tokens are its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Linear(4, 8)
+        self.coarse = torch.nn.Conv1d(8, 8, 3, stride=2, padding=1)
+        self.out = torch.nn.Linear(8, 4)
+
+    def forward(self, sample, timestep, text):
+        x = self.embed(sample.mT) + text.mean(1, keepdim=True) + timestep / 1000
+        x = x + self.coarse(x.mT).repeat_interleave(2, -1).mT
+        return self.out(x).mT
+
+
+def test_tokens_of_a_wave_may_change_with_the_text():
+    torch.manual_seed(0)
+    text = torch.randn(2, 5, 8)
+    hooked = HookedDiffusionModel(
+        WaveWithText(), diffusers.DDIMScheduler(), lambda *_: (text, 0 * text), sample_shape=(4, 40)
+    )
+    options = dict(num_inference_steps=2)
+    _, cache = hooked.run_with_cache(["embed", "coarse", "out"], ["a", "b"], **options)
+    assert cache["grid"] == {"embed": (40,), "coarse": (20,), "out": (40,)}
+
+
 # ----------------------------------------------------------------------------------------------------------------- Cosmos, FLUX
 
 
