@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 
 from diffusion.forward import Forward
+from diffusion.schedulers import number
 from diffusion.signatures import tensors
 from errors import UsageError
 
@@ -249,13 +250,23 @@ class RoleFinder:
         for pattern in list(self.undecided):
             if self._all_alike[pattern]:
                 self._label_alike(pattern)
-        if self.undecided:
+        if not self.undecided:
+            return
+        first = next(iter(self.undecided.values()))[0]
+        if self.known and len(first) > 1:
+            rows = " and ".join(str(forward.rows) for forward in first)
             raise UsageError(
-                "can't tell conditional from unconditional rows: the prompts of this sampling can't "
-                "be changed to see what depends on them, and in no step the guidance scale was above "
-                "1 with two different predictions (it was between 0 and 1, or is the last layer "
-                f"still zero?): {SAY_ORDER}"
+                "can't tell conditional from unconditional rows: before the scheduler made step "
+                f"{first[0].index}, the denoiser was called on {rows} rows, unlike in the steps that "
+                "tell which are which; make calls that are no part of the sampling, such as a warm-up "
+                "or another pipeline's, outside of the cache"
             )
+        raise UsageError(
+            "can't tell conditional from unconditional rows: the prompts of this sampling can't "
+            "be changed to see what depends on them, and in no step the guidance scale was above 1 "
+            "with two different predictions (it was between 0 and 1, or is the last layer still zero, "
+            f"or was the denoiser called outside of the steps?): {SAY_ORDER}"
+        )
 
     def _label_alike(self, pattern: Pattern) -> None:
         """Call the first chunk unconditional, the last one conditional and those between "other".
@@ -455,10 +466,10 @@ def chunks_of(
 
     outputs = [chunk.output for chunk in chunks]
     weights, certain = guidance_weights(outputs, model_output, sample)
-    weighted = []
+    with_weights = []
     for chunk, weight, is_certain in zip(chunks, weights, certain):
-        weighted.append(replace(chunk, weight=weight, certain=is_certain))
-    return weighted
+        with_weights.append(replace(chunk, weight=weight, certain=is_certain))
+    return with_weights
 
 
 class GuidanceWeights(NamedTuple):
@@ -667,10 +678,11 @@ def roles_by_guidance(chunks: list[Chunk], favoured: Chunk | None) -> dict[Chunk
 def favoured_by_guidance(
     chunks: list[Chunk], candidates: list[Chunk] | None = None
 ) -> Chunk | None:
-    """Return the one candidate that guidance does not subtract while it subtracts others.
+    """Return the one candidate that guidance adds while it subtracts others.
 
     It is None if guidance subtracts none, or if several candidates are left. Candidates whose
-    conditioning varies from row to row come first. With weights [-4, 5] it is chunk 1.
+    conditioning varies from row to row come first. With weights [-4, 5] it is chunk 1, and with
+    [0, -4, 5] chunk 2: a call that only warms up the denoiser has no weight.
 
     The guidance scale is assumed to be above 0. A scale of -2 gives the weights [3, -2], which are
     also those of scale 3 with the two passes exchanged, so there only `order` can tell.
@@ -678,7 +690,9 @@ def favoured_by_guidance(
     less = subtracted(chunks)
     if not less:
         return None
-    left = [chunk for chunk in candidates or chunks if chunk not in less]
+    left = [chunk for chunk in weighted(chunks) if chunk not in less]
+    if candidates is not None:
+        left = [chunk for chunk in left if chunk in candidates]
     varying = [chunk for chunk in left if chunk.varies]
     if varying:
         left = varying
@@ -701,17 +715,36 @@ def subtracted(chunks: list[Chunk]) -> list[Chunk]:
     return [chunk for chunk in chunks if chunk.weight * total < -1e-3 * total**2]
 
 
+def weighted(chunks: list[Chunk]) -> list[Chunk]:
+    """Return the chunks whose weight is at least a thousandth of the sum of all weights.
+
+    With weights [0, -4, 5] these are chunks 1 and 2.
+    """
+    total = sum(chunk.weight for chunk in chunks)
+    return [chunk for chunk in chunks if abs(chunk.weight) >= 1e-3 * abs(total)]
+
+
 def find_unconditional(chunks: list[Chunk], cond: Chunk) -> Chunk | None:
     """Return the unconditional chunk of a step whose conditional chunk is known; None if there is
     none.
 
     A chunk with the conditional one's conditioning is a perturbed pass, if the two predictions
-    differ. Among several others the unconditional one is the `smallest`.
+    differ. A chunk without weight and with another sample or time is no pass of this step, but
+    a call that warms up the denoiser, for example. Among several others the unconditional one is
+    the `smallest`.
     """
     rest = [chunk for chunk in chunks if chunk is not cond]
     if all(chunk.certain for chunk in chunks):
         rest = [chunk for chunk in rest if not same(chunk.conditioning, cond.conditioning)]
+        with_weight = weighted(chunks)
+        rest = [chunk for chunk in rest if chunk in with_weight or same_input(chunk, cond)]
     return smallest(rest)
+
+
+def same_input(a: Chunk, b: Chunk) -> bool:
+    """Whether two chunks have the same sample and the same time."""
+    same_time = number(a.forward.time) == number(b.forward.time)
+    return same_time and same(a.forward.sample[a.rows], b.forward.sample[b.rows])
 
 
 def smallest(chunks: list[Chunk]) -> Chunk | None:

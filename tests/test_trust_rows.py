@@ -388,6 +388,64 @@ def test_a_loop_that_turns_the_guided_noise_into_something_else(toy, predicts, s
     )
 
 
+def called_before(warm_up, scales=(4.0, 4.0)):
+    """A guided loop after a call of the denoiser that belongs to no step."""
+    torch.manual_seed(0)
+    model, scheduler, seen = Denoiser(), Euler(), []
+    texts = {"uncond": torch.randn(2, 5), "cond": torch.randn(2, 5)}
+    x = torch.randn(2, 3, 4, 5)
+    hooked = HookedDiffusionModel(model, scheduler)
+    with torch.no_grad(), hooked.cache("out", 2, rows="both") as cache:
+        warm_up(model, x, texts)
+        for i, scale in enumerate(scales):
+            out = model(torch.cat([x, x]), 9.0 - i, torch.cat([texts["uncond"], texts["cond"]]))
+            seen.append(out)
+            u, c = out.chunk(2)
+            x = scheduler.step(u + scale * (c - u), 9.0 - i, x)
+    for key, rows in (("output", slice(2, 4)), ("output_uncond", slice(0, 2))):
+        expected = torch.stack([map_tokens(out[rows]) for out in seen], 1)
+        assert torch.equal(cache[key]["out"], expected)
+
+
+@pytest.mark.parametrize("text", ["cond", "uncond"])
+def test_a_call_that_warms_the_denoiser_up_is_no_pass(text):
+    called_before(lambda model, x, texts: model(x, 500.0, texts[text]))
+    called_before(lambda model, x, texts: model(x + 1, 9.0, 2 * texts[text]))
+    called_before(lambda model, x, texts: model(0 * x, 9.0, 0 * texts[text]))
+    called_before(lambda model, x, texts: model(torch.randn(4, 3, 4, 5), 9.0, torch.randn(4, 5)))
+
+
+def test_a_warm_up_that_repeats_a_pass_is_refused_by_what_is_true():
+    """The model output may then be made of either call."""
+    with pytest.raises(ValueError, match="was called on 2 and 4 rows, .* such as a warm-up"):
+        called_before(lambda model, x, texts: model(x, 9.0, texts["cond"]))
+
+
+def test_another_pipeline_may_sample_with_the_denoiser_between_two_steps():
+    pipe = build(sd15)
+    other = diffusers.StableDiffusionPipeline(
+        **{**pipe.components, "scheduler": diffusers.EulerDiscreteScheduler()}
+    )
+    other.set_progress_bar_config(disable=True)
+    hooked = HookedDiffusionModel.from_pipeline(pipe)
+    expected = hooked.run_with_cache(HOOK, PROMPTS[:2], rows="both", **generate_options(2))[1]
+
+    def sample(pipe, step, timestep, tensors):
+        if step == 0:
+            other(PROMPTS[1:3], **generate_options(2))
+        return tensors
+
+    hooked = HookedDiffusionModel.from_pipeline(pipe)
+    with hooked.cache(HOOK, 2, rows="both") as cache:
+        pipe(PROMPTS[:2], callback_on_step_end=sample, **generate_options(2))
+    _, by_prompts = hooked.run_with_cache(
+        HOOK, PROMPTS[:2], rows="both", callback_on_step_end=sample, **generate_options(2)
+    )
+    for recorded in (cache, by_prompts):
+        for key in ("output", "output_uncond"):
+            assert torch.equal(recorded[key][HOOK], expected[key][HOOK])
+
+
 # ------------------------------------------------------------------------- text and image that meet outside of attention
 
 
