@@ -282,6 +282,11 @@ class HookedDiffusionModel:
         ("uncond", "cond") for the passes of each step. A scale below 0 needs the order, since by
         its weights the two passes are exchanged.
 
+        The cache holds what a module itself computed, before the edits that `run_with_hooks` makes to
+        it in the body: hooks run in the order in which they were registered. Later modules compute
+        with what was edited, and are recorded so. To read the edited tokens of a module, cache the
+        input of the next one.
+
         Raises UsageError
         - where a named module does not run exactly once per forward, or not in every step (one that
           a glob found is left out);
