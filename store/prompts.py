@@ -2,6 +2,7 @@
 command line itself."""
 
 import csv
+import difflib
 import io
 import json
 import os
@@ -51,8 +52,10 @@ def load_prompts(
     named = [name for name in (column, negative_prompt) if name is not None]
     rows = read_rows(dataset_name, split, max_num_examples, named)
     prompts = []
+    columns = {}  # in the order in which the rows have them
     for number, row in enumerate(rows, 1):
         row = {column_name(name, named): value for name, value in row.items()}
+        columns.update(dict.fromkeys(row))
         if not prompts:
             column = column or find_prompt_column(row)
             if column not in row:
@@ -78,6 +81,8 @@ def load_prompts(
     if not prompts:
         raise UsageError(f"{dataset_name or 'the data set'} has no prompts")
     check_seeds(prompts, dataset_name)
+    if negative_prompt is not None:
+        note_negative_prompt(negative_prompt, [name for name in columns if name != column])
     if negative_prompt is None and not any(prompt.get("negative_prompt") for prompt in prompts):
         for prompt in (
             prompts
@@ -172,6 +177,27 @@ def add_negative_prompts(prompts, negative_prompt):
             del prompt["negative_prompt"]
 
 
+def note_negative_prompt(negative_prompt: str, columns: list[str]) -> None:
+    """Print whether --negative_prompt was taken as a column or as a text for all prompts.
+
+    A mistyped name of a column would be a text, so a column of a similar name is suggested. columns:
+    those of the table without the prompt's; if there are none, nothing can be mistaken, and nothing
+    is printed.
+    """
+    if not columns:
+        return
+    if negative_prompt in columns:
+        print(f"--negative_prompt: each prompt has its own, from the column {negative_prompt!r}")
+        return
+    spelled = {name.lower(): name for name in columns}
+    nearest = difflib.get_close_matches(negative_prompt.lower(), spelled, n=1, cutoff=0.7)
+    suggestion = f"; did you mean the column {spelled[nearest[0]]!r}?" if nearest else ""
+    print(
+        f"--negative_prompt: the text {negative_prompt!r} is used for all prompts, "
+        f"because no column has this name{suggestion}"
+    )
+
+
 def check_seeds(prompts, dataset_name):
     """Raise UsageError if some rows have a seed and others have none."""
     without = [number for number, prompt in enumerate(prompts, 1) if "seed" not in prompt]
@@ -254,6 +280,8 @@ def load_pictures(images, dataset_name=None, split="train", column=None, max_num
             break
     if not prompts:
         raise UsageError(f"{dataset_name} has no rows")
+    if "negative_prompt" in row:
+        print("note: --images does not use the column negative_prompt: nothing is generated")
     check_seeds(prompts, dataset_name)
     return prompts, sources
 
