@@ -598,7 +598,7 @@ def test_a_graft_of_an_sae_that_lay_there_before_does_not_stay(copy, capsys):
     train_sae(seeds=[3])
     evaluate.main(replace(config, graft=False))
     assert not (folder / "graft.json").exists() and not (folder / "graft.png").exists()
-    assert "was of an SAE that lay at this path before" in capsys.readouterr().out
+    assert "was made with an SAE that lay at this path before" in capsys.readouterr().out
     assert (folder / "graft_of_another_sae.json").exists() and (
         folder / "graft_of_another_sae.png"
     ).exists()
