@@ -36,6 +36,7 @@ LOADER = '''
 import linecache
 import sys
 import types
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 
@@ -45,6 +46,7 @@ class Embedded(types.ModuleType):
     def __init__(self, name, path, source):
         super().__init__(name)
         self.__file__ = path
+        self.__spec__ = ModuleSpec(name, None, origin=path)
         self.__path__ = []
         self.__package__ = name if path.endswith("__init__.py") else name.rpartition(".")[0]
         self.__source__ = source
@@ -61,7 +63,7 @@ class Embedded(types.ModuleType):
 
 
 def embed(name, path, source):
-    """Make a module importable, or a text readable; tracebacks show its lines."""
+    """Make a module importable; linecache finds its lines, which Triton compiles from source."""
     path = str(Path(__file__).resolve().parent / path)
     linecache.cache[path] = (len(source), None, source.splitlines(keepends=True), path)
     if name is None:

@@ -799,7 +799,7 @@ def collect(
     was sampled when this is interrupted is still written; a second Ctrl-C does not wait for that.
     """
     # The first process says which batches: others may have written some by the time we look
-    pending = processes.tell(collection.pending())[0]
+    pending = processes.all_gather(collection.pending())[0]
     batches = [collection.batch(index) for index in pending]
     num_rows = len(collection.prompts)
     num_done = num_rows - sum(len(batch.rows) for batch in batches)
@@ -848,10 +848,10 @@ def open_collection(
     rows_per_batch = cfg.batch_size * cfg.num_images_per_prompt
     if processes.rank == 0:
         with Collection(folder, settings, prompts, rows_per_batch) as collection:
-            processes.tell(None)
+            processes.all_gather(None)
             yield collection
     else:
-        processes.tell(None)
+        processes.all_gather(None)
         yield Collection(folder, settings, prompts, rows_per_batch, joining=True)
 
 

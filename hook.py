@@ -1,37 +1,46 @@
-"""The model side: find modules inside a diffusion model's denoiser, capture what they compute, edit
-it, label every row.
+"""Read and edit what any diffusion model computes while it generates.
 
-    model = HookedDiffusionModel.from_pretrained("toy")                  # or .from_pipeline(pipe), for any pipeline
-    model.hook_names("up_blocks.*.attentions.*")                         # what can be hooked
-    output, cache = model.run_with_cache("up_blocks.1.attentions.1", ["a red star", "a blue ring"], output_type="latent")
-    cache["output"]["up_blocks.1.attentions.1"]                          # (prompts, steps, tokens, d), conditional rows
-    model.run_with_hooks({"mid_block": lambda module, input, output: 0 * output}, "a red star")
+    model = HookedDiffusionModel.from_pretrained("toy")         # or .from_pipeline(pipe)
+    model.hook_names("up_blocks.*.attentions.*")                # which modules can be hooked
 
-The user's own pipeline runs as it is, whatever its family. In diffusion/, `trace.py` watches its
-denoiser and its scheduler, `guidance.py` tells which rows are conditional, `locate.py` finds where
-the image's tokens are, `recorder.py` keeps them, and `edit.py` edits them.
+    # read: (prompts, steps, tokens, d), of the conditional rows
+    output, cache = model.run_with_cache("mid_block", ["a red star", "a blue ring"])
+    cache["output"]["mid_block"]
+
+    # edit: a function of the tokens (prompts, tokens, d) of the conditional rows
+    output = model.run_with_hooks({"mid_block": Edit(lambda x: x / 2)}, "a red star")
+
+`HookedDiffusionModel` is the class for this, and `Edit` says which tokens to change. The user's own
+pipeline runs as it is, whatever its family; a denoiser of one's own needs no pipeline. `HookPoint`
+names what was recorded, and `Generation` says what is generated: prompts, seeds and options.
+
+How it works, in diffusion/: `trace.py` watches the denoiser and its scheduler, `guidance.py` tells
+which rows are conditional, `locate.py` finds where the image's tokens are, `recorder.py` keeps
+them, `edit.py` changes them, and `dry_step.py` finds out beforehand what an edit has to know.
 """
 
 import inspect
 import re
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from diffusion.edit import Edit
+from diffusion.dry_step import DryStep, ask_which_rows
+from diffusion.edit import Edit, Editor
 from diffusion.generate import Generation
-from diffusion.guidance import Memory, Pass, RoleFinder, check_order
+from diffusion.guidance import Memory, RoleFinder, check_order
 from diffusion.hook_names import check_hookable, find_modules, is_pattern, match_names
-from diffusion.locate import NEVER_RAN, bare, find_layouts, has_more_than_sample, note_sampled
+from diffusion.locate import NEVER_RAN, find_layouts
 from diffusion.recorder import CacheOptions, Recorder
-from diffusion.repeated import RunWatch
 from diffusion.sampling_loop import Loop
 from diffusion.signatures import (
+    Prompt,
     count_prompts,
-    other_prompts,
-    outline,
     per_prompt,
     prompt_arguments,
     sample_name,
@@ -40,103 +49,120 @@ from diffusion.signatures import (
     unwrap,
 )
 from diffusion.token_layout import Layout, NotHookable
-from diffusion.trace import DryRunOver, Sampling, undisturbed
+from diffusion.trace import Forward, Sampling, Step
+from diffusion.unnoticed import processors_put_back
 from errors import UsageError
 from store.hook_point import HookPoint
 
 __all__ = [
-    "Edit", "Generation", "HookPoint", "HookedDiffusionModel", "Layout", "NotHookable", "find_model", "model_of", "per_prompt",
-    "tensors", "unwrap",
-]  # fmt: skip
-OURS = (
-    "self",
-    "prompt",
-    "negative_prompt",
-    "generator",
-    "output_type",
-)  # pipeline arguments with options of their own
+    "Edit",
+    "Generation",
+    "HookPoint",
+    "HookedDiffusionModel",
+    "Layout",
+    "NotHookable",
+    "find_model",
+    "model_of",
+    "per_prompt",
+    "tensors",
+    "unwrap",
+]
+
+# Arguments of pipelines for which this project has options of its own
+OUR_ARGUMENTS = ("self", "prompt", "negative_prompt", "generator", "output_type")
+
+HookFunction = Edit | Callable[[nn.Module, tuple, Any], Any]
+"""An `Edit`, or a function as in PyTorch: fn(module, input, output) -> new output or None."""
 
 
 class HookedDiffusionModel:
     """A diffusion model whose modules can be read and edited by name while it generates.
 
-    model: nn.Module whose `forward(sample, timestep, ...)` predicts for a batch-first sample.
-    scheduler: anything with `step(model_output, timestep, sample)`, and `scale_model_input` if it
-    needs it. encode_prompt(prompt, device, num_images_per_prompt, do_classifier_free_guidance,
-    negative_prompt) -> (prompt_embeds, negative_prompt_embeds). get_timesteps(num_inference_steps,
-    device) -> timesteps (default: the scheduler's `set_timesteps`). vae: decodes the final sample.
-    sample_shape: of one sample, without the batch axis (default: from `model.config`).
+    Make one with `from_pretrained`, with `from_pipeline`, or from a denoiser of your own:
+
+    model: `forward(sample, timestep, ...)` predicts for a sample whose first axis is the batch.
+    scheduler: anything with `step(model_output, timestep, sample)`, and with `scale_model_input`
+    if the denoiser needs it.
+    encode_prompt: encode_prompt(prompt, device, num_images_per_prompt, do_classifier_free_guidance,
+    negative_prompt) -> (prompt_embeds, negative_prompt_embeds).
+    get_timesteps: get_timesteps(num_inference_steps, device) -> timesteps. If not given, the
+    scheduler's `set_timesteps` is called.
+    vae: decodes the final sample to images.
+    sample_shape: the shape of one sample without the batch axis. If not given, it is read from
+    `model.config`.
+
+    Raises UsageError where the scheduler has no `step`, and where the denoiser's `forward` does not
+    say what it takes.
     """
 
     def __init__(
         self,
-        model,
-        scheduler,
-        encode_prompt=None,
-        get_timesteps=None,
-        vae=None,
+        model: nn.Module,
+        scheduler: Any,
+        encode_prompt: Callable | None = None,
+        get_timesteps: Callable | None = None,
+        vae: nn.Module | None = None,
         *,
-        sample_shape=None,
+        sample_shape: tuple[int, ...] | None = None,
     ):
-        self._hook(
-            Loop(model, scheduler, encode_prompt, get_timesteps, vae, sample_shape),
-            {"model": model},
-            [scheduler],
-        )
+        loop = Loop(model, scheduler, encode_prompt, get_timesteps, vae, sample_shape)
+        self._hook(loop, {"model": model}, {"scheduler": scheduler})
 
     @classmethod
-    def from_pipeline(cls, pipe):
-        """Hook a diffusers pipeline. Its denoisers are the components whose `forward` takes a time
-        and that do not decode; one whose output does not reach the scheduler, a network that only
-        conditions another, is left out when it runs.
+    def from_pipeline(cls, pipe: Any) -> "HookedDiffusionModel":
+        """Hook a diffusers pipeline.
+
+        Its denoisers are the components whose `forward` takes a time and that do not decode. One
+        whose output does not reach the scheduler, such as a network that only conditions another,
+        is left out when it runs. Raises UsageError where there is no denoiser or no scheduler.
         """
-        modules = {n: m for n, m in pipe.components.items() if isinstance(m, torch.nn.Module)}
-        denoisers = {
-            n: m
-            for n, m in modules.items()
-            if time_parameter(m) and not hasattr(unwrap(m), "decode")
-        }
+        networks = {}
+        denoisers = {}
+        schedulers = {}
+        for name, component in pipe.components.items():
+            if has_step(component):
+                schedulers[name] = component
+            if isinstance(component, nn.Module):
+                networks[name] = component
+                if time_parameter(component) and not hasattr(unwrap(component), "decode"):
+                    denoisers[name] = component
         if not denoisers:
             raise UsageError(
-                f"{type(pipe).__name__} has no component whose forward takes a timestep: {sorted(modules)}"
+                f"{type(pipe).__name__} has no component whose forward takes a timestep: "
+                f"{sorted(networks)}"
             )
         hooked = cls.__new__(cls)
-        hooked._hook(
-            pipe,
-            denoisers,
-            [c for c in pipe.components.values() if callable(getattr(type(c), "step", None))],
-        )
+        hooked._hook(pipe, denoisers, schedulers)
         return hooked
 
-    def _hook(self, pipe, denoisers, schedulers):
-        if not all(callable(getattr(type(s), "step", None)) for s in schedulers) or not schedulers:
-            raise UsageError(
-                "the scheduler's class has no method `step(model_output, timestep, sample)`"
-            )
-        for denoiser in denoisers.values():
-            sample_name(denoiser)
-        self.pipe, self.denoisers, self.schedulers = pipe, denoisers, schedulers
-        self._known = {}  # layouts found so far, see `locate.find_layouts`
-        self._memories = {}  # {outline of a generation's options: `guidance.Memory`}
-        self._repeatable = {}  # {outline of a generation's options: schedulers that were seen to repeat themselves with them}
-
     @classmethod
-    def from_pretrained(cls, model_name, dtype=None, device=None, cpu_offload=False, **kwargs):
-        """Load a diffusers folder or hub id; kwargs that are not None go to
-        `DiffusionPipeline.from_pretrained`.
+    def from_pretrained(
+        cls,
+        model_name: str,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        cpu_offload: bool = False,
+        **kwargs,
+    ) -> "HookedDiffusionModel":
+        """Load a diffusers folder or hub id, and hook its pipeline.
 
-        dtype None is float32. `cpu_offload` keeps only the running component on `device`. Raises
-        UsageError for a name that is no folder and can't be a hub id, and for weights that are not
-        there.
+        dtype: of the weights; None is float32. cpu_offload: keep only the component that is running
+        on `device`. kwargs that are not None go to `DiffusionPipeline.from_pretrained`.
+
+        Raises UsageError for a name that is no folder and can't be a hub id, and for weights that
+        are not there.
         """
-        from diffusers import DiffusionPipeline
+        from diffusers import DiffusionPipeline  # takes seconds to import
 
-        kwargs = {"use_safetensors": True} | {
-            name: value for name, value in kwargs.items() if value is not None
-        }  # no pickle
-        name = find_model(model_name)
+        options = {"use_safetensors": True}  # no pickle
+        for name, value in kwargs.items():
+            if value is not None:
+                options[name] = value
+        folder_or_id = find_model(model_name)
         try:
-            pipe = DiffusionPipeline.from_pretrained(name, dtype=dtype or torch.float32, **kwargs)
+            pipe = DiffusionPipeline.from_pretrained(
+                folder_or_id, dtype=dtype or torch.float32, **options
+            )
         except ValueError as error:
             raise UsageError(f"{model_name} can't be loaded: {error}") from error
         if cpu_offload:
@@ -145,445 +171,463 @@ class HookedDiffusionModel:
             pipe.to(device)
         return cls.from_pipeline(pipe)
 
-    def modules(self):
-        """{hook_name: (denoiser name, module)} of every module that can run; names that several
-        denoisers have are long."""
-        return find_modules(self.denoisers)
+    def _hook(self, pipe: Any, denoisers: dict[str, nn.Module], schedulers: dict[str, Any]) -> None:
+        """Set the attributes. pipe: what generates; the others are its components by name."""
+        if not schedulers or not all(map(has_step, schedulers.values())):
+            raise UsageError(
+                "the scheduler's class has no method `step(model_output, timestep, sample)`; pass an "
+                "object that has one"
+            )
+        for denoiser in denoisers.values():
+            sample_name(denoiser)  # raises UsageError where it can't be told
 
-    def hook_names(self, pattern="*"):
-        """Module names that match a glob. `*` stays within one part of the dotted name and `**`
-        does not; a pattern without a dot is matched against the last part, at any depth; a name
-        without a wildcard is itself.
+        self.pipe = pipe
+        self.denoisers = denoisers
+        self.schedulers = list(schedulers.values())
+        # {attribute of the pipeline: component}, to see whether one is replaced later
+        self._hooked_components: dict[str, Any] = denoisers | schedulers
 
-        Raises UsageError, with the nearest names, if none does.
+        # What one generation finds out and the next ones use. The keys of the last two are outlines
+        # of a generation's options, see `signatures.outline`
+        self.known_layouts: dict = {}  # where tokens are, see `locate.find_layouts`
+        self.role_memories: dict[tuple, Memory] = {}  # which rows are conditional
+        self.repeatable: dict[tuple, list] = {}  # schedulers that were seen to repeat themselves
+
+    # ------------------------------------------------------------------------------ names
+
+    def hook_names(self, pattern: str = "*") -> list[str]:
+        """Return the names of the modules that match a glob.
+
+        `*` stays within one part of the dotted name and `**` does not. A pattern without a dot is
+        matched against the last part of a name, at any depth. A name without a wildcard is itself.
+
+        >>> model.hook_names("up_blocks.*.attentions.0")
+        ['up_blocks.1.attentions.0', 'up_blocks.2.attentions.0']
+
+        Raises UsageError, with the nearest names, if none matches.
         """
         return match_names(pattern, self.modules())
 
-    def _targets(self, positions):
-        """Of a name, a glob or a list of them: ({hook_name: (denoiser, module)}, names that were
-        spelt out)."""
-        positions = [positions] if isinstance(positions, str) else list(positions)
-        modules, targets, explicit = self.modules(), {}, set()
+    def modules(self) -> dict[str, tuple[str, nn.Module]]:
+        """Return {hook_name: (denoiser's name, module)} of every module that can run.
+
+        Where several denoisers have a module of one name, the denoiser's name comes before it.
+        """
+        return find_modules(self.denoisers)
+
+    # ------------------------------------------------------------------------------ read
+
+    def run_with_cache(
+        self,
+        positions_to_cache: str | list[str],
+        prompt: Prompt = None,
+        *,
+        later: bool = False,
+        **kwargs,
+    ) -> tuple[Any, dict | Callable[[], dict]]:
+        """Generate, and keep what the named modules computed: (what the pipeline returned, cache).
+
+        positions_to_cache: names or globs, see `hook_names`. kwargs: the options of `cache`, where
+        the cache is described too, and arguments of the pipeline.
+
+        With `later` the cache is a function instead. It waits until the device has made its copies
+        and returns the cache, on any thread; meanwhile the next batch can be generated.
+        """
+        options, kwargs = CacheOptions.take_from(kwargs)
+        targets, explicit = self._targets(positions_to_cache)
+        finder = ask_which_rows(self, prompt, kwargs, options.order)
+        recorder = Recorder(targets, self.denoisers, self.known_layouts, options, finder)
+        num_prompts, num_images = count_prompts(prompt, kwargs)
+        with self._recording(recorder, num_prompts, num_images):
+            output = self(prompt, **kwargs)
+        if later:
+            return output, partial(recorder.result, explicit)
+        return output, recorder.result(explicit)
+
+    @contextmanager
+    def cache(
+        self,
+        positions_to_cache: str | list[str],
+        n_prompts: int | None,
+        num_images_per_prompt: int = 1,
+        **options,
+    ) -> Iterator[dict]:
+        """Keep what the named modules compute while the body of the `with` samples.
+
+        The body samples `n_prompts` prompts in any way, for instance in a loop of your own. If
+        `n_prompts` is None, the rows of the scheduler's sample are counted.
+
+        options: save_input=False, save_output=True, rows="cond", stream="image",
+        cache_every_n_timesteps=1, dtype=None, choose=None, order=None; `recorder.CacheOptions` says
+        what they mean.
+
+        Yields a dict that is complete when the context ends. Its tensors are on the CPU:
+
+            cache["output"][hook_name]       (prompts, steps, tokens, d), of `dtype`
+            cache["input"][hook_name]        likewise, with save_input
+            cache["output_uncond"][hook_name], cache["input_uncond"][hook_name]
+                                             the unconditional rows, with rows="both"
+            cache["timesteps"][hook_name]    (steps,) float64
+            cache["sigmas"][hook_name]       (steps,) float64, where they are known
+            cache["grid"][hook_name]         a tuple whose product is `tokens`, such as (16, 16)
+            cache["lengths"][hook_name]      (prompts,), with stream="text": how many of the tokens
+                                             are text; the rest is zero. Also "lengths_uncond".
+            cache["tokens"][hook_name]       (prompts, steps, n), with choose: which tokens are kept
+
+        choose(step, tokens) -> (prompts, n) int64, or None for all: which image tokens of each
+        prompt are kept in a step, for all modules with so many tokens.
+
+        The prompts of what the body samples can't be changed to see which rows depend on them, as
+        `run_with_cache` does. So the guidance of the steps must tell, or else `order`, such as
+        ("uncond", "cond") for the passes of each step. A scale below 0 needs the order, since by
+        its weights the two passes are exchanged.
+
+        Raises UsageError
+        - where a named module does not run exactly once per forward, or not in every step (one that
+          a glob found is left out);
+        - where what it takes or returns has no batch axis or no such tokens;
+        - where unconditional rows are asked for and there are none;
+        - where nothing tells which rows are conditional.
+        """
+        targets, explicit = self._targets(positions_to_cache)
+        recorder = Recorder(targets, self.denoisers, self.known_layouts, CacheOptions(**options))
+        cache = {}
+        with self._recording(recorder, n_prompts, num_images_per_prompt):
+            yield cache
+        cache.update(recorder.result(explicit))
+
+    @contextmanager
+    def _recording(
+        self, recorder: Recorder, num_prompts: int | None, num_images: int
+    ) -> Iterator[None]:
+        """Context in which a recorder gets all forwards and steps."""
+        if num_prompts is not None and not (isinstance(num_prompts, int) and num_prompts > 0):
+            raise UsageError(f"n_prompts: expected the number of prompts, got {num_prompts!r}")
+        with ExitStack() as stack:
+            watching = self.watch(
+                num_prompts,
+                num_images,
+                recorder.on_forward,
+                recorder.on_step,
+                roles=recorder.finder,
+            )
+            sampling = stack.enter_context(watching)
+            recorder.listen(stack, sampling)
+            yield
+
+    # ------------------------------------------------------------------------------ edit
+
+    def run_with_hooks(
+        self,
+        position_hook_dict: dict[str, HookFunction | list[HookFunction]],
+        prompt: Prompt = None,
+        *,
+        order: tuple[str, ...] | None = None,
+        **kwargs,
+    ) -> Any:
+        """Generate with edits, and return what the pipeline returns.
+
+        position_hook_dict: {name or glob: function or a list of them}. A function is an `Edit`, or
+        one as in PyTorch, `fn(module, input, output) -> new output or None`. That one sees the
+        whole batch, conditional and unconditional rows alike; its `input` is the tuple of
+        positional arguments, or of the keyword ones where the module gets only those. The hooks are
+        removed afterwards, also after an exception.
+
+        An `Edit` needs to know which rows are conditional before the scheduler is called. So one
+        step is run first, unedited, and thrown away. The order of the passes in it is the plan for
+        this generation, and every step is checked against it.
+
+        order: the passes in a step, such as ("uncond", "cond"), where neither the prompts nor the
+        guidance tell it. kwargs: arguments of the pipeline.
+
+        Raises UsageError if a named module never ran or no edit of it took place, if unconditional
+        rows are to be edited and there are none, and if a step does not fit the plan.
+        """
+        functions = self._functions(position_hook_dict)
+        targets, explicit = self._targets(list(position_hook_dict))
+        editor = Editor(functions, targets, explicit, self.denoisers, self.known_layouts)
+        with ExitStack() as stack:
+            sampling = None
+            if editor.edits:
+                check_order(order)
+                watching = self._watch_edits(editor, prompt, kwargs, order)
+                sampling = stack.enter_context(watching)
+            editor.listen(stack, sampling)
+            output = self(prompt, **kwargs)
+        editor.check_edited()
+        return output
+
+    def _functions(
+        self, position_hook_dict: dict[str, HookFunction | list[HookFunction]]
+    ) -> dict[str, list[HookFunction]]:
+        """Return {hook_name: its functions}, where the keys of the argument may be globs."""
+        functions_of = {}
+        for position, functions in position_hook_dict.items():
+            if not isinstance(functions, (list, tuple)):
+                functions = [functions]
+            for name in self.hook_names(position):
+                functions_of.setdefault(name, []).extend(functions)
+        return functions_of
+
+    def _watch_edits(
+        self, editor: Editor, prompt: Prompt, kwargs: dict, order: tuple[str, ...] | None
+    ) -> AbstractContextManager[Sampling]:
+        """Return a context in which the rows of each forward are labelled while it runs.
+
+        The labels (cond, uncond, other) come from a dry step; there are none if every edit is for
+        all rows. Raises UsageError if unconditional rows are to be edited and there are none.
+        """
+        needs_roles = editor.rows != {"all"}
+        finder = ask_which_rows(self, prompt, kwargs, order)
+        dry_step = DryStep(self, prompt, kwargs, finder=finder, must_tell=needs_roles)
+        first = dry_step.run()
+
+        roles_met = set()
+        for roles_of_step in finder.known.values():
+            for roles_of_forward in roles_of_step:
+                roles_met.update(roles_of_forward)
+        missing = editor.rows - roles_met - {"all"}
+        if missing:
+            raise UsageError(
+                f"there are no {missing.pop()}itional rows to edit in this generation; is guidance "
+                "off?"
+            )
+
+        plan = None
+        finder_of_run = None
+        if needs_roles:
+            plan = finder.known
+            finder_of_run = RoleFinder(order, memory=finder.memory, known=dict(plan))
+        return self.watch(
+            first.P,
+            first.R // first.P,
+            editor.on_forward,
+            editor.on_step,
+            plan=plan,
+            roles=finder_of_run,
+        )
+
+    # ------------------------------------------------------------------------------ generate
+
+    def __call__(self, prompt: Prompt = None, **kwargs) -> Any:
+        """Generate, and return what the pipeline returns.
+
+        kwargs go to the pipeline, or to `sampling_loop.Loop` for a denoiser of one's own. A
+        pipeline that takes no prompt gets class numbers, for prompts that are numbers written as
+        text, or only the number of prompts as its batch size.
+        """
+        arguments = prompt_arguments(self.pipe, prompt) | kwargs
+        for name, value in arguments.items():
+            if isinstance(value, list):
+                arguments[name] = list(value)  # some pipelines write into lists
+        with torch.no_grad():
+            return self.pipe(**arguments)
+
+    def arguments(
+        self,
+        num_images_per_prompt: int = 1,
+        output_type: str | None = None,
+        extra: dict | None = None,
+        **options,
+    ) -> dict:
+        """Return keyword arguments for the pipeline.
+
+        An option that is None gets the pipeline's own default, so that all values are known.
+        `output_type` is left out where the pipeline has none. `extra` is a dict of any further
+        arguments.
+
+        >>> model.arguments(output_type="pt", num_inference_steps=None, guidance_scale=3.0)
+        {'num_inference_steps': 50, 'guidance_scale': 3.0, 'output_type': 'pt'}
+
+        Raises UsageError for what the pipeline does not take, for what is given twice, and for a
+        height without a width.
+        """
+        extra = extra or {}
+        parameters = inspect.signature(self.pipe).parameters
+        arguments = {}
+        for name, value in options.items():
+            if value is None and name in parameters:
+                value = parameters[name].default
+            if value is not None and value is not inspect.Parameter.empty:
+                arguments[name] = value
+
+        if num_images_per_prompt > 1:
+            names = [name for name in parameters if per_prompt(name)]
+            name = names[0] if names else "num_images_per_prompt"
+            arguments[name] = num_images_per_prompt
+        if output_type is not None and "output_type" in parameters:
+            arguments["output_type"] = output_type
+        for name in extra:
+            if name in OUR_ARGUMENTS or per_prompt(name):
+                raise UsageError(f"{name} is set by an option of its own")
+        arguments.update(extra)
+
+        sizes = [name for name in ("height", "width") if arguments.get(name) is not None]
+        if len(sizes) == 1 and "height" in parameters and "width" in parameters:
+            raise UsageError(
+                f"{sizes[0]} is given alone, and most pipelines take neither then; give height and "
+                "width"
+            )
+        for name in arguments:
+            if name not in parameters:
+                raise UsageError(f"{type(self.pipe).__name__} takes no argument {name!r}")
+        return arguments
+
+    def accepts(self, **options) -> dict:
+        """Return those of the options that the pipeline takes."""
+        parameters = inspect.signature(self.pipe).parameters
+        return {name: value for name, value in options.items() if name in parameters}
+
+    # ------------------------------------------------------------------------------ find out
+
+    def layouts(
+        self,
+        positions: str | list[str] = "*",
+        prompt: Prompt = None,
+        *,
+        stream: str = "image",
+        **kwargs,
+    ) -> tuple[dict[str, Layout | NotHookable], int | None]:
+        """Find where the tokens are in what modules return, from a step that is thrown away.
+
+        Returns ({hook_name: Layout, or NotHookable with the reason}, number of steps of the whole
+        sampling, None where the scheduler lists none).
+        """
+        targets, _ = self._targets(positions)
+        finder = ask_which_rows(self, prompt, kwargs)
+        wanted = {("output", name, stream): target for name, target in targets.items()}
+        found = {}
+
+        def on_forward(forward: Forward, module: nn.Module) -> None:
+            with processors_put_back([module]):
+                find_layouts(forward, module, wanted, self.known_layouts)
+            for (_, name, _), layout in forward.layouts.items():
+                found.setdefault(name, layout)
+
+        dry_step = DryStep(
+            self,
+            prompt,
+            kwargs,
+            denoisers=denoisers_of(targets),
+            on_forward=on_forward,
+            finder=finder,
+            must_tell=False,
+        )
+        sampling = dry_step.run()
+        in_order = {}
+        for name in self.modules():
+            if name in targets:
+                in_order[name] = found.get(name, NEVER_RAN)
+        return in_order, sampling.num_steps
+
+    def first_step(self, positions: str | list[str], prompt: Prompt = None, **kwargs) -> dict:
+        """Return the cache of one step, as `cache` describes it; the step is thrown away.
+
+        Every random state is put back. `cache["num_steps"]` is the number of steps of the whole
+        sampling. Where denoisers take turns, it goes on until each of those named has run. kwargs:
+        the options of `cache`, and arguments of the pipeline.
+        """
+        options, kwargs = CacheOptions.take_from(kwargs)
+        targets, explicit = self._targets(positions)
+        finder = ask_which_rows(self, prompt, kwargs, options.order)
+        recorder = Recorder(targets, self.denoisers, self.known_layouts, options, finder)
+        dry_step = DryStep(
+            self,
+            prompt,
+            kwargs,
+            denoisers=denoisers_of(targets),
+            on_forward=recorder.on_forward,
+            on_step=recorder.on_step,
+            listen=recorder.listen,
+            finder=finder,
+        )
+        sampling = dry_step.run()
+        cache = recorder.result(explicit)
+        cache["num_steps"] = sampling.num_steps
+        return cache
+
+    def first_sample(self, prompt: Prompt = None, **kwargs) -> Tensor:
+        """Return the noise that a sampling begins with, (R, ...), for R images.
+
+        It is what the scheduler's first step gets as its sample. The step is thrown away.
+        """
+        samples = []
+
+        def on_step(step: Step) -> None:
+            samples.append(step.sample)
+
+        DryStep(self, prompt, kwargs, on_step=on_step).run()
+        return samples[0]
+
+    def watch(
+        self,
+        P: int | None = 1,
+        n: int = 1,
+        on_forward: Callable | None = None,
+        on_step: Callable | None = None,
+        **options,
+    ) -> AbstractContextManager[Sampling]:
+        """Return a context in which a sampling of P prompts with n images each is followed.
+
+        It yields the `trace.Sampling`, whose further fields are the options.
+        """
+        self._check_not_replaced()
+        sampling = Sampling(self.denoisers, self.schedulers, P, n, on_forward, on_step, **options)
+        return sampling.watch()
+
+    # ------------------------------------------------------------------------------ checks
+
+    def _targets(
+        self, positions: str | list[str]
+    ) -> tuple[dict[str, tuple[str, nn.Module]], set[str]]:
+        """Look up names and globs: ({hook_name: (denoiser's name, module)}, names spelt out).
+
+        Raises UsageError for a name that does not exist, and where hooks would not run.
+        """
+        self._check_not_replaced()
+        if isinstance(positions, str):
+            positions = [positions]
+        modules = self.modules()
+        targets = {}
+        explicit = set()
         for position in positions:
             names = match_names(position, modules)
-            targets |= {name: modules[name] for name in names}
-            explicit |= set() if is_pattern(position) else set(names)
-        for denoiser in {denoiser for denoiser, _ in targets.values()}:
+            for name in names:
+                targets[name] = modules[name]
+            if not is_pattern(position):
+                explicit.update(names)
+        for denoiser in denoisers_of(targets):
             check_hookable(denoiser, self.denoisers[denoiser])
         return targets, explicit
 
-    def accepts(self, **options):
-        """Those of the options that the pipeline takes."""
-        takes = inspect.signature(self.pipe).parameters
-        return {name: value for name, value in options.items() if name in takes}
-
-    def arguments(self, num_images_per_prompt=1, output_type=None, extra=None, **options):
-        """Keyword arguments for the pipeline: options that are None take the pipeline's own
-        default, so that all are known.
-
-        `output_type` is left out where the pipeline has none; `extra` is a dict of anything else.
-        Raises UsageError for what the pipeline does not take, and for what is given twice.
-        """
-        pipeline, takes = type(self.pipe).__name__, inspect.signature(self.pipe).parameters
-        for name in options:
-            default = takes[name].default if name in takes else None
-            if options[name] is None and default is not inspect.Parameter.empty:
-                options[name] = default
-        options = {name: value for name, value in options.items() if value is not None}
-        if num_images_per_prompt > 1:
-            name = next((p for p in takes if per_prompt(p)), "num_images_per_prompt")
-            options[name] = num_images_per_prompt
-        if output_type is not None and "output_type" in takes:
-            options["output_type"] = output_type
-        for name in extra or {}:
-            if name in OURS or per_prompt(name):
-                raise UsageError(f"{name} is set by an option of its own")
-        options |= extra or {}
-        size = [name for name in ("height", "width") if options.get(name) is not None]
-        if len(size) == 1 and {"height", "width"} <= set(takes):
-            raise UsageError(
-                f"{size[0]} is given alone, and most pipelines take neither then; give height and width"
-            )
-        if unknown := [name for name in options if name not in takes]:
-            raise UsageError(f"{pipeline} takes no argument {unknown[0]!r}")
-        return options
-
-    def __call__(self, prompt=None, **kwargs):
-        """Generate. kwargs go to the pipeline, or to `loop.Loop` for a denoiser of one's own. Where
-        a pipeline takes no prompt, it gets class numbers written as text, or only as many samples
-        as there are prompts.
-        """
-        given = prompt_arguments(self.pipe, prompt) | kwargs
-        own = {
-            k: list(v) if isinstance(v, list) else v for k, v in given.items()
-        }  # some pipelines write into lists
-        with torch.no_grad():
-            return self.pipe(**own)
-
-    def run_with_cache(self, positions_to_cache, prompt=None, *, later=False, **kwargs):
-        """Generate, and keep what the named modules computed: (output, cache). kwargs: those of
-        `cache`, and the pipeline's.
-
-        With `later` the cache is a function instead, which waits for the device's copies and
-        returns it, on any thread.
-        """
-        options, kwargs = CacheOptions.take_from(kwargs)
-        finder = self._ask(positions_to_cache, prompt, kwargs, options.order)
-        with self._record(
-            positions_to_cache, *count_prompts(prompt, kwargs), options, finder
-        ) as result:
-            output = self(prompt, **kwargs)
-        return output, result if later else result()
-
-    @contextmanager
-    def cache(self, positions_to_cache, n_prompts, num_images_per_prompt=1, **options):
-        """Keep what the named modules compute while the body of the `with` samples `n_prompts`
-        prompts.
-
-        options: save_input=False, save_output=True, rows="cond", stream="image",
-        cache_every_n_timesteps=1, dtype=None, choose=None, order=None, see `recorder.CacheOptions`.
-
-        Yields a dict that is complete when the context ends. `cache["output"][hook_name]` and, with
-        `save_input`, `cache["input"][hook_name]` are CPU tensors (prompts, steps, tokens, d) of
-        `dtype` (default: the model's own), with `rows="both"` also `cache["output_uncond"]`.
-        `cache["timesteps"][hook_name]` (steps,) float64, `cache["grid"][hook_name]` a tuple whose
-        product is `tokens`, `cache["sigmas"]` as `timesteps`, where known. With `stream="text"`
-        tokens are those of the text, padded with zeros, and `cache["lengths"][hook_name]`
-        (prompts,) says how many there are, `cache["lengths_uncond"]` for the unconditional rows.
-
-        choose(step, tokens) -> (prompts, n) int64, or None for all: the image tokens of each prompt
-        that are kept at a step, for all modules with so many; `cache["tokens"][hook_name]`
-        (prompts, steps, n) says which.
-
-        The prompts of what the body samples can't be changed to see which rows depend on them, as
-        `run_with_cache` does: the guidance of the steps must tell, or else `order`, such as
-        ("uncond", "cond") for the passes of each step. A scale below 0 needs the order: by its
-        weights the two passes are exchanged.
-
-        Raises UsageError where a named module does not run exactly once a forward (one found by a
-        glob is left out), or not in every step, where what it takes or returns has no batch axis or
-        no such tokens, where unconditional rows are asked for and there are none, and where nothing
-        tells which rows are conditional.
-        """
-        cache = {}
-        with self._record(
-            positions_to_cache, n_prompts, num_images_per_prompt, CacheOptions(**options)
-        ) as result:
-            yield cache
-        cache |= result()
-
-    @contextmanager
-    def _record(self, positions, n_prompts, num_images_per_prompt, options, finder=None):
-        """Yields a function for the cache, to be called after the `with`."""
-        if n_prompts is not None and not (isinstance(n_prompts, int) and n_prompts > 0):
-            raise UsageError(f"n_prompts: expected how many there are, got {n_prompts!r}")
-        targets, explicit = self._targets(positions)
-        recorder = Recorder(targets, self.denoisers, self._known, options, finder)
-        with ExitStack() as stack:
-            on_forward, on_step, roles = recorder.on_forward, recorder.on_step, recorder.finder
-            watching = self.watch(
-                n_prompts, num_images_per_prompt, on_forward, on_step, roles=roles
-            )
-            recorder.listen(stack, stack.enter_context(watching))
-            yield partial(recorder.result, explicit)
-
-    def first_step(self, positions, prompt=None, **kwargs):
-        """The cache of one step, which is thrown away with every random state put back, and in
-        `cache["num_steps"]` how many steps the whole sampling has. Where denoisers take turns it
-        goes on until each of those named has run.
-        """
-        targets, explicit = self._targets(positions)
-        options, kwargs = CacheOptions.take_from(kwargs)
-        finder = self._ask(positions, prompt, kwargs, options.order)
-        recorder = Recorder(targets, self.denoisers, self._known, options, finder)
-        denoisers = {denoiser for denoiser, _ in targets.values()}
-        sampling = self._dry_run(
-            denoisers,
-            prompt,
-            kwargs,
-            recorder.on_forward,
-            recorder.on_step,
-            recorder.listen,
-            finder,
-        )
-        return recorder.result(explicit) | {"num_steps": sampling.num_steps}
-
-    def first_sample(self, prompt=None, **kwargs):
-        """What the first step of the scheduler gets as its sample: (R, ...), the noise that a
-        sampling begins with."""
-        samples = []
-        self._dry_run(set(), prompt, kwargs, on_step=lambda step: samples.append(step.sample))
-        return samples[0]
-
-    def layouts(self, positions="*", prompt=None, *, stream="image", **kwargs):
-        """Where the tokens are in what modules return, from one step that is thrown away.
-
-        Returns ({hook_name: Layout | NotHookable}, number of steps of the whole sampling).
-        """
-        targets, _ = self._targets(positions)
-        finder = self._ask(positions, prompt, kwargs)
-        places = {("output", name, stream): target for name, target in targets.items()}
-        layouts = {}
-
-        def on_forward(forward, module):
-            find_layouts(forward, module, places, self._known)
-            for (_, name, _), layout in forward.layouts.items():
-                layouts.setdefault(name, layout)
-
-        denoisers = {denoiser for denoiser, _ in targets.values()}
-        sampling = self._dry_run(
-            denoisers, prompt, kwargs, on_forward, finder=finder, must_tell=False
-        )
-        return {
-            name: layouts.get(name, NEVER_RAN) for name in self.modules() if name in targets
-        }, sampling.num_steps
-
-    def _ask(self, positions, prompt, kwargs, order=None):
-        """A `RoleFinder` for the sampling that follows.
-
-        Once for all samplings with such options, one step is run with other prompts and thrown
-        away: the rows that it changes are conditional, and where a denoiser gets more than the
-        sample, such as a picture to edit, it shows which part it is.
-        """
-        self._targets(positions)  # before anything is run for nothing
-        key = outline(kwargs | {"prompt": prompt}), order and tuple(order)
-        memory = self._memories.setdefault(key, Memory())
-        passes = None if memory.asked else self._run_with_other_prompts(prompt, kwargs)
-        memory.asked |= passes is None
-        return RoleFinder(order, passes, memory)
-
-    def _run_with_other_prompts(self, prompt, kwargs):
-        """The first step's forwards as `guidance.Pass`; None where there are no prompts to change,
-        or others are refused."""
-        changed = other_prompts(prompt, kwargs)
-        other, options = changed or (prompt, kwargs)
-        options = {
-            name: value for name, value in options.items() if not name.startswith("callback")
-        }
-        if options.get("num_inference_steps") == 1:
-            options["num_inference_steps"] = (
-                2  # the second shows what of the denoiser's input is sampled
-            )
-        passes, mixed = [], {}
-
-        def on_forward(forward, module):
-            if forward.denoiser in mixed:
-                note_sampled(self._known, forward, mixed[forward.denoiser])
-                raise DryRunOver
-
-        def on_step(step):
-            if passes:
-                raise DryRunOver
-            passes.extend(Pass(f.denoiser, f.rows, f.conditioning, f.output) for f in step.forwards)
-            mixed.update(
-                {
-                    f.denoiser: f.sample
-                    for f in step.forwards
-                    if has_more_than_sample(f, step.sample)
-                }
-            )
-            if not mixed:
-                raise DryRunOver
-
-        try:
-            with ExitStack() as stack:
-                for denoiser in self.denoisers.values():
-                    stack.enter_context(bare(denoiser))  # hooks of the user's own see nothing of it
-                self._dry_run({None}, other, options, on_forward, on_step, must_repeat=False)
-        except Exception:  # noqa: BLE001  it may know no such prompt; anything else that is wrong will show again
-            return None
-        return passes if changed else None
-
-    def _dry_run(
-        self,
-        denoisers,
-        prompt,
-        kwargs,
-        on_forward=None,
-        on_step=None,
-        listen=None,
-        finder=None,
-        must_tell=True,
-        must_repeat=True,
-    ):
-        """Sample until each of `denoisers` has run in a step, if it `must_tell` one whose rows are
-        told; then put all back.
-
-        If it `must_repeat`, a scheduler whose random numbers no seed reaches is refused, looked at
-        once for such options.
-
-        on_step gets the first steps of each denoiser only. Returns the `Sampling` that watched: `P`
-        the prompts, `R` the rows of each chunk, `num_steps` the length of the whole sampling;
-        `finder` knows the roles of rows in these steps.
-        """
-        ran = set()
-        repeatable = (
-            self._repeatable.setdefault(outline(kwargs | {"prompt": prompt}), [])
-            if must_repeat
-            else None
-        )
-
-        def stop_when_all_ran(step):
-            told = getattr(
-                self.pipe, "_num_timesteps", None
-            )  # by a pipeline that ends before its scheduler's list does
-            if isinstance(told, int) and sampling.num_steps is not None:
-                sampling.num_steps = min(told, sampling.num_steps)
-            if on_step is not None and sampling.called - ran:
-                on_step(step)
-            if finder is None or not must_tell or not finder.undecided:
-                ran.update(sampling.called)
-            if denoisers <= ran:
-                raise DryRunOver
-
-        with undisturbed(self.pipe, self.schedulers, self.denoisers, kwargs), ExitStack() as stack:
-            labels = dict(roles=finder, rehearsal=True, repeatable=repeatable)
-            watching = self.watch(
-                *count_prompts(prompt, kwargs), on_forward, stop_when_all_ran, **labels
-            )
-            sampling = stack.enter_context(watching)
-            if listen is not None:
-                listen(stack, sampling)
-            try:
-                self(prompt, **kwargs)
-            except DryRunOver:
-                pass
-            except (
-                ValueError
-            ) as error:  # what a pipeline says of its arguments is the user's to mend
-                raise UsageError(f"{error}") from error
-            sampling.tell_others()
-        if finder is not None and must_tell:
-            finder.check_decided()
-        if not sampling.called:
-            raise UsageError(
-                "the denoiser ran, or not even that, but its scheduler never made a step"
-            )
-        return sampling
-
-    def run_with_hooks(self, position_hook_dict, prompt=None, *, order=None, **kwargs):
-        """Generate with edits: {hook_name: fn or [fn]}, where fn is an `Edit`, or a function as in
-        PyTorch.
-
-        `fn(module, input, output) -> new output or None` sees the whole batch, conditional and
-        unconditional rows alike; `input` is the tuple of positional arguments, or of the keyword
-        ones where the module gets only those. An `Edit` needs to know which rows are conditional
-        before the scheduler is called: one step is run first, unedited, and thrown away, and the
-        plan found there is checked against every step. Hooks are removed afterwards, also after an
-        exception. order: of the passes in a step, such as ("uncond", "cond"), where neither the
-        prompts nor the guidance tell it.
-
-        Raises UsageError if a named module never ran, or no edit of it took place, if unconditional
-        rows are to be edited and there are none, and if a step does not fit the plan.
-        """
-        hooks = {}
-        for position, functions in position_hook_dict.items():
-            for name in self.hook_names(position):
-                hooks.setdefault(name, []).extend(
-                    functions if isinstance(functions, (list, tuple)) else [functions]
+    def _check_not_replaced(self) -> None:
+        """Raise UsageError where the pipeline has another scheduler or denoiser than at hooking."""
+        watched = [*self.denoisers.values(), *self.schedulers]
+        for name, component in self._hooked_components.items():
+            current = getattr(self.pipe, name, component)
+            if not any(current is other for other in (component, *watched)):
+                raise UsageError(
+                    f"{name} of {type(self.pipe).__name__} was replaced after hooking, so it is "
+                    "not the one that is watched: hook the model again after such a change"
                 )
-        targets, _ = self._targets(list(hooks))
-        explicit = {
-            name
-            for name in hooks
-            if any(p in (name, f"{targets[name][0]}.{name}") for p in position_hook_dict)
-        }
-        edits = [
-            (name, function)
-            for name in hooks
-            for function in hooks[name]
-            if isinstance(function, Edit)
-        ]
-        places = {
-            (side, name, edit.stream): targets[name] for name, edit in edits for side in edit.sides
-        }
-        (P, n), plan, finder = count_prompts(prompt, kwargs), None, None
-        if edits:
-            check_order(order)
-            finder = self._ask(list(hooks), prompt, kwargs, order)
-            P, n, plan = self._plan({edit.rows for _, edit in edits}, prompt, kwargs, finder)
-            finder = (
-                None if plan is None else RoleFinder(order, memory=finder.memory, known=dict(plan))
-            )
-
-        runs = RunWatch({name: targets[name] for name, _ in edits}, self.denoisers, self._known)
-
-        def check_runs(step):
-            for name, edit in edits:
-                for forward in step.forwards:
-                    is_met = forward.denoiser == targets[name][0] and edit.is_for(
-                        step.index, forward.roles
-                    )
-                    if is_met and (reason := runs.check(name, forward, f"step {step.index}")):
-                        raise UsageError(f"{name}: {reason}")
-
-        on_forward = partial(find_layouts, places=places, known=self._known)
-        idle = dict.fromkeys(targets, "never ran")  # until it has been edited
-        with ExitStack() as stack:
-            if edits:
-                sampling = stack.enter_context(
-                    self.watch(P, n, on_forward, check_runs, plan=plan, roles=finder)
-                )
-                runs.listen(stack, sampling)
-            for name, (_, module) in targets.items():
-                for function in hooks[name]:
-                    if isinstance(function, Edit):
-                        function.listen(stack, module, name, sampling, idle, name in explicit)
-                    else:
-                        stack.callback(
-                            module.register_forward_hook(
-                                raw(function, name, idle), with_kwargs=True
-                            ).remove
-                        )
-            output = self(prompt, **kwargs)
-        if why := [
-            f"{name}: {reason}"
-            for name, reason in idle.items()
-            if reason and (name in explicit or all(idle.values()))
-        ]:
-            raise UsageError("nothing was edited at " + "; ".join(why))
-        return output
-
-    def _plan(self, wanted, prompt, kwargs, finder):
-        """Prompts, images per prompt and the roles of the rows that a generation will have, None if
-        edits need no roles."""
-        needs_roles = wanted != {"all"}
-        first = self._dry_run(set(), prompt, kwargs, finder=finder, must_tell=needs_roles)
-        roles = {
-            role
-            for of_step in finder.known.values()
-            for of_forward in of_step
-            for role in of_forward
-        }
-        if missing := wanted - roles - {"all"}:
-            raise UsageError(
-                f"there are no {missing.pop()}itional rows to edit in this generation; is guidance off?"
-            )
-        return first.P, first.R // first.P, finder.known if needs_roles else None
-
-    def watch(self, P=1, n=1, on_forward=None, on_step=None, **options):
-        """Context in which a sampling of P prompts x n images is followed; options: further fields
-        of `trace.Sampling`, which it yields.
-        """
-        return Sampling(
-            self.denoisers, self.schedulers, P, n, on_forward, on_step, **options
-        ).watch()
 
 
-def raw(function, name, idle):
-    """A user's function (module, input, output) as a forward hook that notes in `idle` that it
-    ran."""
-
-    def hook(module, args, kwargs, output):
-        idle[name] = None
-        return function(module, args or tuple(kwargs.values()), output)
-
-    return hook
+def has_step(component: Any) -> bool:
+    """Whether a component is a scheduler: its class has a method `step`."""
+    return callable(getattr(type(component), "step", None))
 
 
-def find_model(model_name):
-    """A folder here, one beside this file (so that the toy is found from anywhere), or a hub id;
-    UsageError for neither."""
+def denoisers_of(targets: dict[str, tuple[str, nn.Module]]) -> set[str]:
+    """Return the names of the denoisers in {hook_name: (denoiser's name, module)}."""
+    return {denoiser for denoiser, _ in targets.values()}
+
+
+def find_model(model_name: str) -> str:
+    """Return a folder, or a hub id as it is.
+
+    A folder is looked for from the current one, then beside this file, so that the toy is found
+    from anywhere. Raises UsageError for a name that is neither a folder nor shaped like a hub id.
+    """
     for folder in (Path(model_name), Path(__file__).parent / model_name):
         if folder.is_dir():
             return str(folder)
@@ -592,20 +636,30 @@ def find_model(model_name):
     return str(model_name)
 
 
-def model_of(meta, model_name=None, device=None, dtype=None):
-    """The model that made a file's activations, hooked, and the pipeline's options at that time:
-    (model, options).
+def model_of(
+    meta: dict,
+    model_name: str | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[HookedDiffusionModel, dict]:
+    """Load the model that made an activation file: (hooked model, the pipeline's options then).
 
-    meta: the description beside the file. model_name: another model, such as a copy of it in
-    another place. What has an option of its own in every script, the kind of output and the number
-    of images per prompt, is left out.
+    meta: the description beside the file. model_name: another model instead, such as a copy in
+    another folder. The kind of output and the number of images per prompt are left out of the
+    options, since every script has its own options for them.
     """
-    folder = meta.get(
-        "model_folder"
-    )  # which `read_description` found from the activations, whatever the current folder
-    own = folder if folder is not None and Path(folder).is_dir() else meta["model"]
+    if not model_name:
+        # `read_description` found this folder from the activations, whatever the current one is
+        folder = meta.get("model_folder")
+        model_name = meta["model"]
+        if folder is not None and Path(folder).is_dir():
+            model_name = folder
     model = HookedDiffusionModel.from_pretrained(
-        model_name or own, dtype, device, variant=meta.get("variant"), revision=meta.get("revision")
+        model_name,
+        dtype,
+        device,
+        variant=meta.get("variant"),
+        revision=meta.get("revision"),
     )
     model.pipe.set_progress_bar_config(disable=True)
     options = {}

@@ -1,30 +1,138 @@
-"""Stage 7: act. Amplify, ablate or add features while the model generates, and see each picture
-before and after.
+"""Stage 7: act. Change features while the model generates, and see each image before and after.
 
-    python steer.py                                                   # a feature of the newest SAE, ablated and amplified
-    python steer.py --features 12 98 --multiply 0 4 --steps 0-10      # two features together; a row for each strength
-    python steer.py --concept star --num_features 4 --multiply -2     # the features that fire for prompts with the word
-    python steer.py --concept star --num_features 16 --toward ring    # and in their place what rings have more of
+    python steer.py                                          # exchange two concepts of the prompts
+    python steer.py --features 12 98 --multiply 0 4 --steps 0-10     # a row of images per strength
+    python steer.py --concept star --num_features 4 --multiply -2    # the features of a word
+    python steer.py --concept star --num_features 16 --toward ring   # what rings have in its place
     python steer.py --sae saes/a saes/b --features 0:12 1:98 --add 2.5 --mask 0 0 1 0.5
 
-The change is added to the activation, x + delta, so what the SAE does not explain of it stays
-(analysis/feature_edits.py). Beside each picture stands how far the edited activations are from
-those that the SAE was trained on, as norm and distance, 1 for typical ones
-(`feature_edits.Typical`): far above 1, the picture says less about the feature than about a broken
-model.
+In a notebook:
 
-Reads   SAE folders, the activation files that they were trained on, and the model that these are of.
-Writes  <out_dir>/<what was changed>/: steer.png (a prompt a column, untouched above), steer.json.
-It changes no weight: an edit lasts for the generation. Sources: see feature_edits.py and concepts.py
-in analysis/. How well concepts of the toy are unlearned says `python -m bench unlearn`.
+    picture, numbers = main(Config(concept="star", num_features=16, toward="ring"))
+
+Without options, the script takes the two words of the prompts that the newest SAE tells best from
+the others and that no prompt has together. It takes out what the features of the first word add, puts
+it back along the direction of the second, and prints the command that does the same.
+
+The change is added to the activation, x + delta, so what the SAE does not explain of it stays
+(analysis/feature_edits.py). Below each image stand two numbers that say how far the edited
+activations are from those that the SAE was trained on: norm and distance, which are 1 for typical
+ones (`feature_edits.Typical`). If they are far above 1, the image says less about the feature than
+about a broken model.
+
+Reads   SAE folders, their training data (activation files), and the model that made these.
+Writes  <out_dir>/<what was changed>/: steer.png (one prompt per column, untouched images on top),
+        steer.json.
+It changes no weight: an edit lasts for one generation. Sources: see analysis/feature_edits.py and
+analysis/concepts.py. `python -m bench unlearn` measures how well concepts of the toy are unlearned.
 """
 
 import hashlib
+import math
 import re
+import shlex
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
+
+from cli import answer_help, check_positive, parse_object, resolve_device, resolve_dtype, run_script
+
+
+@dataclass
+class Config:
+    # model
+    sae: list[str] = field(default_factory=list)
+    """Folders of SAEs, each at a hook point of its own. If not given, the newest one in saes/."""
+
+    model_name: str | None = None
+    """Diffusers folder or hub id. If not given, the model that made the activations."""
+
+    transfer: bool = False
+    """Allow an SAE that was trained on a model with other weights."""
+
+    num_inference_steps: int | None = None
+    """Sample in this many steps. If not given, as many as the activations were collected with."""
+
+    guidance_scale: float | None = None
+    """Weight of classifier-free guidance. If not given, that of the activations."""
+
+    pipeline_kwargs: str = "{}"
+    """JSON object of further arguments for the pipeline, such as {"height": 512}."""
+
+    # data
+    dataset_name: str | None = None
+    """Prompt file, hub data set or one prompt. If not given, prompts of the activations."""
+
+    column: str | None = None
+    """Column of --dataset_name that holds the prompt. If not given: prompt, caption or text."""
+
+    negative_prompt: str | None = None
+    """Negative prompt of all images. If not given, the one that the activations were made with."""
+
+    num_prompts: int = 8
+    """Generate this many prompts, which are the columns of the picture."""
+
+    seed: int = 0
+    """Generate prompt i of --dataset_name with seed + i, unless the data set has a column seed."""
+
+    # which features
+    features: list[str] = field(default_factory=list)
+    """Numbers of features, such as 12; of several SAEs 0:12 for the first and 1:12 for the second."""
+
+    concept: str | None = None
+    """A word of the prompts whose features are found. If not given, see --features; if neither is
+    given, two words are exchanged, or, with a strength, the feature that varies most is taken."""
+
+    num_features: int | None = None
+    """Find this many features in each SAE. If not given, 1; if two words are exchanged without
+    options, 8. Raise it if the concept stays."""
+
+    score: Literal["contrast", "saeuron"] = "contrast"
+    """Find features by this score; analysis/concepts.py defines both."""
+
+    num_pictures: int = 128
+    """Find features on at most this many images of the activations. Raise it for rare words."""
+
+    # what to change
+    multiply: list[float] = field(default_factory=list)
+    """Multiply the activations: 0 ablates, 1 changes nothing. Each value gives a row of images. If
+    not given, and neither are --add and --toward, 0 and 4."""
+
+    add: list[float] = field(default_factory=list)
+    """Add decoder rows to x, in RMS norms of the step. Each value gives a row of images."""
+
+    toward: str | None = None
+    """With --concept: a word of the prompts that takes its place."""
+
+    steps: str | None = None
+    """Edit in these steps, first-last, counted from 0, such as 0-10. If not given, in all."""
+
+    mask: list[str] = field(default_factory=list)
+    """Edit here: top left bottom right as fractions of the image, or a file in which white is
+    edited. If not given, everywhere."""
+
+    rows: Literal["cond", "uncond", "both"] | None = None
+    """Edit these rows of the guidance. If not given, those that the SAE was trained on."""
+
+    renormalize: bool = False
+    """Give each edited token the norm back that it had. Use it if a strong edit breaks images."""
+
+    # output
+    out_dir: str = "steer"
+    """Folder in which each edit gets a folder."""
+
+    # hardware
+    batch_size: int = 8
+    """Generate this many prompts together. Lower it if the GPU's memory is too small."""
+
+    device: str = "auto"
+    """Run on this device: cpu, cuda, cuda:1 or mps. auto takes a GPU if there is one."""
+
+
+if __name__ == "__main__":
+    answer_help(Config)  # --help and a mistyped option are answered before torch is imported
+
 
 import numpy as np
 import torch
@@ -32,10 +140,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from analysis.concepts import find_features, image_scores, toward, with_word
+from analysis.concepts import clearest_exchange, find_features, image_scores, toward, with_word
 from analysis.feature_edits import Change, Edits, Target, Typical, check_features, redirect, steer
 from analysis.plots import ImageRow, plot_images
-from cli import check_positive, parse_object, resolve_device, resolve_dtype, run
 from diffusion.generate import generate_images
 from errors import UsageError
 from hook import Generation, HookedDiffusionModel, model_of
@@ -46,120 +153,105 @@ from store.hook_point import trained_on
 from store.identity import activations_of, check_belongs, origin
 from store.prompts import load_prompts, seen_text, with_seeds
 
+EXCHANGED_FEATURES = 8  # on the toy, 64 change more of the image than the concept
+MULTIPLY = [0.0, 4.0]  # strengths of features that the user chose, if none is given
+MILD_MULTIPLY = [0.0, 2.0]  # of a feature that nobody chose: 4 times it destroys the toy's images
+LARGEST_STRENGTH = 1e6  # of --multiply and --add; a float16 overflows at 65,504
+ROW_NAMES = {"multiply": "× {:g}", "add": "+ {:g}", "toward": "→ {}"}  # of a strength
+FOLDER_NAMES = {"multiply": "x{:g}", "add": "add{:g}", "toward": "to_{}"}  # of a strength
+LONGEST_NAME = 100  # characters of a folder's name
 
-@dataclass
-class Config:
-    sae: list[str] = field(default_factory=list)
-    """Their folders, each at a hook point of its own (none: the newest in saes/)."""
 
-    features: list[str] = field(default_factory=list)
-    """Such as 12; of several SAEs 0:12 for the first, 1:12 for the second."""
+# -------------------------------------------------------------------------------------- options
 
-    concept: str | None = None
-    """A word of the prompts: its features are found (neither: the feature that varies most)."""
 
-    num_features: int = 1
-    """Of the concept, in each SAE."""
+def check_config(cfg: Config) -> None:
+    """Raise UsageError for options that can't be used, or not together."""
+    check_positive(
+        cfg, "num_features", "num_pictures", "num_prompts", "num_inference_steps", "batch_size"
+    )
+    for name in ("multiply", "add"):
+        for value in getattr(cfg, name):
+            if not abs(value) <= LARGEST_STRENGTH:  # so that NaN is refused, too
+                raise UsageError(
+                    f"--{name} {value:g}: expected a number from "
+                    f"{-LARGEST_STRENGTH:g} to {LARGEST_STRENGTH:g}"
+                )
 
-    score: Literal["contrast", "saeuron"] = "contrast"
-    """That finds them, see analysis/concepts.py."""
+    if cfg.features and cfg.concept is not None:
+        raise UsageError("expected one of --features and --concept at most")
+    if bool(cfg.multiply) + bool(cfg.add) + (cfg.toward is not None) > 1:
+        raise UsageError("expected one of --multiply, --add and --toward at most")
+    if cfg.toward is not None and cfg.concept is None:
+        raise UsageError("--toward needs --concept: it names the word that is put in its place")
+    check_options_are_read(cfg)
 
-    num_pictures: int = 128
-    """Of the activation files, that features are found from."""
 
-    multiply: list[float] = field(default_factory=list)
-    """Of the activations: 1 changes nothing, 0 ablates; a row for each."""
+def check_options_are_read(cfg: Config) -> None:
+    """Raise UsageError for an option that has a value other than its default, and no effect."""
+    unread = []  # (options, when nothing reads them)
+    if cfg.features:
+        unread.append((("num_features", "num_pictures", "score"), "with --features"))
+    elif cfg.concept is None and not exchanges_concepts(cfg):
+        unread.append((("score",), "without --concept"))
+    if not cfg.dataset_name:
+        unread.append((("column", "seed"), "without --dataset_name"))
 
-    add: list[float] = field(default_factory=list)
-    """To x along decoder rows, in RMS norms of the step (neither: multiply 0 4)."""
+    defaults = Config()
+    for names, when in unread:
+        for name in names:
+            if getattr(cfg, name) != getattr(defaults, name):
+                raise UsageError(f"--{name} has no effect {when}; leave it out")
 
-    toward: str | None = None
-    """With --concept: a word of the prompts that is put in its place."""
 
-    steps: str | None = None
-    """First-last, from 0 (None: all)."""
-
-    mask: list[str] = field(default_factory=list)
-    """Top left bottom right as fractions of the picture, or a file: white is edited."""
-
-    rows: Literal["cond", "uncond", "both"] | None = None
-    """Of the guidance, that are edited (None: those of the SAE)."""
-
-    renormalize: bool = False
-    """Give each edited token its norm of before back."""
-
-    model_name: str | None = None
-    """None: the model that the activations are of."""
-
-    transfer: bool = False
-    """Use an SAE on purpose where it was not trained: in a model with other weights."""
-
-    dataset_name: str | None = None
-    """Prompts: a file, a hub data set or one prompt (None: those of the activations)."""
-
-    negative_prompt: str | None = None
-    """None: the one that the activations were made with."""
-
-    column: str | None = None
-    """That holds the prompt (None: prompt, caption or text)."""
-
-    num_prompts: int = 8
-    """The columns of the picture."""
-
-    seed: int = 0
-    """Of prompt i of --dataset_name: seed + i, or its column seed; those of the activations have
-    their own."""
-
-    num_inference_steps: int | None = None
-    """None: those of the activations."""
-
-    guidance_scale: float | None = None
-    """None: that of the activations."""
-
-    pipeline_kwargs: str = "{}"
-    """JSON object: anything else that the pipeline takes."""
-
-    batch_size: int = 8
-    """Prompts generated together."""
-
-    out_dir: str = "steer"
-    """In which each edit gets a folder."""
-
-    device: str = "auto"
-    """Auto, cuda, cuda:N, mps, cpu."""
+def exchanges_concepts(cfg: Config) -> bool:
+    """Whether the user has said neither which features are changed nor how."""
+    chosen = cfg.features or cfg.concept is not None
+    strength = cfg.multiply or cfg.add or cfg.toward is not None
+    return not chosen and not strength
 
 
 def parse_features(texts: list[str], saes: list[Sae]) -> list[list[int]]:
-    """`12` or, with several SAEs, `1:12` -> features of each SAE. Raises UsageError for what is
-    neither, or not there."""
-    found = [[] for _ in saes]
+    """Return the features of each SAE: ["1:12", "0:3"] -> [[3], [12]], and ["12"] of one -> [[12]].
+
+    Raises UsageError for a text of another form, an SAE that is not given, and a feature that the
+    SAE does not have.
+    """
+    features_of = [[] for _ in saes]
     for text in texts:
         match = re.fullmatch(r"(?:(\d+):)?(\d+)", text)
         if not match or (match[1] is None and len(saes) > 1):
-            form = (
-                "a number such as 12"
-                if len(saes) == 1
-                else "the SAE's place in --sae and a number, such as 0:12"
-            )
+            form = "a number such as 12"
+            if len(saes) > 1:
+                form = "the SAE's place in --sae and a number, such as 0:12"
             raise UsageError(f"--features {text}: expected {form}")
-        if (which := int(match[1] or 0)) >= len(saes):
+        number = int(match[1] or 0)
+        if number >= len(saes):
             raise UsageError(f"--features {text}: --sae names {len(saes)}, numbered from 0")
-        found[which].append(int(match[2]))
-    for sae, features in zip(saes, found):
+        features_of[number].append(int(match[2]))
+
+    for sae, features in zip(saes, features_of):
         check_features(sae, features)
-    return found
+    return features_of
 
 
 def parse_steps(text: str | None, num_steps: int | None) -> range | None:
-    """`0-10` or `3` -> range(0, 11), range(3, 4); None is all. Raises UsageError for others, and
-    outside of the sampling."""
+    """Return the steps to edit in: "0-10" -> range(0, 11), "3" -> range(3, 4), None (all) -> None.
+
+    num_steps: of the sampling, None if not known. Raises UsageError for another form, and for steps
+    that the sampling does not have.
+    """
     if text is None:
         return None
+
     match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
-    first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+    if not match:
+        raise UsageError(f"--steps {text}: expected first-last, such as 0-10")
+    first = int(match[1])
+    last = int(match[2] or match[1])
     if last < first:
         raise UsageError(f"--steps {text}: expected first-last, such as 0-10")
-    if last >= (num_steps or last + 1):
+    if num_steps and last >= num_steps:
         raise UsageError(
             f"--steps {text}: the sampling has {num_steps} steps, 0 to {num_steps - 1}"
         )
@@ -167,42 +259,58 @@ def parse_steps(text: str | None, num_steps: int | None) -> range | None:
 
 
 def token_mask(given: list[str], grid: tuple[int, ...]) -> Tensor | None:
-    """The tokens to edit, bool (tokens,), of a box in fractions or a picture file; None for an
-    empty list.
+    """Return the tokens to edit, bool (tokens,), of a box in fractions or an image file.
 
-    grid: (h, w) or (frames, h, w) of the hook point. A token is in the box if its centre is.
-    UsageError for what is neither.
+    given: as in --mask; an empty list gives None. grid: (h, w) or (frames, h, w) of the hook point.
+    A token is in the box if its centre is. Raises UsageError for anything else, and if no token is
+    in the mask.
     """
     if not given:
         return None
     if len(grid) not in (2, 3):
         raise UsageError(
-            f"--mask: the tokens of this hook point are on the grid {tuple(grid)}, which is no picture"
+            f"--mask: the tokens of this hook point are on the grid {tuple(grid)}, "
+            "which is no picture"
         )
+
     h, w = grid[-2:]
-    if len(given) == 1:
-        mask = picture_mask(given[0], h, w)
-    else:
-        try:
-            top, left, bottom, right = map(float, given)
-        except ValueError:
-            raise UsageError(
-                f"--mask {' '.join(given)}: expected top left bottom right, such as 0 0 1 0.5, or a file"
-            ) from None
-        if not (0 <= top < bottom <= 1 and 0 <= left < right <= 1):
-            raise UsageError(
-                f"--mask {' '.join(given)}: expected fractions of the picture, from 0 to 1"
-            )
-        y, x = (torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w
-        mask = ((y >= top) & (y < bottom))[:, None] & ((x >= left) & (x < right))
+    mask = picture_mask(given[0], h, w) if len(given) == 1 else box_mask(given, h, w)
     if not mask.any():
         raise UsageError(f"--mask {' '.join(given)}: no token of the {h} x {w} is in it")
-    return mask.flatten().repeat(grid[0] if len(grid) == 3 else 1)
+    num_frames = grid[0] if len(grid) == 3 else 1
+    return mask.flatten().repeat(num_frames)
+
+
+def box_mask(given: list[str], h: int, w: int) -> Tensor:
+    """Return which tokens have their centre in a box, bool (h, w).
+
+    given: top, left, bottom and right as fractions; 0 0 1 0.5 is the left half. Raises UsageError
+    for anything else.
+    """
+    try:
+        top, left, bottom, right = map(float, given)
+    except ValueError:
+        raise UsageError(
+            f"--mask {' '.join(given)}: expected top left bottom right, "
+            "such as 0 0 1 0.5, or a file"
+        ) from None
+    if not (0 <= top < bottom <= 1 and 0 <= left < right <= 1):
+        raise UsageError(
+            f"--mask {' '.join(given)}: expected fractions of the picture, from 0 to 1"
+        )
+
+    y = (torch.arange(h) + 0.5) / h
+    x = (torch.arange(w) + 0.5) / w
+    in_rows = (y >= top) & (y < bottom)
+    in_columns = (x >= left) & (x < right)
+    return in_rows[:, None] & in_columns
 
 
 def picture_mask(path: str, h: int, w: int) -> Tensor:
-    """What is white and opaque in a picture file, bool (h, w). Raises UsageError for a file that is
-    no picture of 8 bits."""
+    """Return what is white and opaque in an image file, bool (h, w).
+
+    Raises UsageError for a file that is no image with 8 bits.
+    """
     try:
         picture = Image.open(path)
         picture.load()
@@ -212,26 +320,18 @@ def picture_mask(path: str, h: int, w: int) -> Tensor:
         raise UsageError(
             f"--mask {path}: expected a picture of 8 bits, and this one has mode {picture.mode}"
         )
+
     black = Image.new("RGBA", picture.size, "black")
     flat = Image.alpha_composite(black, picture.convert("RGBA")).convert("L")
-    return torch.from_numpy(np.array(flat.resize((w, h), Image.Resampling.BOX))) > 127
+    small = flat.resize((w, h), Image.Resampling.BOX)
+    return torch.from_numpy(np.array(small)) > 127
 
 
-def check_config(cfg: Config) -> None:
-    """Raise UsageError for options that can't be used, or not together."""
-    check_positive(
-        cfg, "num_features", "num_pictures", "num_prompts", "num_inference_steps", "batch_size"
-    )
-    if cfg.features and cfg.concept is not None:
-        raise UsageError("expected one of --features and --concept at most")
-    if bool(cfg.multiply) + bool(cfg.add) + (cfg.toward is not None) > 1:
-        raise UsageError("expected one of --multiply, --add and --toward at most")
-    if cfg.toward is not None and cfg.concept is None:
-        raise UsageError("--toward is of --concept: what is put in its place")
+# ----------------------------------------------------------------------------- SAEs and features
 
 
 def load_targets(cfg: Config, device: torch.device) -> list[Target]:
-    """The SAEs, without features yet. Raises UsageError if two belong to one hook point."""
+    """Return the SAEs as targets without features. Raises UsageError if two have one hook point."""
     targets = []
     for path in cfg.sae or [str(newest_sae())]:
         sae = Sae.load_from_disk(path, device)
@@ -240,79 +340,152 @@ def load_targets(cfg: Config, device: torch.device) -> list[Target]:
         if data and all(Path(name).exists() for name in data):
             activations = activations_of(sae, path, transfer=cfg.transfer)
         targets.append(Target(path, sae, trained_on(sae), features=[], activations=activations))
+
     names = {target.hook_point.hook_name for target in targets}
     if len(names) < len(targets):
         raise UsageError("--sae names two SAEs of one hook point; expected one each")
     return targets
 
 
-def choose_features(cfg: Config, targets: list[Target]) -> list[dict] | None:
-    """Give each target its features. Returns the prompts to show them on, rows of prompts.jsonl,
-    where these follow from it."""
-    if cfg.features:
-        parsed = parse_features(cfg.features, [target.sae for target in targets])
-        for target, features in zip(targets, parsed):
-            target.features = features
-        return None
+class ScoredImages(NamedTuple):
+    """Images of an SAE's training data, on which features are found."""
 
+    scores: Tensor
+    """(P, S, M): each image's score of every latent by step, see analysis/concepts.py."""
+
+    rows: list[dict]
+    """The line of prompts.jsonl of each image."""
+
+    def texts(self) -> list[str]:
+        """Return the prompt of each image as far as the model saw it."""
+        return [seen_text(row) for row in self.rows]
+
+    def chosen(self, indices: Tensor) -> list[dict]:
+        """Return the rows with these indices, int (n,)."""
+        return [self.rows[i] for i in indices.tolist()]
+
+
+def choose_features(cfg: Config, targets: list[Target]) -> tuple[Config, list[dict] | None]:
+    """Give each target its features.
+
+    Returns the options, with those filled in that the user left to the script, and the prompts to
+    show the features on, as rows of prompts.jsonl: some that have them, then some that do not. With
+    --features the prompts are None.
+    """
+    if cfg.features:
+        name_features(cfg, targets)
+        return cfg, None
+
+    exchange = exchanges_concepts(cfg)
     shown = None
     for target in targets:
-        listing = rows_of(target)
-        groups = (
-            choose_varying(cfg, target)
-            if cfg.concept is None
-            else choose_of_concept(cfg, target, listing)
-        )
-        if shown is None:  # by the first: some images that have the feature, then some that do not
-            half = -(-cfg.num_prompts // 2)
-            shown = [
-                listing[row] for row in (*groups[0][:half], *groups[1][: cfg.num_prompts - half])
-            ]
-    return shown
+        images = score_images(cfg, target)
+        if exchange and shown is None:  # the first target decides
+            cfg = with_exchange(cfg, images)
+        if cfg.concept is not None:
+            strong, weak = choose_of_concept(cfg, target, images)
+        else:
+            strong, weak = choose_varying(cfg, target, images)
+        if shown is None:
+            num_strong = math.ceil(cfg.num_prompts / 2)
+            shown = strong[:num_strong] + weak[: cfg.num_prompts - num_strong]
+    return cfg, shown
+
+
+def name_features(cfg: Config, targets: list[Target]) -> None:
+    """Give each target the features of --features, and say which SAE has none."""
+    parsed = parse_features(cfg.features, [target.sae for target in targets])
+    for target, features in zip(targets, parsed):
+        target.features = features
+        if not features:
+            print(f"note: {target.path} has no feature in --features, so it changes nothing")
 
 
 def rows_of(target: Target) -> list[dict]:
-    """The lines of prompts.jsonl of all images that the SAE was trained on. Raises UsageError where
-    they are not there."""
+    """Return the lines of prompts.jsonl of all images that the SAE was trained on.
+
+    Raises UsageError if the training data or their prompts are not there.
+    """
     if target.activations is None:
         for path in target.sae.cfg.get("data") or []:
             refuse_unfinished(path)
         data = ", ".join(target.sae.cfg.get("data") or ["its activations"])
         raise UsageError(
-            f"{target.path} was trained on {data}, which is not there: name --features and --dataset_name"
+            f"{target.path} was trained on {data}, which is not there: "
+            "name --features and --dataset_name"
         )
     return target.activations.rows_of_prompts()
 
 
+def score_images(cfg: Config, target: Target) -> ScoredImages:
+    """Return up to --num_pictures images of the SAE's training data, with their scores."""
+    rows = rows_of(target)
+    scores, numbers = image_scores(target.sae, target.activations, pictures=cfg.num_pictures)
+    return ScoredImages(scores, [rows[number] for number in numbers])
+
+
+def with_exchange(cfg: Config, images: ScoredImages) -> Config:
+    """Return the options with the exchange of two concepts filled in, and print what it is.
+
+    If the prompts have no two words for it, the feature that varies most is changed, mildly.
+    """
+    num_features = cfg.num_features or EXCHANGED_FEATURES
+    words = clearest_exchange(images.scores, images.texts(), EXCHANGED_FEATURES)
+    if words is None:
+        print(
+            "no two words of the prompts can be exchanged: the feature that varies most is changed"
+        )
+        return replace(cfg, multiply=MILD_MULTIPLY)
+
+    concept, other = words
+    print(
+        f"{concept!r} is exchanged for {other!r}: of all words, the SAE tells these two best. "
+        "The same, with your other options:\n"
+        f"    python steer.py --concept {shlex.quote(concept)} --toward {shlex.quote(other)} "
+        f"--num_features {num_features}"
+    )
+    return replace(cfg, concept=concept, toward=other, num_features=num_features)
+
+
 def choose_of_concept(
-    cfg: Config, target: Target, listing: list[dict]
-) -> tuple[np.ndarray, np.ndarray]:
-    """The features that fire for prompts with the word. Returns the rows of the listing with it,
-    and those without."""
-    scores, rows = image_scores(target.sae, target.activations, pictures=cfg.num_pictures)
-    texts = [seen_text(listing[row]) for row in rows]
+    cfg: Config, target: Target, images: ScoredImages
+) -> tuple[list[dict], list[dict]]:
+    """Give the target the features of --concept. Returns the rows with the word, and without it."""
+    texts = images.texts()
     has_word = with_word(texts, cfg.concept)
     if cfg.toward is not None:
-        other = with_word(texts, cfg.toward) & ~has_word
-        target.direction = toward(target.sae, scores, other, has_word)
-    features, values = find_features(scores, has_word, cfg.score, cfg.num_features)
-    target.features, target.scores = features.tolist(), values.tolist()
-    return rows[has_word.numpy()], rows[~has_word.numpy()]
+        has_other = with_word(texts, cfg.toward) & ~has_word
+        target.direction = toward(target.sae, images.scores, has_other, has_word)
+
+    count = cfg.num_features or 1
+    features, values = find_features(images.scores, has_word, cfg.score, count)
+    target.features = features.tolist()
+    target.scores = values.tolist()
+    with_it = has_word.nonzero()[:, 0]
+    without = (~has_word).nonzero()[:, 0]
+    return images.chosen(with_it), images.chosen(without)
 
 
-def choose_varying(cfg: Config, target: Target) -> tuple[np.ndarray, np.ndarray]:
-    """The features that vary most between images. Returns the rows of the listing where they are
-    strong, and where weak."""
-    scores, rows = image_scores(target.sae, target.activations, pictures=cfg.num_pictures)
-    scores = scores.mean(1)  # (P, M), over steps
-    values, features = scores.std(0).topk(min(cfg.num_features, target.sae.num_latents))
-    target.features, target.scores = features.tolist(), values.tolist()
-    order = rows[scores[:, features].sum(1).argsort(descending=True)]
-    return order[: len(order) // 2], order[::-1][: len(order) // 2]
+def choose_varying(
+    cfg: Config, target: Target, images: ScoredImages
+) -> tuple[list[dict], list[dict]]:
+    """Give the target the features that vary most between images.
+
+    Returns the half of the rows in which they are strong, the strongest first, and the other half,
+    the weakest first.
+    """
+    scores = images.scores.mean(1)  # (P, M), over the steps
+    count = min(cfg.num_features or 1, target.sae.num_latents)
+    values, features = scores.std(0).topk(count)
+    target.features = features.tolist()
+    target.scores = values.tolist()
+
+    order = scores[:, features].sum(1).argsort(descending=True)
+    half = len(order) // 2
+    return images.chosen(order[:half]), images.chosen(order.flip(0)[:half])
 
 
-ROW_NAMES = {"multiply": "× {:g}", "add": "+ {:g}", "toward": "→ {}"}  # of a strength
-FOLDER_NAMES = {"multiply": "x{:g}", "add": "add{:g}", "toward": "to_{}"}
+# ------------------------------------------------------------------------------------- strengths
 
 
 class Strength(NamedTuple):
@@ -324,43 +497,68 @@ class Strength(NamedTuple):
     value: float | str
 
     def change(self, target: Target) -> Change:
-        """What is added to the target's activations."""
+        """Return what is added to the target's activations."""
         stream = target.hook_point.stream
         if self.kind == "toward":
             return redirect(target.sae, target.features, target.direction, stream)
         return steer(target.sae, target.features, stream=stream, **{self.kind: self.value})
 
+    @property
+    def row_name(self) -> str:
+        """Such as "× 4"."""
+        return ROW_NAMES[self.kind].format(self.value)
+
+    @property
+    def folder_name(self) -> str:
+        """Such as "x4"."""
+        return FOLDER_NAMES[self.kind].format(self.value)
+
+
+UNTOUCHED = Strength("multiply", 1.0)
+
 
 def strengths_of(cfg: Config) -> list[Strength]:
+    """Return one strength per edited row of the picture."""
     if cfg.toward is not None:
         return [Strength("toward", cfg.toward)]
     if cfg.add:
         return [Strength("add", value) for value in cfg.add]
-    return [Strength("multiply", value) for value in cfg.multiply or (0.0, 4.0)]
+    return [Strength("multiply", value) for value in cfg.multiply or MULTIPLY]
 
 
 def folder_name(cfg: Config, targets: list[Target]) -> str:
-    """What is changed, in less than 100 characters."""
+    """Return what is changed as the name of a folder, such as "12+98_x0_x4" or "star_to_ring".
+
+    A name of 100 characters or more is cut, and gets a digest of the whole.
+    """
     what = cfg.concept
     if what is None:
         what = "+".join(str(feature) for target in targets for feature in target.features)
-    label = "_".join(
-        [what, *(FOLDER_NAMES[kind].format(value) for kind, value in strengths_of(cfg))]
-    )
+    label = "_".join([what, *(strength.folder_name for strength in strengths_of(cfg))])
     if cfg.steps is not None:
         label += f"_steps{cfg.steps}"
-    if len(label) >= 100:
-        label = f"{label[:80]}_{hashlib.sha256(label.encode()).hexdigest()[:8]}"
+
+    if len(label) >= LONGEST_NAME:
+        digest = hashlib.sha256(label.encode()).hexdigest()[:8]
+        label = f"{label[:80]}_{digest}"
     return re.sub(r"[^\w.+-]+", "-", label)
 
 
+# ----------------------------------------------------------------------------- prompts and model
+
+
 def choose_prompts(cfg: Config, targets: list[Target], shown: list[dict] | None) -> list[dict]:
-    """What is generated: rows with a prompt and a seed."""
+    """Return what is generated: rows with a prompt and a seed.
+
+    They come from --dataset_name; else they are `shown`, of `choose_features`; else the first rows
+    of the training data.
+    """
     if not cfg.dataset_name:
         rows = (shown or rows_of(targets[0]))[: cfg.num_prompts]
         if cfg.negative_prompt is not None:
-            rows = [row | {"negative_prompt": cfg.negative_prompt} for row in rows]
+            rows = [{**row, "negative_prompt": cfg.negative_prompt} for row in rows]
         return rows
+
     rows = load_prompts(
         cfg.dataset_name,
         column=cfg.column,
@@ -369,63 +567,73 @@ def choose_prompts(cfg: Config, targets: list[Target], shown: list[dict] | None)
     )
     negative = negative_prompt_of(cfg, targets[0])
     if negative is not None and "negative_prompt" not in rows[0]:
-        rows = [row | {"negative_prompt": negative} for row in rows]
+        rows = [{**row, "negative_prompt": negative} for row in rows]
     return with_seeds(rows, cfg.seed)
 
 
 def negative_prompt_of(cfg: Config, target: Target) -> str | None:
-    """The negative prompt of the option, or else of the activations: some pipelines guide only
-    where there is one."""
+    """Return the negative prompt of the option, or else that of the activations.
+
+    Some pipelines guide only if there is one. Raises UsageError if the activations have several.
+    """
     if cfg.negative_prompt is not None or target.activations is None:
         return cfg.negative_prompt
-    found = {row.get("negative_prompt") for row in target.activations.rows_of_prompts()}
-    if len(found) > 1:
+
+    prompts = {row.get("negative_prompt") for row in target.activations.rows_of_prompts()}
+    if len(prompts) > 1:
         path = target.activations.paths[0]
         raise UsageError(
-            f"{path} was collected with {len(found)} negative prompts; choose one with --negative_prompt"
+            f"{path} was collected with {len(prompts)} negative prompts; "
+            "choose one with --negative_prompt"
         )
-    return found.pop()
+    return prompts.pop()
 
 
 def check_prompts(rows: list[dict], meta: dict, model: HookedDiffusionModel) -> None:
-    """Raise UsageError where the activations are of real images without captions, so that there is
-    nothing to generate."""
+    """Raise UsageError if the activations were made from real images without captions, so that
+    there is nothing to generate."""
     empty = any(row["prompt"] in (None, "") for row in rows)
     if empty and meta.get("images") is not None and model.accepts(prompt=""):
         raise UsageError(
-            "the activations are of real images without captions (--images): name prompts with --dataset_name"
+            "the activations are of real images without captions (--images): "
+            "name prompts with --dataset_name"
         )
 
 
 def load_model(cfg: Config, meta: dict, device: torch.device) -> tuple[HookedDiffusionModel, dict]:
-    """The model of the activations, and the pipeline's arguments: theirs, or those of the
-    options."""
-    model, options = model_of(meta, cfg.model_name, device, resolve_dtype("auto", device))
-    if cfg.model_name:
-        options = {}  # another model has defaults of its own
-    if meta.get("images") is not None:  # the steps and the guidance were those of adding noise
-        options = {
-            name: value
-            for name, value in options.items()
-            if name not in ("num_inference_steps", "guidance_scale")
-        }
-    given = {"num_inference_steps": cfg.num_inference_steps, "guidance_scale": cfg.guidance_scale}
-    options |= {name: value for name, value in given.items() if value is not None}
+    """Return the model and the pipeline's arguments: those of the options, else of the activations.
+
+    meta: the description of the activations. Raises UsageError for an argument that is given twice.
+    """
+    model, collected = model_of(meta, cfg.model_name, device, resolve_dtype("auto", device))
+    options = {}
+    if not cfg.model_name:  # another model has defaults of its own
+        options.update(collected)
+    if meta.get("images") is not None:  # steps and guidance were those of adding noise
+        options.pop("num_inference_steps", None)
+        options.pop("guidance_scale", None)
+
     extra = parse_object(cfg.pipeline_kwargs, "--pipeline_kwargs")
-    if twice := [name for name in extra if given.get(name) is not None]:
-        raise UsageError(
-            f"{twice[0]} is given twice: in --pipeline_kwargs and by an option of its own"
-        )
-    options |= extra
+    for name in ("num_inference_steps", "guidance_scale"):
+        value = getattr(cfg, name)
+        if value is None:
+            continue
+        if name in extra:
+            raise UsageError(
+                f"{name} is given twice: in --pipeline_kwargs and by an option of its own"
+            )
+        options[name] = value
+    options.update(extra)
     return model, model.arguments(1, "pt", options)
 
 
 def place_masks(
     cfg: Config, model: HookedDiffusionModel, generation: Generation, targets: list[Target]
 ) -> range | None:
-    """Give each target the tokens of --mask on its grid; the steps of --steps, None for all.
+    """Give each target the tokens of --mask on its grid. Returns the steps of --steps, None for all.
 
-    Raises UsageError for what is not on the grid, and for steps that the sampling does not have.
+    Raises UsageError for a mask that is not on the grid, and for steps that the sampling does not
+    have.
     """
     first = next(generation.batches(1))
     for target in targets:
@@ -433,14 +641,15 @@ def place_masks(
         cache = model.first_step(
             target.hook_point.hook_name, first.prompts, stream=stream, **first.arguments()
         )
-        grid = next(iter(cache["grid"].values())) if stream == "image" else ()
+        grid = ()
+        if stream == "image":
+            grid = next(iter(cache["grid"].values()))
         target.mask = token_mask(cfg.mask, grid)
-        steps = parse_steps(cfg.steps, cache["num_steps"])
-    return steps
+    return parse_steps(cfg.steps, cache["num_steps"])
 
 
 def measure_typical(targets: list[Target]) -> None:
-    """Give each target what is typical of its activations, where the files are there."""
+    """Give each target what is typical of its training data, if the files are there."""
     for target in targets:
         try:
             target.typical = Typical(target.sae.cfg["data"])
@@ -448,31 +657,58 @@ def measure_typical(targets: list[Target]) -> None:
             print(f"note: norm and distance are not measured: {error}")
 
 
+# ------------------------------------------------------------------------------------------ runs
+
+
 class Run(NamedTuple):
     """One row of the picture."""
 
     strength: Strength
+
     name: str
+
     images: Tensor
     """(P, 3, H, W) in [0, 1]"""
 
     numbers: list[list[float] | None]
-    """(norm, distance) of each image; None where they were not measured"""
+    """(norm, distance) of each image; None if they were not measured."""
 
     def moved(self, untouched: "Run") -> Tensor:
-        """(P,): root mean square difference to the untouched images."""
+        """Return the root mean square difference to the untouched images, (P,)."""
         return (self.images - untouched.images).square().flatten(1).mean(1).sqrt()
 
     def captions(self) -> list[str]:
-        return ["" if n is None else f"norm {n[0]:.2f}   distance {n[1]:.2f}" for n in self.numbers]
+        """Return what stands below each image."""
+        captions = []
+        for numbers in self.numbers:
+            caption = ""
+            if numbers is not None:
+                norm, distance = numbers
+                caption = f"norm {norm:.2f}   distance {distance:.2f}"
+            captions.append(caption)
+        return captions
 
     def record(self, untouched: "Run") -> dict:
-        """What steer.json says of it."""
+        """Return what steer.json says of the row."""
         images = []
         for moved, numbers in zip(self.moved(untouched).tolist(), self.numbers):
             norm, distance = numbers or (None, None)
             images.append({"moved": moved, "norm": norm, "distance": distance})
         return {"name": self.name, self.strength.kind: self.strength.value, "pictures": images}
+
+    def check_finite(self) -> None:
+        """Raise UsageError if an image, or a number below it, is NaN or infinite."""
+        known = [numbers for numbers in self.numbers if numbers is not None]
+        if self.images.isfinite().all() and np.isfinite(known).all():
+            return
+        if self.strength == UNTOUCHED:
+            raise UsageError("the model makes images that are not finite, without any edit")
+        kind, value = self.strength
+        value = value if kind == "toward" else f"{value:g}"
+        raise UsageError(
+            f"--{kind} {value} makes activations or images that are not finite; edit less: "
+            "a strength nearer to 0, fewer --steps, or --renormalize"
+        )
 
 
 def generate_runs(
@@ -482,34 +718,73 @@ def generate_runs(
     targets: list[Target],
     steps: range | None,
 ) -> list[Run]:
-    """The untouched run, then one for each strength."""
-    untouched = Strength("multiply", 1.0)
-    strengths = [untouched, *strengths_of(cfg)]
-    count = len(generation.prompts)
+    """Return the untouched run, then one for each strength.
+
+    Raises UsageError if an edit is so strong that the images are not finite.
+    """
+    strengths = [UNTOUCHED, *strengths_of(cfg)]
+    num_images = len(generation.prompts)
     runs = []
-    with tqdm(total=count * len(strengths), unit="picture", desc="steering") as bar:
+    with tqdm(total=num_images * len(strengths), unit="picture", desc="steering") as bar:
         for strength in strengths:
             changes = [strength.change(target) for target in targets]
             edits = Edits(targets, changes, cfg.rows, steps, cfg.renormalize)
             images = generate_images(model, generation, cfg.batch_size, edits, bar)
-            name = (
-                "untouched"
-                if strength is untouched
-                else ROW_NAMES[strength.kind].format(strength.value)
-            )
-            runs.append(Run(strength, name, images, edits.numbers(count)))
+            name = "untouched" if strength is UNTOUCHED else strength.row_name
+            run = Run(strength, name, images, edits.numbers(num_images))
+            run.check_finite()
+            runs.append(run)
     return runs
 
 
 def print_table(runs: list[Run]) -> None:
-    """Means over the images."""
+    """Print one line per run: means over its images."""
     print(
-        f"{'':12} {'norm':>6} {'distance':>9} {'pictures':>9}   (1: typical of training; the last: RMS change, of 1)"
+        f"{'':12} {'norm':>6} {'distance':>9} {'pictures':>9}   "
+        "(1: typical of training; the last: RMS change, of 1)"
     )
-    for made in runs:
-        known = [numbers for numbers in made.numbers if numbers is not None]
-        norm, distance = [f"{value:.2f}" for value in np.mean(known, 0)] if known else ["-", "-"]
-        print(f"{made.name:12} {norm:>6} {distance:>9} {made.moved(runs[0]).mean():9.3f}")
+    for run in runs:
+        norm = distance = "-"
+        known = [numbers for numbers in run.numbers if numbers is not None]
+        if known:
+            norm, distance = [f"{value:.2f}" for value in np.mean(known, 0)]
+        print(f"{run.name:12} {norm:>6} {distance:>9} {run.moved(runs[0]).mean():9.3f}")
+
+
+def settings_of(cfg: Config, targets: list[Target]) -> dict:
+    """Return the options that decide the images: a folder is used again only with the same."""
+    settings = {}
+    for name, value in vars(cfg).items():
+        if name not in ("out_dir", "device", "batch_size"):
+            settings[name] = value
+    settings["sae"] = [target.path for target in targets]
+    return settings
+
+
+def report_of(
+    settings: dict,
+    generation: Generation,
+    runs: list[Run],
+    targets: list[Target],
+    transfers: list,
+) -> dict:
+    """Return what steer.json says, without the seconds. transfers: of `check_belongs`, per target."""
+    saes = []
+    for target, transfer in zip(targets, transfers):
+        record = target.hook_point.as_dict()
+        record["path"] = target.path
+        record["features"] = target.features
+        record["scores"] = target.scores
+        record["transfer"] = transfer
+        saes.append(record)
+    return {
+        "options": settings,
+        "arguments": generation.arguments(),
+        "seeds": generation.seeds,
+        "prompts": generation.prompts,
+        "runs": [run.record(runs[0]) for run in runs],
+        "saes": saes,
+    }
 
 
 def main(cfg: Config) -> list[Path]:
@@ -524,28 +799,26 @@ def main(cfg: Config) -> list[Path]:
     # 1. The SAEs, where they belong, and their features
     device = resolve_device(cfg.device)
     targets = load_targets(cfg, device)
-    shown = choose_features(cfg, targets)
+    cfg, shown = choose_features(cfg, targets)
 
     # 2. A folder that holds nothing else
     rows = choose_prompts(cfg, targets, shown)
-    settings = {
-        name: value
-        for name, value in vars(cfg).items()
-        if name not in ("out_dir", "device", "batch_size")
-    }
-    settings["sae"] = [target.path for target in targets]
+    settings = settings_of(cfg, targets)
     folder = Path(cfg.out_dir) / folder_name(cfg, targets)
     claim_folder(folder, "steer.json", settings)
 
     # 3. The model, and which tokens and steps are edited
-    first = targets[0].activations
-    meta = origin(targets[0].sae.cfg, {} if first is None else first.sources[0].meta)
+    description = {}
+    if targets[0].activations is not None:
+        description = targets[0].activations.sources[0].meta
+    meta = origin(targets[0].sae.cfg, description)
     model, options = load_model(cfg, meta, device)
     check_prompts(rows, meta, model)
-    transfers = [
-        check_belongs(target.path, target.sae.cfg, model=model, transfer=cfg.transfer)
-        for target in targets
-    ]
+    transfers = []
+    for target in targets:
+        transfers.append(
+            check_belongs(target.path, target.sae.cfg, model=model, transfer=cfg.transfer)
+        )
     generation = Generation.from_rows(rows, options)
     steps = place_masks(cfg, model, generation, targets)
 
@@ -553,34 +826,20 @@ def main(cfg: Config) -> list[Path]:
     measure_typical(targets)
     runs = generate_runs(cfg, model, generation, targets, steps)
 
-    # 5. The table, the numbers and the pictures
+    # 5. The table, the picture and the numbers
     print_table(runs)
-    written = [folder / "steer.png", folder / "steer.json"]
-    grid = [ImageRow(made.name, made.images, made.captions()) for made in runs]
-    plot_images(written[0], grid, generation.prompts)
-
-    report = {
-        "options": settings,
-        "arguments": generation.arguments(),
-        "seeds": generation.seeds,
-        "prompts": generation.prompts,
-    }
-    report["runs"] = [made.record(runs[0]) for made in runs]
-    report["saes"] = []
-    for target, transfer in zip(targets, transfers):
-        known = {
-            "path": target.path,
-            "features": target.features,
-            "scores": target.scores,
-            "transfer": transfer,
-        }
-        report["saes"].append(target.hook_point.as_dict() | known)
+    for target in targets:
         print(f"{target.hook_point.hook_name}: features {' '.join(map(str, target.features))}")
+    picture = folder / "steer.png"
+    numbers = folder / "steer.json"
+    grid = [ImageRow(run.name, run.images, run.captions()) for run in runs]
+    plot_images(picture, grid, generation.prompts)
+    report = report_of(settings, generation, runs, targets, transfers)
     report["seconds"] = round(time.perf_counter() - start, 1)
-    write_json(written[1], report)
-    print(f"pictures in {written[0]}, numbers in {written[1]}")
-    return written
+    write_json(numbers, report)
+    print(f"pictures in {picture}, numbers in {numbers}")
+    return [picture, numbers]
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    run_script(main, Config)

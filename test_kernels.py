@@ -467,5 +467,5 @@ def main():
     return bool(failed)
 
 
-if __name__ == "__main__" and "get_ipython" not in globals():
+if __name__ == "__main__":
     raise SystemExit(main())

@@ -1,16 +1,21 @@
-"""Edits of features: what an SAE's latents add to an activation is changed, and the rest of the
-activation is kept.
+"""Edits of features: change what some latents of an SAE add to an activation, and nothing else.
 
-    x' = x + delta,   delta = sum over the chosen features of (new activation - activation) W_dec[feature]
+    change = steer(sae, [12, 98], multiply=0.0)      # x (P, T, d), timestep -> delta (P, T, d)
+    edits = Edits([target], [change])                # for `HookedDiffusionModel`, see steer.py
+
+    x' = x + delta
+    delta = sum over the chosen features of (new activation - activation) W_dec[feature]
 
 What the SAE does not explain of x stays as it is, so an edit that changes no activation changes no
-bit. `multiply` acts where a feature is active; `add` acts on every token, in units of the step's
-RMS norm: the root of the mean |x|^2 over the tokens of this picture at this step, so that one
-number means the same at every step and in every model.
+bit. `multiply` acts where a feature is active. `add` acts on every token, in units of the step's RMS
+norm: the root of the mean |x|^2 over the tokens of this image at this step. So one number means the
+same at every step and in every model.
 
-How far an edit leaves the activations that the model itself makes is measured against those that
-the SAE was trained on (`Typical`): steering that looks harmless by its features can push what later
-layers get far off (arXiv 2606.31699).
+`Typical` measures how far an edit leaves the activations that the model itself makes, as the SAE's
+training data show them: steering that looks harmless by its features can push what later layers get
+far off (arXiv 2606.31699).
+
+P prompts, T tokens, d the vectors' width, M latents of the SAE, F chosen features, S steps.
 """
 
 import math
@@ -35,13 +40,19 @@ Change = Callable[[Tensor, float], Tensor | None]
 """(x (P, T, d) float32, timestep) -> what is added to x (P, T, d), or None for nothing."""
 
 
-def check_features(sae, features):
-    """int64 (F,) on the SAE's device. Raises UsageError for one that the SAE does not have, or that
-    is named twice."""
+# ---------------------------------------------------------------------------- changes of features
+
+
+def check_features(sae: Sae, features: list[int]) -> Tensor:
+    """Return the features as int64 (F,) on the SAE's device.
+
+    Raises UsageError for a feature that the SAE does not have, or that is named twice.
+    """
     for feature in features:
         if not 0 <= feature < sae.num_latents:
             raise UsageError(
-                f"feature {feature}: the SAE has {sae.num_latents}, numbered 0 to {sae.num_latents - 1}"
+                f"feature {feature}: the SAE has {sae.num_latents}, "
+                f"numbered 0 to {sae.num_latents - 1}"
             )
     if len(set(features)) < len(features):
         raise UsageError(f"a feature is named twice: {' '.join(map(str, features))}")
@@ -49,25 +60,36 @@ def check_features(sae, features):
 
 
 def check_input_width(sae: Sae, x: Tensor) -> None:
-    """Raise UsageError if the vectors x (..., d) are of another width than those that the SAE
-    takes."""
+    """Raise UsageError if the vectors x (..., d) have another width than the SAE takes."""
     if x.shape[-1] != sae.d_in:
         raise UsageError(
             f"the SAE takes width {sae.d_in}, and this hook point has width {x.shape[-1]}"
         )
 
 
+def real_tokens(x: Tensor, stream: str) -> Tensor:
+    """Return which tokens are no padding, bool (..., T) for x (..., T, d).
+
+    Text is padded with tokens that are all zeros; tokens of an image are never padding.
+    """
+    if stream == "text":
+        return (x != 0).any(-1)
+    return torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
+
+
 def map_samples(
     fn: Callable[[Tensor], Tensor], x: Tensor, stream: str, device: torch.device
 ) -> Tensor:
-    """fn (1, n, d) -> (1, n, d) of each prompt's tokens on its own: x (P, T, d) -> (P, T, d).
+    """Apply fn (1, n, d) -> (1, n, d) to each prompt's tokens on their own: x (P, T, d) -> (P, T, d).
 
-    Memory does not grow with P. Padding of text, tokens that are all zeros, stays zero and is not
-    given to fn, which runs on `device`.
+    Memory does not grow with P. Padding of text stays zero and is not given to fn, which runs on
+    `device`.
     """
     result = torch.zeros_like(x)
     for tokens, out in zip(x, result):
-        real = (tokens != 0).any(1) if stream == "text" else slice(None)
+        real = slice(None)  # choosing by a mask would wait for the GPU
+        if stream == "text":
+            real = real_tokens(tokens, stream)
         vectors = tokens[real].to(device)
         if len(vectors):
             out[real] = fn(vectors[None])[0].to(out)
@@ -78,83 +100,96 @@ def map_samples(
 def delta(
     sae: Sae, x: Tensor, features: Tensor, new: Callable[[Tensor], Tensor], stream: str = "image"
 ) -> Tensor:
-    """What changing features adds to the tokens x (P, T, d) float32: (P, T, d), exactly 0 where
-    nothing changes.
+    """Return what changing features adds to the tokens x (P, T, d) float32: (P, T, d).
 
-    features: int64 (F,). new(acts (n, F)) -> their new activations (n, F). Padding of text, which
-    is zeros, stays. Raises UsageError where widths differ.
+    features: int64 (F,). new(acts (n, F)) returns their new activations (n, F). Where it returns
+    them unchanged, the result is exactly 0; so it is at padding of text. Raises UsageError if the
+    width of x is not the SAE's.
     """
     check_input_width(sae, x)
-    F = len(features)
-    column = torch.full(
-        (sae.num_latents,), F, device=features.device
-    )  # of each latent among the chosen; F is none of them
-    column[features] = torch.arange(F, device=features.device)
+    num_features = len(features)
+
+    # the column of each latent among the chosen; the last, F, collects all others
+    column = torch.full((sae.num_latents,), num_features, device=features.device)
+    column[features] = torch.arange(num_features, device=features.device)
 
     def change(vectors: Tensor) -> Tensor:  # (1, n, d)
         top_acts, top_indices, *stats = sae.encode(vectors)
-        top_acts, top_indices = top_acts[0], top_indices[0]
-        acts = top_acts.new_zeros(len(top_acts), F + 1)
-        acts = acts.scatter_add_(1, column[top_indices], top_acts)[:, :F]
+        top_acts = top_acts[0]
+        top_indices = top_indices[0]
+
+        acts = top_acts.new_zeros(len(top_acts), num_features + 1)
+        acts = acts.scatter_add_(1, column[top_indices], top_acts)[:, :num_features]
         added = (new(acts) - acts) @ sae.W_dec[features]
         if stats:  # input_unit_norm: W_dec is in units of each vector's standard deviation
-            added = added * stats[1].view(-1, 1)
+            _, std = stats
+            added = added * std.view(-1, 1)
         return added[None]
 
     return map_samples(change, x, stream, sae.W_dec.device)
 
 
-def step_norm(x, stream="image"):
-    """The RMS norm of each picture's tokens at one step: (P, T, d) -> (P, 1, 1); padding of text
-    does not count."""
-    squares = x.square().sum(-1)
-    count = (
-        (x != 0).any(-1).sum(1)
-        if stream == "text"
-        else torch.full((len(x),), x.shape[1], device=x.device)
-    )
-    return (squares.sum(1) / count.clamp_min(1)).sqrt()[:, None, None]
+def step_norm(x: Tensor, stream: str = "image") -> Tensor:
+    """Return the RMS norm of each image's tokens at one step: (P, T, d) -> (P, 1, 1).
 
-
-def steer(sae, features, multiply=None, add=None, stream="image"):
-    """A function (x (P, T, d), timestep) -> delta (P, T, d), or None where it changes nothing:
-    `multiply` 1 and `add` 0, or None.
-
-    multiply: of the features' activations; 0 ablates. add: to x, along each feature's unit decoder
-    row, in step norms.
+    Padding of text does not count. For one image with the tokens (3, 4) and (0, 0) it is
+    sqrt(25 / 2); as text, in which the second is padding, it is 5.
     """
-    features = check_features(sae, features)
+    squares = x.square().sum(-1)
+    num_real = real_tokens(x, stream).sum(1)
+    return (squares.sum(1) / num_real.clamp_min(1)).sqrt()[:, None, None]
 
-    def change(x, timestep=None):
-        if (multiply in (None, 1) and not add) or not len(features):
+
+def steer(
+    sae: Sae,
+    features: list[int],
+    multiply: float | None = None,
+    add: float | None = None,
+    stream: str = "image",
+) -> Change:
+    """Return the Change that multiplies features' activations, or adds their decoder rows to x.
+
+    multiply: of the features' activations; 0 ablates them, and None or 1 leaves them. add: to x,
+    along each feature's decoder row of length 1, in step norms; None or 0 adds nothing. The Change
+    returns None if it changes nothing. Raises UsageError for features that the SAE does not have.
+    """
+    indices = check_features(sae, features)
+    multiplies = multiply not in (None, 1)
+
+    def change(x: Tensor, timestep: float | None = None) -> Tensor | None:
+        if not len(indices) or not (multiplies or add):
             return None
+
         added = torch.zeros_like(x)
-        if multiply not in (None, 1):
-            added += delta(sae, x, features, lambda acts: multiply * acts, stream)
+        if multiplies:
+            added += delta(sae, x, indices, lambda acts: multiply * acts, stream)
         if add:
-            rows = torch.nn.functional.normalize(sae.W_dec[features].detach(), dim=1).sum(0).to(x)
-            real = (x != 0).any(-1, keepdim=True) if stream == "text" else 1
-            added += add * step_norm(x, stream) * rows * real
+            rows = sae.W_dec[indices].detach()
+            direction = torch.nn.functional.normalize(rows, dim=1).sum(0).to(x)
+            real = real_tokens(x, stream)[..., None]
+            added += add * step_norm(x, stream) * direction * real
         return added
 
     return change
 
 
-def redirect(sae, features, direction, stream="image"):
-    """A function (x (P, T, d), timestep) -> delta: what the features add is taken out, and put back
-    along `direction`.
+def redirect(sae: Sae, features: list[int], direction: Tensor, stream: str = "image") -> Change:
+    """Return the Change that takes out what features add, and puts it back along a direction.
 
-    direction: (d,) of length 1, such as `concepts.toward`: a token gets as much of it as it loses,
-    in norm, so one without the features keeps its bits. One concept in another's place (an anchor,
-    as in Kumari et al., arXiv 2303.13516, there by weights).
+    direction: (d,) of length 1, such as `concepts.toward`. A token gets as much of it as it loses,
+    in norm, so a token without the features keeps its bits. One concept takes the place of another,
+    as in Kumari et al. (arXiv 2303.13516), who change weights for it.
     """
-    features = check_features(sae, features)
+    indices = check_features(sae, features)
 
-    def change(x, timestep=None):
-        out = delta(sae, x, features, lambda acts: 0 * acts, stream)
-        return out + out.norm(dim=-1, keepdim=True) * direction.to(out)
+    def change(x: Tensor, timestep: float | None = None) -> Tensor:
+        taken = delta(sae, x, indices, lambda acts: 0 * acts, stream)
+        return taken + taken.norm(dim=-1, keepdim=True) * direction.to(taken)
 
     return change
+
+
+# ------------------------------------------------------------------------- edits of a hook point
 
 
 def replacing_edits(
@@ -163,38 +198,41 @@ def replacing_edits(
     rows: str | None = None,
     steps: Container[int] | None = None,
 ) -> list[Edit]:
-    """The edits in which replace(role, output, x) takes the place of what a module returns.
+    """Return the edits in which replace(role, output, x) takes the place of a module's output.
 
     role: cond or uncond. output: (P, T, d), the module's. x: (P, T, d) float32, what an SAE of this
     hook point takes: the output, or output - input for side "diff". replace returns another output,
-    or None to leave it. rows: cond, uncond or both; by default the hook point's. steps: those to
-    edit in, None for all. Raises UsageError for side "input", and where a module turns its input
-    into another shape and the side is "diff".
+    or None to leave it. rows: cond, uncond or both; if None, the hook point's. steps: the steps to
+    edit in; if None, all.
+
+    Raises UsageError for side "input", and for side "diff" if the module turns its input into
+    another shape.
     """
     rows = rows or hook_point.rows
     if rows not in ROLES:
         raise UsageError(f"rows: expected {', '.join(ROLES)}, got {rows!r}")
     if hook_point.side == "input":
         raise UsageError(
-            "the SAE was trained on --side input, and only what a module returns can be edited, not what it takes"
+            "the SAE was trained on --side input, and only what a module returns can be edited, "
+            "not what it takes"
         )
 
-    def edit(role: str, output: Tensor, before: Tensor | None = None) -> Tensor | None:
+    def edit(role: str, output: Tensor, module_input: Tensor | None = None) -> Tensor | None:
         x = output.float()
-        if before is not None:
-            if before.shape != output.shape:
-                turns = f"{tuple(before.shape[1:])} into {tuple(output.shape[1:])}"
+        if module_input is not None:
+            if module_input.shape != output.shape:
+                shapes = f"{tuple(module_input.shape[1:])} into {tuple(output.shape[1:])}"
                 raise UsageError(
-                    f"side diff: {hook_point.hook_name} turns {turns}, and there is no difference"
+                    f"side diff: {hook_point.hook_name} turns {shapes}, and there is no difference"
                 )
-            x = x - before.float()
+            x = x - module_input.float()
         return replace(role, output, x)
 
     with_input = hook_point.side == "diff"
-    return [
-        Edit(partial(edit, role), role, hook_point.stream, steps, with_input)
-        for role in ROLES[rows]
-    ]
+    edits = []
+    for role in ROLES[rows]:
+        edits.append(Edit(partial(edit, role), role, hook_point.stream, steps, with_input))
+    return edits
 
 
 def adding_edits(
@@ -207,46 +245,55 @@ def adding_edits(
     renormalize: bool = False,
     measure: Callable[[Tensor, float], None] | None = None,
 ) -> list[Edit]:
-    """The edits that add `change(x, timestep)` to what a module returns; x, rows and steps as in
-    `replacing_edits`.
+    """Return the edits that add `change(x, timestep)` to what a module returns.
 
-    sampling: of `HookedDiffusionModel.watch`, which knows the step. mask: bool (T,), the tokens to
-    edit, None for all. renormalize: an edited token gets its norm of before back. measure(x after
-    the edit, timestep) is called for each edited chunk of the hook point's own rows, also where
-    nothing changes. Raises UsageError for a mask of another number of tokens.
+    x, rows and steps: see `replacing_edits`. sampling: of `HookedDiffusionModel.watch`, which knows
+    the timestep. mask: bool (T,), the tokens to edit; if None, all. renormalize: give each edited
+    token the norm back that it had. measure(x after the edit, timestep) is called for each edited
+    chunk of the hook point's own rows, also where nothing changes.
+
+    Raises UsageError for a mask with another number of tokens.
     """
 
     def replace(role: str, output: Tensor, x: Tensor) -> Tensor | None:
         if mask is not None and len(mask) != x.shape[1]:
             raise UsageError(f"the mask has {len(mask)} tokens, and this hook point {x.shape[1]}")
+
         timestep = sampling.timestep()
         added = change(x, timestep)
-        if added is not None:
-            moved = (added != 0).any(-1, keepdim=True)
-            if mask is not None:
-                moved &= mask.to(moved.device)[:, None]
-            new = x + added
-            if renormalize:
-                new = new * (
-                    x.norm(dim=-1, keepdim=True)
-                    / new.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(new.dtype).tiny)
-                )
-            added = new - x
-            x = torch.where(moved, new, x)
-        if measure is not None and role == hook_point.rows:
-            measure(x, timestep)
         if added is None:
+            if measure is not None and role == hook_point.rows:
+                measure(x, timestep)
             return None
 
+        moved = (added != 0).any(-1, keepdim=True)  # (P, T, 1)
+        if mask is not None:
+            moved &= mask.to(moved.device)[:, None]
+        new = x + added
+        if renormalize:
+            new = with_norm_of(new, x)
+        if measure is not None and role == hook_point.rows:
+            measure(torch.where(moved, new, x), timestep)
+
+        # a float16 that overflows would be NaN from here on
+        largest = torch.finfo(output.dtype).max
         full = output.float()
-        largest = torch.finfo(
-            output.dtype
-        ).max  # a float16 that overflows would be NaN from here on
-        edited = (full + added).clamp(-largest, largest)
+        edited = (full + (new - x)).clamp(-largest, largest)
         # a token that is not touched keeps its bits: not even -0 + 0 is computed
         return torch.where(moved, edited, full).to(output.dtype)
 
     return replacing_edits(hook_point, replace, rows, steps)
+
+
+def with_norm_of(new: Tensor, x: Tensor) -> Tensor:
+    """Return the tokens `new` (P, T, d), each scaled to the norm that it has in x (P, T, d)."""
+    smallest = torch.finfo(new.dtype).tiny  # no division by zero
+    norm = x.norm(dim=-1, keepdim=True)
+    new_norm = new.norm(dim=-1, keepdim=True).clamp_min(smallest)
+    return new * (norm / new_norm)
+
+
+# ------------------------------------------------------------------------------- edits of a run
 
 
 @dataclass
@@ -254,32 +301,36 @@ class Target:
     """Features of one SAE that are edited, and where."""
 
     path: str
+    """Folder of the SAE."""
+
     sae: Sae
+
     hook_point: HookPoint
+    """Where the SAE was trained, and where it edits."""
+
     features: list[int]
 
     activations: Activations | None = None
-    """That the SAE was trained on; None where they are not there."""
+    """The SAE's training data. None if the files are not there."""
 
     scores: list[float] | None = None
-    """By which the features were found."""
+    """The values by which the features were found. None if the user named them."""
 
     direction: Tensor | None = None
     """(d,), of length 1: what is put in the features' place, see `redirect`."""
 
     mask: Tensor | None = None
-    """bool (T,): the tokens to edit; None for all."""
+    """bool (T,): the tokens to edit. None for all."""
 
     typical: "Typical | None" = None
-    """None: it is not measured how far edited activations are from those of training."""
+    """Measures how far edited activations are from those of training. None: it is not measured."""
 
 
 class Edits:
-    """The edits of one run, at the hook point of every target, and how far off they are from what
-    is typical there.
+    """The edits of one run at the hook point of every target, and how typical the results are.
 
-    Of the edited rows only those that the SAE was trained on, cond or uncond, have something to be
-    typical of. changes: one per target. rows: cond, uncond or both; by default those of each
+    An SAE was trained on cond or on uncond rows, so only edits of these rows can be compared with
+    its training data. changes: one per target. rows: cond, uncond or both; if None, those of each
     target's hook point.
     """
 
@@ -296,17 +347,18 @@ class Edits:
         self.rows = rows
         self.steps = steps
         self.renormalize = renormalize
-        self.measured = []  # of each batch {target: [(2, P): norm and distance, of every step]}
+        self.measured = []
+        """One dict per batch: {number of the target: [(2, P) norm and distance at each step]}."""
 
     def __call__(self, sampling) -> dict[str, list[Edit]]:
-        """{hook_name: [Edit]} for the next batch of prompts."""
+        """Return {hook_name: [Edit]} for the next batch of prompts."""
         measured = {}
         self.measured.append(measured)
         edits = {}
-        for i, (target, change) in enumerate(zip(self.targets, self.changes)):
+        for number, (target, change) in enumerate(zip(self.targets, self.changes)):
             measure = None
             if target.typical is not None:
-                measure = partial(self.measure, measured, i)
+                measure = partial(self.measure, measured, number)
             edits[target.hook_point.hook_name] = adding_edits(
                 target.hook_point,
                 change,
@@ -319,83 +371,117 @@ class Edits:
             )
         return edits
 
-    def measure(self, measured: dict, i: int, x: Tensor, timestep: float) -> None:
-        """Note how typical target i's activations x (P, T, d) are at one step."""
-        target = self.targets[i]
-        if math.isnan(timestep) and len(target.typical.times) > 1:
-            return  # it is not known of which step they should be typical
-        numbers = target.typical(x, timestep, target.hook_point.stream == "text")
-        measured.setdefault(i, []).append(torch.stack(numbers))
+    def measure(
+        self, measured: dict[int, list[Tensor]], number: int, x: Tensor, timestep: float
+    ) -> None:
+        """Note how typical one target's activations x (P, T, d) are at one step.
 
-    def numbers(self, P: int) -> list[list[float] | None]:
-        """Each image's (norm, distance), means over edited steps, at the hook point that is
-        furthest off; None if not known."""
-        known = sorted({i for measured in self.measured for i in measured})
+        Nothing is noted if the timestep is not known (NaN) and the training data have several.
+        """
+        target = self.targets[number]
+        if math.isnan(timestep) and len(target.typical.times) > 1:
+            return
+        numbers = target.typical(x, timestep, text=target.hook_point.stream == "text")
+        measured.setdefault(number, []).append(torch.stack(numbers))
+
+    def numbers(self, num_images: int) -> list[list[float] | None]:
+        """Return the (norm, distance) of each image, means over the edited steps.
+
+        If several targets were measured, each number is that of the target where it is furthest
+        from typical. An image has None if nothing was measured.
+        """
+        known = sorted({number for measured in self.measured for number in measured})
         if not known:
-            return [None] * P
-        each = []
-        for i in known:
-            batches = [torch.stack(measured[i]).mean(0) for measured in self.measured]
-            each.append(torch.cat(batches, 1))
-        each = torch.stack(each)  # (targets, 2, P)
-        norm_off = (
-            each[:, 0].clamp_min(1e-12).log().abs()
-        )  # a norm is as far off at a half as at two
-        furthest = torch.stack([norm_off, each[:, 1]], 1).argmax(0, keepdim=True)
-        return each.gather(0, furthest)[0].T.tolist()
+            return [None] * num_images
+
+        means = []
+        for number in known:
+            batches = [torch.stack(measured[number]).mean(0) for measured in self.measured]
+            means.append(torch.cat(batches, 1))
+        means = torch.stack(means)  # (targets, 2, P)
+
+        # a norm of a half is as far off as a norm of two
+        norm_off = means[:, 0].clamp_min(1e-12).log().abs()
+        furthest = torch.stack([norm_off, means[:, 1]], 1).argmax(0, keepdim=True)  # (1, 2, P)
+        return means.gather(0, furthest)[0].T.tolist()
 
 
 class Typical:
     """The activations that an SAE was trained on, by timestep, and how far others are from them.
 
-        norm      RMS norm of the tokens / that of the training vectors of the step
-        distance  |C^-1/2 (x - mean of the step)|, root mean square over the tokens / over the training vectors of the step
+        norm      RMS norm of the tokens / RMS norm of the training vectors of the step
+        distance  RMS over the tokens of |C^-1/2 (x - mean of the step)| / the same over the
+                  training vectors of the step
 
-    Both are 1 for the model's own activations. C: covariance round the means of the steps, of
-    vectors divided by their step's norm, with 0.1 % of its mean variance added to every direction,
-    so that those the model never uses count, but finitely. From a seeded sample of n training
-    vectors.
+    Both are 1 for the model's own activations. C is the covariance about the means of the steps, of
+    vectors divided by their step's norm. 0.1 % of its mean variance is added to every direction, so
+    that directions that the model never uses count, but finitely.
     """
 
-    def __init__(self, data, n=32768, seed=0):
+    def __init__(self, data: list[str], n: int = 32768, seed: int = 0):
+        """Measure up to n training vectors of the activation files, drawn with a seed."""
         activations = open_activations(data)[0]
         pieces = activations.draw(n, seed)
-        x, step = activations.read(pieces).float(), torch.from_numpy(activations.steps_of(pieces))
-        found, step = step.unique(return_inverse=True)
-        self.times = torch.tensor(
-            [activations.timesteps[i] for i in found] if activations.timesteps else [0.0]
-        )
-        count = torch.bincount(step).float()
-        by_step = lambda values: torch.zeros(len(found), *values.shape[1:]).index_add_(
-            0, step, values
-        )
+        x = activations.read(pieces).float()  # (n, d)
+        steps, step = torch.from_numpy(activations.steps_of(pieces)).unique(return_inverse=True)
+        count = torch.bincount(step).float()  # (S,)
+
+        times = [0.0]
+        if activations.timesteps:
+            times = [activations.timesteps[i] for i in steps]
+        self.times = torch.tensor(times)
+        """(S,): the scheduler's timesteps of the steps that were drawn; 0 if they are not known."""
+
         unit = usual_scale(x)
         x = x * unit
-        norms = (by_step(x.square().sum(1)) / count).sqrt().clamp_min(1e-12)  # (S,)
-        x = x / norms[step, None]
+        norms = (sum_by_step(x.square().sum(1), step) / count).sqrt().clamp_min(1e-12)
         self.norms = norms / unit
-        self.means = by_step(x) / count[:, None]  # (S, d)
+        """(S,): RMS norm of the vectors of each step."""
+
+        x = x / norms[step, None]
+        self.means = sum_by_step(x, step) / count[:, None]
+        """(S, d): mean of each step's vectors, divided by its norm."""
+
         x = x - self.means[step]
-        C = x.T @ x / len(x)
-        values, vectors = torch.linalg.eigh(C + 1e-3 * C.diagonal().mean() * torch.eye(len(C)))
-        self.whiten = (
-            vectors / values.clamp_min(1e-12).sqrt()
-        )  # (d, d): x @ whiten has unit variance in every direction
-        self.spread = (
-            (by_step((x @ self.whiten).square().sum(1)) / count).sqrt().clamp_min(1e-12)
-        )  # (S,)
+        self.whiten = whitening(x.T @ x / len(x))
+        """(d, d): x @ whiten has the variance 1 in every direction."""
 
-    def __call__(self, x, timestep, text=False):
-        """x (P, T, d) at a timestep of the scheduler, of which the nearest is taken: norm (P,) and
-        distance (P,).
+        lengths = (x @ self.whiten).square().sum(1)
+        self.spread = (sum_by_step(lengths, step) / count).sqrt().clamp_min(1e-12)
+        """(S,): RMS length of the whitened vectors of each step."""
 
-        text: tokens that are all zeros are padding and do not count.
+    def __call__(self, x: Tensor, timestep: float, text: bool = False) -> tuple[Tensor, Tensor]:
+        """Return the norm (P,) and distance (P,) of x (P, T, d) at a timestep of the scheduler.
+
+        The nearest known timestep is taken; NaN is allowed if only one is known. text: tokens that
+        are all zeros are padding and do not count.
         """
-        step = int((self.times - timestep).abs().argmin())  # NaN, where there is one step: that
+        step = int((self.times - timestep).abs().argmin())  # NaN gives 0
         x = x.float().cpu() / self.norms[step]
-        real = (x != 0).any(-1).float() if text else torch.ones(x.shape[:2])
-        mean = lambda squares: ((squares * real).sum(1) / real.sum(1).clamp_min(1)).sqrt()
-        norm = mean(x.square().sum(-1))
-        return norm, mean(((x - self.means[step]) @ self.whiten).square().sum(-1)) / self.spread[
-            step
-        ]
+        real = real_tokens(x, "text" if text else "image").float()
+
+        norm = root_mean(x.square().sum(-1), real)
+        whitened = (x - self.means[step]) @ self.whiten
+        return norm, root_mean(whitened.square().sum(-1), real) / self.spread[step]
+
+
+def sum_by_step(values: Tensor, step: Tensor) -> Tensor:
+    """Return the sums of the values (n, ...) with each step: (S, ...). step: int64 (n,)."""
+    num_steps = int(step.max()) + 1
+    return torch.zeros(num_steps, *values.shape[1:]).index_add_(0, step, values)
+
+
+def whitening(covariance: Tensor) -> Tensor:
+    """Return W (d, d) so that x @ W has the variance 1 in every direction.
+
+    0.1 % of the mean variance is added to every direction first.
+    """
+    d = len(covariance)
+    regularized = covariance + 1e-3 * covariance.diagonal().mean() * torch.eye(d)
+    values, vectors = torch.linalg.eigh(regularized)
+    return vectors / values.clamp_min(1e-12).sqrt()
+
+
+def root_mean(squares: Tensor, real: Tensor) -> Tensor:
+    """Return the root of the mean square over the real tokens: (P, T), float (P, T) -> (P,)."""
+    return ((squares * real).sum(1) / real.sum(1).clamp_min(1)).sqrt()

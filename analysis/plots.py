@@ -1,5 +1,11 @@
-"""Every figure: curves of training, sweeps, evaluations and diagnoses, and grids of images. The
-numbers are defined elsewhere."""
+"""Every figure of the project: curves of training, sweeps, evaluations, diagnoses, grids of images.
+
+    plot_training(path, rows, held_out, title)      # train.py
+    plot_images(path, [ImageRow("untouched", images)], prompts)      # steer.py, ablate.py
+
+Each `plot_...` writes one PNG. The numbers are defined elsewhere: metrics in analysis/metrics.py and
+diagnoses in diagnose.py.
+"""
 
 import math
 import statistics
@@ -15,13 +21,13 @@ from matplotlib.ticker import LogLocator
 from torch import Tensor
 
 from analysis.data_stats import OUTLIER
-from analysis.metrics import total
+from analysis.metrics import Metrics, total
 
 BLUE, ORANGE, GREY = "#2f6db5", "#e07b39", "#888888"
 CENTERED = {"median": "centred on the median", "mean": "centred on the mean", "none": "not centred"}
-IMAGE = 1.25  # inches, with the gap to the next
-GAP = 0.05
-CAPTION = 0.17
+IMAGE = 1.25  # inches of an image in a grid, with the gap to the next
+GAP = 0.05  # inches
+CAPTION = 0.17  # inches of the line below an image
 GRAFT_COLORS = {"latents": BLUE, "images": "#e08a2e", "clip": "#6a9a3b"}
 GRAFT_LABELS = {"latents": "latents", "images": "pictures", "clip": "CLIP"}
 GRAFT_ROWS = {
@@ -31,37 +37,22 @@ GRAFT_ROWS = {
 }
 
 
-def plot_training(path, rows, held_out, title):
-    """Three panels: FVU and dead share over training, with the held-out values; how often latents
-    are active."""
-    blue, orange = dict(color=BLUE, lw=1.3), dict(color=ORANGE, lw=1.3, ls="--")
+# ------------------------------------------------------------------------------- training
+
+
+def plot_training(path: Path, rows: list[dict], held_out: Metrics, title: str) -> None:
+    """Write a PNG of three panels: FVU and dead latents over training, and how often latents fire.
+
+    rows: of metrics.jsonl, with "vectors", "fvu" and "dead". held_out: the numbers at the end.
+    """
     fig = Figure(figsize=(13, 3.9), layout="constrained")
     fig.suptitle(
         f"{title}: held-out FVU {held_out.fvu:.3f}, L0 {held_out.l0:.1f}, dead {held_out.dead:.1%}"
     )
-    left, middle, right = axes = fig.subplots(1, 3)
-    most = max(row["vectors"] for row in rows)
-    unit, word = (
-        (1e6, "millions") if most >= 1e6 else (1e3, "thousands") if most >= 1e4 else (1, "")
-    )
-    for ax, name, heading in (
-        (left, "fvu", "Variance not explained (FVU)"),
-        (middle, "dead", "Dead latents"),
-    ):
-        dots = dict(marker="o", ms=4) if len(rows) < 12 else {}
-        ax.plot(
-            [row["vectors"] / unit for row in rows],
-            [row[name] for row in rows],
-            **blue,
-            **dots,
-            label="in training",
-        )
-        ax.axhline(getattr(held_out, name), **orange, label="held out, at the end")
-        ax.set(
-            title=heading,
-            xlabel=f"training vectors{', ' * bool(word)}{word}",
-            xlim=(0, 1.03 * most / unit),
-        )
+    left, middle, right = fig.subplots(1, 3)
+    draw_over_training(left, rows, "fvu", held_out.fvu, "Variance not explained (FVU)")
+    draw_over_training(middle, rows, "dead", held_out.dead, "Dead latents")
+
     values = [held_out.fvu, *(row["fvu"] for row in rows)]
     if max(values) > 3 * min(values) > 0:
         left.set_yscale("log", subs=[])
@@ -70,38 +61,61 @@ def plot_training(path, rows, held_out, title):
     middle.set_ylim(0, 1.1 * max(0.1, held_out.dead, *(row["dead"] for row in rows)))
     middle.yaxis.set_major_formatter("{x:.0%}")
     plot_activity(right, held_out)
-    for ax in axes:
+
+    for ax in (left, middle, right):
         tidy(ax)
     fig.savefig(path, dpi=130)
 
 
-def plot_sweep(path, rows):
-    """FVU against L0 of several SAEs, a line through those of one size and seed; rows: their
-    cfg.json."""
+def draw_over_training(ax: Axes, rows: list[dict], name: str, at_end: float, heading: str) -> None:
+    """Draw one number of metrics.jsonl over the training vectors, and its held-out value."""
+    most = max(row["vectors"] for row in rows)
+    unit = 1
+    label = "training vectors"
+    if most >= 1e6:
+        unit = 1e6
+        label = "training vectors, millions"
+    elif most >= 1e4:
+        unit = 1e3
+        label = "training vectors, thousands"
+
+    dots = {}
+    if len(rows) < 12:
+        dots = dict(marker="o", ms=4)
+    x = [row["vectors"] / unit for row in rows]
+    y = [row[name] for row in rows]
+    ax.plot(x, y, color=BLUE, lw=1.3, **dots, label="in training")
+    ax.axhline(at_end, color=ORANGE, lw=1.3, ls="--", label="held out, at the end")
+    ax.set(title=heading, xlabel=label, xlim=(0, 1.03 * most / unit))
+
+
+def plot_sweep(path: Path, rows: list[dict]) -> None:
+    """Write a PNG of FVU against L0 of several SAEs, with a line through those of one size and seed.
+
+    rows: their cfg.json, with the held-out "fvu" and "l0".
+    """
     fig = Figure(figsize=(6.2, 4.4), layout="constrained")
     ax = fig.subplots()
     sizes = sorted({row["num_latents"] for row in rows})
     for i, size in enumerate(sizes):
         color = colormaps["viridis"](0.9 * i / max(1, len(sizes) - 1))
-        seeds = sorted({row["training"]["seed"] for row in rows if row["num_latents"] == size})
+        of_size = [row for row in rows if row["num_latents"] == size]
+        seeds = sorted({row["training"]["seed"] for row in of_size})
         for seed in seeds:
-            line = [
-                row for row in rows if (row["num_latents"], row["training"]["seed"]) == (size, seed)
-            ]
-            line = sorted((row["l0"], row["fvu"]) for row in line)
+            line = [row for row in of_size if row["training"]["seed"] == seed]
+            points = sorted((row["l0"], row["fvu"]) for row in line)
             label = f"{size} latents" if seed == seeds[0] else None
-            ax.plot(*zip(*line), color=color, marker="o", ms=5, lw=1.3, alpha=0.85, label=label)
-    every = [(row["l0"], row["fvu"]) for row in rows]
-    best = sorted(
-        p for p in every if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in every)
-    )
+            ax.plot(*zip(*points), color=color, marker="o", ms=5, lw=1.3, alpha=0.85, label=label)
+
+    points = [(row["l0"], row["fvu"]) for row in rows]
+    best = best_points(points)
     ax.plot(*zip(*best), color="#444444", ls=":", lw=1.2, label="no other has fewer and better")
     ax.set(
         title="Fewer active latents or less error",
         xlabel="active latents a vector (L0)",
         ylabel="FVU on held-out vectors",
     )
-    if max(l0 for l0, _ in every) > 3 * min(l0 for l0, _ in every):
+    if max(l0 for l0, _ in points) > 3 * min(l0 for l0, _ in points):
         ax.set_xscale("log", base=2)
         ax.xaxis.set_major_formatter("{x:g}")
     ax.set_ylim(0, None)
@@ -109,9 +123,30 @@ def plot_sweep(path, rows):
     fig.savefig(path, dpi=130)
 
 
-def plot_evaluation(path, by_step, timesteps, title):
-    """Four panels: FVU and cosine, L0, silent and always-on latents by timestep; how often latents
-    are active."""
+def best_points(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return the sorted points (l0, fvu) for which no other has both at most as large.
+
+    For (1, 5), (2, 3) and (3, 4) these are (1, 5) and (2, 3).
+    """
+    best = []
+    for point in points:
+        l0, fvu = point
+        dominated = any(other != point and other[0] <= l0 and other[1] <= fvu for other in points)
+        if not dominated:
+            best.append(point)
+    return sorted(best)
+
+
+# ----------------------------------------------------------------------------- evaluation
+
+
+def plot_evaluation(path: Path, by_step: list[Metrics], timesteps: list[float], title: str) -> None:
+    """Write a PNG of four panels: FVU, L0, and silent and always-on latents by timestep, and how
+    often latents are active.
+
+    by_step: one per step, of which those without vectors are left out. timesteps: of the scheduler;
+    [] if they are not known, and then there is one step.
+    """
     whole = total(by_step)
     fig = Figure(figsize=(15, 3.7), layout="constrained")
     numbers = (
@@ -119,154 +154,169 @@ def plot_evaluation(path, by_step, timesteps, title):
     )
     numbers += f", always on {whole.always_on:.2%}; {whole.n:,} held-out vectors"
     fig.suptitle(f"{title}: {numbers}", fontsize=11)
-    axes = fig.subplots(1, 4)
-    x, by_step = zip(*((t, metrics) for t, metrics in zip(timesteps or [0], by_step) if metrics.n))
-    dots = dict(marker="o", ms=3.5, lw=1.3)
-    for ax, heading, lines in (
-        (axes[0], "Variance not explained (FVU)", [("fvu", BLUE, "at this timestep")]),
-        (axes[1], "Active latents a vector (L0)", [("l0", BLUE, "at this timestep")]),
-        (
-            axes[2],
-            "Share of latents",
-            [("dead", BLUE, "silent at this timestep"), ("always_on", ORANGE, "always on")],
-        ),
-    ):
-        for name, color, label in lines:
-            ax.plot(
-                x, [getattr(metrics, name) for metrics in by_step], color=color, label=label, **dots
-            )
-        ax.set(
-            title=heading,
-            xlabel="timestep (noise on the left)" if timesteps else "",
-            ylim=(0, None),
-        )
+    fvu, l0, latents, activity = axes = fig.subplots(1, 4)
+
+    x = []
+    known = []
+    for timestep, metrics in zip(timesteps or [0], by_step):
+        if metrics.n:
+            x.append(timestep)
+            known.append(metrics)
+
+    def draw(ax: Axes, name: str, color: str, label: str) -> None:
+        y = [getattr(metrics, name) for metrics in known]
+        ax.plot(x, y, color=color, label=label, marker="o", ms=3.5, lw=1.3)
+
+    draw(fvu, "fvu", BLUE, "at this timestep")
+    fvu.set_title("Variance not explained (FVU)")
+    draw(l0, "l0", BLUE, "at this timestep")
+    l0.set_title("Active latents a vector (L0)")
+    draw(latents, "dead", BLUE, "silent at this timestep")
+    draw(latents, "always_on", ORANGE, "always on")
+    latents.set_title("Share of latents")
+
+    for ax in (fvu, l0, latents):
+        ax.set(xlabel="timestep (noise on the left)" if timesteps else "", ylim=(0, None))
         if not timesteps:
             ax.set_xticks([])
-        if len(lines) == 1:
-            ax.axhline(
-                getattr(whole, lines[0][0]), color=ORANGE, ls="--", lw=1.2, label="of all together"
-            )
+    mean = dict(color=ORANGE, ls="--", lw=1.2, label="of all together")
+    fvu.axhline(whole.fvu, **mean)
+    l0.axhline(whole.l0, **mean)
     if len(x) > 1 and x[0] > x[-1]:
-        for ax in axes[:3]:
+        for ax in (fvu, l0, latents):
             ax.invert_xaxis()
-    axes[2].yaxis.set_major_formatter("{x:.0%}")
-    plot_activity(axes[3], whole)
+    latents.yaxis.set_major_formatter("{x:.0%}")
+
+    plot_activity(activity, whole)
     for ax in axes:
         tidy(ax)
     fig.savefig(path, dpi=130)
 
 
-def plot_diagnosis(path, found, title):
-    """Four panels: RMS by timestep, power by dimension, eigenvalues, how often latents fire."""
-    blue, orange, grey = (dict(color=color, lw=1.4) for color in (BLUE, ORANGE, GREY))
+# ------------------------------------------------------------------------------ diagnosis
+
+
+def plot_diagnosis(path: Path, found: dict, title: str) -> None:
+    """Write a PNG of four panels: RMS by timestep, power by dimension, eigenvalues, how often
+    latents fire. found: the numbers of diagnose.py."""
     fig = Figure(figsize=(11, 7.4), layout="constrained")
     fig.suptitle(title, fontsize=12, parse_math=False)
-    (by_step, by_dim), (by_rank, by_latent) = axes = fig.subplots(2, 2)
-    ranks = range(1, found["d"] + 1)
+    axes = fig.subplots(2, 2)
 
     if "timesteps" in found:
-        dots = dict(marker="o", ms=3.5)
-        by_step.plot(found["timesteps"], found["rms_by_step"], **blue, **dots, label="as they are")
-        by_step.plot(
-            found["timesteps"],
-            found["spread_by_step"],
-            **orange,
-            **dots,
-            label="about their common mean",
-        )
-        by_step.set(
-            title="RMS by timestep", xlabel="timestep, in the order of sampling", ylabel="RMS"
-        )
-        by_step.set_ylim(bottom=0)
-        if found["timesteps"][0] > found["timesteps"][-1]:
-            by_step.invert_xaxis()
+        draw_rms_by_step(axes[0, 0], found)
     else:
-        by_step.plot(
-            found["rms_percentiles"], [p / 100 for p in range(101)], **blue, label="sampled vectors"
-        )
-        by_step.set(
-            title="RMS of vectors",
-            xlabel="RMS of a vector's numbers, at most",
-            ylabel="share of the vectors",
-            ylim=(0, 1.02),
-        )
-        by_step.yaxis.set_major_formatter("{x:.0%}")
+        draw_rms_of_vectors(axes[0, 0], found)
+    draw_power(axes[0, 1], found)
+    draw_spectrum(axes[1, 0], found)
+    draw_trials(axes[1, 1], found)
 
-    power = sorted((m**2 + v, v) for m, v in zip(found["mean"], found["variance"]))[::-1]
-    by_dim.plot(ranks, [p for p, _ in power], **blue, label="mean² + variance")
-    by_dim.plot(
-        ranks, [v for _, v in power], color=ORANGE, ls="", marker=".", ms=4, label="variance alone"
-    )
-    limit = OUTLIER**2 * statistics.median(p for p, _ in power)
-    by_dim.axhline(limit, **grey, ls="--", label=f"outliers: {OUTLIER} times the median RMS")
-    by_dim.set(
-        title=f"Power by dimension: gamma {found['gamma']:.2f}",
-        xlabel="dimension, sorted",
-        ylabel="power",
-        yscale="log",
-    )
-
-    total = sum(found["eigenvalues"])
-    by_rank.plot(
-        ranks, [max(l / total, 1e-12) for l in found["eigenvalues"]], **blue, label="eigenvalues"
-    )
-    by_rank.axvline(
-        found["effective_rank"],
-        **grey,
-        ls="--",
-        label=f"effective rank {found['effective_rank']:.1f} of {found['d']}",
-    )
-    by_rank.set(
-        title="Spectrum of the covariance",
-        xlabel="eigenvalue, sorted",
-        ylabel="share of the variance",
-        yscale="log",
-    )
-
-    for way, style in zip(found["dead"], (blue, orange)):
-        for when, line in (("start", ":"), ("trained", "-")):
-            fires = found["fires"][way][when].sort(descending=True).values.double()
-            after = (
-                "at the start"
-                if when == "start"
-                else f"after {found['dead'][way]['updates']} updates"
-            )
-            label = f"{CENTERED[way]}, {after}: {found['dead'][way][when]:.1%} dead"
-            alive = fires[fires > 0] / found["num_counted"]
-            by_latent.plot(
-                [(i + 1) / len(fires) for i in range(len(alive))],
-                alive.tolist(),
-                **style,
-                ls=line,
-                label=label,
-            )
-    by_latent.axhline(found["k"] / found["num_latents"], **grey, ls="--", label="mean, k / latents")
-    by_latent.set(
-        title="How often latents are active",
-        xlabel="latents, sorted",
-        ylabel="share of the vectors",
-        yscale="log",
-    )
-    by_latent.set_xlim(-0.02, 1.02)
-    by_latent.xaxis.set_major_formatter("{x:.0%}")
     for ax in axes.flat:
         tidy(ax)
     fig.get_layout_engine().set(h_pad=0.12, w_pad=0.1)
     fig.savefig(path, dpi=140)
 
 
-def plot_activity(ax, metrics):
-    """A histogram: how many latents are active on which share of the vectors."""
-    often = metrics.counts.cpu().double() / metrics.n
-    bins = torch.logspace(-math.ceil(math.log10(max(10, metrics.n))), 0, 49).tolist()
-    ax.hist(often[often > 0].tolist(), bins, color=BLUE)
-    ax.axvline(
-        max(metrics.l0, 1e-9) / len(often),
-        color=ORANGE,
-        lw=1.3,
-        ls="--",
-        label="mean, L0 / latents",
+def draw_rms_by_step(ax: Axes, found: dict) -> None:
+    """Draw the RMS of the vectors at each timestep, and about the mean of all."""
+    line = dict(lw=1.4, marker="o", ms=3.5)
+    times = found["timesteps"]
+    ax.plot(times, found["rms_by_step"], color=BLUE, **line, label="as they are")
+    ax.plot(times, found["spread_by_step"], color=ORANGE, **line, label="about their common mean")
+    ax.set(title="RMS by timestep", xlabel="timestep, in the order of sampling", ylabel="RMS")
+    ax.set_ylim(bottom=0)
+    if times[0] > times[-1]:
+        ax.invert_xaxis()
+
+
+def draw_rms_of_vectors(ax: Axes, found: dict) -> None:
+    """Draw which share of the vectors has at most some RMS."""
+    shares = [percent / 100 for percent in range(101)]
+    ax.plot(found["rms_percentiles"], shares, color=BLUE, lw=1.4, label="sampled vectors")
+    ax.set(
+        title="RMS of vectors",
+        xlabel="RMS of a vector's numbers, at most",
+        ylabel="share of the vectors",
+        ylim=(0, 1.02),
     )
+    ax.yaxis.set_major_formatter("{x:.0%}")
+
+
+def draw_power(ax: Axes, found: dict) -> None:
+    """Draw the power of each dimension, the largest first, and from where on it is an outlier."""
+    power = [(m**2 + v, v) for m, v in zip(found["mean"], found["variance"])]
+    power = sorted(power)[::-1]
+    totals = [total_power for total_power, _ in power]
+    variances = [variance for _, variance in power]
+    ranks = range(1, found["d"] + 1)
+
+    ax.plot(ranks, totals, color=BLUE, lw=1.4, label="mean² + variance")
+    ax.plot(ranks, variances, color=ORANGE, ls="", marker=".", ms=4, label="variance alone")
+    limit = OUTLIER**2 * statistics.median(totals)
+    label = f"outliers: {OUTLIER} times the median RMS"
+    ax.axhline(limit, color=GREY, lw=1.4, ls="--", label=label)
+    ax.set(
+        title=f"Power by dimension: gamma {found['gamma']:.2f}",
+        xlabel="dimension, sorted",
+        ylabel="power",
+        yscale="log",
+    )
+
+
+def draw_spectrum(ax: Axes, found: dict) -> None:
+    """Draw each eigenvalue's share of the variance, and the effective rank."""
+    whole = sum(found["eigenvalues"])
+    shares = [max(value / whole, 1e-12) for value in found["eigenvalues"]]
+    ax.plot(range(1, found["d"] + 1), shares, color=BLUE, lw=1.4, label="eigenvalues")
+    rank = found["effective_rank"]
+    label = f"effective rank {rank:.1f} of {found['d']}"
+    ax.axvline(rank, color=GREY, lw=1.4, ls="--", label=label)
+    ax.set(
+        title="Spectrum of the covariance",
+        xlabel="eigenvalue, sorted",
+        ylabel="share of the variance",
+        yscale="log",
+    )
+
+
+def draw_trials(ax: Axes, found: dict) -> None:
+    """Draw how often latents fire at the start and after the trial updates, the most active first.
+
+    One colour for each way of centring; dotted at the start.
+    """
+    for way, color in zip(found["dead"], (BLUE, ORANGE)):
+        dead = found["dead"][way]
+        after = {"start": "at the start", "trained": f"after {dead['updates']} updates"}
+        for when, style in (("start", ":"), ("trained", "-")):
+            fires = found["fires"][way][when].sort(descending=True).values.double()
+            alive = fires[fires > 0] / found["num_counted"]
+            x = [(i + 1) / len(fires) for i in range(len(alive))]
+            label = f"{CENTERED[way]}, {after[when]}: {dead[when]:.1%} dead"
+            ax.plot(x, alive.tolist(), color=color, lw=1.4, ls=style, label=label)
+
+    mean = found["k"] / found["num_latents"]
+    ax.axhline(mean, color=GREY, lw=1.4, ls="--", label="mean, k / latents")
+    ax.set(
+        title="How often latents are active",
+        xlabel="latents, sorted",
+        ylabel="share of the vectors",
+        yscale="log",
+    )
+    ax.set_xlim(-0.02, 1.02)
+    ax.xaxis.set_major_formatter("{x:.0%}")
+
+
+# --------------------------------------------------------------------- parts of several figures
+
+
+def plot_activity(ax: Axes, metrics: Metrics) -> None:
+    """Draw a histogram: how many latents are active on which share of the vectors."""
+    often = metrics.counts.cpu().double() / metrics.n
+    lowest = -math.ceil(math.log10(max(10, metrics.n)))  # a power of 10, at most 1 / n
+    bins = torch.logspace(lowest, 0, 49).tolist()
+    ax.hist(often[often > 0].tolist(), bins, color=BLUE)
+    mean = max(metrics.l0, 1e-9) / len(often)
+    ax.axvline(mean, color=ORANGE, lw=1.3, ls="--", label="mean, L0 / latents")
     ax.set(
         title="How often latents are active",
         xlabel="share of held-out vectors",
@@ -275,8 +325,8 @@ def plot_activity(ax, metrics):
     )
 
 
-def tidy(ax):
-    """What every panel of this project's pictures ends with."""
+def tidy(ax: Axes) -> None:
+    """Give a finished panel the style of this project's figures, and its legend."""
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(alpha=0.3, lw=0.6)
     ax.legend(frameon=False, fontsize=8)
@@ -300,9 +350,9 @@ def image_grid(
     below: float = 0.0,
     width: float = 0.0,
 ) -> Figure:
-    """Rows of images, labels to their left, and the prompts above the columns.
+    """Return rows of images, with labels to their left and the prompts above the columns.
 
-    below: inches that stay free at the bottom. width: of the figure, in inches, at least.
+    below: inches that stay free at the bottom. width: inches that the figure has at least.
     """
     texts = [textwrap.fill(prompt, 21, max_lines=4, placeholder=" …") for prompt in prompts]
     prompt_lines = max([text.count("\n") + 1 for text in texts], default=0)
@@ -319,7 +369,7 @@ def image_grid(
     def write(
         x: float, y: float, text: str, ha: str, va: str, size: float, color: str = "black"
     ) -> None:
-        """Text at inches from the top left."""
+        """Write a text at x, y, in inches from the top left."""
         fig.text(
             x / W,
             1 - y / H,
@@ -384,19 +434,23 @@ def plot_ablation_ranking(path: Path, hooks: list[dict], title: str) -> None:
 
 
 def plot_graft(path: Path, report: dict, images: dict[str, Tensor] | None) -> None:
-    """Write a PNG: the images untouched, grafted and mean-ablated in all steps, and the recovered
-    shares below them.
+    """Write a PNG of images and, below them, the recovered shares.
 
-    report, images: of `evaluate.graft`. Beside the rows stand the distances, means over all prompts
-    with standard errors.
+    The images are untouched, grafted and mean-ablated in all steps; beside each row stand the
+    distances, means over all prompts with standard errors. report, images: of `evaluate.graft`.
+    Without images there are the shares alone.
     """
-    rows, prompts = [], []
+    rows = []
+    prompts = []
     if images is not None:
         prompts = [str(prompt) for prompt in report["prompts"][: len(images["untouched"])]]
         rows = [ImageRow(graft_label(mode, report["all"]), images[mode]) for mode in GRAFT_ROWS]
 
     what = {"output": "output", "diff": "output − input"}[report["side"]]
-    title = f"{report['hook_name']}: the SAE's reconstruction of its {what} ({report['stream']} tokens, {report['rows']} rows)"
+    title = (
+        f"{report['hook_name']}: the SAE's reconstruction of its {what} "
+        f"({report['stream']} tokens, {report['rows']} rows)"
+    )
     fig = image_grid(rows, prompts, title, below=2.85, width=8.0)
     W, H = fig.get_size_inches()
     draw_recovered(fig.add_axes((0.75 / W, 0.5 / H, (W - 2.2) / W, 1.9 / H)), report)
@@ -404,21 +458,27 @@ def plot_graft(path: Path, report: dict, images: dict[str, Tensor] | None) -> No
 
 
 def graft_label(mode: str, window: dict) -> str:
-    """What stands beside a row of images, with the distances of a window's record."""
+    """Return what stands beside a row of images: its name, and the distances of a window's record.
+
+    mode: untouched, graft or mean.
+    """
     label = GRAFT_ROWS[mode]
     if mode == "untouched":
         return label
     for measure, name in GRAFT_LABELS.items():
         if measure not in window:
             continue
-        moved, error = window[measure][mode], window[measure][f"{mode}_se"]
-        label += f"\n{name} " + ("not finite" if moved is None else f"{moved:.3f}")
-        label += "" if error is None else f" ± {error:.3f}"
+        moved = window[measure][mode]
+        error = window[measure][f"{mode}_se"]
+        label += f"\n{name} "
+        label += "not finite" if moved is None else f"{moved:.3f}"
+        if error is not None:
+            label += f" ± {error:.3f}"
     return label
 
 
 def window_label(window: dict) -> str:
-    """Steps and timesteps of a window, for an axis."""
+    """Return the steps and timesteps of a window, for an axis: "steps 0 … 4\\nt = 999 … 799"."""
     first, last = window["steps"]
     start, end = window["timesteps"]
     if first == last:
@@ -427,8 +487,10 @@ def window_label(window: dict) -> str:
 
 
 def draw_recovered(ax: Axes, report: dict) -> None:
-    """The recovered share in all steps and in each window, with its standard error; × where there
-    is none to report."""
+    """Draw bars of the recovered share in all steps and in each window, with standard errors.
+
+    A share that can't be computed is marked with ×.
+    """
     windows = {"all steps": report["all"]}
     for window in report["windows"]:
         windows[window_label(window)] = window
@@ -436,15 +498,15 @@ def draw_recovered(ax: Axes, report: dict) -> None:
     width = 0.8 / len(measures)
     for i, name in enumerate(measures):
         offset = (i - (len(measures) - 1) / 2) * width
-        places = [place + offset for place in range(len(windows))]
+        xs = [number + offset for number in range(len(windows))]
         records = [window[name] for window in windows.values()]
         shares = [record["recovered"] or 0.0 for record in records]
         errors = [record["recovered_se"] or 0.0 for record in records]
         style = dict(
             color=GRAFT_COLORS[name], label=GRAFT_LABELS[name], error_kw=dict(lw=1, capsize=2)
         )
-        ax.bar(places, shares, 0.92 * width, yerr=errors, **style)
-        for x, share, error, record in zip(places, shares, errors, records):
+        ax.bar(xs, shares, 0.92 * width, yerr=errors, **style)
+        for x, share, error, record in zip(xs, shares, errors, records):
             text = "×" if record["recovered"] is None else f"{share:.2f}"
             ax.text(x, max(0, share + error) + 0.02, text, ha="center", va="bottom", fontsize=7)
     ax.axhline(1, color=GREY, linewidth=0.8, linestyle=":")
@@ -453,7 +515,10 @@ def draw_recovered(ax: Axes, report: dict) -> None:
     ax.set_xticks(range(len(windows)), list(windows), fontsize=7.5)
     ax.tick_params(axis="y", labelsize=7.5)
     ax.set_ylabel("recovered share", fontsize=8)
-    title = f"1 − distance(graft) / distance(mean ablation), ± standard error over {len(report['prompts'])} prompts"
+    title = (
+        "1 − distance(graft) / distance(mean ablation), "
+        f"± standard error over {len(report['prompts'])} prompts"
+    )
     ax.set_title(title, fontsize=8, loc="left", pad=8)
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(fontsize=7.5, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))

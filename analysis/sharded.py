@@ -1,29 +1,33 @@
-"""An SAE whose latents are split over neighbouring processes: each holds the rows of its own
-latents, of both matrices.
+"""An SAE whose latents are split over neighbouring processes.
 
-    torchrun --nproc_per_node 4 train.py --shard_latents 2             # 2 x 2: vectors and latents are split
+    torchrun --nproc_per_node 4 train.py --shard_latents 2       # 2 x 2: vectors and latents
 
-`vectors` and `latents` are the two `distributed.Group`s that a process is in. What `ShardedSae` and
-`ShardedUpdate` give is what `Sae` and `SparseUpdate` give, as if each process held all latents:
-these are chosen among all (each process finds the largest among its own, then they are merged), and
-x_hat is the sum over the processes. Indices count all latents where they are given or returned, and
-own rows within an update. A file holds all rows, as if one process had written it.
+Each process holds the rows of its own latents, of both matrices. `grid` gives a process the two
+`distributed.Group`s that it is in: `vectors` and `latents`.
+
+`ShardedSae` and `ShardedUpdate` return what `Sae` and `SparseUpdate` return, as if each process
+held all latents. For the selection, each process finds the largest among its own latents, and then
+they are merged; x_hat is the sum over the processes. An index counts all latents where it is given
+or returned, and the process's own rows within an update. `save_rows` writes one file with all rows,
+as if one process had written it, and `load_rows` reads a process's rows from such a file.
 """
 
 import errno
 import json
 import math
 import os
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import safe_open
+from torch import Tensor
 
-from distributed import ALONE, FOREVER, Group
+from distributed import ALONE, FOREVER, Group, Processes
 from errors import UsageError
 from kernels import merge, topk
 from kernels.decode import gather_dot, gather_sum
@@ -31,6 +35,7 @@ from kernels.update import Reconstruction, SparseUpdate
 from sae import Sae, random_rows
 from store.disk import rename
 
+# the names that the safetensors format gives to dtypes
 DTYPES = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
@@ -40,72 +45,90 @@ DTYPES = {
 }
 
 
-def grid(processes, shards):
-    """Two groups that this process is in: those that split the vectors, and `shards` neighbours
-    that split the latents.
+def grid(processes: Processes, shards: int) -> tuple[Group, Group]:
+    """Return the groups `vectors` and `latents` that this process is in.
 
-    Raises UsageError where the processes can't be arranged so. All processes have to call it.
+    `shards` neighbours split the latents. For 4 processes and 2 shards, process 0 gets the groups
+    (0, 2) for vectors and (0, 1) for latents. All processes have to call it. Raises UsageError if
+    they can't be arranged so.
     """
     if shards < 1 or processes.count % shards:
         raise UsageError(
-            f"--shard_latents {shards}: expected a divisor of {processes.count}, the processes that torchrun started"
+            f"--shard_latents {shards}: expected a divisor of {processes.count}, the processes "
+            "that torchrun started"
         )
     if processes.count == 1:
         return ALONE, ALONE
-    rows = [tuple(range(start, start + shards)) for start in range(0, processes.count, shards)]
-    found = []
-    for ranks in [*zip(*rows), *rows]:
-        group = dist.new_group(ranks, FOREVER)  # which every process has to make
+
+    rows = []  # processes that split the latents
+    for start in range(0, processes.count, shards):
+        rows.append(tuple(range(start, start + shards)))
+    columns = list(zip(*rows))  # processes that split the vectors
+
+    mine = []
+    for ranks in columns + rows:
+        group = dist.new_group(ranks, FOREVER)  # every process has to make every group
         if processes.rank in ranks:
-            found.append(Group(ranks, processes.rank, group, processes.device))
-    return tuple(found)
-
-
-def parts_of(latents):
-    """What takes the place of Sae, SparseUpdate, save_tensors and load_tensors, with the same
-    arguments."""
-    group = dict(latents=latents)
-    return (
-        partial(ShardedSae, **group),
-        ShardedUpdate,
-        partial(save_rows, **group),
-        partial(load_rows, **group),
-    )
+            mine.append(Group(ranks, processes.rank, group, processes.device))
+    vectors, latents = mine
+    return vectors, latents
 
 
 class ShardedSae(Sae):
-    """The latents of the slice `own`. All processes of the group `latents` call everything
-    together; no gradients."""
+    """The part of an SAE with the latents of the slice `own`.
 
-    def __init__(self, d_in, num_latents, k, cfg=None, seed=0, latents=ALONE):
-        self.latents, self.own = latents, latents.part(num_latents)
+    All processes of the group `latents` have to call its methods together. It has no gradients.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        num_latents: int,
+        k: int,
+        cfg: dict[str, Any] | None = None,
+        seed: int = 0,
+        latents: Group = ALONE,
+    ) -> None:
+        self.latents = latents
+        self.own = latents.slice_of(num_latents)
         super().__init__(d_in, num_latents, k, cfg, seed)
 
-    def random_rows(self, seed):
+    def random_rows(self, seed: int) -> Tensor:
+        """Return the normal numbers that the own rows of W_dec start from."""
         return random_rows(self.num_latents, self.d_in, self.own, seed)
 
-    def largest(self, x, k, dtype=None):
+    def largest(self, x: Tensor, k: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """Return the k largest pre_acts of each vector x (N, d), and their latents: (N, k) each."""
         acts, indices = super().largest(x, min(k, len(self.W_dec)), dtype)
         return self.merge(acts, indices, k)
 
-    def merge(self, acts, indices, k):
-        """The k largest of what the processes found each among its own latents: (N, up to k),
-        indices among all latents."""
-        missing = (0, k - acts.shape[1])
-        acts, indices = F.pad(acts, missing), F.pad(indices + self.own.start, missing)
-        return merge(self.latents.side_by_side(acts), self.latents.side_by_side(indices), k)
+    def merge(self, acts: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Return the k largest of what each process found among its own latents: (N, up to k).
 
-    def of_own(self, acts, indices):
-        """Of (N, K) chosen from all latents those that are this process's; the others are zeros of
-        its first latent."""
-        own = (indices >= self.own.start) & (indices < self.own.stop)
-        return acts * own, torch.where(own, indices - self.own.start, 0)
+        acts, indices: (N, up to k), with indices of own rows. The result's indices count all
+        latents.
+        """
+        missing = (0, k - acts.shape[1])  # padded, so that all processes send the same shape
+        acts = F.pad(acts, missing)
+        indices = F.pad(indices + self.own.start, missing)
+        return merge(self.latents.all_gather(acts), self.latents.all_gather(indices), k)
 
-    def add_up(self, top_acts, top_indices):
+    def of_own(self, acts: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Return acts and indices (N, K), chosen from all latents, for this process's rows.
+
+        Those of other processes become zeros of the first own row. For latents 10 to 19, acts 5, 6
+        and indices 12, 3 it gives 5, 0 and 2, 0.
+        """
+        is_own = (indices >= self.own.start) & (indices < self.own.stop)
+        return acts * is_own, torch.where(is_own, indices - self.own.start, 0)
+
+    def add_up(self, top_acts: Tensor, top_indices: Tensor) -> Tensor:
+        """Return top_acts @ W_dec[top_indices] + b_dec: (N, K), (N, K) -> (N, d)."""
         acts, indices = self.of_own(top_acts, top_indices)
         return self.latents.sum(gather_sum(acts, indices, self.W_dec)) + self.b_dec
 
-    def save_to_disk(self, path):
+    def save_to_disk(self, path: str | Path) -> None:
+        """Write the folder of the whole SAE. Raises OSError in every process if one can't."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         save_rows(path / "sae.safetensors", self.state_dict(), {"format": "pt"}, self.latents)
@@ -114,37 +137,42 @@ class ShardedSae(Sae):
 
 
 class ShardedUpdate(SparseUpdate):
-    """Updates a `ShardedSae`. Every process has all vectors of its group `vectors`; matrices are of
-    its own latents."""
+    """Updates a `ShardedSae`; see the methods of `SparseUpdate`.
 
-    def num_dead(self):
-        return self.over_latents(super().num_dead())
+    Every process has all vectors of its group `vectors`. Matrices hold the own latents only.
+    """
 
-    def index_dead(self):
+    def num_dead(self) -> int:
+        return self.sum_over_latents(super().num_dead())
+
+    def index_dead(self) -> None:
         super().index_dead()
-        self.num_listed = self.over_latents(self.num_listed)
+        self.num_listed = self.sum_over_latents(self.num_listed)
 
-    def over_latents(self, count):
-        """The sum of a count over the processes."""
+    def sum_over_latents(self, count: int) -> int:
+        """Return the sum of a count over the processes that split the latents."""
         return int(self.sae.latents.sum(self.dead.new_tensor([count])))
 
     def largest(self, centred, width, parts):
         acts, indices = super().largest(centred, min(width, len(self.W_dec)), parts)
         return self.sae.merge(acts, indices, width)
 
-    def reconstruct(self, x, share, top_acts, top_indices):
+    def reconstruct(self, x, share, top_acts, top_indices) -> Reconstruction:
         acts, indices = self.sae.of_own(top_acts, top_indices)
-        e = self.sae.latents.sum(gather_sum(acts, indices, self.W_dec)).add_(self.b_dec).sub_(x)
-        return Reconstruction(
-            share, acts, indices, e, gather_dot(e, indices, self.W_dec).mul_(acts > 0)
-        )
+        x_hat = self.sae.latents.sum(gather_sum(acts, indices, self.W_dec)).add_(self.b_dec)
+        e = x_hat.sub_(x)
+        d_acts = gather_dot(e, indices, self.W_dec).mul_(acts > 0)
+        return Reconstruction(share, acts, indices, e, d_acts)
 
     def least_of_largest_dead(self, acts, k):
         if self.num_listed <= k:
             return None
-        largest = topk(acts, min(k, acts.shape[1]))[0] if acts.shape[1] else acts
-        largest = self.sae.latents.side_by_side(F.pad(largest, (0, k - largest.shape[1])))
-        return topk(largest, k)[0].amin(1, keepdim=True)
+        largest = acts
+        if acts.shape[1]:
+            largest, _ = topk(acts, min(k, acts.shape[1]))
+        padded = F.pad(largest, (0, k - largest.shape[1]))
+        largest, _ = topk(self.sae.latents.all_gather(padded), k)
+        return largest.amin(1, keepdim=True)
 
     def add_reconstruction(self, e, acts, W_dec):
         return e + self.sae.latents.sum(acts @ W_dec)
@@ -156,81 +184,114 @@ class ShardedUpdate(SparseUpdate):
         return self.sae.latents.sum(super().squared_norm(gradients))
 
 
-def is_split(name, ndim):
-    """Whether a tensor of an SAE or its training has a row for each latent: all but b_dec, its
-    moments and single numbers."""
+def is_split(name: str, ndim: int) -> bool:
+    """Return whether a tensor of an SAE or its training has a row for each latent.
+
+    All have but b_dec, its moments, and single numbers.
+    """
     return ndim > 0 and not name.startswith("b_dec")
 
 
-def save_rows(path, tensors, metadata, latents):
-    """`disk.save_tensors` by all processes of the group `latents` together. They write each its own
-    rows into one file.
+def save_rows(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], latents: Group
+) -> None:
+    """Write one safetensors file; each process of the group writes the rows that it holds.
 
-    metadata: the first process's is written. Raises OSError in every process.
+    It is `disk.save_tensors` for all processes of the group `latents`, which have to call it
+    together. tensors: the own rows of those that are split (`is_split`), and the whole others.
+    metadata: that of the first process is written. Raises OSError in every process if one can't
+    write.
 
     The format is https://huggingface.co/docs/safetensors: eight bytes with the length of a JSON
     header, the header, the numbers. The package `safetensors` writes only what lies in one
     process's memory.
     """
-    num_rows = next(len(tensor) for name, tensor in tensors.items() if is_split(name, tensor.ndim))
-    num_latents = int(latents.sum(torch.tensor(num_rows, device=latents.device)))
-    header, places, end = {"__metadata__": metadata}, [], 0
-    for name, tensor in sorted(
-        tensors.items(), key=lambda item: (-item[1].itemsize, item[0])
-    ):  # so that each is aligned
-        shape, at = list(tensor.shape), end
-        if is_split(name, tensor.ndim):
-            shape[0] = num_latents
-            at += latents.part(num_latents).start * math.prod(shape[1:]) * tensor.itemsize
-        places.append((tensor, at))
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": shape}
-        header[name]["data_offsets"] = [end, end := end + math.prod(shape) * tensor.itemsize]
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    text = len(text).to_bytes(8, "little") + text
-    begin = int(
-        latents.share(torch.tensor(len(text), device=latents.device))
-    )  # the first process's header is written
+    text, offsets, num_bytes = plan_file(tensors, metadata, latents)
+    # the first process's header is written, and another's can have another length
+    header_size = torch.tensor(len(text), device=latents.device)
+    data_start = int(latents.broadcast(header_size))
 
     partial = path.with_name(path.name + ".partial")
     with shared_errors(path, partial, latents):
         if latents.index == 0:
             with open(partial, "wb") as file:
                 file.write(text)
-                file.truncate(begin + end)
+                file.truncate(data_start + num_bytes)
     with shared_errors(path, partial, latents), open(partial, "rb+") as file:
-        for tensor, at in places:
-            file.seek(begin + at)
-            file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        for name, offset in offsets.items():
+            numbers = tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8)
+            file.seek(data_start + offset)
+            file.write(numbers.numpy())
         file.flush()
         os.fsync(file.fileno())
     if latents.index == 0:
         rename(partial, path)
 
 
+def plan_file(
+    tensors: dict[str, Tensor], metadata: dict[str, str], latents: Group
+) -> tuple[bytes, dict[str, int], int]:
+    """Return a safetensors file's beginning, where each tensor's own rows go, and its data's size.
+
+    The beginning is the header's length and the header, of the whole tensors. The offsets are bytes
+    from the start of the data.
+    """
+    num_own = next(len(tensor) for name, tensor in tensors.items() if is_split(name, tensor.ndim))
+    num_latents = int(latents.sum(torch.tensor(num_own, device=latents.device)))
+
+    header: dict[str, Any] = {"__metadata__": metadata}
+    offsets = {}
+    end = 0
+    for name in sorted(tensors, key=lambda name: (-tensors[name].itemsize, name)):
+        # the widest numbers come first, so that each tensor is aligned
+        tensor = tensors[name]
+        shape = list(tensor.shape)
+        start = end
+        offsets[name] = start
+        if is_split(name, tensor.ndim):
+            shape[0] = num_latents
+            bytes_per_row = math.prod(shape[1:]) * tensor.itemsize
+            offsets[name] += latents.slice_of(num_latents).start * bytes_per_row
+        end += math.prod(shape) * tensor.itemsize
+        header[name] = {
+            "dtype": DTYPES[tensor.dtype],
+            "shape": shape,
+            "data_offsets": [start, end],
+        }
+
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that the data begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text, offsets, end
+
+
 @contextmanager
-def shared_errors(path, partial, latents):
-    """The end waits for every process of the group; an OSError of one is raised in all, when none
-    has `partial` open."""
+def shared_errors(path: Path, partial: Path, latents: Group) -> Iterator[None]:
+    """Wait for every process at the end of the context, and raise an OSError of one in all.
+
+    When it is raised, no process has the file `partial` open any more, and it is removed.
+    """
     number = 0
     try:
         yield
     except OSError as error:
         number = error.errno or errno.EIO
-    number = int(latents.side_by_side(torch.tensor([[number]], device=latents.device)).max())
+    mine = torch.tensor([[number]], device=latents.device)
+    number = int(latents.all_gather(mine).max())
     if number:
         if latents.index == 0:
             partial.unlink(missing_ok=True)
         raise OSError(f"{path} can't be written: {os.strerror(number)}")
 
 
-def load_rows(path, latents):
-    """`disk.load_tensors`, of split tensors the rows of this process's latents."""
+def load_rows(path: Path, latents: Group) -> dict[str, Tensor]:
+    """Return the tensors of a file as `disk.load_tensors` does, but only the own rows of split ones."""
     tensors = {}
     with safe_open(path, "pt") as file:
-        for name in file.keys():  # noqa: SIM118
+        for name in file.keys():  # noqa: SIM118 - the file is not a dict
             rows = file.get_slice(name)
             shape = rows.get_shape()
-            split = is_split(name, len(shape))
-            tensors[name] = rows[latents.part(shape[0])] if split else file.get_tensor(name)
+            if is_split(name, len(shape)):
+                tensors[name] = rows[latents.slice_of(shape[0])]
+            else:
+                tensors[name] = file.get_tensor(name)
     return tensors

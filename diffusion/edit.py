@@ -1,98 +1,272 @@
-"""What takes the place of some rows' tokens while a denoiser runs."""
+"""Edits: what takes the place of some rows' tokens while a denoiser runs.
+
+    halve = Edit(lambda x: x / 2)                       # conditional rows, image tokens, all steps
+    model.run_with_hooks({"mid_block": halve}, "a red star")
+
+`Edit` says what to change. An `Editor` carries out the edits of one generation, with one
+`EditHook` for each edit of a module, and checks that each edit takes place.
+"""
 
 from collections.abc import Callable, Container
+from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
+from diffusion.locate import find_layouts
+from diffusion.repeated import RunWatch
 from diffusion.token_layout import NotHookable
+from diffusion.trace import Forward, Sampling, Step
+from diffusion.unnoticed import processors_put_back
 from errors import UsageError, check_choice
 from store.hook_point import STREAMS
 
 
 @dataclass(frozen=True)
 class Edit:
-    """An edit of some rows' tokens of one stream, for `HookedDiffusionModel.run_with_hooks`.
-
-    fn(x) gets the tokens (prompts, tokens, d) of what a module returns, text padded with zeros, and
-    returns those to take their place, or None to leave them. With `with_input` it is fn(x, before),
-    `before` being the same tokens of what the module takes. rows: cond, uncond, or all, of which
-    `fn` gets each chunk of the guidance on its own. stream: image or text. steps: the steps to edit
-    in, such as range(10); None is all.
-    """
+    """An edit of some rows' tokens of one stream, for `HookedDiffusionModel.run_with_hooks`."""
 
     fn: Callable
-    rows: str = "cond"
-    stream: str = "image"
-    steps: Container[int] | None = None
-    with_input: bool = False
+    """fn(x) gets the tokens (prompts, tokens, d) of what a module returns, text padded with zeros.
+    It returns those that take their place, of the same shape, or None to leave them."""
 
-    def __post_init__(self):
+    rows: str = "cond"
+    """cond, uncond or all: which rows of classifier-free guidance. For all, `fn` is called for each
+    pass on its own."""
+
+    stream: str = "image"
+    """image or text: which tokens of a joint block."""
+
+    steps: Container[int] | None = None
+    """The steps to edit in, such as range(10). If None, all of them."""
+
+    with_input: bool = False
+    """Call fn(x, before) instead, where `before` are the same tokens of what the module takes."""
+
+    def __post_init__(self) -> None:
         check_choice("rows", self.rows, ("cond", "uncond", "all"))
         check_choice("stream", self.stream, STREAMS)
         if self.steps is not None and not hasattr(self.steps, "__contains__"):
             raise UsageError(f"steps: expected a range or a list, got {self.steps!r}")
 
     @property
-    def sides(self):
-        return ("output", "input") if self.with_input else ("output",)
-
-    def is_for(self, index, roles):
-        """Whether it edits rows of these roles, None where they are not told, in the step
-        `index`."""
-        in_step = self.steps is None or index in self.steps
-        return in_step and (roles is None or self.rows == "all" or self.rows in roles)
-
-    def listen(self, stack, module, name, sampling, idle, explicit):
-        """Register hooks on the module `name`; `stack` removes them. `idle[name]` is why it has not
-        edited, None once it has.
-
-        Where there are no such tokens it is an error if the name was given, and passed over if a
-        glob found it.
-        """
-        values = {}  # {side: what the module took or returned in the call that is under way}
-
-        def before(module, args, kwargs):
-            values["input"] = (args, kwargs)
-
-        def after(module, args, kwargs, output):
-            forward = sampling.current
-            if forward is None or (self.steps is not None and sampling.index not in self.steps):
-                idle[name] = idle[name] and "ran, but in none of the steps to edit"
-                return None
-            values["output"] = new_output = output
-            for chunk, role in enumerate(forward.roles or ["all"] * (forward.rows // sampling.R)):
-                if self.rows not in ("all", role):
-                    continue
-                layouts = [forward.layouts[side, name, self.stream] for side in self.sides]
-                if missing := next(
-                    (layout for layout in layouts if isinstance(layout, NotHookable)), None
-                ):
-                    idle[name] = idle[name] and missing.reason
-                    if (
-                        self.rows != "all" and explicit
-                    ):  # of all chunks, the text of one may be empty
-                        raise UsageError(f"{name}: {missing.reason}")
-                    continue
-                rows = slice(chunk * sampling.R, (chunk + 1) * sampling.R)
-                tokens = [
-                    layout.take(values[side], forward.rows)[rows]
-                    for layout, side in zip(layouts, self.sides)
-                ]
-                new = self._edited(name, *(x.clone() for x in tokens))
-                if new is not None:
-                    new_output = layouts[0].put(new_output, forward.rows, rows.start, new)
-                idle[name] = None
-            values.clear()
-            return new_output
-
+    def sides(self) -> tuple[str, ...]:
+        """The sides of a module whose tokens `fn` gets; the first is the one that is changed."""
         if self.with_input:
-            stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-        stack.callback(module.register_forward_hook(after, with_kwargs=True).remove)
+            return ("output", "input")
+        return ("output",)
 
-    def _edited(self, name, x, *before):
-        new = self.fn(x, *before)
-        if new is not None and (not torch.is_tensor(new) or new.shape != x.shape):
+    def is_for_step(self, index: int) -> bool:
+        """Whether it edits in the step with this index."""
+        return self.steps is None or index in self.steps
+
+    def is_for_rows(self, role: str) -> bool:
+        """Whether it edits a pass with this role: cond, uncond or other; all if none is known."""
+        return self.rows in ("all", role)
+
+    def is_for(self, index: int, roles: list[str] | None) -> bool:
+        """Whether it edits a forward of the step `index` with these roles.
+
+        roles: one for each pass, such as ["uncond", "cond"]; None where they are not told.
+        """
+        if not self.is_for_step(index):
+            return False
+        return roles is None or self.rows == "all" or self.rows in roles
+
+    def edited(self, hook_name: str, tokens: list[Tensor]) -> Tensor | None:
+        """Return what `fn` makes of the tokens, one tensor for each side.
+
+        Raises UsageError where it returns something else than None or tokens of the same shape.
+        """
+        expected = tuple(tokens[0].shape)
+        new = self.fn(*(x.clone() for x in tokens))
+        if new is None:
+            return None
+        if not torch.is_tensor(new) or tuple(new.shape) != expected:
             got = tuple(new.shape) if torch.is_tensor(new) else type(new).__name__
-            raise UsageError(f"{name}: an edit must return {tuple(x.shape)} or None, got {got}")
+            raise UsageError(f"{hook_name}: an edit must return {expected} or None, got {got}")
         return new
+
+
+class Editor:
+    """Carries out the edits of one generation, and checks that each takes place.
+
+    functions: {hook_name: [Edit, or a function as in PyTorch]}.
+    targets: {hook_name: (denoiser's name, module)}, for the same names.
+    explicit: the hook names that the user spelt out; the others were found by a glob.
+    denoisers: {name: module}. known: layouts found so far, see `locate.find_layouts`.
+    """
+
+    def __init__(
+        self,
+        functions: dict[str, list],
+        targets: dict[str, tuple[str, nn.Module]],
+        explicit: set[str],
+        denoisers: dict[str, nn.Module],
+        known: dict,
+    ):
+        self.functions = functions
+        self.targets = targets
+        self.explicit = explicit
+        self.known = known
+
+        self.edits: list[tuple[str, Edit]] = []  # (hook_name, edit)
+        for hook_name, functions_of_module in functions.items():
+            for function in functions_of_module:
+                if isinstance(function, Edit):
+                    self.edits.append((hook_name, function))
+
+        self.wanted = {}  # {(side, hook_name, stream): (denoiser, module)}
+        for hook_name, edit in self.edits:
+            for side in edit.sides:
+                self.wanted[side, hook_name, edit.stream] = targets[hook_name]
+
+        edited_modules = {hook_name: targets[hook_name] for hook_name, _ in self.edits}
+        self.runs = RunWatch(edited_modules, denoisers, known)
+        # {hook_name: why no function of the module has done anything so far, None once one has}
+        self.idle: dict[str, str | None] = dict.fromkeys(targets, "never ran")
+
+    @property
+    def rows(self) -> set[str]:
+        """The rows that the edits are for: cond, uncond, all."""
+        return {edit.rows for _, edit in self.edits}
+
+    def on_forward(self, forward: Forward, module: nn.Module) -> None:
+        """Before a denoiser runs: find where the tokens are."""
+        with processors_put_back([module]):
+            find_layouts(forward, module, self.wanted, self.known)
+
+    def on_step(self, step: Step) -> None:
+        """When a step is complete: raise UsageError where a cache skipped an edited module."""
+        for hook_name, edit in self.edits:
+            for forward in step.forwards:
+                if forward.denoiser != self.targets[hook_name][0]:
+                    continue
+                if not edit.is_for(step.index, forward.roles):
+                    continue
+                reason = self.runs.check(hook_name, forward, f"step {step.index}")
+                if reason:
+                    raise UsageError(f"{hook_name}: {reason}")
+
+    def listen(self, stack: ExitStack, sampling: Sampling | None) -> None:
+        """Register the hooks, in the user's order; `stack` removes them.
+
+        sampling: what labels the rows; it may be None if there is no `Edit`.
+        """
+        if self.edits:
+            self.runs.listen(stack, sampling)
+        for hook_name, (_, module) in self.targets.items():
+            for function in self.functions[hook_name]:
+                if isinstance(function, Edit):
+                    EditHook(self, hook_name, function, sampling).listen(stack, module)
+                else:
+                    hook = plain_hook(function, hook_name, self.idle)
+                    handle = module.register_forward_hook(hook, with_kwargs=True)
+                    stack.callback(handle.remove)
+
+    def check_edited(self) -> None:
+        """After the generation: raise UsageError where a module was not edited.
+
+        One that a glob found may stay unedited as long as another was edited.
+        """
+        nothing_was_edited = all(self.idle.values())
+        reasons = []
+        for hook_name, reason in self.idle.items():
+            if reason and (hook_name in self.explicit or nothing_was_edited):
+                reasons.append(f"{hook_name}: {reason}")
+        if reasons:
+            raise UsageError("nothing was edited at " + "; ".join(reasons))
+
+
+class EditHook:
+    """One edit at one module: its hooks, and what they note between them."""
+
+    def __init__(self, editor: Editor, hook_name: str, edit: Edit, sampling: Sampling):
+        self.idle = editor.idle
+        self.is_explicit = hook_name in editor.explicit
+        self.hook_name = hook_name
+        self.edit = edit
+        self.sampling = sampling
+        # {side: what the module took or returned in the call that is under way}
+        self.values: dict[str, Any] = {}
+
+    def listen(self, stack: ExitStack, module: nn.Module) -> None:
+        """Register the hooks on the module; `stack` removes them."""
+        if self.edit.with_input:
+            handle = module.register_forward_pre_hook(self.before, with_kwargs=True)
+            stack.callback(handle.remove)
+        handle = module.register_forward_hook(self.after, with_kwargs=True)
+        stack.callback(handle.remove)
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Note what the module takes."""
+        self.values["input"] = (args, kwargs)
+
+    def after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        """Return what takes the place of the module's output.
+
+        A hook of PyTorch that returns None leaves the output as it is.
+        """
+        forward = self.sampling.current
+        if forward is None or not self.edit.is_for_step(self.sampling.index):
+            self.note_idle("ran, but in none of the steps to edit")
+            return None
+
+        self.values["output"] = output
+        roles = forward.roles
+        if not roles:  # nobody asks for them where every edit is for all rows
+            roles = ["all"] * (forward.rows // self.sampling.R)
+        new_output = output
+        for chunk, role in enumerate(roles):
+            if self.edit.is_for_rows(role):
+                new_output = self.edit_chunk(forward, chunk, new_output)
+        self.values.clear()
+        return new_output
+
+    def edit_chunk(self, forward: Forward, chunk: int, output: Any) -> Any:
+        """Return `output` with the edited tokens of one pass, a chunk of the batch's rows.
+
+        Where it has no such tokens, it raises UsageError if the user spelt the module's name out,
+        and returns `output` as it is if a glob found the module.
+        """
+        layouts = []
+        for side in self.edit.sides:
+            layout = forward.layouts[side, self.hook_name, self.edit.stream]
+            if isinstance(layout, NotHookable):
+                self.note_idle(layout.reason)
+                # with rows="all" the text of one pass may be empty while another has some
+                if self.edit.rows != "all" and self.is_explicit:
+                    raise UsageError(f"{self.hook_name}: {layout.reason}")
+                return output
+            layouts.append(layout)
+
+        rows = slice(chunk * self.sampling.R, (chunk + 1) * self.sampling.R)
+        tokens = []
+        for layout, side in zip(layouts, self.edit.sides):
+            tokens.append(layout.take(self.values[side], forward.rows)[rows])
+        new = self.edit.edited(self.hook_name, tokens)
+        self.idle[self.hook_name] = None
+        if new is None:
+            return output
+        return layouts[0].put(output, forward.rows, rows.start, new)
+
+    def note_idle(self, reason: str) -> None:
+        """Keep why nothing was edited so far, unless something was."""
+        if self.idle[self.hook_name] is not None:
+            self.idle[self.hook_name] = reason
+
+
+def plain_hook(function: Callable, hook_name: str, idle: dict[str, str | None]) -> Callable:
+    """Return a user's function(module, input, output) as a forward hook with keyword arguments.
+
+    `input` is the tuple of positional arguments, or of the keyword ones where there are no others.
+    The hook sets `idle[hook_name]` to None when it is called.
+    """
+
+    def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        idle[hook_name] = None
+        return function(module, args or tuple(kwargs.values()), output)
+
+    return hook

@@ -1,18 +1,18 @@
-"""Generating with seeds and edits: what ablate.py, evaluate.py, steer.py and the benchmarks have in
-common.
+"""Generate with seeds and edits: what ablate.py, evaluate.py, steer.py and the benchmarks share.
 
-    generation = Generation(["a red star", "a blue ring"], seeds=[0, 1], options=model.arguments(output_type="pt"))
+    options = model.arguments(output_type="pt")
+    generation = Generation(["a red star", "a blue ring"], seeds=[0, 1], options=options)
     made = generate(model, generation)
-    made.sample, made.images                                             # (P, ...), (P, 3, H, W) in [0, 1]
+    made.sample, made.images                        # (P, ...), (P, 3, H, W) in [0, 1]
 
-Every prompt has a seed of its own, so an image depends on its neighbours in the batch by rounding
-only. Only where a scheduler draws random numbers that can't be drawn row by row
+Every prompt has a seed of its own, so the other prompts of a batch change an image by rounding
+only. There is one exception: where a scheduler draws random numbers that can't be drawn row by row
 (`randomness.RowByRow`), they follow from the seeds of the whole batch.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,14 +24,17 @@ from diffusion.trace import Sampling
 from errors import UsageError
 
 MakeEdits = Callable[[Sampling], dict[str, list]]
-"""{hook_name: [Edit]} for one batch. An edit that needs to know the step asks the batch's
-sampling."""
+"""make_edits(sampling) -> {hook_name: [Edit]} for one batch. An edit that needs to know the step
+asks the sampling."""
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What is generated: one image per prompt. Raises UsageError where prompts and seeds do not
-    match."""
+    """What is generated: one image per prompt.
+
+    Raises UsageError where the numbers of prompts, seeds, negative prompts and other lists of prompts
+    differ.
+    """
 
     prompts: list[str]
 
@@ -52,19 +55,23 @@ class Generation:
             )
         if self.negative_prompts is not None and len(self.negative_prompts) != count:
             raise UsageError(
-                f"{count} prompts and {len(self.negative_prompts)} negative prompts: expected one for each prompt"
+                f"{count} prompts and {len(self.negative_prompts)} negative prompts: expected one "
+                "for each prompt"
             )
         for name, value in self.options.items():
             if is_list_of_prompts(name, value) and len(value) != count:
                 raise UsageError(
-                    f"{count} prompts and {len(value)} values of {name}: expected one for each prompt, "
-                    "or a single text"
+                    f"{count} prompts and {len(value)} values of {name}: expected one for each "
+                    "prompt, or a single text"
                 )
 
     @classmethod
     def from_rows(cls, rows: list[dict], options: dict) -> "Generation":
-        """From rows of prompts.jsonl, which have a "prompt", a "seed" and perhaps a
-        "negative_prompt". The options hold for all prompts, see `check_shared_options`."""
+        """Make one from rows of prompts.jsonl: {"prompt", "seed", perhaps "negative_prompt"}.
+
+        The options hold for all prompts. Raises UsageError where some rows have a negative prompt
+        and others have none, and for a list of prompts among the options.
+        """
         check_shared_options(options)
         prompts = [row["prompt"] for row in rows]
         seeds = [row["seed"] for row in rows]
@@ -73,21 +80,22 @@ class Generation:
             negative_prompts = [row.get("negative_prompt") for row in rows]
         if negative_prompts is not None and None in negative_prompts:
             raise UsageError(
-                "some of the prompts have a negative prompt and others have none; say one for all of them"
+                "some of the prompts have a negative prompt and others have none; say one for all "
+                "of them"
             )
         return cls(prompts, seeds, negative_prompts, options)
 
     def arguments(self) -> dict:
-        """All arguments of the pipeline but the prompts and the random generators."""
+        """Return all arguments of the pipeline but the prompts and the random generators."""
         if self.negative_prompts is None:
             return dict(self.options)
         return self.options | {"negative_prompt": self.negative_prompts}
 
     def batches(self, n: int) -> Iterator["Generation"]:
-        """Consecutive parts of at most n prompts. Raises UsageError for n below 1.
+        """Yield consecutive parts of at most n prompts. Raises UsageError for n below 1.
 
-        A list among the options belongs to the prompts if its name says so, as that of prompt_2
-        does, and is cut with them.
+        A list among the options is cut with the prompts if its name has "prompt" in it, as prompt_2
+        has.
         """
         if n < 1:
             raise UsageError(f"batches of {n} prompts: expected at least 1")
@@ -126,11 +134,10 @@ class Generated(NamedTuple):
     """What a model made of P prompts, on the CPU, in the model's own dtypes."""
 
     sample: Tensor
-    """(P, ...): what the scheduler's last step returned; latents, where the model has a VAE."""
+    """(P, ...): what the scheduler's last step returned. With a VAE these are its latents."""
 
     images: Tensor | None
-    """(P, 3, H, W) in [0, 1]; of a video the frame in the middle. None if the pipeline returns no
-    images."""
+    """(P, 3, H, W) in [0, 1], the middle frame of a video. None if the pipeline returns none."""
 
 
 def generate(
@@ -138,17 +145,15 @@ def generate(
 ) -> Generated:
     """Generate all prompts of `batch` together, with the edits that `make_edits` returns.
 
-    model: a HookedDiffusionModel. on_step(trace.Step) is called at every step. Raises UsageError as
-    `run_with_hooks` does.
+    model: a HookedDiffusionModel. on_step(step) is called at every step, with a `trace.Step`.
+    Raises UsageError as `HookedDiffusionModel.run_with_hooks` does.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in batch.seeds]
     options = batch.arguments()
 
     reproducible = random_numbers_of(batch.seeds, *model.schedulers)
-    with (
-        reproducible,
-        model.watch(len(batch.prompts), on_step=on_step, row_seeds=batch.seeds) as sampling,
-    ):
+    watching = model.watch(len(batch.prompts), on_step=on_step, row_seeds=batch.seeds)
+    with reproducible, watching as sampling:
         edits = {} if make_edits is None else make_edits(sampling)
         output = model.run_with_hooks(edits, batch.prompts, generator=generators, **options)
 
@@ -156,7 +161,9 @@ def generate(
     images = None
     if options.get("output_type") != "latent":
         images = images_of(output)
-    return Generated(sample.cpu(), images if images is None else images.cpu())
+    if images is not None:
+        images = images.cpu()
+    return Generated(sample.cpu(), images)
 
 
 def generate_batches(
@@ -167,7 +174,7 @@ def generate_batches(
     on_step: Callable | None = None,
     bar: tqdm | None = None,
 ) -> Iterator[Generated]:
-    """`generate` at most `batch_size` prompts at a time; `bar` counts the prompts."""
+    """Call `generate` for at most `batch_size` prompts at a time; `bar` counts the prompts."""
     for batch in generation.batches(batch_size):
         yield generate(model, batch, make_edits, on_step)
         if bar is not None:
@@ -181,21 +188,25 @@ def generate_images(
     make_edits: MakeEdits | None = None,
     bar: tqdm | None = None,
 ) -> Tensor:
-    """The images of all prompts, (P, 3, H, W) float32 in [0, 1]. Raises UsageError if the pipeline
-    returns none."""
+    """Return the images of all prompts, (P, 3, H, W) float32 in [0, 1].
+
+    Raises UsageError if the pipeline returns none.
+    """
     images = []
     for made in generate_batches(model, generation, batch_size, make_edits, bar=bar):
         images.append(required_images(model, made))
     return torch.cat(images)
 
 
-def images_of(output) -> Tensor | None:
-    """The images in what a pipeline returned: (P, 3, H, W), of a video the frame in the middle.
-    None if there are none."""
-    found = tensors(output)
-    if not found:
+def images_of(output: Any) -> Tensor | None:
+    """Return the images in what a pipeline returned: (P, 3, H, W), the middle frame of a video.
+
+    None if its first tensor holds no images.
+    """
+    in_output = tensors(output)
+    if not in_output:
         return None
-    images = found[0]
+    images = in_output[0]
     if images.ndim == 5:  # (P, frames, 3, H, W)
         images = images[:, images.shape[1] // 2]
     if images.ndim != 4 or images.shape[1] != 3:
@@ -204,7 +215,7 @@ def images_of(output) -> Tensor | None:
 
 
 def required_images(model, made: Generated) -> Tensor:
-    """The images as float32. Raises UsageError if there are none."""
+    """Return the images as float32. Raises UsageError if there are none."""
     if made.images is None:
         raise UsageError(f"{type(model.pipe).__name__} returns no images to show")
     return made.images.float()

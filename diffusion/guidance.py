@@ -1,462 +1,703 @@
-"""Which rows of a denoiser's batch are conditional: those that another positive prompt changes.
+"""Find out which rows of a denoiser's batch are conditional: those that the positive prompts change.
 
-Before a sampling its first step is run with other prompts and thrown away; the chunks of rows
-(unconditional, conditional, ...) whose conditioning differs from that of the sampling itself are
-conditional, whatever the guidance makes of them.
+With classifier-free guidance a denoiser computes several *chunks* of rows in each step: one with the
+prompts ("cond"), one without them or with the negative prompts ("uncond"), and perhaps perturbed
+ones ("other"). They stand in one batch or in several calls, in an order that each pipeline chooses.
 
-A loop whose prompts can't be changed is judged by its guidance instead. It mixes the chunks
-linearly into the scheduler's `model_output`, s c + (1 - s) u, so least squares over the denoiser's
-own output chunks gives the weights back, and for s > 1 the unconditional chunk is subtracted. A
-step at s = 0 or s = 1 tells nothing: then later steps do, and all that tell must agree. A network
-of which nothing is in the model output is no denoiser.
+Example: two prompts, guidance scale 5, three steps. In each step the pipeline calls "unet" once, with
+the 4 rows [uncond 0, uncond 1, cond 0, cond 1]. A chunk has R = 2 rows.
+
+    before   hook.py runs the first step with other prompts, throws it away, and keeps one `Pass`:
+             what the denoiser was given and what it predicted.
+    step 0   `RoleFinder.label` gets one forward. Its pattern is (("unet", 2.0, None),): "unet" ran
+             on 2 chunks, in no named context. The pattern is new, so `find_roles` compares the
+             step with the `Pass`. Rows 0 and 1 have the same text embeddings in both, rows 2 and 3
+             have others. It returns StepRoles([["uncond", "cond"]], favoured=1, is_sure=True), so
+             the forward gets the roles ["uncond", "cond"], and the memory keeps the pattern.
+    step 1   The pattern is known, so nothing is computed. The text embeddings of the two chunks are
+    step 2   compared with those of the step before, in case the chunks have changed places.
+
+The next batch with the same options has the same memory, so no step is run for it beforehand. In its
+step 0 only the guidance is compared: if it favours another chunk than number 1, this is an error.
+
+If the prompts can't be changed, as in a loop of the user's own, only the guidance tells. The scheduler
+gets `model_output` = 5 cond - 4 uncond. Least squares over the chunks of the denoiser's output gives
+the weights [-4, 5] back (`guidance_weights`). Chunk 0 is subtracted, so chunk 1 is conditional. At a
+guidance scale of 0 or 1 one weight is 0, and nothing is subtracted. Then the chunk whose embeddings
+differ between the two prompts is conditional. With a single prompt the step tells nothing: a later
+step has to, and all steps that tell must agree. A network that left nothing in the model output is
+no denoiser.
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
+from diffusion.forward import Forward
 from diffusion.signatures import tensors
 from errors import UsageError
 
+Roles = list[list[str]]
+"""For each forward of a step the role of each of its chunks, such as [["uncond", "cond"]]; [] for a
+forward that left nothing in the model output."""
+
+Pattern = tuple[tuple[str, float, str | None], ...]
+"""One kind of step, see `pattern_of`."""
+
+# The names of diffusers' `cache_context`, and what they say of the rows computed in it.
 CONTEXTS = {
     "cond": "cond",
     "pred_cond": "cond",
     "uncond": "uncond",
     "pred_uncond": "uncond",
-}  # names of cache_context
-
-
-def guidance_weights(chunks, model_output):
-    """Weight of each chunk in `model_output ~ sum_i w_i chunk_i`, by least squares in float64:
-    (weights, certain).
-
-    chunks: list of (R, ...) tensors, model_output: (R, ...). weights: list of floats, 0 for a chunk
-    that is smaller than the model output. certain: list of bool, False where other chunks could
-    take a chunk's place (identical predictions), which then share its weight; all are 0 and
-    uncertain where a number is not finite. What a chunk has past the model output's shape (a
-    learned variance, tokens of a reference image) is left out.
-    """
-    target = model_output.detach().cpu().double()
-    columns = torch.zeros(len(chunks), target.numel(), dtype=torch.float64)
-    for i, chunk in enumerate(chunks):
-        a, b = chunk.detach().cpu().double(), target[: len(chunk)]
-        if (
-            a.numel() != b.numel()
-            and a.ndim == b.ndim
-            and all(m >= n for m, n in zip(a.shape, b.shape))
-        ):
-            a = a[tuple(slice(n) for n in b.shape)]
-        if a.numel() == b.numel():
-            columns[i, : a.numel()] = a.flatten()
-    if not (
-        target.isfinite().all() and columns.isfinite().all()
-    ):  # an edit made a prediction overflow
-        return [0.0] * len(chunks), [False] * len(chunks)
-    sizes = columns.norm(dim=1).clamp_min(1e-300)
-    A = (columns / sizes[:, None]).T
-    inverse = torch.linalg.pinv(A, rtol=1e-6)
-    certain = (inverse @ A).diagonal() > 1 - 1e-6
-    return (inverse @ target.flatten() / sizes).tolist(), certain.tolist()
-
-
-def same(a, b):
-    """Whether two lists of tensors, or of lists of tensors, are equal in every number."""
-    if torch.is_tensor(a) and torch.is_tensor(b):
-        return torch.equal(a, b)
-    return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
-
-
-@dataclass(eq=False)
-class Chunk:
-    """The rows of one forward that belong together: one for every sample. `forward`: a
-    `trace.Forward`, or a `Pass`."""
-
-    forward: Any
-    rows: slice
-    weight: float = 0.0  # in the model output, see `guidance_weights`
-    certain: bool = False  # whether it can be the weight of no other chunk
-
-    @property
-    def output(self):
-        return self.forward.output[self.rows]
-
-    @property
-    def conditioning(self):
-        return [x[self.rows] for x in self.forward.conditioning]
-
-    @property
-    def inputs(self):
-        return [self.forward.sample[self.rows], *self.conditioning]
-
-    @property
-    def varies(self):
-        """Whether rows have conditioning of their own: the prompts', then, and not one negative
-        prompt's."""
-        return any(
-            not same(x[:1], x[r : r + 1]) for x in self.conditioning for r in range(1, len(x))
-        )
-
-
-class Pass(NamedTuple):
-    """What is compared of a forward in a step with other prompts."""
-
-    denoiser: str
-    rows: int
-    conditioning: list  # as in `trace.Forward`
-    output: torch.Tensor | None
-
-
-class Known(NamedTuple):
-    """What is known for sure of the steps with one pattern of forwards."""
-
-    roles: list
-    by_weights: (
-        int | None
-    )  # which chunk is conditional by its guidance, where that told anything: the others repeat it
-
-
-@dataclass(eq=False)
-class Memory:
-    """What the samplings of one pipeline with the same options hand on to each other."""
-
-    sure: dict = field(default_factory=dict)  # {pattern: Known}
-    asked: bool = False  # whether it was seen what other prompts change, or there are none
-
-
-@dataclass(eq=False)
-class RoleFinder:
-    """Labels the rows of one sampling's steps, each step as it is complete."""
-
-    order: tuple | None = (
-        None  # of the chunks in a step, such as ("uncond", "cond"), where the user says it
-    )
-    passes: list | None = (
-        None  # a `Pass` for each forward of the first step of the same sampling with other prompts
-    )
-    memory: Memory = field(default_factory=Memory)
-    known: dict = field(
-        default_factory=dict
-    )  # {pattern: roles}, those in the memory that were met and those that weights told
-
-    undecided: dict = field(
-        default_factory=dict, init=False
-    )  # {pattern: steps, each a list of forwards, without roles}
-    _before: dict = field(
-        default_factory=dict, init=False
-    )  # {pattern: {role: `Rows` in the last step}}
-    _alike: dict = field(
-        default_factory=dict, init=False
-    )  # {pattern: whether the passes differ in none of its undecided steps}
-    _met: set = field(default_factory=set, init=False)  # patterns of this sampling
-
-    def label(self, forwards, model_output, R):
-        """Give the forwards of a complete step their roles, `R` rows a chunk; None where no step
-        has told them yet.
-
-        Raises UsageError where this step says otherwise than an earlier one, and where rows can't
-        be told at all.
-        """
-        pattern = pattern_of(forwards, R)
-        if pattern not in self.memory.sure or pattern not in self._met:
-            self._decide(pattern, forwards, model_output, R)
-        self._met.add(pattern)
-        roles = self.known.get(pattern)
-        if roles is None:
-            self.undecided.setdefault(pattern, []).append(forwards)
-            self._alike[pattern] = self._alike.get(pattern, True) and are_alike(
-                chunks_of(forwards, model_output, R)
-            )
-            return
-        for step in [*self.undecided.pop(pattern, []), forwards]:
-            for f, of_it in zip(step, roles):
-                f.roles = of_it
-        if pattern in self.memory.sure:
-            self._check_places(pattern, forwards, R)
-
-    def _decide(self, pattern, forwards, model_output, R):
-        roles, by_weights, sure = find_roles(forwards, model_output, R, self.order, self.passes)
-        self.memory.asked |= self.passes is not None
-        if pattern in self.memory.sure:
-            before = self.memory.sure[pattern].by_weights
-            self.known[pattern] = self.memory.sure[pattern].roles
-            if None not in (before, by_weights) and before != by_weights:
-                raise UsageError(
-                    f"guidance favours chunk {by_weights} of the denoiser's rows, and in an earlier batch with the same options "
-                    f"it was chunk {before}: " + SAY_ORDER
-                )
-        elif sure:
-            self.memory.sure[pattern] = Known(roles, by_weights)
-            self.known[pattern] = roles
-        elif roles is not None:
-            before = self.known.setdefault(pattern, roles)
-            if place_of("cond", before) != place_of("cond", roles):
-                raise UsageError(
-                    "can't tell conditional from unconditional rows: this step's guidance says otherwise than an earlier step: "
-                    + SAY_ORDER
-                )
-
-    def _check_places(self, pattern, forwards, R):
-        """The passes must not change places from one step to the next."""
-        now = {}
-        for f in forwards:
-            for c, role in enumerate(f.roles):
-                now.setdefault(role, Rows(f.conditioning, slice(c * R, (c + 1) * R)))
-        before = self._before.get(pattern, {})
-        self._before[pattern] = now
-        if {"cond", "uncond"} <= set(now) & set(before) and moved(now["cond"], before["cond"]):
-            taken = not moved(now["cond"], before["uncond"])
-            if taken and moved(now["cond"], now["uncond"]):
-                raise UsageError(
-                    "the conditional and the unconditional pass change places between two steps: "
-                    + SAY_ORDER
-                )
-
-    def check_decided(self):
-        """UsageError if no step has told some rows, unless the passes differ in none: any label is
-        right then."""
-        for pattern in [pattern for pattern in self.undecided if self._alike[pattern]]:
-            self._label_alike(pattern)
-        if self.undecided:
-            raise UsageError(
-                "can't tell conditional from unconditional rows: the prompts of this sampling can't be changed to see what "
-                "depends on them, and in no step the guidance scale was above 1 with two different predictions (it was between "
-                "0 and 1, or is the last layer still zero?): " + SAY_ORDER
-            )
-
-    def _label_alike(self, pattern):
-        """As for an empty prompt beside an empty negative prompt: call the first pass
-        unconditional, the last conditional."""
-        steps = self.undecided.pop(pattern)
-        roles, left = [], sum(round(chunks) for _, chunks, _ in pattern)
-        for _, chunks, _ in pattern:
-            of_forward = []
-            for _ in range(round(chunks)):
-                left -= 1
-                of_forward.append(
-                    "cond" if left == 0 else "other" if roles or of_forward else "uncond"
-                )
-            roles.append(of_forward)
-        self.known[pattern] = roles
-        for step in steps:
-            for f, of_it in zip(step, roles):
-                f.roles = of_it
-
-
-def check_order(order):
-    """UsageError for what is no order of the passes in a step."""
-    if order is not None and not (
-        isinstance(order, (tuple, list)) and set(order) <= {"cond", "uncond", "other"}
-    ):
-        raise UsageError(
-            f'order: expected the passes of a step, such as ("uncond", "cond") or ("uncond", "cond", "other"), got {order!r}'
-        )
-
+}
 
 SAY_ORDER = 'say order=("uncond", "cond"), or whatever the order of the passes in a step is'
 
 
-def pattern_of(forwards, R):
-    """What tells one kind of step from another: which denoisers ran on how many chunks, and in
-    which context."""
-    return tuple((f.denoiser, f.rows / R, f.context) for f in forwards)
+class Pass(NamedTuple):
+    """What is compared of a forward that ran with other prompts."""
+
+    denoiser: str
+    rows: int
+
+    conditioning: list
+    """As in `Forward`."""
+
+    output: Tensor | None
 
 
-def place_of(role, roles):
-    """Index of the first chunk with this role among all chunks of a step; None without one."""
-    flat = [r for of_forward in roles for r in of_forward]
-    return flat.index(role) if role in flat else None
+class StepRoles(NamedTuple):
+    """What one step tells of its rows, see `find_roles`."""
+
+    roles: Roles | None
+    """None if the step does not tell them."""
+
+    favoured: int | None
+    """The index, among all chunks of the step, of the chunk that guidance adds while it subtracts
+    others. None if there is no such chunk."""
+
+    is_sure: bool
+    """Whether no other step of this pattern can tell other roles."""
 
 
-class Rows(NamedTuple):
-    """The conditioning of one chunk."""
+@dataclass(eq=False)
+class Memory:
+    """What the samplings of one pipeline with the same options learn from each other."""
 
-    conditioning: list  # of its forward
+    sure: dict[Pattern, StepRoles] = field(default_factory=dict)
+    """The patterns whose roles are known for sure."""
+
+    asked: bool = False
+    """Whether a step with other prompts has been compared, or there are no prompts to change."""
+
+
+class ChunkConditioning(NamedTuple):
+    """The conditioning of one chunk, without the rest of its forward."""
+
+    of_forward: list
     rows: slice
 
-
-def moved(a, b):
-    """Whether two `Rows` differ. The same objects are not compared number by number."""
-    of_a, of_b = a.conditioning, b.conditioning
-    if a.rows == b.rows and len(of_a) == len(of_b) and all(x is y for x, y in zip(of_a, of_b)):
-        return False
-    return not same([x[a.rows] for x in of_a], [x[b.rows] for x in of_b])
-
-
-def chunks_of(forwards, model_output, R):
-    """The chunks of a step's forwards, with their weights in its model output."""
-    chunks = [Chunk(f, slice(c * R, (c + 1) * R)) for f in forwards for c in range(f.rows // R)]
-    if len(chunks) < 2 or any(c.forward.output is None for c in chunks):
-        return chunks
-    weights, certain = guidance_weights([c.output for c in chunks], model_output)
-    return [
-        replace(c, weight=weight, certain=of_it)
-        for c, weight, of_it in zip(chunks, weights, certain)
-    ]
+    def differs_from(self, other: "ChunkConditioning") -> bool:
+        """Whether any number differs. The same tensors in memory are not compared number by number,
+        since that would wait for a GPU in every step."""
+        mine = self.of_forward
+        theirs = other.of_forward
+        may_be_identical = self.rows == other.rows and len(mine) == len(theirs)
+        if may_be_identical and all(x is y for x, y in zip(mine, theirs)):
+            return False
+        return not same([x[self.rows] for x in mine], [x[other.rows] for x in theirs])
 
 
-def find_roles(forwards, model_output, R, order=None, passes=None):
-    """Which rows of one step's forwards are conditional, `R` rows a chunk: (roles, by_weights,
-    sure).
+@dataclass(eq=False)
+class RoleFinder:
+    """Labels the rows of one sampling, one step at a time.
 
-    roles: [[cond, uncond or other, a chunk], a forward], [] for a forward whose prediction has no
-    part in `model_output`; None where this step does not tell. by_weights: index of the chunk that
-    guidance favours, None where it favours none. sure: whether other steps can't say otherwise.
+    All steps of one pattern have the same roles. When a step of a pattern is complete, the first of
+    these cases that fits applies:
 
-    The first of these that tells decides: the user's `order`; the name of the context a forward ran
-    in; a single chunk is conditional; the `passes` of the same step with other prompts; then the
-    guidance. Raises UsageError where rows don't fit.
+    1. `memory.sure` has the pattern. Its roles hold. At the pattern's first step in this sampling,
+       the guidance is also compared with that of the earlier sampling: UsageError if both favour a
+       chunk and it is not the same one.
+    2. This step tells the roles for sure (`find_roles`). They hold, and the memory keeps them for
+       all later steps and samplings.
+    3. This step tells the roles by its guidance only. They hold for this sampling, and each later
+       step that tells must name the same conditional chunk, otherwise UsageError.
+    4. This step tells nothing, and an earlier step did, by case 3. That step's roles hold.
+    5. No step has told anything so far. The step waits in `undecided`, and its forwards have no
+       roles. The first step that tells labels all that wait. What waits at the end of the sampling
+       is for `check_decided`.
+
+    For example, one prompt in a loop of the user's own, at guidance scales 0, 1 and 5: steps 0 and 1
+    wait (case 5), and step 2 labels all three (case 3).
     """
-    if order is None and all(f.context in CONTEXTS and f.rows == R for f in forwards):
-        return [[CONTEXTS[f.context]] for f in forwards], None, True
-    chunks = chunks_of(forwards, model_output, R)
-    used = {f.denoiser for f in forwards}
-    if len(used) > 1 and all(c.forward.output is not None for c in chunks):
-        sizes = [abs(c.weight) * c.output.norm().item() for c in chunks]
-        if max(sizes) <= 1e-6 * max(c.output.norm().item() for c in chunks):
-            return None, None, False  # guidance left nothing of any network
-        used = {c.forward.denoiser for c, size in zip(chunks, sizes) if size >= 1e-3 * max(sizes)}
-    for f in forwards:
-        if f.denoiser in used and f.rows % R:
+
+    order: tuple[str, ...] | None = None
+    """The roles of the chunks in a step, such as ("uncond", "cond"), if the user gives them."""
+
+    passes: list[Pass] | None = None
+    """One for each forward of the first step of the same sampling with other prompts."""
+
+    memory: Memory = field(default_factory=Memory)
+
+    known: dict[Pattern, Roles] = field(default_factory=dict)
+    """The roles that hold in this sampling. Those of a dry run are given to the sampling after it."""
+
+    undecided: dict[Pattern, list[list[Forward]]] = field(default_factory=dict, init=False)
+    """The steps that wait, each a list of its forwards."""
+
+    _all_alike: dict[Pattern, bool] = field(default_factory=dict, init=False)
+    """Whether in each undecided step of the pattern no chunk differs from another."""
+
+    _met: set[Pattern] = field(default_factory=set, init=False)
+    """The patterns of the steps of this sampling."""
+
+    _last: dict[Pattern, dict[str, ChunkConditioning]] = field(default_factory=dict, init=False)
+    """For each pattern the conditioning of each role's first chunk, in the pattern's last step."""
+
+    def label(self, forwards: list[Forward], model_output: Tensor, R: int) -> None:
+        """Set the `roles` of the forwards of a complete step, if this or an earlier step tells them.
+
+        R: rows of one chunk. Raises UsageError if the step contradicts an earlier one, and if its
+        rows can't be chunks of R.
+        """
+        pattern = pattern_of(forwards, R)
+        if pattern not in self._met or pattern not in self.memory.sure:
+            told = find_roles(forwards, model_output, R, self.order, self.passes)
+            self._learn(pattern, told)
+        self._met.add(pattern)
+
+        roles = self.known.get(pattern)
+        if roles is None:
+            self._wait(pattern, forwards, model_output, R)
+            return
+        for step in self.undecided.pop(pattern, []):
+            set_roles(step, roles)
+        set_roles(forwards, roles)
+        if pattern in self.memory.sure:
+            self._check_exchange(pattern, forwards, R)
+
+    def _learn(self, pattern: Pattern, told: StepRoles) -> None:
+        """Take what a step tells into `known` and the memory: cases 1 to 3 above."""
+        if self.passes is not None:
+            self.memory.asked = True
+
+        remembered = self.memory.sure.get(pattern)
+        if remembered is not None:
+            self.known[pattern] = remembered.roles
+            both_tell = remembered.favoured is not None and told.favoured is not None
+            if both_tell and remembered.favoured != told.favoured:
+                raise UsageError(
+                    f"guidance favours chunk {told.favoured} of the denoiser's rows, and in an "
+                    "earlier batch with the same options it was chunk "
+                    f"{remembered.favoured}: {SAY_ORDER}"
+                )
+        elif told.is_sure:
+            self.memory.sure[pattern] = told
+            self.known[pattern] = told.roles
+        elif told.roles is not None:
+            before = self.known.setdefault(pattern, told.roles)
+            if conditional_chunk(before) != conditional_chunk(told.roles):
+                raise UsageError(
+                    "can't tell conditional from unconditional rows: this step's guidance says "
+                    f"otherwise than an earlier step: {SAY_ORDER}"
+                )
+
+    def _wait(
+        self, pattern: Pattern, forwards: list[Forward], model_output: Tensor, R: int
+    ) -> None:
+        """Put a step among the undecided ones: case 5 above."""
+        self.undecided.setdefault(pattern, []).append(forwards)
+        if self._all_alike.get(pattern, True):
+            self._all_alike[pattern] = are_alike(chunks_of(forwards, model_output, R))
+
+    def _check_exchange(self, pattern: Pattern, forwards: list[Forward], R: int) -> None:
+        """Raise UsageError if the conditional chunk has what was the unconditional chunk's
+        conditioning in the step before."""
+        now = {}
+        for forward in forwards:
+            for c, role in enumerate(forward.roles):
+                rows = slice(c * R, (c + 1) * R)
+                now.setdefault(role, ChunkConditioning(forward.conditioning, rows))
+        before = self._last.get(pattern, {})
+        self._last[pattern] = now
+
+        if not {"cond", "uncond"} <= now.keys() & before.keys():
+            return
+        if not now["cond"].differs_from(before["cond"]):
+            return
+        was_unconditional = not now["cond"].differs_from(before["uncond"])
+        if was_unconditional and now["cond"].differs_from(now["uncond"]):
             raise UsageError(
-                f"the denoiser got {f.rows} rows, which is no multiple of {R} (prompts x images per prompt): "
-                "say how many prompts there are"
+                "the conditional and the unconditional pass change places between two steps: "
+                + SAY_ORDER
             )
-    everything, chunks = chunks, [c for c in chunks if c.forward.denoiser in used]
+
+    def check_decided(self) -> None:
+        """Label the steps that still wait if their chunks are all alike, since any label is right
+        then. Raises UsageError if others wait."""
+        for pattern in list(self.undecided):
+            if self._all_alike[pattern]:
+                self._label_alike(pattern)
+        if self.undecided:
+            raise UsageError(
+                "can't tell conditional from unconditional rows: the prompts of this sampling can't "
+                "be changed to see what depends on them, and in no step the guidance scale was above "
+                "1 with two different predictions (it was between 0 and 1, or is the last layer "
+                f"still zero?): {SAY_ORDER}"
+            )
+
+    def _label_alike(self, pattern: Pattern) -> None:
+        """Call the first chunk unconditional, the last one conditional and those between "other".
+
+        This happens for an empty prompt beside an empty negative prompt.
+        """
+        sizes = [round(chunks) for _, chunks, _ in pattern]
+        flat = ["other"] * sum(sizes)
+        flat[0] = "uncond"
+        flat[-1] = "cond"  # also of a single chunk
+
+        roles = []
+        for size in sizes:
+            roles.append(flat[:size])
+            flat = flat[size:]
+        self.known[pattern] = roles
+        for step in self.undecided.pop(pattern):
+            set_roles(step, roles)
+
+
+def set_roles(forwards: list[Forward], roles: Roles) -> None:
+    """Give each forward of a step its roles."""
+    for forward, roles_of_forward in zip(forwards, roles):
+        forward.roles = roles_of_forward
+
+
+def pattern_of(forwards: list[Forward], R: int) -> Pattern:
+    """Return which denoisers ran in a step, on how many chunks of R rows, and in which context.
+
+    For one call of "unet" with 4 rows, and R = 2, it is (("unet", 2.0, None),).
+    """
+    return tuple((forward.denoiser, forward.rows / R, forward.context) for forward in forwards)
+
+
+def role_of_context(forward: Forward, R: int) -> str | None:
+    """Return the role of a forward of one chunk by the name of the context that it runs in; None if
+    there is no such name, or if it has several chunks."""
+    return CONTEXTS.get(forward.context) if forward.rows == R else None
+
+
+def conditional_chunk(roles: Roles) -> int | None:
+    """Return the index of the first conditional chunk among all chunks of a step, or None.
+
+    For [["uncond"], ["cond"]] it is 1.
+    """
+    flat = [role for roles_of_forward in roles for role in roles_of_forward]
+    return flat.index("cond") if "cond" in flat else None
+
+
+def check_order(order: tuple[str, ...] | None) -> None:
+    """Raise UsageError for anything but None and a tuple or list of "cond", "uncond", "other"."""
+    if order is None:
+        return
+    if not isinstance(order, (tuple, list)) or not set(order) <= {"cond", "uncond", "other"}:
+        raise UsageError(
+            'order: expected the passes of a step, such as ("uncond", "cond") or '
+            f'("uncond", "cond", "other"), got {order!r}'
+        )
+
+
+# ------------------------------------------------------------------------------ what one step tells
+
+
+@dataclass(eq=False)
+class Chunk:
+    """R rows of one forward that belong together, such as the conditional ones: a row per sample."""
+
+    forward: Forward | Pass
+    rows: slice
+
+    weight: float = 0.0
+    """Its weight in the model output, see `guidance_weights`."""
+
+    certain: bool = False
+    """Whether no other chunk could have this weight in its place."""
+
+    @property
+    def output(self) -> Tensor:
+        """The prediction for these rows, (R, ...)."""
+        return self.forward.output[self.rows]
+
+    @property
+    def conditioning(self) -> list:
+        """What the denoiser was given for these rows besides sample and time, such as embeddings."""
+        return [x[self.rows] for x in self.forward.conditioning]
+
+    @property
+    def inputs(self) -> list:
+        """The sample of these rows, and their conditioning."""
+        return [self.forward.sample[self.rows], *self.conditioning]
+
+    @property
+    def varies(self) -> bool:
+        """Whether the conditioning differs between rows. Then it comes from the prompts, and not
+        from one negative prompt for all of them."""
+        for x in self.conditioning:
+            for r in range(1, len(x)):
+                if not same(x[:1], x[r : r + 1]):
+                    return True
+        return False
+
+
+def find_roles(
+    forwards: list[Forward],
+    model_output: Tensor,
+    R: int,
+    order: tuple[str, ...] | None = None,
+    passes: list[Pass] | None = None,
+) -> StepRoles:
+    """Return which rows of one step's forwards are conditional, as far as this step tells.
+
+    A denoiser whose predictions have no part in `model_output` gets no roles. For the others, the
+    first of these that fits decides:
+
+    1. All forwards ran in a named context, and the user gave no `order`: the names (sure).
+    2. There is a single chunk: it is conditional (sure).
+    3. The user gave an `order` (sure).
+    4. Some chunks changed with other prompts, see `passes`, and others did not (sure, but if several
+       changed and guidance favours none of them, nothing is told).
+    5. The guidance of this step (not sure).
+
+    R: rows of one chunk. Raises UsageError if the rows are no multiple of R, or if there are not as
+    many chunks as `order` names.
+    """
+    if order is None:
+        by_context = [role_of_context(forward, R) for forward in forwards]
+        if None not in by_context:
+            return StepRoles([[role] for role in by_context], None, is_sure=True)
+
+    all_chunks = chunks_of(forwards, model_output, R)
+    used = used_denoisers(all_chunks, {forward.denoiser for forward in forwards})
+    if not used:
+        return StepRoles(None, None, is_sure=False)
+    for forward in forwards:
+        if forward.denoiser in used and forward.rows % R:
+            raise UsageError(
+                f"the denoiser got {forward.rows} rows, which is no multiple of {R} "
+                "(prompts x images per prompt): say how many prompts there are"
+            )
+
+    chunks = [chunk for chunk in all_chunks if chunk.forward.denoiser in used]
     favoured = favoured_by_guidance(chunks)
-    by_weights = None if favoured is None else everything.index(favoured)
+    favoured_index = None if favoured is None else all_chunks.index(favoured)
+    role_of_chunk, is_sure = roles_of_chunks(chunks, favoured, forwards, order, passes)
+    if role_of_chunk is None:
+        return StepRoles(None, favoured_index, is_sure=False)
+
+    roles = []
+    for forward in forwards:
+        own_chunks = [chunk for chunk in chunks if chunk.forward is forward]
+        roles.append([role_of_chunk.get(chunk, "other") for chunk in own_chunks])
+    return StepRoles(roles, favoured_index, is_sure)
+
+
+def roles_of_chunks(
+    chunks: list[Chunk],
+    favoured: Chunk | None,
+    forwards: list[Forward],
+    order: tuple[str, ...] | None,
+    passes: list[Pass] | None,
+) -> tuple[dict[Chunk, str] | None, bool]:
+    """Return the roles of chunks, and whether they are sure: cases 2 to 5 of `find_roles`.
+
+    A chunk without a role is "other". The roles are None if this step does not tell them.
+    """
     if len(chunks) == 1:
-        roles, sure = {chunks[0]: "cond"}, True
-    elif order is not None:
+        return {chunks[0]: "cond"}, True
+
+    if order is not None:
         if len(order) != len(chunks):
             raise UsageError(
-                f"order {tuple(order)} names {len(order)} passes, and a step of this sampling has {len(chunks)}"
+                f"order {tuple(order)} names {len(order)} passes, and a step of this sampling has "
+                f"{len(chunks)}"
             )
-        roles, sure = dict(zip(chunks, order)), True
-    else:
-        prompted = None if passes is None else answering(chunks, forwards, passes)
-        roles, sure = (
-            roles_by_prompt(chunks, prompted) if prompted else roles_by_guidance(chunks, favoured)
-        )
-    if roles is None:
-        return None, by_weights, False
-    return (
-        [[roles.get(c, "other") for c in chunks if c.forward is f] for f in forwards],
-        by_weights,
-        sure,
-    )
+        return dict(zip(chunks, order)), True
+
+    changed = None if passes is None else changed_by_prompts(chunks, forwards, passes)
+    if changed is not None:
+        return roles_by_prompt(chunks, changed), True
+    return roles_by_guidance(chunks, favoured), False
 
 
-def answering(chunks, forwards, passes):
-    """The chunks that differ in a step with other prompts; None where none or all of them do.
+def chunks_of(forwards: list[Forward], model_output: Tensor, R: int) -> list[Chunk]:
+    """Return all chunks of a step, with their weights in its model output.
 
-    Their conditioning tells, and where that is not among the arguments their prediction. Where
-    prompts are padded to the longest one, all conditioning may change; that of an unconditional
-    pass does so by little, in the part that both have.
+    The weights stay 0 and uncertain for a single chunk, and if a forward returned no tensor.
     """
-    if [(f.denoiser, f.rows) for f in forwards] != [(p.denoiser, p.rows) for p in passes]:
+    chunks = []
+    for forward in forwards:
+        for c in range(forward.rows // R):
+            chunks.append(Chunk(forward, slice(c * R, (c + 1) * R)))
+    if len(chunks) < 2 or any(chunk.forward.output is None for chunk in chunks):
+        return chunks
+
+    weights, certain = guidance_weights([chunk.output for chunk in chunks], model_output)
+    weighted = []
+    for chunk, weight, is_certain in zip(chunks, weights, certain):
+        weighted.append(replace(chunk, weight=weight, certain=is_certain))
+    return weighted
+
+
+class GuidanceWeights(NamedTuple):
+    """How a model output is mixed from chunks of predictions."""
+
+    weights: list[float]
+    """One per chunk; 0 for a chunk that is smaller than the model output."""
+
+    certain: list[bool]
+    """One per chunk. It is False if other chunks could take its place, as identical predictions
+    can: they share their weight."""
+
+
+def guidance_weights(chunks: list[Tensor], model_output: Tensor) -> GuidanceWeights:
+    """Fit `model_output = sum_i weights[i] * chunks[i]` by least squares, in float64.
+
+    chunks: (R, ...) each; model_output: (R, ...). For chunks u and c and the model output 5c - 4u
+    it returns weights [-4, 5], both certain; for c twice and the model output c, [0.5, 0.5], both
+    uncertain. If any number is not finite, all weights are 0 and uncertain: an edit may have made a
+    prediction overflow. What a chunk has beyond the model output's shape, such as a learned variance
+    or the tokens of a reference image, is left out.
+    """
+    target = model_output.detach().cpu().double()
+    columns = torch.zeros(len(chunks), target.numel(), dtype=torch.float64)
+    for column, chunk in zip(columns, chunks):
+        x = cropped(chunk.detach().cpu().double(), target[: len(chunk)].shape)
+        if x is not None:
+            column[: x.numel()] = x.flatten()
+
+    if not (target.isfinite().all() and columns.isfinite().all()):
+        return GuidanceWeights([0.0] * len(chunks), [False] * len(chunks))
+
+    sizes = columns.norm(dim=1).clamp_min(1e-300)
+    A = (columns / sizes[:, None]).T
+    inverse = torch.linalg.pinv(A, rtol=1e-6)
+    certain = (inverse @ A).diagonal() > 1 - 1e-6
+    weights = inverse @ target.flatten() / sizes
+    return GuidanceWeights(weights.tolist(), certain.tolist())
+
+
+def cropped(x: Tensor, shape: torch.Size) -> Tensor | None:
+    """Return the first part of x, with as many numbers as `shape` has; None if x is too small.
+
+    An axis of x that is longer is cut: (2, 8, 4, 4) becomes (2, 4, 4, 4). A tensor that has the
+    right count of numbers in another shape stays as it is.
+    """
+    count = shape.numel()
+    may_be_cut = x.numel() != count and x.ndim == len(shape)
+    if may_be_cut and all(mine >= wanted for mine, wanted in zip(x.shape, shape)):
+        x = x[tuple(slice(wanted) for wanted in shape)]
+    return x if x.numel() == count else None
+
+
+def used_denoisers(chunks: list[Chunk], denoisers: set[str]) -> set[str]:
+    """Return the denoisers that have a part in the model output; the empty set if guidance left
+    nothing of any of them.
+
+    A single denoiser is used. So are all if one returned no tensor, since nothing can be compared.
+    A chunk has no part if |weight| * |prediction| is below a thousandth of the largest one.
+    """
+    if len(denoisers) == 1 or any(chunk.forward.output is None for chunk in chunks):
+        return denoisers
+    norms = [chunk.output.norm().item() for chunk in chunks]
+    sizes = [abs(chunk.weight) * norm for chunk, norm in zip(chunks, norms)]
+    if max(sizes) <= 1e-6 * max(norms):
+        return set()
+    used = set()
+    for chunk, size in zip(chunks, sizes):
+        if size >= 1e-3 * max(sizes):
+            used.add(chunk.forward.denoiser)
+    return used
+
+
+# ------------------------------------------------------------------------- by a step with other prompts
+
+
+def changed_by_prompts(
+    chunks: list[Chunk], forwards: list[Forward], passes: list[Pass]
+) -> list[Chunk] | None:
+    """Return the chunks that differ from those of a step with other prompts.
+
+    It is None if all or none of them differ, or if that step had other passes. The conditioning is
+    compared, and if it differs nowhere, the prediction: some denoisers do not get their conditioning
+    as arguments. If all conditioning differs, the prompts may be padded to the longest one. Then
+    that of an unconditional chunk changed by little in the part that both steps have, and only
+    changes of more than a tenth of the largest one count.
+    """
+    kinds = [(forward.denoiser, forward.rows) for forward in forwards]
+    if kinds != [(other.denoiser, other.rows) for other in passes]:
         return None
-    pairs = [(c, Chunk(passes[forwards.index(c.forward)], c.rows)) for c in chunks]
-    changed = [c for c, other in pairs if not same(c.conditioning, other.conditioning)]
+
+    pairs = []
+    for chunk in chunks:
+        other = passes[forwards.index(chunk.forward)]
+        pairs.append((chunk, Chunk(other, chunk.rows)))
+
+    changed = [chunk for chunk, other in pairs if not same(chunk.conditioning, other.conditioning)]
     if len(changed) == len(chunks):
-        sizes = [difference(c.conditioning, other.conditioning) for c, other in pairs]
-        changed = [c for c, size in zip(chunks, sizes) if size > 0.1 * max(sizes)]
+        sizes = [difference(chunk.conditioning, other.conditioning) for chunk, other in pairs]
+        changed = [chunk for chunk, size in zip(chunks, sizes) if size > 0.1 * max(sizes)]
     if not changed:
-        changed = [c for c, other in pairs if not torch.equal(c.output, other.output)]
+        changed = [chunk for chunk, other in pairs if not torch.equal(chunk.output, other.output)]
     return changed if 0 < len(changed) < len(chunks) else None
 
 
-def difference(a, b):
-    """The largest relative difference between two lists of tensors, in the part of each that both
-    have."""
+def roles_by_prompt(chunks: list[Chunk], changed: list[Chunk]) -> dict[Chunk, str] | None:
+    """Return the roles of chunks of which `changed` depend on the prompts; None if this step does
+    not tell.
+
+    If several depend on the prompts, all but one of them are perturbed passes. Guidance subtracts
+    those, so it favours the conditional one.
+    """
+    cond = changed[0]
+    if len(changed) > 1:
+        cond = favoured_by_guidance(chunks, changed)
+    if cond is None:
+        return None
+    roles = dict.fromkeys(changed, "other")
+    uncond = smallest([chunk for chunk in chunks if chunk not in changed])
+    if uncond is not None:
+        roles[uncond] = "uncond"
+    roles[cond] = "cond"
+    return roles
+
+
+def difference(a: list, b: list) -> float:
+    """Return the largest |x - y| / |y| over pairs of tensors x in a, y in b, in the part of each that
+    both have.
+
+    Integers, and pairs with other numbers of axes, do not count.
+    """
     sizes = [0.0]
     for x, y in zip(tensors(a), tensors(b)):
         if x.ndim == y.ndim and x.is_floating_point():
             common = tuple(slice(min(m, n)) for m, n in zip(x.shape, y.shape))
-            x, y = x[common].double(), y[common].double()
-            sizes.append(((x - y).norm() / y.norm().clamp_min(1e-300)).item())
+            x = x[common].double()
+            y = y[common].double()
+            relative = (x - y).norm() / y.norm().clamp_min(1e-300)
+            sizes.append(relative.item())
     return max(sizes)
 
 
-def roles_by_prompt(chunks, prompted):
-    """(roles, sure), or (None, False): one of several chunks that prompts change is perturbed, and
-    guidance subtracts that."""
-    favoured = prompted[0]
-    if len(prompted) > 1:
-        favoured = favoured_by_guidance(chunks, prompted)
-    if favoured is None:
-        return None, False
-    return {c: "other" for c in prompted} | {
-        least([c for c in chunks if c not in prompted]): "uncond",
-        favoured: "cond",
-    }, True
+# -------------------------------------------------------------------------------------- by guidance
 
 
-def roles_by_guidance(chunks, favoured):
-    """(roles, sure), or (None, False) where this step does not tell."""
+def roles_by_guidance(chunks: list[Chunk], favoured: Chunk | None) -> dict[Chunk, str] | None:
+    """Return the roles of chunks by this step's guidance; None if it does not tell.
+
+    The conditional chunk is the one that guidance favours. If it favours none, it is the only one
+    whose conditioning varies from row to row and that is not subtracted.
+    """
     if are_alike(chunks):
-        return (
-            None,
-            False,
-        )  # another step may tell; `RoleFinder.check_decided` knows what to do if none does
-    varying = [c for c in chunks if c.varies and c not in subtracted(chunks)]
-    cond = favoured or (varying[0] if len(varying) == 1 else None)
+        return None  # another step may tell, otherwise see `RoleFinder.check_decided`
+    cond = favoured
     if cond is None:
-        return None, False
-    return {find_unconditional(chunks, cond): "uncond", cond: "cond"}, False
+        less = subtracted(chunks)
+        varying = [chunk for chunk in chunks if chunk.varies and chunk not in less]
+        cond = varying[0] if len(varying) == 1 else None
+    if cond is None:
+        return None
+    roles = {}
+    uncond = find_unconditional(chunks, cond)
+    if uncond is not None:
+        roles[uncond] = "uncond"
+    roles[cond] = "cond"
+    return roles
 
 
-def are_alike(chunks):
-    """Whether all passes have the same conditioning, and predictions that can't be told apart."""
-    return all(same(c.conditioning, chunks[0].conditioning) for c in chunks) and not all(
-        c.certain for c in chunks
-    )
+def favoured_by_guidance(
+    chunks: list[Chunk], candidates: list[Chunk] | None = None
+) -> Chunk | None:
+    """Return the one candidate that guidance does not subtract while it subtracts others.
 
+    It is None if guidance subtracts none, or if several candidates are left. Candidates whose
+    conditioning varies from row to row come first. With weights [-4, 5] it is chunk 1.
 
-def subtracted(chunks):
-    """Those that guidance subtracts, none where it is not certain."""
-    total = sum(c.weight for c in chunks)
-    return [c for c in chunks if all(c.certain for c in chunks) and c.weight * total < -1e-3]
-
-
-def favoured_by_guidance(chunks, candidates=None):
-    """The only chunk, of the candidates, that guidance adds while it subtracts others; None where
-    there is no such one.
-
-    Where the conditioning of some varies from row to row, it is one of those. The scale is taken
-    for one above 0: with one below, the weights of the two passes are those of a scale above 1 with
-    the passes exchanged, and only `order` can tell.
+    The guidance scale is assumed to be above 0. A scale of -2 gives the weights [3, -2], which are
+    also those of scale 3 with the two passes exchanged, so there only `order` can tell.
     """
     less = subtracted(chunks)
-    left = [c for c in (candidates or chunks) if less and c not in less]
-    left = [c for c in left if c.varies] or left
+    if not less:
+        return None
+    left = [chunk for chunk in candidates or chunks if chunk not in less]
+    varying = [chunk for chunk in left if chunk.varies]
+    if varying:
+        left = varying
     return left[0] if len(left) == 1 else None
 
 
-def find_unconditional(chunks, cond):
-    """Of several others, one with the conditional chunk's own conditioning is a perturbed pass, and
-    the unconditional one is all zeros wherever it differs from the rest. None if it is none of
-    them.
+def subtracted(chunks: list[Chunk]) -> list[Chunk]:
+    """Return the chunks whose weight has the opposite sign of the sum of all weights.
+
+    There are none if any weight is uncertain. With weights [-4, 5] it is chunk 0.
     """
-    rest = [c for c in chunks if c is not cond]
-    if all(
-        c.certain for c in chunks
-    ):  # else two passes may have the same prediction, being the same
-        rest = [c for c in rest if not same(c.conditioning, cond.conditioning)]
-    return least(rest)
+    if not all(chunk.certain for chunk in chunks):
+        return []
+    total = sum(chunk.weight for chunk in chunks)
+    return [chunk for chunk in chunks if chunk.weight * total < -1e-3]
 
 
-def least(chunks):
-    """The chunk that is all zeros wherever it differs from the others; the only one; None if there
-    is none."""
+def find_unconditional(chunks: list[Chunk], cond: Chunk) -> Chunk | None:
+    """Return the unconditional chunk of a step whose conditional chunk is known; None if there is
+    none.
+
+    A chunk with the conditional one's conditioning is a perturbed pass, if the two predictions
+    differ. Among several others the unconditional one is the `smallest`.
+    """
+    rest = [chunk for chunk in chunks if chunk is not cond]
+    if all(chunk.certain for chunk in chunks):
+        rest = [chunk for chunk in rest if not same(chunk.conditioning, cond.conditioning)]
+    return smallest(rest)
+
+
+def smallest(chunks: list[Chunk]) -> Chunk | None:
+    """Return the chunk whose inputs are zero wherever they differ from those of the other chunks.
+
+    A single chunk is the smallest. None if there is no such chunk, or more than one. The zeros are
+    how pipelines without negative prompts mark a missing condition.
+    """
     if len(chunks) > 1:
-        chunks = [
-            a for a in chunks if all(is_less(a.inputs, b.inputs) for b in chunks if b is not a)
-        ]
+        candidates = []
+        for chunk in chunks:
+            others = [other for other in chunks if other is not chunk]
+            if all(is_zeroed(chunk.inputs, other.inputs) for other in others):
+                candidates.append(chunk)
+        chunks = candidates
     return chunks[0] if len(chunks) == 1 else None
 
 
-def is_less(a, b):
-    """Whether inputs `a` are zero wherever they differ from inputs `b`, and somewhere differ."""
-    pairs = [(x, y) for x, y in zip(tensors(a), tensors(b)) if not torch.equal(x, y)]
-    return bool(pairs) and all(x.shape == y.shape and not x[x != y].any() for x, y in pairs)
+def is_zeroed(a: list, b: list) -> bool:
+    """Whether the tensors of `a` are zero wherever they differ from those of `b`, and differ at all.
+
+    For [tensor([1, 0])] and [tensor([1, 2])] it is True, the other way round False.
+    """
+    differing = [(x, y) for x, y in zip(tensors(a), tensors(b)) if not torch.equal(x, y)]
+    for x, y in differing:
+        if x.shape != y.shape or x[x != y].any():
+            return False
+    return len(differing) > 0
+
+
+def are_alike(chunks: list[Chunk]) -> bool:
+    """Whether all chunks have the same conditioning, and predictions that can't be told apart."""
+    if all(chunk.certain for chunk in chunks):
+        return False
+    return all(same(chunk.conditioning, chunks[0].conditioning) for chunk in chunks)
+
+
+def same(a: Tensor | list, b: Tensor | list) -> bool:
+    """Whether two tensors, or two nested lists of tensors, are equal in structure and in every
+    number."""
+    if torch.is_tensor(a) and torch.is_tensor(b):
+        return torch.equal(a, b)
+    return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))

@@ -1,467 +1,82 @@
-"""A probe: a denoiser is run again on the arguments of a call, to see which tokens depend on what.
+"""Find where the image's tokens, or the text's, are in what a module takes or returns.
 
-Attention is made local for it: a token gets its own query back, so that what it holds depends on
-that token of the input and on no other. Once as it is, then with noise on the sample of half of the
-rows, then of the other half: tokens that change are the image's. What a denoiser gets in one tensor
-with the sample, such as a picture to edit, stays the same in all steps and gets no noise. With
-noise on the text embeddings, those that change besides are the text's. Where one half changes the
-other's rows, the first axis is no batch axis. Which axis is the width is known from the layers that
-made a tensor of its shape.
+There is no table of architectures. Before a denoiser runs for the first time, trial_runs.py runs it
+with noise on parts of its arguments, and the tokens that change are counted here: the result is a
+`Layout`, such as "image tokens 3 to 6 of the first tensor, on the grid (2, 2)", or the reason why
+there is none, a `NotHookable`. It is kept in a dict that the caller hands in, so that it is found once
+for all steps and batches with the same shapes and masks.
+
+The main definition is `find_layouts`. The functions about `sampled` numbers find which part of a
+denoiser's first argument belongs to the sample, if it has more: a picture to edit may be joined to it.
 """
 
 import hashlib
-import inspect
-import itertools
 import math
-from contextlib import ExitStack, contextmanager
-from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any
 
 import torch
-from torch import nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+from torch import Tensor, nn
 
-from diffusion.repeated import RunWatch
-from diffusion.signatures import forward_signature, sample_name, tensors, time_parameter, unwrap
-from diffusion.token_layout import Layout, NotHookable, by_token, sample_grid, spatial_shape
-from diffusion.trace import same_random_numbers
-from errors import UsageError
+from diffusion.forward import Forward
+from diffusion.signatures import tensors, time_parameter, unwrap
+from diffusion.token_layout import Layout, NotHookable, sample_grid, spatial_shape
+from diffusion.trial_runs import Place, Run, Runs, Seen, bare, run_trials
 
 NEVER_RAN = NotHookable(
     "never ran in a forward of the denoiser; is it compiled, or are its projections fused?"
 )
 SEVERAL_TIMES = NotHookable("runs several times in one forward of the denoiser")
-CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+
+SMALL_TENSOR = 1 << 18  # numbers; `describe` reads no larger ones
 
 
-class LocalAttention(TorchFunctionMode):
-    """While it is on, attention gives each token its own query back; `calls` counts how often."""
+def find_layouts(
+    forward: Forward,
+    module: nn.Module,
+    places: dict[Place, tuple[str, nn.Module]],
+    known: dict,
+) -> None:
+    """Set `forward.layouts`, {(side, hook_name, stream): Layout | NotHookable}, before it runs.
 
-    calls = 0
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-
-        def argument(name, place):
-            return args[place] if len(args) > place else kwargs[name]
-
-        if func is F.scaled_dot_product_attention:
-            self.calls += 1
-            query, value = argument("query", 0), argument("value", 2)
-            fits = query.shape[-1] == value.shape[-1]
-            return query if fits else query[..., :1].expand(*query.shape[:-1], value.shape[-1])
-        if func is F.multi_head_attention_forward:
-            self.calls += 1
-            return F.linear(
-                argument("query", 0), argument("out_proj_weight", 11), argument("out_proj_bias", 12)
-            ), None
-        if func in (torch.softmax, torch.Tensor.softmax, F.softmax):
-            scores = argument("input", 0)
-            self.calls += scores.ndim > 2
-            if (
-                scores.ndim > 2 and scores.shape[-1] == scores.shape[-2]
-            ):  # else of the image over the text: no other image token
-                return torch.eye(
-                    scores.shape[-1], dtype=scores.dtype, device=scores.device
-                ).expand_as(scores)
-        return func(*args, **kwargs)
-
-
-@contextmanager
-def bare(root):
-    """The module and all below it without anybody's hooks, for as long as the context lasts."""
-    kinds = ("_forward_pre_hooks", "_forward_hooks")
-    kept = [(m, kind, getattr(m, kind)) for m in root.modules() for kind in kinds]
-    try:
-        for module, kind, hooks in kept:
-            setattr(module, kind, type(hooks)())
-        yield
-    finally:
-        for module, kind, hooks in kept:
-            setattr(module, kind, hooks)
-
-
-def hash_tokens(x):
-    """A number for each token of (rows, tokens, d), int64 (rows, tokens), that changes if the token
-    does: the sum of its bits."""
-    x = (torch.view_as_real(x).flatten(-2) if x.is_complex() else x) + 0  # + 0 makes -0.0 a 0.0
-    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
-    return x.contiguous().view(bits).sum(-1, dtype=torch.int64)
-
-
-def disturb(x, rows, part=None):
-    """A tensor, or a list with one a row, with noise added to some rows; of these only to the
-    numbers in `part`, bool."""
-    if not torch.is_tensor(x):
-        return [disturb(row[None], [0])[0] if r in rows else row for r, row in enumerate(x)]
-    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x.device, x.dtype)
-    chosen = torch.zeros(len(x), *[1] * (x.ndim - 1), dtype=torch.bool)
-    chosen[list(rows)] = True
-    if part is not None:
-        chosen = chosen & part.cpu()
-    return torch.where(
-        chosen.to(x.device), x + noise if x.is_floating_point() else (x - 1).abs(), x
-    )
-
-
-def disturb_text(value, rows, listed):
-    """A nested argument with noise on each sequence of embeddings in it: tensors (rows, length, d),
-    or lists if `listed`."""
-    if torch.is_tensor(value):
-        return (
-            disturb(value, range(rows))
-            if value.ndim == 3 and len(value) == rows and value.is_floating_point()
-            else value
-        )
-    if isinstance(value, dict):
-        return {key: disturb_text(item, rows, listed) for key, item in value.items()}
-    if not isinstance(value, (list, tuple)):
-        return value
-    if (
-        listed
-        and len(value) == rows
-        and all(torch.is_tensor(v) and v.is_floating_point() for v in value)
-    ):
-        return disturb(value, range(rows))
-    return type(value)(disturb_text(item, rows, listed) for item in value)
-
-
-class Seen(NamedTuple):
-    """A tensor that a module took or returned in a run."""
-
-    shape: torch.Size
-    form: str | None  # see `tokens.row_view`; None without the rows of the batch
-    tokens: torch.Tensor | None  # a fingerprint of each, int64 (rows, tokens)
-
-
-class Run:
-    """One call of the denoiser `root`, and what it showed.
-
-    modules: {(side, hook_name): module} to look at. seen: {(side, hook_name): [Seen], or None if
-    the module ran several times}. inputs: {path: shapes that the module there got}, of the modules
-    round those. width_last: {shape: whether its last axis is the width, not its second}, as the
-    layers say that made such tensors.
+    module: the denoiser. places: {(side, hook_name, stream): (denoiser, module)}; those of other
+    denoisers are left out. known: what was found so far; what is new is added to it. Raises
+    UsageError as `run_trials` does.
     """
-
-    def __init__(self, root, rows, modules):
-        self.root, self.rows, self.modules = root, rows, modules
-        self.paths = {module: path for path, module in root.named_modules()}
-        self.seen, self.inputs, self.width_last = {}, {}, {}
-
-    def call(self, forward, changes, attention):
-        """Call the denoiser as in `forward`, but for the arguments in `changes`, with random
-        numbers of a fixed seed."""
-        signature = forward_signature(self.root)
-        this = next(iter(signature.parameters))
-        call = inspect.BoundArguments(signature, {this: self.root} | forward.arguments | changes)
-        handles = self._listen()
-        try:
-            with torch.no_grad(), same_random_numbers(), attention:
-                torch.manual_seed(0)
-                self.root(*call.args[1:], **call.kwargs)
-        except Exception as error:  # of a model that attends in a way of its own
-            raise UsageError(
-                f"{forward.denoiser} can't be probed for its tokens: {type(error).__name__}: {error}"
-            ) from error
-        finally:
-            for handle in handles:
-                handle.remove()
-        return self
-
-    def _listen(self):
-        def learn(module, args, output):
-            for x in tensors(output):
-                if (last := width_is_last(module, x)) is not None:
-                    self.width_last[x.shape] = last
-
-        def look_around(path):
-            def hook(module, args, kwargs):
-                self.inputs[path] = [
-                    x.shape
-                    for x in tensors((args, kwargs))
-                    if x.ndim > 2 and len(x) % self.rows == 0
-                ]
-
-            return hook
-
-        def look(side, hook_name):
-            def hook(module, args, kwargs, output=None):
-                value = output if side == "output" else (args, kwargs)
-                again = (side, hook_name) in self.seen
-                self.seen[side, hook_name] = (
-                    None if again else [self._look_at(x, module, side) for x in tensors(value)]
-                )
-
-            return hook
-
-        handles = []
-        for module in self.root.modules():
-            if next(module.parameters(recurse=False), None) is not None:
-                handles.append(module.register_forward_hook(learn))
-        for path in {path for module in self.modules.values() for path in self.around(module)}:
-            handles.append(
-                self.root.get_submodule(path).register_forward_pre_hook(
-                    look_around(path), with_kwargs=True
-                )
-            )
-        for (side, hook_name), module in self.modules.items():
-            register = (
-                module.register_forward_pre_hook
-                if side == "input"
-                else module.register_forward_hook
-            )
-            handles.append(register(look(side, hook_name), with_kwargs=True))
-        return handles
-
-    def around(self, module):
-        """Paths of a module and of those around it, nearest first."""
-        parts = self.paths[module].split(".")
-        return [".".join(parts[:i]) for i in range(len(parts), -1, -1)]
-
-    def maps(self, paths):
-        """Spatial shapes of the first feature maps that modules got."""
-        maps = (next((s for s in self.inputs.get(path, ()) if len(s) > 3), None) for path in paths)
-        return [
-            spatial_shape(shape, self.rows, self.width_last.get(shape, False))
-            for shape in maps
-            if shape
-        ]
-
-    def _look_at(self, x, module, side):
-        form = self._form(x, module, side)
-        return Seen(x.shape, form, form and hash_tokens(by_token(x, self.rows, form)))
-
-    def _form(self, x, module, side):
-        """See `row_view`; None for a tensor without the rows of the batch."""
-        if x.ndim < 2 or len(x) % self.rows or not x.numel():
-            return None
-        around = self.around(module)
-        if x.ndim == 4 and len(x) == self.rows and (heads := self._heads(x, around[1:])):
-            return heads
-        last = width_is_last(module, x) if side == "input" else None
-        last = self.width_last.get(x.shape, x.ndim < 4) if last is None else last
-        if x.ndim == 3 and last:
-            k = len(x) // self.rows
-            sizes = [
-                s
-                for s in self.maps(around)
-                if len(s) == 3 and (x.shape[1], k) == (s[0], s[1] * s[2]) and k != s[0]
-            ]
-            return "frames" if sizes else "tokens"
-        return "tokens" if last or x.ndim < 3 else "map"
-
-    def _heads(self, x, paths):
-        """Inside attention, heads are split off the width of the sequences around: on which axis of
-        the 4 they are, or None."""
-        shapes = next((shapes for path in paths if (shapes := self.inputs.get(path))), [(0,) * 4])
-        if len(shapes[0]) != 3:
-            return None
-        lengths = [shape[1] for shape in shapes if len(shape) == 3]
-        tokens_second, tokens_third = (n in lengths or n == sum(lengths) for n in x.shape[1:3])
-        return "heads" if tokens_second else "heads first" if tokens_third else None
-
-
-class Runs(NamedTuple):
-    """Calls of a denoiser that differ in one thing each, with attention that is local."""
-
-    plain: Run
-    upper: Run  # noise on the sample of the upper half of the rows
-    lower: Run  # and of the lower half
-    text: Run  # noise on the text embeddings
-    has_text: bool
-    attention_is_local: bool  # or the model's attention was never met
-    idle: dict  # {hook_name: why it can't be hooked} of modules that ran in some of the calls only
-
-
-def probe(root, forward, places, known):
-    """Call the denoiser `root` on the arguments of `forward`, changed in several ways, and look at
-    `places`.
-
-    Raises UsageError where a module is called without being run, since something is kept between
-    calls.
-    """
-    rows, sample, time = forward.rows, sample_name(root), time_parameter(root)
-    half, attention = (rows + 1) // 2, LocalAttention()
-    others = {
-        name: value for name, value in forward.arguments.items() if name not in (sample, time)
-    }
-    text = {
-        name: disturb_text(value, rows, isinstance(forward.sample, (list, tuple)))
-        for name, value in others.items()
-    }
-    has_text = any(a is not b for a, b in zip(tensors(text), tensors(others)))
-    modules = {(side, name): module for (side, name, _), module in places.items()}
-    targets = {name: (forward.denoiser, module) for (_, name), module in modules.items()}
-    runs = RunWatch(targets, {forward.denoiser: root}, known)
-
-    trials, idle = itertools.count(1), {}
-
-    def run(changes):
-        trial = SimpleNamespace(ran=set(), skipped=None)
-        with ExitStack() as stack:
-            runs.listen(stack, SimpleNamespace(current=trial))
-            found = Run(root, rows, modules).call(forward, changes, attention)
-        when = f"trial run {next(trials)} of the denoiser"
-        for name in targets:
-            if reason := runs.check(name, trial, when):
-                idle.setdefault(name, reason)
-        return found
-
-    with bare(root):
-        plain = run({})
-        upper = run({sample: disturb(forward.sample, range(half), forward.sampled)})
-        lower = (
-            run({sample: disturb(forward.sample, range(half, rows), forward.sampled)})
-            if rows > 1
-            else plain
-        )
-        texts = run(text) if any(stream == "text" for _, _, stream in places) else plain
-    return Runs(plain, upper, lower, texts, has_text, attention.calls > 0, idle)
-
-
-def locate(runs, forward, place):
-    """Where the tokens of a place, (side, hook_name, stream), are: a Layout, or NotHookable."""
-    side, hook_name, stream = place
-    if hook_name in runs.idle:
-        return NotHookable(runs.idle[hook_name])
-    seen = [run.seen.get((side, hook_name), ()) for run in runs[:4]]
-    if seen[0] == ():
-        return NEVER_RAN
-    if None in seen:
-        return SEVERAL_TIMES
-    if all(x.form is None for x in seen[0]):
-        shapes = " and ".join(str(tuple(x.shape)) for x in seen[0]) or "none"
-        return NotHookable(
-            f"its {side} has no batch axis of {forward.rows} rows; the shape is {shapes}"
-        )
-    half = (forward.rows + 1) // 2
-    reason = f"its {side} holds no {stream} tokens" + "; try the text stream" * (
-        stream == "image" and runs.has_text
-    )
-    for index, (plain, *changed) in enumerate(zip(*seen)):
-        if plain.form is None:
-            continue
-        upper, lower, text = (plain.tokens != other.tokens for other in changed)
-        if upper[half:].any() or lower[:half].any():
-            reason = f"its {side} mixes the {forward.rows} rows of the batch; the shape is {tuple(plain.shape)}"
-            continue
-        image = upper | lower
-        mask = text & ~image if stream == "text" else image
-        if mask.any(1).all():
-            return layout_of(runs, forward, place, index, plain, mask)
-    return NotHookable(reason)
-
-
-def layout_of(runs, forward, place, index, seen, mask):
-    """The Layout of the tokens in `mask`, bool (rows, tokens), of a module's tensor number `index`;
-    or NotHookable."""
-    side, hook_name, stream = place
-    starts = mask.int().argmax(1).tolist()
-    ends = (mask.shape[1] - mask.flip(1).int().argmax(1)).tolist()
-    counts = [end - start for start, end in zip(starts, ends)]
-    grid = None
-    if stream == "image":
-        if len(set(counts)) > 1:
-            return NotHookable(
-                f"its {side} has different numbers of image tokens in different rows: {min(counts)} to {max(counts)}"
-            )
-        grid = image_grid(runs.plain, forward, runs.plain.modules[side, hook_name], seen, counts[0])
-    doubtful = counts != mask.sum(1).tolist() or (runs.has_text and not runs.attention_is_local)
-    if doubtful and grid is None:
-        return NotHookable(
-            "image and text tokens can't be told apart; use the attention of PyTorch (scaled_dot_product_attention)"
-        )
-    grid = (max(counts),) if grid is None else tuple(grid)
-    if stream == "text":
-        counts = unmasked(forward, counts)
-    shape = seen.shape
-    d = {"map": shape[1], "heads": math.prod(shape[2:]), "heads first": shape[1] * shape[-1]}.get(
-        seen.form, shape[-1]
-    )
-    return Layout(index, seen.form, starts, counts, grid, d)
-
-
-def image_grid(run, forward, module, seen, count):
-    """The grid of `count` image tokens: the tensor's own, one of the maps around, or that of the
-    patches; None if none fits."""
-    around = run.around(module)
-    grids = run.maps(around[seen.form.startswith("heads") :])
-    if len(seen.shape) > 3 and seen.form in ("map", "tokens"):
-        grids = [spatial_shape(seen.shape, forward.rows, seen.form == "tokens")]
-    grid = next((g for g in grids if math.prod(g) == count), None)
-    grid = grid or sample_grid(count, forward, getattr(run.root, "config", None))
-    return grid[1:] if grid and len(grid) == 3 and grid[0] == 1 else grid
-
-
-def unmasked(forward, counts):
-    """How many text tokens of each row a mask among the arguments leaves, where one has their
-    number and cuts off the end."""
-    if min(counts) < max(counts):
-        return counts
-    for mask in tensors(list(forward.arguments.values())):
-        mask = mask.float()
-        if tuple(mask.shape) == (forward.rows, max(counts)) and set(mask.unique().tolist()) <= {
-            0,
-            1,
-        }:
-            left = mask.sum(1).int().tolist()
-            if all(row[:n].all() and n for row, n in zip(mask, left)):
-                return left
-    return counts
-
-
-def width_is_last(module, x):
-    """Whether the last axis of what a layer returns or takes is its width, or else the second; None
-    if it does not say."""
-    if isinstance(module, CHANNELS_FIRST):
-        return False
-    sizes = {n for p in module.parameters(recurse=False) for n in p.shape}
-    return (x.shape[-1] in sizes) if x.ndim > 1 and {x.shape[-1], x.shape[1]} & sizes else None
-
-
-def has_more_than_sample(forward, sample):
-    """Whether a denoiser's first argument has more numbers in a row than what the scheduler
-    steps."""
-    both_tensors = torch.is_tensor(forward.sample) and torch.is_tensor(sample)
-    return both_tensors and forward.sample[0].numel() > sample[0].numel()
-
-
-def sampled_key(forward):
-    return (
-        "sampled",
-        forward.denoiser,
-        tuple(forward.sample.shape[1:]) if torch.is_tensor(forward.sample) else None,
-    )
-
-
-def note_sampled(known, forward, before):
-    """Keep in `known` which numbers of a row of a denoiser's first argument are sampled: those not
-    as a step `before`.
-
-    Beside this mask stands its digest, which is the same for an equal mask.
-    """
-    if forward.sample.shape != before.shape:
+    modules = {}
+    for place, (denoiser, target) in places.items():
+        if denoiser == forward.denoiser:
+            modules[place] = target
+    if not modules:
         return
-    part = (forward.sample != before).any(0)
-    if part.any() and not part.all():
-        key = sampled_key(forward)
-        known[key] = part
-        known["digest", key] = hashlib.sha256(part.cpu().numpy().tobytes()).digest()
+
+    root = unwrap(module)
+    time = time_parameter(root)
+    sampled = sampled_key(forward)
+    forward.sampled = known.get(sampled)
+    arguments = {name: x for name, x in forward.arguments.items() if name != time}
+    digest = known.get(("digest", sampled))
+    key = (forward.denoiser, forward.rows, describe(arguments), digest)
+
+    missing = {place: target for place, target in modules.items() if (key, place) not in known}
+    if missing:
+        with bare(root):
+            runs = run_trials(root, forward, missing, known)
+        for place in missing:
+            known[key, place] = locate(runs, forward, place)
+    forward.layouts = {place: known[key, place] for place in modules}
 
 
-def describe(value):
-    """A nested argument as something hashable: shapes of tensors, and the numbers too of integers
-    and of what has only two."""
+def describe(value: Any) -> Any:
+    """Return something hashable that is equal for arguments with the same layouts.
+
+    A tensor counts by its shape. Its numbers count too if it is small and holds integers, or only
+    two different numbers: it may be a mask, or a table of positions.
+    """
     if torch.is_tensor(value):
-        numbers = (
-            value.numel()
-            and value.numel() <= 1 << 18
-            and (not value.is_floating_point() or two_valued(value))
-        )
-        return tuple(
-            value.shape
-        ), value.cpu().double().numpy().tobytes() if numbers and not value.is_complex() else None
+        reads = 0 < value.numel() <= SMALL_TENSOR and not value.is_complex()
+        if not reads or (value.is_floating_point() and not two_valued(value)):
+            return tuple(value.shape), None
+        return tuple(value.shape), value.cpu().double().numpy().tobytes()
     if isinstance(value, dict):
         return tuple((key, describe(item)) for key, item in value.items())
     if isinstance(value, (list, tuple)):
@@ -469,36 +84,198 @@ def describe(value):
     return value if isinstance(value, (int, str)) else None
 
 
-def two_valued(x):
+def two_valued(x: Tensor) -> bool:
     """Whether a tensor holds no more than two different numbers, as masks do."""
     return bool(((x == x.min()) | (x == x.max())).all())
 
 
-def find_layouts(forward, module, places, known):
-    """Fill `forward.layouts` before it runs, from `known`, or by a probe whose results `known`
-    keeps.
+# ------------------------------------------------------------------------------- what the runs say
 
-    places: {(side, hook_name, stream): (denoiser, module)}; those of other denoisers are passed
-    over.
+
+def locate(runs: Runs, forward: Forward, place: Place) -> Layout | NotHookable:
+    """Return where the tokens of a place, (side, hook_name, stream), are.
+
+    They are in the module's first tensor that has such tokens in every row. Image tokens change with
+    the sample. Text tokens change with the text embeddings, and not with the sample.
     """
-    places = {
-        place: module
-        for place, (denoiser, module) in places.items()
-        if denoiser == forward.denoiser
-    }
-    if not places:
+    side, hook_name, stream = place
+    if hook_name in runs.idle:
+        return NotHookable(runs.idle[hook_name])
+    if (side, hook_name) not in runs.plain.seen:
+        return NEVER_RAN
+    seen = []
+    for run in (runs.plain, runs.upper, runs.lower, runs.text):
+        seen.append(run.seen.get((side, hook_name), []))
+    if None in seen:
+        return SEVERAL_TIMES
+
+    in_plain_run = seen[0]
+    if all(x.form is None for x in in_plain_run):
+        shapes = " and ".join(str(tuple(x.shape)) for x in in_plain_run) or "none"
+        return NotHookable(
+            f"its {side} has no batch axis of {forward.rows} rows; the shape is {shapes}"
+        )
+
+    reason = f"its {side} holds no {stream} tokens"
+    if stream == "image" and runs.has_text:
+        reason += "; try the text stream"
+    for index, in_each_run in enumerate(zip(*seen)):
+        plain = in_each_run[0]
+        if plain.form is None:
+            continue
+        mask = mask_of(stream, *in_each_run)
+        if mask is None:
+            shape = tuple(plain.shape)
+            reason = f"its {side} mixes the {forward.rows} rows of the batch; the shape is {shape}"
+        elif mask.any(1).all():
+            return layout_of(runs, forward, place, index, plain, mask)
+    return NotHookable(reason)
+
+
+def mask_of(stream: str, plain: Seen, upper: Seen, lower: Seen, text: Seen) -> Tensor | None:
+    """Return which tokens of a tensor belong to a stream, bool (rows, tokens).
+
+    The arguments are the same tensor as seen in the four runs. None if the tensor mixes the rows:
+    noise on one half of the sample's rows changed the other half.
+    """
+    half = (len(plain.tokens) + 1) // 2
+    by_upper = plain.tokens != upper.tokens
+    by_lower = plain.tokens != lower.tokens
+    if by_upper[half:].any() or by_lower[:half].any():
+        return None
+    is_image = by_upper | by_lower
+    if stream == "image":
+        return is_image
+    by_text = plain.tokens != text.tokens
+    return by_text & ~is_image
+
+
+def layout_of(
+    runs: Runs, forward: Forward, place: Place, index: int, seen: Seen, mask: Tensor
+) -> Layout | NotHookable:
+    """Return the Layout of the tokens in `mask`, bool (rows, tokens), of a module's tensor number
+    `index`.
+
+    The tokens from the first to the last in the mask are taken. For a row [0, 0, 1, 1, 1] the start
+    is 2 and the count 3.
+    """
+    side, hook_name, stream = place
+    starts = mask.int().argmax(1).tolist()
+    ends = (mask.shape[1] - mask.flip(1).int().argmax(1)).tolist()
+    counts = [end - start for start, end in zip(starts, ends)]
+
+    grid = None
+    if stream == "image":
+        if len(set(counts)) > 1:
+            return NotHookable(
+                f"its {side} has different numbers of image tokens in different rows: "
+                f"{min(counts)} to {max(counts)}"
+            )
+        module = runs.plain.modules[side, hook_name]
+        grid = image_grid(runs.plain, forward, module, seen, counts[0])
+
+    # gaps between the tokens, or attention that is not local, are only believed if a grid fits
+    has_gaps = counts != mask.sum(1).tolist()
+    text_may_mix_in = runs.has_text and not runs.attention_is_local
+    if grid is None and (has_gaps or text_may_mix_in):
+        return NotHookable(
+            "image and text tokens can't be told apart; use the attention of PyTorch "
+            "(scaled_dot_product_attention)"
+        )
+
+    grid = (max(counts),) if grid is None else tuple(grid)
+    if stream == "text":
+        counts = unmasked(forward, counts)
+    return Layout(index, seen.form, starts, counts, grid, width_of(seen))
+
+
+def width_of(seen: Seen) -> int:
+    """Return the width d of a module's tokens; that of all heads together."""
+    shape = seen.shape
+    if seen.form == "map":
+        return shape[1]
+    if seen.form == "heads":
+        return math.prod(shape[2:])
+    if seen.form == "heads first":
+        return shape[1] * shape[-1]
+    return shape[-1]
+
+
+def image_grid(
+    run: Run, forward: Forward, module: nn.Module, seen: Seen, count: int
+) -> tuple[int, ...] | None:
+    """Return the grid of `count` image tokens, such as (16, 16) for 256; None if none fits.
+
+    It is the tensor's own if that is a map, otherwise that of a map that a module around it took,
+    otherwise that of the patches of the sample. A grid of a single frame is returned without it.
+    """
+    has_heads = seen.form.startswith("heads")
+    if len(seen.shape) > 3 and seen.form in ("map", "tokens"):
+        grids = [spatial_shape(seen.shape, forward.rows, width_last=seen.form == "tokens")]
+    else:
+        around = run.around(module)
+        grids = run.maps(around[1:] if has_heads else around)
+
+    fitting = [grid for grid in grids if math.prod(grid) == count]
+    grid = fitting[0] if fitting else None
+    if not grid:
+        grid = sample_grid(count, forward, getattr(run.root, "config", None))
+    if grid and len(grid) == 3 and grid[0] == 1:
+        return grid[1:]
+    return grid
+
+
+def unmasked(forward: Forward, counts: list[int]) -> list[int]:
+    """Return how many text tokens of each row a mask among the arguments leaves.
+
+    The mask is (rows, tokens), of zeros and ones, and cuts off the end of each row: for counts
+    [4, 4] and the mask [[1, 1, 0, 0], [1, 1, 1, 0]] it is [2, 3]. Without such a mask, and if the
+    counts differ already, they are returned as they are.
+    """
+    longest = max(counts)
+    if min(counts) < longest:
+        return counts
+    for mask in tensors(list(forward.arguments.values())):
+        mask = mask.float()
+        if tuple(mask.shape) != (forward.rows, longest) or set(mask.unique().tolist()) - {0, 1}:
+            continue
+        left = mask.sum(1).int().tolist()
+        if all(n and row[:n].all() for row, n in zip(mask, left)):
+            return left
+    return counts
+
+
+# ------------------------------------------------------- a first argument with more than the sample
+
+
+def has_more_than_sample(forward: Forward, sample: Any) -> bool:
+    """Whether a denoiser's first argument has more numbers in a row than what the scheduler steps.
+
+    A model that edits pictures gets (2, 8, 64, 64) for a sample of (2, 4, 64, 64): the other half is
+    the picture.
+    """
+    if not torch.is_tensor(forward.sample) or not torch.is_tensor(sample):
+        return False
+    return forward.sample[0].numel() > sample[0].numel()
+
+
+def sampled_key(forward: Forward) -> tuple:
+    """Return the key under which `known` holds which numbers of such a first argument are sampled."""
+    shape = tuple(forward.sample.shape[1:]) if torch.is_tensor(forward.sample) else None
+    return "sampled", forward.denoiser, shape
+
+
+def note_sampled(known: dict, forward: Forward, before: Tensor) -> None:
+    """Add to `known` which numbers of a row of a denoiser's first argument are sampled.
+
+    before: the first argument of the step before. The numbers that have changed are sampled; a
+    picture to edit stays the same. Nothing is added if all or none have changed. Beside the mask
+    stands its digest, so that equal masks lead to the same layouts.
+    """
+    if forward.sample.shape != before.shape:
         return
-    root = unwrap(module)
-    time = time_parameter(root)
-    sampled = sampled_key(forward)
-    forward.sampled = known.get(sampled)
-    key = (
-        forward.denoiser,
-        forward.rows,
-        describe({k: v for k, v in forward.arguments.items() if k != time}),
-        known.get(("digest", sampled)),
-    )
-    if missing := {place: module for place, module in places.items() if (key, place) not in known}:
-        runs = probe(root, forward, missing, known)
-        known |= {(key, place): locate(runs, forward, place) for place in missing}
-    forward.layouts = {place: known[key, place] for place in places}
+    mask = (forward.sample != before).any(0)
+    if mask.any() and not mask.all():
+        key = sampled_key(forward)
+        known[key] = mask
+        known["digest", key] = hashlib.sha256(mask.cpu().numpy().tobytes()).digest()

@@ -1,150 +1,214 @@
-"""Real images in a sampling: while a pipeline samples, noised latents of images take the place of
-its own sample.
+"""Real images in a sampling: noised latents of images take the place of a pipeline's own sample.
+
+    real = RealImages(model, "", options)
+    crops = [real.crop(path) for path in paths]
+    with real.in_place(crops, seeds):             # what the pipeline generates here is ignored
+        model([""] * len(crops), generator=seeded(seeds), **options)
 
 After each step of the scheduler the sample becomes the images' latents with the noise of the next
-timestep, so that the pipeline itself does all the rest, and its denoiser sees real images at every
-timestep but the first. How latents are packed into a sample is read off the first noise, which can
-be made again from its seeds: where each number went. Whether the latents are the pipeline's own is
-asked by intervention: known ones are put in the place of what it sampled, and its VAE must get them
-back. Where it does not, because the pipeline scales or orders them in a way of its own, that way is
-learned from what the VAE gets for other known samples (`infer_decoding`).
+timestep. So the pipeline itself does all the rest, and its denoiser sees real images at every
+timestep but the first.
+
+Two things differ between pipelines and are found by trying. How latents are packed into a sample is
+read off the first noise, which can be made again from its seeds: where did each number go
+(`infer_packing`)? Whether the latents are the pipeline's own is asked by putting known ones in the
+place of what it sampled: its VAE must get them back. Where it does not, because the pipeline scales
+or orders them in a way of its own, that way is learned from what the VAE gets for other known
+samples (`infer_decoding`).
 """
 
 import copy
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch import Tensor, nn
 
 from diffusion.signatures import per_prompt, tensors
-from diffusion.trace import DryRunOver, patched, undisturbed
+from diffusion.trace import DryRunOver, Sampling, patched, undisturbed
 from errors import UsageError
 
-ROWS = 4  # noises that are compared to find the order: in 16 bits many numbers of one noise are the same
-BASE = 8  # levels of a number that says where it is: 16 bits tell them apart, whatever they are scaled by
-BITS_PER_SAMPLE = 258  # a tag of TIFF
-TOLERANCE = 0.02  # relative, of latents that come back: 16 bits leave 0.004
+# Noises that are compared to find the packing: in 16 bits many numbers of one noise are the same
+ROWS = 4
+# Levels of a number that spells a position in digits: 16 bits tell them apart at any scale
+BASE = 8
+# Relative error of latents that come back: 16 bits leave 0.004
+TOLERANCE = 0.02
+# Error, as a share of the whole range, of an image that a VAE gives back badly
+BAD_RECONSTRUCTION = 0.15
+# Tag of TIFF files that says how many bits a number has
+BITS_PER_SAMPLE = 258
+
+Source = str | bytes | Image.Image
+
+# ------------------------------------------------------------------------------ images
 
 
-def open_image(source):
-    """Path, bytes or PIL image -> RGB, the right way up, over white where it is transparent. Raises
-    UsageError if it is none."""
+def open_image(source: Source) -> Image.Image:
+    """Open an image, given as a path, bytes or a PIL image.
+
+    It becomes RGB, the right way up, over white where it is transparent. More than 8 bits are
+    scaled to 8. Raises UsageError if it can't be read.
+    """
     name = source if isinstance(source, str) else "an image"
-    try:
-        picture = source
-        if not isinstance(source, Image.Image):
-            picture = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-        white = white_level(picture) if picture.mode.startswith(("I", "F")) else None
-        picture = ImageOps.exif_transpose(picture)
-        if white is not None:  # more than 8 bits, which convert() would clip
-            levels = np.asarray(picture, np.float32) / white
-            picture = Image.fromarray((levels * 255).round().clip(0, 255).astype(np.uint8))
-        if picture.has_transparency_data:
-            picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        return picture.convert("RGB")
-    except (
+    unreadable = (
         OSError,
         SyntaxError,
         ValueError,
         AttributeError,
         Image.DecompressionBombError,
-    ) as error:
+    )
+    try:
+        if isinstance(source, Image.Image):
+            image = source
+        elif isinstance(source, bytes):
+            image = Image.open(io.BytesIO(source))
+        else:
+            image = Image.open(source)
+        return to_rgb(image)
+    except unreadable as error:
         raise UsageError(f"--images: {name} can't be read: {error}") from None
 
 
-def white_level(picture: Image.Image) -> float:
-    """The number that is white in a grey image of more than 8 bits. Raises ValueError where its
-    numbers do not say."""
-    if picture.mode.startswith("I;16") or picture.format == "PNG":
-        bits = getattr(picture, "tag_v2", {}).get(BITS_PER_SAMPLE, (16,))
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return an image of any mode as RGB, see `open_image`."""
+    white = None
+    if image.mode.startswith(("I", "F")):
+        white = white_level(image)  # before the turn below, which drops the tags
+    image = ImageOps.exif_transpose(image)
+    if white is not None:  # more than 8 bits, which convert() would clip
+        levels = np.asarray(image, np.float32) / white
+        image = Image.fromarray((levels * 255).round().clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def white_level(image: Image.Image) -> float:
+    """Return the number that is white in a grey image of more than 8 bits.
+
+    A format of 16 bits says so: 65535, or 4095 for a TIFF of 12 bits. Otherwise it is the smallest
+    of 1, 255 and 65535 that no number exceeds. Raises ValueError where one exceeds them all.
+    """
+    if image.mode.startswith("I;16") or image.format == "PNG":
+        bits = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (16,))
         return 2 ** bits[0] - 1
-    largest = np.asarray(picture).max()
+    largest = np.asarray(image).max()
     for white in (1, 255, 65535):
         if largest <= white:
             return white
     raise ValueError(f"its numbers reach {largest:g}, so it is not known which is white")
 
 
-def crop_image(source: str | bytes | Image.Image, width: int, height: int) -> Image.Image:
-    """An image cropped round its centre to this size."""
+def crop_image(source: Source, width: int, height: int) -> Image.Image:
+    """Return an image cropped round its centre to this size."""
     return ImageOps.fit(open_image(source), (width, height), Image.Resampling.LANCZOS)
 
 
-def to_pixels(image: Image.Image) -> torch.Tensor:
-    """float32 (3, H, W) in [-1, 1]."""
+def to_pixels(image: Image.Image) -> Tensor:
+    """Return an image as float32 (3, H, W) in [-1, 1]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
 
-def first_weight(vae):
-    """Of its first convolution over images or frames, (width, colours, ...); None where it has
-    none."""
-    return next((p for p in vae.parameters() if p.ndim > 3), None)
+# ------------------------------------------------------------------------------ the VAE
+
+
+def first_weight(vae: nn.Module) -> Tensor | None:
+    """Return the weight of the first convolution over images or frames, (width, colours, ...).
+
+    None where the VAE has none.
+    """
+    for parameter in vae.parameters():
+        if parameter.ndim > 3:
+            return parameter
+    return None
 
 
 @torch.no_grad()
-def encode(vae, pixels):
-    """Pictures (N, 3, H, W) in [-1, 1] -> latents of the VAE (N, C, h, w), or (N, C, 1, h, w) of
-    video."""
-    config, weight = vae.config, first_weight(vae)
-    if getattr(config, "force_upcast", False) and weight.dtype != torch.float32:
+def encode(vae: nn.Module, pixels: Tensor) -> Tensor:
+    """Encode images (N, 3, H, W) in [-1, 1] to latents (N, C, h, w), or (N, C, 1, h, w) of video.
+
+    A VAE whose config says `force_upcast` is changed to float32 for good.
+    """
+    weight = first_weight(vae)
+    if getattr(vae.config, "force_upcast", False) and weight.dtype != torch.float32:
         vae.to(torch.float32)
-    x = pixels if weight.ndim == 4 else pixels[:, :, None]
-    found = vae.encode(x.to(getattr(vae, "device", weight.device), weight.dtype))
-    return found.latent_dist.mode() if hasattr(found, "latent_dist") else tensors(found)[0]
+    is_for_video = weight.ndim > 4
+    x = pixels[:, :, None] if is_for_video else pixels
+    encoded = vae.encode(x.to(getattr(vae, "device", weight.device), weight.dtype))
+    if hasattr(encoded, "latent_dist"):
+        return encoded.latent_dist.mode()
+    return tensors(encoded)[0]
 
 
-def scale_by_config(config, z):
-    """Latents of a VAE -> of a denoiser, by the usual entries of the VAE's config."""
-    broadcast = lambda values: torch.tensor(values, dtype=z.dtype, device=z.device).view(
-        -1, *[1] * (z.ndim - 2)
-    )
+def scale_by_config(config: Any, z: Tensor) -> Tensor:
+    """Turn a VAE's latents into a denoiser's, by the usual entries of the VAE's config.
+
+    (z - latents_mean) / latents_std, minus shift_factor, times scaling_factor; each where the
+    config has it. z: (N, C, ...).
+    """
     if getattr(config, "latents_mean", None) is not None:
-        z = (z - broadcast(config.latents_mean)) / broadcast(config.latents_std)
+        z = (z - per_channel(config.latents_mean, z)) / per_channel(config.latents_std, z)
     z = z - (getattr(config, "shift_factor", None) or 0.0)
     return z * (getattr(config, "scaling_factor", None) or 1.0)
 
 
+def per_channel(values: list[float], z: Tensor) -> Tensor:
+    """Return one value for each channel in a shape that broadcasts over z (N, C, ...)."""
+    ones = [1] * (z.ndim - 2)
+    return torch.tensor(values, dtype=z.dtype, device=z.device).view(-1, *ones)
+
+
 @torch.no_grad()
-def reconstruction_error(vae, image: Image.Image) -> tuple[float, float]:
-    """Root mean square error, of 1, of an image that the VAE encodes and decodes: given in [-1, 1],
-    and given in [0, 1]."""
-    errors, x = [], to_pixels(image)[None]
-    for given, scale in ((x, 2), (x / 2 + 0.5, 1)):
+def reconstruction_error(vae: nn.Module, image: Image.Image) -> tuple[float, float]:
+    """Return the error of an image that is encoded and decoded, given in [-1, 1] and in [0, 1].
+
+    Each is a root mean square error, as a share of the range.
+    """
+    x = to_pixels(image)[None]
+    errors = []
+    for given, value_range in ((x, 2), (x / 2 + 0.5, 1)):
         back = tensors(vae.decode(encode(vae, given)))[0].float().cpu()
-        back = back if back.ndim == 4 else back[:, :, 0]
-        errors.append((back - given).square().mean().sqrt().item() / scale)
+        if back.ndim > 4:  # of video, the only frame
+            back = back[:, :, 0]
+        errors.append((back - given).square().mean().sqrt().item() / value_range)
     return errors[0], errors[1]
 
 
-def add_noise(scheduler, x, noise, timestep):
-    """x at a timestep of the scheduler's present schedule, as its own steps would meet it there."""
-    scheduler = copy.copy(
-        scheduler
-    )  # for the look-up by time: the original has its place in the schedule
-    for place in ("_step_index", "_begin_index"):
-        if hasattr(scheduler, place):
-            setattr(scheduler, place, None)
+def add_noise(scheduler: Any, x: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+    """Return x at a timestep of the scheduler's present schedule, as its own steps would meet it.
+
+    The scheduler is left as it is: a copy looks the timestep up.
+    """
+    scheduler = copy.copy(scheduler)
+    for name in ("_step_index", "_begin_index"):
+        if hasattr(scheduler, name):
+            setattr(scheduler, name, None)  # look the timestep up, do not count
     t = timestep.reshape(1).to(x.device).expand(len(x))
     if hasattr(scheduler, "scale_noise"):
         return scheduler.scale_noise(x, t, noise).to(x.dtype)
     return scheduler.add_noise(x, noise, t).to(x.dtype)
 
 
-def infer_packing(noises: torch.Tensor, sample: torch.Tensor) -> torch.Tensor | None:
-    """How a pipeline arranges the numbers of its latents in a sample, read off noise: `sample =
-    scale * noises[:, order]`.
+# ------------------------------------------------------------------------------ packing
 
-    noises, sample: (rows, n) float64, several rows since in 16 bits many numbers of one row are the
-    same. Returns order (n,) int64, or None where the sample is no such rearrangement. Both are
-    sorted, and what comes at the same place belongs together. Two channels of three numbers that a
-    pipeline interleaves and doubles:
+
+def infer_packing(noises: Tensor, sample: Tensor) -> Tensor | None:
+    """Return how a pipeline arranges the numbers of its latents in a sample, read off noise.
+
+    It is the order (n,) int64 with `sample = scale * noises[:, order]`, or None where the sample is
+    no such rearrangement. noises, sample: (rows, n) float64, several rows since in 16 bits many
+    numbers of one row are the same.
+
+    Both are sorted, and numbers of the same rank belong together. Two channels of three numbers
+    that a pipeline interleaves and doubles:
 
         noises  [[0.3, -1.2, 0.8,  2.0, -0.5, 1.1]]
         sample  [[0.6,  4.0, -2.4, -1.0, 1.6, 2.2]]
@@ -153,9 +217,8 @@ def infer_packing(noises: torch.Tensor, sample: torch.Tensor) -> torch.Tensor | 
     ours = np.lexsort(noises.numpy())
     theirs = np.lexsort(sample.numpy())
     scale = sample.norm() / noises.norm()
-    if not torch.allclose(
-        sample[:, theirs], scale * noises[:, ours], rtol=0.02, atol=1e-3 * scale.item()
-    ):
+    expected = scale * noises[:, ours]
+    if not torch.allclose(sample[:, theirs], expected, rtol=0.02, atol=1e-3 * scale.item()):
         return None
     order = torch.empty(sample.shape[1], dtype=torch.long)
     order[torch.from_numpy(theirs)] = torch.from_numpy(ours)
@@ -163,36 +226,43 @@ def infer_packing(noises: torch.Tensor, sample: torch.Tensor) -> torch.Tensor | 
 
 
 class Decoding(NamedTuple):
-    """What a pipeline gives its VAE for a sample: `z = scale * sample[order] + offset`, all
-    (n,)."""
+    """What a pipeline gives its VAE for a flattened sample: `z = scale * sample[order] + offset`.
 
-    order: torch.Tensor
+    All three are (n,).
+    """
+
+    order: Tensor
     """int64"""
 
-    scale: torch.Tensor
-    offset: torch.Tensor
+    scale: Tensor
+    offset: Tensor
 
-    def sample_of(self, z: torch.Tensor) -> torch.Tensor:
-        """Latents of the VAE (N, n) -> samples (N, n)."""
+    def sample_of(self, z: Tensor) -> Tensor:
+        """Return the samples (N, n) whose latents of the VAE are z (N, n)."""
         order, scale, offset = (x.to(z.device) for x in self)
         sample = torch.empty_like(z)
         sample[:, order] = (z - offset) / scale
         return sample
 
 
-def infer_decoding(decoded: Callable[[torch.Tensor], torch.Tensor], size: int) -> Decoding | None:
-    """How a pipeline turns a sample of `size` numbers into its VAE's latents, from what it makes of
-    known samples.
+def infer_decoding(decoded: Callable[[Tensor], Tensor], size: int) -> Decoding | None:
+    """Return how a pipeline turns a sample of `size` numbers into its VAE's latents.
 
-    decoded: samples (N, size) -> latents (N, size), both float32. Samples of zeros and of ones give
-    the offset and the scale of each latent, and others spell the place of each number in digits.
-    None where no such rule holds.
+    decoded: samples (N, size) -> latents (N, size), both float32. None where no rule like that of
+    `Decoding` holds.
+
+    Samples of zeros and of ones give the offset and the scale of each latent. Further samples spell
+    the position of each number in digits to the base `BASE`: with a base of 10, position 42 would
+    hold a 2 in the first of them and a 4 in the second.
     """
-    digits = math.ceil(math.log(size, BASE)) if size > 1 else 1
-    places = torch.arange(size)
-    known = [torch.zeros(size), torch.ones(size)]
-    known += [(places // BASE**i % BASE) * (2 / (BASE - 1)) - 1 for i in range(digits)]
-    zeros, ones, *spelt = decoded(torch.stack(known))
+    num_digits = math.ceil(math.log(size, BASE)) if size > 1 else 1
+    positions = torch.arange(size)
+    samples = [torch.zeros(size), torch.ones(size)]
+    for i in range(num_digits):
+        digit = positions // BASE**i % BASE
+        samples.append(digit * (2 / (BASE - 1)) - 1)  # 0 ... BASE - 1 become -1 ... 1
+    zeros, ones, *spelt = decoded(torch.stack(samples))
+
     scale = ones - zeros
     if len(scale) != size or not scale.abs().min() > 0:
         return None
@@ -202,115 +272,161 @@ def infer_decoding(decoded: Callable[[torch.Tensor], torch.Tensor], size: int) -
         if not (digit - digit.round()).abs().max() < 0.4:
             return None
         order += digit.round().long().clamp(0, BASE - 1) * BASE**i
-    return Decoding(order, scale, zeros) if torch.equal(order.sort().values, places) else None
+    if not torch.equal(order.sort().values, positions):
+        return None
+    return Decoding(order, scale, zeros)
+
+
+# ------------------------------------------------------------------------------ in a pipeline
 
 
 class RealImages:
     """Puts real images in the place of what a pipeline samples.
 
-    hooked: a HookedDiffusionModel whose pipeline has a VAE. prompt, options: of any generation with
-    it, as short as can be. width, height: of the images, or None for the pipeline's own size, which
-    is square. Raises UsageError for a pipeline without a VAE or a scheduler that adds noise, and
-    where its sample is no rearrangement of the VAE's latents.
+    model: a HookedDiffusionModel whose pipeline has a VAE. prompt, options: of any generation with
+    it, as short as possible. width, height: of the images, in pixels; None for the pipeline's own
+    size, which is square.
+
+    This costs two calls of the denoiser, once for all images: the first noise says how latents are
+    packed into a sample, and only then known latents can be packed and sent through the pipeline.
+    One call would do if the packing were read and used inside one step of the scheduler. The check
+    of the size and the second try, with more steps, would have to run inside that step too, and one
+    call is little beside a collection.
+
+    Raises UsageError for a pipeline without a VAE or a scheduler that adds noise, and where its
+    sample is no rearrangement of the VAE's latents.
     """
 
-    def __init__(self, hooked, prompt, options, width=None, height=None):
-        self.hooked, self.vae = hooked, getattr(hooked.pipe, "vae", None)
-        self._check()
-        name = type(hooked.pipe).__name__
-        options = {k: v for k, v in options.items() if not per_prompt(k)}
-        sample = hooked.first_sample([prompt] * ROWS, generator=seeded(range(ROWS)), **options)
-        self.shape, self.dtype, device = sample.shape[1:], sample.dtype, sample.device
+    def __init__(
+        self,
+        model: Any,
+        prompt: str,
+        options: dict,
+        width: int | None = None,
+        height: int | None = None,
+    ):
+        self.model = model
+        self.vae = getattr(model.pipe, "vae", None)
+        self.pipeline_name = type(model.pipe).__name__
+        self._check_pipeline()
+        options = {name: value for name, value in options.items() if not per_prompt(name)}
+
+        # 1. The packing, from the first noise
+        sample = model.first_sample([prompt] * ROWS, generator=seeded(range(ROWS)), **options)
+        self.shape = sample.shape[1:]
+        self.dtype = sample.dtype
         size = sample[0].numel()
-        noises = torch.stack(
-            [torch.randn(size, generator=g, dtype=sample.dtype) for g in seeded(range(ROWS))]
-        )
-        self.order = infer_packing(noises.double(), sample.cpu().flatten(1).double())
+        noises = [torch.randn(size, generator=g, dtype=sample.dtype) for g in seeded(range(ROWS))]
+        self.order = infer_packing(torch.stack(noises).double(), sample.cpu().flatten(1).double())
         if self.order is None:
             raise UsageError(
-                f"--images: the sample of {name} is no rearrangement of noise on latents, so images can't be put in"
+                f"--images: the sample of {self.pipeline_name} is no rearrangement of noise on "
+                "latents, so images can't be put in"
             )
-        shapes = encode(self.vae, torch.zeros(1, 3, 64, 64)).shape
-        channels, shrinks = shapes[1], 64 // shapes[-1]
-        side = math.isqrt(size // channels) * shrinks
-        self.width, self.height = width or side, height or side
-        grid = (self.height // shrinks, self.width // shrinks)
-        there = math.prod(grid) * channels
-        if there != size:
-            raise UsageError(
-                f"--images: an image of {self.width} x {self.height} has {there} latents, and {name} samples {size}: "
-                """give --width and --height, and for video --pipeline_kwargs '{"num_frames": 1}'"""
-            )
-        self.decoding = None  # the usual one
-        self._find_decoding((*shapes[1:-2], *grid), partial(self._decoded, prompt, options, device))
 
-    def _find_decoding(self, shape, decoded):
-        """Make sure that known latents (N, *shape) of the VAE come back when the pipeline decodes
-        them; learn how, if not.
+        # 2. The size of the images: as many latents as the pipeline samples
+        latents_of_64 = encode(self.vae, torch.zeros(1, 3, 64, 64)).shape  # of 64 x 64 pixels
+        channels = latents_of_64[1]
+        pixels_per_latent = 64 // latents_of_64[-1]
+        side = math.isqrt(size // channels) * pixels_per_latent
+        self.width = width or side
+        self.height = height or side
+        grid = (self.height // pixels_per_latent, self.width // pixels_per_latent)
+        num_latents = math.prod(grid) * channels
+        if num_latents != size:
+            raise UsageError(
+                f"--images: an image of {self.width} x {self.height} has {num_latents} latents, "
+                f"and {self.pipeline_name} samples {size}: give --width and --height, and for "
+                """video --pipeline_kwargs '{"num_frames": 1}'"""
+            )
+
+        # 3. The way from a sample to the VAE's latents
+        self.decoding: Decoding | None = None  # the usual one
+        decoded = partial(self._decoded, prompt, options, sample.device)
+        self._find_decoding((*latents_of_64[1:-2], *grid), decoded)
+
+    def _check_pipeline(self) -> None:
+        """Raise UsageError without a VAE that encodes images, or a scheduler that can be used."""
+        weight = None if self.vae is None else first_weight(self.vae)
+        if weight is None or weight.shape[1] != 3 or not hasattr(self.vae, "encode"):
+            raise UsageError(f"--images: {self.pipeline_name} has no VAE that encodes images")
+        schedulers = self.model.schedulers
+        if not any(hasattr(s, "add_noise") or hasattr(s, "scale_noise") for s in schedulers):
+            raise UsageError(f"--images: {self.pipeline_name} has a scheduler that adds no noise")
+        if any(getattr(s, "order", 1) > 1 for s in schedulers):
+            raise UsageError(
+                f"--images: {self.pipeline_name} has a scheduler that evaluates twice a step; "
+                "choose another"
+            )
+
+    def _find_decoding(self, shape: tuple[int, ...], decoded: Callable[[Tensor], Tensor]) -> None:
+        """Make sure that known latents (N, *shape) come back from the pipeline; learn how, if not.
 
         decoded: see `_decoded`. Raises UsageError where it can't be learned.
         """
         z = torch.randn(ROWS, *shape, generator=torch.Generator().manual_seed(0))
         if self._error(z, decoded) < TOLERANCE:
             return
-        flat = lambda samples: torch.cat(
-            [decoded(part.view(-1, *self.shape)).flatten(1) for part in samples.split(ROWS)]
-        )
-        self.decoding = infer_decoding(flat, self.order.numel())
+
+        def flat_decoded(samples: Tensor) -> Tensor:
+            batches = samples.split(ROWS)
+            return torch.cat([decoded(x.view(-1, *self.shape)).flatten(1) for x in batches])
+
+        self.decoding = infer_decoding(flat_decoded, self.order.numel())
         if self.decoding is None or not self._error(z, decoded) < TOLERANCE:
-            name = type(self.hooked.pipe).__name__
             raise UsageError(
-                f"--images: what {name} gives its VAE is no rearrangement of its sample, so images can't be put in"
+                f"--images: what {self.pipeline_name} gives its VAE is no rearrangement of its "
+                "sample, so images can't be put in"
             )
 
-    def _error(self, z, decoded):
-        """Relative, of latents z of the VAE that are put in as samples and decoded."""
+    def _error(self, z: Tensor, decoded: Callable[[Tensor], Tensor]) -> float:
+        """Return the relative error of latents z that are put in as samples and decoded."""
         back = decoded(self._sample_of(z))
         if back.numel() != z.numel():
             return math.inf
         return (back.flatten(1) - z.flatten(1)).norm().item() / z.norm().item()
 
-    def _decoded(self, prompt, options, device, samples):
-        """What the pipeline gives its VAE to decode after a short sampling that ended in `samples`:
-        float32, on the CPU."""
-        hooked, got = self.hooked, []
-        options = {k: v for k, v in options.items() if k != "output_type"}
+    def _decoded(self, prompt: str, options: dict, device: torch.device, samples: Tensor) -> Tensor:
+        """Return what the pipeline gives its VAE after a short sampling that ended in `samples`.
+
+        float32, on the CPU. Raises UsageError where it does not decode them row by row.
+        """
+        model = self.model
+        options = {name: value for name, value in options.items() if name != "output_type"}
         options["generator"] = seeded(range(len(samples)))
         samples = samples.to(device, self.dtype)
+        given = []  # to the VAE
 
         def catch(original):
             def decode(vae, *args, **kwargs):
-                got.append(tensors([args, kwargs])[0].float().cpu())
-                if sum(map(len, got)) >= len(samples):
+                given.append(tensors([args, kwargs])[0].float().cpu())
+                if sum(map(len, given)) >= len(samples):
                     raise DryRunOver
-                return original(vae, *args, **kwargs)  # one after the other
+                return original(vae, *args, **kwargs)  # it decodes one after the other
 
             return decode
 
-        def sample(**fewer):
-            with (
-                hooked.watch(len(samples), replace=lambda following, scheduler: samples),
-                suppress(DryRunOver),
-            ):
-                hooked([prompt] * len(samples), **options | fewer)
+        def sample(**fewer_steps) -> None:
+            watching = model.watch(len(samples), replace=lambda following, scheduler: samples)
+            with watching, suppress(DryRunOver):
+                model([prompt] * len(samples), **options | fewer_steps)
 
         with ExitStack() as stack:
-            stack.enter_context(
-                undisturbed(hooked.pipe, hooked.schedulers, hooked.denoisers, options)
-            )
+            stack.enter_context(undisturbed(model.pipe, model.schedulers, model.denoisers, options))
             stack.enter_context(patched(type(self.vae), "decode", catch))
             try:
-                sample(**hooked.accepts(num_inference_steps=1))
+                sample(**model.accepts(num_inference_steps=1))
             except (ValueError, IndexError):  # a scheduler may need several
                 sample()
-        if sum(map(len, got)) != len(samples):
+        if sum(map(len, given)) != len(samples):
             raise UsageError(
-                f"--images: {type(hooked.pipe).__name__} does not decode what it samples with its VAE, row by row"
+                f"--images: {self.pipeline_name} does not decode what it samples with its VAE, "
+                "row by row"
             )
-        return torch.cat(got)
+        return torch.cat(given)
 
-    def _sample_of(self, z):
-        """Latents of the VAE (N, ...) -> clean samples (N, ...), packed as the scheduler steps
+    def _sample_of(self, z: Tensor) -> Tensor:
+        """Turn latents of the VAE (N, ...) into clean samples, packed as the scheduler steps
         them."""
         if self.decoding is not None:
             flat = self.decoding.sample_of(z.flatten(1).float())
@@ -318,65 +434,63 @@ class RealImages:
             flat = scale_by_config(self.vae.config, z).flatten(1)[:, self.order.to(z.device)]
         return flat.view(len(z), *self.shape).to(self.dtype)
 
-    def _check(self):
-        name = type(self.hooked.pipe).__name__
-        weight = None if self.vae is None else first_weight(self.vae)
-        if weight is None or weight.shape[1] != 3 or not hasattr(self.vae, "encode"):
-            raise UsageError(f"--images: {name} has no VAE that encodes images")
-        schedulers = self.hooked.schedulers
-        if not any(hasattr(s, "add_noise") or hasattr(s, "scale_noise") for s in schedulers):
-            raise UsageError(f"--images: {name} has a scheduler that adds no noise")
-        if any(getattr(s, "order", 1) > 1 for s in schedulers):
-            raise UsageError(
-                f"--images: {name} has a scheduler that evaluates twice a step; choose another"
-            )
-
-    def crop(self, source: str | bytes | Image.Image) -> Image.Image:
-        """An image cropped round its centre to the size that is sampled."""
+    def crop(self, source: Source) -> Image.Image:
+        """Return an image cropped round its centre to the size that is sampled."""
         return crop_image(source, self.width, self.height)
 
-    def latents(self, images: list[Image.Image]) -> torch.Tensor:
-        """Clean samples (R, ...) of cropped images, packed as the scheduler steps them, on the
-        VAE's device."""
-        return self._sample_of(
-            encode(self.vae, torch.stack([to_pixels(image) for image in images]))
-        )
+    def latents(self, images: list[Image.Image]) -> Tensor:
+        """Return the clean samples (R, ...) of cropped images, on the VAE's device.
+
+        They are packed as the scheduler steps them.
+        """
+        pixels = torch.stack([to_pixels(image) for image in images])
+        return self._sample_of(encode(self.vae, pixels))
 
     def check_reconstruction(self, image: Image.Image) -> str | None:
-        """Encode and decode an image: a remark where it does not come back. UsageError where it
-        would come back from [0, 1]."""
+        """Encode and decode an image, and return a remark where it does not come back.
+
+        Raises UsageError where it would come back better if it were given in [0, 1].
+        """
         try:
-            error, from_unit = reconstruction_error(self.vae, image)
-        except (
-            AttributeError,
-            TypeError,
-            RuntimeError,
-        ) as failure:  # such as a decoder that takes a time
-            return f"note: whether the VAE gives images back was not checked: {type(failure).__name__}: {failure}"
-        if from_unit < error / 2:
-            raise UsageError(
-                f"--images: the VAE would get numbers in [-1, 1], from which it gives images back with an error of {error:.3f}, "
-                f"and it is made for [0, 1], from which the error is {from_unit:.3f}"
+            error, error_from_unit = reconstruction_error(self.vae, image)
+        except (AttributeError, TypeError, RuntimeError) as failure:
+            # such as a decoder that takes a time
+            return (
+                "note: whether the VAE gives images back was not checked: "
+                f"{type(failure).__name__}: {failure}"
             )
-        if error > 0.15:
-            return f"note: the VAE gives an image back with an error of {error:.2f} of 1: its latents say little of the images"
+        if error_from_unit < error / 2:
+            raise UsageError(
+                "--images: the VAE would get numbers in [-1, 1], from which it gives images back "
+                f"with an error of {error:.3f}, and it is made for [0, 1], from which the error is "
+                f"{error_from_unit:.3f}"
+            )
+        if error > BAD_RECONSTRUCTION:
+            return (
+                f"note: the VAE gives an image back with an error of {error:.2f} of 1: its latents "
+                "say little of the images"
+            )
         return None
 
     @contextmanager
-    def in_place(self, images: list[Image.Image], seeds: list[int]):
-        """Context in which the pipeline samples these cropped images, one a row, with noise of the
-        seeds; it yields the sampling, whose sample becomes the clean ones."""
+    def in_place(self, images: list[Image.Image], seeds: list[int]) -> Iterator[Sampling]:
+        """Context in which the pipeline samples these cropped images, with noise of the seeds.
+
+        images, seeds: one per row. It yields the sampling, whose sample becomes the clean images'.
+        """
         x = self.latents(images)
-        noise = torch.stack(
-            [torch.randn(self.shape, generator=g, dtype=x.dtype) for g in seeded(seeds)]
-        ).to(x.device)
+        noises = [torch.randn(self.shape, generator=g, dtype=x.dtype) for g in seeded(seeds)]
+        noise = torch.stack(noises).to(x.device)
 
-        def replace(following, scheduler):
-            return x if following is None else add_noise(scheduler, x, noise, following)
+        def replace(following: Tensor | None, scheduler: Any) -> Tensor:
+            if following is None:  # after the last step
+                return x
+            return add_noise(scheduler, x, noise, following)
 
-        with self.hooked.watch(replace=replace) as sampling:
+        with self.model.watch(replace=replace) as sampling:
             yield sampling
 
 
-def seeded(seeds):
+def seeded(seeds: Iterable[int]) -> list[torch.Generator]:
+    """Return a generator for each seed."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]

@@ -1,101 +1,150 @@
-"""A small sampling loop for a denoiser of one's own, called as a diffusers pipeline is."""
+"""A small sampling loop for a denoiser of one's own, called as a diffusers pipeline is.
+
+    loop = Loop(model, scheduler, encode_prompt, vae=vae, sample_shape=(4, 64, 64))
+    loop("a red star", num_inference_steps=20, guidance_scale=5.0).images      # (1, 3, H, W)
+
+It samples as Stable Diffusion does. `hook.HookedDiffusionModel(model, scheduler, ...)` makes one.
+"""
 
 import inspect
+from collections.abc import Callable, Iterable
 from types import SimpleNamespace
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from diffusion.signatures import tensors
 from errors import UsageError
 
 
 class Loop:
-    """model: nn.Module whose `forward(sample, timestep, ...)` predicts for a batch-first sample.
-    The rest as in `hook.HookedDiffusionModel`.
+    """Samples with a denoiser: nn.Module whose `forward(sample, timestep, ...)` predicts.
+
+    The arguments are those of `hook.HookedDiffusionModel`.
     """
 
     def __init__(
-        self, model, scheduler, encode_prompt=None, get_timesteps=None, vae=None, sample_shape=None
+        self,
+        model: nn.Module,
+        scheduler: Any,
+        encode_prompt: Callable | None = None,
+        get_timesteps: Callable | None = None,
+        vae: nn.Module | None = None,
+        sample_shape: tuple[int, ...] | None = None,
     ):
-        self.model, self.scheduler, self.vae = model, scheduler, vae
-        self.encode_prompt, self.get_timesteps, self.sample_shape = (
-            encode_prompt,
-            get_timesteps,
-            sample_shape,
-        )
+        self.model = model
+        self.scheduler = scheduler
+        self.encode_prompt = encode_prompt
+        self.get_timesteps = get_timesteps
+        self.vae = vae
+        self.sample_shape = sample_shape
 
     def __call__(
         self,
-        prompt=None,
+        prompt: str | list[str] | None = None,
         *,
-        num_inference_steps=50,
-        guidance_scale=7.5,
-        negative_prompt=None,
-        num_images_per_prompt=1,
-        batch_size=1,
-        generator=None,
-        latents=None,
-        output_type="pt",
-    ):
+        num_inference_steps: int = 50,
+        guidance_scale: float = 7.5,
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        batch_size: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pt",
+    ) -> SimpleNamespace:
         """Sample, with classifier-free guidance if `guidance_scale > 1` and prompts can be encoded.
 
-        Returns an object with `images`: decoded to [0, 1] by the VAE if there is one and
-        `output_type` is not "latent".
+        With a scale of 1 or less, a negative one too, there is one pass, the conditional one, as in
+        diffusers. So the weights of the passes always tell which rows are conditional: a scale
+        below 0, by whose weights the passes are exchanged, never guides here.
+
+        batch_size: the number of samples where there is no prompt. latents: the noise to begin
+        with, (N, *sample_shape); if not given, it is drawn with `generator`.
+
+        Returns an object with `images` (N, ...): decoded to [0, 1] by the VAE if there is one and
+        `output_type` is not "latent", else the final sample. Raises UsageError where the prompt or
+        the sample's shape is missing, or the scheduler lists no timesteps.
         """
         weight = next(self.model.parameters(), torch.empty(0))
-        n = num_images_per_prompt * (
-            batch_size if prompt is None or isinstance(prompt, str) else len(prompt)
-        )
-        guided, embeds = False, []
+        device = weight.device
+
+        is_guided = False
+        embeddings = []
         if self.encode_prompt is not None:
             if prompt is None:
                 raise UsageError("a model with `encode_prompt` needs a prompt")
-            guided = guidance_scale > 1
+            is_guided = guidance_scale > 1
             cond, uncond = self.encode_prompt(
-                prompt, weight.device, num_images_per_prompt, guided, negative_prompt
+                prompt, device, num_images_per_prompt, is_guided, negative_prompt
             )
-            embeds = [torch.cat([uncond, cond]) if guided else cond]
-        if self.get_timesteps is not None:
-            timesteps = self.get_timesteps(num_inference_steps, weight.device)
-        else:
-            if not hasattr(self.scheduler, "set_timesteps"):
-                raise UsageError(
-                    "the scheduler has no set_timesteps(); pass get_timesteps(num_inference_steps, device)"
-                )
-            self.scheduler.set_timesteps(num_inference_steps, device=weight.device)
-            timesteps = self.scheduler.timesteps
-        if latents is None:
-            from diffusers.utils.torch_utils import randn_tensor
+            embeddings = [torch.cat([uncond, cond]) if is_guided else cond]
 
-            latents = randn_tensor(
-                (n, *self._shape()), generator=generator, device=weight.device, dtype=weight.dtype
-            )
-            latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
-        options = {}
+        timesteps = self._timesteps(num_inference_steps, device)
+        if latents is None:
+            num_prompts = batch_size
+            if prompt is not None:
+                num_prompts = 1 if isinstance(prompt, str) else len(prompt)
+            latents = self._noise(num_prompts * num_images_per_prompt, generator, weight)
+
+        step_options = {}
         if "generator" in inspect.signature(self.scheduler.step).parameters:
-            options["generator"] = generator
+            step_options["generator"] = generator
         for t in timesteps:
-            x = torch.cat([latents] * 2) if guided else latents
+            x = torch.cat([latents] * 2) if is_guided else latents
             if hasattr(self.scheduler, "scale_model_input"):
                 x = self.scheduler.scale_model_input(x, t)
-            prediction = tensors(self.model(x, t, *embeds))[0]
-            if guided:
+            prediction = tensors(self.model(x, t, *embeddings))[0]
+            if is_guided:
                 uncond, cond = prediction.chunk(2)
                 prediction = uncond + guidance_scale * (cond - uncond)
-            latents = tensors(self.scheduler.step(prediction, t, latents, **options))[0]
+            latents = tensors(self.scheduler.step(prediction, t, latents, **step_options))[0]
+
         if self.vae is None or output_type == "latent":
             return SimpleNamespace(images=latents)
-        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
-        images = tensors(self.vae.decode(latents / self.vae.config.scaling_factor + shift))[0]
-        return SimpleNamespace(images=(images / 2 + 0.5).clamp(0, 1))
+        return SimpleNamespace(images=self._decode(latents))
 
-    def _shape(self):
+    def _timesteps(self, num_inference_steps: int, device: torch.device) -> Iterable:
+        """The timesteps to sample at, from `get_timesteps` or from the scheduler."""
+        if self.get_timesteps is not None:
+            return self.get_timesteps(num_inference_steps, device)
+        if not hasattr(self.scheduler, "set_timesteps"):
+            raise UsageError(
+                "the scheduler has no set_timesteps(); pass "
+                "get_timesteps(num_inference_steps, device)"
+            )
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        return self.scheduler.timesteps
+
+    def _noise(
+        self, n: int, generator: torch.Generator | list[torch.Generator] | None, weight: Tensor
+    ) -> Tensor:
+        """Draw the noise of n samples, on the device and in the dtype of a weight of the model."""
+        from diffusers.utils.torch_utils import randn_tensor
+
+        shape = (n, *self._shape())
+        noise = randn_tensor(shape, generator=generator, device=weight.device, dtype=weight.dtype)
+        return noise * getattr(self.scheduler, "init_noise_sigma", 1.0)
+
+    def _shape(self) -> tuple[int, ...]:
+        """The shape of one sample, without the batch axis."""
         if self.sample_shape is not None:
             return tuple(self.sample_shape)
         config = getattr(self.model, "config", None)
-        channels, size = getattr(config, "in_channels", None), getattr(config, "sample_size", None)
+        channels = getattr(config, "in_channels", None)
+        size = getattr(config, "sample_size", None)
         if channels is None or size is None:
             raise UsageError(
-                "the sample's shape is unknown: the model has no config.in_channels and sample_size; pass sample_shape"
+                "the sample's shape is unknown: the model has no config.in_channels and "
+                "sample_size; pass sample_shape"
             )
-        return (channels, size, size) if isinstance(size, int) else (channels, *size)
+        if isinstance(size, int):
+            return (channels, size, size)
+        return (channels, *size)
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        """Turn the final sample into images in [0, 1]."""
+        config = self.vae.config
+        shift = getattr(config, "shift_factor", None) or 0.0
+        images = tensors(self.vae.decode(latents / config.scaling_factor + shift))[0]
+        return (images / 2 + 0.5).clamp(0, 1)

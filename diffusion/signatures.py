@@ -1,12 +1,26 @@
-"""What a denoiser's forward and a pipeline's call take, and the tensors in what they give."""
+"""What a denoiser's forward and a pipeline's call take, and the tensors in what they give.
+
+time_parameter(unet)                    # "timestep": which argument carries the time
+sample_name(unet)                       # "sample": which carries the sample
+tensors({"a": x, "b": [y, None]})       # [x, y]
+count_prompts(["a", "b"], {})           # (2, 1): prompts, images per prompt
+other_prompts("a red star", {})         # ("star red a", {}): to see what depends on the prompt
+"""
 
 import inspect
+from collections.abc import Iterable
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from errors import UsageError
 
+Prompt = str | list[str] | None
+
+# Arguments that decide the noise, and not which passes a step has
 SEEDING = ("generator", "latents")
+# Names that denoisers of diffusers give to the time, the likeliest first
 TIME_NAMES = (
     "timestep",
     "timesteps",
@@ -19,96 +33,120 @@ TIME_NAMES = (
     "noise_labels",
 )
 
+# --------------------------------------------------------------------------- a denoiser's forward
 
-def unwrap(module):
-    """The module itself, out of torch.compile and (Distributed)DataParallel."""
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """Return the module itself, out of torch.compile and (Distributed)DataParallel."""
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     while True:
-        inner = getattr(module, "_orig_mod", None)
-        if inner is None and isinstance(
-            module, (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
-        ):
-            inner = module.module
-        if inner is None:
+        if getattr(module, "_orig_mod", None) is not None:
+            module = module._orig_mod
+        elif isinstance(module, wrappers):
+            module = module.module
+        else:
             return module
-        module = inner
 
 
-def forward_signature(module):
-    """Of the class: offloading and casting hooks replace the instance's `forward` by one that takes
-    anything."""
+def forward_signature(module: nn.Module) -> inspect.Signature:
+    """Return the signature of `forward`, with `self`.
+
+    It is that of the class, since offloading and casting replace the instance's `forward` by one
+    that takes anything.
+    """
     return inspect.signature(type(unwrap(module)).forward)
 
 
-def time_parameter(module):
-    """Name of the parameter of `module.forward` that carries the time, or None."""
-    names = list(forward_signature(module).parameters)
-    return next((name for name in TIME_NAMES if name in names), None)
+def time_parameter(module: nn.Module) -> str | None:
+    """Return the name of the parameter of `module.forward` that carries the time, or None."""
+    parameters = forward_signature(module).parameters
+    for name in TIME_NAMES:
+        if name in parameters:
+            return name
+    return None
 
 
-def sample_name(module):
-    """Name of the parameter of `module.forward` that carries the sample: the first that is not the
-    time.
+def sample_name(module: nn.Module) -> str:
+    """Return the name of the parameter of `module.forward` that carries the sample.
 
-    Raises UsageError where it takes anything, as a wrapper does.
+    It is the first that is not the time; where no name says which is the time, that is the second.
+    For `forward(self, t, x)` and for `forward(self, x, when)` it is "x". Raises UsageError where
+    `forward` takes anything, as a wrapper does.
     """
     parameters = list(forward_signature(module).parameters.values())[1:]
-    time = time_parameter(module) or (parameters[1].name if len(parameters) > 1 else None)
-    first = next((p for p in parameters if p.name != time), None)
-    if first is None or first.kind in (first.VAR_POSITIONAL, first.VAR_KEYWORD):
+    time = time_parameter(module)
+    if time is None and len(parameters) > 1:
+        time = parameters[1].name
+    candidates = [parameter for parameter in parameters if parameter.name != time]
+    anything = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    if not candidates or candidates[0].kind in anything:
         raise UsageError(
-            f"{type(unwrap(module)).__name__}.forward does not say what it takes; hook the module that it wraps"
+            f"{type(unwrap(module)).__name__}.forward does not say what it takes; hook the module "
+            "that it wraps"
         )
-    return first.name
+    return candidates[0].name
 
 
-def tensors(value):
-    """The tensors in a (nested) tuple, list or dict, in order."""
+# --------------------------------------------------------------------------- nested tensors
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """Return the tensors in a (nested) tuple, list or dict, in their order."""
     if torch.is_tensor(value):
         return [value]
-    values = (
-        value.values()
-        if isinstance(value, dict)
-        else value
-        if isinstance(value, (tuple, list))
-        else ()
-    )
-    return [t for v in values for t in tensors(v)]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (tuple, list)):
+        return []
+    found = []
+    for item in value:
+        found += tensors(item)
+    return found
 
 
-def with_tensor(value, index, x):
-    """`value`, a nested structure of tensors, with the tensor at `index` of `tensors(value)`
-    replaced by x."""
+def with_tensor(value: Any, index: int, x: Tensor) -> Any:
+    """Return a copy of a nested structure in which x is the tensor at `index` of `tensors(value)`.
+
+    For ({"a": p}, [q]), 1 and x it gives ({"a": p}, [x]).
+    """
     if torch.is_tensor(value):
         return x if index == 0 else value
-    if not isinstance(value, (dict, list, tuple)):
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, (list, tuple)):
+        items = enumerate(value)
+    else:
         return value
+
     new = {}
-    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+    for key, item in items:
         new[key] = with_tensor(item, index, x)
         index -= len(tensors(item))
     if isinstance(value, dict):
         return type(value)(**new)
-    return type(value)(*new.values()) if hasattr(value, "_fields") else type(value)(new.values())
+    if hasattr(value, "_fields"):  # a NamedTuple
+        return type(value)(*new.values())
+    return type(value)(new.values())
 
 
-def other_prompts(prompt, kwargs):
-    """(prompt, kwargs) of the same generation with other positive prompts, or None where there are
-    none to change.
+# --------------------------------------------------------------------------- the same, other prompts
 
-    Texts are exchanged, or else their words reversed, so that few of them change their length;
-    embeddings get noise; of class numbers each is the one before. What a pipeline takes besides,
-    such as a negative prompt, stays.
+
+def other_prompts(prompt: Prompt, options: dict) -> tuple[Prompt, dict] | None:
+    """Return (prompt, options) of the same generation with other positive prompts.
+
+    Texts are exchanged, or else their words reversed, so that few of them change their length.
+    Embeddings get noise. Each class number becomes the one before. What else a pipeline takes, such
+    as a negative prompt, stays. None where there are no prompts to change.
     """
     changed = {}
-    for name, value in ({"prompt": prompt} | kwargs).items():
-        if "negative" in name or value is None:
+    for name, value in ({"prompt": prompt} | options).items():
+        if value is None or "negative" in name:
             continue
-        if name.startswith("prompt") and (
-            isinstance(value, str) or isinstance(value, (list, tuple)) and texts_only(value)
-        ):
-            changed[name] = (
-                other_text(value) if isinstance(value, str) else other_texts(list(value))
-            )
+        if name.startswith("prompt") and isinstance(value, str):
+            changed[name] = other_text(value)
+        elif name.startswith("prompt") and is_list_of_texts(value):
+            changed[name] = other_texts(list(value))
         elif "prompt_embeds" in name or name == "image_embeds":
             changed[name] = with_noise(value)
         elif name == "class_labels":
@@ -116,31 +154,46 @@ def other_prompts(prompt, kwargs):
     if not changed:
         return None
     prompt = changed.pop("prompt", prompt)
-    return prompt, kwargs | changed
+    return prompt, options | changed
 
 
-def texts_only(values):
-    return len(values) > 0 and all(isinstance(value, str) for value in values)
+def is_list_of_texts(value: Any) -> bool:
+    """Whether a value is a list or tuple of texts, at least one."""
+    if not isinstance(value, (list, tuple)) or not value:
+        return False
+    return all(isinstance(item, str) for item in value)
 
 
-def other_text(text):
-    """The words in reverse; a single word's letters; what reads the same both ways gets a word
-    more."""
-    for other in (" ".join(reversed(text.split())), text[::-1]):
+def other_text(text: str) -> str:
+    """Return a text with its words in reverse.
+
+    For "a red star" it gives "star red a", for "star" "rats". What reads the same both ways gets
+    two words more: for "a" it gives "a something else".
+    """
+    reversed_words = " ".join(reversed(text.split()))
+    reversed_letters = text[::-1]
+    for other in (reversed_words, reversed_letters):
         if other.split() != text.split():
             return other
     return (text + " something else").strip()
 
 
-def other_texts(texts):
-    """Each text is the next one's; where that is the same, another one."""
-    following = [*texts[1:], texts[0]]
-    return [b if a != b else other_text(a) for a, b in zip(texts, following)]
+def other_texts(texts: list[str]) -> list[str]:
+    """Return for each text the next one; where that is the same, `other_text` of it.
+
+    For ["a star", "a ring"] it gives ["a ring", "a star"].
+    """
+    others = []
+    for text, following in zip(texts, [*texts[1:], texts[0]]):
+        others.append(following if following != text else other_text(text))
+    return others
 
 
-def other_labels(labels):
-    """Class numbers, a list or a tensor of them, and perhaps texts that are numbers: each the one
-    before, and 1 for 0."""
+def other_labels(labels: Any) -> Any:
+    """Return for each class number the one before, and 1 for 0.
+
+    labels: a number, or a list or a tensor of them. For [3, 0] it gives [2, 1].
+    """
     if torch.is_tensor(labels):
         return torch.where(labels > 0, labels - 1, labels + 1)
     if isinstance(labels, (list, tuple)):
@@ -148,72 +201,102 @@ def other_labels(labels):
     return labels - 1 if labels > 0 else labels + 1
 
 
-def with_noise(value):
-    """A nested structure of tensors with noise of their own size on the floating point ones."""
-    if torch.is_tensor(value):
-        if not value.is_floating_point():
-            return value
-        noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(0))
-        return value + (noise * (value.detach().float().std(correction=0).cpu() + 1e-3)).to(
-            value.device, value.dtype
-        )
-    return type(value)(map(with_noise, value)) if isinstance(value, (list, tuple)) else value
+def with_noise(value: Any) -> Any:
+    """Return a nested structure of tensors with noise on each floating point one.
 
-
-def outline(options):
-    """Something hashable that is equal for generations with the same kinds of passes: prompts,
-    seeds and pictures may differ.
-
-    Of options, numbers, flags and names count, of prompts and lists only that they are given, of
-    tensors the sizes of a row.
+    The noise of a tensor has the size of its standard deviation, and the same seed always.
     """
-    return tuple(
-        (name, outline_of(name, value))
-        for name, value in sorted(options.items())
-        if name not in SEEDING
-    )
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(with_noise, value))
+    if not torch.is_tensor(value) or not value.is_floating_point():
+        return value
+    noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(0))
+    size = value.detach().float().std(correction=0).cpu() + 1e-3
+    return value + (noise * size).to(value.device, value.dtype)
 
 
-def outline_of(name, value):
+# --------------------------------------------------------------------------- a pipeline's arguments
+
+
+def outline(options: dict) -> tuple:
+    """Return something hashable that is equal for generations with the same kinds of passes.
+
+    Prompts, seeds and pictures may differ: of prompts and lists only counts that they are given,
+    and of tensors the shape of a row. Numbers, flags and other texts count as they are.
+
+    For {"prompt": "a star", "height": 64} it gives (("height", 64), ("prompt", "given")).
+    """
+    entries = []
+    for name, value in sorted(options.items()):
+        if name not in SEEDING:
+            entries.append((name, outline_of(name, value)))
+    return tuple(entries)
+
+
+def outline_of(name: str, value: Any) -> Any:
+    """Return what counts of one option, see `outline`."""
     if value is None or isinstance(value, (bool, int, float)):
         return value
     if isinstance(value, str) and "prompt" not in name:
         return value
     if isinstance(value, dict):
         return outline(value)
-    return tuple(value.shape[1:]) if torch.is_tensor(value) else "given"
+    if torch.is_tensor(value):
+        return tuple(value.shape[1:])
+    return "given"
 
 
-def per_prompt(name):
-    """Is it a pipeline's option for how many samples a prompt gets, such as num_images_per_prompt
-    or num_videos_per_prompt?"""
+def per_prompt(name: str) -> bool:
+    """Whether a pipeline's argument says how many samples a prompt gets.
+
+    Such are num_images_per_prompt and num_videos_per_prompt.
+    """
     return name.startswith("num_") and name.endswith("_per_prompt")
 
 
-def count_prompts(prompt, kwargs):
-    """Prompts, None if that can't be seen, and images per prompt, from the arguments of a
-    generation."""
-    sized = (prompt, *(kwargs.get(name) for name in ("prompt_embeds", "class_labels")))
-    P = next(
-        (1 if isinstance(v, str) else len(v) for v in sized if v is not None),
-        kwargs.get("batch_size"),
-    )
-    return P, next((v for k, v in kwargs.items() if per_prompt(k)), 1)
+def count_prompts(prompt: Prompt, options: dict) -> tuple[int | None, int]:
+    """Return how many prompts a generation has, None if that can't be seen, and images per prompt.
+
+    For "a star" and {"num_images_per_prompt": 4} it gives (1, 4).
+    """
+    num_images = 1
+    for name, value in options.items():
+        if per_prompt(name):
+            num_images = value
+            break
+    for given in (prompt, options.get("prompt_embeds"), options.get("class_labels")):
+        if isinstance(given, str):
+            return 1, num_images
+        if given is not None:
+            return len(given), num_images
+    return options.get("batch_size"), num_images
 
 
-def prompt_arguments(pipe, prompt):
-    """The arguments that tell a pipeline its prompts: where it takes none, class numbers written as
-    text, or just how many."""
-    takes = inspect.signature(pipe).parameters
-    if prompt is None or "prompt" in takes:
-        return {} if prompt is None else {"prompt": prompt}
+def prompt_arguments(pipe: Any, prompt: Prompt) -> dict:
+    """Return the arguments that tell a pipeline its prompts.
+
+    One that takes no prompt gets class numbers, for prompts that are numbers written as text, or
+    else their number as its batch size: for ["3", "7"] {"class_labels": [3, 7]}, or
+    {"batch_size": 2}. Raises UsageError where it takes none of these.
+    """
+    if prompt is None:
+        return {}
+    parameters = inspect.signature(pipe).parameters
+    if "prompt" in parameters:
+        return {"prompt": prompt}
     texts = [prompt] if isinstance(prompt, str) else list(prompt)
-    if "class_labels" in takes:
-        if wrong := [t for t in texts if not str(t).strip().isdigit()]:
-            raise UsageError(
-                f"{type(pipe).__name__} takes class numbers as prompts, got {wrong[0]!r}"
-            )
-        return {"class_labels": [int(t) for t in texts]}
-    if "batch_size" in takes:
+    if "class_labels" in parameters:
+        return {"class_labels": class_numbers(texts, type(pipe).__name__)}
+    if "batch_size" in parameters:
         return {"batch_size": len(texts)}
-    raise UsageError(f"{type(pipe).__name__} takes no prompt; it takes {', '.join(takes)}")
+    raise UsageError(f"{type(pipe).__name__} takes no prompt; it takes {', '.join(parameters)}")
+
+
+def class_numbers(texts: Iterable[Any], pipeline: str) -> list[int]:
+    """Return texts as class numbers. Raises UsageError for one that is no number."""
+    numbers = []
+    for text in texts:
+        if not str(text).strip().isdigit():
+            raise UsageError(f"{pipeline} takes class numbers as prompts, got {text!r}")
+        numbers.append(int(text))
+    return numbers

@@ -1,13 +1,12 @@
-"""What of a prompt the model sees: a tokenizer cuts a text that is longer than its text encoder
-takes.
+"""What the model sees of a prompt: a tokenizer cuts a text that is too long for its text encoder.
 
-    with watch_tokenizers(hooked.pipe) as calls:
-        hooked.first_step(...)                    # or anything else in which the pipeline encodes prompts
-    seen = SeenText(calls, prompts)               # prompts: those that were encoded
+    with watch_tokenizers(model.pipe) as calls:
+        model.first_step(...)                     # or anything else that makes the pipeline encode
+    seen = SeenText(calls, prompts)               # the prompts that were encoded
     seen.text("a long prompt ...")                # as far as any of the text encoders receives it
 
 How a pipeline calls its tokenizers, with which template and up to which length, is seen from the
-calls themselves. Where none was seen, as with a denoiser of one's own, a prompt counts as seen
+calls themselves. Where no call was seen, as with a denoiser of one's own, a prompt counts as seen
 whole.
 """
 
@@ -15,7 +14,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from store.words import is_one_word, word_ends
 
@@ -23,58 +22,63 @@ from store.words import is_one_word, word_ends
 class TokenizerCall(NamedTuple):
     """One call of a tokenizer."""
 
-    tokenizer: object
-    text: object
-    """A string, or a list of them."""
+    tokenizer: Any
+    text: Any
+    """A text or a list of texts; other things that a tokenizer takes are passed over later."""
 
     options: dict
+    """The keyword arguments."""
 
 
 class Encoding(NamedTuple):
     """How a pipeline gives prompts to one of its tokenizers."""
 
-    tokenizer: object
+    tokenizer: Any
+
     before: str
     """What stands before the prompt, such as the first part of a chat template."""
 
     after: str
+    """What stands after it."""
+
     is_lowered: bool
     """Whether the pipeline strips the prompt and writes it in lower case."""
 
     limit: int | None
-    """Tokens at most; None where the tokenizer does not cut."""
+    """The largest number of tokens. None where the tokenizer does not cut."""
 
     def end(self, prompt: str) -> int:
-        """How many characters of a prompt, in whole words, fit in."""
+        """Return how many characters of a prompt fit in, in whole words.
+
+        For "a red star" and room for two words it gives 5.
+        """
         if self.limit is None or self.count(prompt) <= self.limit:
             return len(prompt)
         ends = word_ends(prompt)
-        fitting = bisect_right(ends, self.limit, key=lambda end: self.count(prompt[:end]))
-        return ends[fitting - 1] if fitting else 0
+        num_fitting = bisect_right(ends, self.limit, key=lambda end: self.count(prompt[:end]))
+        return ends[num_fitting - 1] if num_fitting else 0
 
     def count(self, prompt: str) -> int:
-        """Tokens up to the end of the prompt, the special ones included."""
-        return len(
-            self.tokenizer(f"{self.before}{self.prepared(prompt)}", verbose=False)["input_ids"]
-        )
+        """Return how many tokens there are up to the end of the prompt, special ones included."""
+        text = self.before + self.prepared(prompt)
+        return len(self.tokenizer(text, verbose=False)["input_ids"])
 
     def prepared(self, prompt: str) -> str:
+        """Return the prompt as the pipeline writes it into the text."""
         return prompt.strip().lower() if self.is_lowered else prompt
 
 
 @contextmanager
-def watch_tokenizers(pipe: object) -> Iterator[list[TokenizerCall]]:
-    """Keep the calls of all tokenizers among a pipeline's components, and in its processors, while
-    the context lasts."""
-    components = getattr(pipe, "components", {}).values()
-    candidates = [
-        part
-        for component in components
-        for part in (component, getattr(component, "tokenizer", None))
-    ]
-    classes = {
-        type(part) for part in candidates if callable(part) and hasattr(part, "model_max_length")
-    }
+def watch_tokenizers(pipe: Any) -> Iterator[list[TokenizerCall]]:
+    """Context that yields a list, to which each call of a tokenizer of the pipeline is added.
+
+    Tokenizers are among the pipeline's components, and inside its processors.
+    """
+    classes = set()
+    for component in getattr(pipe, "components", {}).values():
+        for candidate in (component, getattr(component, "tokenizer", None)):
+            if callable(candidate) and hasattr(candidate, "model_max_length"):
+                classes.add(type(candidate))
     calls = []
     with ExitStack() as stack:
         for cls in classes:
@@ -84,9 +88,12 @@ def watch_tokenizers(pipe: object) -> Iterator[list[TokenizerCall]]:
 
 @contextmanager
 def keep_calls(cls: type, calls: list[TokenizerCall]) -> Iterator[None]:
-    """Add the calls of a class's instances to the list; python looks up `__call__` in the class
-    alone."""
-    original, is_own = cls.__call__, "__call__" in vars(cls)
+    """Context in which each call of an instance of a class is added to `calls`.
+
+    The class is changed, since Python looks `__call__` up in the class alone.
+    """
+    original = cls.__call__
+    is_inherited = "__call__" not in vars(cls)
 
     @wraps(original)
     def call(self, *args, **kwargs):
@@ -98,56 +105,82 @@ def keep_calls(cls: type, calls: list[TokenizerCall]) -> Iterator[None]:
     try:
         yield
     finally:
-        if is_own:
-            cls.__call__ = original
-        else:
+        if is_inherited:
             del cls.__call__
+        else:
+            cls.__call__ = original
 
 
 class SeenText:
-    """What a pipeline's text encoders receive of any prompt, learnt from the calls in which it
-    encoded some prompts."""
+    """What a pipeline's text encoders receive of any prompt.
+
+    calls: those in which the pipeline encoded some prompts. prompts: those prompts.
+    """
 
     def __init__(self, calls: list[TokenizerCall], prompts: list[str]) -> None:
-        found = []
+        encodings = []
         for call in calls:
-            texts = [call.text] if isinstance(call.text, str) else call.text
-            for text in texts if isinstance(texts, (list, tuple)) else []:
-                encoding = find_encoding(call, text, prompts) if isinstance(text, str) else None
-                if encoding is not None and encoding not in found:
-                    found.append(encoding)
+            for text in texts_of(call):
+                encoding = find_encoding(call, text, prompts)
+                if encoding is not None and encoding not in encodings:
+                    encodings.append(encoding)
         # many pipelines also tokenize without a limit, to warn of what is cut
-        cutting = {id(encoding.tokenizer) for encoding in found if encoding.limit is not None}
-        self.encodings = [e for e in found if e.limit is not None or id(e.tokenizer) not in cutting]
+        cutting = {id(encoding.tokenizer) for encoding in encodings if encoding.limit is not None}
+        self.encodings = []
+        for encoding in encodings:
+            if encoding.limit is not None or id(encoding.tokenizer) not in cutting:
+                self.encodings.append(encoding)
 
     def text(self, prompt: str) -> str:
-        """The prompt as far as the text encoder with the most room receives it, in whole words."""
+        """Return the prompt as far as the text encoder with the most room receives it.
+
+        It is cut between words.
+        """
         if not self.encodings:
             return prompt
         return prompt[: max(encoding.end(prompt) for encoding in self.encodings)]
 
 
+def texts_of(call: TokenizerCall) -> list[str]:
+    """Return the texts that a tokenizer was called with."""
+    if isinstance(call.text, str):
+        return [call.text]
+    if isinstance(call.text, (list, tuple)):
+        return [text for text in call.text if isinstance(text, str)]
+    return []
+
+
 def find_encoding(call: TokenizerCall, text: str, prompts: list[str]) -> Encoding | None:
-    """How the text of a call was made of one of the prompts; None if it was made of something
-    else."""
-    is_cut = call.options.get("truncation") not in (None, False, "do_not_truncate")
-    limit = call.options.get("max_length") or call.tokenizer.model_max_length
-    limit = (
-        limit if is_cut and getattr(call.tokenizer, "truncation_side", "right") == "right" else None
-    )
+    """Return how the text of a call was made from one of the prompts.
+
+    None if it was made from something else.
+    """
+    limit = limit_of(call)
     for is_lowered in (False, True):
         for prompt in sorted(set(prompts), key=len, reverse=True):  # one may be a part of another
             prepared = prompt.strip().lower() if is_lowered else prompt
             start = find_words(text, prepared) if prepared.strip() else None
             if start is not None:
-                before, after = text[:start], text[start + len(prepared) :]
+                before = text[:start]
+                after = text[start + len(prepared) :]
                 return Encoding(call.tokenizer, before, after, is_lowered, limit)
     return None
 
 
+def limit_of(call: TokenizerCall) -> int | None:
+    """Return after how many tokens a call cuts the end of its text; None where it does not."""
+    cuts = call.options.get("truncation") not in (None, False, "do_not_truncate")
+    cuts_the_end = getattr(call.tokenizer, "truncation_side", "right") == "right"
+    if not cuts or not cuts_the_end:
+        return None
+    return call.options.get("max_length") or call.tokenizer.model_max_length
+
+
 def find_words(text: str, part: str) -> int | None:
-    """Where a part begins in a text without cutting a word of it in two; None if it does not stand
-    there so."""
+    """Return where a part begins in a text, without cutting a word in two; None if nowhere.
+
+    For "a redder red star" and "red" it gives 9.
+    """
     start = text.find(part)
     while start >= 0:
         end = start + len(part)

@@ -1,24 +1,55 @@
-"""A sampling as it happens: the forwards of the denoiser, and the scheduler's steps that they
-belong to.
+"""Watch a sampling as it happens: which forward of a denoiser belongs to which step of the scheduler.
 
-A *step* is one call of the scheduler's `step`; every denoiser forward since the last one belongs to
-it. Nothing is assumed about a model but a time parameter in the signature of its `forward` and a
-batch-first sample, and nothing about a scheduler but `step(model_output, timestep, sample)`.
+A *step* is one call of the scheduler's `step`. Every denoiser forward since the last call belongs to
+it. Of a denoiser only two things are assumed: its `forward` has a parameter for the time, and the
+first axis of its sample is the batch. Of a scheduler only `step(model_output, timestep, sample)`.
+
+Example: two prompts with guidance, three steps at the timesteps 667, 334 and 1. A chunk, which is the
+conditional or the unconditional rows, has R = 2 rows, so the denoiser gets 4.
+
+    set_timesteps(3)             Nothing is recorded but that the next forward begins a loop.
+    unet(x, 667, text) begins    `index` is 0. `current` is a new Forward(denoiser="unet", rows=4,
+                                 time=667, index=0), and `on_forward(current, unet)` is called.
+      modules of the unet run    Hooks of a `Recorder` put their tokens into `current.captured`.
+    unet returns                 The prediction becomes `output` of the forward. The forward is
+                                 *open*: it waits for its step. `current` is None again.
+    step(output, 667, x)         The open forwards are those of step 0. `roles`, a `RoleFinder`, sets
+                                 their roles to ["uncond", "cond"]. `on_step` is called with
+                                 Step(index=0, timestep=667, forwards=[that one], R=2, sample=x).
+                                 `index` becomes 1. Then the scheduler's own `step` runs, and
+                                 `sample` is its result.
+    unet(x, 334, text)           A Forward with index 1.
+    step(output, 334, x)         Step(index=1, timestep=334); `index` becomes 2.
+    unet, step at timestep 1     A Forward and a Step with index 2; `index` becomes 3.
+    set_timesteps(3)             The next forward begins a loop, with index 0.
+
+All of this is in `Sampling`. Two of its parts have a class of their own: `LoopPosition` knows which
+step comes next, and `Clock` tells its timestep while the denoiser still runs.
 """
 
-import copy
 import inspect
 import math
-import threading
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from diffusion.guidance import CONTEXTS, RoleFinder, pattern_of
+from diffusion.class_patches import patched
+from diffusion.forward import Forward, Step, prediction, row_wise
+from diffusion.guidance import Pattern, RoleFinder, Roles, pattern_of, role_of_context
 from diffusion.randomness import RowByRow, check_repeatable, same_random_numbers
+from diffusion.schedulers import (
+    StepArguments,
+    listed_timesteps,
+    number,
+    own_position,
+    position_of,
+    step_arguments,
+    timesteps_of,
+)
 from diffusion.signatures import (
     forward_signature,
     sample_name,
@@ -29,242 +60,388 @@ from diffusion.signatures import (
 )
 from errors import UsageError
 
-LIVE = []  # the samplings that are being watched
-
-
-@dataclass(eq=False)
-class Forward:
-    """One call of a denoiser."""
-
-    denoiser: str  # component name
-    rows: int  # of the batch: chunks x prompts
-    context: str | None  # name of the `cache_context` it ran in
-    arguments: dict  # by name, all but `self`
-    sample: Any  # its first argument: a tensor, or a list with one a row
-    conditioning: (
-        list  # what else has one entry a row, other than the time: tensors, or lists of tensors
-    )
-    roles: list | None = (
-        None  # "cond", "uncond" or "other", one a chunk; while it runs, those of the plan if there is one
-    )
-    time: Any = None  # as it was given
-    index: int = 0  # of the step that it belongs to
-    output: torch.Tensor | None = None  # the prediction, (rows, ...)
-    sampled: torch.Tensor | None = (
-        None  # which numbers of a row of `sample` are sampled, bool; None: all
-    )
-    layouts: dict = field(
-        default_factory=dict
-    )  # where the wanted tokens are, see diffusion/token_layout.py
-    captured: dict = field(default_factory=dict)  # what hooks left here
-    ran: set = field(
-        default_factory=set
-    )  # names of the modules that were called, see diffusion/repeated.py
-    skipped: str | None = None  # a module that was called without being run
-
-
-@dataclass(eq=False)
-class Step:
-    """What one call of `scheduler.step` consumed."""
-
-    index: int  # in its loop
-    timestep: Any  # as the scheduler got it
-    forwards: list
-    scheduler: Any
-    R: int  # rows a chunk: prompts x images per prompt
-    sample: Any  # what is stepped, (R, ...)
-
-    def time(self):
-        """The timestep as a number; UsageError where rows have their own."""
-        values = torch.as_tensor(self.timestep).flatten()
-        if len(values) > 1 and not (values == values[0]).all():
-            raise UsageError("each row has a timestep of its own, and a step has one")
-        return float(values[0])
-
-    def sigma(self):
-        """The sigma that the denoiser was called at (noise over signal for variance-preserving
-        schedules), or None.
-
-        That of the scheduler's list at this step, or, where a scheduler of second order is between
-        two of them, the one by which it scales the denoiser's input. To be asked before the
-        scheduler goes on.
-        """
-        timesteps, sigmas = (
-            getattr(self.scheduler, "timesteps", None),
-            getattr(self.scheduler, "sigmas", None),
-        )
-        if torch.is_tensor(timesteps) and torch.is_tensor(sigmas) and len(sigmas) >= len(timesteps):
-            position = position_of(timesteps, self.time(), own_position(self.scheduler))
-            return None if position is None else self._sigma_of_input(float(sigmas[position]))
-        alphas = getattr(self.scheduler, "alphas_cumprod", None)
-        if torch.is_tensor(alphas) and self.time() in range(len(alphas)):
-            alpha = float(alphas[int(self.time())])
-            return math.sqrt((1 - alpha) / alpha) if alpha > 0 else None
-        return None
-
-    def _sigma_of_input(self, listed):
-        """`listed`, or the sigma of which the input's scale 1 / sqrt(sigma^2 + sigma_data^2) tells
-        that it was another."""
-        if getattr(self.scheduler, "order", 1) == 1 or not hasattr(
-            self.scheduler, "scale_model_input"
-        ):
-            return listed
-        twin, one = (
-            copy.copy(self.scheduler),
-            torch.ones(1, dtype=torch.float64, device=self.sample.device),
-        )
-        scale = float(twin.scale_model_input(one, self.timestep))
-        data = getattr(getattr(self.scheduler, "config", None), "sigma_data", 1.0)
-        if scale == 1 or math.isclose(scale, 1 / math.hypot(listed, data), rel_tol=1e-4):
-            return listed
-        return math.sqrt(max(0.0, 1 / scale**2 - data**2))
+LIVE: list["Sampling"] = []  # the samplings that are being watched
 
 
 class DryRunOver(Exception):
-    """Raised inside a scheduler's step to end a generation whose result nobody wants."""
+    """Raised inside a scheduler's step to end a generation whose result nobody needs."""
+
+
+@dataclass(eq=False)
+class LoopPosition:
+    """Which step of a loop comes next, and where its timestep stands in the scheduler's list.
+
+    A loop begins with the first forward or step after `set_timesteps`. One sampling may hold several
+    loops, as that of a pipeline with two denoisers in a row does.
+    """
+
+    schedulers: list[Any]
+
+    index: int = 0
+    """The index in its loop of the step that is being computed."""
+
+    num_steps: int | None = None
+    """The number of steps from the loop's first timestep to the last one listed. None if not known."""
+
+    listed_at: int | None = None
+    """Where the scheduler lists the timestep of the last step. It differs from the index if a loop
+    begins in the middle of the list, as that of an image with a `strength` does."""
+
+    stepped: Any = None
+    """The scheduler of the last step."""
+
+    fresh: dict[int, Any] = field(default_factory=dict)
+    """{id: scheduler} of those whose timesteps were set and that have made no step since."""
+
+    begins: bool = False
+    """Whether the next forward begins a loop."""
+
+    def timesteps_are_set(self, scheduler: Any) -> None:
+        """Note that a loop of this scheduler begins with its next step.
+
+        If it made the last step, or is one of the pipeline's, its loop begins with the next forward
+        already. Another one may be set while a loop of the pipeline's is running.
+        """
+        self.fresh[id(scheduler)] = scheduler
+        if self.is_current(scheduler) or scheduler in self.schedulers:
+            self.begins = True
+
+    def is_current(self, scheduler: Any) -> bool:
+        """Whether it made the last step, or nothing was stepped so far."""
+        return self.stepped in (None, scheduler)
+
+    def before_first_forward(self) -> None:
+        """Begin a loop, if one is due, before the first forward of a step.
+
+        It is due if timesteps were set, see `begins`, or if they were set earlier, while another
+        loop ran, and that loop has now made all of its steps.
+        """
+        is_waiting = any(scheduler in self.schedulers for scheduler in self.fresh.values())
+        is_over = self.num_steps is not None and self.index >= self.num_steps
+        if self.begins or (is_waiting and is_over):
+            self.index = 0
+            self.listed_at = None
+            self.begins = False
+
+    def before_step(self, scheduler: Any) -> None:
+        """Note which scheduler steps; its first step after `set_timesteps` has the index 0."""
+        self.stepped = scheduler
+        if self.fresh.pop(id(scheduler), None) is not None:
+            self.index = 0
+            self.listed_at = None
+        self.begins = False
+
+    def find(self, scheduler: Any, timestep: Any, is_needed: bool) -> Any:
+        """Set `listed_at`, and in the first step `num_steps`; return the scheduler's own list.
+
+        The list is [] if the scheduler has none. Unless the position `is_needed`, it is counted on
+        from the step before, since reading a timestep waits for a GPU.
+        """
+        timesteps = timesteps_of(scheduler)
+        expected = None if self.listed_at is None else self.listed_at + 1
+        if self.index and not is_needed:
+            self.listed_at = expected
+            return timesteps
+
+        stated = own_position(scheduler)
+        if stated is not None:
+            expected = stated
+        self.listed_at = position_of(timesteps, number(timestep), expected)
+        if self.index == 0:
+            self.num_steps = None
+            if len(timesteps):
+                self.num_steps = len(timesteps) - (self.listed_at or 0)
+        return timesteps
+
+    def following(self) -> list[float]:
+        """Return the listed timesteps after the last step's; [] if that is not known."""
+        if self.index == 0 or self.listed_at is None:
+            return []
+        return listed_timesteps(self.stepped)[self.listed_at + 1 :]
+
+
+@dataclass(eq=False)
+class Clock:
+    """Tells the timestep of a step before the scheduler says it, while the denoiser runs.
+
+    The denoiser is given a time of its own, which may be another number: a flow model gets 0.667
+    for the timestep 667. A dry step shows which number means which timestep.
+    """
+
+    times: dict[float, float] = field(default_factory=dict)
+    """{the time that a denoiser was given: the scheduler's timestep}, as far as they were met."""
+
+    told: float | None = None
+    """What was told in the step that is being computed; None if nobody asked."""
+
+    def timestep(self, given: float | None, loop: LoopPosition) -> float:
+        """Return the scheduler's timestep when the denoiser is given the time `given`, a number or
+        None; NaN if it can't be told. The first of these that fits decides."""
+        # 1. the same time was given before
+        if given in self.times:
+            return self.times[given]
+
+        # 2. so far the denoiser was given the scheduler's timesteps themselves, up to rounding
+        following = loop.following()
+        is_scheduler_time = self.times and all(a == b for a, b in self.times.items())
+        if given is not None and is_scheduler_time:
+            is_next = following and math.isclose(following[0], given, rel_tol=0.01)
+            return following[0] if is_next else given
+
+        # 3. the timestep that the list has after the last step's
+        if following:
+            return following[0]
+
+        # 4. at the beginning of a loop: the time is a listed timestep, or a listed sigma
+        for scheduler in (*loop.fresh.values(), *loop.schedulers):
+            listed = listed_timesteps(scheduler)
+            if given in listed:
+                return given
+            sigmas = getattr(scheduler, "sigmas", None)
+            position = position_of(sigmas, given) if torch.is_tensor(sigmas) else None
+            if position is not None and position < len(listed):
+                return listed[position]
+        return math.nan
+
+    def check(self, index: int, forwards: list[Forward], timestep: Any, is_dry: bool) -> None:
+        """Compare what was told in step `index` with the scheduler's timestep, and learn from it.
+
+        Raises UsageError if they differ by more than 1 %. Nothing happens if nobody asked and this
+        is no dry run, since reading a timestep waits for a GPU.
+        """
+        told = self.told
+        self.told = None
+        if told is None and not is_dry:
+            return
+        actual = number(timestep)
+        if actual is None:
+            return
+        for forward in forwards:
+            given = number(forward.time)
+            if given is not None:
+                self.times[given] = actual
+        is_told = told is not None and not math.isnan(told)
+        if is_told and not math.isclose(told, actual, rel_tol=0.01, abs_tol=1e-6):
+            raise UsageError(
+                f"an edit of step {index} was told the timestep {told:g}, and the scheduler is at "
+                f"{actual:g}"
+            )
 
 
 @dataclass(eq=False)
 class Sampling:
-    """Watches a sampling of P prompts with n images each, and labels the forwards of every step.
+    """Watches a sampling of P prompts with n images each, and labels the rows of every step.
 
-    While a denoiser runs, `current` is its `Forward`: hooks below it leave in `captured` what they
-    see.
+    The page's first lines show on an example what it records when.
     """
 
-    denoisers: dict  # {name: module}, or what may be one
-    schedulers: list  # their classes are patched for as long as the context lasts, since some pipelines step a copy
-    P: int | None = 1  # None where nothing tells it: then the scheduler's sample does
-    n: int = 1
-    on_forward: Callable | None = None  # on_forward(forward, module), before a denoiser runs
-    on_step: Callable | None = None  # on_step(step), when the scheduler is called
-    plan: dict | None = (
-        None  # another sampling's `roles.known`: forwards have their roles from it while they run
-    )
-    replace: Callable | None = (
-        None  # replace(next timestep or None, scheduler) -> what takes the place of its result
-    )
-    row_seeds: list | None = (
-        None  # one per row: noise that the scheduler draws without a generator is each row's own
-    )
-    rehearsal: bool = False  # a dry run
-    roles: RoleFinder | None = None  # labels the rows of each step; None where nobody asks
-    repeatable: list | None = (
-        None  # schedulers that draw no random numbers beyond seeds; others are refused. None: nobody asks
-    )
+    denoisers: dict[str, nn.Module]
+    """The components that may be denoisers, by name."""
 
-    R: int | None = field(init=False)  # rows a chunk: prompts x images per prompt
+    schedulers: list[Any]
+    """Their classes are patched while the sampling is watched, since some pipelines step a copy."""
+
+    P: int | None = 1
+    """The number of prompts. If None, the scheduler's sample tells it."""
+
+    n: int = 1
+    """The number of images per prompt."""
+
+    on_forward: Callable[[Forward, nn.Module], None] | None = None
+    """Called before a denoiser runs."""
+
+    on_step: Callable[[Step], None] | None = None
+    """Called when the scheduler is stepped, before it computes."""
+
+    plan: dict[Pattern, Roles] | None = None
+    """The `roles.known` of a dry run. Then forwards have their roles already while they run, as an
+    edit needs, and each step is checked against the plan."""
+
+    replace: Callable[[float | None, Any], Tensor] | None = None
+    """replace(next timestep or None, scheduler) -> (rows, ...), which takes the place of the
+    sample that a step returns. Real images are put in this way."""
+
+    row_seeds: list[int] | None = None
+    """One seed per row. Noise that the scheduler draws without a generator follows from them."""
+
+    rehearsal: bool = False
+    """Whether this is a dry run, whose result is thrown away."""
+
+    roles: RoleFinder | None = None
+    """Labels the rows of each step. If None, they get no roles."""
+
+    repeatable: list[Any] | None = None
+    """The schedulers that are known to draw no random numbers beyond the seeds. Another one is
+    checked at its first step, refused or added. If None, nothing is checked."""
+
+    R: int | None = field(init=False)
+    """The rows of one chunk, P n. None until the first step if P is."""
+
     current: Forward | None = field(default=None, init=False)
-    index: int = field(default=0, init=False)  # of the step that is being computed, in its loop
-    num_steps: int | None = field(
-        default=None, init=False
-    )  # of the loop, from its first to the last that is listed
-    sample: Any = field(default=None, init=False)  # what the last step returned
-    called: set = field(
-        default_factory=set, init=False
-    )  # names of the denoisers that ran in a step so far
-    paused: bool = field(default=False, init=False)  # nothing is noticed then
-    times: dict = field(
-        default_factory=dict, init=False
-    )  # {what a denoiser was given: the scheduler's timestep}, as far as met
-    _told: float | None = field(default=None, init=False)  # what `timestep` said in this step
-    _position: int | None = field(
-        default=None, init=False
-    )  # of the last step's timestep in the scheduler's list
-    _begins: bool = field(default=False, init=False)  # the next forward is the first of a loop
-    _open: list = field(default_factory=list, init=False)  # forwards since the last step
-    _stepped: Any = field(default=None, init=False)  # the scheduler of that step
-    _fresh: dict = field(
-        default_factory=dict, init=False
-    )  # {id: scheduler} whose next step begins a loop
-    _contexts: dict = field(
-        default_factory=dict, init=False
-    )  # {id of a module: name of the context that it runs in}
+    """The forward that is running."""
+
+    sample: Tensor | None = field(default=None, init=False)
+    """What the last step returned."""
+
+    called: set[str] = field(default_factory=set, init=False)
+    """The names of the denoisers that ran in a step so far."""
+
+    paused: bool = field(default=False, init=False)
+    """While this is set, nothing is recorded."""
+
+    loop: LoopPosition = field(init=False)
+    clock: Clock = field(default_factory=Clock, init=False)
+
+    _open: list[Forward] = field(default_factory=list, init=False)
+    """The forwards since the last step."""
+
+    _contexts: dict[int, str] = field(default_factory=dict, init=False)
+    """{id of a denoiser: name of the `cache_context` in which it runs}."""
 
     def __post_init__(self):
-        self.R = self.P and self.P * self.n
-        self._row_by_row = self.row_seeds and RowByRow(self.row_seeds)
+        self.R = None if self.P is None else self.P * self.n
+        self.loop = LoopPosition(self.schedulers)
+        self._row_by_row = RowByRow(self.row_seeds) if self.row_seeds else None
+
+    @property
+    def index(self) -> int:
+        """The index in its loop of the step that is being computed."""
+        return self.loop.index
+
+    @property
+    def num_steps(self) -> int | None:
+        """The number of steps of the loop; None if not known."""
+        return self.loop.num_steps
+
+    @num_steps.setter
+    def num_steps(self, count: int | None) -> None:
+        self.loop.num_steps = count
+
+    def timestep(self) -> float:
+        """Return the scheduler's timestep of the step that is being computed; NaN if it can't be
+        told.
+
+        An edit calls this while a denoiser runs. The scheduler says its timestep only afterwards:
+        UsageError is raised then if it is another one.
+        """
+        given = None if self.current is None else number(self.current.time)
+        self.clock.told = self.clock.timestep(given, self.loop)
+        return self.clock.told
+
+    def tell_others(self) -> None:
+        """Give what a dry run's clock has learned to the samplings that watch the same denoisers."""
+        for other in watching(self.denoisers):
+            if other is not self:
+                other.clock.times.update(self.clock.times)
 
     @contextmanager
-    def watch(self):
+    def watch(self) -> Iterator["Sampling"]:
+        """Record while the context lasts. The model and the classes are unchanged afterwards."""
         with ExitStack() as stack:
             for name, module in self.denoisers.items():
-                before = module.register_forward_pre_hook(
-                    self._before(name, module), with_kwargs=True
-                )
-                stack.callback(before.remove)
-                stack.callback(module.register_forward_hook(self._after, always_call=True).remove)
-            for cls in {
-                type(unwrap(m))
-                for m in self.denoisers.values()
-                if hasattr(unwrap(m), "cache_context")
-            }:
-                stack.enter_context(patched(cls, "cache_context", self._cache_context))
+                before = self._before_forward(name, module)
+                handle = module.register_forward_pre_hook(before, with_kwargs=True)
+                stack.callback(handle.remove)
+                handle = module.register_forward_hook(self._after_forward, always_call=True)
+                stack.callback(handle.remove)
+
+            denoiser_classes = {type(unwrap(module)) for module in self.denoisers.values()}
+            for cls in denoiser_classes:
+                if hasattr(cls, "cache_context"):
+                    stack.enter_context(patched(cls, "cache_context", self._note_context))
+
             LIVE.append(self)
             stack.callback(LIVE.remove, self)
+
             for cls in {type(scheduler) for scheduler in self.schedulers}:
-                stack.enter_context(patched(cls, "step", self._step))
+                stack.enter_context(patched(cls, "step", self._watch_step))
                 if hasattr(cls, "set_timesteps"):
-                    stack.enter_context(patched(cls, "set_timesteps", self._set_timesteps))
+                    stack.enter_context(patched(cls, "set_timesteps", self._watch_timesteps))
             yield self
 
-    def _before(self, name, module):
-        signature, first = forward_signature(module), sample_name(module)
-        this, *names = signature.parameters
-        time = time_parameter(module) or next((n for n in names if n != first), None)
+    # ---------------------------------------------------------------------- when a denoiser runs
 
-        def hook(module, args, kwargs):
+    def _before_forward(self, name: str, module: nn.Module) -> Callable:
+        """Return the hook that makes a `Forward` before the denoiser `name` runs."""
+        signature = forward_signature(module)
+        first = sample_name(module)
+        self_name, *names = signature.parameters
+        time = time_parameter(module)
+        if time is None:
+            time = next((parameter for parameter in names if parameter != first), None)
+
+        def before(module, args, kwargs):
             if self.paused:
                 return
-            self._maybe_begin_loop()
+            if not self._open:
+                self.loop.before_first_forward()
+
             arguments = dict(signature.bind_partial(module, *args, **kwargs).arguments)
-            del arguments[this]
+            del arguments[self_name]
             sample = arguments[first]
-            others = [v for k, v in arguments.items() if k not in (first, time)]
-            context = self._contexts.get(id(unwrap(module)))
+            others = [value for key, value in arguments.items() if key not in (first, time)]
             forward = Forward(
-                name, len(sample), context, arguments, sample, row_wise(others, sample)
+                denoiser=name,
+                rows=len(sample),
+                context=self._contexts.get(id(unwrap(module))),
+                arguments=arguments,
+                sample=sample,
+                conditioning=row_wise(others, sample),
+                time=arguments.get(time),
+                index=self.index,
             )
-            forward.time, forward.index = arguments.get(time), self.index
             if self.plan is not None:
-                forward.roles = self._planned(forward)
+                forward.roles = self._planned_roles(forward)
             if self.on_forward is not None:
                 self.on_forward(forward, module)
             self.current = forward
 
-        return hook
+        return before
 
-    def _after(self, module, args, output):
-        forward, self.current = self.current, None
+    def _after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """The hook that ends `current`. It is also called if the denoiser fails, without output."""
+        forward = self.current
+        self.current = None
         if forward is not None and output is not None:
             forward.output = prediction(output, forward)
             self._open.append(forward)
 
-    def _planned(self, forward):
-        """Roles of a forward that has not run, from the plan; `_close` compares them with what they
-        turn out to be."""
-        if forward.context in CONTEXTS and forward.rows == self.R:
-            return [CONTEXTS[forward.context]]
+    def _planned_roles(self, forward: Forward) -> list[str]:
+        """Return the roles that the plan has for a forward before it runs.
+
+        The plan is searched for a pattern that begins like the open forwards and this one. A
+        pattern of the same denoisers comes before one of others with the same chunks, since a second
+        denoiser may take over in a step that the dry run did not reach. `_check_plan` compares the
+        roles later with what the complete step tells.
+        """
+        role = role_of_context(forward, self.R)
+        if role is not None:
+            return [role]
+
         so_far = pattern_of([*self._open, forward], self.R)
+        count = len(so_far)
+        without_names = [call[1:] for call in so_far]
+        exact = []
+        similar = []
+        for pattern, roles in self.plan.items():
+            if pattern[:count] == so_far:
+                exact.append(roles)
+            elif [call[1:] for call in pattern[:count]] == without_names:
+                similar.append(roles)
+        for roles in exact + similar:
+            return roles[count - 1]
 
-        def nameless(pattern):
-            return [f[1:] for f in pattern[: len(so_far)]]
+        if forward.rows == self.R and not self._open:
+            return ["cond"]
+        return ["other"] * (forward.rows // self.R)
 
-        for pattern, roles in sorted(
-            self.plan.items(), key=lambda item: item[0][: len(so_far)] != so_far
-        ):  # its own first
-            if nameless(pattern) == nameless(so_far):
-                return roles[len(so_far) - 1]
-        return (
-            ["cond"]
-            if forward.rows == self.R and not self._open
-            else ["other"] * (forward.rows // self.R)
-        )
+    def _note_context(self, original: Callable) -> Callable:
+        """Return a `cache_context` that also notes its name, such as "cond"."""
 
-    def _cache_context(self, original):
         @contextmanager
         def cache_context(module, name, *args, **kwargs):
-            before, self._contexts[id(module)] = self._contexts.get(id(module)), name
+            before = self._contexts.get(id(module))
+            self._contexts[id(module)] = name
             try:
                 with original(module, name, *args, **kwargs) as value:
                     yield value
@@ -273,387 +450,234 @@ class Sampling:
 
         return cache_context
 
-    def _set_timesteps(self, original):
+    # -------------------------------------------------------------------- when a scheduler is called
+
+    def _watch_timesteps(self, original: Callable) -> Callable:
+        """Return a `set_timesteps` that also notes that a loop begins."""
+
         def set_timesteps(scheduler, *args, **kwargs):
             if not self.paused:
-                self._fresh[id(scheduler)] = scheduler
-                self._begins |= self._stepped in (None, scheduler) or scheduler in self.schedulers
-                if self._stepped in (None, scheduler):
+                if self.loop.is_current(scheduler):
                     self._open = []  # forwards that no step has used belong to none
+                self.loop.timesteps_are_set(scheduler)
             return original(scheduler, *args, **kwargs)
 
         return set_timesteps
 
-    def _maybe_begin_loop(self):
-        """Before a forward: the index restarts where timesteps were set since the last step, or
-        where a list is at its end."""
-        if self._open:
-            return
-        waiting = any(scheduler in self.schedulers for scheduler in self._fresh.values())
-        over = waiting and self.num_steps is not None and self.index >= self.num_steps
-        if self._begins or over:
-            self.index, self._position, self._begins = 0, None, False
-
-    def _step(self, original):
+    def _watch_step(self, original: Callable) -> Callable:
+        """Return a `step` that also completes a step of this sampling."""
         signature = inspect.signature(original)
 
         def step(scheduler, *args, **kwargs):
-            anothers = any(scheduler in other.schedulers for other in LIVE if other is not self)
-            if self.paused or not self._open or (anothers and scheduler not in self.schedulers):
+            if self.paused or not self._open or self._belongs_to_another(scheduler):
                 return original(scheduler, *args, **kwargs)
-            self._stepped = scheduler
-            if self._fresh.pop(id(scheduler), None) is not None:
-                self.index, self._position = 0, None
-            self._begins = False
-            forwards, self._open = self._open, []
-            self.called |= {f.denoiser for f in forwards}
-            model_output, timestep, sample = values_of_step(signature, scheduler, *args, **kwargs)
-            timesteps = self._find_position(scheduler, timestep)
-            if self.repeatable is not None and self.index == 0 and scheduler not in self.repeatable:
-                rest = timesteps[self._position :] if self._position is not None else [timestep]
-                self.paused = True  # should it call the denoiser
-                try:
-                    check_repeatable(original, scheduler, args, kwargs, timestep, sample, rest)
-                finally:
-                    self.paused = False
-                if (
-                    scheduler in self.schedulers
-                ):  # no copy, of which each generation may make another
-                    self.repeatable.append(scheduler)
-            self._check_time(forwards, timestep)
-            self._close(forwards, scheduler, model_output, timestep, sample)
-            self.index += 1
-            with self._row_by_row or nullcontext():
-                result = original(scheduler, *args, **kwargs)
-            if self.replace is not None:
-                following = timesteps[self._position + 1 :] if self._position is not None else []
-                new = self.replace(following[0] if len(following) else None, scheduler)
-                n = len(tensors(result)[0]) // len(
-                    new
-                )  # some pipelines step the chunks of the guidance too
-                result = with_tensor(result, 0, torch.cat([new] * n))
-            self.sample = (tensors(result) or [None])[0]
-            return result
+            return self._take_step(original, signature, scheduler, args, kwargs)
 
         return step
 
-    def _find_position(self, scheduler, timestep):
-        """Note where the scheduler's list has this timestep, and how long the loop is; returns the
-        list, [] without one.
+    def _belongs_to_another(self, scheduler: Any) -> bool:
+        """Whether another sampling that is being watched has this scheduler, and this one has not."""
+        if scheduler in self.schedulers:
+            return False
+        return any(scheduler in other.schedulers for other in LIVE if other is not self)
 
-        A loop may begin in the middle of the list, as that of an image with a `strength` does.
-        """
-        timesteps = getattr(scheduler, "timesteps", None)
-        timesteps = timesteps if isinstance(timesteps, Sized) else []
-        expected = None if self._position is None else self._position + 1
-        if self.index and self.replace is None and self._told is None:
-            self._position = expected  # nobody asks, and a GPU need not be waited for
-            return timesteps
-        own = own_position(scheduler)
-        self._position = position_of(timesteps, number(timestep), expected if own is None else own)
-        if self.index == 0:
-            self.num_steps = len(timesteps) - (self._position or 0) if len(timesteps) else None
-        return timesteps
+    def _take_step(
+        self,
+        original: Callable,
+        signature: inspect.Signature,
+        scheduler: Any,
+        args: tuple,
+        kwargs: dict,
+    ) -> Any:
+        """Complete a step with the open forwards, then let the scheduler compute; return its result."""
+        self.loop.before_step(scheduler)
+        forwards = self._open
+        self._open = []
+        self.called |= {forward.denoiser for forward in forwards}
 
-    def _check_time(self, forwards, timestep):
-        """A step is complete: what was taken for its index and its timestep must be true."""
-        if any(f.index != self.index for f in forwards):
-            raise UsageError(
-                f"what was step {forwards[0].index} while the denoiser ran is step {self.index} of another loop: give each loop "
-                "of the pipeline a sampling of its own"
+        arguments = step_arguments(signature, scheduler, *args, **kwargs)
+        is_needed = self.replace is not None or self.clock.told is not None
+        timesteps = self.loop.find(scheduler, arguments.timestep, is_needed)
+
+        if self.repeatable is not None and self.index == 0 and scheduler not in self.repeatable:
+            remaining = [arguments.timestep]
+            if self.loop.listed_at is not None:
+                remaining = timesteps[self.loop.listed_at :]
+            self._check_scheduler(original, scheduler, args, kwargs, arguments, remaining)
+
+        self._check_time(forwards, arguments.timestep)
+        self._complete(forwards, scheduler, arguments)
+        self.loop.index += 1
+
+        with self._row_by_row or nullcontext():
+            result = original(scheduler, *args, **kwargs)
+        if self.replace is not None:
+            result = self._replaced(result, scheduler, timesteps)
+        returned = tensors(result)
+        self.sample = returned[0] if returned else None
+        return result
+
+    def _check_scheduler(
+        self,
+        original: Callable,
+        scheduler: Any,
+        args: tuple,
+        kwargs: dict,
+        arguments: StepArguments,
+        remaining: Any,
+    ) -> None:
+        """Raise UsageError if the scheduler draws random numbers that no seed reaches, see
+        `check_repeatable`; otherwise add it to `repeatable`."""
+        timestep = arguments.timestep
+        self.paused = True  # a scheduler may call the denoiser itself
+        try:
+            check_repeatable(
+                original, scheduler, args, kwargs, timestep, arguments.sample, remaining
             )
-        told, self._told = self._told, None
-        timestep = number(timestep) if told is not None or self.rehearsal else None
-        if timestep is None:
-            return
-        for given in {number(f.time) for f in forwards} - {None}:
-            self.times[given] = timestep
-        known = told is not None and not math.isnan(told)
-        if known and not math.isclose(told, timestep, rel_tol=0.01, abs_tol=1e-6):
+        finally:
+            self.paused = False
+        if scheduler in self.schedulers:  # copies would add up: each generation may make one
+            self.repeatable.append(scheduler)
+
+    def _replaced(self, result: Any, scheduler: Any, timesteps: Any) -> Any:
+        """Return a scheduler's result with the sample that `replace` gives in place of its own."""
+        next_timestep = None
+        if self.loop.listed_at is not None:
+            following = timesteps[self.loop.listed_at + 1 :]
+            next_timestep = following[0] if len(following) else None
+        new = self.replace(next_timestep, scheduler)
+        repeats = len(tensors(result)[0]) // len(new)  # 2 if a pipeline steps both chunks
+        return with_tensor(result, 0, torch.cat([new] * repeats))
+
+    def _check_time(self, forwards: list[Forward], timestep: Any) -> None:
+        """Raise UsageError if the index or the timestep that held while the denoiser ran turns out
+        to be wrong."""
+        if any(forward.index != self.index for forward in forwards):
             raise UsageError(
-                f"an edit of step {self.index} was told the timestep {told:g}, and the scheduler is at {timestep:g}"
+                f"what was step {forwards[0].index} while the denoiser ran is step {self.index} of "
+                "another loop: give each loop of the pipeline a sampling of its own"
             )
+        self.clock.check(self.index, forwards, timestep, is_dry=self.rehearsal)
 
-    def tell_others(self):
-        """What the times of a dry run are called is known to the samplings that will watch the run
-        itself."""
-        for other in LIVE:
-            if other is not self and not set(other.denoisers.values()).isdisjoint(
-                self.denoisers.values()
-            ):
-                other.times |= self.times
+    def _complete(self, forwards: list[Forward], scheduler: Any, arguments: StepArguments) -> None:
+        """Label the forwards of a step, compare them with the plan, and call `on_step`.
 
-    def timestep(self):
-        """The scheduler's timestep of the step that is being computed, while a denoiser runs; NaN
-        where it can't be told.
-
-        Told by the time that the denoiser is given, of which a dry step says what the scheduler
-        calls it, and by the step before; an error when the scheduler is stepped, should it be
-        another.
+        Raises UsageError if the scheduler's sample has another number of rows than R.
         """
-        given = None if self.current is None else number(self.current.time)
-        self._told = self._timestep_of(given)
-        return self._told
-
-    def _timestep_of(self, given):
-        if given in self.times:
-            return self.times[given]
-        listed = listed_timesteps(self._stepped) if self.index else []
-        following = listed[self._position + 1 :] if self._position is not None else []
-        if (
-            given is not None and self.times and all(a == b for a, b in self.times.items())
-        ):  # it gets the scheduler's own
-            near = following and math.isclose(following[0], given, rel_tol=0.01)  # but for rounding
-            return following[0] if near else given
-        if following:
-            return following[0]
-        for scheduler in (*self._fresh.values(), *self.schedulers):
-            listed = listed_timesteps(scheduler)
-            if given in listed:
-                return given
-            sigmas = getattr(scheduler, "sigmas", None)
-            position = position_of(sigmas if torch.is_tensor(sigmas) else [], given)
-            if position is not None and position < len(listed):
-                return listed[position]
-        return math.nan
-
-    def _close(self, forwards, scheduler, model_output, timestep, sample=None):
-        """A step is complete: label its forwards, compare them with the plan, hand it to
-        `on_step`."""
+        sample = arguments.sample
         rows = len(sample) if torch.is_tensor(sample) else self.R
-        self._count(rows, forwards)
+        self._correct_rows(rows, forwards)
         if self.on_step is None and self.plan is None:
             return
-        doubled = rows == 2 * self.R and torch.equal(
-            *sample.chunk(2)
-        )  # both chunks of the guidance are stepped
-        if rows != self.R and not doubled:
+
+        # some pipelines step both chunks of the guidance, which are equal then
+        is_doubled = rows == 2 * self.R and torch.equal(*sample.chunk(2))
+        if rows != self.R and not is_doubled:
             raise UsageError(
-                f"{rows} rows are sampled, not {self.R}: say how many prompts there are, and images of each"
+                f"{rows} rows are sampled, not {self.R}: say how many prompts there are, and images "
+                "of each"
             )
-        expected = [f.roles for f in forwards]
+
+        planned = [forward.roles for forward in forwards]
         if self.roles is not None:
-            self.roles.label(forwards, model_output, self.R)
-        others = [
-            f for f, planned in zip(forwards, expected) if f.roles != [] and f.roles != planned
-        ]
-        if self.plan is not None and others:
-            raise UsageError(
-                f"the passes of step {self.index} are not those of the first step, so an edit may have met the wrong rows: "
-                "use rows='all', or limit it to earlier steps"
-            )
+            self.roles.label(forwards, arguments.model_output, self.R)
+        if self.plan is not None:
+            self._check_plan(forwards, planned)
         if self.on_step is not None:
-            self.on_step(
-                Step(
-                    self.index,
-                    timestep,
-                    [f for f in forwards if f.roles != []],
-                    scheduler,
-                    self.R,
-                    sample,
+            used = [forward for forward in forwards if forward.roles != []]
+            step = Step(self.index, arguments.timestep, used, scheduler, self.R, sample)
+            self.on_step(step)
+
+    def _check_plan(self, forwards: list[Forward], planned: list[list[str]]) -> None:
+        """Raise UsageError if a forward of a complete step has other roles than were planned."""
+        for forward, roles in zip(forwards, planned):
+            if forward.roles != [] and forward.roles != roles:
+                raise UsageError(
+                    f"the passes of step {self.index} are not those of the first step, so an edit "
+                    "may have met the wrong rows: use rows='all', or limit it to earlier steps"
                 )
-            )
 
-    def _count(self, rows, forwards):
-        """Correct P and R by the rows that are stepped."""
+    def _correct_rows(self, rows: int, forwards: list[Forward]) -> None:
+        """Correct P and R by the number of rows that are stepped.
+
+        A pipeline may ignore the number of images per prompt, or add to it. It has added to it if a
+        forward has several chunks of `rows` rows. For P = R = 2, 4 stepped rows and a forward of 8,
+        R becomes 4; with a forward of 4 rows, two chunks of 2 are stepped and R stays.
+        """
         if self.R is None:
-            self.P = self.R = rows
-        fewer = (
-            rows < self.R and rows % self.P == 0
-        )  # some pipelines ignore the number of images per prompt
-        more = rows > self.R and any(
-            f.rows % rows == 0 and f.rows > rows for f in forwards
-        )  # and some add to it
-        if fewer or more:
+            self.P = rows
             self.R = rows
+        if rows < self.R and rows % self.P == 0:
+            self.R = rows
+        elif rows > self.R:
+            chunked = [f for f in forwards if f.rows > rows and f.rows % rows == 0]
+            if chunked:
+                self.R = rows
 
 
-def values_of_step(signature, *args, **kwargs):
-    """(model output, timestep, sample or None) of a call of a scheduler's `step`: by name, or else
-    by place."""
-    call = signature.bind_partial(*args, **kwargs)
-    given, by_place = {}, []
-    for name, value in call.arguments.items():
-        kind = signature.parameters[name].kind
-        given |= value if kind is inspect.Parameter.VAR_KEYWORD else {name: value}
-        by_place += value if kind is inspect.Parameter.VAR_POSITIONAL else [value]
-    if "timestep" in given and "sample" in given:  # they may stand in another order
-        return given.get("model_output", by_place[1]), given["timestep"], given["sample"]
-    return tuple([*by_place, None][1:4])
-
-
-def position_of(values, value, expected=None):
-    """Index of a number in a list or tensor of numbers: `expected` if it is there, else the first;
-    None without one."""
-    numbers = torch.as_tensor(values).detach().flatten().cpu()
-    if value is None or not len(numbers):
-        return None
-    if isinstance(expected, int) and expected < len(numbers) and numbers[expected] == value:
-        return expected
-    found = (numbers == value).nonzero()
-    return int(found[0]) if len(found) else None
-
-
-def own_position(scheduler):
-    """Where a scheduler says that it is in its list, before it steps; None where it does not
-    say."""
-    for name in ("step_index", "begin_index"):
-        if isinstance(position := getattr(scheduler, name, None), int):
-            return position
-    return None
-
-
-def listed_timesteps(scheduler):
-    """The timesteps that a scheduler lists, as floats; [] where it lists none."""
-    timesteps = getattr(scheduler, "timesteps", None)
-    return torch.as_tensor(timesteps).flatten().tolist() if isinstance(timesteps, Sized) else []
-
-
-def number(time):
-    """A time as a float; None where rows or tokens have times of their own, or it is no number."""
-    values = (
-        torch.as_tensor(time).flatten()
-        if torch.is_tensor(time) or isinstance(time, (int, float))
-        else torch.empty(0)
-    )
-    return float(values[0]) if len(values) and bool((values == values[0]).all()) else None
-
-
-def row_wise(values, sample):
-    """Of (nested) arguments, those with an entry a row: tensors (rows, ...), or lists of as many if
-    the sample is one.
-
-    Also (rows k, T, d) where the sample has k frames: text is repeated for each.
-    """
-    found, rows = [], len(sample)
-    listed, frames = (
-        isinstance(sample, (list, tuple)),
-        sample.shape[1:3] if torch.is_tensor(sample) and sample.ndim == 5 else (),
-    )
-    for value in values:
-        if torch.is_tensor(value):
-            if value.ndim and len(value) == rows:
-                found.append(value)
-            elif value.ndim == 3 and len(value) in [rows * k for k in frames]:
-                found.append(value.unflatten(0, (rows, -1)))
-        elif (
-            listed
-            and isinstance(value, (list, tuple))
-            and len(value) == rows
-            and all(map(torch.is_tensor, value))
-        ):
-            found.append(list(value))
-        elif isinstance(value, (dict, list, tuple)):
-            found += row_wise(value.values() if isinstance(value, dict) else value, sample)
-    return found
-
-
-def prediction(output, forward):
-    """The first tensor of what a denoiser returned, or the first `rows` as one if its sample is a
-    list; None if there is none."""
-    found, rows = tensors(output), forward.rows
-    if (
-        isinstance(forward.sample, (list, tuple))
-        and len(found) >= rows
-        and len({x.shape for x in found[:rows]}) == 1
-    ):
-        return torch.stack(found[:rows]).detach()
-    return found[0].detach() if found and found[0].ndim else None
-
-
-@dataclass
-class Patch:
-    """What takes the place of a class attribute while anybody asks for it."""
-
-    own: Any
-    """What the class itself had, None if it inherits."""
-
-    original: Callable
-    makes: list[Callable]
-    """make(function) -> what calls it: of each that asked, the first one innermost."""
-
-
-PATCHES: dict[tuple[type, str], Patch] = {}
-PATCHING = threading.Lock()
+def watching(denoisers: dict[str, nn.Module]) -> list[Sampling]:
+    """Return the samplings that watch at least one of these denoisers at present."""
+    modules = set(denoisers.values())
+    return [other for other in LIVE if not modules.isdisjoint(other.denoisers.values())]
 
 
 @contextmanager
-def patched(cls, name, make):
-    """Replace the class attribute by `make(original)`, signature kept, and put things back exactly
-    as they were.
+def undisturbed(
+    pipe: Any, schedulers: list[Any], denoisers: dict[str, nn.Module], kwargs: dict
+) -> Iterator[None]:
+    """Undo, when the context ends, all that a generation changes.
 
-    Others may replace it too meanwhile, in other threads as well, and each may end first.
+    These are the random states, the generators in `kwargs`, the attributes of the pipeline and its
+    schedulers, and the attention processors that the pipeline sets. Meanwhile no progress bar is
+    shown, and the samplings that watch the denoisers are paused.
     """
-    key = cls, name
-    with PATCHING:
-        patch = PATCHES.setdefault(key, Patch(vars(cls).get(name), getattr(cls, name), []))
-        patch.makes.append(make)
-        apply_patch(cls, name, patch)
-    try:
-        yield
-    finally:
-        with PATCHING:
-            patch.makes.remove(make)
-            if patch.makes:
-                apply_patch(cls, name, patch)
-            else:
-                del PATCHES[key]
-                if patch.own is not None:
-                    setattr(cls, name, patch.own)
-                else:
-                    delattr(cls, name)
+    processors = attention_processors(denoisers)
+    generator_states = [(generator, generator.get_state()) for generator in generators_of(kwargs)]
+    attributes = [(owner, copied_attributes(owner)) for owner in (pipe, *schedulers)]
+    paused = [(other, other.paused) for other in watching(denoisers)]
 
-
-def apply_patch(cls, name, patch):
-    """Let the class attribute be the original as all who asked want it called."""
-    function = patch.original
-    for make in patch.makes:
-        function = make(function)
-    function.__signature__ = inspect.signature(patch.original)
-    function.__wrapped__ = patch.original
-    setattr(cls, name, function)
-
-
-@contextmanager
-def undisturbed(pipe, schedulers, denoisers, kwargs):
-    """Leave no trace of a generation: random states, the generators in `kwargs`, what the pipeline
-    and its schedulers note of themselves and the attention processors that it sets are put back; no
-    progress bar is shown, no watching sampling sees it.
-    """
-    processors = {
-        m: dict(m.attn_processors)
-        for m in map(unwrap, denoisers.values())
-        if hasattr(m, "set_attn_processor")
-    }
-    generators = [
-        g
-        for v in kwargs.values()
-        for g in (v if isinstance(v, list) else [v])
-        if isinstance(g, torch.Generator)
-    ]
-    states = [g.get_state() for g in generators]
-    notes = [
-        (o, {k: list(v) if isinstance(v, list) else v for k, v in vars(o).items()})
-        for o in (pipe, *schedulers)
-    ]
-    watching = [
-        (s, s.paused) for s in LIVE if not set(s.denoisers.values()).isdisjoint(denoisers.values())
-    ]
     with same_random_numbers(*schedulers):
         try:
-            for other, _ in watching:
+            for other, _ in paused:
                 other.paused = True
-            vars(pipe)["_progress_bar_config"] = vars(pipe).get("_progress_bar_config", {}) | {
-                "disable": True
-            }
+            bar_options = vars(pipe).get("_progress_bar_config", {})
+            vars(pipe)["_progress_bar_config"] = bar_options | {"disable": True}
             yield
         finally:
-            for other, before in watching:
-                other.paused = before
-            for o, before in notes:
-                vars(o).clear()
-                vars(o).update(before)
-            for module, before in processors.items():
-                module.set_attn_processor(before)
-            for g, state in zip(generators, states):
-                g.set_state(state)
+            for other, was_paused in paused:
+                other.paused = was_paused
+            for owner, values in attributes:
+                vars(owner).clear()
+                vars(owner).update(values)
+            for module, values in processors.items():
+                module.set_attn_processor(values)
+            for generator, state in generator_states:
+                generator.set_state(state)
+
+
+def attention_processors(denoisers: dict[str, nn.Module]) -> dict[nn.Module, dict[str, Any]]:
+    """Return {denoiser: {name of an attention: its processor}} for those that let them be set."""
+    processors = {}
+    for denoiser in denoisers.values():
+        module = unwrap(denoiser)
+        if hasattr(module, "set_attn_processor"):
+            processors[module] = dict(module.attn_processors)
+    return processors
+
+
+def generators_of(kwargs: dict) -> list[torch.Generator]:
+    """Return the generators among the arguments of a pipeline, and in lists among them."""
+    generators = []
+    for value in kwargs.values():
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, torch.Generator):
+                generators.append(item)
+    return generators
+
+
+def copied_attributes(owner: Any) -> dict[str, Any]:
+    """Return an object's attributes; lists are copied, since a scheduler appends to its own."""
+    values = {}
+    for name, value in vars(owner).items():
+        values[name] = list(value) if isinstance(value, list) else value
+    return values

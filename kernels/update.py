@@ -232,7 +232,9 @@ class SparseUpdate:
             if self.group is None or self.group.index == 0:
                 tensor.copy_(tensors[name])
             if self.group is not None:
-                self.group.share(tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor)
+                self.group.broadcast(
+                    tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
+                )
         self.calls = int(self.state["step"])
         self.index_dead()
         if self.copy is not None:
@@ -399,7 +401,7 @@ class SparseUpdate:
         of all processes."""
         if self.group is None or not self.sae.takes_batches:
             return self.sae.keep(acts, tokens, plain_topk)
-        whole, here = acts.new_zeros(num_vectors, acts.shape[1]), self.group.part(num_vectors)
+        whole, here = acts.new_zeros(num_vectors, acts.shape[1]), self.group.slice_of(num_vectors)
         whole[here] = acts
         kept, least = self.sae.keep(self.group.sum(whole), tokens, plain_topk)
         return kept[here], least

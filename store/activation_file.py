@@ -1,11 +1,21 @@
-"""What one path holds: an activation file of collect.py, any float `.npy`, or a folder of saved
-rows. No pickle is read."""
+"""What lies at one path of activations: a file of collect.py, any float `.npy`, or saved rows.
+
+    file = open_activation_file("activations/mid_block.npy")
+    file.P, file.S, file.T, file.d       # 128 prompts, 50 steps, 64 tokens, width 1280
+    file.meta["model"]                   # what the .json beside it says
+
+The main definitions are `ActivationFile` and `open_activation_file`; `read_pieces` reads its
+numbers. store/dataset.py joins several files and splits their prompts. "Saved rows" are a folder
+that Hugging Face `datasets` wrote. No pickle is read.
+"""
 
 import hashlib
 import json
 import os
 import re
 import unicodedata
+import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -20,7 +30,11 @@ from store.arrow import is_arrow, open_arrow
 from store.disk import checksum, fill, read_json, seen_from
 
 PIECES = 32  # that a file without prompts is cut into
-INVISIBLE = re.compile(r"[\s\u200b-\u200d\u2060\ufeff]+")
+SIDE_FILES = (".tokens.npy", ".timesteps.npy", ".lengths.npy")  # that collect.py writes beside one
+WHOLE_FILE = 1 << 24  # bytes; of a longer file `contents_checksum` reads some blocks
+CHECKED_BLOCKS = 64
+CHECKED_BLOCK_BYTES = 1 << 12
+INVISIBLE = re.compile(r"[\s\u200b-\u200d\u2060\ufeff]+")  # white space, also of no width
 COLLECTED_WITH = (
     *("variant", "revision", "pipeline", "pipeline_kwargs", "images", "seed"),
     *("cache_every_n_timesteps", "tokens_per_step", "model_dtype", "fingerprints"),
@@ -33,116 +47,94 @@ class StoredRows(NamedTuple):
     """Rows of equal width that lie one after another in a file."""
 
     path: str
-    offset: int  # of the first row, in bytes
-    num_rows: int
-    width: int  # numbers in a row
-    dtype: np.dtype
-    tokens: int = 1  # rows of one (prompt, step)
-    first: int = 0  # rows of the same array that come before these, in other files
-    stamp: tuple[int, ...] | None = (
-        None  # of the file when it was opened, see `file_stamp`; None: not looked at
-    )
 
-    def check_stamp(self, fd: int) -> None:
-        """Raise UsageError where the file, opened again, is another than when its header was
-        read."""
-        if self.stamp is not None and file_stamp(os.fstat(fd)) != self.stamp:
-            raise UsageError(
-                f"{self.path} was replaced or changed while it was in use; start again"
-            )
+    offset: int
+    """Of the first row, in bytes."""
+
+    num_rows: int
+
+    width: int
+    """Numbers in a row."""
+
+    dtype: np.dtype
+
+    tokens: int = 1
+    """Rows of one (prompt, step)."""
+
+    first: int = 0
+    """Rows of the same array that come before these, in other files."""
+
+    stamp: tuple[int, ...] | None = None
+    """`file_stamp` of the file when it was opened; None if it was not looked at."""
 
     @property
     def row_bytes(self) -> int:
         return self.width * self.dtype.itemsize
 
+    def check_stamp(self, fd: int) -> None:
+        """Raise UsageError if the file, opened again as `fd`, was exchanged or changed since."""
+        if self.stamp is not None and file_stamp(os.fstat(fd)) != self.stamp:
+            raise UsageError(
+                f"{self.path} was replaced or changed while it was in use; start again"
+            )
+
 
 def file_stamp(status: os.stat_result) -> tuple[int, ...]:
-    """What tells a file from one that took its place: which it is, how long, and when it was
-    written."""
+    """Return what tells a file from another one at its path: which it is, its size and its time."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
-class NpyHeader(NamedTuple):
-    """What a `.npy` file says of its array."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    offset: int  # of the first number, in bytes
-    c_order: bool
-
-
-def read_header(path: str | Path) -> NpyHeader:
-    """The NpyHeader of a file. Raises OSError where it can't be read, ValueError where it is
-    damaged, shorter than it says, or holds objects.
-    """
-    try:
-        array = np.lib.format.open_memmap(
-            path, mode="r"
-        )  # checks all that, never unpickles, and reads only the header
-    except OSError:
-        raise
-    except Exception as error:  # a damaged header can fail in any way
-        raise ValueError(str(error)) from None
-    return NpyHeader(
-        array.shape, array.dtype, getattr(array, "offset", 0), array.flags.c_contiguous
-    )
-
-
-def read_pieces(files: list[StoredRows], pieces: np.ndarray) -> np.ndarray:
-    """Copy rows of files of one width and dtype into a new array (n, width).
-
-    pieces (many, 3): number of the file, first row, end row. Raises UsageError where a file has
-    become shorter, OSError where one can't be read.
-    """
-    counts = pieces[:, 2] - pieces[:, 1]
-    out = np.empty((int(counts.sum()), files[0].width), files[0].dtype)
-    memory = memoryview(out.reshape(-1).view(np.uint8))
-    at = 0
-    for number, group in groupby(pieces.tolist(), key=lambda piece: piece[0]):
-        file = files[number]
-        fd = os.open(file.path, os.O_RDONLY)
-        try:
-            file.check_stamp(fd)
-            for _, first, end in group:
-                num_bytes = (end - first) * file.row_bytes
-                fill(
-                    fd, memory[at : at + num_bytes], file.offset + first * file.row_bytes, file.path
-                )
-                at += num_bytes
-        finally:
-            os.close(fd)
-    return out
 
 
 @dataclass(frozen=True)
 class ActivationFile:
-    """One opened path, seen as (P, S, T, d): prompts (one per image), steps, tokens and the width
-    of a vector.
+    """One opened path, seen as (P, S, T, d): prompts, steps, tokens and the width of a vector.
 
-    A file of vectors alone counts as one prompt and one step.
+    An entry of the first axis is one image; a prompt with several images has several. A file of
+    vectors alone, (vectors, d), counts as one prompt and one step.
     """
 
     path: Path
-    meta: dict  # what collect.py says of the file; {} for files of other programs
+
+    meta: dict
+    """The description that collect.py wrote; {} for files of other programs."""
+
     shape: tuple[int, ...]
-    files: list[StoredRows]  # one for an .npy file, one or more for a folder of saved rows
-    timesteps: list[float]  # the scheduler's value at each step; [] where the file does not say
+
+    files: list[StoredRows]
+    """One for a .npy file, one or more for a folder of saved rows."""
+
+    timesteps: list[float]
+    """The scheduler's value at each step; [] if the file does not say it."""
+
     hook_name: str
-    units: np.ndarray  # (n, 3): number in `files`, first row, end row; the rows of a unit show one prompt, and none is padding
-    prompts: list  # (n,): which prompt each unit shows; units of the same value show the same
-    whole_prompts: bool  # False where there are none, a single one, or unknown ones; then `prompts` numbers pieces or rows
-    prompt_rows: list[dict] | None = None  # (P,): the lines of prompts.jsonl
-    lengths: np.ndarray | None = (
-        None  # (P,): how many tokens are no padding; None where the file holds no text tokens
-    )
+
+    units: np.ndarray
+    """(n, 3): index in `files`, first row, end row. The rows of a unit show one prompt, and none is
+    padding."""
+
+    prompts: list
+    """(n,): which prompt each unit shows; units of the same value show the same one."""
+
+    whole_prompts: bool
+    """False if there are no prompts, only one, or unknown ones. Then `prompts` numbers pieces or
+    rows."""
+
+    prompt_rows: list[dict] | None = None
+    """(P,): the lines of prompts.jsonl."""
+
+    lengths: np.ndarray | None = None
+    """(P,): how many tokens are no padding; None if the file does not hold text tokens."""
 
     @property
     def P(self) -> int:
-        return 1 if len(self.shape) == 2 else self.shape[0]
+        if len(self.shape) == 2:
+            return 1
+        return self.shape[0]
 
     @property
     def S(self) -> int:
-        return self.shape[1] if len(self.shape) > 3 else 1
+        if len(self.shape) <= 3:
+            return 1
+        return self.shape[1]
 
     @property
     def T(self) -> int:
@@ -152,12 +144,20 @@ class ActivationFile:
     def d(self) -> int:
         return self.shape[-1]
 
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """([frames,] height, width) on which the tokens lie; (T,) if no such grid is known."""
+        grid = tuple(self.meta.get("grid") or ())
+        if self.tokens_kept is None and prod(grid) != self.T:
+            return (self.T,)
+        return grid
+
     @cached_property
     def tokens_kept(self) -> StoredRows | None:
-        """Which token of the grid each one is, a row (S * T,) for each of P; None where all were
-        kept: see `read_tokens_kept`.
+        """Where it lies which tokens of the grid were stored (see `read_tokens_kept`): one row (S *
+        T,) per image. None if all were stored.
 
-        Raises UsageError for a file that is damaged, or of another collection.
+        Raises UsageError for a file that is damaged, or belongs to another collection.
         """
         path = self.path.with_suffix(".tokens.npy")
         if not path.exists():
@@ -165,176 +165,71 @@ class ActivationFile:
         header = read_side_header(path, (self.P, self.S, self.T))
         return StoredRows(str(path), header.offset, self.P, self.S * self.T, header.dtype)
 
-    def read_tokens_kept(self, row: int) -> np.ndarray:
-        """int64 (S, T): which tokens of the grid image `row` has. Raises UsageError for numbers
-        that are not on the grid."""
-        kept = read_pieces([self.tokens_kept], np.array([[0, row, row + 1]])).reshape(
-            self.S, self.T
-        )
-        if kept.min() < 0 or kept.max() >= prod(self.grid):
+    def read_tokens_kept(self, image: int) -> np.ndarray:
+        """Return which token of the grid each stored token of an image is: int64 (S, T).
+
+        On a grid (8, 8), token 10 lies at row 1 and column 2. Raises UsageError for numbers that
+        are not on the grid.
+        """
+        numbers = read_pieces([self.tokens_kept], np.array([[0, image, image + 1]]))
+        if numbers.min() < 0 or numbers.max() >= prod(self.grid):
             raise UsageError(
-                f"{self.tokens_kept.path} is damaged: row {row} names a token outside of the grid {self.grid}"
+                f"{self.tokens_kept.path} is damaged: row {image} names a token "
+                f"outside of the grid {self.grid}"
             )
-        return kept.astype(np.int64)
-
-    @property
-    def grid(self) -> tuple[int, ...]:
-        """([frames,] height, width) on which the tokens lie; (T,) where no such grid is known."""
-        grid = tuple(self.meta.get("grid") or ())
-        if self.tokens_kept is None and prod(grid) != self.T:
-            return (self.T,)
-        return grid
+        return numbers.reshape(self.S, self.T).astype(np.int64)
 
 
-def read_description(path):
-    """The `.json` that collect.py wrote beside an activation file, {} where it wrote none. Raises
-    UsageError if it is damaged."""
-    path = Path(path)
-    record = path.with_suffix(".json")
-    if path.suffix != ".npy" or not record.exists():
-        return {}
-    meta = read_json(record)
-    if "checksum" not in meta and not {"format", "hook_name"} <= meta.keys():
-        return {}  # somebody else's
-    if meta.get("checksum") != checksum(meta):
-        raise UsageError(
-            f"{record} was changed after it was written (its checksum differs); collect again or remove it"
-        )
-    if meta.get("model_folder") is not None:
-        meta["model_folder"] = seen_from(record.parent, meta["model_folder"])
-    return meta
+def read_pieces(files: list[StoredRows], pieces: np.ndarray) -> np.ndarray:
+    """Copy rows of files of one width and dtype into a new array (n, width).
 
-
-def refuse_unfinished(path):
-    """Raise UsageError where a path names a file of a collection that was stopped, and the finished
-    file is not there."""
-    path = Path(path)
-    partial = path if path.suffix == ".partial" else Path(f"{path}.partial")
-    if partial.exists() and not (path.exists() and path != partial):
-        raise UsageError(
-            f"{partial} is not finished: the same collect.py command resumes it, "
-            "and with a smaller --max_num_examples finishes it at that length"
-        )
-
-
-def open_file(path) -> tuple[NpyHeader, dict]:
-    """What one activation file holds: an array (..., d) in C order, and its description ({} for a
-    plain `.npy`).
-
-    Raises UsageError for anything but floats of at least two axes, or bfloat16 bits that the
-    description says are such.
+    pieces (many, 3): index in `files`, first row, end row. Raises UsageError if a file has become
+    shorter or was exchanged, OSError if it can't be read.
     """
-    path = Path(path)
-    refuse_unfinished(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    if path.suffix != ".npy":
-        raise UsageError(f"{path} is no .npy file")
-    meta = read_description(path)
-    try:
-        header = read_header(path)
-    except ValueError as error:
-        raise UsageError(f"{path} is not a complete .npy file of numbers ({error})") from None
-    shape, dtype = header.shape, header.dtype
-    bfloat16 = dtype == np.uint16 and meta.get("dtype") == "bfloat16"
-    if not bfloat16 and dtype not in (np.float16, np.float32, np.float64):
-        raise UsageError(
-            f"{path} holds {dtype}, expected float16, 32 or 64 (or bfloat16 with its .json)"
-        )
-    if len(shape) < 2 or not header.c_order:
-        raise UsageError(
-            f"{path} has shape {shape}, expected (prompts, ..., d) or (vectors, d) in C order"
-        )
-    if not prod(shape):
-        raise UsageError(f"{path} is empty: shape {shape}")
-    if list(meta.get("shape", shape)) != list(shape):
-        raise UsageError(f"{path} has shape {list(shape)}, but its .json says {meta['shape']}")
-    return header, meta
-
-
-def read_prompts(path, count=None):
-    """The rows of prompts.jsonl beside an activation file, one per image. Raises UsageError where
-    it is not there, or damaged.
-
-    count: how many images the file holds (None: it is opened to see).
-    """
-    listing = Path(path).with_name("prompts.jsonl")
-    if not listing.exists():
-        raise UsageError(
-            f"{listing} is not there, so it is not known which prompts the activations are of"
-        )
-    lines = listing.read_bytes().removesuffix(b"\n").split(b"\n")
-    try:
-        rows = [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise UsageError(f"{listing} is damaged: {error}") from None
-    if count is None:
-        count = open_file(path)[0].shape[0]
-    if len(rows) < count or not all(isinstance(row, dict) and "prompt" in row for row in rows):
-        raise UsageError(f"{listing} does not say the prompts of {path}, one a line")
-    recorded = read_description(path).get("prompts_digest")  # earlier versions wrote none
-    if recorded not in (None, listing_digest(lines[:count])):
-        raise UsageError(
-            f"{listing} was changed after the activations were collected; put the old one back, or collect again"
-        )
+    num_rows = int((pieces[:, 2] - pieces[:, 1]).sum())
+    rows = np.empty((num_rows, files[0].width), files[0].dtype)
+    memory = memoryview(rows.reshape(-1).view(np.uint8))
+    done = 0  # bytes
+    for number, pieces_of_file in groupby(pieces.tolist(), key=lambda piece: piece[0]):
+        file = files[number]
+        fd = os.open(file.path, os.O_RDONLY)
+        try:
+            file.check_stamp(fd)
+            for _, first, end in pieces_of_file:
+                num_bytes = (end - first) * file.row_bytes
+                offset = file.offset + first * file.row_bytes
+                fill(fd, memory[done : done + num_bytes], offset, file.path)
+                done += num_bytes
+        finally:
+            os.close(fd)
     return rows
 
 
-def read_side_header(path, shape):
-    """The header of a file of whole numbers that collect.py wrote beside an activation file. Raises
-    UsageError for another."""
-    try:
-        header = read_header(path)
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"{path} is missing or damaged ({error}); move its folder away and collect again"
-        ) from None
-    if header.shape != shape:
-        raise UsageError(
-            f"{path} is of another collection: it has shape {header.shape}, expected {shape}"
-        )
-    if header.dtype.kind not in "iu" or not header.c_order:
-        raise UsageError(
-            f"{path} holds {header.dtype}, expected whole numbers; move its folder away and collect again"
-        )
-    return header
+# ---- opening
 
 
-def read_lengths(path, shape):
-    """How many tokens of each prompt are no padding, (prompts,), of a file of text tokens (prompts,
-    steps, tokens, d)."""
-    path = Path(path).with_suffix(".lengths.npy")
-    header = read_side_header(path, shape[:1])
-    rows = StoredRows(str(path), header.offset, shape[0], 1, header.dtype)
-    lengths = read_pieces([rows], np.array([[0, 0, shape[0]]]))[:, 0]
-    if lengths.min() < 0 or lengths.max() > shape[2]:
-        raise UsageError(
-            f"{path} is damaged: a prompt of {lengths.max()} tokens in a file of {shape[2]}; collect again"
-        )
-    return lengths.astype(np.int64)
+def open_activation_file(path: str | Path) -> ActivationFile:
+    """Open a `.npy` file or a folder of saved rows.
 
-
-def open_activation_file(path):
-    """Open a `.npy` file or a folder of saved rows. Raises UsageError where it can't be read,
-    OSError where it is missing."""
+    Raises UsageError if it can't be used, or if its side files or its prompts.jsonl are damaged or
+    exchanged; OSError if it is missing.
+    """
     if is_arrow(path):
         return open_saved_rows(path)
     path = Path(path)
     header, meta = open_file(path)
     shape = header.shape
-    prompt_rows, lengths = None, None
+    prompt_rows = None
     if meta and len(shape) > 2:
-        prompt_rows = read_prompts(path, shape[0])[
-            : shape[0]
-        ]  # the listing of a collection that grows is ahead of it
-    if meta.get("stream") == "text":
-        lengths = read_lengths(path, shape)
+        # the listing of a collection that is being extended is ahead of the file
+        prompt_rows = read_prompts(path, shape[0])[: shape[0]]
+    lengths = read_lengths(path, shape) if meta.get("stream") == "text" else None
+
     images = image_prompts(path, shape, meta, prompt_rows)
     whole_prompts = len(set(images)) > 1
     first, end, prompts = cut_units(shape, images if whole_prompts else None, lengths)
     if not whole_prompts:
         prompts = [(str(path), piece) for piece in prompts]
-    stamp = file_stamp(os.stat(path))
     rows = StoredRows(
         str(path),
         header.offset,
@@ -342,7 +237,7 @@ def open_activation_file(path):
         shape[-1],
         header.dtype,
         tokens=shape[-2],
-        stamp=stamp,
+        stamp=file_stamp(os.stat(path)),
     )
     return ActivationFile(
         path=path,
@@ -359,116 +254,331 @@ def open_activation_file(path):
     )
 
 
-def known_timesteps(shape, meta):
-    """The scheduler's timestep of each step of a file (prompts, steps, tokens, d), [] where its
-    description does not say."""
-    times = meta.get("timesteps") or []
-    return [float(t) for t in times] if len(shape) == 4 and len(times) == shape[1] else []
+class NpyHeader(NamedTuple):
+    """What a `.npy` file says about its array."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    offset: int
+    """Of the first number, in bytes."""
+
+    c_order: bool
 
 
-def image_prompts(path, shape, meta, prompt_rows):
-    """Which prompt each image of a file shows: its `prompt_key` where these are known and differ,
-    else a number of this file."""
+def read_header(path: str | Path) -> NpyHeader:
+    """Read what a `.npy` file says about its array.
+
+    Raises OSError if it can't be read, ValueError if it is damaged, shorter than it says, or holds
+    objects.
+    """
+    try:
+        # checks all that, never unpickles, and reads only the header
+        array = np.lib.format.open_memmap(path, mode="r")
+    except OSError:
+        raise
+    except Exception as error:  # a damaged header can fail in any way
+        raise ValueError(str(error)) from None
+    offset = getattr(array, "offset", 0)
+    return NpyHeader(array.shape, array.dtype, offset, array.flags.c_contiguous)
+
+
+def open_file(path: str | Path) -> tuple[NpyHeader, dict]:
+    """Check one activation file; return its header and its description ({} for a plain `.npy`).
+
+    Raises FileNotFoundError, and UsageError for anything but floats (..., d) in C order of at least
+    two axes (or bfloat16 as uint16, if the description says so), and for a file that is not the one
+    that its description is about.
+    """
+    path = Path(path)
+    refuse_unfinished(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    if path.suffix != ".npy":
+        raise UsageError(f"{path} is no .npy file")
+    meta = read_description(path)
+    if not meta:
+        refuse_lone_lengths(path)
+    try:
+        header = read_header(path)
+    except ValueError as error:
+        raise UsageError(f"{path} is not a complete .npy file of numbers ({error})") from None
+    check_array(path, header, meta)
+    check_contents(path, meta)
+    return header, meta
+
+
+def check_array(path: Path, header: NpyHeader, meta: dict) -> None:
+    """Raise UsageError unless an array is one of activations, as its description says."""
+    shape = header.shape
+    dtype = header.dtype
+    is_bfloat16 = dtype == np.uint16 and meta.get("dtype") == "bfloat16"
+    if not is_bfloat16 and dtype not in (np.float16, np.float32, np.float64):
+        raise UsageError(
+            f"{path} holds {dtype}, expected float16, 32 or 64 (or bfloat16 with its .json)"
+        )
+    if len(shape) < 2 or not header.c_order:
+        raise UsageError(
+            f"{path} has shape {shape}, expected (prompts, ..., d) or (vectors, d) in C order"
+        )
+    if not prod(shape):
+        raise UsageError(f"{path} is empty: shape {shape}")
+    if list(meta.get("shape", shape)) != list(shape):
+        raise UsageError(f"{path} has shape {list(shape)}, but its .json says {meta['shape']}")
+
+
+def refuse_unfinished(path: str | Path) -> None:
+    """Raise UsageError if a path names a file of a stopped collection that has no finished one."""
+    path = Path(path)
+    partial = path if path.suffix == ".partial" else Path(f"{path}.partial")
+    is_finished = path != partial and path.exists()
+    if partial.exists() and not is_finished:
+        raise UsageError(
+            f"{partial} is not finished: the same collect.py command resumes it, "
+            "and with a smaller --max_num_examples finishes it at that length"
+        )
+
+
+def refuse_lone_lengths(path: Path) -> None:
+    """Raise UsageError if a file without a description has lengths beside it.
+
+    Its padding would count as vectors.
+    """
+    lengths = path.with_suffix(".lengths.npy")
+    if lengths.exists():
+        raise UsageError(
+            f"{path} lies beside {lengths.name}, which says which of its tokens are padding, but "
+            f"{path.with_suffix('.json')} that describes both is not there; put it back, or move "
+            f"{lengths.name} away to use the padding too"
+        )
+
+
+def read_description(path: str | Path) -> dict:
+    """Read the `.json` that collect.py wrote beside an activation file; {} if it wrote none.
+
+    Raises UsageError if the description is damaged.
+    """
+    path = Path(path)
+    record = path.with_suffix(".json")
+    if path.suffix != ".npy" or not record.exists():
+        return {}
+    meta = read_json(record)
+    if "checksum" not in meta and not {"format", "hook_name"} <= meta.keys():
+        return {}  # another program's file
+    if meta.get("checksum") != checksum(meta):
+        raise UsageError(
+            f"{record} was changed after it was written (its checksum differs); "
+            "collect again or remove it"
+        )
+    if meta.get("model_folder") is not None:
+        meta["model_folder"] = seen_from(record.parent, meta["model_folder"])
+    return meta
+
+
+def contents_checksum(path: str | Path) -> int:
+    """Return a CRC-32 that another file of the same size does not have, but for rare accidents.
+
+    A file of up to 16 MiB is read whole. Of a longer one, 64 evenly spaced blocks of 4 KiB are
+    read, the first and the last bytes among them, so that 100 GB take milliseconds: a file that was
+    exchanged is noticed, a single changed number between two blocks is not. Raises OSError if the
+    file can't be read.
+    """
+    crc = 0
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        size = os.fstat(fd).st_size
+        block_bytes = size
+        starts = [0]
+        if size > WHOLE_FILE:
+            block_bytes = CHECKED_BLOCK_BYTES
+            last = size - block_bytes
+            starts = [last * block // (CHECKED_BLOCKS - 1) for block in range(CHECKED_BLOCKS)]
+        for start in starts:
+            block = bytearray(block_bytes)
+            fill(fd, memoryview(block), start, path)
+            crc = zlib.crc32(block, crc)
+    finally:
+        os.close(fd)
+    return crc
+
+
+def contents_checksums(path: str | Path) -> dict[str, int]:
+    """Return {end of the name: `contents_checksum`} of an activation file and its side files, such
+    as {".npy": 123, ".lengths.npy": 456}. Its description holds this as "contents".
+    """
+    checksums = {}
+    for suffix in (".npy", *SIDE_FILES):
+        file = Path(path).with_suffix(suffix)
+        if file.exists():
+            checksums[suffix] = contents_checksum(file)
+    return checksums
+
+
+def check_contents(path: str | Path, meta: dict) -> None:
+    """Raise UsageError if an activation file or a side file is not the one that `meta` describes.
+
+    meta: its description. Earlier versions wrote no "contents", so nothing is checked then. A side
+    file that is missing is reported by the stage that needs it.
+    """
+    expected = meta.get("contents")
+    if expected is None:
+        return
+    path = Path(path)
+    for suffix, crc in contents_checksums(path).items():
+        if expected.get(suffix) != crc:
+            raise UsageError(
+                f"{path.with_suffix(suffix)} is not the file that {path.with_suffix('.json')} "
+                "describes: it was exchanged or changed after it was collected; put the old one "
+                "back, or move the folder away and collect again"
+            )
+
+
+def read_prompts(path: str | Path, count: int | None = None) -> list[dict]:
+    """Read the lines of prompts.jsonl beside an activation file, one per image.
+
+    count: how many images the file holds; None: it is opened to see. Raises UsageError if the
+    listing is missing, damaged or too short, or is not the one that the file was collected with. It
+    may have more lines than the file has images.
+    """
+    listing = Path(path).with_name("prompts.jsonl")
+    if not listing.exists():
+        raise UsageError(
+            f"{listing} is not there, so it is not known which prompts the activations are of"
+        )
+    lines = listing.read_bytes().removesuffix(b"\n").split(b"\n")
+    try:
+        rows = [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise UsageError(f"{listing} is damaged: {error}") from None
+    if count is None:
+        count = open_file(path)[0].shape[0]
+    have_prompts = all(isinstance(row, dict) and "prompt" in row for row in rows)
+    if len(rows) < count or not have_prompts:
+        raise UsageError(f"{listing} does not say the prompts of {path}, one a line")
+    recorded = read_description(path).get("prompts_digest")  # earlier versions wrote none
+    if recorded not in (None, listing_digest(lines[:count])):
+        raise UsageError(
+            f"{listing} was changed after the activations were collected; "
+            "put the old one back, or collect again"
+        )
+    return rows
+
+
+def listing_digest(lines: Iterable[bytes]) -> str:
+    """Return 16 hex digits of the first lines of prompts.jsonl, which a description holds."""
+    return hashlib.sha256(b"\n".join(lines)).hexdigest()[:16]
+
+
+def read_side_header(path: Path, shape: tuple[int, ...]) -> NpyHeader:
+    """Read the header of a file of whole numbers that collect.py wrote beside an activation file.
+
+    Raises UsageError if it is missing, damaged or of another shape.
+    """
+    try:
+        header = read_header(path)
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{path} is missing or damaged ({error}); move its folder away and collect again"
+        ) from None
+    if header.shape != shape:
+        raise UsageError(
+            f"{path} is of another collection: it has shape {header.shape}, expected {shape}"
+        )
+    if header.dtype.kind not in "iu" or not header.c_order:
+        raise UsageError(
+            f"{path} holds {header.dtype}, expected whole numbers; "
+            "move its folder away and collect again"
+        )
+    return header
+
+
+def read_lengths(path: str | Path, shape: tuple[int, ...]) -> np.ndarray:
+    """Read how many tokens of each prompt are no padding: int64 (prompts,).
+
+    path: the activation file of text tokens, of shape (prompts, steps, tokens, d). Raises
+    UsageError if the lengths are missing or damaged.
+    """
+    path = Path(path).with_suffix(".lengths.npy")
+    num_prompts = shape[0]
+    header = read_side_header(path, (num_prompts,))
+    rows = StoredRows(str(path), header.offset, num_prompts, 1, header.dtype)
+    lengths = read_pieces([rows], np.array([[0, 0, num_prompts]]))[:, 0]
+    if lengths.min() < 0 or lengths.max() > shape[2]:
+        raise UsageError(
+            f"{path} is damaged: a prompt of {lengths.max()} tokens in a file of {shape[2]}; "
+            "collect again"
+        )
+    return lengths.astype(np.int64)
+
+
+def known_timesteps(shape: tuple[int, ...], meta: dict) -> list[float]:
+    """Return the scheduler's value at each step of a file (prompts, steps, tokens, d).
+
+    [] if the description does not say it, or says it for another number of steps.
+    """
+    timesteps = meta.get("timesteps") or []
+    if len(shape) != 4 or len(timesteps) != shape[1]:
+        return []
+    return [float(timestep) for timestep in timesteps]
+
+
+# ---- prompts and units
+
+
+def image_prompts(
+    path: Path, shape: tuple[int, ...], meta: dict, prompt_rows: list[dict] | None
+) -> list:
+    """Return which prompt each image of a file shows.
+
+    It is the image's `prompt_key` if the prompts are known and differ, else (path, number): with
+    two images per prompt, the images 0 to 3 have the numbers 0 0 1 1. [] for a file of two axes.
+    """
     if len(shape) == 2:
         return []
     keys = [prompt_key(row) for row in prompt_rows or []]
     if len(set(keys)) > 1:
         return keys
-    images_each = int(meta.get("num_images_per_prompt", 1))
-    return [(str(path), row // images_each) for row in range(shape[0])]
+    images_per_prompt = int(meta.get("num_images_per_prompt", 1))
+    return [(str(path), row // images_per_prompt) for row in range(shape[0])]
 
 
-def cut_units(shape, images, lengths):
-    """Units of an array (prompts, ..., d) whose rows are vectors: first rows (n,), end rows (n,),
-    and what each shows (n,).
+def cut_units(
+    shape: tuple[int, ...], images: list | None, lengths: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, list]:
+    """Cut an array (prompts, ..., d), whose rows are vectors, into units that show one prompt each.
 
-    images: which prompt each of the array's images shows; None cuts contiguous pieces and numbers
-    them. lengths: of text tokens, of which each (prompt, step) is a unit without its padding.
+    images: which prompt each image shows; each image is one unit. None: the array is cut into 32
+    contiguous units, which are numbered. lengths: of text tokens; each (prompt, step) is a unit
+    without its padding. Returns the units' first rows (n,), end rows (n,), and what each shows
+    (n,). For shape (2, 3, 4, d) and images "a", "b" it gives [0, 12], [12, 24] and ["a", "b"].
     """
     num_vectors = prod(shape[:-1])
-    if lengths is not None:
-        steps, tokens = shape[1:3]
-        first = np.arange(len(lengths) * steps) * tokens
-        end = first + lengths.repeat(steps)
+    if lengths is None:
+        shows = images
         if images is None:
-            return first, end, (np.arange(len(first)) * PIECES // len(first)).tolist()
-        return first, end, [image for image in images for _ in range(steps)]
-    shows = list(range(min(PIECES, num_vectors))) if images is None else images
-    cuts = np.arange(len(shows) + 1) * num_vectors // len(shows)
-    return cuts[:-1], cuts[1:], shows
+            shows = list(range(min(PIECES, num_vectors)))
+        cuts = np.arange(len(shows) + 1) * num_vectors // len(shows)
+        return cuts[:-1], cuts[1:], shows
 
-
-def open_saved_rows(folder):
-    """Open a folder of saved rows. Those that show one image are found by their file names, or by
-    the order of their timesteps.
-
-    Where neither tells, each row is held out or trained on alone, and `whole_prompts` is False.
-    """
-    arrays, columns = open_arrow(folder)
-    counts = np.array([len(array) for *_, array in arrays])
-    _, tokens, d = arrays[0][2].shape
-    times, timesteps = columns.get("timestep") or [], []
-    period = (
-        times.index(times[0], 1) if times and times[0] in times[1:] else 0
-    )  # else each has a timestep of its own
-    images = None
-    if period and times == times[:period] * (len(times) // period):
-        timesteps = [float(t) for t in times[:period]]
-        images = [row // period for row in range(len(times))]
-    elif period:
-        images = images_by_step(np.array(times))
-    prompts = columns.get("file_name") or [(str(folder), image) for image in images or ()]
-    whole_prompts = len(set(prompts)) > 1
-    if not whole_prompts:
-        prompts = [(str(folder), row) for row in range(counts.sum())]
-    files = []
-    for (path, offset, array), before in zip(arrays, (np.cumsum(counts) - counts).tolist()):
-        files.append(
-            StoredRows(
-                path, offset, len(array) * tokens, d, array.dtype, tokens, first=before * tokens
-            )
-        )
-    first = np.concatenate([np.arange(count) for count in counts]) * tokens
-    units = np.stack([np.arange(len(counts)).repeat(counts), first, first + tokens], 1)
-    shape, hook_name = (len(first), tokens, d), Path(folder).resolve().name
-    return ActivationFile(
-        Path(folder), {}, shape, files, timesteps, hook_name, units, prompts, whole_prompts
-    )
-
-
-def images_by_step(times):
-    """Which image each row shows where a batch of images was saved step after step, and batch after
-    batch: a list.
-
-    times (n,): 900 900 500 500, 900 500 -> 0 1 0 1, 2 2. None for rows in another order.
-    """
-    begins = np.flatnonzero(np.append(True, times[1:] != times[:-1]))
-    counts, values = np.diff(np.append(begins, len(times))), times[begins]
-    again = np.flatnonzero(values[1:] == values[0])
-    num_steps = int(again[0]) + 1 if len(again) else len(values)
-    if len(values) % num_steps:
-        return None
-    values, counts = values.reshape(-1, num_steps), counts.reshape(-1, num_steps)
-    if (
-        len(set(values[0].tolist())) < num_steps
-        or (values != values[0]).any()
-        or (counts != counts[:, :1]).any()
-    ):
-        return None
-    images, first = [], 0
-    for count in counts[:, 0].tolist():
-        images += list(range(first, first + count)) * num_steps
-        first += count
-    return images
+    steps, tokens = shape[1:3]
+    num_units = len(lengths) * steps
+    first = np.arange(num_units) * tokens
+    end = first + lengths.repeat(steps)
+    if images is None:
+        return first, end, (np.arange(num_units) * PIECES // num_units).tolist()
+    shows = []
+    for image in images:
+        shows += [image] * steps
+    return first, end, shows
 
 
 def prompt_key(row: dict) -> str:
-    """What tells one prompt from another as the model sees it, of a row of prompts.jsonl.
+    """Return what tells one prompt from another, as the model sees it.
 
-    Text encoders cut long prompts (the row then says what was `seen`), and some drop case, white
-    space or the form of an accent. Prompts that differ in these alone count as one for every model:
-    at worst one more is kept from training. A row without a text is known by the name of its real
-    image, or else by its seed.
+    row: a line of prompts.jsonl. Text encoders cut long prompts (the row then says what was
+    `seen`), and some drop case, white space or the form of an accent. Prompts that differ in these
+    alone count as one for every model: at worst one more prompt is kept from training. For "A  Cat"
+    it gives "text acat". A row without a text is known by its real image, or else by its seed.
     """
     text = row.get("seen", row.get("prompt"))
     if isinstance(text, str) and text.strip():
@@ -482,50 +592,148 @@ def prompt_key(row: dict) -> str:
 
 
 def hash_key(key: str) -> str:
-    """16 hex digits of a prompt's key: an SAE's folder tells which prompts it has seen, and not
-    what they say."""
+    """Return 16 hex digits of a prompt's key.
+
+    An SAE's folder holds them: they tell which prompts it has seen, but not what the prompts say.
+    """
     return hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
-def listing_digest(lines: list[bytes]) -> str:
-    """A digest of the first lines of prompts.jsonl, as the description of an activation file holds
-    it."""
-    return hashlib.sha256(b"\n".join(lines)).hexdigest()[:16]
+# ---- saved rows
+
+
+def open_saved_rows(folder: str | Path) -> ActivationFile:
+    """Open a folder of saved rows: each holds the vectors (tokens, d) of one image and step.
+
+    Which rows show one image is told by their column `file_name`, or else by the order of their
+    timesteps. If neither tells it, `whole_prompts` is False, and each row is trained on or held out
+    by itself.
+    """
+    arrays, columns = open_arrow(folder)
+    files = []
+    rows_before = 0
+    for path, offset, array in arrays:
+        num_samples, tokens, d = array.shape
+        num_rows = num_samples * tokens
+        files.append(StoredRows(path, offset, num_rows, d, array.dtype, tokens, rows_before))
+        rows_before += num_rows
+    units = units_of_samples(files)
+
+    timesteps, images = images_of_rows(columns.get("timestep") or [])
+    prompts = columns.get("file_name")
+    if not prompts:
+        prompts = [(str(folder), image) for image in images or ()]
+    whole_prompts = len(set(prompts)) > 1
+    if not whole_prompts:
+        prompts = [(str(folder), row) for row in range(len(units))]
+    return ActivationFile(
+        path=Path(folder),
+        meta={},
+        shape=(len(units), files[0].tokens, files[0].width),
+        files=files,
+        timesteps=timesteps,
+        hook_name=Path(folder).resolve().name,
+        units=units,
+        prompts=prompts,
+        whole_prompts=whole_prompts,
+    )
+
+
+def units_of_samples(files: list[StoredRows]) -> np.ndarray:
+    """Return one unit per image and step: (n, 3), index in `files`, first row, end row.
+
+    For one file of 6 rows, 2 per sample, it gives [[0, 0, 2], [0, 2, 4], [0, 4, 6]].
+    """
+    units = []
+    for number, file in enumerate(files):
+        first = np.arange(0, file.num_rows, file.tokens)
+        units.append(np.stack([np.full_like(first, number), first, first + file.tokens], 1))
+    return np.concatenate(units)
+
+
+def images_of_rows(times: list) -> tuple[list[float], list[int] | None]:
+    """Return the timesteps of a sampling, and which image each row shows, from the rows' timesteps.
+
+    For 900 500 900 500 (image after image) it gives [900, 500] and [0, 0, 1, 1]. Where batches were
+    saved step after step (see `images_by_step`) it gives [] and the images; [] and None where the
+    order does not tell.
+    """
+    if not times or times[0] not in times[1:]:
+        return [], None  # no column, or each row has a timestep of its own
+    period = times.index(times[0], 1)
+    if times == times[:period] * (len(times) // period):
+        images = [row // period for row in range(len(times))]
+        return [float(timestep) for timestep in times[:period]], images
+    return [], images_by_step(np.array(times))
+
+
+def images_by_step(times: np.ndarray) -> list[int] | None:
+    """Return which image each row shows, if batches of images were saved step after step.
+
+    times (n,): the timestep of each row. For 900 900 500 500, 900 500 (a batch of two images, then
+    one image) it gives [0, 1, 0, 1, 2, 2]. None for rows in another order.
+    """
+    begins = np.flatnonzero(np.append(True, times[1:] != times[:-1]))  # of runs of equal timesteps
+    counts = np.diff(np.append(begins, len(times)))
+    values = times[begins]
+    first_again = np.flatnonzero(values[1:] == values[0])
+    num_steps = int(first_again[0]) + 1 if len(first_again) else len(values)
+    if len(values) % num_steps:
+        return None
+
+    values = values.reshape(-1, num_steps)  # (batches, steps)
+    counts = counts.reshape(-1, num_steps)
+    step_is_repeated = len(set(values[0].tolist())) < num_steps
+    batches_differ = (values != values[0]).any()
+    images_differ = (counts != counts[:, :1]).any()
+    if step_is_repeated or batches_differ or images_differ:
+        return None
+
+    images = []
+    first = 0
+    for count in counts[:, 0].tolist():
+        images += list(range(first, first + count)) * num_steps
+        first += count
+    return images
+
+
+# ---- provenance
 
 
 def collected_with(meta: dict) -> dict:
-    """The settings in a file's description that decide what its vectors are like."""
+    """Return the settings in a file's description that decide what its vectors are like."""
     return {name: meta[name] for name in COLLECTED_WITH if name in meta}
 
 
 def differences(theirs: dict, ours: dict) -> list[str]:
-    """Sentences such as "seed 5, not 0": what both say, and ours otherwise; of an object each of
-    its names."""
-    found = []
+    """Return what two groups of settings say differently, such as ["seed 5, not 0"] (ours is 5).
+
+    Only names that both have are compared; of a setting that is an object, each of its names.
+    """
+    texts = []
     for name in theirs.keys() & ours.keys():
-        before, now = theirs[name], ours[name]
+        before = theirs[name]
+        now = ours[name]
         if isinstance(before, dict) and isinstance(now, dict):
             missing = dict.fromkeys((*before, *now))
-            found += differences(missing | before, missing | now)
+            texts += differences({**missing, **before}, {**missing, **now})
         elif before != now:
-            found.append(f"{name} {now!r}, not {before!r}")
-    return sorted(found)
+            texts.append(f"{name} {now!r}, not {before!r}")
+    return sorted(texts)
 
 
-def provenance(sources: list) -> dict:
-    """What an SAE's cfg.json says of its training data, of the ActivationFiles `sources`.
+def provenance(sources: list[ActivationFile]) -> dict:
+    """Return what an SAE's cfg.json says about its training data, the ActivationFiles `sources`.
 
-    "data": their paths. Where collect.py made them also the HookPoint ("hook_name", "side",
-    "stream", "rows"), "model_name", the "fingerprint" of the denoiser and its "model_dtype", the
-    ids of the "collections", and the settings that the first was "collected_with".
+    "data": their paths. If collect.py made them also the HookPoint ("hook_name", "side", "stream",
+    "rows"), "model_name", the "fingerprint" of the denoiser and its "model_dtype", the ids of the
+    "collections", and the settings that the first was "collected_with".
     """
     record = {"data": [str(source.path) for source in sources], "hook_name": sources[0].hook_name}
     meta = sources[0].meta
     if "side" in meta:
-        record |= {
-            name: meta.get(name)
-            for name in ("side", "stream", "rows", "fingerprint", "model_dtype")
-        }
+        for name in ("side", "stream", "rows", "fingerprint", "model_dtype"):
+            record[name] = meta.get(name)
         record["model_name"] = meta.get("model")
         record["collections"] = [source.meta.get("id") for source in sources]
         record["collected_with"] = collected_with(meta)

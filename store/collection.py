@@ -1,9 +1,20 @@
-"""The file side, writing: activation files created, resumed, written and described;
-store/dataset.py reads them.
+"""Activation files for writing: create, resume, extend, write and describe them.
+
+    with Collection("activations", settings, prompts, batch_size=16) as collection:
+        for index in collection.pending():
+            batch = collection.batch(index)
+            arrays = {"mid_block": sample(batch.prompts)}        # (rows, steps, tokens, d)
+            collection.write(index, arrays, facts={})
+        collection.finish({"mid_block": {"model": "toy"}})       # mid_block.npy and mid_block.json
 
 An activation file is a plain NumPy array (prompts, steps, tokens, d) that `np.load(path,
 mmap_mode="r")` opens anywhere, with a `.json` beside it that says what it holds. No pickle is read
-or written.
+or written. store/dataset.py reads the files.
+
+What is finished is safe, whatever happens: the arrays of a batch are on the disk (fsync) before the
+line of progress.jsonl that says so is written, and a file gets its name, and then its description,
+after its last batch. So after a power cut there may be rows without a line, which are made again,
+but no line without its rows.
 """
 
 import errno
@@ -22,7 +33,13 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from errors import UsageError
-from store.activation_file import NpyHeader, listing_digest, read_header
+from store.activation_file import (
+    NpyHeader,
+    check_contents,
+    contents_checksums,
+    listing_digest,
+    read_header,
+)
 from store.disk import (
     check_same,
     checksum,
@@ -38,9 +55,9 @@ from store.disk import (
 )
 from store.images import image_path, images_checksum, remove_images, save_images
 
-HEADER = 128  # bytes
+HEADER = 128  # bytes at the beginning of a file, before the numbers
 CHECKED_AT_ONCE = 1 << 24  # bytes of a file
-ADDED_LATER = ("seen", "image_digest")  # keys of a line of prompts.jsonl
+ADDED_LATER = ("seen", "image_digest")  # keys of prompts.jsonl that earlier versions did not write
 IMAGES = "images/"  # beside names of files in a line of progress.jsonl; no file has such a name
 
 
@@ -58,8 +75,10 @@ class CollectionBatch(NamedTuple):
 
 
 def npy_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
-    """The first 128 bytes of `.npy` format 1.0, whatever the shape, so that a file can grow in
-    place."""
+    """Return the first 128 bytes of `.npy` format 1.0.
+
+    They have this length for every shape, so that a file can grow in place.
+    """
     fields = {
         "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
         "fortran_order": False,
@@ -69,69 +88,73 @@ def npy_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
 
 
 def as_numpy(x: torch.Tensor) -> np.ndarray:
-    """A NumPy view of a CPU tensor; bfloat16 as its bits in uint16."""
+    """Return a NumPy view of a CPU tensor; of bfloat16, its bits as uint16."""
     if x.dtype == torch.bfloat16:
         x = x.view(torch.uint16)
     return x.contiguous().numpy()
 
 
-def same_prompt(old: bytes, new: bytes) -> bool:
-    """Whether two lines of prompts.jsonl say the same; earlier versions did not write all of
-    ADDED_LATER."""
+def is_same_prompt(old: bytes, new: bytes) -> bool:
+    """Return whether two lines of prompts.jsonl say the same.
+
+    Keys of ADDED_LATER that the old line does not have are not compared.
+    """
     if old == new:
         return True
     try:
-        was, now = json.loads(old), json.loads(new)
+        old_row = json.loads(old)
+        new_row = json.loads(new)
     except ValueError:
         return False
     for name in ADDED_LATER:
-        if name not in was:
-            now.pop(name, None)
-    return was == now
+        if name not in old_row:
+            new_row.pop(name, None)
+    return old_row == new_row
 
 
 def read_progress(path: Path) -> dict[int, dict]:
-    """{batch: its line in progress.jsonl} of the batches that are safe; {} where there is no such
-    file.
+    """Read progress.jsonl: {batch: its line} of the batches that are safe; {} without the file.
 
-    Of two lines of one batch the last one counts. What is no such line, as a power cut may leave
-    one, is passed over.
+    If a batch has two lines, the last one counts. A text that is no such line, as a power cut may
+    leave one, is passed over.
     """
+    if not path.exists():
+        return {}
     lines = {}
-    for text in path.read_bytes().split(b"\n") if path.exists() else ():
+    for text in path.read_bytes().split(b"\n"):
         try:
             line = json.loads(text)
         except ValueError:
             continue
-        if (
-            isinstance(line, dict)
-            and type(line.get("batch")) is int
-            and type(line.get("rows")) is int
-        ):
+        if not isinstance(line, dict):
+            continue
+        if type(line.get("batch")) is int and type(line.get("rows")) is int:
             lines[line["batch"]] = line
     return lines
 
 
 class Collection:
-    """The files of one collection in `out_dir`, written batch by batch in any order; an unfinished
-    one is resumed.
+    """The files of one collection in `out_dir`, written batch by batch in any order.
 
-    settings: a JSON object of all that decides the bytes. prompts: list of dicts, one for each row
-    of the arrays, whose `batch_size` consecutive rows are written together. From the start there
-    are `collect.json` (the settings, and the facts that `write` was given), `prompts.jsonl`, and
-    `progress.jsonl`, which gets one line for each batch that is safely on the disk: {"batch": 3,
-    "rows": 16, "crc32": {"<name>": checksum of its rows, "images/": of its images}}. Until the end
-    the arrays are `<name>.npy.partial`. What is resumed is compared with the checksums first, and a
-    batch that differs is pending again; lines of earlier versions, which have none, are believed.
+    settings: a JSON object of all that decides the bytes. prompts: one dict for each row of the
+    arrays; `batch_size` consecutive rows are written together. From the start there are
+        collect.json    the settings, and the facts that `write` was given;
+        prompts.jsonl   the prompts, one per line;
+        progress.jsonl  one line for each batch that is safely on the disk: {"batch": 3, "rows": 16,
+                        "crc32": {"<name>": checksum of its rows, "images/": of its images}}.
+    Until the end the arrays are `<name>.npy.partial`.
 
-    Of several processes on a machine the first one begins, and locks the folder for as long as the
-    collection is open; then the others join it. Each writes batches of its own.
+    An unfinished collection is resumed. What it holds is compared with the checksums first, and a
+    batch that differs is pending again; lines of earlier versions have no checksums and are
+    believed. More prompts than before extend a collection. Fewer finish one that was stopped, at
+    that length, if no batch lies behind it.
 
-    More prompts than before extend a collection. Fewer finish one that was stopped, at that length,
-    if no batch lies behind it.
+    Of several processes on a machine, the first one makes this object, which locks the folder as
+    long as the collection is open; then the others make theirs with `joining`. Each writes batches
+    of its own.
 
     Raises UsageError for a folder with batches of other settings or prompts, with files of another
-    program, with records that are damaged, and while another program writes there.
+    program, or with damaged records, and while another program writes there.
     """
 
     def __init__(
@@ -142,7 +165,9 @@ class Collection:
         batch_size: int,
         joining: bool = False,
     ) -> None:
-        self.out_dir, self.prompts, self.batch_size = Path(out_dir), prompts, batch_size
+        self.out_dir = Path(out_dir)
+        self.prompts = prompts
+        self.batch_size = batch_size
         self.settings = json.loads(json.dumps(settings))
         self.facts = None
         self.ready = set()  # names of the files that this process can write into
@@ -157,19 +182,7 @@ class Collection:
             return
 
         self._check_origin()
-        # of all threads: the one that writes holds it too, and so a thread that is still at it
-        # keeps the folder locked
-        self.lock = FileLock(self.out_dir / "collect.lock", timeout=0, thread_local=False)
-        try:
-            self.lock.acquire()
-        except Timeout:
-            raise UsageError(
-                f"another collect.py is writing to {self.out_dir}; wait for it, or use another --out_dir"
-            ) from None
-        except OSError as error:
-            raise UsageError(
-                f"--out_dir {self.out_dir} can't be written: {error.strerror}"
-            ) from None
+        self._lock_folder()
         try:
             self._begin()
         except BaseException:
@@ -183,33 +196,157 @@ class Collection:
         self.close()
 
     def close(self) -> None:
-        """Let others write in the folder, once no thread writes there."""
+        """Let others write in the folder, as soon as no thread of this process writes there."""
         if isinstance(self.lock, FileLock):
             self.lock.release()
 
-    def _check_origin(self):
+    # ---- what a user of a collection calls
+
+    def pending(self) -> list[int]:
+        """Return the batches that are not safe.
+
+        A batch that has grown or shrunk is generated again: its bits depend on its size.
+        """
+        return self._pending_of(len(self.prompts))
+
+    def batch(self, index: int) -> CollectionBatch:
+        """Return the rows and prompts of a batch: with batch_size 16, batch 2 has rows 32 to 48."""
+        first = index * self.batch_size
+        rows = range(first, min(first + self.batch_size, len(self.prompts)))
+        return CollectionBatch(index, rows, self.prompts[rows.start : rows.stop])
+
+    def write(
+        self,
+        batch: int,
+        arrays: dict[str, torch.Tensor],
+        facts: dict,
+        output: object = None,
+        sampling_rate: int = 44100,
+    ) -> None:
+        """Write one batch: {name: CPU tensor (rows, ...)}.
+
+        facts: a JSON object that has to be the same for each batch. output, sampling_rate: what
+        `save_images` saves in the folder `images`; None saves nothing. Space for whole files is
+        reserved before their first byte. Raises OSError if the disk is full, and UsageError if the
+        facts differ from those of the batches before.
+        """
+        numbers = {name: as_numpy(x) for name, x in arrays.items()}
+        facts = json.loads(json.dumps(facts))
+        with self.lock:
+            try:
+                self._write(batch, numbers, facts, output, sampling_rate)
+            except OSError as error:
+                file = error.filename or self.out_dir
+                raise OSError(
+                    f"{file} can't be written: {error.strerror or error}; "
+                    "finished batches are kept, and the same command resumes"
+                ) from error
+
+    def finish(self, descriptions: dict[str, dict | None]) -> None:
+        """Give the files their names, and write `<name>.json` for {name: description or None}.
+
+        Every batch must be done. The room behind the last row, of a collection that was to be
+        longer, is cut off. The description gets the `contents_checksums` of the file. Raises
+        UsageError if a file that was finished before was exchanged since.
+        """
+        assert not self.pending()
+        self._write_progress(read_progress(self.progress))
+        remove_images(self.images, first=len(self.prompts))
+        for name in descriptions:
+            self._cut(name)
+            partial = self.out_dir / f"{name}.npy.partial"
+            if partial.exists():
+                rename(partial, self.out_dir / f"{name}.npy")
+        for name, description in descriptions.items():  # now the side files have their names too
+            if description is not None:
+                self._describe(name, description)
+
+    def _describe(self, name: str, description: dict) -> None:
+        """Write `<name>.json`."""
+        record = self.out_dir / f"{name}.json"
+        final = self.out_dir / f"{name}.npy"
+        if record.exists():  # nothing was written into the file since
+            check_contents(final, read_json(record))
+        description = {**description, "contents": contents_checksums(final)}
+        write_json(record, {**description, "checksum": checksum(description)})
+
+    def path(self, name: str) -> Path | None:
+        """Return the file `<name>.npy`, finished or not; None if there is none."""
+        for suffix in (".npy.partial", ".npy"):
+            path = self.out_dir / f"{name}{suffix}"
+            if path.exists():
+                return path
+        return None
+
+    def shape(self, name: str) -> list[int] | None:
+        """Return the shape that the array in `<name>.npy` has when finished; None without it."""
+        path = self.path(name)
+        if path is None:
+            return None
+        return [len(self.prompts), *check_size(path).shape[1:]]
+
+    @property
+    def lines(self) -> list[bytes]:
+        """The lines of prompts.jsonl."""
+        return [json.dumps(prompt).encode() for prompt in self.prompts]
+
+    @property
+    def prompts_digest(self) -> str:
+        """The `listing_digest` of the lines, which the descriptions hold."""
+        return listing_digest(self.lines)
+
+    @property
+    def id(self) -> str:
+        """16 hex digits of the settings, the model's weights and the prompts.
+
+        They tell this collection from every other one.
+        """
+        text = json.dumps(self.settings, sort_keys=True) + self.prompts_digest
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    # ---- beginning, resuming
+
+    def _check_origin(self) -> None:
+        """Make the folder. Raises UsageError if it holds files of another program or version."""
         make_folder(self.out_dir)
         if self.progress.exists():
             return
         names = [path.name for path in self.out_dir.iterdir() if not is_hidden(path)]
         if "progress.npy" in names:
             raise UsageError(
-                f"{self.out_dir} holds a collection of an earlier version: if it is finished, train.py and the later stages "
-                "read it, but only that version can resume or extend it; use another --out_dir"
+                f"{self.out_dir} holds a collection of an earlier version: if it is finished, "
+                "train.py and the later stages read it, but only that version can resume or extend "
+                "it; use another --out_dir"
             )
         foreign = [name for name in names if name.endswith(".npy")]
         if not self.record.exists():
-            foreign += [
-                name
-                for name in names
-                if name.endswith((".npy.partial", ".jsonl")) or name == self.images.name
-            ]
+            for name in names:
+                if name.endswith((".npy.partial", ".jsonl")) or name == self.images.name:
+                    foreign.append(name)
         if foreign:
             raise UsageError(
                 f"{self.out_dir} has files of another origin ({foreign[0]}); use another --out_dir"
             )
 
-    def _begin(self):
+    def _lock_folder(self) -> None:
+        """Lock the folder. Raises UsageError if another program holds the lock."""
+        # The lock is of all threads: the one that writes takes it a second time, and so a thread
+        # that still writes keeps the folder locked
+        self.lock = FileLock(self.out_dir / "collect.lock", timeout=0, thread_local=False)
+        try:
+            self.lock.acquire()
+        except Timeout:
+            raise UsageError(
+                f"another collect.py is writing to {self.out_dir}; "
+                "wait for it, or use another --out_dir"
+            ) from None
+        except OSError as error:
+            raise UsageError(
+                f"--out_dir {self.out_dir} can't be written: {error.strerror}"
+            ) from None
+
+    def _begin(self) -> None:
+        """Check what the folder holds, and write the records."""
         lines = self.lines
         progress = read_progress(self.progress)
         if progress:
@@ -223,61 +360,70 @@ class Collection:
         write_atomically(self.listing, b"".join(line + b"\n" for line in lines))
         self._write_progress(progress)
 
-    def _compare(self, lines):
-        """What is there must be the beginning of what is asked for, or an unfinished collection
-        that goes further."""
-        there = self._read_record()
-        self.facts = there.get("facts")
+    def _compare(self, lines: list[bytes]) -> None:
+        """Raise UsageError unless the folder holds the beginning of what is asked for, or an
+        unfinished collection that was to be longer.
+        """
+        record = self._read_record()
+        self.facts = record.get("facts")
         remedy = "use the same options to resume it, or another --out_dir"
-        self._compare_settings(there.get("settings") or {}, remedy)
+        self._compare_settings(record.get("settings") or {}, remedy)
 
         old = self.listing.read_bytes().split(b"\n")[:-1] if self.listing.exists() else []
-        if not all(map(same_prompt, old, lines)):  # as far as both go
+        if not all(map(is_same_prompt, old, lines)):  # as far as both go
             raise UsageError(
                 f"{self.out_dir} holds a collection of other prompts; use another --out_dir"
             )
-        if len(old) <= len(lines):
-            return
+        if len(old) > len(lines):
+            self._check_shorter(len(old), len(lines))
+
+    def _check_shorter(self, old_rows: int, num_rows: int) -> None:
+        """Raise UsageError unless a collection of `old_rows` can be finished with `num_rows`."""
         partial = [path for path in self.out_dir.glob("*.npy.partial") if not is_hidden(path)]
-        if not partial and not self._pending_of(len(old)):
+        if not partial and not self._pending_of(old_rows):
             raise UsageError(
-                f"{self.out_dir} holds {len(old)} rows, more than {len(lines)}; nothing to do"
+                f"{self.out_dir} holds {old_rows} rows, more than {num_rows}; nothing to do"
             )
         progress = read_progress(self.progress)
         last = max(progress)
         end = last * self.batch_size + progress[last]["rows"]
-        if end > len(lines):
+        if end > num_rows:
             raise UsageError(
-                f"{self.out_dir} holds a stopped collection whose row {end - 1} is done: it can be finished "
-                f"with {end} rows or more, not with {len(lines)}"
+                f"{self.out_dir} holds a stopped collection whose row {end - 1} is done: "
+                f"it can be finished with {end} rows or more, not with {num_rows}"
             )
         print(
-            f"{self.out_dir}: a stopped collection of {len(old)} rows, which ends with row {len(lines)} now"
+            f"{self.out_dir}: a stopped collection of {old_rows} rows, "
+            f"which ends with row {num_rows} now"
         )
 
-    def _compare_settings(self, theirs, remedy):
-        """Raise UsageError unless the settings are the same; a collection of an earlier version
-        does not say which weights."""
-        weights, ours = theirs.get("fingerprints"), dict(self.settings)
-        if weights is None:
+    def _compare_settings(self, theirs: dict, remedy: str) -> None:
+        """Raise UsageError unless the settings of the folder's collection are ours.
+
+        A collection of an earlier version does not say which weights made it.
+        """
+        ours = dict(self.settings)
+        their_weights = theirs.get("fingerprints")
+        if their_weights is None:
             ours.pop("fingerprints", None)
-        elif weights != ours.get("fingerprints"):
-            changed = [
-                name
-                for name in {**weights, **ours["fingerprints"]}
-                if weights.get(name) != ours["fingerprints"].get(name)
-            ]
+        elif their_weights != ours.get("fingerprints"):
+            our_weights = ours["fingerprints"]
+            changed = []
+            for name in {**their_weights, **our_weights}:
+                if their_weights.get(name) != our_weights.get(name):
+                    changed.append(name)
             raise UsageError(
-                f"{self.out_dir} was collected from a model with other weights or settings of its {', '.join(changed)}, "
-                "under the same name (or by another version of diffusers); use another --out_dir"
+                f"{self.out_dir} was collected from a model with other weights or settings of its "
+                f"{', '.join(changed)}, under the same name (or by another version of diffusers); "
+                "use another --out_dir"
             )
         check_same(self.out_dir, theirs, ours, remedy)
 
-    def _without_damaged(self, progress):
-        """The progress without the batches whose rows or images are not those that were written;
-        they are named.
+    def _without_damaged(self, progress: dict[int, dict]) -> dict[int, dict]:
+        """Return the progress without the batches whose rows or images are not those that were
+        written, and print which they are.
 
-        A finished collection of which nothing more is wanted is not read again.
+        A finished collection of which no more is wanted is not read again.
         """
         partial = next(self.out_dir.glob("*.npy.partial"), None)
         pending = self._pending_of(len(self.prompts))
@@ -285,138 +431,106 @@ class Collection:
             return progress
         num_batches = -(-len(self.prompts) // self.batch_size)
         progress = {batch: line for batch, line in progress.items() if batch in range(num_batches)}
-        wanted = [batch for batch in sorted(progress) if batch not in pending]
+        safe = [batch for batch in sorted(progress) if batch not in pending]
         damaged = {}
-        for batch in tqdm(wanted, "checking what is there", unit="batch", leave=False, delay=2):
-            names = self._changed(batch, progress[batch].get("crc32", {}))
+        for batch in tqdm(safe, "checking what is there", unit="batch", leave=False, delay=2):
+            names = self._changed_files(batch, progress[batch].get("crc32", {}))
             if names:
                 damaged[batch] = names
         if damaged:
             batch, names = next(iter(damaged.items()))
-            count = f"{len(damaged)} of {len(wanted)} batches are not as they were written"
             print(
-                f"{self.out_dir}: {count} (batch {batch} in {', '.join(names)}), and are made again"
+                f"{self.out_dir}: {len(damaged)} of {len(safe)} batches are not as they were "
+                f"written (batch {batch} in {', '.join(names)}), and are made again"
             )
         return {batch: line for batch, line in progress.items() if batch not in damaged}
 
-    def _changed(self, batch, checksums):
-        """Names of the files in which a batch is not what it was. Raises UsageError where a file is
-        missing or cut."""
+    def _changed_files(self, batch: int, checksums: dict[str, int]) -> list[str]:
+        """Return the names of the files in which a batch is not what it was.
+
+        Raises UsageError if a file is missing or cut.
+        """
         if not isinstance(checksums, dict):
             return [self.progress.name]
         rows = self.batch(batch).rows
-        return [
-            name for name, expected in checksums.items() if self._checksum(name, rows) != expected
-        ]
+        changed = []
+        for name, expected in checksums.items():
+            if self._checksum(name, rows) != expected:
+                changed.append(name)
+        return changed
 
-    def _checksum(self, name, rows):
-        """`rows_checksum` of some rows as they lie on the disk; `images_checksum` for IMAGES."""
+    def _checksum(self, name: str, rows: range) -> int:
+        """Return the CRC-32 of some rows as they lie on the disk; for IMAGES, of their images."""
         if name == IMAGES:
             return images_checksum(self.images, rows)
         path = self.path(name)
         if path is None:
-            raise UsageError(
-                f"{self.out_dir / name}.npy is missing; move its folder away and collect again"
-            )
+            raise UsageError(self._missing(name))
         header = check_size(path)
         row_bytes = int(np.prod(header.shape[1:])) * header.dtype.itemsize
-        begin, end = (header.offset + row * row_bytes for row in (rows.start, rows.stop))
-        found = rows_checksum(header.shape[1:], header.dtype)
+        begin = header.offset + rows.start * row_bytes
+        end = header.offset + rows.stop * row_bytes
+        crc = rows_checksum(header.shape[1:], header.dtype)
         fd = os.open(path, os.O_RDONLY)
         try:
-            for at in range(begin, end, CHECKED_AT_ONCE):
-                data = memoryview(bytearray(min(CHECKED_AT_ONCE, end - at)))
-                fill(fd, data, at, str(path))
-                found = zlib.crc32(data, found)
+            for offset in range(begin, end, CHECKED_AT_ONCE):
+                data = memoryview(bytearray(min(CHECKED_AT_ONCE, end - offset)))
+                fill(fd, data, offset, str(path))
+                crc = zlib.crc32(data, crc)
         finally:
             os.close(fd)
-        return found
+        return crc
 
-    def _read_record(self):
+    def _missing(self, name: str) -> str:
+        """What to say about a file that is gone."""
+        return f"{self.out_dir / name}.npy is missing; move its folder away and collect again"
+
+    # ---- the records
+
+    def _read_record(self) -> dict:
+        """Read collect.json. Raises UsageError if it is damaged."""
         record = read_json(self.record)
-        if record.get("checksum", checksum(record)) != checksum(
-            record
-        ):  # there was none in earlier versions
+        # earlier versions wrote no checksum
+        if record.get("checksum", checksum(record)) != checksum(record):
             raise UsageError(
-                f"{self.record} was changed after it was written; move its folder away and collect again"
+                f"{self.record} was changed after it was written; "
+                "move its folder away and collect again"
             )
         return record
 
-    def _write_record(self):
+    def _write_record(self) -> None:
         record = {"settings": self.settings, "facts": self.facts}
-        write_json(self.record, record | {"checksum": checksum(record)})
+        write_json(self.record, {**record, "checksum": checksum(record)})
 
-    def _write_progress(self, progress):
-        """In the order of the batches, each once: the same bytes whatever happened meanwhile, and
-        no torn line to append to."""
+    def _write_progress(self, progress: dict[int, dict]) -> None:
+        """Write progress.jsonl with one line per batch, in the order of the batches.
+
+        So the bytes are the same whatever happened before, and there is no torn line to append to.
+        """
         lines = [json.dumps(progress[batch]) + "\n" for batch in sorted(progress)]
         write_atomically(self.progress, "".join(lines).encode())
 
-    def _pending_of(self, num_rows):
-        """Batches of a collection of so many rows that are not safe."""
-        progress, pending = read_progress(self.progress), []
+    def _pending_of(self, num_rows: int) -> list[int]:
+        """Return the batches of a collection of `num_rows` rows that are not safe."""
+        progress = read_progress(self.progress)
+        pending = []
         for batch, first in enumerate(range(0, num_rows, self.batch_size)):
             rows = min(self.batch_size, num_rows - first)
             if batch not in progress or progress[batch]["rows"] != rows:
                 pending.append(batch)
         return pending
 
-    @property
-    def lines(self) -> list[bytes]:
-        """The lines of prompts.jsonl."""
-        return [json.dumps(prompt).encode() for prompt in self.prompts]
+    # ---- the arrays
 
-    @property
-    def prompts_digest(self) -> str:
-        """What the descriptions say of the lines of prompts.jsonl."""
-        return listing_digest(self.lines)
-
-    @property
-    def id(self) -> str:
-        """16 hex digits that tell this collection from every other: of its settings, the model's
-        weights, and its prompts."""
-        text = json.dumps(self.settings, sort_keys=True) + self.prompts_digest
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-    def pending(self) -> list[int]:
-        """The batches that are not safe. One that has grown or shrunk is generated again: its bits
-        depend on its size."""
-        return self._pending_of(len(self.prompts))
-
-    def batch(self, index: int) -> CollectionBatch:
-        """The batch with this index."""
-        first = index * self.batch_size
-        rows = range(first, min(first + self.batch_size, len(self.prompts)))
-        return CollectionBatch(index, rows, self.prompts[rows.start : rows.stop])
-
-    def write(
+    def _write(
         self,
         batch: int,
-        arrays: dict[str, torch.Tensor],
+        arrays: dict[str, np.ndarray],
         facts: dict,
-        output: object = None,
-        sampling_rate: int = 44100,
+        output: object,
+        sampling_rate: int,
     ) -> None:
-        """Write one batch: {name: CPU tensor (rows, ...)}, and facts (a JSON object) that are the
-        same for each.
-
-        output, sampling_rate: what `save_images` saves in the folder `images`; None is nothing.
-        Space for whole files is reserved before their first byte. Raises OSError when the disk is
-        full and UsageError when a batch's facts differ from the ones before.
-        """
-        numbers = {name: as_numpy(x) for name, x in arrays.items()}
-        with self.lock:
-            try:
-                self._write(batch, numbers, json.loads(json.dumps(facts)), output, sampling_rate)
-            except OSError as error:
-                where = (
-                    f"{error.filename or self.out_dir} can't be written: {error.strerror or error}"
-                )
-                raise OSError(
-                    f"{where}; finished batches are kept, and the same command resumes"
-                ) from error
-
-    def _write(self, batch, arrays, facts, output, sampling_rate):
+        """Write the rows and images of a batch, and then its line in progress.jsonl."""
         rows = self.batch(batch).rows
         for name, data in arrays.items():
             if len(data) != len(rows):
@@ -424,10 +538,10 @@ class Collection:
                     f"{name}: got {len(data)} rows for {len(rows)}; collect one image a prompt"
                 )
         if facts != self.facts or arrays.keys() - self.ready:
-            with FileLock(
-                self.out_dir / "prepare.lock"
-            ):  # one of the processes that write here at a time
+            # only one of the processes that write into this folder prepares it at a time
+            with FileLock(self.out_dir / "prepare.lock"):
                 self._prepare(batch, arrays, facts)
+
         checksums = {}
         for name, data in arrays.items():
             with opened(self.out_dir / f"{name}.npy.partial") as fd:
@@ -436,14 +550,16 @@ class Collection:
         if output is not None:
             save_images(output, self.images, rows, sampling_rate)
             checksums[IMAGES] = images_checksum(self.images, rows)
-        # only now: all is on the disk. One call, so that the lines of several processes do not mix
+
+        # Only now, when all is on the disk. One call of os.write, so that the lines of several
+        # processes do not mix
         line = json.dumps({"batch": batch, "rows": len(rows), "crc32": checksums}) + "\n"
         with opened(self.progress, os.O_APPEND) as fd:
             if os.write(fd, line.encode()) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def _prepare(self, batch, arrays, facts):
-        """What the first batch of a process finds or makes, while no other process does."""
+    def _prepare(self, batch: int, arrays: dict[str, np.ndarray], facts: dict) -> None:
+        """Check or write the facts, and make the files; no other process does that meanwhile."""
         if self.facts is None:
             self.facts = self._read_record().get("facts")
         if self.facts is None:
@@ -451,90 +567,67 @@ class Collection:
             self._write_record()
         if facts != self.facts:
             raise UsageError(
-                f"batch {batch} ran other steps or tokens than the ones before it; collect it on its own"
+                f"batch {batch} ran other steps or tokens than the ones before it; "
+                "collect it on its own"
             )
-        begun = bool(read_progress(self.progress))
+        has_batches = bool(read_progress(self.progress))
         for name, data in arrays.items():
-            self._reserve(name, data, begun)
+            self._reserve(name, data, has_batches)
         self.ready |= arrays.keys()
 
-    def _reserve(self, name, data, begun):
-        """Make `<name>.npy.partial` of full size: a new file, or the one that is there, grown if
-        need be."""
+    def _reserve(self, name: str, data: np.ndarray, has_batches: bool) -> None:
+        """Make `<name>.npy.partial` of full size: a new file, or an old one that grows if need be.
+
+        data: the rows of a batch, which tell the size. has_batches: whether some batch is safe, so
+        that a missing file is an error.
+        """
         if not name or Path(name).name != name:
             raise UsageError(f"{name!r} is no name for a file in {self.out_dir}")
         partial = self.out_dir / f"{name}.npy.partial"
-        fresh = self.path(name) is None
-        if fresh and begun:
-            raise UsageError(
-                f"{self.out_dir / name}.npy is missing; move its folder away and collect again"
-            )
-        if not fresh:
-            check_size(self.path(name))
+        old = self.path(name)
+        if old is None and has_batches:
+            raise UsageError(self._missing(name))
+        if old is None:
+            # under another name until it has its header, without which it could not be resumed
+            path = self.out_dir / f"{name}.npy.new"
+        else:
+            check_size(old)
             self._reopen(name)
-        path = (
-            self.out_dir / f"{name}.npy.new" if fresh else partial
-        )  # a file without its header can't be gone on with
+            path = partial
+        num_rows = len(self.prompts)
         try:
             with opened(path, os.O_CREAT) as fd:
-                size = HEADER + len(self.prompts) * data[0].nbytes
+                size = HEADER + num_rows * data[0].nbytes
                 if hasattr(os, "posix_fallocate"):
                     os.posix_fallocate(fd, 0, size)
                 elif os.fstat(fd).st_size < size:
                     os.ftruncate(fd, size)
-                write_all(fd, npy_header((len(self.prompts), *data.shape[1:]), data.dtype), 0)
+                write_all(fd, npy_header((num_rows, *data.shape[1:]), data.dtype), 0)
         except OSError:
-            if fresh:
+            if old is None:
                 path.unlink(missing_ok=True)
             raise
         rename(path, partial)
 
-    def _reopen(self, name):
-        """Make a finished file an unfinished one; its path."""
-        final, partial = self.out_dir / f"{name}.npy", self.out_dir / f"{name}.npy.partial"
+    def _reopen(self, name: str) -> Path:
+        """Make a finished file an unfinished one without a description; return its path."""
+        final = self.out_dir / f"{name}.npy"
+        partial = self.out_dir / f"{name}.npy.partial"
         if final.exists():
             final.with_suffix(".json").unlink(missing_ok=True)
             rename(final, partial)
         return partial
 
-    def path(self, name: str) -> Path | None:
-        """The file `<name>.npy`, finished or not; None where there is none."""
-        paths = [self.out_dir / f"{name}.npy{end}" for end in (".partial", "")]
-        return next((path for path in paths if path.exists()), None)
-
-    def shape(self, name: str) -> list[int] | None:
-        """Shape of the array in `<name>.npy` when it is finished; None where there is no such
-        file."""
-        path = self.path(name)
-        return None if path is None else [len(self.prompts), *check_size(path).shape[1:]]
-
-    def finish(self, descriptions: dict[str, dict | None]) -> None:
-        """Give the files their final names and write `<name>.json` for {name: description or None}.
-
-        Every batch must be done. The room behind the last row, of a collection that was to be
-        longer, is cut off.
-        """
-        assert not self.pending()
-        self._write_progress(read_progress(self.progress))
-        remove_images(self.images, first=len(self.prompts))
-        for name, record in descriptions.items():
-            final, partial = self.out_dir / f"{name}.npy", self.out_dir / f"{name}.npy.partial"
-            self._cut(name)
-            if partial.exists():
-                rename(partial, final)
-            if record is not None:
-                write_json(self.out_dir / f"{name}.json", record | {"checksum": checksum(record)})
-
-    def _cut(self, name):
-        """Let a file end with its last row."""
+    def _cut(self, name: str) -> None:
+        """Let a file end with its last row. Raises UsageError if it is missing or too short."""
         path = self.path(name) or self.out_dir / f"{name}.npy"
         shape, dtype, *_ = check_size(path)
         num_rows = len(self.prompts)
         size = HEADER + num_rows * int(np.prod(shape[1:])) * dtype.itemsize
-        has = path.stat().st_size
-        if shape[0] == num_rows and has == size:
+        old_size = path.stat().st_size
+        if shape[0] == num_rows and old_size == size:
             return
-        if has < size:
+        if old_size < size:
             raise UsageError(
                 f"{path} has {shape[0]} rows of {num_rows}; move its folder away and collect again"
             )
@@ -544,8 +637,10 @@ class Collection:
 
 
 def check_size(path: Path) -> NpyHeader:
-    """The header of a `.npy` file; raises UsageError if the file is missing or shorter than its
-    header says."""
+    """Return the header of a `.npy` file.
+
+    Raises UsageError if the file is missing or shorter than its header says.
+    """
     try:
         return read_header(path)
     except (OSError, ValueError) as error:
@@ -555,35 +650,34 @@ def check_size(path: Path) -> NpyHeader:
 
 
 def rows_checksum(row_shape: tuple[int, ...], dtype: np.dtype) -> int:
-    """CRC-32 of no row yet, only of what a row is: `zlib.crc32(data, this)` is that of rows, which
-    a changed header changes too.
+    """Return the CRC-32 of no row yet, to which `zlib.crc32(data, this)` adds rows.
 
-    Four GB a second on one core, a small part of what writing takes, and it finds every error of 32
-    bits in a row or fewer.
+    It depends on what a row is, so that a changed header changes the checksum too. CRC-32 takes a
+    second for 4 GB on one core, a small part of what writing takes, and it finds every error that
+    lies within 32 consecutive bits.
     """
     return zlib.crc32(f"{np.dtype(dtype).str} {list(row_shape)}".encode())
 
 
 def check_saved_images(folder: Path, meta: dict, rows: set[int]) -> None:
-    """Raise UsageError where images of some rows beside a finished activation file are not those
-    that collect.py saved.
+    """Raise UsageError if images beside a finished activation file are not those that were saved.
 
-    meta: the description of the file. Of a batch with a missing image, and of collections of
-    earlier versions, nothing is known.
+    meta: the description of the file. rows: the images to check; their whole batches are read. Of a
+    batch with a missing image, and of collections of earlier versions, nothing is known.
     """
     images = folder / "images"
     batch_size = meta.get("batch_size", 1) * meta.get("num_images_per_prompt", 1)
     for batch, line in read_progress(folder / "progress.jsonl").items():
-        of_batch = range(batch * batch_size, batch * batch_size + line["rows"])
-        expected = line["crc32"].get(IMAGES) if isinstance(line.get("crc32"), dict) else None
-        if (
-            expected is None
-            or rows.isdisjoint(of_batch)
-            or any(image_path(images, row) is None for row in of_batch)
-        ):
+        batch_rows = range(batch * batch_size, batch * batch_size + line["rows"])
+        checksums = line.get("crc32")
+        expected = checksums.get(IMAGES) if isinstance(checksums, dict) else None
+        if expected is None or rows.isdisjoint(batch_rows):
             continue
-        if images_checksum(images, of_batch) != expected:
+        if any(image_path(images, row) is None for row in batch_rows):
+            continue
+        if images_checksum(images, batch_rows) != expected:
             raise UsageError(
-                f"{images}: rows {of_batch[0]} to {of_batch[-1]} do not have the images that collect.py saved; put them back, "
-                "or remove the folder to see features without images"
+                f"{images}: rows {batch_rows[0]} to {batch_rows[-1]} do not have the images that "
+                "collect.py saved; put them back, or remove the folder to see features without "
+                "images"
             )

@@ -1,16 +1,21 @@
-"""The file side, reading: activation files found, split by prompt, and their vectors in a seeded
-shuffle.
+"""Activation files for reading: find them, hold out some prompts, and read vectors in a shuffle.
 
-One data set is the vectors of one hook point, in one file of collect.py or several, in any float
-`.npy` of two axes or more whose last is the vectors' width, or in a folder of Hugging Face
-`datasets` rows. No pickle is read.
+    activations = open_activations(["activations/mid_block.npy"])[0]
+    for x, step in activations.batches(batch_size=1024, stop=activations.num_training):
+        ...                                    # x (1024, d): training vectors in a random order
+    for x in activations.held_out():
+        ...                                    # x (n, d): vectors of prompts kept from training
+
+A data set is the vectors of one hook point. They lie in one or several files of collect.py, in any
+float `.npy` of at least two axes whose last axis is the vectors' width, or in a folder of Hugging
+Face `datasets` rows. No pickle is read. store/collection.py writes the files.
 """
 
 import glob
 import hashlib
 import json
-import math
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +23,9 @@ import torch
 
 from errors import UsageError
 from store.activation_file import (
+    SIDE_FILES,
+    ActivationFile,
+    StoredRows,
     hash_key,
     open_activation_file,
     read_description,
@@ -29,22 +37,17 @@ from store.arrow import is_arrow
 from store.disk import is_hidden
 from store.shuffle import Reader
 
-HELD_OUT = dict(
-    share=0.1, at_least=100_000, at_most=1_000_000
-)  # vectors kept from training, in whole prompts
+HELD_OUT = dict(share=0.1, at_least=100_000, at_most=1_000_000)
+"""How many vectors are kept from training: a share of them, and limits. See `choose_held_out`."""
+
 READ_BYTES = 1 << 26  # that `held_out` reads at once
-BESIDE = (
-    ".tokens.npy",
-    ".timesteps.npy",
-    ".lengths.npy",
-)  # files that collect.py writes beside an activation file
 
 
-def newest_activations(folder="activations"):
-    """What collect.py finished last in `folder`: a file, or, of a collection in several subfolders,
-    a glob over these.
+def newest_activations(folder: str | Path = "activations") -> Path:
+    """Return the activation file that collect.py finished last in `folder`.
 
-    Raises UsageError where there is none.
+    For a collection in several subfolders, such as the shards acts/shard0of2 and acts/shard1of2, it
+    is a glob over these: acts/*/mid_block.npy. Raises UsageError if there is no such file.
     """
     folder = Path(folder)
     described = [path for path in files_in(folder) if read_description(path)]
@@ -53,247 +56,398 @@ def newest_activations(folder="activations"):
             f"no activation file in {folder}/; run collect.py first, or name a .npy with --data"
         )
     newest = max(described, key=lambda path: path.with_suffix(".json").stat().st_mtime)
-    return newest if newest.parent == folder else folder / "*" / newest.name
+    if newest.parent == folder:
+        return newest
+    return folder / "*" / newest.name
 
 
-def files_in(folder):
-    """The activation files of a folder, sorted; where it has none of its own, those of its
-    subfolders.
+def files_in(folder: Path) -> list[Path]:
+    """Return the activation files of a folder, sorted; if it has none, those of its subfolders.
 
-    Raises UsageError where one of these folders holds an unfinished collection and no finished one.
+    Raises UsageError if one of these folders holds an unfinished collection and no finished one.
     """
-    found = own_files(folder)
-    if found:
-        return found
-    return [
-        path for inner in sorted(folder.glob("*")) if inner.is_dir() for path in own_files(inner)
-    ]
+    files = files_directly_in(folder)
+    if files:
+        return files
+    for subfolder in sorted(folder.glob("*")):
+        if subfolder.is_dir():
+            files += files_directly_in(subfolder)
+    return files
 
 
-def own_files(folder):
-    """The activation files that lie in the folder itself, sorted. Raises UsageError where all are
-    unfinished."""
-    found = sorted(path for path in folder.glob("*.npy") if holds_activations(path))
-    if not found:
-        for partial in sorted(folder.glob("*.npy.partial")):
-            if not is_hidden(partial):
-                refuse_unfinished(partial)
-    return found
+def files_directly_in(folder: Path) -> list[Path]:
+    """Return the activation files that lie in the folder itself, sorted.
+
+    Raises UsageError if there are only unfinished ones.
+    """
+    files = sorted(path for path in folder.glob("*.npy") if holds_activations(path))
+    if files:
+        return files
+    for partial in sorted(folder.glob("*.npy.partial")):
+        if not is_hidden(partial):
+            refuse_unfinished(partial)
+    return []
 
 
-def holds_activations(path):
-    """Whether a file that was found is meant: in a folder of collect.py those that it describes,
-    such as no samples.npy."""
-    if path.suffix != ".npy" or path.name.endswith(BESIDE) or is_hidden(path):
+def holds_activations(path: Path) -> bool:
+    """Return whether a file that was found in a folder, and not named by the user, is meant.
+
+    In a folder of collect.py these are the files with a description, so not samples.npy; in any
+    other folder every .npy but the side files, such as x.tokens.npy.
+    """
+    if path.suffix != ".npy" or path.name.endswith(SIDE_FILES) or is_hidden(path):
         return False
-    return path.with_suffix(".json").exists() or not (path.parent / "collect.json").exists()
+    is_described = path.with_suffix(".json").exists()
+    return is_described or not (path.parent / "collect.json").exists()
 
 
-def find(item):
-    """The files and saved data sets that a name, folder or glob means. Raises UsageError where
-    there is none."""
+def find_paths(item: str) -> list[Path]:
+    """Return the files and folders of saved rows that a name, a folder or a glob means.
+
+    A name that is no glob is returned as it is, whether or not it exists. Raises UsageError if a
+    folder or glob has no activation file.
+    """
     path = Path(item)
     if path.is_dir():
-        found = [path] if is_arrow(path) else files_in(path)
+        paths = [path] if is_arrow(path) else files_in(path)
     elif path.exists() or not glob.has_magic(item):
-        found = [path]
+        paths = [path]
     else:
-        matches = [Path(match) for match in sorted(glob.glob(item))]
-        found = [
-            match
-            for match in matches
-            if (is_arrow(match) if match.is_dir() else holds_activations(match))
-        ]
-        for partial in [] if found else sorted(glob.glob(f"{item}.partial")):
-            refuse_unfinished(partial)
-    if not found:
+        paths = match_glob(item)
+    if not paths:
         raise UsageError(f"{item}: no .npy file there")
-    return found
+    return paths
 
 
-def open_activations(data, seen=None):
-    """Open files, folders and globs as data sets, one a model and hook name (side, rows, stream): a
-    list of Activations.
+def match_glob(pattern: str) -> list[Path]:
+    """Return the activation files and folders of saved rows that match a glob, sorted.
 
-    seen: hashes of the prompts of which none may be held out, see `Activations`. Files without a
-    description are one data set together, and a file that is named twice is read once. Raises
-    UsageError where a glob or folder has no file, OSError where a file is not there.
+    Raises UsageError if there are none, but an unfinished file matches.
     """
-    paths = {}
+    paths = []
+    for path in map(Path, sorted(glob.glob(pattern))):
+        is_meant = is_arrow(path) if path.is_dir() else holds_activations(path)
+        if is_meant:
+            paths.append(path)
+    if not paths:
+        for partial in sorted(glob.glob(f"{pattern}.partial")):
+            refuse_unfinished(partial)
+    return paths
+
+
+def open_activations(
+    data: Iterable[str | Path], seen: set[str] | None = None
+) -> list["Activations"]:
+    """Open files, folders and globs as data sets: one for each model and hook point.
+
+    Files without a description are one data set together, and a file that is named twice is read
+    once. seen: hashes of prompts that must not be held out, see `Activations`. Raises UsageError if
+    a glob or folder has no file, or if two files are copies of each other; OSError if a file is not
+    there.
+    """
+    metas = {}  # {path: description}
+    real_paths = set()
     for item in data:
-        for path in find(str(item)):
-            paths.setdefault(os.path.realpath(path), str(path))
-    metas = {}
-    for path in paths.values():
-        metas[path] = (
-            {"hook_name": Path(path).resolve().name} if is_arrow(path) else read_description(path)
-        )
-    known = {
-        meta.get("model"): meta["fingerprint"] for meta in metas.values() if meta.get("fingerprint")
-    }
+        for path in find_paths(str(item)):
+            real_path = os.path.realpath(path)
+            if real_path in real_paths:
+                continue
+            real_paths.add(real_path)
+            if is_arrow(path):
+                metas[str(path)] = {"hook_name": path.resolve().name}
+            else:
+                metas[str(path)] = read_description(path)
     check_copies(metas)
     say_missing_shards(metas.values())
-    sets = {}
+
+    data_sets = {}  # {model and hook point: paths}
+    weights = weights_of(metas.values())
     for path, meta in metas.items():
-        weights = (
-            meta.get("fingerprint") or known.get(meta.get("model")) or meta.get("model")
-        )  # earlier versions know the name
-        key = (weights, *(meta.get(name) for name in ("hook_name", "side", "rows", "stream")))
-        sets.setdefault(key, []).append(path)
-    return [Activations(paths, seen=seen) for paths in sets.values()]
+        hook_point = [meta.get(name) for name in ("hook_name", "side", "rows", "stream")]
+        key = (weights[meta.get("model")], *hook_point)
+        if meta.get("fingerprint"):
+            key = (meta["fingerprint"], *hook_point)
+        data_sets.setdefault(key, []).append(path)
+    return [Activations(paths, seen=seen) for paths in data_sets.values()]
 
 
-def check_copies(metas):
-    """Raise UsageError where two paths of {path: description} are the same collection's file, whose
-    vectors would count twice."""
-    first = {}
+def weights_of(metas: Iterable[dict]) -> dict[str | None, str | None]:
+    """Return {name of a model: fingerprint of its weights} for the models of some descriptions.
+
+    Earlier versions wrote the name alone. Where no description has a fingerprint, it is the name.
+    """
+    weights = {}
+    for meta in metas:
+        model = meta.get("model")
+        weights.setdefault(model, model)
+        if meta.get("fingerprint"):
+            weights[model] = meta["fingerprint"]
+    return weights
+
+
+def check_copies(metas: dict[str, dict]) -> None:
+    """Raise UsageError if two paths of {path: description} are copies of one collection's file.
+
+    Their vectors would count twice.
+    """
+    first_path = {}
     for path, meta in metas.items():
-        site = tuple(meta.get(name) for name in ("id", "hook_name", "side", "rows", "stream"))
-        if meta.get("id") and first.setdefault(site, path) != path:
+        if not meta.get("id"):
+            continue
+        key = tuple(meta.get(name) for name in ("id", "hook_name", "side", "rows", "stream"))
+        other = first_path.setdefault(key, path)
+        if other != path:
             raise UsageError(
-                f"{first[site]} and {path} are copies of one collection, whose vectors would count twice; name one"
+                f"{other} and {path} are copies of one collection, "
+                "whose vectors would count twice; name one"
             )
 
 
-def say_missing_shards(metas):
-    """Print one line where files are shards of a collection (`collect.py --shard i/n`) of which
-    others are not among them."""
-    found = {}
+def say_missing_shards(metas: Iterable[dict]) -> None:
+    """Print one line if the files are shards of a collection, but not all of them.
+
+    Shards are made by `collect.py --shard i/n`; their descriptions say for example "0/2".
+    """
+    shards_by_count = {}
     for meta in metas:
         if meta.get("shard"):
             index, count = map(int, meta["shard"].split("/"))
-            found.setdefault(count, set()).add(index)
-    for count, shards in found.items():
+            shards_by_count.setdefault(count, set()).add(index)
+    for count, shards in shards_by_count.items():
         missing = sorted(set(range(count)) - shards)
         if missing:
-            print(
-                f"note: of {count} shards of a collection {', '.join(map(str, missing))} are not among the files"
-            )
+            numbers = ", ".join(map(str, missing))
+            print(f"note: of {count} shards of a collection {numbers} are not among the files")
 
 
-def cut_unit(unit, most):
-    """A unit (file, first row, end row) in pieces of at most so many rows, (n, 3); an empty one is
-    one piece."""
+def cut_unit(unit: np.ndarray, most: int) -> np.ndarray:
+    """Cut a unit (file, first row, end row) into pieces of at most `most` rows: (n, 3).
+
+    For [2, 0, 5] and 2 it gives [[2, 0, 2], [2, 2, 4], [2, 4, 5]]. An empty unit is one piece.
+    """
     file, first, end = unit.tolist()
-    begins = np.arange(first, max(end, first + 1), most)
-    return np.stack([np.full(len(begins), file), begins, np.minimum(begins + most, end)], 1)
+    starts = np.arange(first, max(end, first + 1), most)
+    ends = np.minimum(starts + most, end)
+    return np.stack([np.full(len(starts), file), starts, ends], 1)
+
+
+def choose_held_out(sizes: np.ndarray, seed: int, is_unseen: np.ndarray | None) -> np.ndarray:
+    """Choose whole prompts to keep from training: bool (prompts,).
+
+    sizes (prompts,): how many vectors each prompt has. Prompts are taken in an order drawn from
+    `seed` until they have HELD_OUT["share"] of all vectors. If that is below `at_least`, more are
+    taken: up to `at_least`, but not more than a quarter of the vectors and the rest of the last
+    prompt. If it is above `at_most`, fewer are taken. At least one prompt is left for training, and
+    the smaller side is held out. For 20 prompts of 1,000 vectors, 5 are held out: a tenth is below
+    `at_least`, and a quarter is the most.
+
+    is_unseen: bool (prompts,), which prompts an SAE was not trained on. Then these alone are held
+    out, all of them up to `at_most`. None if that does not matter.
+    """
+    num_vectors = int(sizes.sum())
+    order = np.random.default_rng([seed, 0]).permutation(len(sizes))
+    if is_unseen is not None:
+        order = order[is_unseen[order]]
+        wanted = HELD_OUT["at_most"]
+        most_prompts = len(order)
+    else:
+        at_least = min(HELD_OUT["at_least"], num_vectors / 4)
+        wanted = max(HELD_OUT["share"] * num_vectors, at_least)
+        wanted = min(wanted, HELD_OUT["at_most"])
+        most_prompts = len(order) - 1
+
+    vectors_so_far = np.cumsum(sizes[order])
+    num_prompts = np.searchsorted(vectors_so_far, wanted) + 1
+    chosen = order[: min(num_prompts, most_prompts)]
+
+    is_held_out = np.zeros(len(sizes), bool)
+    is_held_out[chosen] = True
+    if is_unseen is None and 2 * sizes[chosen].sum() > num_vectors:
+        return ~is_held_out  # the last prompt was far larger than the others
+    return is_held_out
 
 
 class Activations:
-    """The vectors of one hook point, in one or several files, split into training and held-out
-    prompts.
+    """The vectors of one hook point, from one or several files, split into training and held-out.
 
-    The split is by prompt: all images of one (the first axis of an N-D file), and of its namesakes,
-    fall on one side. A file of two axes or a single prompt is cut into 32 contiguous pieces
-    instead. Held out is a seeded choice of HELD_OUT["share"] of the vectors in whole prompts, more
-    where that is below `at_least` (up to a quarter and the rest of a prompt, never more than half),
-    fewer where it is above `at_most`; a piece of a file without prompts is cut at that.
+    The split is by prompt (see `choose_held_out`): all images of a prompt, in any of the files,
+    fall on one side. A file of two axes, or of a single prompt, is cut into 32 contiguous pieces,
+    which take the place of prompts; a held-out piece that is larger than HELD_OUT["at_most"] is
+    shortened.
 
-    seen: hashes (`hash_key`) of the prompts that an SAE was trained on. Then held out are the
-    others, all of them up to HELD_OUT["at_most"] vectors, where every prompt has a text (or an
-    image, or a seed) to tell it by.
-
-    Attributes: paths; sources, an ActivationFile each; files, all their StoredRows; shapes, one a
-    path; hook_name ("" for plain files); d; num_vectors = num_training + num_held_out;
-    whole_prompts, False where there were none to hold out; unseen, whether what is held out is
-    known from `seen`; training_prompts, hashes of the prompts that are not held out, None if
-    unknown; num_prompts, 0 then; timesteps, one a step of the sampling, [] where the files do not
-    say or differ.
+    paths: activation files of one width and dtype. seed: of the choice. seen: hashes (`hash_key`)
+    of the prompts that an SAE was trained on; where every prompt can be told from the others by its
+    text, image or seed, only other prompts are held out. Raises UsageError for files that can't be
+    read or do not fit together, and for a single vector.
     """
 
-    def __init__(self, paths, seed=0, seen=None):
-        self.paths, self.files = [str(path) for path in paths], []
-        self.sources, units, prompts = [open_activation_file(path) for path in self.paths], [], []
-        for path, source in zip(self.paths, self.sources):
-            rows = source.files[0]
-            if not self.files:
-                self.d, self.dtype, self.hook_name = rows.width, rows.dtype, source.hook_name
-            if (rows.width, rows.dtype) != (self.d, self.dtype):
-                here, there = f"width {rows.width}, {rows.dtype}", f"width {self.d}, {self.dtype}"
-                raise UsageError(f"{path} holds vectors of {here}, {self.paths[0]} of {there}")
+    paths: list[str]
+    sources: list[ActivationFile]
+    """One opened file per path."""
+
+    files: list[StoredRows]
+    """All `StoredRows` of the sources. Pieces and units name a file by its index in this list."""
+
+    shapes: list[list[int]]
+    """The shape of each path's array."""
+
+    hook_name: str
+    """"" for plain files."""
+
+    d: int
+    """Width of a vector."""
+
+    timesteps: list[float]
+    """The scheduler's value at each step; [] if the files do not say it, or differ."""
+
+    num_vectors: int
+    """num_training + num_held_out."""
+
+    num_prompts: int
+    """0 if `whole_prompts` is False."""
+
+    whole_prompts: bool
+    """Whether what is held out are whole prompts, and not pieces or rows."""
+
+    unseen: bool
+    """Whether it is known, from `seen`, that an SAE has not seen what is held out."""
+
+    training_prompts: set[str] | None
+    """Hashes of the prompts that are not held out; None if the files do not say their prompts."""
+
+    transfer: list[str]
+    """Why the files do not belong to an SAE that is used on them on purpose; see identity.py."""
+
+    training_units: np.ndarray
+    """(n, 3): file, first row and end row of what is trained on."""
+
+    held_out_units: np.ndarray
+    """(n, 3): the same of what is held out."""
+
+    def __init__(
+        self, paths: Iterable[str | Path], seed: int = 0, seen: set[str] | None = None
+    ) -> None:
+        self.paths = [str(path) for path in paths]
+        self.sources = [open_activation_file(path) for path in self.paths]
+        self.check_vectors()
+        first_rows = self.sources[0].files[0]
+        self.d = first_rows.width
+        self.dtype = first_rows.dtype
+        self.hook_name = self.sources[0].hook_name
+        self.transfer = []
+
+        self.files = []
+        units = []
+        prompts = []
+        for source in self.sources:
             units.append(source.units + [len(self.files), 0, 0])
             prompts += source.prompts
             self.files += source.files
-        times = [source.timesteps for source in self.sources]
-        self.timesteps = times[0] if all(other == times[0] for other in times) else []
         self.tokens = [file.tokens for file in self.files]
         self.shapes = [list(source.shape) for source in self.sources]
+
+        self.timesteps = self.sources[0].timesteps
+        if any(source.timesteps != self.timesteps for source in self.sources):
+            self.timesteps = []
         self.whole_prompts = all(source.whole_prompts for source in self.sources)
-        self.num_prompts = len(set(prompts)) if self.whole_prompts else 0
-        units, numbers = np.concatenate(units), {}
-        prompts = np.array([numbers.setdefault(name, len(numbers)) for name in prompts])
-        if len(numbers) < 2:
+        self.split(np.concatenate(units), prompts, seed, seen)
+
+    def check_vectors(self) -> None:
+        """Raise UsageError if the files hold vectors of different widths or dtypes."""
+        first = self.sources[0].files[0]
+        for path, source in zip(self.paths, self.sources):
+            rows = source.files[0]
+            if (rows.width, rows.dtype) != (first.width, first.dtype):
+                raise UsageError(
+                    f"{path} holds vectors of width {rows.width}, {rows.dtype}, "
+                    f"{self.paths[0]} of width {first.width}, {first.dtype}"
+                )
+
+    def split(self, units: np.ndarray, prompts: list, seed: int, seen: set[str] | None) -> None:
+        """Divide the units (n, 3) into training and held-out; prompts (n,): what each shows."""
+        number_of = {}
+        for prompt in prompts:
+            number_of.setdefault(prompt, len(number_of))
+        if len(number_of) < 2:
             raise UsageError(f"{self.paths[0]} holds a single vector; there is nothing to train on")
-        sizes = np.bincount(prompts, units[:, 2] - units[:, 1])
-        self.num_vectors = int(sizes.sum())
-        order = np.random.default_rng([seed, 0]).permutation(len(sizes))
-        wanted = max(
-            HELD_OUT["share"] * self.num_vectors, min(HELD_OUT["at_least"], self.num_vectors / 4)
-        )
-        hashes = [hash_key(name) if isinstance(name, str) else None for name in numbers]
-        known = self.whole_prompts and None not in hashes
-        self.unseen = known and seen is not None
+        numbers = np.array([number_of[prompt] for prompt in prompts])
+        sizes = np.bincount(numbers, units[:, 2] - units[:, 1])
+        self.num_prompts = len(number_of) if self.whole_prompts else 0
+
+        hashes = [hash_key(prompt) for prompt in number_of if isinstance(prompt, str)]
+        are_known = self.whole_prompts and len(hashes) == len(number_of)
+        self.unseen = are_known and seen is not None
+        is_unseen = None
         if self.unseen:
-            order = order[[hashes[i] not in seen for i in order]]
-            wanted = math.inf
-        enough = np.searchsorted(np.cumsum(sizes[order]), min(wanted, HELD_OUT["at_most"])) + 1
-        chosen = order[: enough if self.unseen else min(enough, len(order) - 1)]
-        held_out = np.isin(prompts, chosen)
-        if (
-            2 * sizes[chosen].sum() > self.num_vectors and not self.unseen
-        ):  # few prompts of very different sizes
-            held_out = ~held_out
-        kept = set(prompts[~held_out].tolist())
-        self.training_prompts = {hashes[i] for i in kept} if known else None
-        self.transfer = []
-        self.held_out_units, self.training_units = units[held_out], units[~held_out]
+            is_unseen = np.array([prompt not in seen for prompt in hashes])
+
+        is_held_out = choose_held_out(sizes, seed, is_unseen)
+        self.training_prompts = None
+        if are_known:
+            self.training_prompts = {hashes[number] for number in np.flatnonzero(~is_held_out)}
+        self.held_out_units = units[is_held_out[numbers]]
+        self.training_units = units[~is_held_out[numbers]]
         self.shorten_held_out(HELD_OUT["at_most"])
-        self.num_held_out = int((self.held_out_units[:, 2] - self.held_out_units[:, 1]).sum())
+        held_out_sizes = self.held_out_units[:, 2] - self.held_out_units[:, 1]
+        self.num_vectors = int(sizes.sum())
+        self.num_held_out = int(held_out_sizes.sum())
         self.num_training = self.num_vectors - self.num_held_out
 
-    def shorten_held_out(self, most):
-        """Give the ends of held-out pieces back to training where all are more than `most` vectors;
-        prompts stay whole."""
+    def shorten_held_out(self, most: int) -> None:
+        """Give the ends of held-out pieces back to training if they are more than `most` vectors.
+
+        Whole prompts stay whole: only pieces of files without prompts are shortened, all by the
+        same factor. For one held-out piece of rows 0 to 100 and `most` 60, rows 60 to 100 are
+        trained on.
+        """
         units = self.held_out_units
         sizes = units[:, 2] - units[:, 1]
-        plain = np.repeat(
-            [not source.whole_prompts for source in self.sources],
-            [len(source.files) for source in self.sources],
-        )
-        kept = np.where(plain[units[:, 0]], sizes * most // max(most, sizes.sum()), sizes)
-        if (kept == sizes).all():
+        is_piece = []  # per file
+        for source in self.sources:
+            is_piece += [not source.whole_prompts] * len(source.files)
+        shortened = sizes * most // max(most, sizes.sum())
+        new_sizes = np.where(np.array(is_piece)[units[:, 0]], shortened, sizes)
+        if (new_sizes == sizes).all():
             return
-        ends = np.stack([units[:, 0], units[:, 1] + kept, units[:, 2]], 1)[kept < sizes]
-        training = np.concatenate([self.training_units, ends])
+        new_ends = units[:, 1] + new_sizes
+        given_back = np.stack([units[:, 0], new_ends, units[:, 2]], 1)[new_sizes < sizes]
+        training = np.concatenate([self.training_units, given_back])
         self.training_units = training[np.lexsort((training[:, 1], training[:, 0]))]
-        self.held_out_units = np.stack([units[:, 0], units[:, 1], units[:, 1] + kept], 1)
+        self.held_out_units = np.stack([units[:, 0], units[:, 1], new_ends], 1)
 
-    def read(self, pieces):
-        """Copy rows into one tensor (n, d) of the file's dtype (float32 for float64, which MPS
-        can't hold).
+    def read(self, pieces: np.ndarray) -> torch.Tensor:
+        """Copy rows into one tensor (n, d) of the files' dtype, but float32 for float64.
 
-        pieces (many, 3): file, first row, end row. Raises UsageError where a file has become
-        shorter, OSError where it can't be read.
+        (MPS can't hold float64.) pieces (many, 3): file, first row, end row. Raises UsageError if a
+        file has become shorter, OSError if it can't be read.
         """
-        out = read_pieces(self.files, pieces)
-        if out.dtype == np.float64:
-            out = out.astype(np.float32)
-        tensor = torch.from_numpy(out)
-        return tensor.view(torch.bfloat16) if out.dtype == np.uint16 else tensor
+        rows = read_pieces(self.files, pieces)
+        if rows.dtype == np.float64:
+            rows = rows.astype(np.float32)
+        tensor = torch.from_numpy(rows)
+        if rows.dtype == np.uint16:
+            return tensor.view(torch.bfloat16)
+        return tensor
 
-    def steps_of(self, pieces):
-        """The step of each row that `read` gives for the same pieces: int64 (n,), an index of
-        `timesteps`; 0 without any."""
-        count = max(1, len(self.timesteps))
-        found = []
+    def steps_of(self, pieces: np.ndarray) -> np.ndarray:
+        """Return the step of each row that `read` gives for the same pieces: int64 (n,).
+
+        A step is an index of `timesteps`; without timesteps it is 0. For a file (prompts, 3 steps,
+        2 tokens, d), rows 2 to 8 have the steps 1 1 2 2 0 0.
+        """
+        num_steps = max(1, len(self.timesteps))
+        steps = []
         for file, first, end in pieces.tolist():
-            before = self.files[file].first
-            found.append(np.arange(before + first, before + end) // self.tokens[file] % count)
-        return np.concatenate(found)
+            rows_before = self.files[file].first
+            rows = np.arange(rows_before + first, rows_before + end)
+            steps.append(rows // self.tokens[file] % num_steps)
+        return np.concatenate(steps)
 
-    def draw(self, n, seed=0):
-        """Up to n training vectors, drawn one by one from all files and prompts, as pieces for
-        `read`."""
+    def draw(self, n: int, seed: int = 0) -> np.ndarray:
+        """Draw up to n training vectors, each by itself.
+
+        Returns pieces (n, 3) for `read`, in the order of the files.
+        """
         units = self.training_units
         ends = np.cumsum(units[:, 2] - units[:, 1])
         rng = np.random.default_rng([seed, 1])
@@ -302,94 +456,113 @@ class Activations:
         row = units[unit, 2] - (ends[unit] - chosen)
         return np.stack([units[unit, 0], row, row + 1], 1)
 
-    def sample(self, n, seed=0):
-        """The same vectors: float32 (n, d)."""
+    def sample(self, n: int, seed: int = 0) -> torch.Tensor:
+        """Read up to n training vectors that `draw` chooses: float32 (n, d)."""
         return self.read(self.draw(n, seed)).float()
 
-    def digest(self):
-        """16 hex digits of a sample of the training vectors, of the steps' timesteps and of the
-        number of tokens."""
+    def digest(self) -> str:
+        """Return 16 hex digits that tell these training vectors from others.
+
+        They are of a sample of 1,024 vectors, the timesteps and the number of tokens.
+        """
         order = json.dumps([self.timesteps, self.tokens]).encode()
-        return hashlib.sha256(self.sample(1024).numpy().tobytes() + order).hexdigest()[:16]
+        sample = self.sample(1024).numpy().tobytes()
+        return hashlib.sha256(sample + order).hexdigest()[:16]
 
-    def sample_tokens(self):
-        """Vectors of one (prompt, step). Raises UsageError where the files do not hold whole
-        samples of one size."""
+    def sample_tokens(self) -> int:
+        """Return the number of vectors of one (prompt, step).
+
+        Raises UsageError if the files do not hold whole samples of one size.
+        """
         units = np.concatenate([self.training_units, self.held_out_units])
-        if len(set(self.tokens)) > 1 or ((units[:, 2] - units[:, 1]) % self.tokens[0]).any():
+        tokens = self.tokens[0]
+        are_whole = (units[:, 2] - units[:, 1]) % tokens == 0
+        if len(set(self.tokens)) > 1 or not are_whole.all():
             raise UsageError(
-                f"{self.paths[0]}: sample_topk needs files of whole samples, (prompts, steps, tokens, d) of one size"
+                f"{self.paths[0]}: sample_topk needs files of whole samples, "
+                "(prompts, steps, tokens, d) of one size"
             )
-        return self.tokens[0]
+        return tokens
 
-    def held_out(self):
-        """The held-out vectors, one prompt after another in the order of the files: tensors (rows,
-        d), of a huge one several."""
-        most = max(1, READ_BYTES // self.sources[0].files[0].row_bytes)
+    def held_out(self) -> Iterator[torch.Tensor]:
+        """Yield the held-out vectors, prompt by prompt in file order: tensors (n, d).
+
+        A prompt of more than 64 MB comes in several tensors.
+        """
+        most_rows = max(1, READ_BYTES // self.files[0].row_bytes)
         for unit in self.held_out_units:
-            for piece in cut_unit(unit, most):
+            for piece in cut_unit(unit, most_rows):
                 yield self.read(piece[None])
 
-    def rows_of_prompts(self):
-        """The lines of prompts.jsonl of every image of all files, in their order: dicts. Raises
-        UsageError where one has none."""
-        return [
-            row
-            for source in self.sources
-            for row in read_prompts(source.path, source.P)[: source.P]
-        ]
+    def rows_of_prompts(self) -> list[dict]:
+        """Return the line of prompts.jsonl of every image, through all files in their order.
 
-    def read_image(self, index):
-        """All vectors of one image, numbered through all files (prompts, steps, tokens, d): (steps,
-        tokens, d), as in `read`.
+        Raises UsageError if a file has no prompts.jsonl.
+        """
+        rows = []
+        for source in self.sources:
+            rows += read_prompts(source.path, source.P)[: source.P]
+        return rows
 
-        Padding of text is left out.
+    def read_image(self, index: int) -> torch.Tensor:
+        """Read all vectors of one image: (steps, tokens, d), without the padding of text.
+
+        index: the image's number through all files. The dtype is that of `read`.
         """
         ends = np.cumsum([source.P for source in self.sources])
         number = int(np.searchsorted(ends, index, side="right"))
         source = self.sources[number]
-        row = index - (ends[number] - source.P)
-        num_real = source.T if source.lengths is None else int(source.lengths[row])
-        first = (row * source.S + np.arange(source.S)) * source.T
-        pieces = np.stack([np.full(source.S, number), first, first + num_real], 1)
-        return self.read(pieces).view(source.S, num_real, self.d)
+        image = index - (ends[number] - source.P)
+        num_tokens = source.T
+        if source.lengths is not None:
+            num_tokens = int(source.lengths[image])
+        first = (image * source.S + np.arange(source.S)) * source.T
+        pieces = np.stack([np.full(source.S, number), first, first + num_tokens], 1)
+        return self.read(pieces).view(source.S, num_tokens, self.d)
 
     def batches(
         self,
-        batch_size,
-        stop,
-        start=0,
-        seed=0,
-        buffer_gb=2.0,
-        tokens=1,
-        share=(0, 1),
-        pin=False,
-        ahead=4,
-    ):
-        """Training vectors `start` to `stop` of an endless seeded shuffle: (x (batch_size, d), step
-        (batch_size,)), the last shorter. step: index of `timesteps`, None where there are none.
+        batch_size: int,
+        stop: int,
+        start: int = 0,
+        seed: int = 0,
+        buffer_gb: float = 2.0,
+        tokens: int = 1,
+        share: tuple[int, int] = (0, 1),
+        pin: bool = False,
+        ahead: int = 4,
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Return an iterator over vectors `start` to `stop` of an endless shuffle for training.
 
-        Every vector comes once an epoch of `num_training`; a batch may span two epochs, so nothing
-        is dropped. Where the files have timesteps, each stretch of a buffer holds the same share of
-        every step. tokens: so many consecutive vectors stay together; all sizes are multiples of
-        it. The order depends on the seed, the buffer's size and tokens alone: starting at any
-        position gives what would have come. See store/shuffle.py.
+        It yields (x (batch_size, d), step (batch_size,)); the last batch may be shorter. A step is
+        an index of `timesteps`, and None without timesteps. Every vector comes once per epoch of
+        `num_training`; a batch may span two epochs, so no vector is dropped. With timesteps, every
+        stretch of a buffer holds the same share of every step. The order depends on the seed, the
+        buffer's size and `tokens` alone, so starting at any position gives what would have come.
+        store/shuffle.py explains it.
 
-        share (i, n): of each batch only the i-th of n slices, cut at whole `tokens`; each process
-        has a buffer of its own. pin: x lies in pinned memory, so that `x.to(device,
-        non_blocking=True)` overlaps. ahead: batches that are prepared while one is used.
+        tokens: this many consecutive vectors stay together; all sizes are multiples of it.
+        share (i, n): yield only the i-th of n slices of each batch, cut at whole `tokens`. Every
+        process has a buffer of its own.
+        pin: put x into pinned memory, so that `x.to(device, non_blocking=True)` overlaps.
+        ahead: number of batches that are prepared while one is used.
 
-        Raises UsageError where a file got shorter, OSError where it can't be read.
+        Raises UsageError if a file got shorter, OSError if it can't be read.
         """
         reader = Reader(
             self.files, self.training_units, self.steps_of, tokens, seed, buffer_gb, pin
         )
+        return self.typed_batches(reader.batches(batch_size, stop, start, share, ahead))
+
+    def typed_batches(
+        self, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Turn the reader's batches, whose rows are bytes, into those that `batches` describes."""
         dtype = torch.from_numpy(np.empty(0, self.dtype)).dtype
-        dtype = torch.bfloat16 if dtype == torch.uint16 else dtype
-
-        def typed():
-            for x, step in reader.batches(batch_size, stop, start, share, ahead):
-                x = x.view(dtype)
-                yield x.float() if dtype == torch.float64 else x, step if self.timesteps else None
-
-        return typed()
+        if dtype == torch.uint16:
+            dtype = torch.bfloat16
+        for rows, step in batches:
+            x = rows.view(dtype)
+            if dtype == torch.float64:
+                x = x.float()
+            yield x, step if self.timesteps else None

@@ -93,7 +93,8 @@ OUR_KEYS = set(
     """
     always_on by_timestep collected_with collections cosine data data_relative_to dead dictionary_learning explained_variance
     fingerprint fvu held_out_whole_prompts hook_name input_unit_norm l0 model_dtype model_name num_held_out num_training
-    num_training_in_data num_training_prompts rows saelens side stream tokens_per_sample training
+    num_training_in_data num_training_prompts rows saelens sae_fingerprint side stream tokens_per_sample
+    training
     """.split()
 )
 SAELENS_KEYS = set(

@@ -1,4 +1,9 @@
-"""HookPoint: what one activation file is of, and what an SAE was trained on."""
+"""HookPoint: where in a denoiser the vectors of an activation file, or of an SAE, come from.
+
+point = HookPoint("mid_block", side="diff")
+point.file_name                      # "mid_block.diff", so the file is mid_block.diff.npy
+trained_on(sae)                      # the HookPoint of an SAE's training vectors
+"""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +18,10 @@ ROWS = ("cond", "uncond")
 
 @dataclass(frozen=True)
 class HookPoint:
-    """A place in a denoiser, and which of the numbers there are meant."""
+    """A module of a denoiser, and which of its numbers are meant.
+
+    Raises UsageError for a side, stream or rows that do not exist.
+    """
 
     hook_name: str
     """Name of a module of the denoiser, such as up_blocks.1.attentions.1."""
@@ -28,27 +36,34 @@ class HookPoint:
     """cond or uncond: which rows of classifier-free guidance."""
 
     def __post_init__(self) -> None:
-        for name, choices in (("side", SIDES), ("stream", STREAMS), ("rows", ROWS)):
-            check_choice(name, getattr(self, name), choices)
+        check_choice("side", self.side, SIDES)
+        check_choice("stream", self.stream, STREAMS)
+        check_choice("rows", self.rows, ROWS)
 
     @classmethod
     def from_description(cls, meta: dict) -> "HookPoint":
-        """The hook point that the .json beside an activation file names. Raises UsageError where it
-        names none."""
+        """Return the hook point that the description of an activation file, or a cfg.json, names.
+
+        Raises UsageError if one of the four fields is missing.
+        """
         keys = ("hook_name", "side", "stream", "rows")
         missing = [key for key in keys if key not in meta]
         if missing:
             raise UsageError(
                 f"the description of the activations does not say {', '.join(missing)}"
             )
-        return cls(*(meta[key] for key in keys))
+        return cls(*[meta[key] for key in keys])
 
     def as_dict(self) -> dict[str, str]:
+        """Return the four fields, as descriptions hold them; `from_description` reads them."""
         return asdict(self)
 
     @property
     def file_name(self) -> str:
-        """Name of its activation file, without .npy: <hook_name>[.uncond][.input|.diff][.text]"""
+        """Name of its activation file, without .npy: <hook_name>[.uncond][.input|.diff][.text].
+
+        For HookPoint("mid_block", side="input", rows="uncond") it is "mid_block.uncond.input".
+        """
         name = self.hook_name
         if self.rows == "uncond":
             name += ".uncond"
@@ -60,30 +75,31 @@ class HookPoint:
 
 
 def trained_on(sae) -> HookPoint:
-    """The hook point of an SAE's training vectors: as its cfg.json says, or else the descriptions
-    beside its training files.
+    """Return the hook point of an SAE's training vectors.
 
-    Raises UsageError where a file has no description (moved, or not made by collect.py), or where
-    two name different ones.
+    sae: an `Sae`. Its cfg.json says it, or else the descriptions beside its training files. Raises
+    UsageError if a file has no description (it was moved, or collect.py did not make it), or if two
+    files name different hook points.
     """
     if sae.hook_point is not None:
         return sae.hook_point
-    found = []
+    points = []
     for path in sae.cfg.get("data") or []:
         meta = read_description(path)
         try:
-            found.append(HookPoint.from_description(meta))
+            points.append(HookPoint.from_description(meta))
         except UsageError as error:
             raise UsageError(
                 f"{Path(path).with_suffix('.json')} is not there or not complete: {error}"
             ) from None
-    if not found:
+    if not points:
         raise UsageError(
-            "the SAE's cfg.json names no activation file, so it is not known where in the model it belongs"
+            "the SAE's cfg.json names no activation file, "
+            "so it is not known where in the model it belongs"
         )
-    for other in found:
-        if other != found[0]:
+    for other in points:
+        if other != points[0]:
             raise UsageError(
-                f"the SAE was trained on files of several hook points, {found[0]} and {other}"
+                f"the SAE was trained on files of several hook points, {points[0]} and {other}"
             )
-    return found[0]
+    return points[0]

@@ -1,75 +1,221 @@
-"""The words of a prompt: which it has, and where it can be cut.
+"""The words of a prompt: which words it has, and where it can be cut.
 
-Texts are compared in one form (Unicode's NFC, without case), so that an accent counts as a part of
-its letter however it was typed. Scripts without spaces between words (Thai, Lao, Khmer, Burmese,
-Chinese, Japanese) have a word wherever it stands.
+    >>> has_word("a Star, red", "star"), has_word("a starry night", "star")
+    (True, False)
+    >>> has_word("숲 속의 여우가", "여우"), has_word("صورة الثعلب", "ثعلب")
+    (True, True)
+    >>> words_of("a red-hot Star, don't")
+    ['a', 'red-hot', 'star', "don't"]
+
+Texts are compared in one form, Unicode's NFKC without case, so that an accent counts as a part of
+its letter however it was typed. Some scripts put no spaces between words (Thai, Lao, Khmer, Burmese,
+Chinese, Japanese): in these, a text has a word wherever the word stands in it. Korean attaches
+particles to the end of a word, and Arabic attaches the article and short prepositions to its start:
+a text has a word also where it stands with these.
 """
 
 import re
 import unicodedata
 from functools import cache
 
-UNSPACED = (  # ranges of a character class
-    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff"  # Thai, Lao, Burmese, Khmer, Japanese
-    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Chinese
+# ranges of a character class: Thai, Lao, Burmese, Khmer, Japanese; then Chinese
+UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff"
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 )
+
+# Korean chooses between some particles by the syllable before them. Knowing this keeps "사과" (an
+# apple) from being "사" with the particle "과".
+PARTICLES_AFTER_CONSONANT = "은 이 을 과 으로 이나 이랑 이라 이며 이다 입니다 이에요 아".split()
+PARTICLES_AFTER_VOWEL = "는 가 를 와 로 나 랑 라 며 다 입니다 예요 야".split()
+PARTICLES = (
+    "들 의 에 에서 에게 에게서 한테 께 께서 도 만 까지 부터 마다 조차 마저 밖에 처럼 같이 보다 "
+    "하고 로서 로써 으로서 으로써 뿐 만큼"
+).split()
+
+ARTICLE = "ال"
+# "and" or "so", then "with" or "like", then the article, which becomes "لل" after the preposition "ل"
+ARABIC_PREFIX_WITH_ARTICLE = re.compile("[وف]?(?:[بك]?ال|لل)")
+# Without the article, one letter can as well be the first letter of another word: "فقط" (only) is
+# not "ف" and "قط" (a cat). Arabic roots have three letters, so shorter words take "and" alone.
+ARABIC_PREFIX = re.compile("و?[بكل]?")
+SHORTEST_ARABIC_ROOT = 3
 
 
 @cache
 def marks() -> str:
-    """The ranges of a character class of what belongs to the letter before it: accents, vowel
-    signs, joiners."""
-    found = (code for code in range(0x300, 0x20000) if unicodedata.category(chr(code))[0] == "M")
-    return "".join(re.escape(chr(code)) for code in found) + "\u200c\u200d"
+    """Return the ranges of a character class of what belongs to the letter before it.
+
+    These are accents, vowel signs and joiners: Unicode's categories M*, and U+200C and U+200D.
+    """
+    found = []
+    for code in range(0x300, 0x20000):
+        if is_mark(chr(code)):
+            found.append(re.escape(chr(code)))
+    return "".join(found) + "\u200c\u200d"
+
+
+def is_mark(character: str) -> bool:
+    """Whether a character changes the letter before it: an accent or a vowel sign."""
+    return unicodedata.category(character)[0] == "M"
 
 
 @cache
-def patterns() -> tuple[re.Pattern, re.Pattern, re.Pattern]:
-    """A letter, digit, underscore or mark; a letter of a script without spaces; a word, with
-    apostrophes and hyphens in it."""
-    letter = rf"[\w{marks()}]"
-    return (
-        re.compile(letter),
-        re.compile(f"[{UNSPACED}]"),
-        re.compile(rf"{letter}[\w{marks()}'’-]*"),
-    )
+def letter_pattern() -> re.Pattern:
+    """Return the pattern of one character of a word: a letter, digit, underscore or mark."""
+    return re.compile(rf"[\w{marks()}]")
+
+
+@cache
+def unspaced_pattern() -> re.Pattern:
+    """Return the pattern of one letter of a script that has no spaces between words."""
+    return re.compile(f"[{UNSPACED}]")
+
+
+@cache
+def word_pattern() -> re.Pattern:
+    """Return the pattern of a word, with the apostrophes and hyphens inside or after it."""
+    return re.compile(rf"[\w{marks()}][\w{marks()}'’-]*")
+
+
+def compared_form(text: str) -> str:
+    """Return a text as texts are compared: NFKC, without case, with single spaces.
+
+    >>> compared_form(" A  Star")
+    'a star'
+    """
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def has_word(text: str, word: str) -> bool:
-    """Whether a text has a word, or several in a row: not as a part of a longer word, but where
-    words are not set apart."""
-    text, word = (
-        " ".join(unicodedata.normalize("NFKC", part).casefold().split()) for part in (text, word)
-    )
-    at = text.find(word)
-    while word and at >= 0:
-        before, after = text[:at][-1:], text[at + len(word) :][:1]
-        if not (is_one_word(before, word[0]) or is_one_word(word[-1], after)):
+    """Whether a text has a word, or several words in a row.
+
+    A part of a longer word does not count ("star" in "starry"), except in a script without spaces,
+    and except that Korean particles and Arabic articles and prepositions may be attached. An
+    inflected word is another word ("stars"). Every text has the empty word.
+    """
+    text = compared_form(text)
+    word = compared_form(word)
+    if not word:
+        return True
+
+    if stands_in(text, word):
+        return True
+    # the preposition "ل" changes the article after it: "الثعلب" becomes "للثعلب"
+    return word.startswith(ARTICLE) and stands_in(text, "لل" + word.removeprefix(ARTICLE))
+
+
+def stands_in(text: str, word: str) -> bool:
+    """Whether a word, or several in a row, stands in a text on its own; both as compared."""
+    start = text.find(word)
+    while start >= 0:
+        end = start + len(word)
+        if starts_word(text, start, word) and ends_word(text, end, word):
             return True
-        at = text.find(word, at + 1)
-    return not word
+        start = text.find(word, start + 1)
+    return False
+
+
+def starts_word(text: str, start: int, word: str) -> bool:
+    """Whether nothing stands before text[start:] in the same word, or only an Arabic prefix."""
+    if not is_one_word(text[:start][-1:], word[0]):
+        return True
+    if not unicodedata.name(word[0], "").startswith("ARABIC"):
+        return False
+
+    first = start
+    while first > 0 and letter_pattern().match(text[first - 1]):
+        first -= 1
+    prefix = without_marks(text[first:start])
+    if ARABIC_PREFIX_WITH_ARTICLE.fullmatch(prefix):
+        return True
+    if len(without_marks(word)) < SHORTEST_ARABIC_ROOT:
+        return prefix == "و"
+    return ARABIC_PREFIX.fullmatch(prefix) is not None
+
+
+def ends_word(text: str, end: int, word: str) -> bool:
+    """Whether nothing follows text[:end] in the same word, or only Korean particles."""
+    if not is_one_word(word[-1], text[end : end + 1]):
+        return True
+
+    last = end
+    while last < len(text) and letter_pattern().match(text[last]):
+        last += 1
+    return are_particles(word[-1], text[end:last])
+
+
+def are_particles(before: str, ending: str) -> bool:
+    """Whether an ending is one Korean particle or several, such as "에서" and "는".
+
+    before: the character before the ending. For "우" and "가" it is True; for "사" and "과", False.
+    """
+    if not ending:
+        return True
+    for particle in (*PARTICLES, *particles_after(before)):
+        if not ending.startswith(particle):
+            continue
+        if are_particles(particle[-1], ending.removeprefix(particle)):
+            return True
+    return False
+
+
+def particles_after(character: str) -> list[str]:
+    """Return the particles that need a syllable like this one before them.
+
+    After "우", which ends in a vowel, these are PARTICLES_AFTER_VOWEL. After a character that is no
+    Korean syllable, such as the last of "fox", both lists are possible.
+    """
+    if not "가" <= character <= "힣":
+        return PARTICLES_AFTER_CONSONANT + PARTICLES_AFTER_VOWEL
+
+    # Unicode orders the syllables by first consonant, vowel and final consonant, 28 of the last: 0
+    # is none. After ㄹ (8) stands "로" as after a vowel.
+    final = (ord(character) - ord("가")) % 28
+    if final == 0:
+        return PARTICLES_AFTER_VOWEL
+    if final == 8:
+        return [*PARTICLES_AFTER_CONSONANT, "로"]
+    return PARTICLES_AFTER_CONSONANT
+
+
+def without_marks(text: str) -> str:
+    """Return a text without its accents and vowel signs."""
+    return "".join(character for character in text if not is_mark(character))
 
 
 def is_one_word(left: str, right: str) -> bool:
-    """Whether two neighbouring characters, "" at an end of the text, belong to one word."""
-    letter, unspaced, _ = patterns()
+    """Whether two neighbouring characters belong to one word; "" stands for an end of the text.
+
+    For "a" and "b" it is True; for "a" and " ", or "a" and "", False. For two letters of which one
+    belongs to a script without spaces it is False, since a text may be cut between any of these.
+    """
+    letter = letter_pattern()
     if not (letter.match(left) and letter.match(right)):
         return False
-    is_mark = unicodedata.category(right)[0] == "M"
-    return is_mark or not (unspaced.match(left) or unspaced.match(right))
+    if is_mark(right):
+        return True
+    unspaced = unspaced_pattern()
+    return not (unspaced.match(left) or unspaced.match(right))
 
 
 def words_of(text: str) -> list[str]:
-    """All words of a text in lower case; of a script without spaces, what stands between spaces and
-    punctuation."""
-    return patterns()[2].findall(unicodedata.normalize("NFC", text.lower()))
+    """Return all words of a text in lower case, in order.
+
+    In a script without spaces a "word" is what stands between spaces and punctuation.
+    """
+    return word_pattern().findall(unicodedata.normalize("NFC", text.lower()))
 
 
 def word_ends(text: str) -> list[int]:
-    """Where a text can be cut without cutting a word in two, in order: its end among them, unless
-    it is empty."""
-    return [
-        i
-        for i in range(1, len(text) + 1)
-        if not text[i - 1].isspace() and not is_one_word(text[i - 1], text[i : i + 1])
-    ]
+    """Return the positions where a text can be cut without cutting a word in two, in order.
+
+    The text's end is one of them, unless the text is empty. For "a cat." it gives [1, 5, 6].
+    """
+    ends = []
+    for i in range(1, len(text) + 1):
+        if text[i - 1].isspace():
+            continue
+        if not is_one_word(text[i - 1], text[i : i + 1]):
+            ends.append(i)
+    return ends

@@ -71,6 +71,8 @@ ADDED |= {
     "image_digest",
     "seen",
     "num_training_in_data",
+    "contents",
+    "telling",
 }
 
 
@@ -145,7 +147,7 @@ def commands() -> list[Command]:
         )
 
     found.append(Command("features", "features.py", ["--sae", sae], ["features/*.html"]))
-    steer = ["--sae", sae, "--num_prompts", "4", "--num_pictures", "16"]
+    steer = ["--sae", sae, "--num_prompts", "4"]
     for name, arguments in {
         "multiply": ["--features", "3", "5", "--multiply", "0", "4", "--rows", "cond"],
         "add": [
@@ -163,7 +165,17 @@ def commands() -> list[Command]:
             "1",
             "0.5",
         ],
-        "concept": ["--num_features", "2", "--renormalize", "--rows", "cond"],
+        "concept": [
+            "--num_pictures",
+            "16",
+            "--concept",
+            "black",
+            "--num_features",
+            "2",
+            "--renormalize",
+            "--rows",
+            "cond",
+        ],
     }.items():
         files = [f"steer_{name}/*/steer.json", f"steer_{name}/*/steer.png"]
         found.append(

@@ -7,6 +7,7 @@ from test_features import write
 
 from analysis.concepts import (
     auroc,
+    clearest_exchange,
     contrast,
     find_features,
     image_scores,
@@ -137,3 +138,19 @@ def test_words():
                 with_word(prompts, word)
     with pytest.raises(ValueError, match="all of the 2 prompts"):
         with_word(["a star", "the star"], "star")
+
+
+def test_the_clearest_exchange_is_of_two_words_that_exclude_each_other():
+    """Features 0, 1 and 2 tell red, blue and big; big stands with both colours, so it is out."""
+    colours = ["red", "blue", "green"] * 8
+    prompts = [
+        f"a {'big' if i % 2 else 'small'} {colour} thing" for i, colour in enumerate(colours)
+    ]
+    noise = torch.rand(24, 2, 4, generator=torch.Generator().manual_seed(0))
+    scores = 0.1 * noise
+    for feature, word, strength in ((0, "red", 1.0), (1, "blue", 2.0), (2, "big", 9.0)):
+        scores[:, :, feature] += strength * with_word(prompts, word).float()[:, None]
+    words = clearest_exchange(scores, [prompt.replace("small ", "") for prompt in prompts], 1)
+    assert words == ("blue", "red")
+    assert clearest_exchange(scores[:6], prompts[:6], 1) is None  # no word is in 8 prompts
+    assert clearest_exchange(noise, prompts, 1) is None  # nothing tells the words

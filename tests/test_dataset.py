@@ -608,3 +608,27 @@ def test_a_flipped_byte_in_a_description_is_seen(tmp_path):
             except ValueError:
                 refused += 1
     assert refused > 2 * len(data)
+
+
+def test_choose_held_out_by_hand(monkeypatch):
+    """20 prompts of 10 vectors: a tenth, the limits, and the prompts that an SAE has not seen."""
+    sizes = np.full(20, 10.0)
+    order = np.random.default_rng([0, 0]).permutation(20)
+    for limits, expected in (
+        (dict(share=0.1, at_least=0, at_most=10**9), 2),
+        (dict(share=0.1, at_least=30, at_most=10**9), 3),
+        (dict(share=0.1, at_least=10**9, at_most=10**9), 5),  # a quarter
+        (dict(share=0.4, at_least=0, at_most=35), 4),  # the rest of the fourth prompt too
+    ):
+        monkeypatch.setattr(dataset, "HELD_OUT", limits)
+        is_held_out = dataset.choose_held_out(sizes, seed=0, is_unseen=None)
+        assert sorted(np.flatnonzero(is_held_out)) == sorted(order[:expected])
+    is_unseen = np.isin(np.arange(20), [3, 11, 12])
+    assert (dataset.choose_held_out(sizes, 0, is_unseen) == is_unseen).sum() == 20
+    monkeypatch.setattr(dataset, "HELD_OUT", dict(share=0.1, at_least=0, at_most=20))
+    assert dataset.choose_held_out(sizes, 0, is_unseen)[is_unseen].sum() == 2
+
+    # one huge prompt: the smaller side is held out, and at least one prompt is trained on
+    monkeypatch.setattr(dataset, "HELD_OUT", dict(share=0.1, at_least=0, at_most=10**9))
+    is_held_out = dataset.choose_held_out(np.array([1000.0, 1, 1]), 0, None)
+    assert not is_held_out[0] and is_held_out.any()

@@ -165,14 +165,12 @@ def test_the_start_the_rate_and_the_defaults_are_train_py_s(tmp_path, small):
     for name, tensor in theirs.state_dict().items():
         torch.testing.assert_close(mine.state_dict()[name], tensor)
     assert train.learning_rate(7, 90, 24, diagnose.DEFAULTS) == train.learning_rate(7, 90, 24, cfg)
-    mine, theirs = diagnose.Config(), train.Config()
+    mine, theirs = diagnose.Config(), train.with_activation(train.Config())
+    (choice,) = train.plan_folders(theirs, activations, True)[1].values()
+    assert diagnose.num_latents_of(mine, activations) == choice.num_latents == 16 * 8
     for name in ("data", "num_epochs", "center", "device"):
         assert getattr(mine, name) == getattr(theirs, name), name
-    assert ([mine.k], [mine.expansion_factor], [mine.seed]) == (
-        theirs.k,
-        theirs.expansion_factor,
-        theirs.seeds,
-    )
+    assert ([mine.k], [mine.seed]) == (theirs.k, theirs.seeds)
     assert theirs.effective_batch_size == diagnose.BATCH_SIZE
     assert (
         theirs.dead_feature_threshold == 100_000
@@ -380,6 +378,8 @@ def test_mistakes_end_in_one_line_and_overwrite_nothing(tmp_path, small, capsys,
     ):
         (name, value) = next(iter(options.items()))
         assert f"--{name} {value}: expected" in say(path, **options)
+    both = "--expansion_factor 2 and --num_latents 24 both say how many latents there are"
+    assert both in say(path, expansion_factor=2)
     (tmp_path / "file").write_text("")
     assert "can't be made" in say(path, "file/below")
     monkeypatch.chdir(tmp_path)

@@ -46,7 +46,7 @@ def twenty_updates(case, vectors, latents):
         if latents.count > 1
         else Sae(D, M, k, of_sae, seed=1)
     )
-    own = latents.part(M)
+    own = latents.slice_of(M)
     g = torch.Generator().manual_seed(0)
     sae.b_dec.data.copy_(torch.randn(D, generator=g))
     sae.encoder.bias.data.copy_(
@@ -59,7 +59,7 @@ def twenty_updates(case, vectors, latents):
         tokens = TOKENS if sae.takes_samples else 1
         n = N if i < STEPS - 1 else max(3, tokens)
         x, weights = torch.randn(n, D, generator=g) * 3 + 1, torch.rand(n, generator=g) + 0.5
-        part = vectors.part(n // tokens)
+        part = vectors.slice_of(n // tokens)
         here = slice(part.start * tokens, part.stop * tokens)
         x = x[here].unflatten(0, (part.stop - part.start, tokens)) if tokens > 1 else x[here]
         with patch.object(update_module, "LIST_DEAD_EVERY", 3):
@@ -100,7 +100,7 @@ def worker(folder):
             own = torch.stack(
                 [p.detach().double().sum() for p in update.params.values()]
             )  # equal in all that split vectors
-            assert torch.equal(vectors.share(own.clone()), own), case
+            assert torch.equal(vectors.broadcast(own.clone()), own), case
     processes.close()
 
 
@@ -180,7 +180,7 @@ import os
 from distributed import Processes
 for word in ("first", "second", "third"):
     processes = Processes()
-    line = [processes.tell(f"{word} {processes.rank}"), processes.any(processes.rank), processes.next("item") < 2]
+    line = [processes.all_gather(f"{word} {processes.rank}"), processes.any(processes.rank), processes.next("item") < 2]
     os.write(1, f"{line}\\n".encode())  # whole, also where the other process writes at once
     processes.close()
 """
@@ -202,7 +202,7 @@ from distributed import Processes
 from analysis.sharded import grid, save_rows
 processes, path = Processes(), Path(sys.argv[1])
 _, latents = grid(processes, 2)
-save = lambda x: save_rows(path / "a.safetensors", {"x": x[latents.part(1000)]}, {}, latents)
+save = lambda x: save_rows(path / "a.safetensors", {"x": x[latents.slice_of(1000)]}, {}, latents)
 save(torch.zeros(1000))
 for full in (0, 1):
     if processes.rank == full:

@@ -23,6 +23,8 @@ from cli import HERE
 from features import (
     Config,
     Example,
+    PromptWord,
+    Statistics,
     list_examples,
     main,
     map_grid,
@@ -30,6 +32,7 @@ from features import (
     over_represented,
     read_images,
     scan,
+    telling,
 )
 from hook import HookedDiffusionModel
 from sae import Sae
@@ -200,23 +203,47 @@ def test_two_files_are_one_page(tmp_path):
     ] == [True] * 3
 
 
+def words_and_counts(texts, chosen):
+    """`over_represented` without the deviations."""
+    found = over_represented(texts, chosen)
+    return [[(word, count) for word, count, _ in of_feature] for of_feature in found]
+
+
 def test_words_are_monroes_log_odds():
     texts = ["a red fox", "a red cat", "the red dog", "a blue fox", "a blue cat", "a blue dog"] + [
         "a blue bird"
     ] * 5
-    found = over_represented(texts, torch.tensor([[0, 1, 2], [3, 4, 6], [0, -1, -1], [-1, -1, -1]]))
+    found = words_and_counts(texts, torch.tensor([[0, 1, 2], [3, 4, 6], [0, -1, -1], [-1, -1, -1]]))
     assert found[1:] == [[], [], []]  # blue is common, and one prompt with a word proves nothing
     # by hand: red in 3 of 3 chosen and 0 of 4 other distinct texts, prior 10 * 3 / 8
     delta = np.log(6.75 / 6.25) - np.log(3.75 / 10.25)
     assert (delta / np.sqrt(1 / 6.75 + 1 / 3.75) >= 1.96) == bool(found[0])
     many = [f"{'red' if i < 16 else 'blue'} thing {i}" for i in range(100)]
-    assert over_represented(many, torch.arange(12)[None]) == [[("red", 12)]]
+    assert words_and_counts(many, torch.arange(12)[None]) == [[("red", 12)]]
     delta = np.log((12 + 160 / 101) / (10 - 160 / 101)) - np.log(
         (4 + 160 / 101) / (98 - 4 - 160 / 101)
     )
     assert delta / np.sqrt(1 / (12 + 160 / 101) + 1 / (4 + 160 / 101)) >= 1.96
+    ((red,),) = over_represented(many, torch.arange(12)[None])
+    variance = 1 / (12 + 160 / 101) + 1 / (4 + 160 / 101)
+    assert red.deviations == pytest.approx(delta / np.sqrt(variance))
     repeated = ["a"] * 4 + [f"Öl, don't {i}" for i in range(4)] + [f"blue {i}" for i in range(60)]
-    assert over_represented(repeated, torch.arange(8).view(2, 4)) == [[], [("don't", 4), ("öl", 4)]]
+    assert words_and_counts(repeated, torch.arange(8).view(2, 4)) == [[], [("don't", 4), ("öl", 4)]]
+
+
+def test_the_most_telling_feature_has_a_word_is_rare_and_strong():
+    """By hand: deviations times -log10(density) times the mean peak; 1 deviation without words."""
+    statistics = Statistics(4, 1, 2, 1, torch.device("cpu"))
+    statistics.vectors += 1000
+    statistics.counts[:, 0] = torch.tensor([10, 100, 10, 0])
+    statistics.peaks[:] = torch.tensor([[3.0, 1.0], [3.0, 1.0], [3.0, 1.0], [0.0, 0.0]])
+    words = [
+        [PromptWord("red", 2, 5.0), PromptWord("a", 2, 2.0)],
+        [PromptWord("red", 2, 5.0)],
+        [],
+        [],
+    ]
+    assert telling(statistics, words) == pytest.approx([5 * 2 * 2, 5 * 1 * 2, 1 * 2 * 2, 0])
 
 
 def test_neighbours_are_those_of_the_whole_matrix_of_cosines():
@@ -414,6 +441,11 @@ def test_the_page_in_a_browser(large_page):
     )
     text = "document.getElementById('{}').textContent".format
     with Browser() as browser:
+        browser.open(large_page)  # on the most telling feature, which is the first of the list
+        most_telling = int(np.argmax(data["telling"]))
+        assert browser.run(text("feature")) == f"Feature {most_telling}"
+        assert browser.run("document.querySelector('.row .name').textContent") == f"#{most_telling}"
+        assert browser.run(text("explanation")).startswith("A feature is telling if its prompts")
         browser.open(large_page, f"#f={strange}")
         assert browser.run(text("feature")) == f"Feature {strange}"  # a link opens its feature
         browser.wait(

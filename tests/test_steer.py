@@ -1,6 +1,7 @@
 """steer.py as a user runs it on a tiny pipeline: what is written, chosen, masked and refused."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import collect
 import steer
 import train
 from analysis.concepts import contrast, image_scores
+from errors import UsageError
 from hook import HookedDiffusionModel
 from sae import Sae
 from steer import Config, main, parse_features, parse_steps, token_mask
@@ -71,16 +73,18 @@ def report_of(config, name):
 
 
 def test_with_no_feature_named_the_one_that_varies_most(config, trained, capsys):
-    written = main(config)
+    written = main(config)  # no word is in 8 of the 12 prompts and missing in half of them
     folder = next(Path(config.out_dir).iterdir())
+    printed = capsys.readouterr().out
+    assert "the feature that varies most is changed" in printed
     assert sorted(folder.iterdir()) == sorted(written)
     report, sae = report_of(config, folder.name), Sae.load_from_disk(trained[0])
     scores = image_scores(sae, Activations(sae.cfg["data"]))[0].mean(1)
     assert (
         report["saes"][0]["features"] == [int(scores.std(0).argmax())]
-        and folder.name == f"{scores.std(0).argmax()}_x0_x4"
+        and folder.name == f"{scores.std(0).argmax()}_x0_x2"
     )
-    assert [run["name"] for run in report["runs"]] == ["untouched", "× 0", "× 4"] and len(
+    assert [run["name"] for run in report["runs"]] == ["untouched", "× 0", "× 2"] and len(
         report["prompts"]
     ) == 3
     feature = scores[:, report["saes"][0]["features"][0]]
@@ -104,12 +108,66 @@ def test_with_no_feature_named_the_one_that_varies_most(config, trained, capsys)
         )
     assert max(p["moved"] for p in report["runs"][2]["pictures"]) > 0
     picture = Image.open(folder / "steer.png")
-    assert min(picture.size) > 400 and "norm" in capsys.readouterr().out
+    assert min(picture.size) > 400 and "norm" in printed
     main(config)  # again: the same
     with pytest.raises(
         ValueError, match="was made with num_prompts 3, not 2; choose another --out_dir"
     ):
         main(replace(config, num_prompts=2))
+
+
+def test_without_options_two_words_are_exchanged(config, monkeypatch, capsys):
+    """The printed command does the same, in the same folder, and its options are in the report."""
+    monkeypatch.setattr("analysis.concepts.MIN_IMAGES", 4)
+    monkeypatch.setattr("analysis.concepts.MIN_CLEARNESS", -100.0)
+    monkeypatch.setattr("analysis.concepts.SHARE_WITH_WORD", 0.9)
+    main(config)
+    printed = capsys.readouterr().out
+    (folder,) = Path(config.out_dir).iterdir()
+    options = report_of(config, folder.name)["options"]
+    assert {options["concept"], options["toward"]} == {"red", "blue"}
+    assert folder.name == f"{options['concept']}_to_{options['toward']}"
+    command = f"--concept {options['concept']} --toward {options['toward']} --num_features 8"
+    assert f"python steer.py {command}" in printed
+    same = replace(config, concept=options["concept"], toward=options["toward"], num_features=8)
+    main(same)  # would be refused if the folder's options were others
+    assert report_of(config, folder.name)["saes"][0]["scores"]
+
+
+def test_a_strength_without_features_changes_the_one_that_varies_most(config):
+    main(replace(config, multiply=[0.0], num_prompts=1))
+    (folder,) = Path(config.out_dir).iterdir()
+    assert re.fullmatch(r"\d+_x0", folder.name)
+
+
+def test_options_that_nothing_reads_are_refused(config):
+    for options, said in (
+        (dict(features=["1"], num_features=4), "--num_features has no effect with --features"),
+        (dict(features=["1"], num_pictures=4), "--num_pictures has no effect with --features"),
+        (dict(features=["1"], score="saeuron"), "--score has no effect with --features"),
+        (dict(multiply=[0.0], score="saeuron"), "--score has no effect without --concept"),
+        (dict(concept="red", seed=3), "--seed has no effect without --dataset_name"),
+        (dict(concept="red", column="text"), "--column has no effect without --dataset_name"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            main(replace(config, **options))
+
+
+def test_an_sae_without_a_feature_is_named(config, trained, capsys):
+    main(replace(config, sae=trained, features=["1:5"], multiply=[0.0], num_prompts=1))
+    assert f"note: {trained[0]} has no feature in --features" in capsys.readouterr().out
+
+
+def test_numbers_that_are_not_finite_are_one_line(config, monkeypatch):
+    for options, said in (
+        (dict(add=[1e30]), r"--add 1e\+30: expected a number from -1e\+06 to 1e\+06"),
+        (dict(multiply=[float("nan")]), "--multiply nan: expected"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            main(replace(config, features=["3"], **options))
+    monkeypatch.setattr(steer, "LARGEST_STRENGTH", 1e40)
+    with pytest.raises(UsageError, match=r"--add 1e\+30 makes .* not finite; edit less"):
+        main(replace(config, features=["3"], add=[1e30], num_prompts=1))
 
 
 def test_multiply_1_and_the_meter(config):
@@ -294,7 +352,7 @@ def test_what_is_refused(config, trained, tmp_path):
         (dict(features=["1"], concept="red"), "one of --features and --concept"),
         (dict(features=["1"], multiply=[1.0], add=[1.0]), "one of --multiply, --add and --toward"),
         (dict(concept="red", add=[1.0], toward="blue"), "one of --multiply, --add and --toward"),
-        (dict(features=["1"], toward="blue"), "--toward is of --concept"),
+        (dict(features=["1"], toward="blue"), "--toward needs --concept"),
         (dict(concept="red", toward="green"), "concept 'green': none"),
         (dict(concept=""), "concept ''"),
         (dict(features=["1"], steps="2-9"), "--steps 2-9: the sampling has 4 steps"),

@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny import build, sd15
 
 import collect
@@ -24,7 +25,7 @@ from analysis.metrics import Metrics
 from errors import UsageError
 from hook import Generation, HookedDiffusionModel, HookPoint
 from sae import Sae, newest_sae
-from store.activation_file import hash_key, prompt_key
+from store.activation_file import contents_checksums, hash_key, prompt_key
 from store.dataset import Activations, open_activations
 from store.disk import checksum
 from store.identity import activations_of, fingerprint, same_weights
@@ -434,6 +435,10 @@ def described(path, **changes):
     target = path.with_name("other.npy")
     shutil.copy(path, target)
     meta = read(path.with_suffix(".json")) | changes
+    if meta["stream"] == "text":
+        _, _, tokens, _ = np.load(target, mmap_mode="r").shape
+        np.save(target.with_name("other.lengths.npy"), np.full(16, tokens))
+    meta["contents"] = contents_checksums(target)
     target.with_suffix(".json").write_text(json.dumps(meta | {"checksum": checksum(meta)}))
     return target
 
@@ -449,11 +454,6 @@ def test_data_of_another_site_are_refused_or_marked(copy, change):
         if change == {"rows": "uncond"}
         else described(path, **change)
     )
-    if change == {"stream": "text"}:
-        np.save(
-            other.with_name("other.lengths.npy"),
-            np.full(16, np.load(other, mmap_mode="r").shape[2]),
-        )
     (key, value), *_ = change.items()
     with pytest.raises(
         UsageError, match=f"does not belong to .*: {key} '{value}', and the SAE was trained on"
@@ -524,7 +524,7 @@ def test_several_files_are_all_trained_or_named(copy, monkeypatch, capsys):
     )
     train.main(train.Config(num_latents=[64], k=[4], run_name="one", device="cpu"))
     assert (
-        "the newest of 2 files there; --data activations trains an SAE for each"
+        "the newest of 2 files in its folder; --data activations trains an SAE for each"
         in capsys.readouterr().out
     )
 
@@ -716,6 +716,34 @@ def test_a_copied_sae_knows_what_it_has_seen(copy):
     assert [Path(name).resolve() for name in again.cfg["data"]] == [
         Path(name).resolve() for name in sae.cfg["data"]
     ]
+
+
+def test_other_weights_beside_a_cfg_json_are_said(tmp_path, capsys):
+    """Weights of the same shape, and one edited number; what was saved together is silent."""
+    folder = tmp_path / "sae"
+    Sae(8, 500, 2, seed=0).save_to_disk(folder)
+    Sae.load_from_disk(folder).save_to_disk(tmp_path / "again")
+    assert "sae_fingerprint" not in Sae.load_from_disk(tmp_path / "again").cfg
+    assert not capsys.readouterr().err
+
+    tensors = load_file(folder / "sae.safetensors")
+    tensors["W_dec"][123, 4] += 1
+    save_file(tensors, folder / "sae.safetensors")
+    Sae.load_from_disk(folder)
+    line = "sae.safetensors does not hold the weights that its cfg.json describes"
+    assert line in capsys.readouterr().err
+
+    Sae(8, 500, 2, seed=1).save_to_disk(tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "sae.safetensors", folder)
+    assert not capsys.readouterr().err
+    Sae.load_from_disk(folder)
+    assert line in capsys.readouterr().err
+
+    cfg = read(folder / "cfg.json")
+    del cfg["sae_fingerprint"]
+    (folder / "cfg.json").write_text(json.dumps(cfg))
+    Sae.load_from_disk(folder)
+    assert not capsys.readouterr().err
 
 
 def test_an_sae_of_an_earlier_version_on_another_hook_name_is_refused(copy):

@@ -593,8 +593,9 @@ def test_words_behind_the_end_of_the_encoder_do_not_count(long_collection, tmp_p
 
     sae = Sae.load_from_disk(tmp_path / "sae")
     target = Target(str(tmp_path / "sae"), sae, None, features=[], activations=Activations([data]))
-    with_it, without = steer.choose_of_concept(steer.Config(concept="dotted"), target, lines)
-    assert with_it.tolist() == [2] and sorted(without.tolist()) == [0, 1, 3, 4, 5]
+    config = steer.Config(concept="dotted")
+    with_it, without = steer.choose_of_concept(config, target, steer.score_images(config, target))
+    assert with_it == [lines[2]] and without == [lines[p] for p in (0, 1, 3, 4, 5)]
 
 
 def test_a_collection_of_an_earlier_version_is_extended(long_collection, model_folder, tmp_path):
@@ -710,9 +711,11 @@ def test_the_same_command_again_after_a_kill(trained, model_folder, tmp_path, mo
     assert json.loads(record.read_text()).get("unfinished") or function == "plot_evaluation"
     assert module.main(cfg)
     assert "unfinished" not in json.loads(record.read_text()) and (folder / f"{name}.png").exists()
-    if name != "evaluate":
-        with pytest.raises(UsageError, match="was made with seed 0, not 1"):
-            module.main(replace(cfg, seed=1))
+    others = {"steer": ("num_prompts", 2, 1), "ablate": ("seed", 0, 1)}
+    if name in others:
+        option, ours, other = others[name]
+        with pytest.raises(UsageError, match=f"was made with {option} {ours}, not {other}"):
+            module.main(replace(cfg, **{option: other}))
 
 
 def test_leftovers_of_an_unfinished_run_are_nobody_s_result(tmp_path):
@@ -969,7 +972,7 @@ def main(cfg):
         time.sleep(6 * mine)  # longer than SILENCE
     if cfg.how == "asleep":
         processes.barrier()
-    print(processes.tell(processes.rank), flush=True)
+    print(processes.all_gather(processes.rank), flush=True)
     processes.barrier()
     processes.close()
 

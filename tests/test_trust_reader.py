@@ -26,6 +26,7 @@ from bench import unlearn
 from errors import UsageError
 from sae import Sae
 from store import dataset
+from store.activation_file import WHOLE_FILE, contents_checksum
 from store.dataset import Activations
 from store.disk import checksum
 from store.prompts import load_prompts
@@ -172,7 +173,8 @@ def test_lines_without_checksums_are_believed_and_what_is_finished_is_not_read(
     ]
 
     flip(tmp_path / "acts" / f"{HOOK}.npy", -1)
-    collect.main(config)  # nothing to do
+    with pytest.raises(UsageError, match=f"{HOOK}.npy is not the file that"):
+        collect.main(config)  # nothing to do, but this file is not described anew
     assert "not as they were written" not in capsys.readouterr().out
     collect.main(replace(config, max_num_examples=6))  # an extension goes on with these rows
     assert "1 of 2 batches are not as they were written" in capsys.readouterr().out
@@ -323,6 +325,88 @@ def test_the_padding_of_texts_takes_no_k_of_a_sample_topk(tmp_path):
     acts, indices = sae.encode(torch.from_numpy(x[0, :, :4]))[:2]
     expected = torch.zeros(2, 12).scatter_add_(1, indices.flatten(1), acts.flatten(1)) / 4
     assert torch.allclose(scores[0], expected, atol=1e-5) and not scores[2].any()
+
+
+# ------------------------------------------------------------------------------------- files exchanged under a description
+
+
+@pytest.fixture(scope="module")
+def of_two_seeds(tmp_path_factory):
+    """A folder with two collections that differ in their seed: files of equal names and shapes."""
+    base = tmp_path_factory.mktemp("seeds")
+    for seed in (0, 1):
+        out = str(base / f"seed{seed}")
+        options = dict(hook_names=["mid_block"], tokens_per_step=4)
+        collect.main(
+            collect.Config(
+                **options,
+                num_inference_steps=2,
+                batch_size=2,
+                max_num_examples=4,
+                device="cpu",
+                seed=seed,
+                out_dir=out,
+            )
+        )
+    return base
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".tokens.npy"])
+def test_another_file_of_the_same_shape_is_refused(of_two_seeds, tmp_path, suffix):
+    acts, name = tmp_path / "acts", f"mid_block{suffix}"
+    shutil.copytree(of_two_seeds / "seed0", acts)
+    Activations([acts / "mid_block.npy"])
+    shutil.copy(of_two_seeds / "seed1" / name, acts / name)
+    with pytest.raises(UsageError, match=f"{name} is not the file that .*mid_block.json describes"):
+        Activations([acts / "mid_block.npy"])
+
+
+def test_padding_without_a_description_is_not_taken_for_vectors(tmp_path):
+    """Lengths beside a file whose .json is gone: nothing says that they are meant."""
+    x = np.random.default_rng(0).standard_normal((4, 2, 6, 3)).astype(np.float32)
+    path = tmp_path / "block.npy"
+    describe(path, x, stream="text", lengths=np.array([6, 2, 3, 1]))
+    assert Activations([path]).num_vectors == 2 * 12
+    path.with_suffix(".json").unlink()
+    with pytest.raises(UsageError, match="block.npy lies beside block.lengths.npy"):
+        Activations([path])
+    path.with_suffix(".lengths.npy").unlink()
+    assert Activations([path]).num_vectors == 2 * 24
+
+
+def test_a_second_run_of_collect_does_not_describe_an_exchanged_file(of_two_seeds, tmp_path):
+    shutil.copytree(of_two_seeds / "seed0", tmp_path / "acts")
+    shutil.copy(of_two_seeds / "seed1" / "mid_block.npy", tmp_path / "acts" / "mid_block.npy")
+    options = dict(hook_names=["mid_block"], tokens_per_step=4, num_inference_steps=2)
+    config = collect.Config(**options, batch_size=2, max_num_examples=4, device="cpu")
+    with pytest.raises(UsageError, match="mid_block.npy is not the file that"):
+        collect.main(replace(config, out_dir=str(tmp_path / "acts")))
+
+
+def test_an_extended_collection_is_described_anew(of_two_seeds, tmp_path):
+    shutil.copytree(of_two_seeds / "seed0", tmp_path / "acts")
+    before = json.loads((tmp_path / "acts/mid_block.json").read_text())["contents"]
+    options = dict(hook_names=["mid_block"], tokens_per_step=4, num_inference_steps=2)
+    config = collect.Config(**options, batch_size=2, max_num_examples=6, device="cpu")
+    collect.main(replace(config, out_dir=str(tmp_path / "acts")))
+    after = json.loads((tmp_path / "acts/mid_block.json").read_text())["contents"]
+    assert before.keys() == after.keys() == {".npy", ".tokens.npy"}
+    assert before[".npy"] != after[".npy"] and before[".tokens.npy"] != after[".tokens.npy"]
+    assert Activations([tmp_path / "acts/mid_block.npy"]).num_prompts == 6
+
+
+def test_the_checksum_of_a_long_file_reads_its_ends_and_blocks_between(tmp_path):
+    path = tmp_path / "long"
+    data = np.random.default_rng(0).integers(0, 256, WHOLE_FILE + 1000, np.uint8)
+    path.write_bytes(data.tobytes())
+    before = contents_checksum(path)
+    for place in (0, WHOLE_FILE // 63 * 5 + 2000, len(data) - 1):
+        flip(path, place)
+        assert contents_checksum(path) != before
+        flip(path, place)
+    assert contents_checksum(path) == before
+    path.write_bytes(data[:-1].tobytes())
+    assert contents_checksum(path) != before
 
 
 # ------------------------------------------------------------------------------------------------ stopped, cut and damaged

@@ -234,6 +234,7 @@ def test_older_names_of_activations(data, tmp_path, alias):
 @pytest.mark.parametrize(
     "options, message",
     [
+        (dict(expansion_factor=[2, 4]), "--expansion_factor 2 4 and --num_latents 48 both say"),
         (dict(matryoshka=[49]), "--matryoshka 49"),
         (dict(matryoshka=[0]), "--matryoshka 0"),
         (dict(sample_topk=True, batch_topk=True), "expected one, got batchtopk and sampletopk"),
@@ -260,6 +261,31 @@ def test_what_does_not_go_together_is_said_before_any_work(data, tmp_path, optio
     with pytest.raises(ValueError, match=message):
         main(config(data, tmp_path, **options))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "options, note",
+    [
+        (
+            dict(max_examples=10**6),
+            "note: --max_examples 1000000 has no effect: the run ends after",
+        ),
+        (
+            dict(max_examples=200, num_epochs=2),
+            "note: --num_epochs 2 has no effect: --max_examples",
+        ),
+        (dict(max_examples=200), None),
+        (dict(num_epochs=2), None),
+    ],
+)
+def test_an_option_that_another_one_leaves_unused_is_named(data, tmp_path, capsys, options, note):
+    main(config(data, tmp_path, **options))
+    printed = capsys.readouterr().out
+    assert "training_prompts.txt" not in printed  # the file has no prompts
+    if note is None:
+        assert "has no effect" not in printed
+    else:
+        assert note in printed
 
 
 @pytest.mark.parametrize("options", [dict(sample_topk=True), dict(loss_weight="per_step")])

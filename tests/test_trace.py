@@ -1,0 +1,115 @@
+"""The examples at the top of trace.py, guidance.py and class_patches.py, and what a scheduler says."""
+
+import inspect
+
+import pytest
+import torch
+from tiny import PROMPTS, build, generate_options, sd15
+
+from diffusion.class_patches import PATCHES, patched
+from diffusion.guidance import Pass, StepRoles, find_roles
+from diffusion.schedulers import number, position_of, step_arguments
+from hook import HookedDiffusionModel
+
+
+def test_what_is_recorded_at_each_event():
+    """Two prompts, guidance, three steps: as the page of trace.py tells it."""
+    pipe = build(sd15)
+    hooked = HookedDiffusionModel.from_pipeline(pipe)
+    events = []
+
+    def on_forward(forward, module):
+        events.append(("forward", forward.index, forward.rows, float(forward.time), sampling.index))
+
+    def on_step(step):
+        (forward,) = step.forwards
+        assert forward.output is not None and sampling.current is None
+        events.append(("step", step.index, step.R, len(step.sample), step.time(), sampling.index))
+
+    with hooked.watch(2, 1, on_forward, on_step) as sampling:
+        pipe(PROMPTS[:2], **generate_options(2, num_inference_steps=3))
+
+    expected = []
+    for index, timestep in enumerate(pipe.scheduler.timesteps.tolist()):
+        expected.append(("forward", index, 4, timestep, index))
+        expected.append(("step", index, 2, 2, timestep, index))
+    assert events == expected
+    assert pipe.scheduler.timesteps.tolist() == [667, 334, 1]
+    assert sampling.index == 3 and sampling.num_steps == 3
+    assert len(sampling.sample) == 2
+
+
+def test_roles_of_a_step_by_prompts_and_by_guidance():
+    pipe = build(sd15)
+    hooked = HookedDiffusionModel.from_pipeline(pipe)
+    steps = []
+    options = generate_options(2, num_inference_steps=3, guidance_scale=5.0)
+    with hooked.watch(2, on_step=steps.append):
+        pipe(PROMPTS[:2], **options)
+        pipe(PROMPTS[1::-1], **options)
+    (forward,) = steps[0].forwards
+    (other,) = steps[3].forwards
+    u, c = forward.output.chunk(2)
+    model_output = 5 * c - 4 * u
+
+    assert find_roles([forward], model_output, 2) == StepRoles([["uncond", "cond"]], 1, False)
+    passes = [Pass(other.denoiser, other.rows, other.conditioning, other.output)]
+    by_prompts = find_roles([forward], model_output, 2, passes=passes)
+    assert by_prompts == StepRoles([["uncond", "cond"]], 1, True)
+    assert find_roles([forward], c, 2, order=("cond", "other")).roles == [["cond", "other"]]
+
+
+class Counter:
+    def step(self):
+        return "original"
+
+
+class Inheriting(Counter):
+    pass
+
+
+def wrapping(name):
+    def make(function):
+        return lambda self: f"{name}({function(self)})"
+
+    return make
+
+
+@pytest.mark.parametrize("cls", [Counter, Inheriting])
+def test_who_patches_first_may_end_first(cls):
+    own = vars(cls).get("step")
+    a = patched(cls, "step", wrapping("A"))
+    b = patched(cls, "step", wrapping("B"))
+    calls = []
+    for action in (
+        a.__enter__,
+        b.__enter__,
+        lambda: a.__exit__(None, None, None),
+        lambda: b.__exit__(None, None, None),
+    ):
+        action()
+        calls.append(cls().step())
+    assert calls == ["A(original)", "B(A(original))", "B(original)", "original"]
+    assert vars(cls).get("step") is own and not PATCHES
+
+
+def test_positions_and_times():
+    assert position_of([9, 5, 5, 1], 5) == 1
+    assert position_of([9, 5, 5, 1], 5, expected=2) == 2
+    assert position_of([9, 5, 5, 1], 7) is None
+    assert position_of([], 7) is None
+    assert number(torch.tensor([3, 3])) == 3.0
+    assert number(torch.tensor([3, 4])) is None
+    assert number("3") is None
+
+
+def test_arguments_of_a_step_by_name_and_by_position():
+    def named(self, model_output, old, timestep, sample):
+        pass
+
+    def loose(self, *args, **kwargs):
+        pass
+
+    assert step_arguments(inspect.signature(named), None, 1, 2, 3, sample=4) == (1, 3, 4)
+    assert step_arguments(inspect.signature(loose), None, 1, 3, 4, 5) == (1, 3, 4)
+    assert step_arguments(inspect.signature(loose), None, 1, 3) == (1, 3, None)

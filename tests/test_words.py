@@ -1,0 +1,79 @@
+"""store/words.py: which words a text has, where words are attached to others, and where to cut."""
+
+import doctest
+
+import pytest
+
+import store.words
+from store.words import are_particles, has_word, word_ends, words_of
+
+
+def test_the_examples_of_the_page():
+    assert doctest.testmod(store.words).failed == 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "여우가 숲에",
+        "붉은 여우를 그린 그림",
+        "여우",
+        "여우들이",
+        "여우에게는",
+        "큰 여우, 숲",
+        "여우와 늑대",
+    ],
+)
+def test_korean_particles_do_not_hide_a_word(text):
+    assert has_word(text, "여우")
+
+
+@pytest.mark.parametrize(
+    "text, word",
+    [
+        ("여우비가 온다", "여우"),  # a sunshower: another word
+        ("불여우가", "여우"),  # a compound
+        ("사과 하나", "사"),  # an apple; after a vowel the particle would be 와
+        ("배우가", "배"),  # an actor is no ship
+    ],
+)
+def test_a_longer_korean_word_is_another_word(text, word):
+    assert not has_word(text, word)
+
+
+def test_korean_particles_after_other_scripts_and_after_consonants():
+    assert has_word("fox가 숲에", "fox") and has_word("말이 달린다", "말")
+    assert has_word("말로", "말") and not are_particles("꽃", "로")
+    assert are_particles("꽃", "으로") and not are_particles("우", "은")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "الثعلب في الغابة",
+        "بالثعلب",
+        "صورة للثعلب",
+        "ثعلب",
+        "والثعلب",
+        "وبالثعلب",
+        "بثعلب",
+        "وثعلب",
+        "بِالثعلب",
+    ],
+)
+def test_arabic_articles_and_prepositions_do_not_hide_a_word(text):
+    assert has_word(text, "ثعلب")
+
+
+def test_a_longer_arabic_word_is_another_word():
+    assert not has_word("فقط", "قط")  # "only" is no cat
+    assert has_word("القط", "قط") and has_word("كلب وقط", "قط")
+    assert not has_word("مثعلب", "ثعلب") and not has_word("ثعلبان", "ثعلب")
+    assert has_word("صورة للثعلب", "الثعلب") and not has_word("ثعلب", "الثعلب")
+
+
+def test_words_of_other_scripts_stay_whole():
+    assert not has_word("starry", "star") and has_word("a STAR.", "star")
+    assert has_word("一只狐狸在森林", "狐狸") and has_word("anything", "")
+    assert words_of("Red-hot, don't") == ["red-hot", "don't"]
+    assert word_ends("a cat.") == [1, 5, 6] and word_ends("") == []
