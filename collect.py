@@ -619,10 +619,10 @@ def names_with_difference(cfg: Config, cache: dict) -> list[str]:
         if taken == returned:
             fitting.append(name)
         else:
-            others[name] = f"{name} turns {taken} into {returned}"
-    for name, reason in others.items():
+            others[name] = (taken, returned)
+    for name, (taken, returned) in others.items():
         if name in cfg.hook_names or not fitting:
-            raise UsageError(f"--side diff: {reason}")
+            raise UsageError(f"--side diff: {name} turns {taken} into {returned}")
     return fitting
 
 
