@@ -677,7 +677,7 @@ def test_shards_are_parts_of_the_whole(config, monkeypatch):
     assert len(data) == 1 and data[0].num_prompts == 7
 
     for wrong in (config, replace(one, shard="0/2"), replace(config, shard="0/3")):
-        with pytest.raises(ValueError, match="with another --shard, or none"):
+        with pytest.raises(ValueError, match="with another --shard, or without one"):
             collect.main(wrong)
     other = replace(config, out_dir=config.out_dir + "-other")
     with pytest.raises(ValueError, match="--shard 4/5: there are fewer batches"):

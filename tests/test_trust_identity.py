@@ -592,11 +592,11 @@ def test_a_graft_of_an_sae_that_lay_there_before_does_not_stay(copy, capsys):
     config = evaluate_config(graft=True, num_prompts=1, windows=1)
     evaluate.main(config)
     folder = copy / "evaluations/sae"
-    evaluate.main(replace(config, graft=False))
+    evaluate.main(evaluate_config())
     assert (folder / "graft.json").exists()  # the same SAE
     shutil.rmtree(copy / "saes/sae")
     train_sae(seeds=[3])
-    evaluate.main(replace(config, graft=False))
+    evaluate.main(evaluate_config())
     assert not (folder / "graft.json").exists() and not (folder / "graft.png").exists()
     assert "was made with an SAE that lay at this path before" in capsys.readouterr().out
     assert (folder / "graft_of_another_sae.json").exists() and (
@@ -605,7 +605,7 @@ def test_a_graft_of_an_sae_that_lay_there_before_does_not_stay(copy, capsys):
     (folder / "graft.json").write_text(
         "{}"
     )  # of an earlier version, which did not say of which SAE
-    evaluate.main(replace(config, graft=False))
+    evaluate.main(evaluate_config())
     assert (
         folder / "graft.json"
     ).exists() and "it can't be checked that it is of this SAE" in capsys.readouterr().out
