@@ -608,7 +608,7 @@ def test_a_graft_of_an_sae_that_lay_there_before_does_not_stay(copy, capsys):
     evaluate.main(evaluate_config())
     assert (
         folder / "graft.json"
-    ).exists() and "it can't be checked that it is of this SAE" in capsys.readouterr().out
+    ).exists() and "it can't be checked that it was made with this SAE" in capsys.readouterr().out
 
 
 def test_models_with_other_weights_are_refused(copy, tmp_path):
