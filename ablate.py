@@ -1,79 +1,166 @@
 """Stage 1: which layer? Disable hook points one at a time and see what the images lose.
 
-    python ablate.py                                                       # the toy's attention blocks, skipped
-    python ablate.py --model_name sd-legacy/stable-diffusion-v1-5 --dataset_name "a cat on a chair" --num_inference_steps 20
-    python ablate.py --hook_names "up_blocks.*.attentions.*" mid_block --mode mean --max_num_examples 16
+    python ablate.py                                          # the toy's attention blocks, skipped
+    python ablate.py --model_name sd-legacy/stable-diffusion-v1-5 --dataset_name "a cat on a chair"
+    python ablate.py --hook_names "up_blocks.*.attentions.*" mid_block --mode mean
 
-Three ways (`--mode`): skip makes the module's output its input, zero makes it 0, mean makes it its
-mean over the prompts (each half of the guidance on its own), so that what the prompt and the seed
-decided there is gone and the rest stays. All rows are edited, conditional and unconditional, but of
-each only the image tokens: text of a joint block stays, and so do the skip connections of a UNet's
-down block.
+In a notebook:
+
+    paths = main(Config(hook_names=["mid_block"], mode="zero"))
+
+There are three ways to disable a module (--mode):
+
+    skip    its output becomes its input
+    zero    its output becomes 0
+    mean    its output becomes its mean over the prompts, conditional and unconditional rows each
+            with their own; what the prompt and the seed decided there is gone, the rest stays
+
+All rows are edited, conditional and unconditional, but only the tokens of the image: the text of a
+joint block stays, and so do the skip connections of a UNet's down block.
 
 Reads   a diffusers folder or hub id, and prompts, as collect.py does.
-Writes  <out_dir>/ablate.png (rows: hook names, the first untouched; columns: prompts), ablate_ranking.png, ablate.json.
+Writes  <out_dir>/ablate.png (rows: hook names, the untouched images first; columns: prompts),
+        ablate_ranking.png, ablate.json.
 
 Distances are to the untouched run with the same seeds: |a - b| / |b| of the final latents, and the
-root mean square over pixels and channels of the pictures in [0, 1]. It does not search for
+root mean square over the pixels and channels of images in [0, 1]. The script does not search for
 combinations of layers.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from cli import (
+    GenerationConfig,
+    answer_help,
+    check_generation_options,
+    check_positive,
+    parse_object,
+    resolve_device,
+    resolve_dtype,
+    run_script,
+)
+
+
+@dataclass
+class Config(GenerationConfig):
+    # data
+    max_num_examples: int = 8
+    """Use this many prompts, all in one batch: the columns of the picture. Lower it if the GPU's
+    memory is too small."""
+
+    # what to disable
+    hook_names: list[str] = field(default_factory=lambda: ["**.attentions.*"])
+    """Disable these modules of the denoiser, one at a time: names or globs. `*` stays inside one
+    part of a dotted name, `**` does not."""
+
+    mode: Literal["skip", "zero", "mean"] = "skip"
+    """Replace the module's output by its input, by zero, or by its mean over the prompts."""
+
+    # output
+    out_dir: str = "ablate"
+    """Folder for the pictures and the numbers."""
+
+
+if __name__ == "__main__":
+    answer_help(Config)  # --help and a mistyped option are answered before torch is imported
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from analysis.plots import ImageRow, plot_ablation_ranking, plot_images
-from cli import GenerationConfig, check_positive, parse_object, resolve_device, resolve_dtype, run
 from diffusion.generate import Generated, generate, required_images
 from errors import UsageError
 from hook import Edit, Generation, HookedDiffusionModel, find_model
 from store.disk import claim_folder, write_json
 from store.prompts import default_dataset, load_prompts, with_seeds
 
-SHOWN = 40  # rows of pictures at most, and bars: the hook points that matter most
+MOST_SHOWN = 40  # rows of images, and bars: the hook points that matter most
+NOT_SETTINGS = ("out_dir", "device", "cpu_offload")  # options that do not decide the results
+BYTES_PER_NUMBER = 2  # collect.py stores 16 bits
 
 
-@dataclass
-class Config(GenerationConfig):
-    hook_names: list[str] = field(default_factory=lambda: ["**.attentions.*"])
-    """Modules of the denoiser, or globs."""
+def to_input(x: Tensor, taken: Tensor) -> Tensor:
+    """Return what the module took, in place of what it returned."""
+    return taken
 
-    mode: Literal["skip", "zero", "mean"] = "skip"
-    """What becomes of the module's output."""
 
-    max_num_examples: int = 8
-    """Prompts, all in one batch: the columns of the picture."""
-
-    out_dir: str = "ablate"
-    """Folder for the pictures and the numbers."""
+def to_mean(x: Tensor) -> Tensor:
+    """Return the mean over the prompts for each of them: (P, tokens, d) -> (P, tokens, d)."""
+    return x.mean(0, keepdim=True).expand_as(x)
 
 
 EDITS = {
-    "skip": Edit(lambda x, before: before, rows="all", with_input=True),
+    "skip": Edit(to_input, rows="all", with_input=True),
     "zero": Edit(torch.zeros_like, rows="all"),
-    "mean": Edit(lambda x: x.mean(0, keepdim=True).expand_as(x), rows="all"),
+    "mean": Edit(to_mean, rows="all"),
 }
 
 
-def load_rows(cfg: Config) -> list[dict]:
-    """The prompts, each with its seed. Raises UsageError for --mode mean of a single one."""
+def main(cfg: Config) -> list[Path]:
+    """Ablate every hook point; return the files that were written.
+
+    Raises UsageError for an option or prompts that can't be used, and if out_dir holds something
+    else.
+    """
+    check_positive(cfg, "max_num_examples", "num_inference_steps")
+    check_generation_options(cfg)
+
+    # 1. What to generate, and the shapes of what the layers take and return
+    prompts = load_lines(cfg)
+    model, options = load_model(cfg)
+    generation = Generation.from_rows(prompts, options)
+    first_step = model.first_step(
+        cfg.hook_names, generation.prompts, save_input=True, **generation.arguments()
+    )
+    records = [describe(name, cfg.mode, first_step) for name in first_step["grid"]]
+
+    # 2. A folder that holds nothing else
+    out_dir = Path(cfg.out_dir)
+    settings = {name: value for name, value in vars(cfg).items() if name not in NOT_SETTINGS}
+    claim_folder(out_dir, "ablate.json", settings)
+
+    # 3. One run untouched, then one per hook point
+    untouched, images = ablate(model, generation, records, cfg.mode)
+    ablated = [record for record in records if "error" not in record]
+    ablated.sort(key=lambda record: -record["latents"])
+    failed = [record for record in records if "error" in record]
+
+    # 4. The table, the numbers and the pictures
+    print_table(ablated, failed)
+    report = {
+        "options": settings,
+        "prompts": generation.prompts,
+        "seeds": generation.seeds,
+        "hooks": ablated + failed,
+    }
+    write_json(out_dir / "ablate.json", report)
+    pictures = draw(out_dir, cfg.mode, generation.prompts, ablated, untouched, images)
+    names = " and ".join(str(path) for path in pictures)
+    print(f"pictures in {names}, numbers in {out_dir / 'ablate.json'}")
+    return [out_dir / "ablate.json", *pictures]
+
+
+def load_lines(cfg: Config) -> list[dict]:
+    """Return the prompts as in prompts.jsonl: {"prompt", "seed", perhaps "negative_prompt", ...}.
+
+    Raises UsageError for --mode mean with a single prompt.
+    """
     dataset_name = cfg.dataset_name or default_dataset(find_model(cfg.model_name))
-    rows = load_prompts(
+    prompts = load_prompts(
         dataset_name, cfg.split, cfg.column, cfg.negative_prompt, cfg.max_num_examples
     )
-    if cfg.mode == "mean" and len(rows) < 2:
+    if cfg.mode == "mean" and len(prompts) < 2:
         raise UsageError(
             "--mode mean needs two prompts or more to take the mean over; raise --max_num_examples"
         )
-    return with_seeds(rows, cfg.seed)
+    return with_seeds(prompts, cfg.seed)
 
 
-def load_model(cfg: Config) -> tuple[HookedDiffusionModel, dict]:
-    """The model, and the pipeline's arguments."""
+def load_model(cfg: Config) -> tuple[HookedDiffusionModel, dict[str, Any]]:
+    """Return the model, and the pipeline's arguments that are the same for all prompts."""
     device = resolve_device(cfg.device)
     dtype = resolve_dtype(cfg.dtype, device)
     model = HookedDiffusionModel.from_pretrained(
@@ -84,32 +171,35 @@ def load_model(cfg: Config) -> tuple[HookedDiffusionModel, dict]:
     return model, model.arguments(1, "pt", extra, **cfg.pipeline_options())
 
 
-def describe(name: str, mode: str, first_step: dict) -> dict:
-    """What is known of a hook point before it is ablated. first_step: of
-    `HookedDiffusionModel.first_step`, with inputs."""
-    before = tuple(first_step["input"][name].shape[2:])
-    after = tuple(first_step["output"][name].shape[2:])
-    tokens, d = after
+def describe(name: str, mode: str, first_step: dict) -> dict[str, Any]:
+    """Return what is known about a hook point before it is ablated.
+
+    first_step: the cache of `HookedDiffusionModel.first_step`, with inputs. "error" says why the
+    module can't be skipped: it takes and returns tokens of different shapes.
+    """
+    taken = tuple(first_step["input"][name].shape[2:])
+    returned = tuple(first_step["output"][name].shape[2:])
+    tokens, d = returned
     record = {
         "hook_name": name,
         "mode": mode,
         "grid": first_step["grid"][name],
         "tokens": tokens,
         "d": d,
+        "mb_per_prompt": first_step["num_steps"] * tokens * d * BYTES_PER_NUMBER / 1e6,
     }
-    record["mb_per_prompt"] = first_step["num_steps"] * tokens * d * 2 / 1e6
-    if mode == "skip" and before != after:
-        record["error"] = f"can't be skipped: it turns {before} into {after}"
+    if mode == "skip" and taken != returned:
+        record["error"] = f"can't be skipped: it turns {taken} into {returned}"
     return record
 
 
 def ablate(
     model: HookedDiffusionModel, generation: Generation, records: list[dict], mode: str
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Generate untouched, and with each hook point ablated that can be; its distances are added to
-    its record.
+    """Generate untouched, and once for each hook point that can be ablated.
 
-    Returns the untouched images (P, 3, H, W) in [0, 1], and {hook_name: images}.
+    The distances "latents" and "images" are added to its record. Returns the untouched images
+    (P, 3, H, W) in [0, 1], and {hook_name: images}.
     """
     images = {}
     with tqdm(total=1 + len(records), unit="run", desc="ablating") as bar:
@@ -117,9 +207,10 @@ def ablate(
         untouched_images = required_images(model, untouched)
         bar.update()
         for record in records:
-            name = record["hook_name"]
             if "error" not in record:
-                made = generate(model, generation, lambda sampling, name=name: {name: EDITS[mode]})
+                name = record["hook_name"]
+                edits = {name: EDITS[mode]}
+                made = generate(model, generation, lambda sampling, edits=edits: edits)
                 record["latents"], record["images"] = distances(made, untouched)
                 images[name] = required_images(model, made)
             bar.update()
@@ -127,79 +218,55 @@ def ablate(
 
 
 def distances(made: Generated, untouched: Generated) -> tuple[float, float]:
-    """|a - b| / |b| of latents and root mean square difference of images, each the mean over the
-    prompts."""
-    latents, latents_0 = made.sample.float(), untouched.sample.float()
-    relative = (latents - latents_0).flatten(1).norm(dim=1) / latents_0.flatten(1).norm(dim=1)
-    difference = made.images.float() - untouched.images.float()
-    return relative.mean().item(), difference.square().flatten(1).mean(1).sqrt().mean().item()
+    """Return two distances, each the mean over the prompts.
 
-
-def print_table(done: list[dict], failed: list[dict]) -> None:
-    print(f"{'hook name':48} {'latents':>8} {'pictures':>9} {'tokens x d':>12} {'MB a prompt':>12}")
-    for hook in done:
-        shape = f"{hook['tokens']} x {hook['d']}"
-        numbers = f"{hook['latents']:8.3f} {hook['images']:9.3f} {shape:>12} {hook['mb_per_prompt']:12.1f}"
-        print(f"{hook['hook_name']:48} {numbers}")
-    for hook in failed:
-        print(f"{hook['hook_name']:48} {hook['error']}")
-
-
-def main(cfg: Config) -> list[Path]:
-    """Ablate every hook point; return the files that were written.
-
-    Raises UsageError for an option or prompts that can't be used, and if out_dir holds something
-    else.
+    The first is |a - b| / |b| of the latents, the second the root mean square difference of the
+    images.
     """
-    check_positive(cfg, "max_num_examples", "num_inference_steps")
+    latents = made.sample.float().flatten(1)
+    untouched_latents = untouched.sample.float().flatten(1)
+    relative = (latents - untouched_latents).norm(dim=1) / untouched_latents.norm(dim=1)
 
-    # 1. What to generate, and the shapes of what the layers take and return
-    rows = load_rows(cfg)
-    model, options = load_model(cfg)
-    generation = Generation.from_rows(rows, options)
-    first_step = model.first_step(
-        cfg.hook_names, generation.prompts, save_input=True, **generation.arguments()
-    )
-    records = [describe(name, cfg.mode, first_step) for name in first_step["grid"]]
+    difference = (made.images.float() - untouched.images.float()).flatten(1)
+    rms = difference.square().mean(1).sqrt()
+    return relative.mean().item(), rms.mean().item()
 
-    # 2. A folder that holds nothing else
-    out_dir = Path(cfg.out_dir)
-    settings = {
-        name: value
-        for name, value in vars(cfg).items()
-        if name not in ("out_dir", "device", "cpu_offload")
-    }
-    claim_folder(out_dir, "ablate.json", settings)
 
-    # 3. One run untouched, then one per hook point
-    untouched, images = ablate(model, generation, records, cfg.mode)
-    done = [record for record in records if "error" not in record]
-    failed = [record for record in records if "error" in record]
-    done.sort(key=lambda record: -record["latents"])
+def print_table(ablated: list[dict], failed: list[dict]) -> None:
+    """Print a line for each hook point, those that can't be ablated last."""
+    print(f"{'hook name':48} {'latents':>8} {'images':>9} {'tokens x d':>12} {'MB per prompt':>13}")
+    for record in ablated:
+        shape = f"{record['tokens']} x {record['d']}"
+        print(
+            f"{record['hook_name']:48} {record['latents']:8.3f} {record['images']:9.3f} "
+            f"{shape:>12} {record['mb_per_prompt']:13.1f}"
+        )
+    for record in failed:
+        print(f"{record['hook_name']:48} {record['error']}")
 
-    # 4. The table, the numbers and the pictures
-    print_table(done, failed)
-    report = {
-        "options": settings,
-        "prompts": generation.prompts,
-        "seeds": generation.seeds,
-        "hooks": done + failed,
-    }
-    written = [out_dir / "ablate.json", out_dir / "ablate.png"]
-    write_json(written[0], report)
 
+def draw(
+    folder: Path,
+    mode: str,
+    prompts: list[str],
+    ablated: list[dict],
+    untouched: Tensor,
+    images: dict[str, Tensor],
+) -> list[Path]:
+    """Write ablate.png, and ablate_ranking.png if anything was ablated; return their paths."""
     grid = [ImageRow("untouched", untouched)]
-    for record in done[:SHOWN]:
+    for record in ablated[:MOST_SHOWN]:
         label = f"{record['hook_name']}\n{record['latents']:.3f}"
         grid.append(ImageRow(label, images[record["hook_name"]]))
-    plot_images(written[1], grid, generation.prompts)
-    if done:
-        written.append(out_dir / "ablate_ranking.png")
-        title = f"{cfg.mode}: what each hook point does, mean over {len(rows)} prompts"
-        plot_ablation_ranking(written[2], done[:SHOWN], title)
-    print(f"pictures in {' and '.join(map(str, written[1:]))}, numbers in {written[0]}")
+    written = [folder / "ablate.png"]
+    plot_images(written[0], grid, prompts)
+
+    if ablated:
+        written.append(folder / "ablate_ranking.png")
+        title = f"{mode}: what each hook point does, mean over {len(prompts)} prompts"
+        plot_ablation_ranking(written[1], ablated[:MOST_SHOWN], title)
     return written
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    run_script(main, Config)  # in a notebook it returns at once, so that a pasted cell runs nothing

@@ -13,6 +13,7 @@ answered in a fraction of one.
 import dataclasses
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from errors import UsageError
-from options import parse
+from options import default_of, parse
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +46,9 @@ PEER_GONE = (
 LET_FIRST_SPEAK = 3
 
 LARGEST_FLOAT32 = 3e38
+
+# Arguments of pipelines that have options of their own
+PIPELINE_OPTIONS = ("num_inference_steps", "guidance_scale", "height", "width")
 
 
 @dataclasses.dataclass
@@ -108,12 +112,7 @@ class GenerationConfig:
 
     def pipeline_options(self) -> dict[str, Any]:
         """The pipeline's arguments that have options of their own; None is the pipeline's default."""
-        return {
-            "num_inference_steps": self.num_inference_steps,
-            "guidance_scale": self.guidance_scale,
-            "height": self.height,
-            "width": self.width,
-        }
+        return {name: getattr(self, name) for name in PIPELINE_OPTIONS}
 
 
 def answer_help(Config: type) -> None:
@@ -356,6 +355,63 @@ def parse_object(text: str, option: str) -> dict:
     return value
 
 
+def check_generation_options(cfg: Any) -> None:
+    """Raise UsageError for an option of `GenerationConfig` that was given and that nothing reads.
+
+    Such an option would be recorded beside the results, which it did not change. cfg: any dataclass
+    with `dataset_name`, `model_name`, `device` and `pipeline_kwargs`; of the other options it may
+    lack some.
+    """
+    if not is_hub_dataset(cfg.dataset_name):
+        refuse_unused(cfg, ["split"], "only a data set of the hub has splits")
+    if is_one_prompt(cfg.dataset_name):
+        refuse_unused(cfg, ["column"], f"--dataset_name {cfg.dataset_name!r} is the prompt itself")
+    if cfg.model_name is not None and is_local_model(cfg.model_name):
+        refuse_unused(cfg, ["revision"], f"--model_name {cfg.model_name} is a folder")
+
+    for name in parse_object(cfg.pipeline_kwargs, "--pipeline_kwargs"):
+        if name in PIPELINE_OPTIONS and getattr(cfg, name, None) is not None:
+            raise UsageError(
+                f"{name} is given twice: in --pipeline_kwargs and by an option of its own"
+            )
+
+
+def refuse_unused(cfg: Any, names: list[str], reason: str) -> None:
+    """Raise UsageError if one of these options was given, because nothing would read it.
+
+    An option counts as given if its value is not the default. A name that `cfg` does not have is
+    passed over. reason: a clause, such as "only a data set of the hub has splits".
+    """
+    for field in dataclasses.fields(cfg):
+        if field.name in names and getattr(cfg, field.name) != default_of(field):
+            raise UsageError(f"--{field.name} has no effect: {reason}; leave the option out")
+
+
+def is_hub_dataset(dataset_name: str | None) -> bool:
+    """True for one word that looks like owner/name and is no file of this machine."""
+    if dataset_name is None or os.path.exists(dataset_name):
+        return False
+    return len(dataset_name.split()) == 1 and dataset_name.count("/") == 1
+
+
+def is_one_prompt(dataset_name: str | None) -> bool:
+    """True for a text that is surely the prompt itself, and neither a file nor a data set.
+
+    A name that ends like a file, such as `my prompts.csv`, is not sure; `store.prompts` says
+    whether the file is missing.
+    """
+    if dataset_name is None or os.path.exists(dataset_name):
+        return False
+    if re.search(r"\.\w+$", dataset_name):
+        return False
+    return len(dataset_name.split()) > 1 or "/" not in dataset_name
+
+
+def is_local_model(model_name: str) -> bool:
+    """True if the model is a folder: in the current folder, or beside this file, as the toy is."""
+    return Path(model_name).is_dir() or (HERE / model_name).is_dir()
+
+
 def check_numbers(cfg: Any) -> None:
     """Raise UsageError for a number that no tensor can hold: not finite, or beyond 64 bits."""
     for name, value in vars(cfg).items():
@@ -373,6 +429,3 @@ def check_positive(cfg: Any, *names: str) -> None:
         value = getattr(cfg, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name} {value}: expected at least 1")
-
-
-run = run_script

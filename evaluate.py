@@ -1,33 +1,38 @@
-"""Stage 5: how good is an SAE? By timestep, on held-out prompts; and in its hook point's place,
-while the model generates.
+"""Stage 5: how good is an SAE? By timestep, on held-out prompts; and grafted into the model.
 
-    python evaluate.py                                                  # the newest SAE in saes/, on the data that it is of
+    python evaluate.py                                   # the newest SAE, on its training data
     python evaluate.py --sae saes/mid_block_k32_M20480 --graft
-    python evaluate.py --sae theirs --data activations/mid_block.npy    # any SAE that Sae.load_from_disk reads
+    python evaluate.py --sae theirs --data activations/mid_block.npy    # any SAE that can be loaded
 
-FVU, explained variance, L0, cosine, silent and always-on latents of the vectors that training never
-saw (analysis/metrics.py says what each is). With --graft the SAE's reconstruction is put in the
-hook point's place in a window of steps, and in all steps:
+The first part takes vectors that training never saw and measures FVU, explained variance, L0,
+cosine, silent and always-on latents; analysis/metrics.py defines each. With --graft the SAE's
+reconstruction takes the place of the hook point's activations, in a window of steps and in all
+steps:
 
-    untouched      the model's own run at these seeds
-    graft          in the steps of a window the hook point gives x_hat = sae(x) instead of x
-    mean ablation  there it gives the mean of x instead: the untouched run's, of each step, over its prompts and tokens
-    distance       root mean square difference to the untouched run's final latents (or images), mean over the prompts
-    recovered      1 - distance(graft) / distance(mean ablation): 1 for x_hat = x, 0 for an SAE that only knows the mean
+    untouched      the model's own run with these seeds
+    graft          in the steps of a window the hook point returns x_hat = sae(x) instead of x
+    mean ablation  there it returns the mean of x: that of the untouched run, of each step, over the
+                   prompts and tokens
+    distance       root mean square difference to the untouched run's final latents (or images),
+                   mean over the prompts
+    recovered      1 - distance(graft) / distance(mean ablation): 1 for x_hat = x, 0 for an SAE that
+                   only knows the mean; it can be below 0
 
-The share is of generation what FVU is of the vectors: it weighs an error by what the rest of the
-model makes of it. It can be below 0. It follows the "loss recovered" of SAEs on language models
-(Rajamanoharan et al. 2024, arXiv 2404.16014), which ablates to zero; here the loss is the distance
-to the model's own sample.
+FVU weighs every number of a vector alike; "recovered" weighs an error by what the rest of the model
+makes of it. It follows the "loss recovered" of SAEs on language models (Rajamanoharan et al. 2024,
+arXiv 2404.16014), which ablates to zero; here the loss is the distance to the model's own sample.
 
 In a notebook, for any SAE or function and any prompts:
 
     generation = Generation(prompts, seeds, options=model.arguments(output_type="pt"))
     report, images = graft(model, sae, HookPoint("mid_block"), generation)
 
-Reads   an SAE folder; activation files of collect.py, or any .npy; with --graft the model that they were collected from.
+Reads   an SAE folder; activation files of collect.py, or any .npy; with --graft the model that made
+        them.
 Writes  <out_dir>/<name of the SAE>/: evaluate.json, evaluate.png; graft.json, graft.png.
-What is held out is the choice that train.py makes in the same files. It does not train, and changes no SAE.
+
+The held-out prompts are those that train.py holds out in the same files. It trains nothing and
+changes no SAE.
 """
 
 import math
@@ -36,6 +41,63 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
+
+from cli import (
+    answer_help,
+    check_positive,
+    refuse_unused,
+    resolve_device,
+    resolve_dtype,
+    run_script,
+)
+
+
+@dataclass
+class Config:
+    # model
+    sae: str | None = None
+    """Evaluate the SAE in this folder. If not given, the newest one in saes/."""
+
+    model_name: str | None = None
+    """With --graft: generate with this diffusers folder or hub id. If not given, with the model
+    that made the activations."""
+
+    transfer: bool = False
+    """Use the SAE on purpose where it was not trained: another hook point, or other weights."""
+
+    # data
+    data: list[str] = field(default_factory=list)
+    """Measure on these activation files of one hook point. If not given, on its training files."""
+
+    # graft
+    graft: bool = False
+    """Also generate with the reconstruction in the place of the activations."""
+
+    num_prompts: int = 8
+    """With --graft: generate this many held-out prompts, each 3 + 2 --windows times. Raise it for a
+    smaller standard error."""
+
+    windows: int = 4
+    """With --graft: divide the steps into this many windows of equal length."""
+
+    # output
+    out_dir: str = "evaluations"
+    """Folder in which each SAE gets a folder."""
+
+    # hardware
+    batch_size: int = 4096
+    """Put this many vectors through the SAE together. Lower it if the memory is too small."""
+
+    graft_batch_size: int = 8
+    """With --graft: generate this many prompts together. Lower it if the memory is too small."""
+
+    device: str = "auto"
+    """Run on this device: cpu, cuda, cuda:1 or mps. auto takes CUDA, else MPS, else the CPU."""
+
+
+if __name__ == "__main__":
+    answer_help(Config)  # --help and a mistyped option are answered before torch is imported
 
 import torch
 from torch import Tensor
@@ -44,7 +106,6 @@ from tqdm import tqdm
 from analysis.feature_edits import check_input_width, map_samples, replacing_edits
 from analysis.metrics import Metrics, evaluate, total
 from analysis.plots import plot_evaluation, plot_graft
-from cli import check_positive, resolve_device, resolve_dtype, run
 from diffusion.generate import Generated, generate_batches
 from errors import UsageError
 from hook import Generation, HookedDiffusionModel, model_of
@@ -56,58 +117,88 @@ from store.hook_point import HookPoint
 from store.identity import activations_of, check_belongs, check_held_out, fingerprint
 
 CLIP = "openai/clip-vit-large-patch14"
-CLIP_MEAN, CLIP_STD = (
-    (0.48145466, 0.4578275, 0.40821073),
-    (0.26862954, 0.26130258, 0.27577711),
-)  # of its training's pictures
+# Mean and standard deviation of the colours of the images that CLIP was trained on
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+PRINTED_METRICS = ("fvu", "explained_variance", "l0", "cosine", "dead", "always_on")
+DISTANCES = ("latents", "images", "clip")
 
 Replacement = Callable[[str, int, Tensor], Tensor | None]
-"""(role, step, x (P, tokens, d) float32) -> what takes x's place; None leaves it."""
+"""replacement(role, step, x) -> what takes the place of x (P, tokens, d) float32; None leaves it."""
 
 Distance = Callable[[Tensor, Tensor], Tensor]
-"""Of each of P samples or images: (P, ...), (P, ...) -> (P,)."""
+"""distance(a, b) -> the distance of each of P samples or images: (P, ...), (P, ...) -> (P,)."""
 
 
-@dataclass
-class Config:
-    sae: str | None = None
-    """Its folder (None: the newest in saes/)."""
+def main(cfg: Config) -> list[Path]:
+    """Measure one SAE; return the files that were written.
 
-    data: list[str] = field(default_factory=list)
-    """Activation files of one hook point (none: those that it was trained on)."""
+    Raises UsageError for an option, an SAE or data that can't be used, and if its folder holds
+    something else.
+    """
+    check_config(cfg)
 
-    transfer: bool = False
-    """Use the SAE on purpose where it was not trained: another hook point, or other weights."""
+    # 1. The SAE, and vectors that it was not trained on
+    device = resolve_device(cfg.device)
+    path = Path(cfg.sae) if cfg.sae else newest_sae()
+    sae = Sae.load_from_disk(path, device)
+    activations = activations_of(sae, path, cfg.data, cfg.transfer)
+    about = {"sae": str(path), "data": activations.paths}
+    identity = {
+        "sae_fingerprint": fingerprint(sae),
+        "transfer": activations.transfer,
+        "surely_unseen": check_held_out(sae, path, activations),
+    }
+    folder = Path(cfg.out_dir) / folder_name(path)
+    claim_folder(folder, "evaluate.json", about, key=None)
 
-    out_dir: str = "evaluations"
-    """In which each SAE gets a folder."""
+    # 2. Its numbers on them
+    by_step = evaluate([sae], activations, cfg.batch_size, progress=True)[0]
+    if not math.isfinite(total(by_step).fvu):
+        raise UsageError(
+            f"{activations.paths[0]}: NaN or inf in held-out vectors; collect it again"
+        )
+    set_aside_other_graft(folder, identity["sae_fingerprint"])
+    record = write_numbers(folder, about | identity, activations, by_step, path.name)
+    print(
+        f"{path}: {sae.num_latents} latents, {sae.activation}, "
+        f"on {record['vectors']:,} held-out vectors"
+    )
+    print_numbers(record)
+    written = [folder / "evaluate.json", folder / "evaluate.png"]
 
-    batch_size: int = 4096
-    """Vectors that go through the SAE together."""
+    # 3. Its reconstruction in the model
+    if cfg.graft:
+        written += graft_held_out(cfg, sae, path, activations, folder, device)
+    print(f"saved in {folder}/: {', '.join(path.name for path in written)}")
+    return written
 
-    graft: bool = False
-    """Also generate with the reconstruction in the hook point's place."""
 
-    model_name: str | None = None
-    """For --graft (None: the model that the activations are of)."""
+def check_config(cfg: Config) -> None:
+    """Raise UsageError for an option that can't be used, or that nothing would read."""
+    check_positive(cfg, "batch_size", "num_prompts", "windows", "graft_batch_size")
+    if not cfg.graft:
+        graft_options = ["model_name", "num_prompts", "windows", "graft_batch_size"]
+        refuse_unused(cfg, graft_options, "it is for --graft, which is not given")
 
-    num_prompts: int = 8
-    """Held-out prompts that are generated, 3 + 2 windows times each."""
 
-    windows: int = 4
-    """Of steps, of equal length."""
+def folder_name(sae_path: Path) -> str:
+    """Return the name of an SAE: that of its folder, also if a file in it was named."""
+    folder = sae_path if sae_path.is_dir() else sae_path.parent
+    return folder.resolve().name
 
-    graft_batch_size: int = 8
-    """Prompts generated together."""
 
-    device: str = "auto"
-    """Auto, cuda, cuda:N, mps, cpu."""
+# ------------------------------------------------------------------------------ numbers
 
 
 def write_numbers(
     folder: Path, about: dict, activations: Activations, by_step: list[Metrics], name: str
 ) -> dict:
-    """Write evaluate.json and evaluate.png; the record that evaluate.json holds."""
+    """Write evaluate.json and evaluate.png; return the record that evaluate.json holds.
+
+    by_step: the metrics of each timestep's vectors. name: the title of the figure.
+    """
     by_timestep = []
     for timestep, metrics in zip(activations.timesteps, by_step):
         if metrics.n:
@@ -124,50 +215,21 @@ def write_numbers(
 
 
 def print_numbers(record: dict) -> None:
-    """The numbers over all held-out vectors, and at the first and the last timestep."""
-    for name in ("fvu", "explained_variance", "l0", "cosine", "dead", "always_on"):
-        span = ""
+    """Print the numbers over all held-out vectors, and at the first and the last timestep."""
+    for name in PRINTED_METRICS:
+        line = f"  {name:18} {record[name]:.4f}"
         if record["by_timestep"]:
-            first, last = record["by_timestep"][0], record["by_timestep"][-1]
-            span = f"   at t = {first['timestep']:g}: {first[name]:.4f}   at t = {last['timestep']:g}: {last[name]:.4f}"
-        print(f"  {name:18} {record[name]:.4f}{span}")
+            for numbers in (record["by_timestep"][0], record["by_timestep"][-1]):
+                line += f"   at t = {numbers['timestep']:g}: {numbers[name]:.4f}"
+        print(line)
     if not record["whole_prompts"]:
         print(
-            "note: there are no prompts to hold out whole, so held-out vectors are of the same samples as the others"
+            "note: there are no prompts to hold out whole, so the held-out vectors are from the "
+            "same samples as the others"
         )
 
 
-# ----------------------------------------------------------------------------------------------------------- grafting
-
-
-def held_out_prompts(activations: Activations, count: int) -> tuple[list[dict], dict]:
-    """The first held-out prompts: their rows of prompts.jsonl, whose seeds gave the activations,
-    and the file's description.
-
-    One image of each. Raises UsageError where it is not known what to generate.
-    """
-    file, first, _ = activations.held_out_units[0]
-    path = Path(activations.files[file].path)
-    meta, listing = read_description(path), path.with_name("prompts.jsonl")
-    if not meta or not listing.exists() or not activations.whole_prompts:
-        raise UsageError(
-            f"--graft: {path} is not of collect.py with its prompts.jsonl, so it is not known what to generate"
-        )
-    if meta.get("images") is not None:
-        raise UsageError(
-            f"--graft: {path} is of pictures (--images), and grafting needs a generation"
-        )
-    rows = read_prompts(path)
-    each, mine = (
-        meta["shape"][1] * meta["shape"][2],
-        activations.held_out_units[activations.held_out_units[:, 0] == file],
-    )
-    chosen = list(dict.fromkeys((mine[:, 1] // each).tolist()))
-    unique = {
-        rows[row]["prompt"] if isinstance(rows[row]["prompt"], str) else row: rows[row]
-        for row in chosen
-    }
-    return list(unique.values())[:count], meta
+# ------------------------------------------------------------------------------ graft
 
 
 @torch.no_grad()
@@ -175,28 +237,25 @@ def graft_held_out(
     cfg: Config, sae: Sae, path: Path, activations: Activations, folder: Path, device: torch.device
 ) -> list[Path]:
     """Generate held-out prompts with the SAE in place; write graft.json and graft.png."""
-    rows, meta = held_out_prompts(activations, cfg.num_prompts)
+    lines, meta = held_out_prompts(activations, cfg.num_prompts)
     model, options = model_of(meta, cfg.model_name, device, resolve_dtype("auto", device))
-    own = (
-        sae.cfg if "fingerprint" in sae.cfg else sae.cfg | meta
-    )  # an SAE of another package is checked by its data
-    transfer = activations.transfer + check_belongs(
-        str(path), own, model=model, transfer=cfg.transfer
-    )
-    generation = Generation.from_rows(rows, model.arguments(1, "pt", options))
-    clip, line = clip_distance(device=device)
-    print(line)
+    # An SAE of another package does not say what it was trained on; its data does
+    origin = sae.cfg if "fingerprint" in sae.cfg else sae.cfg | meta
+    mismatches = check_belongs(str(path), origin, model=model, transfer=cfg.transfer)
+    transfer = activations.transfer + mismatches
+    generation = Generation.from_rows(lines, model.arguments(1, "pt", options))
+    clip, remark = clip_distance(device=device)
+    print(remark)
 
-    hook_point = HookPoint.from_description(meta)
     report, images = graft(
         model,
         sae,
-        hook_point,
+        HookPoint.from_description(meta),
         generation,
         cfg.windows,
         batch_size=cfg.graft_batch_size,
         clip=clip,
-        transfer=True,
+        transfer=True,  # it was checked above, and what does not fit stands in the report
     )
 
     written = [folder / "graft.json", folder / "graft.png"]
@@ -206,41 +265,82 @@ def graft_held_out(
     return written
 
 
+def held_out_prompts(activations: Activations, count: int) -> tuple[list[dict], dict]:
+    """Return (lines of prompts.jsonl, the description of their file) of held-out prompts.
+
+    These are the first `count` in the first file that has any; of several images of a prompt one
+    counts. Their seeds gave the activations. Raises UsageError if it is not known what to generate.
+    """
+    file, _, _ = activations.held_out_units[0]
+    path = Path(activations.files[file].path)
+    meta = read_description(path)
+    has_prompts = path.with_name("prompts.jsonl").exists() and activations.whole_prompts
+    if not meta or not has_prompts:
+        raise UsageError(
+            f"--graft: {path} is not from collect.py with its prompts.jsonl, so it is not known what "
+            "to generate; name such a file with --data, or leave out --graft"
+        )
+    if meta.get("images") is not None:
+        raise UsageError(
+            f"--graft: {path} is from real images (--images), and grafting needs a generation; "
+            "leave out --graft"
+        )
+
+    lines = read_prompts(path)
+    vectors_per_row = meta["shape"][1] * meta["shape"][2]
+    units_of_file = activations.held_out_units[activations.held_out_units[:, 0] == file]
+    rows = dict.fromkeys((units_of_file[:, 1] // vectors_per_row).tolist())
+
+    # Of lines with the same prompt the first gives the place, the last the seed
+    unique = {}
+    for row in rows:
+        prompt = lines[row]["prompt"]
+        key = prompt if isinstance(prompt, str) else row
+        unique[key] = lines[row]
+    return list(unique.values())[:count], meta
+
+
 def set_aside_other_graft(folder: Path, sae_fingerprint: str) -> None:
-    """Rename graft.json and graft.png of another SAE, which lay at the same path before this one
-    was trained; say so."""
+    """Rename graft.json and graft.png if they were made with another SAE, and say so.
+
+    That SAE lay at the same path before this one was trained.
+    """
     record = folder / "graft.json"
-    theirs = read_json(record).get("sae_fingerprint") if record.exists() else sae_fingerprint
+    if not record.exists():
+        return
+    theirs = read_json(record).get("sae_fingerprint")
     if theirs is None:
         print(
-            f"note: {record} is of an earlier version, so it can't be checked that it is of this SAE; --graft makes it anew"
+            f"note: {record} was written by an earlier version, so it can't be checked that it was "
+            "made with this SAE; --graft makes it anew"
         )
     elif theirs != sae_fingerprint:
         for path in (record, folder / "graft.png"):
             if path.exists():
                 path.replace(path.with_stem("graft_of_another_sae"))
         print(
-            f"note: {record} was of an SAE that lay at this path before: it is graft_of_another_sae.json now"
+            f"note: {record} was made with an SAE that lay at this path before; it is called "
+            "graft_of_another_sae.json now"
         )
 
 
 def print_graft(report: dict) -> None:
-    """The recovered shares of each window."""
+    """Print the recovered share of all steps and of each window."""
     print(
-        f"recovered, 1 - distance(graft) / distance(mean ablation), over {len(report['prompts'])} held-out prompts:"
+        "recovered, 1 - distance(graft) / distance(mean ablation), "
+        f"over {len(report['prompts'])} held-out prompts:"
     )
     for window in (report["all"], *report["windows"]):
         first, last = window["steps"]
-        shares = [
-            f"{kind} {show(window[kind])}"
-            for kind in ("latents", "images", "clip")
-            if kind in window
-        ]
+        shares = []
+        for kind in DISTANCES:
+            if kind in window:
+                shares.append(f"{kind} {recovered_text(window[kind])}")
         print(f"  steps {first:3} to {last:3}   {'   '.join(shares)}")
 
 
-def show(record: dict) -> str:
-    """A recovered share with its standard error."""
+def recovered_text(record: dict) -> str:
+    """Return a recovered share with its standard error, such as "0.812 ± 0.031"."""
     if record["recovered"] is None:
         return "nothing to recover"
     if record["recovered_se"] is None:
@@ -260,95 +360,84 @@ def graft(
     clip: Distance | None = None,
     transfer: bool = False,
 ) -> tuple[dict, dict[str, Tensor] | None]:
-    """Generate with the SAE's reconstruction at the hook point, and with its mean, in each window
-    of steps and in all steps.
+    """Generate with the SAE's reconstruction in place, and with the mean of x; compare the two.
 
-    sae: an Sae, or a function (1, tokens, d) -> (1, tokens, d) in float32. hook_point: where the
-    SAE belongs, see `trained_on`. generation: with output_type "latent", or where the pipeline
-    gives no images, only latents are compared. windows: into how many equal ones to cut the steps
-    in which the hook point runs, or ranges of steps. rows: those that are edited, by default the
-    hook point's, of which guidance magnifies every change; "both" edits the others too, with a mean
-    of their own. batch_size: prompts generated together. num_shown: of how many prompts images are
-    returned. clip: the function of `clip_distance`. transfer: put the SAE on purpose in a place
-    that it was not trained for.
+    Both are done in each window of steps, and in all steps.
 
-    Returns (report, images). report: a dict for JSON; "all" and each of "windows" is {"steps":
-    [first, last], "timesteps": theirs, "latents": record, "images": record, "clip": record} with
-    records of `compare`, the latter two where there are any. images: {"untouched", "graft", "mean"}
-    of (num_shown, 3, H, W), the latter two edited in all steps, or None. The untouched run's
-    latents and images are held in memory, 12 bytes a pixel in float32; of the others only a few
-    batches are.
+    sae: an Sae, or a function (1, tokens, d) -> (1, tokens, d) in float32.
+    hook_point: where the SAE belongs, see `trained_on`.
+    generation: what to generate. With output_type "latent", or if the pipeline returns no images,
+        only latents are compared.
+    windows: ranges of steps, or into how many of equal length to divide the steps in which the hook
+        point runs.
+    rows: which rows of the guidance are edited, "cond", "uncond" or "both", with means of their
+        own. If None, the hook point's; guidance then magnifies every change.
+    batch_size: prompts generated together.
+    num_shown: the number of prompts whose images are returned.
+    clip: a distance of images, see `clip_distance`.
+    transfer: put the SAE on purpose in a place that it was not trained for.
+
+    Returns (report, images). The report is a dict for JSON. Its "all" and each of its "windows" are
+    {"steps": [first, last], "timesteps": of these two, "latents", "images" and "clip": records of
+    `compare`}, the latter two if there are any. images: None, or {"untouched", "graft", "mean"} of
+    (num_shown, 3, H, W), the latter two edited in all steps.
+
+    The untouched run's latents and images stay in memory, 12 bytes per pixel in float32; of the
+    other runs only a few batches do.
 
     Raises UsageError for side "input", for a module or a window in which nothing can be edited,
-    where widths differ, and for an SAE of another hook point or model.
+    if widths differ, and for an SAE of another hook point or model.
     """
-    rows = rows or hook_point.rows
     if isinstance(sae, Sae) and sae.hook_point is not None and not transfer:
         if sae.hook_point != hook_point:
             raise UsageError(
-                f"the SAE was trained on {sae.hook_point}, not on {hook_point}; transfer=True grafts it there"
+                f"the SAE was trained on {sae.hook_point}, not on {hook_point}; "
+                "transfer=True grafts it there"
             )
         check_belongs("the SAE", sae.cfg, model=model)
+    rows = rows or hook_point.rows
     num_windows = windows if isinstance(windows, int) else len(windows)
     num_runs = 1 + 2 * (1 + num_windows)
 
     with tqdm(total=num_runs * len(generation.prompts), unit="prompt", desc="grafting") as bar:
 
-        def sample(
-            replacement: Replacement, steps: range | None = None, on_step=None
+        def run(
+            replacement: Replacement, steps: range | None = None, on_step: Callable | None = None
         ) -> Iterator[Generated]:
-            """Generate batch by batch with replacement(role, step, x) in x's place."""
+            """Generate batch by batch with replacement(role, step, x) in the place of x."""
             make_edits = partial(grafting_edits, hook_point, replacement, rows, steps)
             return generate_batches(model, generation, batch_size, make_edits, on_step, bar)
 
-        # 1. The untouched run, and the mean of each step over its prompts and tokens
-        untouched, means, timesteps = run_untouched(sample, hook_point.stream)
-        steps = sorted({step for _, step in means})  # a denoiser may run in part of them
-        if isinstance(windows, int):
-            windows = equal_windows(steps, windows)
-        for window in windows:
-            if not set(window) & set(steps):
-                span = f"steps {steps[0]} to {steps[-1]}"
-                raise UsageError(
-                    f"{hook_point.hook_name} runs in {span}, and in none of the window {window}"
-                )
-        floors = {"latents": rounding([made.sample for made in untouched])}
-        images = None
-        if untouched[0].images is not None:
-            images = {"untouched": [made.images for made in untouched]}
-            floors["images"] = floors["clip"] = rounding(images["untouched"])
+        # 1. The untouched run, and the mean of x in each of its steps
+        untouched = run_untouched(run, hook_point.stream)
+        windows = choose_windows(hook_point, untouched.steps, windows)
+        floors = floors_of(untouched.generated)
+        images = untouched.images()
 
         # 2. The reconstruction in place, and the mean, in all steps and in each window
+        means = untouched.means
         replacements = {
             "graft": lambda role, step, x: reconstruct(sae, x, hook_point.stream),
             "mean": lambda role, step, x: means[role, step].to(x.device).expand_as(x),
         }
         records = []
-        for window in (range(steps[0], steps[-1] + 1), *windows):
-            moved = {}
+        for window in windows:
+            distances = {}
             for mode, replacement in replacements.items():
-                moved[mode], shown = measure_run(
-                    sample(replacement, window), untouched, clip, num_shown
-                )
+                made = run(replacement, window)
+                distances[mode], shown = measure_run(made, untouched.generated, clip, num_shown)
                 if images is not None:
-                    images.setdefault(mode, shown)  # of all steps, which come first
-            edited = [step for step in steps if step in window]
-            record = {"steps": [edited[0], edited[-1]]}
-            record["timesteps"] = [timesteps[step] for step in record["steps"]]
-            for name in moved["graft"]:
-                record[name] = compare(moved["graft"][name], moved["mean"][name], floors[name])
-            records.append(record)
+                    images.setdefault(mode, shown)  # the first window is that of all steps
+            records.append(compare_window(window, untouched, distances, floors))
 
     if images is not None:
-        images = {mode: torch.cat(parts)[:num_shown] for mode, parts in images.items()}
+        images = {mode: torch.cat(batches)[:num_shown] for mode, batches in images.items()}
     report = hook_point.as_dict() | {
         "rows": rows,
         "prompts": list(generation.prompts),
         "seeds": list(generation.seeds),
-    }
-    report |= {
         "batch_size": batch_size,
-        "num_steps": len(steps),
+        "num_steps": len(untouched.steps),
         "mean": "of the untouched run: each step's, over prompts and tokens",
         "all": records[0],
         "windows": records[1:],
@@ -356,13 +445,103 @@ def graft(
     return report, images
 
 
+class UntouchedRun(NamedTuple):
+    """What a model generates without an edit, and what the hook point computes meanwhile."""
+
+    generated: list[Generated]
+    """Batch by batch."""
+
+    means: dict[tuple[str, int], Tensor]
+    """{(role, step): mean of x over prompts and tokens, (d,) float32}, where the hook point runs."""
+
+    timesteps: dict[int, float]
+    """{step: its timestep}."""
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps in which the hook point runs, in order; a denoiser may run in some only."""
+        return sorted({step for _, step in self.means})
+
+    def images(self) -> dict[str, list[Tensor]] | None:
+        """Return {"untouched": the images of each batch}; None if there are none."""
+        if self.generated[0].images is None:
+            return None
+        return {"untouched": [made.images for made in self.generated]}
+
+
+def run_untouched(run: Callable[..., Iterator[Generated]], stream: str) -> UntouchedRun:
+    """Generate without an edit, and take the mean of x. run: as in `graft`."""
+    sums = defaultdict(float)
+    counts = defaultdict(int)
+    timesteps = {}
+    steps_that_ran = set()
+
+    def measure(role: str, step: int, x: Tensor) -> None:
+        """Add x to the sums; it returns None, so x stays."""
+        vectors = x.flatten(0, -2)
+        if stream == "text":
+            vectors = vectors[(vectors != 0).any(1)]  # without the padding
+        sums[role, step] = sums[role, step] + vectors.sum(0).cpu().double()
+        counts[role, step] += len(vectors)
+        steps_that_ran.add(step)
+
+    def on_step(step) -> None:
+        # There may be another loop in the pipeline, in which the hook point does not run
+        if step.index in steps_that_ran:
+            timesteps.setdefault(step.index, step.time())
+        steps_that_ran.clear()
+
+    generated = list(run(measure, on_step=on_step))
+    means = {}
+    for key, vector_sum in sums.items():
+        means[key] = (vector_sum / max(1, counts[key])).float()
+    return UntouchedRun(generated, means, timesteps)
+
+
+def choose_windows(
+    hook_point: HookPoint, steps: list[int], windows: int | list[range]
+) -> list[range]:
+    """Return the window of all steps, then the others.
+
+    steps: those in which the hook point runs. windows: as in `graft`. Raises UsageError for a
+    window in which it does not run.
+    """
+    if isinstance(windows, int):
+        windows = equal_windows(steps, windows)
+    for window in windows:
+        if not set(window) & set(steps):
+            raise UsageError(
+                f"{hook_point.hook_name} runs in steps {steps[0]} to {steps[-1]}, "
+                f"and in none of the window {window}"
+            )
+    return [range(steps[0], steps[-1] + 1), *windows]
+
+
+def equal_windows(steps: list[int], n: int) -> list[range]:
+    """Return n ranges of equal length, give or take one, from the first step to the last.
+
+    >>> equal_windows([3, 4, 5, 6], 2)
+    [range(3, 5), range(5, 7)]
+
+    Raises UsageError for fewer windows than one, or more than steps.
+    """
+    if not 1 <= n <= len(steps):
+        raise UsageError(f"{n} windows of {len(steps)} steps: expected 1 to {len(steps)}")
+    cuts = [i * len(steps) // n for i in range(n + 1)]
+    windows = []
+    for begin, end in zip(cuts, cuts[1:]):
+        windows.append(range(steps[begin], steps[end - 1] + 1))
+    return windows
+
+
 def grafting_edits(
     hook_point: HookPoint, replacement: Replacement, rows: str, steps: range | None, sampling
 ) -> dict[str, list]:
-    """{hook_name: [Edit]} that put replacement(role, step, x) in x's place.
+    """Return {hook_name: [Edit]} that put replacement(role, step, x) in the place of x.
 
-    The result is cast to the model's dtype; for side "diff" the output moves by the change of the
-    difference, so that no change moves no bit.
+    The result is cast to the model's dtype. For side "diff" x is output - input, and the output
+    moves by the change of x, so that a replacement equal to x changes no bit. sampling: it knows
+    the step.
     """
 
     def replace(role: str, output: Tensor, x: Tensor) -> Tensor | None:
@@ -377,8 +556,10 @@ def grafting_edits(
 
 
 def reconstruct(sae: Sae | Callable[[Tensor], Tensor], x: Tensor, stream: str = "image") -> Tensor:
-    """x_hat of the tokens x (P, tokens, d) float32. Padding of text stays zero. Raises UsageError
-    where widths differ."""
+    """Return x_hat of the tokens x (P, tokens, d) float32. Padding of text stays zero.
+
+    Raises UsageError if the SAE has another width.
+    """
     device = x.device
     if isinstance(sae, Sae):
         check_input_width(sae, x)
@@ -386,70 +567,90 @@ def reconstruct(sae: Sae | Callable[[Tensor], Tensor], x: Tensor, stream: str = 
     return map_samples(sae, x, stream, device)
 
 
-def run_untouched(
-    sample: Callable[..., Iterator[Generated]], stream: str
-) -> tuple[list[Generated], dict[tuple[str, int], Tensor], dict[int, float]]:
-    """Generate without an edit. sample: as in `graft`.
-
-    Returns what was generated, batch by batch; the mean of x over prompts and tokens, {(role,
-    step): (d,)}, where the hook point runs; and the timestep of each step.
-    """
-    sums, counts = defaultdict(float), defaultdict(int)
-    timesteps, ran = {}, set()
-
-    def measure(role: str, step: int, x: Tensor) -> None:
-        x = x.flatten(0, -2)
-        if stream == "text":
-            x = x[(x != 0).any(1)]  # without the padding
-        sums[role, step] = sums[role, step] + x.sum(0).cpu().double()
-        counts[role, step] += len(x)
-        ran.add(step)
-
-    def on_step(step) -> None:
-        if step.index in ran:  # there may be another loop, in which the hook point does not run
-            timesteps.setdefault(step.index, step.time())
-        ran.clear()
-
-    untouched = list(sample(measure, on_step=on_step))
-    means = {key: (total / max(1, counts[key])).float() for key, total in sums.items()}
-    return untouched, means, timesteps
-
-
-def equal_windows(steps: list[int], n: int) -> list[range]:
-    """The steps (a sorted list) in n windows of equal length, give or take one: ranges from the
-    first step to after the last."""
-    if not 1 <= n <= len(steps):
-        raise UsageError(f"{n} windows of {len(steps)} steps: expected 1 to {len(steps)}")
-    cuts = [i * len(steps) // n for i in range(n + 1)]
-    return [range(steps[a], steps[b - 1] + 1) for a, b in zip(cuts, cuts[1:])]
-
-
 def measure_run(
     run: Iterator[Generated], untouched: list[Generated], clip: Distance | None, num_shown: int
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """How far a run is from the untouched one, batch by batch.
+    """Measure how far a run is from the untouched one, batch by batch.
 
-    Returns each prompt's distances, {"latents", "images", "clip"} of (P,), the latter two where
-    there are any; and the images of the first batches, `num_shown` or more if there are so many.
+    Returns ({"latents", "images", "clip": the distance of each prompt (P,)}, images). The latter
+    two distances are there if the run has images. The images are those of the first batches, at
+    least `num_shown` if there are so many.
     """
-    moved, shown = defaultdict(list), []
-    for made, theirs in zip(run, untouched):
-        moved["latents"].append(rms(made.sample, theirs.sample))
+    distances = defaultdict(list)
+    shown = []
+    for made, original in zip(run, untouched):
+        distances["latents"].append(rms(made.sample, original.sample))
         if made.images is None:
             continue
-        moved["images"].append(rms(made.images, theirs.images))
+        distances["images"].append(rms(made.images, original.images))
         if clip is not None:
-            moved["clip"].append(clip(made.images, theirs.images))
-        if sum(map(len, shown)) < num_shown:
+            distances["clip"].append(clip(made.images, original.images))
+        if sum(len(images) for images in shown) < num_shown:
             shown.append(made.images)
-    return {name: torch.cat(parts) for name, parts in moved.items()}, shown
+    return {name: torch.cat(batches) for name, batches in distances.items()}, shown
 
 
-def rounding(parts: list[Tensor]) -> float:
-    """The spacing of numbers at the root mean square of the parts, below which a distance says
-    nothing."""
-    x = torch.cat(parts)
-    return torch.finfo(x.dtype).eps * x.double().square().mean().sqrt().item()
+def compare_window(
+    window: range,
+    untouched: UntouchedRun,
+    distances: dict[str, dict[str, Tensor]],
+    floors: dict[str, float],
+) -> dict:
+    """Return the report of one window.
+
+    distances: {"graft", "mean": as `measure_run` returns}. floors: as `floors_of` returns.
+    """
+    edited = [step for step in untouched.steps if step in window]
+    first_and_last = [edited[0], edited[-1]]
+    record = {
+        "steps": first_and_last,
+        "timesteps": [untouched.timesteps[step] for step in first_and_last],
+    }
+    for name, moved in distances["graft"].items():
+        record[name] = compare(moved, distances["mean"][name], floors[name])
+    return record
+
+
+def compare(graft: Tensor, mean: Tensor, floor: float = 0.0) -> dict[str, float | None]:
+    """Return the record of one distance: how far the two runs are, and what is recovered.
+
+    graft, mean: the (P,) distances of the two runs to the untouched one, paired by prompt.
+
+        recovered     1 - r with r = sum graft / sum mean
+        recovered_se  its standard error over the prompts, that of a ratio of means:
+                      std(graft - r mean) / (sqrt(P) mean(mean))
+
+    For graft [1, 3] and mean [4, 4] it is 0.5. Both are None if the mean ablation moves the sample
+    by no more than `floor`, or if a run gave NaN or infinity.
+    """
+    record = {}
+    for name, values in (("graft", graft), ("mean", mean)):
+        record[name], record[f"{name}_se"] = mean_and_error(values)
+    record["recovered"] = None
+    record["recovered_se"] = None
+    is_finite = record["graft"] is not None and record["mean"] is not None
+    if not is_finite or record["mean"] <= floor:
+        return record
+
+    ratio = record["graft"] / record["mean"]
+    record["recovered"] = 1 - ratio
+    _, error = mean_and_error(graft - ratio * mean)
+    if error is not None:
+        record["recovered_se"] = error / record["mean"]
+    return record
+
+
+def mean_and_error(values: Tensor) -> tuple[float | None, float | None]:
+    """Return the mean of (P,) and its standard error.
+
+    The error of a single value is None, and so is a number that is not finite.
+    """
+    values = torch.as_tensor(values, dtype=torch.float64)
+    mean = values.mean().item()
+    error = math.nan
+    if len(values) > 1:
+        error = values.std().item() / math.sqrt(len(values))
+    return mean if math.isfinite(mean) else None, error if math.isfinite(error) else None
 
 
 def rms(a: Tensor, b: Tensor) -> Tensor:
@@ -457,111 +658,53 @@ def rms(a: Tensor, b: Tensor) -> Tensor:
     return (a.double() - b.double()).flatten(1).square().mean(1).sqrt()
 
 
-def mean_and_error(values: Tensor) -> tuple[float | None, float | None]:
-    """Mean of (P,) and its standard error, which is None where P is 1; a number that is not finite
-    is None."""
-    values = torch.as_tensor(values, dtype=torch.float64)
-    error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return tuple(v if math.isfinite(v) else None for v in (values.mean().item(), error))
+def floors_of(generated: list[Generated]) -> dict[str, float]:
+    """Return {"latents", "images", "clip": below which a distance says nothing}, by rounding."""
+    floors = {"latents": rounding([made.sample for made in generated])}
+    if generated[0].images is not None:
+        floors["images"] = rounding([made.images for made in generated])
+        floors["clip"] = floors["images"]
+    return floors
 
 
-def compare(graft: Tensor, mean: Tensor, floor: float = 0.0) -> dict[str, float | None]:
-    """The record of one distance: both runs' (P,) distances to the untouched one, paired by prompt,
-    and what is recovered.
-
-        recovered     1 - r, r = sum graft / sum mean
-        recovered_se  its standard error over the prompts, that of a ratio of means: std(graft - r mean) / (sqrt(P) mean(mean))
-
-    Both are None where the mean ablation moves the sample by no more than `floor`, or where a run
-    gave NaN or infinity.
-    """
-    record = {}
-    for name, values in (("graft", graft), ("mean", mean)):
-        record[name], record[f"{name}_se"] = mean_and_error(values)
-    if None in (record["graft"], record["mean"]) or record["mean"] <= floor:
-        return record | {"recovered": None, "recovered_se": None}
-    ratio = record["graft"] / record["mean"]
-    error = mean_and_error(graft - ratio * mean)[1]
-    return record | {"recovered": 1 - ratio, "recovered_se": error and error / record["mean"]}
+def rounding(batches: list[Tensor]) -> float:
+    """Return the spacing of numbers at the root mean square; a smaller distance says nothing."""
+    x = torch.cat(batches)
+    return torch.finfo(x.dtype).eps * x.double().square().mean().sqrt().item()
 
 
-def clip_distance(name=CLIP, device="cpu"):
-    """1 - cosine similarity of two pictures' CLIP embeddings, a function (P, 3, H, W), (P, 3, H, W)
-    -> (P,), and a line.
+def clip_distance(
+    name: str = CLIP, device: torch.device | str = "cpu"
+) -> tuple[Distance | None, str]:
+    """Return (a distance of images, a remark): 1 - cosine similarity of their CLIP embeddings.
 
-    The weights must be on this machine, as safetensors; nothing is downloaded. Where they are not
-    the function is None and the line says so.
+    The weights must be on this machine, as safetensors; nothing is downloaded. If they are not, the
+    function is None and the remark says so.
     """
     try:
-        from transformers import CLIPModel
+        from transformers import CLIPModel  # takes seconds to import
 
-        model = (
-            CLIPModel.from_pretrained(name, local_files_only=True, use_safetensors=True)
-            .eval()
-            .to(device)
-        )
+        model = CLIPModel.from_pretrained(name, local_files_only=True, use_safetensors=True)
     except (OSError, ImportError):
         return None, f"no CLIP distance: the weights of {name} are not on this machine"
+    model = model.eval().to(device)
     size = model.config.vision_config.image_size
-    mean, std = (
-        torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (CLIP_MEAN, CLIP_STD)
-    )
+    mean = torch.tensor(CLIP_MEAN, device=device).view(1, 3, 1, 1)
+    std = torch.tensor(CLIP_STD, device=device).view(1, 3, 1, 1)
 
     @torch.no_grad()
-    def embed(x):
-        x = torch.nn.functional.interpolate(
-            x.to(device).float(), (size, size), mode="bicubic", antialias=True
-        ).clamp(0, 1)
-        return model.visual_projection(model.vision_model((x - mean) / std).pooler_output)
-
-    return (
-        lambda a, b: (1 - torch.cosine_similarity(embed(a), embed(b))).double().cpu(),
-        f"CLIP distance by {name}",
-    )
-
-
-# --------------------------------------------------------------------------------------------------------------- main
-
-
-def main(cfg: Config) -> list[Path]:
-    """Measure one SAE; return the files that were written.
-
-    Raises UsageError for an option, an SAE or data that can't be used, and if its folder holds
-    something else.
-    """
-    check_positive(cfg, "batch_size", "num_prompts", "windows", "graft_batch_size")
-
-    # 1. The SAE, and vectors that it was not trained on
-    device = resolve_device(cfg.device)
-    path = Path(cfg.sae) if cfg.sae else newest_sae()
-    sae = Sae.load_from_disk(path, device)
-    activations = activations_of(sae, path, cfg.data, cfg.transfer)
-    about = {"sae": str(path), "data": activations.paths}
-    own = {"sae_fingerprint": fingerprint(sae), "transfer": activations.transfer}
-    own["surely_unseen"] = check_held_out(sae, path, activations)
-    folder = Path(cfg.out_dir) / (path if path.is_dir() else path.parent).resolve().name
-    claim_folder(folder, "evaluate.json", about, key=None)
-
-    # 2. Its numbers on them
-    by_step = evaluate([sae], activations, cfg.batch_size, progress=True)[0]
-    if not math.isfinite(total(by_step).fvu):
-        raise UsageError(
-            f"{activations.paths[0]}: NaN or inf in held-out vectors; collect it again"
+    def embed(images: Tensor) -> Tensor:
+        images = torch.nn.functional.interpolate(
+            images.to(device).float(), (size, size), mode="bicubic", antialias=True
         )
-    set_aside_other_graft(folder, own["sae_fingerprint"])
-    record = write_numbers(folder, about | own, activations, by_step, path.name)
-    print(
-        f"{path}: {sae.num_latents} latents, {sae.activation}, on {record['vectors']:,} held-out vectors"
-    )
-    print_numbers(record)
-    written = [folder / "evaluate.json", folder / "evaluate.png"]
+        pixels = (images.clamp(0, 1) - mean) / std
+        return model.visual_projection(model.vision_model(pixels).pooler_output)
 
-    # 3. Its reconstruction in the model
-    if cfg.graft:
-        written += graft_held_out(cfg, sae, path, activations, folder, device)
-    print(f"saved in {folder}/: {', '.join(path.name for path in written)}")
-    return written
+    def distance(a: Tensor, b: Tensor) -> Tensor:
+        return (1 - torch.cosine_similarity(embed(a), embed(b))).double().cpu()
+
+    return distance, f"CLIP distance by {name}"
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    run_script(main, Config)  # in a notebook it returns at once, so that a pasted cell runs nothing

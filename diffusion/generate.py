@@ -32,7 +32,8 @@ asks the sampling."""
 class Generation:
     """What is generated: one image per prompt.
 
-    Raises UsageError where the numbers of prompts, seeds and negative prompts differ.
+    Raises UsageError where the numbers of prompts, seeds, negative prompts and other lists of prompts
+    differ.
     """
 
     prompts: list[str]
@@ -57,13 +58,21 @@ class Generation:
                 f"{count} prompts and {len(self.negative_prompts)} negative prompts: expected one "
                 "for each prompt"
             )
+        for name, value in self.options.items():
+            if is_list_of_prompts(name, value) and len(value) != count:
+                raise UsageError(
+                    f"{count} prompts and {len(value)} values of {name}: expected one for each "
+                    "prompt, or a single text"
+                )
 
     @classmethod
     def from_rows(cls, rows: list[dict], options: dict) -> "Generation":
         """Make one from rows of prompts.jsonl: {"prompt", "seed", perhaps "negative_prompt"}.
 
-        Raises UsageError where some rows have a negative prompt and others have none.
+        The options hold for all prompts. Raises UsageError where some rows have a negative prompt
+        and others have none, and for a list of prompts among the options.
         """
+        check_shared_options(options)
         prompts = [row["prompt"] for row in rows]
         seeds = [row["seed"] for row in rows]
         negative_prompts = None
@@ -95,12 +104,30 @@ class Generation:
             part = slice(start, start + n)
             options = {}
             for name, value in self.options.items():
-                is_per_prompt = "prompt" in name and isinstance(value, list)
+                is_per_prompt = is_list_of_prompts(name, value)
                 options[name] = value[part] if is_per_prompt else value
             negative_prompts = self.negative_prompts
             if negative_prompts is not None:
                 negative_prompts = negative_prompts[part]
             yield Generation(self.prompts[part], self.seeds[part], negative_prompts, options)
+
+
+def is_list_of_prompts(name: str, value: object) -> bool:
+    """True for an argument of a pipeline that holds one value per prompt, such as a list prompt_2."""
+    return "prompt" in name and isinstance(value, list)
+
+
+def check_shared_options(options: dict) -> None:
+    """Raise UsageError if options that hold for all prompts have a list of prompts among them.
+
+    Each batch would get the same list, so its texts would meet the wrong prompts.
+    """
+    for name, value in options.items():
+        if is_list_of_prompts(name, value):
+            raise UsageError(
+                f"{name} is a list, whose texts would meet the wrong prompts in the second batch; "
+                "give a single text, which holds for all prompts"
+            )
 
 
 class Generated(NamedTuple):

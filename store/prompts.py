@@ -14,6 +14,7 @@ refused with a line that says how to mend it.
 """
 
 import csv
+import difflib
 import io
 import json
 import os
@@ -79,10 +80,12 @@ def load_prompts(
     negative_column = "negative_prompt" if negative_prompt is None else negative_prompt
 
     prompts = []
+    columns: dict[str, None] = {}  # an ordered set
     rows = read_rows(dataset_name, split, max_num_examples, named)
     for number, row in enumerate(rows, 1):
         where = f"{dataset_name}, row {number}"
         row = rename_columns(row, named, where)
+        columns.update(dict.fromkeys(row))
         if not prompts:
             column = column or find_prompt_column(row)
             check_has_column(row, column, dataset_name)
@@ -95,6 +98,8 @@ def load_prompts(
     add_negative_prompts(prompts, negative_prompt)
     if negative_prompt is None:
         drop_empty_negative_prompts(prompts)
+    else:
+        note_negative_prompt(negative_prompt, [name for name in columns if name != column])
     check_seeds(prompts, dataset_name)
     return prompts
 
@@ -227,6 +232,8 @@ def pictures_of_column(
             break
     if not prompts:
         raise UsageError(f"{dataset_name} has no rows")
+    if "negative_prompt" in row:
+        print("note: --images does not use the column negative_prompt: nothing is generated")
     check_seeds(prompts, dataset_name)
     return prompts, sources
 
@@ -396,6 +403,27 @@ def drop_empty_negative_prompts(prompts: list[Row]) -> None:
     if not any(prompt.get("negative_prompt") for prompt in prompts):
         for prompt in prompts:
             prompt.pop("negative_prompt", None)
+
+
+def note_negative_prompt(negative_prompt: str, columns: list[str]) -> None:
+    """Print whether --negative_prompt was taken as a column or as a text for all prompts.
+
+    A mistyped name of a column would be a text, so a column of a similar name is suggested. columns:
+    those of the table without the prompt's; if there are none, nothing can be mistaken, and nothing
+    is printed.
+    """
+    if not columns:
+        return
+    if negative_prompt in columns:
+        print(f"--negative_prompt: each prompt has its own, from the column {negative_prompt!r}")
+        return
+    spelled = {name.lower(): name for name in columns}
+    nearest = difflib.get_close_matches(negative_prompt.lower(), spelled, n=1, cutoff=0.7)
+    suggestion = f"; did you mean the column {spelled[nearest[0]]!r}?" if nearest else ""
+    print(
+        f"--negative_prompt: the text {negative_prompt!r} is used for all prompts, "
+        f"because no column has this name{suggestion}"
+    )
 
 
 def check_seeds(prompts: list[Row], dataset_name: str) -> None:

@@ -6,14 +6,25 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import ablate
 import collect
+import evaluate
 import train
-from cli import HERE, resolve_device, resolve_dtype, run_script
+from cli import (
+    HERE,
+    is_hub_dataset,
+    is_one_prompt,
+    resolve_device,
+    resolve_dtype,
+    run_script,
+)
 from options import grouped_options
 
 SCRIPTS = [
@@ -466,3 +477,57 @@ def test_the_folder_kernels_gets_on_with_the_package_of_that_name(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
+
+
+GRAFT = "it is for --graft, which is not given"
+UNUSED = [  # script, options of which nothing reads the first, why
+    (collect, ["--split", "test"], "only a data set of the hub has splits"),
+    (collect, ["--split", "test", "--dataset_name", "a cat"], "only a data set of the hub"),
+    (ablate, ["--split", "test"], "only a data set of the hub has splits"),
+    (collect, ["--column", "prompt", "--dataset_name", "a cat"], "'a cat' is the prompt itself"),
+    (ablate, ["--column", "prompt", "--dataset_name", "cat"], "'cat' is the prompt itself"),
+    (collect, ["--revision", "main"], "--model_name toy is a folder"),
+    (ablate, ["--revision", "main"], "--model_name toy is a folder"),
+    (collect, ["--cpu_offload"], "the model runs on the CPU"),
+    (collect, ["--text_tokens", 8], "it is for --stream text"),
+    (collect, ["--timesteps_per_image", 3], "it is for --images"),
+    (collect, ["--column", "text", "--images", "photos"], "is a folder, without captions"),
+    (collect, ["--split", "test", "--images", "photos"], "only a data set of the hub has splits"),
+    (evaluate, ["--model_name", "toy"], GRAFT),
+    (evaluate, ["--num_prompts", 3], GRAFT),
+    (evaluate, ["--windows", 2], GRAFT),
+    (evaluate, ["--graft_batch_size", 2], GRAFT),
+]
+
+
+@pytest.mark.parametrize("script, options, why", UNUSED)
+def test_an_option_that_nothing_reads_is_refused(
+    script, options, why, monkeypatch, capsys, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    Image.new("RGB", (32, 32)).save("photos/a.png")
+    few = [] if script is evaluate else ["--max_num_examples", 1, "--out_dir", "out"]
+    status, err = command_line(monkeypatch, capsys, script, *options, *few, "--device", "cpu")
+    assert status == 2 and f"{options[0]} has no effect: " in err and why in err
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("script", [collect, ablate])
+def test_an_argument_that_is_given_twice_is_refused(script, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    twice = ["--num_inference_steps", 2, "--pipeline_kwargs", '{"num_inference_steps": 1}']
+    few = ["--max_num_examples", 1, "--device", "cpu"]
+    status, err = command_line(monkeypatch, capsys, script, *twice, *few)
+    assert status == 2 and "num_inference_steps is given twice" in err
+
+
+def test_what_is_a_prompt_and_what_is_a_data_set(tmp_path):
+    table = tmp_path / "my prompts.csv"
+    table.write_text("prompt\na cat\n")
+    assert [is_one_prompt(name) for name in ("cat", "a cat / a dog", "a cat")] == [True] * 3
+    names = (None, str(table), "prompts.csv", "no such prompts.csv", "owner/name")
+    assert not any(is_one_prompt(name) for name in names)
+    assert is_hub_dataset("owner/name") and not any(
+        is_hub_dataset(name) for name in (None, "a cat / a dog", "cat", str(table))
+    )

@@ -16,7 +16,7 @@ import pytest
 import torch
 from families import ddpm, dit, flux, stable_audio, wan, zimage
 from PIL import Image
-from tiny import build, generate_options, sd15
+from tiny import build, generate_options, sd15, sdxl
 
 import collect
 from collect import Config
@@ -285,6 +285,57 @@ def test_fp16_overflow_names_the_option(config, model_folder, tmp_path):
     collect.main(
         replace(loud, store_dtype="float32")
     )  # in the same folder: nothing was safe in it yet
+
+
+def test_fp16_underflow_is_said_once_per_file(config, tmp_path, capsys):
+    pipe = build(sd15)
+    quiet = pipe.unet.mid_block.resnets[-1].conv2
+    quiet.weight.data.mul_(1e-7)
+    quiet.bias.data.mul_(1e-7)
+    pipe.save_pretrained(tmp_path / "quiet")
+    config = replace(
+        config,
+        model_name=str(tmp_path / "quiet"),
+        dataset_name=str(Path(config.model_name) / "prompts.csv"),
+        hook_names=["mid_block.resnets.1.conv2", "mid_block"],
+    )
+    collect.main(config)  # two batches
+    notes = [line for line in capsys.readouterr().out.splitlines() if "too small for" in line]
+    assert len(notes) == 1 and notes[0].startswith("note: mid_block.resnets.1.conv2: 100% of the")
+    assert notes[0].endswith("collect again with --store_dtype bfloat16")
+    collect.main(replace(config, store_dtype="bfloat16", out_dir=config.out_dir + "16"))
+    assert "too small" not in capsys.readouterr().out
+
+
+def test_share_of_numbers_that_are_too_small_for_fp16():
+    x = torch.tensor([0.0, 0.0, 1.0, -1e-9, 1e-5, 7e-5])
+    assert collect.share_of_underflow(x, torch.float16) == 0.5
+    assert collect.share_of_underflow(x, torch.bfloat16) == 0
+    assert collect.share_of_underflow(x.half(), torch.float16) == 0  # nothing is lost by storing
+    assert collect.share_of_underflow(torch.zeros(3), torch.float16) == 0
+    many = torch.randn(40, 1000, 50, generator=torch.Generator().manual_seed(0))
+    for scale in (1.0, 1e-4, 4e-8):
+        small = ((many * scale).abs() < 2**-14).double().mean().item()
+        found = collect.share_of_underflow(many * scale, torch.float16)
+        assert found == pytest.approx(small, abs=0.01)
+
+
+def test_a_list_of_prompts_for_all_batches_is_refused(config, tmp_path):
+    """It would meet the wrong prompts in the second batch; a single text holds for all of them."""
+    build(sdxl).save_pretrained(tmp_path / "sdxl")
+    config = replace(
+        config,
+        model_name=str(tmp_path / "sdxl"),
+        dataset_name=str(Path(config.model_name) / "prompts.csv"),
+        hook_names=["mid_block"],
+        max_num_examples=4,
+        batch_size=2,
+    )
+    for name in ("prompt_2", "negative_prompt_2"):
+        with pytest.raises(ValueError, match=f"{name} is a list, whose texts would meet the wrong"):
+            collect.main(replace(config, pipeline_kwargs=json.dumps({name: ["x", "y"]})))
+    assert not Path(config.out_dir).exists()
+    collect.main(replace(config, pipeline_kwargs='{"negative_prompt_2": "x"}'))
 
 
 def test_space_is_checked_before_anything_is_written(config, monkeypatch):
@@ -583,7 +634,8 @@ def test_many_tokens_need_wider_indices():
     cache = {"output": {"a": torch.zeros(1, 1, 2, 3)}, "grid": {"a": (300, 300)}}
     cache["tokens"] = {"a": torch.tensor([[[5, 89_999]]])}
     sites = [collect.Site(HookPoint("a"), "", None, 0)]
-    arrays = collect.batch_arrays(cache, sites, Config(), torch.float16)
+    writer = collect.BatchWriter(Config(), None, sites, torch.float16, sampling_rate=0)
+    arrays = writer.arrays_of(cache)
     assert collection.as_numpy(arrays["a.tokens"]).dtype == np.uint32 and arrays[
         "a.tokens"
     ].tolist() == [[[5, 89_999]]]
@@ -625,7 +677,7 @@ def test_shards_are_parts_of_the_whole(config, monkeypatch):
     assert len(data) == 1 and data[0].num_prompts == 7
 
     for wrong in (config, replace(one, shard="0/2"), replace(config, shard="0/3")):
-        with pytest.raises(ValueError, match="with another --shard, or none"):
+        with pytest.raises(ValueError, match="with another --shard, or without one"):
             collect.main(wrong)
     other = replace(config, out_dir=config.out_dir + "-other")
     with pytest.raises(ValueError, match="--shard 4/5: there are fewer batches"):
@@ -978,7 +1030,7 @@ def test_pictures_of_every_kind(tmp_path):
 def test_a_timestep_that_a_scheduler_meets_twice_is_kept_once():
     times = torch.tensor([9.0, 6.0, 6.0, 3.0])
     cache = {"timesteps": {"a": times}, "output_uncond": {"a": torch.arange(8).view(1, 4, 2, 1)}}
-    collect.without_first_step(cache)
+    collect.without_noise_step(cache)
     assert cache["timesteps"]["a"].tolist() == [6, 3]
     assert cache["output_uncond"]["a"].flatten().tolist() == [2, 3, 6, 7]
 

@@ -84,6 +84,13 @@ def test_what_does_not_match_is_said():
         Generation([], [])
     with pytest.raises(ValueError, match="2 prompts and 1 negative prompts"):
         Generation(["a", "b"], [1, 2], ["c"])
+    with pytest.raises(ValueError, match="2 prompts and 1 values of prompt_2"):
+        Generation(["a", "b"], [1, 2], options={"prompt_2": ["c"]})
+    rows = [{"prompt": "a", "seed": 1}, {"prompt": "b", "seed": 2}]
+    for name in ("prompt_2", "prompt_3", "negative_prompt_2"):
+        with pytest.raises(ValueError, match=f"{name} is a list, whose texts would meet the wrong"):
+            Generation.from_rows(rows, {name: ["c", "d"]})
+        assert Generation.from_rows(rows, {name: "c"}).options == {name: "c"}
     with pytest.raises(ValueError, match="batches of 0 prompts: expected at least 1"):
         next(generation_of().batches(0))
 

@@ -592,23 +592,23 @@ def test_a_graft_of_an_sae_that_lay_there_before_does_not_stay(copy, capsys):
     config = evaluate_config(graft=True, num_prompts=1, windows=1)
     evaluate.main(config)
     folder = copy / "evaluations/sae"
-    evaluate.main(replace(config, graft=False))
+    evaluate.main(evaluate_config())
     assert (folder / "graft.json").exists()  # the same SAE
     shutil.rmtree(copy / "saes/sae")
     train_sae(seeds=[3])
-    evaluate.main(replace(config, graft=False))
+    evaluate.main(evaluate_config())
     assert not (folder / "graft.json").exists() and not (folder / "graft.png").exists()
-    assert "was of an SAE that lay at this path before" in capsys.readouterr().out
+    assert "was made with an SAE that lay at this path before" in capsys.readouterr().out
     assert (folder / "graft_of_another_sae.json").exists() and (
         folder / "graft_of_another_sae.png"
     ).exists()
     (folder / "graft.json").write_text(
         "{}"
     )  # of an earlier version, which did not say of which SAE
-    evaluate.main(replace(config, graft=False))
+    evaluate.main(evaluate_config())
     assert (
         folder / "graft.json"
-    ).exists() and "it can't be checked that it is of this SAE" in capsys.readouterr().out
+    ).exists() and "it can't be checked that it was made with this SAE" in capsys.readouterr().out
 
 
 def test_models_with_other_weights_are_refused(copy, tmp_path):

@@ -1161,6 +1161,37 @@ def test_a_machine_that_dies_is_noticed(start_group, how, rank):
     assert "Traceback" not in said
 
 
+def test_it_is_said_how_a_negative_prompt_was_taken(tmp_path, capsys):
+    """A column that is spelled wrongly would be a text for all prompts."""
+    path = write(tmp_path, "p.csv", "prompt,neg_prompt\na fox,dark\n")
+    assert load_prompts(path, negative_prompt="negprompt")[0]["negative_prompt"] == "negprompt"
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "the text 'negprompt' is used for all prompts" in said
+    assert "did you mean the column 'neg_prompt'?" in said
+
+    assert load_prompts(path, negative_prompt="neg_prompt")[0]["negative_prompt"] == "dark"
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "each prompt has its own, from the column 'neg_prompt'" in said
+
+    load_prompts(path, negative_prompt="ugly, blurred")
+    said = capsys.readouterr().out
+    assert "the text 'ugly, blurred' is used for all prompts" in said and "did you" not in said
+
+    load_prompts("a fox", negative_prompt="ugly")  # nothing can be mistaken
+    load_prompts(path)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_column_of_negative_prompts_beside_real_images_is_said_to_be_unused(tmp_path, capsys):
+    from PIL import Image
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    path = write(tmp_path, "p.csv", "prompt,picture,negative_prompt\na fox,a.png,dark\n")
+    prompts, _ = load_pictures("picture", path)
+    assert "negative_prompt" not in prompts[0]
+    assert "--images does not use the column negative_prompt" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("first", [{"prompt": "a"}, {"prompt": "a", "negative_prompt": None}])
 def test_a_negative_prompt_in_a_later_row_counts(tmp_path, first):
     """Whatever the first row has."""
