@@ -488,7 +488,6 @@ UNUSED = [  # script, options of which nothing reads the first, why
     (ablate, ["--column", "prompt", "--dataset_name", "cat"], "'cat' is the prompt itself"),
     (collect, ["--revision", "main"], "--model_name toy is a folder"),
     (ablate, ["--revision", "main"], "--model_name toy is a folder"),
-    (collect, ["--cpu_offload"], "the model runs on the CPU"),
     (collect, ["--text_tokens", 8], "it is for --stream text"),
     (collect, ["--timesteps_per_image", 3], "it is for --images"),
     (collect, ["--column", "text", "--images", "photos"], "is a folder, without captions"),
