@@ -70,7 +70,8 @@ def embed(name, path, source):
         return
     present = sys.modules.setdefault(name, Embedded(name, path, source))
     if type(present).__name__ != "Embedded":
-        raise ImportError(f"{__file__} brings a module {name!r}, and another one is imported already")
+        message = f"{__file__} brings a module {name!r}, and another one is imported already"
+        raise ImportError(message)
 '''
 
 

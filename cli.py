@@ -111,7 +111,8 @@ class GenerationConfig:
     """Keep only the running component on the GPU. Slower; for a model that does not fit."""
 
     def pipeline_options(self) -> dict[str, Any]:
-        """The pipeline's arguments that have options of their own; None is the pipeline's default."""
+        """The pipeline's arguments that have options of their own; None is the pipeline's
+        default."""
         return {name: getattr(self, name) for name in PIPELINE_OPTIONS}
 
 
@@ -205,7 +206,8 @@ def read_options(Config: type) -> Any:
 
 
 def fail(message: str) -> None:
-    """Print one line on stderr and exit with status 2. Of several processes the first is fastest."""
+    """Print one line on stderr and exit with status 2. Of several processes the first is
+    fastest."""
     if not is_first_process():
         time.sleep(LET_FIRST_SPEAK)
 

@@ -24,14 +24,14 @@ Writes  <out_dir>/<hook_name>[.uncond][.input|.diff][.text].npy, an array (rows,
 Some options write more files. --stream text: <name>.lengths.npy (rows,), the number of tokens of
 each text. --images: <name>.timesteps.npy (rows, steps). --tokens_per_step n: <name>.tokens.npy
 (rows, steps, n), which tokens of the image were kept; files with the same number of tokens keep the
-same ones. --save_samples: samples.npy, what the scheduler's last step returned. With --shard i/n all
-files stand in <out_dir>/shard<i>of<n>/.
+same ones. --save_samples: samples.npy, what the scheduler's last step returned. With --shard i/n
+all files stand in <out_dir>/shard<i>of<n>/.
 
 Real images go through the VAE, get the noise of timesteps that are spread over the schedule, and go
 through the denoiser once per timestep, without guidance. diffusion/real_images.py says how.
 
-While a batch is generated, the batch before it is copied from the GPU, converted and written. So two
-batches are in memory.
+While a batch is generated, the batch before it is copied from the GPU, converted and written. So
+two batches are in memory.
 
 After Ctrl-C or kill -9 the same command resumes, and the files get the bytes of an undisturbed run,
 whatever the number of processes. A larger --max_num_examples extends a finished collection; a
@@ -190,8 +190,8 @@ TOKENS_IN_2_BYTES = 2**16  # the indices of more tokens take 4 bytes each
 FULLEST_DISK = 0.98  # of the free space; a file system is slow, or fails, when it is full
 SMALLEST_FLOAT16 = torch.finfo(torch.float16).tiny  # 6e-5; smaller numbers lose digits, or become 0
 # If more than this share of the nonzero numbers is below 6e-5, bfloat16 stores them better. Of a
-# normal distribution it is so if the RMS is below 2.3e-5. There float16's fixed spacing of 6e-8 is an
-# error of 1e-3, as large as bfloat16's rounding
+# normal distribution it is so if the RMS is below 2.3e-5. There float16's fixed spacing of 6e-8 is
+# an error of 1e-3, as large as bfloat16's rounding
 MOST_UNDERFLOW = 0.99
 UNDERFLOW_SAMPLE = 2**16  # this many numbers of a batch tell the share to within 1 %
 

@@ -125,7 +125,8 @@ PRINTED_METRICS = ("fvu", "explained_variance", "l0", "cosine", "dead", "always_
 DISTANCES = ("latents", "images", "clip")
 
 Replacement = Callable[[str, int, Tensor], Tensor | None]
-"""replacement(role, step, x) -> what takes the place of x (P, tokens, d) float32; None leaves it."""
+"""replacement(role, step, x) -> what takes the place of x (P, tokens, d) float32; None leaves
+it."""
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 """distance(a, b) -> the distance of each of P samples or images: (P, ...), (P, ...) -> (P,)."""
@@ -277,8 +278,8 @@ def held_out_prompts(activations: Activations, count: int) -> tuple[list[dict], 
     has_prompts = path.with_name("prompts.jsonl").exists() and activations.whole_prompts
     if not meta or not has_prompts:
         raise UsageError(
-            f"--graft: {path} is not from collect.py with its prompts.jsonl, so it is not known what "
-            "to generate; name such a file with --data, or leave out --graft"
+            f"--graft: {path} is not from collect.py with its prompts.jsonl, so it is not known "
+            "what to generate; name such a file with --data, or leave out --graft"
         )
     if meta.get("images") is not None:
         raise UsageError(
@@ -452,7 +453,8 @@ class UntouchedRun(NamedTuple):
     """Batch by batch."""
 
     means: dict[tuple[str, int], Tensor]
-    """{(role, step): mean of x over prompts and tokens, (d,) float32}, where the hook point runs."""
+    """{(role, step): mean of x over prompts and tokens, (d,) float32}, where the hook point
+    runs."""
 
     timesteps: dict[int, float]
     """{step: its timestep}."""

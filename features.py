@@ -356,7 +356,8 @@ def scan_prompt(
 def pieces_of(
     number: int, file: ActivationFile, p: int, num_tokens: int, size: int
 ) -> list[np.ndarray]:
-    """Return the first `num_tokens` tokens of each step of prompt p as pieces for `Activations.read`.
+    """Return the first `num_tokens` tokens of each step of prompt p as pieces for
+    `Activations.read`.
 
     Each array (n, 3) holds file number, first row and end row of n pieces, together at most `size`
     vectors. A step with more tokens than that is cut into several pieces.
@@ -391,8 +392,8 @@ class PromptWord(NamedTuple):
 def over_represented(texts: list[str], chosen: Tensor) -> list[list[PromptWord]]:
     """Return the words that more of each feature's texts have than of the others, the best first.
 
-    texts: one per example; equal texts count once. chosen: int (M, N), examples, -1 for none. A word
-    that all texts have can't be over-represented, and a word of a single text is not counted.
+    texts: one per example; equal texts count once. chosen: int (M, N), examples, -1 for none. A
+    word that all texts have can't be over-represented, and a word of a single text is not counted.
     """
     numbers = {}  # of each distinct text
     number_of_example = []
@@ -692,7 +693,8 @@ def read_images(examples: list[Example], size: int) -> tuple[list[bytes | None],
 
 
 def small_image(path: Path | None, size: int) -> bytes | None:
-    """Return an image as a WebP file of at most `size` pixels per side, of a video the middle frame.
+    """Return an image as a WebP file of at most `size` pixels per side, of a video the middle
+    frame.
 
     Returns None for a file that is missing or damaged: after a scan of hours, a page without one
     image is better than no page.

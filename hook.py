@@ -175,8 +175,8 @@ class HookedDiffusionModel:
         """Set the attributes. pipe: what generates; the others are its components by name."""
         if not schedulers or not all(map(has_step, schedulers.values())):
             raise UsageError(
-                "the scheduler's class has no method `step(model_output, timestep, sample)`; pass an "
-                "object that has one"
+                "the scheduler's class has no method `step(model_output, timestep, sample)`; pass "
+                "an object that has one"
             )
         for denoiser in denoisers.values():
             sample_name(denoiser)  # raises UsageError where it can't be told
@@ -282,10 +282,10 @@ class HookedDiffusionModel:
         ("uncond", "cond") for the passes of each step. A scale below 0 needs the order, since by
         its weights the two passes are exchanged.
 
-        The cache holds what a module itself computed, before the edits that `run_with_hooks` makes to
-        it in the body: hooks run in the order in which they were registered. Later modules compute
-        with what was edited, and are recorded so. To read the edited tokens of a module, cache the
-        input of the next one.
+        The cache holds what a module itself computed, before the edits that `run_with_hooks` makes
+        to it in the body: hooks run in the order in which they were registered. Later modules
+        compute with what was edited, and are recorded so. To read the edited tokens of a module,
+        cache the input of the next one.
 
         Raises UsageError
         - where a named module does not run exactly once per forward, or not in every step (one that

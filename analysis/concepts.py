@@ -7,8 +7,8 @@
 
 A concept is a word of the prompts. The vectors of an activation file go through the SAE, and each
 image keeps one number per step and latent, its *image score*: the mean (or largest) activation over
-the tokens. Three measures say how well a latent's image scores tell the images with the concept from
-those without:
+the tokens. Three measures say how well a latent's image scores tell the images with the concept
+from those without:
 
     saeuron    a / sum(a) - b / sum(b) at each step, where a and b (M,) are the mean scores of the
                images with and without the concept, and the sums run over the latents
@@ -72,9 +72,9 @@ def image_scores(
     most: take fewer images if the scores were more numbers than this. The images are a choice with
     a fixed seed, in ascending order.
 
-    Returns scores (P, S, M) float32 and numbers (P,). Raises UsageError for files whose vectors have
-    another width than the SAE takes, and for files that are not (prompts, steps, tokens, d) with
-    equal numbers of steps.
+    Returns scores (P, S, M) float32 and numbers (P,). Raises UsageError for files whose vectors
+    have another width than the SAE takes, and for files that are not (prompts, steps, tokens, d)
+    with equal numbers of steps.
     """
     check_shapes(sae, activations)
     num_steps = activations.sources[0].S
@@ -175,8 +175,8 @@ def find_features(
     """Return the features that tell a concept best and their values, the best first.
 
     They are at most `count`. A feature whose value is 0 or less tells nothing of the concept, so it
-    is left out, and there may be fewer or none. scores: (P, S, M); has_concept: bool (P,). The values
-    of "saeuron" are means over the steps.
+    is left out, and there may be fewer or none. scores: (P, S, M); has_concept: bool (P,). The
+    values of "saeuron" are means over the steps.
     """
     if how == "saeuron":
         values = saeuron(scores, has_concept).mean(0)

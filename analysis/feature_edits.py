@@ -7,9 +7,9 @@
     delta = sum over the chosen features of (new activation - activation) W_dec[feature]
 
 What the SAE does not explain of x stays as it is, so an edit that changes no activation changes no
-bit. `multiply` acts where a feature is active. `add` acts on every token, in units of the step's RMS
-norm: the root of the mean |x|^2 over the tokens of this image at this step. So one number means the
-same at every step and in every model.
+bit. `multiply` acts where a feature is active. `add` acts on every token, in units of the step's
+RMS norm: the root of the mean |x|^2 over the tokens of this image at this step. So one number means
+the same at every step and in every model.
 
 `Typical` measures how far an edit leaves the activations that the model itself makes, as the SAE's
 training data show them: steering that looks harmless by its features can push what later layers get
@@ -80,7 +80,8 @@ def real_tokens(x: Tensor, stream: str) -> Tensor:
 def map_samples(
     fn: Callable[[Tensor], Tensor], x: Tensor, stream: str, device: torch.device
 ) -> Tensor:
-    """Apply fn (1, n, d) -> (1, n, d) to each prompt's tokens on their own: x (P, T, d) -> (P, T, d).
+    """Apply fn (1, n, d) -> (1, n, d) to each prompt's tokens on their own: x (P, T, d) -> (P, T,
+    d).
 
     Memory does not grow with P. Padding of text stays zero and is not given to fn, which runs on
     `device`.

@@ -1,4 +1,5 @@
-"""The numbers that describe an SAE, each defined once, and how they are measured on held-out vectors.
+"""The numbers that describe an SAE, each defined once, and how they are measured on held-out
+vectors.
 
     fvu       = sum |x - x_hat|^2 / sum |x - mean(x)|^2      fraction of variance unexplained; both
                                                              sums are over the whole set

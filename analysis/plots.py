@@ -3,8 +3,8 @@
     plot_training(path, rows, held_out, title)      # train.py
     plot_images(path, [ImageRow("untouched", images)], prompts)      # steer.py, ablate.py
 
-Each `plot_...` writes one PNG. The numbers are defined elsewhere: metrics in analysis/metrics.py and
-diagnoses in diagnose.py.
+Each `plot_...` writes one PNG. The numbers are defined elsewhere: metrics in analysis/metrics.py
+and diagnoses in diagnose.py.
 """
 
 import math
@@ -90,7 +90,8 @@ def draw_over_training(ax: Axes, rows: list[dict], name: str, at_end: float, hea
 
 
 def plot_sweep(path: Path, rows: list[dict]) -> None:
-    """Write a PNG of FVU against L0 of several SAEs, with a line through those of one size and seed.
+    """Write a PNG of FVU against L0 of several SAEs, with a line through those of one size and
+    seed.
 
     rows: their cfg.json, with the held-out "fvu" and "l0".
     """

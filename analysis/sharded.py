@@ -284,7 +284,8 @@ def shared_errors(path: Path, partial: Path, latents: Group) -> Iterator[None]:
 
 
 def load_rows(path: Path, latents: Group) -> dict[str, Tensor]:
-    """Return the tensors of a file as `disk.load_tensors` does, but only the own rows of split ones."""
+    """Return the tensors of a file as `disk.load_tensors` does, but only the own rows of split
+    ones."""
     tensors = {}
     with safe_open(path, "pt") as file:
         for name in file.keys():  # noqa: SIM118 - the file is not a dict

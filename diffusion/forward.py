@@ -1,4 +1,5 @@
-"""The two things that `trace.Sampling` records: a `Forward` of a denoiser, and a `Step` of a scheduler.
+"""The two things that `trace.Sampling` records: a `Forward` of a denoiser, and a `Step` of a
+scheduler.
 
 For two prompts with guidance, the forward of the second of three steps (timestep 334) is, once the
 scheduler has used it:
@@ -45,12 +46,13 @@ class Forward:
     """The first argument: a tensor (rows, ...), or a list with one tensor per row."""
 
     conditioning: list
-    """The other arguments with one entry per row, without the time: tensors, or lists of tensors."""
+    """The other arguments with one entry per row, without the time: tensors, or lists of
+    tensors."""
 
     roles: list[str] | None = None
     """The role of each chunk: "cond", "uncond" or "other". It is None until a step has told them,
-    and [] if the scheduler's input has nothing of this forward. While an edited denoiser runs, these
-    are the roles that the plan predicts."""
+    and [] if the scheduler's input has nothing of this forward. While an edited denoiser runs,
+    these are the roles that the plan predicts."""
 
     time: Any = None
     """The time argument as the denoiser was given it."""

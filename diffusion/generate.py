@@ -32,8 +32,8 @@ asks the sampling."""
 class Generation:
     """What is generated: one image per prompt.
 
-    Raises UsageError where the numbers of prompts, seeds, negative prompts and other lists of prompts
-    differ.
+    Raises UsageError where the numbers of prompts, seeds, negative prompts and other lists of
+    prompts differ.
     """
 
     prompts: list[str]
@@ -113,7 +113,8 @@ class Generation:
 
 
 def is_list_of_prompts(name: str, value: object) -> bool:
-    """True for an argument of a pipeline that holds one value per prompt, such as a list prompt_2."""
+    """True for an argument of a pipeline that holds one value per prompt, such as a list
+    prompt_2."""
     return "prompt" in name and isinstance(value, list)
 
 

@@ -1,11 +1,13 @@
-"""Find out which rows of a denoiser's batch are conditional: those that the positive prompts change.
+"""Find out which rows of a denoiser's batch are conditional: those that the positive prompts
+change.
 
-With classifier-free guidance a denoiser computes several *chunks* of rows in each step: one with the
-prompts ("cond"), one without them or with the negative prompts ("uncond"), and perhaps perturbed
-ones ("other"). They stand in one batch or in several calls, in an order that each pipeline chooses.
+With classifier-free guidance a denoiser computes several *chunks* of rows in each step: one with
+the prompts ("cond"), one without them or with the negative prompts ("uncond"), and perhaps
+perturbed ones ("other"). They stand in one batch or in several calls, in an order that each
+pipeline chooses.
 
-Example: two prompts, guidance scale 5, three steps. In each step the pipeline calls "unet" once, with
-the 4 rows [uncond 0, uncond 1, cond 0, cond 1]. A chunk has R = 2 rows.
+Example: two prompts, guidance scale 5, three steps. In each step the pipeline calls "unet" once,
+with the 4 rows [uncond 0, uncond 1, cond 0, cond 1]. A chunk has R = 2 rows.
 
     before   hook.py runs the first step with other prompts, throws it away, and keeps one `Pass`:
              what the denoiser was given and what it predicted.
@@ -17,17 +19,18 @@ the 4 rows [uncond 0, uncond 1, cond 0, cond 1]. A chunk has R = 2 rows.
     step 1   The pattern is known, so nothing is computed. The text embeddings of the two chunks are
     step 2   compared with those of the step before, in case the chunks have changed places.
 
-The next batch with the same options has the same memory, so no step is run for it beforehand. In its
-step 0 only the guidance is compared: if it favours another chunk than number 1, this is an error.
+The next batch with the same options has the same memory, so no step is run for it beforehand. In
+its step 0 only the guidance is compared: if it favours another chunk than number 1, this is an
+error.
 
-If the prompts can't be changed, as in a loop of the user's own, only the guidance tells. The scheduler
-gets `model_output` = 5 cond - 4 uncond. Least squares over the chunks of the denoiser's output gives
-the weights [-4, 5] back (`guidance_weights`), also if the loop has added a multiple of the sample, as
-one that predicts the clean image does. Chunk 0 is subtracted, so chunk 1 is conditional. At a
-guidance scale of 0 or 1 one weight is 0, and nothing is subtracted. Then the chunk whose embeddings
-differ between the two prompts is conditional. With a single prompt the step tells nothing: a later
-step has to, and all steps that tell must agree. A network that left nothing in the model output is
-no denoiser.
+If the prompts can't be changed, as in a loop of the user's own, only the guidance tells. The
+scheduler gets `model_output` = 5 cond - 4 uncond. Least squares over the chunks of the denoiser's
+output gives the weights [-4, 5] back (`guidance_weights`), also if the loop has added a multiple of
+the sample, as one that predicts the clean image does. Chunk 0 is subtracted, so chunk 1 is
+conditional. At a guidance scale of 0 or 1 one weight is 0, and nothing is subtracted. Then the
+chunk whose embeddings differ between the two prompts is conditional. With a single prompt the step
+tells nothing: a later step has to, and all steps that tell must agree. A network that left nothing
+in the model output is no denoiser.
 """
 
 from dataclasses import dataclass, field, replace
@@ -132,8 +135,8 @@ class RoleFinder:
        roles. The first step that tells labels all that wait. What waits at the end of the sampling
        is for `check_decided`.
 
-    For example, one prompt in a loop of the user's own, at guidance scales 0, 1 and 5: steps 0 and 1
-    wait (case 5), and step 2 labels all three (case 3).
+    For example, one prompt in a loop of the user's own, at guidance scales 0, 1 and 5: steps 0 and
+    1 wait (case 5), and step 2 labels all three (case 3).
     """
 
     order: tuple[str, ...] | None = None
@@ -145,7 +148,8 @@ class RoleFinder:
     memory: Memory = field(default_factory=Memory)
 
     known: dict[Pattern, Roles] = field(default_factory=dict)
-    """The roles that hold in this sampling. Those of a dry run are given to the sampling after it."""
+    """The roles that hold in this sampling. Those of a dry run are given to the sampling after
+    it."""
 
     undecided: dict[Pattern, list[list[Forward]]] = field(default_factory=dict, init=False)
     """The steps that wait, each a list of its forwards."""
@@ -162,7 +166,8 @@ class RoleFinder:
     def label(
         self, forwards: list[Forward], model_output: Tensor, R: int, sample: Tensor | None = None
     ) -> None:
-        """Set the `roles` of the forwards of a complete step, if this or an earlier step tells them.
+        """Set the `roles` of the forwards of a complete step, if this or an earlier step tells
+        them.
 
         R: rows of one chunk. sample: what is stepped. Raises UsageError if the step contradicts an
         earlier one, and if its rows can't be chunks of R.
@@ -257,15 +262,15 @@ class RoleFinder:
             rows = " and ".join(str(forward.rows) for forward in first)
             raise UsageError(
                 "can't tell conditional from unconditional rows: before the scheduler made step "
-                f"{first[0].index}, the denoiser was called on {rows} rows, unlike in the steps that "
-                "tell which are which; make calls that are no part of the sampling, such as a warm-up "
-                "or another pipeline's, outside of the cache"
+                f"{first[0].index}, the denoiser was called on {rows} rows, unlike in the steps "
+                "that tell which are which; make calls that are no part of the sampling, such as a "
+                "warm-up or another pipeline's, outside of the cache"
             )
         raise UsageError(
             "can't tell conditional from unconditional rows: the prompts of this sampling can't "
             "be changed to see what depends on them, and in no step the guidance scale was above 1 "
-            "with two different predictions (it was between 0 and 1, or is the last layer still zero, "
-            f"or was the denoiser called outside of the steps?): {SAY_ORDER}"
+            "with two different predictions (it was between 0 and 1, or is the last layer still "
+            f"zero, or was the denoiser called outside of the steps?): {SAY_ORDER}"
         )
 
     def _label_alike(self, pattern: Pattern) -> None:
@@ -332,7 +337,8 @@ def check_order(order: tuple[str, ...] | None) -> None:
 
 @dataclass(eq=False)
 class Chunk:
-    """R rows of one forward that belong together, such as the conditional ones: a row per sample."""
+    """R rows of one forward that belong together, such as the conditional ones: a row per
+    sample."""
 
     forward: Forward | Pass
     rows: slice
@@ -350,7 +356,8 @@ class Chunk:
 
     @property
     def conditioning(self) -> list:
-        """What the denoiser was given for these rows besides sample and time, such as embeddings."""
+        """What the denoiser was given for these rows besides sample and time, such as
+        embeddings."""
         return [x[self.rows] for x in self.forward.conditioning]
 
     @property
@@ -385,12 +392,13 @@ def find_roles(
     1. All forwards ran in a named context, and the user gave no `order`: the names (sure).
     2. There is a single chunk: it is conditional (sure).
     3. The user gave an `order` (sure).
-    4. Some chunks changed with other prompts, see `passes`, and others did not (sure, but if several
-       changed and guidance favours none of them, nothing is told).
+    4. Some chunks changed with other prompts, see `passes`, and others did not (sure, but if
+       several changed and guidance favours none of them, nothing is told).
     5. The guidance of this step (not sure).
 
     R: rows of one chunk. sample: what the scheduler steps, see `guidance_weights`. Raises
-    UsageError if the rows are no multiple of R, or if there are not as many chunks as `order` names.
+    UsageError if the rows are no multiple of R, or if there are not as many chunks as `order`
+    names.
     """
     if order is None:
         by_context = [role_of_context(forward, R) for forward in forwards]
@@ -491,12 +499,12 @@ def guidance_weights(
     chunks: (R, ...) each; model_output: (R, ...). For chunks u and c and the model output 5c - 4u
     it returns weights [-4, 5], both certain; for c twice and the model output c, [0.5, 0.5], both
     uncertain. If any number is not finite, all weights are 0 and uncertain: an edit may have made a
-    prediction overflow. What a chunk has beyond the model output's shape, such as a learned variance
-    or the tokens of a reference image, is left out.
+    prediction overflow. What a chunk has beyond the model output's shape, such as a learned
+    variance or the tokens of a reference image, is left out.
 
-    sample: what the scheduler steps, (R, ...). The model output may also hold any multiple of each of
-    its rows: a loop may turn the guided noise g into the clean image (sample - 0.6 g) / 0.8. Since a
-    sample resembles the noise in it, the chunks alone would be fitted to it with any signs.
+    sample: what the scheduler steps, (R, ...). The model output may also hold any multiple of each
+    of its rows: a loop may turn the guided noise g into the clean image (sample - 0.6 g) / 0.8.
+    Since a sample resembles the noise in it, the chunks alone would be fitted to it with any signs.
     """
     target = model_output.detach().cpu().double()
     columns = torch.zeros(len(chunks), target.numel(), dtype=torch.float64)
@@ -580,7 +588,7 @@ def used_denoisers(chunks: list[Chunk], denoisers: set[str]) -> set[str]:
     return used
 
 
-# ------------------------------------------------------------------------- by a step with other prompts
+# --------------------------------------------------------------------- by a step with other prompts
 
 
 def changed_by_prompts(
@@ -589,10 +597,10 @@ def changed_by_prompts(
     """Return the chunks that differ from those of a step with other prompts.
 
     It is None if all or none of them differ, or if that step had other passes. The conditioning is
-    compared, and if it differs nowhere, the prediction: some denoisers do not get their conditioning
-    as arguments. If all conditioning differs, the prompts may be padded to the longest one. Then
-    that of an unconditional chunk changed by little in the part that both steps have, and only
-    changes of more than a tenth of the largest one count.
+    compared, and if it differs nowhere, the prediction: some denoisers do not get their
+    conditioning as arguments. If all conditioning differs, the prompts may be padded to the longest
+    one. Then that of an unconditional chunk changed by little in the part that both steps have, and
+    only changes of more than a tenth of the largest one count.
     """
     kinds = [(forward.denoiser, forward.rows) for forward in forwards]
     if kinds != [(other.denoiser, other.rows) for other in passes]:
@@ -633,8 +641,8 @@ def roles_by_prompt(chunks: list[Chunk], changed: list[Chunk]) -> dict[Chunk, st
 
 
 def difference(a: list, b: list) -> float:
-    """Return the largest |x - y| / |y| over pairs of tensors x in a, y in b, in the part of each that
-    both have.
+    """Return the largest |x - y| / |y| over pairs of tensors x in a, y in b, in the part of each
+    that both have.
 
     Integers, and pairs with other numbers of axes, do not count.
     """
@@ -764,7 +772,8 @@ def smallest(chunks: list[Chunk]) -> Chunk | None:
 
 
 def is_zeroed(a: list, b: list) -> bool:
-    """Whether the tensors of `a` are zero wherever they differ from those of `b`, and differ at all.
+    """Whether the tensors of `a` are zero wherever they differ from those of `b`, and differ at
+    all.
 
     For [tensor([1, 0])] and [tensor([1, 2])] it is True, the other way round False.
     """

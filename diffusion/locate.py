@@ -3,11 +3,12 @@
 There is no table of architectures. Before a denoiser runs for the first time, trial_runs.py runs it
 with noise on parts of its arguments, and the tokens that change are counted here: the result is a
 `Layout`, such as "image tokens 3 to 6 of the first tensor, on the grid (2, 2)", or the reason why
-there is none, a `NotHookable`. It is kept in a dict that the caller hands in, so that it is found once
-for all steps and batches with the same shapes and masks.
+there is none, a `NotHookable`. It is kept in a dict that the caller hands in, so that it is found
+once for all steps and batches with the same shapes and masks.
 
 The main definition is `find_layouts`. The functions about `sampled` numbers find which part of a
-denoiser's first argument belongs to the sample, if it has more: a picture to edit may be joined to it.
+denoiser's first argument belongs to the sample, if it has more: a picture to edit may be joined to
+it.
 """
 
 import hashlib
@@ -95,8 +96,8 @@ def two_valued(x: Tensor) -> bool:
 def locate(runs: Runs, forward: Forward, place: Place) -> Layout | NotHookable:
     """Return where the tokens of a place, (side, hook_name, stream), are.
 
-    They are in the module's first tensor that has such tokens in every row. Image tokens change with
-    the sample. Text tokens change with the text embeddings, and not with the sample.
+    They are in the module's first tensor that has such tokens in every row. Image tokens change
+    with the sample. Text tokens change with the text embeddings, and not with the sample.
     """
     side, hook_name, stream = place
     if hook_name in runs.idle:
@@ -164,7 +165,8 @@ def layout_of(
     `index`.
 
     The tokens from the first to the last in the mask are taken. For a row [0, 0, 1, 1, 1] the start
-    is 2 and the count 3. by_text: which tokens change with the text embeddings, bool (rows, tokens).
+    is 2 and the count 3. by_text: which tokens change with the text embeddings, bool (rows,
+    tokens).
     """
     side, hook_name, stream = place
     starts = mask.int().argmax(1).tolist()
@@ -190,8 +192,8 @@ def layout_of(
             )
     if grid is None and (has_gaps or text_may_mix_in):
         return NotHookable(
-            f"image and text tokens can't be told apart: from the first to the last of its {stream} "
-            f"tokens there are {max(counts)}, on no grid of the sample; tokens may meet in the "
+            "image and text tokens can't be told apart: from the first to the last of its "
+            f"{stream} tokens there are {max(counts)}, on no grid of the sample; tokens may meet in the "
             "attention of PyTorch (scaled_dot_product_attention) and nowhere else"
         )
 
@@ -266,8 +268,8 @@ def unmasked(forward: Forward, counts: list[int]) -> list[int]:
 def has_more_than_sample(forward: Forward, sample: Any) -> bool:
     """Whether a denoiser's first argument has more numbers in a row than what the scheduler steps.
 
-    A model that edits pictures gets (2, 8, 64, 64) for a sample of (2, 4, 64, 64): the other half is
-    the picture.
+    A model that edits pictures gets (2, 8, 64, 64) for a sample of (2, 4, 64, 64): the other half
+    is the picture.
     """
     if not torch.is_tensor(forward.sample) or not torch.is_tensor(sample):
         return False
@@ -275,7 +277,8 @@ def has_more_than_sample(forward: Forward, sample: Any) -> bool:
 
 
 def sampled_key(forward: Forward) -> tuple:
-    """Return the key under which `known` holds which numbers of such a first argument are sampled."""
+    """Return the key under which `known` holds which numbers of such a first argument are
+    sampled."""
     shape = tuple(forward.sample.shape[1:]) if torch.is_tensor(forward.sample) else None
     return "sampled", forward.denoiser, shape
 

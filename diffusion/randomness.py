@@ -1,13 +1,14 @@
 """Seed the random numbers that a generation draws besides those of its own generators.
 
-A pipeline is given one generator per row. Its scheduler may draw other numbers: from the global states
-of PyTorch, NumPy and Python, if the pipeline does not pass its generators on, or from a generator that
-the scheduler holds. What is stored, or compared with another run, must not depend on them:
+A pipeline is given one generator per row. Its scheduler may draw other numbers: from the global
+states of PyTorch, NumPy and Python, if the pipeline does not pass its generators on, or from a
+generator that the scheduler holds. What is stored, or compared with another run, must not depend on
+them:
 
     same_random_numbers(scheduler)        puts all of these states back when the context ends
     random_numbers_of([5, 6], scheduler)  also seeds them, from the seeds of the rows
-    RowByRow([5, 6])                      draws PyTorch's global noise for each row from its own seed,
-                                          so that it is the same in any batch
+    RowByRow([5, 6])                      draws PyTorch's global noise for each row from its own
+                                          seed, so that it is the same in any batch
     check_repeatable(...)                 refuses a scheduler whose numbers no seed reaches
 """
 
@@ -167,7 +168,7 @@ def set_seed(generator: AnyGenerator, seed: int) -> None:
         generator.seed(seed % 2**32)
 
 
-# ----------------------------------------------------------------------- numbers that no seed reaches
+# --------------------------------------------------------------------- numbers that no seed reaches
 
 
 def check_repeatable(
@@ -181,8 +182,8 @@ def check_repeatable(
 ) -> None:
     """Raise UsageError if two runs of a scheduler from the same seeds differ.
 
-    Then it draws random numbers that no seed reaches, as from the clock. Two copies of the scheduler
-    are stepped through all of `timesteps`, see `run_copy`. No denoiser runs.
+    Then it draws random numbers that no seed reaches, as from the clock. Two copies of the
+    scheduler are stepped through all of `timesteps`, see `run_copy`. No denoiser runs.
 
     step: the scheduler's method. args, kwargs: the arguments of the call that is to come, without
     the scheduler; `timestep` and `sample` are two of them. A scheduler that can't be copied, or
@@ -199,9 +200,9 @@ def check_repeatable(
     size = torch.nan_to_num(first, 0, 0, 0).abs().mean().item()
     if not torch.allclose(first, second, rtol=1e-3, atol=1e-3 * size, equal_nan=True):
         raise UsageError(
-            f"{type(scheduler).__name__} draws random numbers that no seed reaches, so two runs with "
-            "the same seeds differ: let it draw from a generator that it holds, or from PyTorch's "
-            "own, or choose another scheduler"
+            f"{type(scheduler).__name__} draws random numbers that no seed reaches, so two runs "
+            "with the same seeds differ: let it draw from a generator that it holds, or from "
+            "PyTorch's own, or choose another scheduler"
         )
 
 
@@ -214,11 +215,12 @@ def run_copy(
     sample: Tensor,
     timesteps: Sequence,
 ) -> Tensor:
-    """Step a copy of a scheduler through `timesteps` from a fixed seed; return the last sample, float.
+    """Step a copy of a scheduler through `timesteps` from a fixed seed; return the last sample,
+    float.
 
     The prediction and the other arguments stay those of the call, see `check_repeatable`; only
-    timestep and sample change. The call's tensors are copied, since a scheduler may write into them.
-    A scheduler that fails with such a prediction is stepped as far as it goes.
+    timestep and sample change. The call's tensors are copied, since a scheduler may write into
+    them. A scheduler that fails with such a prediction is stepped as far as it goes.
     """
     models = {}
     for value in vars(scheduler).values():

@@ -1,14 +1,14 @@
 """What is kept of a sampling: the tokens of some rows, step by step, from hooks on modules.
 
     recorder = Recorder(targets, denoisers, known, CacheOptions(rows="both"))
-    with sampling.watch():                     # which calls recorder.on_forward and recorder.on_step
+    with sampling.watch():              # calls recorder.on_forward and recorder.on_step
         recorder.listen(stack, sampling)
         ...
-    cache = recorder.result(explicit)          # {"output": {hook_name: (prompts, steps, tokens, d)}}
+    cache = recorder.result(explicit)   # {"output": {hook_name: (prompts, steps, tokens, d)}}
 
-`CacheOptions` says what to keep. A hook leaves the tokens of all rows in the `trace.Forward` that is
-running (`Recorder.listen`). When the scheduler steps, it is known which rows are conditional, and
-their tokens move to a `Recording`, one for each side of a module and each role.
+`CacheOptions` says what to keep. A hook leaves the tokens of all rows in the `trace.Forward` that
+is running (`Recorder.listen`). When the scheduler steps, it is known which rows are conditional,
+and their tokens move to a `Recording`, one for each side of a module and each role.
 """
 
 from collections.abc import Callable

@@ -1,8 +1,8 @@
 """Watch whether the modules that are read or edited really compute.
 
-Caches such as DeepCache repeat in one step what a module computed in another. Its hooks fire all the
-same if a `forward` that was put in the place of its own returns a stored result. So `RunWatch` looks
-at what a call leads to:
+Caches such as DeepCache repeat in one step what a module computed in another. Its hooks fire all
+the same if a `forward` that was put in the place of its own returns a stored result. So `RunWatch`
+looks at what a call leads to:
 
 - A module inside which another module ran in one call, and none in a second call, was *skipped* in
   the second.
@@ -94,8 +94,8 @@ class RunWatch:
             stack.callback(module.register_forward_hook(end, with_kwargs=True).remove)
 
     def _was_skipped(self, module: nn.Module, calls: int, given: Any, returned: Any) -> bool:
-        """Whether a call of a module, before which there were `calls` inner calls, computed nothing,
-        or an earlier call of it did."""
+        """Whether a call of a module, before which there were `calls` inner calls, computed
+        nothing, or an earlier call of it did."""
         has_run_inside = ("something runs inside", module)
         if self.calls > calls:
             self.known[has_run_inside] = True

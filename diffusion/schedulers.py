@@ -94,8 +94,8 @@ def listed_timesteps(scheduler: Any) -> list[float]:
 def number(time: Any) -> float | None:
     """Return a time as a float.
 
-    It is None if rows or tokens have different times, or if `time` is neither number nor tensor. For
-    tensor([3, 3]) it is 3.0, for tensor([3, 4]) None.
+    It is None if rows or tokens have different times, or if `time` is neither number nor tensor.
+    For tensor([3, 3]) it is 3.0, for tensor([3, 4]) None.
     """
     if not torch.is_tensor(time) and not isinstance(time, (int, float)):
         return None

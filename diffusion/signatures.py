@@ -129,7 +129,7 @@ def with_tensor(value: Any, index: int, x: Tensor) -> Any:
     return type(value)(new.values())
 
 
-# --------------------------------------------------------------------------- the same, other prompts
+# -------------------------------------------------------------------------- the same, other prompts
 
 
 def other_prompts(prompt: Prompt, options: dict) -> tuple[Prompt, dict] | None:

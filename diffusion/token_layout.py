@@ -5,8 +5,8 @@ layout of its image tokens, in a batch of 2 rows, is
 
     Layout(index=0, form="tokens", starts=[3, 3], counts=[4, 4], grid=(2, 2), d=d)
 
-and `layout.take(output, rows=2)` is (2, 4, d). There is no table of architectures: locate.py finds the
-layout, once for each set of shapes and masks. The functions at the end find the grid.
+and `layout.take(output, rows=2)` is (2, 4, d). There is no table of architectures: locate.py finds
+the layout, once for each set of shapes and masks. The functions at the end find the grid.
 """
 
 import itertools
@@ -25,8 +25,8 @@ LARGEST_PATCH = 64  # pixels along a side
 
 
 def row_view(x: Tensor, rows: int, form: str) -> Tensor:
-    """Return a view of x whose first axis is the batch and whose last ones are the width d; the axes
-    between them are the tokens.
+    """Return a view of x whose first axis is the batch and whose last ones are the width d; the
+    axes between them are the tokens.
 
     k things of each row, such as frames, may be folded into the batch. The forms, and what x is:
 
@@ -101,8 +101,8 @@ class Layout(NamedTuple):
     def put(self, value: Any, rows: int, first: int, new_tokens: Tensor) -> Any:
         """Return a copy of `value` with other tokens in the rows `first`, `first` + 1, and so on.
 
-        rows: of the batch in `value`. new_tokens: (R, tokens, d), for R of these rows; padding in it
-        is left out.
+        rows: of the batch in `value`. new_tokens: (R, tokens, d), for R of these rows; padding in
+        it is left out.
         """
         x = tensors(value)[self.index]
         new = by_token(x, rows, self.form).clone()
@@ -118,7 +118,7 @@ class Layout(NamedTuple):
         return with_tensor(value, self.index, shaped)
 
 
-# ------------------------------------------------------------------------------- the grid of an image
+# ----------------------------------------------------------------------------- the grid of an image
 
 
 def spatial_shape(shape: tuple[int, ...], rows: int, width_last: bool = False) -> tuple[int, ...]:
@@ -133,7 +133,8 @@ def spatial_shape(shape: tuple[int, ...], rows: int, width_last: bool = False) -
 
 
 def sample_grid(count: int, forward: Forward, config: Any) -> tuple[int, ...] | None:
-    """Return the grid of `count` tokens that are patches of the denoiser's sample; None if none fits.
+    """Return the grid of `count` tokens that are patches of the denoiser's sample; None if none
+    fits.
 
     For 256 tokens of a sample (rows, 4, 32, 32) it is (16, 16), with patches of 2 x 2. A sample may
     also be packed, (rows, tokens, d), so that its shape does not tell. Then the grid is looked for

@@ -1,11 +1,13 @@
-"""Watch a sampling as it happens: which forward of a denoiser belongs to which step of the scheduler.
+"""Watch a sampling as it happens: which forward of a denoiser belongs to which step of the
+scheduler.
 
-A *step* is one call of the scheduler's `step`. Every denoiser forward since the last call belongs to
-it. Of a denoiser only two things are assumed: its `forward` has a parameter for the time, and the
-first axis of its sample is the batch. Of a scheduler only `step(model_output, timestep, sample)`.
+A *step* is one call of the scheduler's `step`. Every denoiser forward since the last call belongs
+to it. Of a denoiser only two things are assumed: its `forward` has a parameter for the time, and
+the first axis of its sample is the batch. Of a scheduler only `step(model_output, timestep,
+sample)`.
 
-Example: two prompts with guidance, three steps at the timesteps 667, 334 and 1. A chunk, which is the
-conditional or the unconditional rows, has R = 2 rows, so the denoiser gets 4.
+Example: two prompts with guidance, three steps at the timesteps 667, 334 and 1. A chunk, which is
+the conditional or the unconditional rows, has R = 2 rows, so the denoiser gets 4.
 
     set_timesteps(3)             Nothing is recorded but that the next forward begins a loop.
     unet(x, 667, text) begins    `index` is 0. `current` is a new Forward(denoiser="unet", rows=4,
@@ -13,8 +15,8 @@ conditional or the unconditional rows, has R = 2 rows, so the denoiser gets 4.
       modules of the unet run    Hooks of a `Recorder` put their tokens into `current.captured`.
     unet returns                 The prediction becomes `output` of the forward. The forward is
                                  *open*: it waits for its step. `current` is None again.
-    step(output, 667, x)         The open forwards are those of step 0. `roles`, a `RoleFinder`, sets
-                                 their roles to ["uncond", "cond"]. `on_step` is called with
+    step(output, 667, x)         The open forwards are those of step 0. `roles`, a `RoleFinder`,
+                                 sets their roles to ["uncond", "cond"]. `on_step` is called with
                                  Step(index=0, timestep=667, forwards=[that one], R=2, sample=x).
                                  `index` becomes 1. Then the scheduler's own `step` runs, and
                                  `sample` is its result.
@@ -71,8 +73,8 @@ class DryRunOver(Exception):
 class LoopPosition:
     """Which step of a loop comes next, and where its timestep stands in the scheduler's list.
 
-    A loop begins with the first forward or step after `set_timesteps`. One sampling may hold several
-    loops, as that of a pipeline with two denoisers in a row does.
+    A loop begins with the first forward or step after `set_timesteps`. One sampling may hold
+    several loops, as that of a pipeline with two denoisers in a row does.
     """
 
     schedulers: list[Any]
@@ -81,7 +83,8 @@ class LoopPosition:
     """The index in its loop of the step that is being computed."""
 
     num_steps: int | None = None
-    """The number of steps from the loop's first timestep to the last one listed. None if not known."""
+    """The number of steps from the loop's first timestep to the last one listed. None if not
+    known."""
 
     listed_at: int | None = None
     """Where the scheduler lists the timestep of the last step. It differs from the index if a loop
@@ -329,7 +332,8 @@ class Sampling:
         return self.clock.told
 
     def tell_others(self) -> None:
-        """Give what a dry run's clock has learned to the samplings that watch the same denoisers."""
+        """Give what a dry run's clock has learned to the samplings that watch the same
+        denoisers."""
         for other in watching(self.denoisers):
             if other is not self:
                 other.clock.times.update(self.clock.times)
@@ -410,9 +414,9 @@ class Sampling:
         """Return the roles that the plan has for a forward before it runs.
 
         The plan is searched for a pattern that begins like the open forwards and this one. A
-        pattern of the same denoisers comes before one of others with the same chunks, since a second
-        denoiser may take over in a step that the dry run did not reach. `_check_plan` compares the
-        roles later with what the complete step tells.
+        pattern of the same denoisers comes before one of others with the same chunks, since a
+        second denoiser may take over in a step that the dry run did not reach. `_check_plan`
+        compares the roles later with what the complete step tells.
         """
         role = role_of_context(forward, self.R)
         if role is not None:
@@ -450,7 +454,7 @@ class Sampling:
 
         return cache_context
 
-    # -------------------------------------------------------------------- when a scheduler is called
+    # ------------------------------------------------------------------- when a scheduler is called
 
     def _watch_timesteps(self, original: Callable) -> Callable:
         """Return a `set_timesteps` that also notes that a loop begins."""
@@ -476,7 +480,8 @@ class Sampling:
         return step
 
     def _belongs_to_another(self, scheduler: Any) -> bool:
-        """Whether another sampling that is being watched has this scheduler, and this one has not."""
+        """Whether another sampling that is being watched has this scheduler, and this one has
+        not."""
         if scheduler in self.schedulers:
             return False
         return any(scheduler in other.schedulers for other in LIVE if other is not self)
@@ -489,7 +494,8 @@ class Sampling:
         args: tuple,
         kwargs: dict,
     ) -> Any:
-        """Complete a step with the open forwards, then let the scheduler compute; return its result."""
+        """Complete a step with the open forwards, then let the scheduler compute; return its
+        result."""
         self.loop.before_step(scheduler)
         forwards = self._open
         self._open = []
@@ -574,8 +580,8 @@ class Sampling:
         is_doubled = rows == 2 * self.R and torch.equal(*sample.chunk(2))
         if rows != self.R and not is_doubled:
             raise UsageError(
-                f"{rows} rows are sampled, not {self.R}: say how many prompts there are, and images "
-                "of each"
+                f"{rows} rows are sampled, not {self.R}: say how many prompts there are, and "
+                "images of each"
             )
 
         planned = [forward.roles for forward in forwards]

@@ -1,8 +1,9 @@
-"""Run a denoiser again on the arguments of a call, with noise on some of them, and look at its modules.
+"""Run a denoiser again on the arguments of a call, with noise on some of them, and look at its
+modules.
 
 Tokens of a module that change when the image's part of the input changes are image tokens, and
-likewise for text. Attention would spread each change over all tokens, so it is made *local* in these
-runs: each token gets its own query back, and depends on no other token.
+likewise for text. Attention would spread each change over all tokens, so it is made *local* in
+these runs: each token gets its own query back, and depends on no other token.
 
 `run_trials` makes four runs. For a batch of 2 rows (one prompt, with guidance):
 
@@ -16,8 +17,8 @@ that differ from those of the plain run at
     upper   row 0: tokens 3 to 6          row 1: none
     lower   row 0: none                   row 1: tokens 3 to 6
     text    tokens 0 to 2 in both rows
-so locate.py knows that its image tokens are 3 to 6. If `upper` changed row 1 as well, the first axis
-would not be the batch, or the module would mix the rows.
+so locate.py knows that its image tokens are 3 to 6. If `upper` changed row 1 as well, the first
+axis would not be the batch, or the module would mix the rows.
 """
 
 import inspect
@@ -170,8 +171,8 @@ class Run:
         around them."""
 
         self.width_last: dict[torch.Size, bool] = {}
-        """{shape: whether the width of such a tensor is its last axis, or its second}, as the layers
-        tell that returned one."""
+        """{shape: whether the width of such a tensor is its last axis, or its second}, as the
+        layers tell that returned one."""
 
     def call(self, forward: Forward, changes: dict[str, Any], attention: TorchFunctionMode) -> None:
         """Call the denoiser as in `forward`, with `changes` of its arguments and a fixed seed.
@@ -251,8 +252,8 @@ class Run:
         return Seen(x.shape, form, hash_tokens(by_token(x, self.rows, form)))
 
     def _form(self, x: Tensor, module: nn.Module, side: str) -> str | None:
-        """Return how the axes of a module's tensor are to be read, see `token_layout.row_view`; None
-        if the first axis is not the batch."""
+        """Return how the axes of a module's tensor are to be read, see `token_layout.row_view`;
+        None if the first axis is not the batch."""
         if x.ndim < 2 or len(x) % self.rows or not x.numel():
             return None
         around = self.around(module)
@@ -310,8 +311,8 @@ class Run:
         return [".".join(parts[:i]) for i in range(len(parts), -1, -1)]
 
     def maps(self, paths: list[str]) -> list[tuple[int, ...]]:
-        """Return for each module that took a feature map the spatial shape of its first one, such as
-        (H, W)."""
+        """Return for each module that took a feature map the spatial shape of its first one, such
+        as (H, W)."""
         sizes = []
         for path in paths:
             maps = [shape for shape in self.inputs.get(path, []) if len(shape) > 3]
@@ -338,8 +339,8 @@ def width_is_last(module: nn.Module, x: Tensor) -> bool | None:
 
 
 def hash_tokens(x: Tensor) -> Tensor:
-    """Return a fingerprint of each token of (rows, tokens, d): the sum of its bits as integers, int64
-    (rows, tokens).
+    """Return a fingerprint of each token of (rows, tokens, d): the sum of its bits as integers,
+    int64 (rows, tokens).
 
     A token that changes gets another fingerprint, but for rare accidents; 0.0 and -0.0 are equal.
     """

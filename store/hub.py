@@ -198,7 +198,8 @@ Activations of a diffusion model.
 
 {table(facts)}
 
-One NumPy array `(prompts, steps, tokens, d)` a file{bits}; the `.json` beside it says how it was made.
+Each file is one NumPy array `(prompts, steps, tokens, d)`{bits}. The `.json` beside it says how it
+was made.
 
 {table(files)}
 

@@ -408,9 +408,9 @@ def drop_empty_negative_prompts(prompts: list[Row]) -> None:
 def note_negative_prompt(negative_prompt: str, columns: list[str]) -> None:
     """Print whether --negative_prompt was taken as a column or as a text for all prompts.
 
-    A mistyped name of a column would be a text, so a column of a similar name is suggested. columns:
-    those of the table without the prompt's; if there are none, nothing can be mistaken, and nothing
-    is printed.
+    A mistyped name of a column would be a text, so a column of a similar name is suggested.
+    columns: those of the table without the prompt's; if there are none, nothing can be mistaken,
+    and nothing is printed.
     """
     if not columns:
         return

@@ -57,7 +57,8 @@ PARTICLES = (
 ).split()
 
 ARTICLE = "ال"
-# "and" or "so", then "with" or "like", then the article, which becomes "لل" after the preposition "ل"
+# "and" or "so", then "with" or "like", then the article, which becomes "لل" after the preposition
+# "ل"
 ARABIC_PREFIX_WITH_ARTICLE = re.compile("[وف]?(?:[بك]?ال|لل)")
 # Without the article, one letter can as well be the first letter of another word: "فقط" (only) is
 # not "ف" and "قط" (a cat). Arabic roots have three letters, so shorter words take "and" alone.

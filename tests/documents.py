@@ -85,7 +85,8 @@ def links(page: Path) -> list[str]:
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors that GitHub gives the headings of a page: `## How much disk?` has how-much-disk."""
+    """The anchors that GitHub gives the headings of a page: `## How much disk?` has
+    how-much-disk."""
     found = set()
     for heading in re.findall(r"^#+ (.*)$", without_code(page.read_text()), re.MULTILINE):
         kept = re.sub(r"[^\w\- ]", "", heading.strip().lower())
@@ -112,8 +113,8 @@ def prepare(folder: Path) -> None:
 
 
 def adapted(words: list[str]) -> list[str]:
-    """A command as its reader would adapt it: this Python, and a folder of its own for a collection with
-    other options, so that it does not meet the one that is there."""
+    """A command as its reader would adapt it: this Python, and a folder of its own for a collection
+    with other options, so that it does not meet the one that is there."""
     options = []
     for word in words:
         word = word.replace("activations/shard", "activations_shards/shard")

@@ -45,7 +45,8 @@ SCRIPTS = {
 }
 SECONDS = 30  # for one case, which takes one or two
 X = np.random.default_rng(0).normal(size=(20, 3, 4, 8)).astype(np.float32)
-refused = []  # command lines and the line that each ended in, of which some are run again in earnest
+# command lines and the line that each ended in, of which some are run again in earnest
+refused = []
 
 
 def some(number):

@@ -408,7 +408,7 @@ def test_pipeline_arguments_fill_in_defaults():
     assert generate_options(1)["num_inference_steps"] == 2
 
 
-# ------------------------------------------------------------------------------------------------- the thread that writes
+# --------------------------------------------------------------------------- the thread that writes
 
 
 def during_write(monkeypatch, action):
@@ -524,7 +524,7 @@ def test_what_is_generated_is_written_when_the_next_fails(config, monkeypatch):
     collect.main(config)  # and the folder is not locked
 
 
-# ------------------------------------------------------------------------------------------------- some of the tokens
+# ------------------------------------------------------------------------------- some of the tokens
 
 
 def test_random_tokens_are_those_of_the_whole_file(config):
@@ -641,7 +641,7 @@ def test_many_tokens_need_wider_indices():
     ].tolist() == [[[5, 89_999]]]
 
 
-# ------------------------------------------------------------------------------------------------- several processes
+# -------------------------------------------------------------------------------- several processes
 
 
 def test_shards_are_parts_of_the_whole(config, monkeypatch):
@@ -691,7 +691,7 @@ def test_shards_are_parts_of_the_whole(config, monkeypatch):
     assert not Path(other.out_dir).exists()
 
 
-# ------------------------------------------------------------------------------------------------- what the model made
+# ------------------------------------------------------------------------------ what the model made
 
 
 def pixels(path):
@@ -834,7 +834,7 @@ def test_a_sound_is_saved_as_it_is(tmp_path):
     assert np.abs(read.T - tone[0].numpy()).max() < 1e-4
 
 
-# ----------------------------------------------------------------------------------------------- text, pictures, the listing
+# ---------------------------------------------------------------------- text, pictures, the listing
 
 
 def test_text_tokens_are_padded_to_one_length_and_not_trained_on(tmp_path):

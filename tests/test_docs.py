@@ -1,4 +1,5 @@
-"""The pages for readers can't rot: commands parse, Python blocks run on the toy, links lead somewhere."""
+"""The pages for readers can't rot: commands parse, Python blocks run on the toy, links lead
+somewhere."""
 
 import ast
 import dataclasses

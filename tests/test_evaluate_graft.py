@@ -113,7 +113,7 @@ def lossy(d):
     return Sae(d, 4 * d, 2, seed=1)
 
 
-# --------------------------------------------------------------------------------------------------------- in the model
+# ------------------------------------------------------------------------------------- in the model
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -128,7 +128,8 @@ def test_the_identity_changes_no_bit(recipe, stream, side, dtype):
 
     hooked, name = HookedDiffusionModel.from_pipeline(pipe), HANDS[recipe].hook_name
     if recipe is sd15 and side == "diff":
-        name += ".transformer_blocks.0.attn1"  # its output is far from its input: output - input + input is another number
+        # its output is far from its input: output - input + input is another number
+        name += ".transformer_blocks.0.attn1"
     replacement = lambda role, step, x: evaluate.reconstruct(identity, x, stream)
     make_edits = partial(
         evaluate.grafting_edits, HookPoint(name, side, stream), replacement, "both", None
@@ -345,7 +346,7 @@ def test_what_can_not_be_grafted_is_said():
         )
 
 
-# ---------------------------------------------------------------------------------------------------------- the numbers
+# -------------------------------------------------------------------------------------- the numbers
 
 
 def test_windows_by_hand():

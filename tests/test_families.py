@@ -298,7 +298,7 @@ def test_an_edit_meets_the_rows_and_tokens_it_asks_for(case):
             assert torch.equal(got[role, stream], cache[key][h.hook_name])
 
 
-# ------------------------------------------------------------------- guidance, prompts and images a prompt, in five families
+# ------------------------------------------ guidance, prompts and images a prompt, in five families
 
 FIVE = [recipe for recipe in RECIPES if recipe.__name__ in ("sd15", "sdxl", "sd3", "flux", "wan")]
 
@@ -332,7 +332,7 @@ def test_rows_with_any_guidance_and_number_of_prompts(recipe, scale, n, images):
                 case.cache(h.hook_name, n, keep=dict(rows="uncond"), **options | more)
 
 
-# ----------------------------------------------------------------------------------------------- several denoisers, and frames
+# -------------------------------------------------------------------- several denoisers, and frames
 
 
 def test_a_denoiser_that_runs_in_part_of_the_steps_has_that_many():
@@ -423,7 +423,7 @@ def test_names_of_contexts_tell_where_predictions_do_not():
     check(cache["output_uncond"]["blocks.1"], expected["u"])
 
 
-# -------------------------------------------------------------------------------------------------------- no family by name
+# -------------------------------------------------------------------------------- no family by name
 
 
 def test_nothing_knows_a_family():

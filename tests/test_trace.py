@@ -1,4 +1,5 @@
-"""The examples at the top of trace.py, guidance.py and class_patches.py, and what a scheduler says."""
+"""The examples at the top of trace.py, guidance.py and class_patches.py, and what a scheduler
+says."""
 
 import inspect
 

@@ -109,7 +109,7 @@ def other_weights(folder, scale=1.001):
     pipe.unet.save_pretrained(folder / "unet")
 
 
-# ------------------------------------------------------------------------------------------------ collected anew, extended
+# ------------------------------------------------------------------------- collected anew, extended
 
 
 def test_the_same_path_collected_anew_with_another_seed_is_said(copy, capsys):
@@ -300,7 +300,7 @@ def test_another_scheduler_does_not_extend_a_collection(copy):
         collect.main(collect_config(rows="both", max_num_examples=24))
 
 
-# ------------------------------------------------------------------------------------------------------------- prompts
+# ------------------------------------------------------------------------------------------ prompts
 
 
 @pytest.mark.parametrize(
@@ -396,7 +396,7 @@ def test_images_in_another_order_are_refused(copy):
     features.main(config)
 
 
-# --------------------------------------------------------------------------------------------------- folders and sites
+# -------------------------------------------------------------------------------- folders and sites
 
 
 def test_an_sae_finds_its_own_data_and_model_from_anywhere(copy, tmp_path, monkeypatch):
@@ -512,7 +512,7 @@ def test_samples_of_another_size_keep_the_active_latents_per_token(tmp_path):
         ).sum() >= 0.9 * 3 * 2 * tokens
 
 
-# --------------------------------------------------------------------------------------------------------- suggestions
+# -------------------------------------------------------------------------------------- suggestions
 
 
 def test_several_files_are_all_trained_or_named(copy, monkeypatch, capsys):
@@ -537,7 +537,7 @@ def test_the_newest_sae_of_a_sweep(tmp_path, monkeypatch):
     assert newest_sae() == Path("saes/sweep/mid_block/k16_M64")
 
 
-# --------------------------------------------------------------------------------------------- generation of its own
+# ---------------------------------------------------------------------------- generation of its own
 
 
 def test_steering_an_sae_of_real_images_needs_prompts_and_takes_the_pipelines_settings(
@@ -585,7 +585,7 @@ def test_prompts_of_ones_own_keep_the_collections_negative_prompt(copy):
     assert read("other/1_x0/steer.json")["arguments"]["negative_prompt"] in ("ugly", ["ugly"])
 
 
-# --------------------------------------------------------------------------------------------------- grafts and models
+# -------------------------------------------------------------------------------- grafts and models
 
 
 def test_a_graft_of_an_sae_that_lay_there_before_does_not_stay(copy, capsys):
@@ -673,7 +673,7 @@ def test_activations_of_two_models_under_one_name_are_not_mixed(copy):
         activations_of(sae, "sae", ["acts/" + f"{HOOK}.npy", "others/" + f"{HOOK}.npy"])
 
 
-# ------------------------------------------------------------------------------------------------------- fingerprints
+# ------------------------------------------------------------------------------------- fingerprints
 
 
 def test_a_fingerprint_sees_each_weight_and_not_the_precision():

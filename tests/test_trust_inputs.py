@@ -56,7 +56,7 @@ def prompts_of(path, **options):
     return [row["prompt"] for row in load_prompts(path, **options)]
 
 
-# ------------------------------------------------------------------------------------------------------- prompt files
+# ------------------------------------------------------------------------------------- prompt files
 
 
 @pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
@@ -412,7 +412,7 @@ def test_files_of_macos_are_no_pictures(tmp_path):
     assert prompts == [{"prompt": "", "image": "a.png"}] and sources == [str(tmp_path / "a.png")]
 
 
-# ----------------------------------------------------------------------------------------- descriptions of other packages
+# ------------------------------------------------------------------- descriptions of other packages
 
 
 def change_json(path, change):
@@ -555,7 +555,7 @@ def test_old_dictionary_learning_files_have_k_in_their_config(tmp_path, kind, mi
             Sae.load_from_disk(tmp_path)
 
 
-# ------------------------------------------------------------------------------------------------ what the model sees
+# ------------------------------------------------------------------------------ what the model sees
 
 
 @pytest.mark.parametrize(
@@ -726,7 +726,7 @@ def test_the_search_of_the_page_uses_what_the_encoder_receives(model_folder, tmp
             assert count == sum(caption in captions_found for caption in of_feature), query
 
 
-# --------------------------------------------------------------------------------------------- leftovers of a killed run
+# ------------------------------------------------------------------------ leftovers of a killed run
 
 
 class Killed(Exception):
@@ -862,7 +862,7 @@ def test_export_again_after_a_kill(tmp_path, left):
         )
 
 
-# ------------------------------------------------------------------------------------------------------ other systems
+# ------------------------------------------------------------------------------------ other systems
 
 
 def test_files_of_macos_are_passed_over(trained, model_folder, tmp_path):
@@ -929,7 +929,7 @@ def test_on_windows_the_first_line_says_that_it_is_not_supported(script, monkeyp
     )
 
 
-# ------------------------------------------------------------------------------------------------- tiny and huge numbers
+# ---------------------------------------------------------------------------- tiny and huge numbers
 
 SCALES = [2.0**-66, 2.0**-40, 2.0**40]  # the first: values of 1e-20
 
@@ -1032,7 +1032,7 @@ def test_an_sae_of_tiny_activations(tmp_path, options):
     assert found[1] == pytest.approx(found[0], rel=0.05) and found[0][1] > 0.85
 
 
-# -------------------------------------------------------------------------------------------------- several processes
+# -------------------------------------------------------------------------------- several processes
 
 GROUP = """
 import sys, time

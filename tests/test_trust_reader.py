@@ -52,7 +52,7 @@ def flip(path, place):
     path.write_bytes(data)
 
 
-# ------------------------------------------------------------------------- damage between a stop and the resuming command
+# --------------------------------------------------- damage between a stop and the resuming command
 
 
 def collection_of(model_folder, out_dir, **options):
@@ -215,7 +215,7 @@ def test_a_cut_file_of_a_stopped_collection_is_one_line(
     assert f"{name} is missing or damaged" in done.stderr.splitlines()[-1]
 
 
-# ----------------------------------------------------------------------------------- SAEs of bfloat16 files, several files
+# ------------------------------------------------------------ SAEs of bfloat16 files, several files
 
 
 @pytest.fixture(scope="module")
@@ -328,7 +328,7 @@ def test_the_padding_of_texts_takes_no_k_of_a_sample_topk(tmp_path):
     assert torch.allclose(scores[0], expected, atol=1e-5) and not scores[2].any()
 
 
-# ------------------------------------------------------------------------------------- files exchanged under a description
+# -------------------------------------------------------------- files exchanged under a description
 
 
 @pytest.fixture(scope="module")
@@ -410,7 +410,7 @@ def test_the_checksum_of_a_long_file_reads_its_ends_and_blocks_between(tmp_path)
     assert contents_checksum(path) != before
 
 
-# ------------------------------------------------------------------------------------------------ stopped, cut and damaged
+# ------------------------------------------------------------------------- stopped, cut and damaged
 
 
 def describe(path, x, lengths=None, tokens=None, **meta):
@@ -666,7 +666,7 @@ def test_a_damaged_line_of_metrics_jsonl_is_one_line(small, tmp_path, monkeypatc
     assert iterations == sorted(set(iterations)) and len(iterations) > 10
 
 
-# ------------------------------------------------------------------------------------------- files of one huge prompt or none
+# ----------------------------------------------------------------- files of one huge prompt or none
 
 
 def sparse_file(path, shape):
@@ -725,7 +725,7 @@ def test_held_out_pieces_that_fit_stay_as_they_were(tmp_path):
     )
 
 
-# ------------------------------------------------------------------------------------------------- folders of saved rows
+# ---------------------------------------------------------------------------- folders of saved rows
 
 
 def saved_rows(folder, images, steps, num_tokens=4):
@@ -839,7 +839,7 @@ def test_numbers_that_are_not_finite_or_vanish_are_one_line(tmp_path, monkeypatc
         evaluate.main(evaluate.Config(sae="sae", device="cpu"))
 
 
-# ------------------------------------------------------------------------------------------------ found by testers
+# --------------------------------------------------------------------------------- found by testers
 
 
 def list_rows(path, rows):

@@ -44,7 +44,7 @@ def watch_by_hand(pipe, denoiser, hook_name, prompt, options, pick=lambda output
     return seen
 
 
-# ------------------------------------------------------------------------------------------------- guidance that begins late
+# ------------------------------------------------------------------------ guidance that begins late
 
 
 class Ramp(diffusers.StableDiffusionPipeline):
@@ -176,7 +176,7 @@ def test_rows_where_prompts_are_given_as_embeddings():
     assert torch.equal(cache["output"][HOOK][0], torch.stack([map_tokens(x)[1] for x in seen]))
 
 
-# ---------------------------------------------------------------------------------- what is asked costs one denoiser step, once
+# ------------------------------------------------------ what is asked costs one denoiser step, once
 
 
 @pytest.fixture
@@ -260,7 +260,7 @@ def test_asking_leaves_no_trace(pipe):
     assert torch.equal(output.images, expected)
 
 
-# ------------------------------------------------------------------------------------------------------------ loops of one's own
+# ------------------------------------------------------------------------------- loops of one's own
 
 
 def own_loop(
@@ -446,7 +446,7 @@ def test_another_pipeline_may_sample_with_the_denoiser_between_two_steps():
             assert torch.equal(recorded[key][HOOK], expected[key][HOOK])
 
 
-# ------------------------------------------------------------------------- text and image that meet outside of attention
+# ---------------------------------------------------- text and image that meet outside of attention
 
 
 class JointBlock(torch.nn.Module):
@@ -559,7 +559,7 @@ def test_tokens_of_a_wave_may_change_with_the_text():
     assert cache["grid"] == {"embed": (40,), "coarse": (20,), "out": (40,)}
 
 
-# ----------------------------------------------------------------------------------------------------------------- Cosmos, FLUX
+# ------------------------------------------------------------------------------------- Cosmos, FLUX
 
 
 @called_with(height=32, width=32, num_frames=9)
@@ -719,7 +719,7 @@ def test_tokens_of_a_reference_image_in_ones_own_loop_are_refused():
         pipe(**generate_options(1, kontext))
 
 
-# ------------------------------------------------------------------------------------ caches, and forwards of an instance
+# -------------------------------------------------------------- caches, and forwards of an instance
 
 
 def repeat_every_third(module, unet):
@@ -970,7 +970,7 @@ def test_the_loop_that_comes_with_it_never_exchanges_the_passes(scale):
     assert torch.equal(cache["output"]["out"], torch.stack(seen, 1))
 
 
-# ------------------------------------------------------------------------------- components that are replaced after hooking
+# ------------------------------------------------------- components that are replaced after hooking
 
 
 def another_scheduler(pipe):
@@ -1015,7 +1015,7 @@ def test_a_loop_whose_model_was_replaced_after_hooking_is_named():
         hooked.run_with_cache("out", num_inference_steps=2)
 
 
-# -------------------------------------------------------------------- what the user attached sees nothing but the sampling
+# --------------------------------------------- what the user attached sees nothing but the sampling
 
 
 class Store(diffusers.models.attention_processor.AttnProcessor):

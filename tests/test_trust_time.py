@@ -37,7 +37,7 @@ def prompt_and_options(n, recipe, **options):
     return options.pop("prompt", None), options
 
 
-# ------------------------------------------------------------------------------------------------- two loops in one call
+# ---------------------------------------------------------------------------- two loops in one call
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def test_a_loop_of_another_scheduler_has_an_index_of_its_own():
         )
 
 
-# ------------------------------------------------------------------------------------------------------------- strength
+# ----------------------------------------------------------------------------------------- strength
 
 
 @called_with(image=pictures, strength=0.5)
@@ -268,7 +268,7 @@ def test_a_timestep_that_cannot_be_told_is_not_compared():
     assert told[0] == 9 and np.isnan(told[-1])
 
 
-# ----------------------------------------------------------------------------------------- random numbers of a scheduler
+# -------------------------------------------------------------------- random numbers of a scheduler
 
 
 @called_with(**flux.options)
@@ -568,7 +568,7 @@ def test_the_brownian_tree_of_a_scheduler_is_seeded():
     )
 
 
-# ---------------------------------------------------------------------------------------------------- sigmas, arguments
+# -------------------------------------------------------------------------------- sigmas, arguments
 
 
 SECOND_ORDER = [
@@ -634,7 +634,7 @@ def test_arguments_of_a_scheduler_are_bound_by_name():
     assert cache["timesteps"][name].tolist() == [float(t) for t in pipe.scheduler.timesteps]
 
 
-# ---------------------------------------------------------------------------------------------------------- real images
+# -------------------------------------------------------------------------------------- real images
 
 
 @called_with(**ltx.options | dict(num_frames=1))
