@@ -193,8 +193,8 @@ def layout_of(
     if grid is None and (has_gaps or text_may_mix_in):
         return NotHookable(
             "image and text tokens can't be told apart: from the first to the last of its "
-            f"{stream} tokens there are {max(counts)}, on no grid of the sample; tokens may meet in "
-            "the attention of PyTorch (scaled_dot_product_attention) and nowhere else"
+            f"{stream} tokens there are {max(counts)}, on no grid of the sample; tokens may meet "
+            "in the attention of PyTorch (scaled_dot_product_attention) and nowhere else"
         )
 
     grid = (max(counts),) if grid is None else tuple(grid)
