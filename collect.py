@@ -263,7 +263,7 @@ def main(cfg: Config) -> list[Path]:
         return []
     real = None
     if sources is not None:
-        images = RealImages(model, first_batch[0]["prompt"], options, cfg.width, cfg.height)
+        images = RealImages(model, first_batch[0]["prompt"], options)
         real = RealInput(images, sources)
         if processes.rank == 0:
             check_real_input(real, prompts)

@@ -118,6 +118,7 @@ def main(cfg: Config) -> list[Path]:
     datasets = open_activations(cfg.data or [newest_activations()])
     paths = plan_files(Path(cfg.out_dir), datasets)
     for dataset, path in zip(datasets, paths):
+        train.print_differences(dataset)
         diagnose(cfg, dataset, path, device)
     return paths
 

@@ -1,81 +1,94 @@
-"""Share an SAE, or activations: write an SAE in another package's format, push folders to the
-Hugging Face Hub.
+"""Share an SAE, or activations: write another package's format, push folders to the hub.
 
-    python export.py --export saelens                                          # the newest SAE in saes/
+    python export.py --export saelens                          # the newest SAE in saes/
     python export.py --sae saes/mine --export saelens --out_dir exported/mine
-    python export.py --sae saes/mine --to_hub me/my-sae                        # as it is; with --export, what was exported
-    python export.py --sae saes --to_hub me/my-saes                            # every SAE below saes/, each in its folder
-    python export.py --activations activations --to_hub me/my-activations      # what collect.py wrote, as a data set
+    python export.py --sae saes/mine --to_hub me/my-sae        # as it is
+    python export.py --sae saes/mine --export saelens --to_hub me/my-sae    # what was exported
+    python export.py --sae saes --to_hub me/my-saes            # all SAEs in saes/, in folders
+    python export.py --activations activations --to_hub me/my-activations   # as a data set
 
-Reads   --sae, an SAE folder (ours, sparsify's, SAELens' or dictionary_learning's) or a folder that has some below it;
-        --activations, a folder of collect.py.
-Writes  <out_dir>/: cfg.json, sae_weights.safetensors; store/foreign_saes.py says how exact they are.
-Pushes  the files of the folder, and a README.md that says how to load them, if neither the folder nor the repository has one.
+In a notebook:
+
+    [folder] = main(Config(sae="saes/mine", export="saelens"))
+
+Reads   --sae, an SAE folder (ours, sparsify's, SAELens' or dictionary_learning's), or a folder
+        with several below it; or --activations, a folder of collect.py.
+Writes  <out_dir>/: cfg.json, sae_weights.safetensors. store/foreign_saes.py says how exact they
+        are. A folder that holds something else is never overwritten.
+Pushes  the files of the folder, and a README.md that says how to load them, if neither the folder
+        nor the repository has one.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cli import run
+from cli import answer_help, run_script
 from errors import UsageError
+
+
+@dataclass
+class Config:
+    # data
+    sae: str | None = None
+    """Share this SAE folder; with --to_hub it may be a folder of several. If not given, the newest
+    SAE in saes/ is shared."""
+
+    activations: str | None = None
+    """Push this folder of activations instead of an SAE. It needs --to_hub."""
+
+    # output
+    export: Literal["saelens"] | None = None
+    """Write the SAE in the format of this package. If not given, its files stay as they are."""
+
+    out_dir: str | None = None
+    """Write the exported files into this folder. If not given, it is exported/<name of the SAE
+    folder>."""
+
+    to_hub: str | None = None
+    """Push to this repository on the Hugging Face Hub: <user>/<name>. If not given, nothing is
+    pushed."""
+
+    private: bool = False
+    """Make the repository private if it is new. An existing repository stays as it is."""
+
+
+if __name__ == "__main__":
+    answer_help(Config)  # --help and a mistyped option are answered before torch is imported
+
 from sae import Sae, newest_sae, sae_folders
 from store.disk import check_empty
 from store.foreign_saes import find_weights, is_saved_saelens, save_saelens
 from store.hub import push
 
 
-@dataclass
-class Config:
-    sae: str | None = None
-    """An SAE folder, or with --to_hub a folder of several (None: the newest in saes/)."""
+def main(cfg: Config) -> list[Path]:
+    """Export and push what `cfg` names; return the folders that were written on this disk.
 
-    activations: str | None = None
-    """With --to_hub: push this folder of activations instead."""
+    Raises UsageError for options that don't go together, and for an SAE that can't be loaded or
+    exported; OSError for whatever the hub says.
+    """
+    check_options(cfg)
+    if cfg.activations:
+        print(push(cfg.activations, cfg.to_hub, "activations", private=cfg.private or None))
+        return []
 
-    export: Literal["saelens"] | None = None
-    """Write it in another package's format."""
+    path = Path(cfg.sae) if cfg.sae else newest_sae()
+    saes = find_saes(path)
+    written = []
+    if cfg.export:
+        if None not in saes:
+            names = ", ".join(saes)
+            raise UsageError(f"--export: {path} has several SAEs, {names}; name one with --sae")
+        folder = find_weights(path).parent
+        out_dir = Path(cfg.out_dir or Path("exported") / folder.resolve().name)
+        export_saelens(path, out_dir)
+        written.append(out_dir)
+        saes = {None: out_dir}
 
-    out_dir: str | None = None
-    """The folder for it (None: exported/<name of the SAE folder>)."""
-
-    to_hub: str | None = None
-    """Push it to this repository on the Hugging Face Hub: <user>/<name>."""
-
-    private: bool = False
-    """If that repository is new, only you can see it."""
-
-
-def find_saes(path: Path) -> dict[str | None, Path]:
-    """{None: path} for an SAE, else {path relative to it: SAE folder} of those below;
-    FileNotFoundError if there is none."""
-    try:
-        find_weights(path)
-    except FileNotFoundError:
-        several = sae_folders(path)
-        if not several:
-            raise
-        return several
-    return {None: path}
-
-
-def export_saelens(path: Path, out_dir: Path) -> None:
-    """Write the SAE at `path` into the folder `out_dir`, which must be new or empty, or hold this
-    very SAE or a part of it."""
-    sae = Sae.load_from_disk(path)
-    if out_dir.exists() and not out_dir.is_dir():
-        raise UsageError(f"--out_dir {out_dir} is a file; use another, or move it away")
-    is_finished = (out_dir / "cfg.json").exists()  # which is written last
-    if not is_finished:
-        check_empty(out_dir, ("cfg.json", "sae_weights.safetensors"))
-        save_saelens(sae.cfg, sae.state_dict(), out_dir)
-    elif not is_saved_saelens(sae.cfg, sae.state_dict(), out_dir):
-        raise UsageError(
-            f"--out_dir {out_dir} is there already, with another SAE; use another, or move it away"
-        )
-    print(
-        f"{out_dir}/: cfg.json, sae_weights.safetensors; SAELens reads it by SAE.load_from_disk({str(out_dir)!r})"
-    )
+    if cfg.to_hub:
+        push_saes(saes, cfg.to_hub, cfg.private)
+    return written
 
 
 def check_options(cfg: Config) -> None:
@@ -92,37 +105,57 @@ def check_options(cfg: Config) -> None:
         )
 
 
-def main(cfg: Config) -> list[Path]:
-    """Export and push what `cfg` names; the folders that were written on this disk."""
-    check_options(cfg)
-    private = cfg.private or None
-    if cfg.activations:
-        print(push(cfg.activations, cfg.to_hub, "activations", private=private))
-        return []
+def find_saes(path: Path) -> dict[str | None, Path]:
+    """Return {None: path} if `path` is an SAE, else {path relative to it: SAE folder} of those
+    below.
 
-    path = Path(cfg.sae) if cfg.sae else newest_sae()
-    saes = find_saes(path)
-    written = []
-    if cfg.export:
-        if None not in saes:
-            raise UsageError(
-                f"--export: {path} has several SAEs, {', '.join(saes)}; name one with --sae"
-            )
-        folder = find_weights(path).parent
-        out_dir = Path(cfg.out_dir or Path("exported") / folder.resolve().name)
-        export_saelens(path, out_dir)
-        written.append(out_dir)
-        saes = {None: out_dir}
+    Raises FileNotFoundError if there is none.
+    """
+    try:
+        find_weights(path)
+    except FileNotFoundError:
+        several = sae_folders(path)
+        if not several:
+            raise
+        return several
+    return {None: path}
 
-    if cfg.to_hub:
-        for folder in saes.values():
-            Sae.load_from_disk(
-                folder
-            )  # raises for one that can't be loaded, before anything is pushed
-        for name, folder in saes.items():
-            print(push(find_weights(folder).parent, cfg.to_hub, "sae", name, private))
-    return written
+
+def export_saelens(path: Path, out_dir: Path) -> None:
+    """Write the SAE at `path` into the folder `out_dir` in SAELens' format.
+
+    The folder must be new or empty, or hold this very SAE, finished or not; else UsageError.
+    """
+    sae = Sae.load_from_disk(path)
+    if out_dir.exists() and not out_dir.is_dir():
+        raise UsageError(f"--out_dir {out_dir} is a file; use another, or move it away")
+    is_finished = (out_dir / "cfg.json").exists()  # it is written last
+    if not is_finished:
+        check_empty(out_dir, ("cfg.json", "sae_weights.safetensors"))
+        save_saelens(sae.cfg, sae.state_dict(), out_dir)
+    elif not is_saved_saelens(sae.cfg, sae.state_dict(), out_dir):
+        raise UsageError(
+            f"--out_dir {out_dir} is there already, with another SAE; use another, or move it away"
+        )
+    print(
+        f"{out_dir}/: cfg.json, sae_weights.safetensors; "
+        f"SAELens reads it by SAE.load_from_disk({str(out_dir)!r})"
+    )
+
+
+def push_saes(saes: dict[str | None, Path], repo_id: str, private: bool) -> None:
+    """Push SAEs, each into its folder of the repository, and print their addresses.
+
+    saes: {folder in the repository, None for its top: SAE folder}. All are loaded before one is
+    pushed, so that a broken one stops this early.
+    """
+    for folder in saes.values():
+        Sae.load_from_disk(folder)
+    for name, folder in saes.items():
+        weights_folder = find_weights(folder).parent
+        # None leaves a new repository as private as the owner's are by default
+        print(push(weights_folder, repo_id, "sae", name, private=private or None))
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    run_script(main, Config)

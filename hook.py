@@ -282,6 +282,11 @@ class HookedDiffusionModel:
         ("uncond", "cond") for the passes of each step. A scale below 0 needs the order, since by
         its weights the two passes are exchanged.
 
+        The cache holds what a module itself computed, before the edits that `run_with_hooks` makes to
+        it in the body: hooks run in the order in which they were registered. Later modules compute
+        with what was edited, and are recorded so. To read the edited tokens of a module, cache the
+        input of the next one.
+
         Raises UsageError
         - where a named module does not run exactly once per forward, or not in every step (one that
           a glob found is left out);
@@ -414,14 +419,35 @@ class HookedDiffusionModel:
 
         kwargs go to the pipeline, or to `sampling_loop.Loop` for a denoiser of one's own. A
         pipeline that takes no prompt gets class numbers, for prompts that are numbers written as
-        text, or only the number of prompts as its batch size.
+        text, or only the number of prompts as its batch size. Raises UsageError where the pipeline
+        can't do without a size.
         """
         arguments = prompt_arguments(self.pipe, prompt) | kwargs
         for name, value in arguments.items():
             if isinstance(value, list):
                 arguments[name] = list(value)  # some pipelines write into lists
         with torch.no_grad():
-            return self.pipe(**arguments)
+            try:
+                return self.pipe(**arguments)
+            except TypeError as error:
+                self._check_sample_size(arguments, error)
+                raise
+
+    def _check_sample_size(self, arguments: dict, error: TypeError) -> None:
+        """Raise UsageError where a pipeline failed since it knows no size of its own.
+
+        Some pipelines multiply `config.sample_size` of their denoiser, which may be (16, 64).
+        """
+        if arguments.get("height") is not None or "height" not in self.accepts(height=None):
+            return
+        for name, denoiser in self.denoisers.items():
+            size = getattr(getattr(denoiser, "config", None), "sample_size", None)
+            is_pair = isinstance(size, (tuple, list))
+            if is_pair and type(size).__name__ in str(error):
+                raise UsageError(
+                    f"{type(self.pipe).__name__} can't use the sample_size {tuple(size)} of its "
+                    f"{name} ({error}): give height and width"
+                ) from None
 
     def arguments(
         self,
@@ -632,7 +658,13 @@ def find_model(model_name: str) -> str:
         if folder.is_dir():
             return str(folder)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(model_name)):
-        raise UsageError(f"no folder {str(model_name)!r} here, and a hub id looks like owner/name")
+        missing = f"no folder {str(model_name)!r} here, and a hub id looks like owner/name"
+        if str(model_name) == "toy":  # the default of the scripts
+            missing += (
+                "; the toy model lies in a checkout of the repository: run there, or give another "
+                "model with --model_name"
+            )
+        raise UsageError(missing)
     return str(model_name)
 
 

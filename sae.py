@@ -138,8 +138,7 @@ class Sae(nn.Module):
     """
 
     training_prompts: set[str] | None = None
-    """The hash `hash_key(prompt_key(row))` of each prompt that it was trained on; None if unknown.
-    """
+    """The hash `hash_key` of each of the `prompt_keys` that it was trained on; None if unknown."""
 
     def __init__(
         self,

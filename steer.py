@@ -3,16 +3,17 @@
     python steer.py                                          # exchange two concepts of the prompts
     python steer.py --features 12 98 --multiply 0 4 --steps 0-10     # a row of images per strength
     python steer.py --concept star --num_features 4 --multiply -2    # the features of a word
-    python steer.py --concept star --num_features 16 --toward ring   # what rings have in its place
+    python steer.py --concept star --num_features 16 --toward ring   # put rings in its place
     python steer.py --sae saes/a saes/b --features 0:12 1:98 --add 2.5 --mask 0 0 1 0.5
 
 In a notebook:
 
     picture, numbers = main(Config(concept="star", num_features=16, toward="ring"))
 
-Without options, the script takes the two words of the prompts that the newest SAE tells best from
-the others and that no prompt has together. It takes out what the features of the first word add, puts
-it back along the direction of the second, and prints the command that does the same.
+Without options, the script exchanges two words of the prompts: those that the newest SAE tells best
+from the others, and that no prompt has together. It takes out what the features of the first word
+add to the activations, and adds as much along the direction of the second. It prints the command
+that does the same.
 
 The change is added to the activation, x + delta, so what the SAE does not explain of it stays
 (analysis/feature_edits.py). Below each image stand two numbers that say how far the edited
@@ -46,7 +47,8 @@ class Config:
     """Folders of SAEs, each at a hook point of its own. If not given, the newest one in saes/."""
 
     model_name: str | None = None
-    """Diffusers folder or hub id. If not given, the model that made the activations."""
+    """Diffusers folder or hub id. If not given, the model that made the activations. A copy of that
+    model samples with the settings of the activations; another model has its own defaults."""
 
     transfer: bool = False
     """Allow an SAE that was trained on a model with other weights."""
@@ -78,15 +80,17 @@ class Config:
 
     # which features
     features: list[str] = field(default_factory=list)
-    """Numbers of features, such as 12; of several SAEs 0:12 for the first and 1:12 for the second."""
+    """Change the features with these numbers, such as 12. With several SAEs, 0:12 is feature 12
+    of the first, and 1:12 that of the second."""
 
     concept: str | None = None
-    """A word of the prompts whose features are found. If not given, see --features; if neither is
-    given, two words are exchanged, or, with a strength, the feature that varies most is taken."""
+    """Change the features that tell the prompts with this word from the others. If not given, those
+    of --features. If neither is given, two words are exchanged; if only a strength is given, the
+    feature that varies most is changed."""
 
     num_features: int | None = None
-    """Find this many features in each SAE. If not given, 1; if two words are exchanged without
-    options, 8. Raise it if the concept stays."""
+    """Find this many features in each SAE, or fewer if fewer tell the concept. If not given, 1; if
+    two words are exchanged without options, 8. Raise it if the concept stays."""
 
     score: Literal["contrast", "saeuron"] = "contrast"
     """Find features by this score; analysis/concepts.py defines both."""
@@ -103,14 +107,14 @@ class Config:
     """Add decoder rows to x, in RMS norms of the step. Each value gives a row of images."""
 
     toward: str | None = None
-    """With --concept: a word of the prompts that takes its place."""
+    """Put this word of the prompts in the place of --concept."""
 
     steps: str | None = None
     """Edit in these steps, first-last, counted from 0, such as 0-10. If not given, in all."""
 
     mask: list[str] = field(default_factory=list)
-    """Edit here: top left bottom right as fractions of the image, or a file in which white is
-    edited. If not given, everywhere."""
+    """Edit only in this box, given as top left bottom right in fractions of the image, or only
+    where this image file is white. If not given, everywhere."""
 
     rows: Literal["cond", "uncond", "both"] | None = None
     """Edit these rows of the guidance. If not given, those that the SAE was trained on."""
@@ -461,6 +465,7 @@ def choose_of_concept(
     features, values = find_features(images.scores, has_word, cfg.score, count)
     target.features = features.tolist()
     target.scores = values.tolist()
+    check_chosen_features(target, count, f"more active with {cfg.concept!r} than without it")
     with_it = has_word.nonzero()[:, 0]
     without = (~has_word).nonzero()[:, 0]
     return images.chosen(with_it), images.chosen(without)
@@ -475,14 +480,29 @@ def choose_varying(
     the weakest first.
     """
     scores = images.scores.mean(1)  # (P, M), over the steps
-    count = min(cfg.num_features or 1, target.sae.num_latents)
-    values, features = scores.std(0).topk(count)
+    count = cfg.num_features or 1
+    values, features = scores.std(0).topk(min(count, target.sae.num_latents))
+    varies = values > 0
+    features = features[varies]
     target.features = features.tolist()
-    target.scores = values.tolist()
+    target.scores = values[varies].tolist()
+    check_chosen_features(target, count, "active on some images more than on others")
 
     order = scores[:, features].sum(1).argsort(descending=True)
     half = len(order) // 2
     return images.chosen(order[:half]), images.chosen(order.flip(0)[:half])
+
+
+def check_chosen_features(target: Target, count: int, what: str) -> None:
+    """Print one line if fewer than `count` features are `what`. Raises UsageError if none is."""
+    num_features = len(target.features)
+    if num_features == 0:
+        raise UsageError(f"no feature of {target.path} is {what}: name others with --features")
+    if num_features < count:
+        print(
+            f"note: only {num_features} features of {target.path} are {what}, not {count}; "
+            "these are changed"
+        )
 
 
 # ------------------------------------------------------------------------------------- strengths
@@ -505,12 +525,12 @@ class Strength(NamedTuple):
 
     @property
     def row_name(self) -> str:
-        """Such as "× 4"."""
+        """The name of the row in the picture, such as "× 4"."""
         return ROW_NAMES[self.kind].format(self.value)
 
     @property
     def folder_name(self) -> str:
-        """Such as "x4"."""
+        """Its part of the folder's name, such as "x4"."""
         return FOLDER_NAMES[self.kind].format(self.value)
 
 
@@ -600,18 +620,43 @@ def check_prompts(rows: list[dict], meta: dict, model: HookedDiffusionModel) -> 
         )
 
 
-def load_model(cfg: Config, meta: dict, device: torch.device) -> tuple[HookedDiffusionModel, dict]:
-    """Return the model and the pipeline's arguments: those of the options, else of the activations.
+def check_models(
+    cfg: Config, model: HookedDiffusionModel, targets: list[Target]
+) -> list[list[str]]:
+    """Return, for each SAE, in what the model differs from the one that it was trained on.
 
-    meta: the description of the activations. Raises UsageError for an argument that is given twice.
+    That is a list of texts, which is [] for an SAE that belongs to the model. Raises UsageError for
+    an SAE that does not, unless --transfer is given.
     """
-    model, collected = model_of(meta, cfg.model_name, device, resolve_dtype("auto", device))
-    options = {}
-    if not cfg.model_name:  # another model has defaults of its own
-        options.update(collected)
+    transfers = []
+    for target in targets:
+        transfers.append(
+            check_belongs(target.path, target.sae.cfg, model=model, transfer=cfg.transfer)
+        )
+    return transfers
+
+
+def choose_arguments(
+    cfg: Config, meta: dict, model: HookedDiffusionModel, collected: dict, is_other_model: bool
+) -> dict:
+    """Return the pipeline's arguments: those of the options, else of the activations.
+
+    meta: the description of the activations. collected: the arguments that made these. Another
+    model may need another size or number of steps, so it has its own defaults instead, and one
+    line says so. A copy of the model is not another model. Raises UsageError for an argument that
+    is given twice.
+    """
+    options = dict(collected)
     if meta.get("images") is not None:  # steps and guidance were those of adding noise
         options.pop("num_inference_steps", None)
         options.pop("guidance_scale", None)
+    if is_other_model and options:
+        settings = ", ".join(f"{name} {value}" for name, value in options.items())
+        print(
+            f"note: {cfg.model_name} is another model, so its own defaults are used, "
+            f"not the settings of the activations ({settings})"
+        )
+        options = {}
 
     extra = parse_object(cfg.pipeline_kwargs, "--pipeline_kwargs")
     for name in ("num_inference_steps", "guidance_scale"):
@@ -624,14 +669,15 @@ def load_model(cfg: Config, meta: dict, device: torch.device) -> tuple[HookedDif
             )
         options[name] = value
     options.update(extra)
-    return model, model.arguments(1, "pt", options)
+    return model.arguments(1, "pt", options)
 
 
 def place_masks(
     cfg: Config, model: HookedDiffusionModel, generation: Generation, targets: list[Target]
 ) -> range | None:
-    """Give each target the tokens of --mask on its grid. Returns the steps of --steps, None for all.
+    """Give each target the tokens of --mask on its grid, and return the steps of --steps.
 
+    Both need the first step of a sampling, so one function does both. None stands for all steps.
     Raises UsageError for a mask that is not on the grid, and for steps that the sampling does not
     have.
     """
@@ -649,7 +695,7 @@ def place_masks(
 
 
 def measure_typical(targets: list[Target]) -> None:
-    """Give each target what is typical of its training data, if the files are there."""
+    """Give each target the norms and distances of its training data, or say why it has none."""
     for target in targets:
         try:
             target.typical = Typical(target.sae.cfg["data"])
@@ -666,6 +712,7 @@ class Run(NamedTuple):
     strength: Strength
 
     name: str
+    """What stands left of the row, such as "untouched" or "× 4"."""
 
     images: Tensor
     """(P, 3, H, W) in [0, 1]"""
@@ -689,7 +736,7 @@ class Run(NamedTuple):
         return captions
 
     def record(self, untouched: "Run") -> dict:
-        """Return what steer.json says of the row."""
+        """Return what steer.json says about the row."""
         images = []
         for moved, numbers in zip(self.moved(untouched).tolist(), self.numbers):
             norm, distance = numbers or (None, None)
@@ -752,7 +799,7 @@ def print_table(runs: list[Run]) -> None:
 
 
 def settings_of(cfg: Config, targets: list[Target]) -> dict:
-    """Return the options that decide the images: a folder is used again only with the same."""
+    """Return the options that decide the images. If others made a folder, it is not used again."""
     settings = {}
     for name, value in vars(cfg).items():
         if name not in ("out_dir", "device", "batch_size"):
@@ -766,9 +813,9 @@ def report_of(
     generation: Generation,
     runs: list[Run],
     targets: list[Target],
-    transfers: list,
+    transfers: list[list[str]],
 ) -> dict:
-    """Return what steer.json says, without the seconds. transfers: of `check_belongs`, per target."""
+    """Return what steer.json says, without the seconds. transfers: what `check_models` returned."""
     saes = []
     for target, transfer in zip(targets, transfers):
         record = target.hook_point.as_dict()
@@ -812,13 +859,11 @@ def main(cfg: Config) -> list[Path]:
     if targets[0].activations is not None:
         description = targets[0].activations.sources[0].meta
     meta = origin(targets[0].sae.cfg, description)
-    model, options = load_model(cfg, meta, device)
+    model, collected = model_of(meta, cfg.model_name, device, resolve_dtype("auto", device))
     check_prompts(rows, meta, model)
-    transfers = []
-    for target in targets:
-        transfers.append(
-            check_belongs(target.path, target.sae.cfg, model=model, transfer=cfg.transfer)
-        )
+    transfers = check_models(cfg, model, targets)
+    is_other_model = cfg.model_name is not None and any(transfers)
+    options = choose_arguments(cfg, meta, model, collected, is_other_model)
     generation = Generation.from_rows(rows, options)
     steps = place_masks(cfg, model, generation, targets)
 

@@ -538,10 +538,11 @@ def train_on(cfg: Config, dataset: Activations, is_only: bool, workers: Workers)
     is_only: whether this is the only data set of the command; it decides the folders' names.
     """
     # 1. The runs: new ones, ones to be resumed, and finished ones
+    schedule = Schedule.plan(cfg, dataset)
     if workers.is_first:
         print_differences(dataset)
         print_options_without_effect(cfg, dataset)
-    schedule = Schedule.plan(cfg, dataset)
+        print_large_sizes(cfg, schedule)
     base, choices = plan_folders(cfg, dataset, is_only)
     folders = list(choices)
     identity = identify(dataset)
@@ -614,6 +615,22 @@ def print_options_without_effect(cfg: Config, dataset: Activations) -> None:
         print(
             f"note: --num_epochs {cfg.num_epochs} has no effect: --max_examples "
             f"{cfg.max_examples} ends the run within the first epoch"
+        )
+
+
+def print_large_sizes(cfg: Config, schedule: Schedule) -> None:
+    """Print one line if a batch is larger than the whole run, or has more parts than vectors."""
+    num_vectors = schedule.num_vectors
+    if cfg.effective_batch_size > num_vectors:
+        print(
+            f"note: --effective_batch_size {cfg.effective_batch_size} is more than the number of "
+            f"vectors in the run, {num_vectors}, so there is a single update"
+        )
+    largest_batch = min(schedule.batch_size, num_vectors)
+    if cfg.grad_acc_steps > largest_batch:
+        print(
+            f"note: --grad_acc_steps {cfg.grad_acc_steps} has the effect of {largest_batch}, "
+            "since a batch has no more vectors"
         )
 
 

@@ -172,16 +172,19 @@ def find_features(
     how: Literal["contrast", "saeuron"] = "contrast",
     count: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Return the `count` features that tell a concept best and their values, the best first.
+    """Return the features that tell a concept best and their values, the best first.
 
-    scores: (P, S, M); has_concept: bool (P,). The values of "saeuron" are means over the steps.
+    They are at most `count`. A feature whose value is 0 or less tells nothing of the concept, so it
+    is left out, and there may be fewer or none. scores: (P, S, M); has_concept: bool (P,). The values
+    of "saeuron" are means over the steps.
     """
     if how == "saeuron":
         values = saeuron(scores, has_concept).mean(0)
     else:
         values = contrast(scores, has_concept)
     top = values.topk(min(count, len(values)))
-    return top.indices, top.values
+    tells = top.values > 0
+    return top.indices[tells], top.values[tells]
 
 
 def toward(sae: Sae, scores: Tensor, has_target: Tensor, has_source: Tensor) -> Tensor:
@@ -220,8 +223,8 @@ def clearest_exchange(scores: Tensor, prompts: list[str], count: int = 8) -> tup
         if not MIN_IMAGES <= number <= SHARE_WITH_WORD * len(prompts):
             continue
         has = torch.tensor([has_word(prompt, word) for prompt in prompts])
-        _, values = find_features(scores, has, "contrast", count)
-        value = float(values.mean())
+        values = contrast(scores, has)
+        value = float(values.topk(min(count, len(values))).values.mean())
         if value >= MIN_CLEARNESS:
             candidates.append((value, word, has))
     candidates.sort(key=lambda candidate: -candidate[0])

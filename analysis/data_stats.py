@@ -79,10 +79,11 @@ def measure(
     """Return the DataStats of a sample of up to TRAINING_SAMPLE vectors.
 
     center: "median", "mean" or "none", see `middle`. per_step: add weights that make all timesteps
-    count alike. Raises UsageError for NaN or infinity, for vectors that are all equal, and for
-    per_step without timesteps.
+    count alike. Raises UsageError for NaN or infinity, for a single vector, for vectors that are
+    all equal, and for per_step without timesteps.
     """
     name = dataset.paths[0]
+    check_number(dataset)
     pieces = dataset.draw(TRAINING_SAMPLE, seed)
     x = dataset.read(pieces).float().to(device)
     num_bad = len(x) - int(x.isfinite().all(1).sum())
@@ -319,6 +320,7 @@ def report(
     as many vectors as are held out, at most SAMPLE. "fires" holds tensors (M,), which JSON does not
     take. drawn: the sample, if it was drawn already. Raises UsageError if nothing can be learned.
     """
+    check_number(dataset)
     if drawn is None:
         drawn = draw(dataset, seed)
     x, step, not_finite = drawn
@@ -346,6 +348,15 @@ def report(
         numbers["dead"][one_center] = {"start": dead_share(fires)}
         numbers["fires"][one_center] = {"start": fires}
     return numbers
+
+
+def check_number(dataset: Activations) -> None:
+    """Raise UsageError if there is a single training vector, which varies about nothing."""
+    if dataset.num_training < 2:
+        raise UsageError(
+            f"{dataset.paths[0]} has {dataset.num_training} training vector, too few to learn "
+            "from; collect more"
+        )
 
 
 def check_spread(name: str, x: Tensor, mean: Tensor, variance: Tensor) -> None:

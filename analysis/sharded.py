@@ -151,7 +151,7 @@ class ShardedUpdate(SparseUpdate):
 
     def sum_over_latents(self, count: int) -> int:
         """Return the sum of a count over the processes that split the latents."""
-        return int(self.sae.latents.sum(self.dead.new_tensor([count])))
+        return int(self.sae.latents.sum(self.dead_indices.new_tensor([count])))
 
     def largest(self, centred, width, parts):
         acts, indices = super().largest(centred, min(width, len(self.W_dec)), parts)

@@ -1,1 +1,1 @@
-"""Every speed claim of this project: one file a table, `python -m bench NAME`."""
+"""Every claim of speed or quality: one file per table, `python -m bench NAME`."""

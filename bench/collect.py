@@ -1,14 +1,19 @@
-"""What collecting costs: collect.py's own loop against the bare pipeline call, batch by batch in
-turn.
+"""What collecting costs: collect.py's own loop against the bare pipeline call, in turns.
 
-    python -m bench collect                      # the toy, and two tiny pipelines whose steps take milliseconds
+    python -m bench collect                      # the toy, and two tiny pipelines
     python -m bench collect --rounds 5 --tiny wan zimage
 
-A round is one batch: first the pipeline alone, with the same prompts, seeds and output_type, then
-collect.py's generation, conversion and writing of it, until it asks for the next, without the
-images unless --save_images. They come one after another here, where collect.py writes beside the
-next batch's generation, so that all that it costs is counted. The first round is not. Medians of
-the paired ratios and differences.
+Claim: collecting from the toy is 0.98 times as fast as generating alone; hooks and labels cost half
+a millisecond per step (docs/benchmarks.md; two cores of an AMD EPYC).
+
+A round is one batch. First the pipeline runs alone, with the same prompts, seeds and output_type.
+Then collect.py generates, converts and writes the batch, until it asks for the next one. Images are
+left out unless --save_images is given. collect.py writes while the next batch is generated; here
+one comes after the other, so that all that it costs is counted. The first round is not counted.
+
+    bare /s, collect /s    images per second of either side, by the median time
+    ratio                  median of the ratios of both times, round by round
+    ms a step more         median of the differences, per sampling step
 """
 
 import contextlib
@@ -32,7 +37,10 @@ from hook import HookedDiffusionModel
 
 
 class AtOnce(ThreadPoolExecutor):
-    """Writes before the next batch is generated."""
+    """An executor that has done the work when `submit` returns.
+
+    It makes collect.py write a batch before the next one is generated.
+    """
 
     def submit(self, *arguments):
         future = super().submit(*arguments)
@@ -42,21 +50,26 @@ class AtOnce(ThreadPoolExecutor):
 
 @dataclass
 class Config:
-    rounds: int = 8
-    """Batches of the toy that are counted; the tiny pipelines have five times as many."""
-
+    # data
     tiny: list[str] = field(default_factory=lambda: ["sd15", "sd3"])
-    """Recipes of tests/families.py."""
+    """Measure these tiny pipelines as well; they are recipes of tests/families.py."""
+
+    batch_size: int = 16
+    """Generate this many images of the toy at once. The tiny pipelines generate 2."""
 
     num_inference_steps: int = 20
-    batch_size: int = 16
-    """Of the toy; the tiny pipelines have 2."""
+    """Sample in this many steps."""
 
     save_images: bool = False
-    """With the images: both sides decode them, and collect.py saves them."""
+    """Decode the images on both sides, and let collect.py save them."""
 
+    # measuring
+    rounds: int = 8
+    """Count this many batches of the toy, and five times as many of the tiny pipelines."""
+
+    # hardware
     device: str = "auto"
-    """Auto, cuda, cuda:N, mps, cpu."""
+    """Run on this device: cpu, cuda, cuda:1 or mps. auto takes CUDA, else MPS, else the CPU."""
 
 
 HOOKS = {
@@ -68,7 +81,7 @@ HOOKS = {
 
 
 def measure(cfg, hooked, hook_name, rounds, batch_size, **pipeline_kwargs):
-    """Seconds of each round: (bare, collecting)."""
+    """Return (seconds of the bare pipeline, seconds of collecting) of each counted round."""
     marks, original = [], HookedDiffusionModel.run_with_cache
 
     def run_with_cache(self, hook_names, prompt=None, *, generator, **kwargs):
@@ -115,7 +128,8 @@ def measure(cfg, hooked, hook_name, rounds, batch_size, **pipeline_kwargs):
     ][1:]
 
 
-def main(cfg):
+def main(cfg: Config) -> None:
+    """Print one line per pipeline. Raises UsageError for a recipe that is not in HOOKS."""
     if wrong := [name for name in cfg.tiny if name not in HOOKS]:
         raise UsageError(f"--tiny {wrong[0]}: expected {', '.join(HOOKS)}")
     sys.path.insert(0, str(HERE / "tests"))
@@ -125,7 +139,8 @@ def main(cfg):
     device = resolve_device(cfg.device)
     chip = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
     print(
-        f"{chip}; torch {torch.__version__}, {torch.get_num_threads()} threads; {cfg.num_inference_steps} steps\n"
+        f"{chip}; torch {torch.__version__}, {torch.get_num_threads()} threads; "
+        f"{cfg.num_inference_steps} steps\n"
     )
     print(
         "pipeline  hook name                    batch  bare /s  collect /s  ratio  ms a step more"
@@ -151,5 +166,6 @@ def main(cfg):
         ratio = statistics.median(b / o for b, o in times)
         more = statistics.median(o - b for b, o in times) / cfg.num_inference_steps * 1e3
         print(
-            f"{name:9} {hook_name:28} {batch_size:5}  {bare:7.2f}  {ours:10.2f}  {ratio:5.3f}  {more:14.2f}"
+            f"{name:9} {hook_name:28} {batch_size:5}  {bare:7.2f}  "
+            f"{ours:10.2f}  {ratio:5.3f}  {more:14.2f}"
         )

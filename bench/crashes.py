@@ -1,15 +1,21 @@
-"""What becomes of a collection that is killed, interrupted, or meets a full or damaged disk: a
-table.
+"""What becomes of a collection that is killed, interrupted, or meets a full or damaged disk.
 
-    python -m bench crashes                      # about two minutes; exit status 1 if a row is not as it has to be
+    python -m bench crashes                      # about two minutes
     python -m bench crashes --kills 3 --only kill Ctrl-C
 
-Each row is `collect.py` on the toy (or `--model_name`), 12 prompts in 6 batches, disturbed once,
-then the cause taken away and the same command given again. "Lost" are batches that were safe before
-that and were generated again; "same bytes" is every file of the folder compared with that of an
-undisturbed run. For speed each is a fork of this process, which has imported everything; torchrun
-is real. Full disks are small tmpfs, in a mount namespace of this program's own (`unshare`); a row
-that needs one says so if there is none.
+Claim: no safe batch is lost, and the same command ends with the bytes of an undisturbed run. The
+exit status is 1 if a row shows anything else.
+
+Each row is `collect.py` on the toy (or `--model_name`), with 12 prompts in 6 batches. It is
+disturbed once; then the cause is taken away and the same command is given again.
+
+    lost          batches that were safe before and were generated again
+    same bytes    every file of the folder compared with that of an undisturbed run
+
+The last column has the exit status and the last line of the disturbed command. For speed each run
+is a fork of this process, which has imported everything; torchrun is real. Full disks are small
+tmpfs, in a mount namespace of this program's own (`unshare`). A row that needs one says so if there
+is none.
 """
 
 import json
@@ -36,29 +42,33 @@ from store.collection import read_progress
 from store.disk import read_json
 
 PROMPTS, BATCH = 12, 2
-ARGS = f"--hook_names mid_block --num_inference_steps 2 --batch_size {BATCH} --max_num_examples {PROMPTS} --device cpu".split()
+ARGS = ["--hook_names", "mid_block", "--num_inference_steps", "2", "--batch_size", str(BATCH)]
+ARGS += ["--max_num_examples", str(PROMPTS), "--device", "cpu"]
 
 
 @dataclass
 class Config:
+    # model
+    model_name: str = "toy"
+    """Collect from this diffusers folder. It needs a prompts.csv of at least 12 prompts."""
+
+    # measuring
+    only: list[str] = field(default_factory=list)
+    """Measure only the rows whose first column has one of these words. If not given, all rows are
+    measured."""
+
     kills: int = 20
-    """Random moments of kill -9."""
+    """Kill a collection with -9 at this many random moments."""
 
     flips: int = 5
-    """Flipped bytes of each record, and starts of two at once."""
-
-    only: list[str] = field(default_factory=list)
-    """Rows whose first column has one of these words (none: all)."""
+    """Damage each record in this many places, and start this many pairs at the same moment."""
 
     seed: int = 0
-    """Of the moments."""
-
-    model_name: str = "toy"
-    """A folder; with prompts.csv of at least 12 prompts."""
+    """Choose the moments and the damaged bytes by this seed."""
 
 
 class Run:
-    """`collect.py` in a process of its own; `before` runs in it first."""
+    """One run of `collect.py` in a process of its own; the function `before` runs in it first."""
 
     def __init__(self, folder, before=None):
         self.folder, self.log = folder, tempfile.TemporaryFile()  # noqa: SIM115
@@ -80,7 +90,7 @@ class Run:
             os._exit(status)
 
     def until(self, batches):
-        """Wait until so many are safe."""
+        """Wait until this many batches are safe; return the run."""
         while done(self.folder) < batches:
             if os.waitpid(self.pid, os.WNOHANG)[0]:
                 raise AssertionError(f"ended early: {self.text()}")
@@ -96,23 +106,23 @@ class Run:
         return self.log.read().decode(errors="replace")
 
     def end(self):
-        """Exit status, negative for a signal."""
+        """Wait for the end; return the exit status, -9 for kill -9."""
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
     def seen(self):
-        """Exit status and last line that it printed, once it has ended."""
+        """Wait for the end; return status and last line: "2: collect.py: error: ..."."""
         status = self.end()
         lines = [line for line in re.split(r"[\r\n]+", self.text()) if line.strip()]
         return f"{status}: {lines[-1].replace(f'{self.folder.parent}/', '') if lines else ''}"
 
 
 def done(folder):
-    """Batches that are safe."""
+    """Return the number of batches that are safe on the disk."""
     return len(read_progress(folder / "progress.jsonl"))
 
 
 def contents(folder):
-    """{path below the folder: bytes} of all its files."""
+    """Return {path below the folder: bytes} of all files in it."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
@@ -181,7 +191,7 @@ def kill(table):
 
 
 def kill_one_of_two(table):
-    """Of a real torchrun."""
+    """Kill one of the two processes that a real torchrun started."""
     folder = table.fresh()
     torchrun = [
         sys.executable,
@@ -226,7 +236,7 @@ def mount(folder, size="64m"):
 
 
 def fill(folder, leave=0):
-    """Take all room but so many bytes, rounded up to pages of memory."""
+    """Fill a disk until `leave` bytes are free, rounded up to pages of memory."""
     blocks = shutil.disk_usage(folder).free // 4096 - -(-leave // 4096)
     (folder / "filler").write_bytes(bytes(4096 * blocks))
 
@@ -303,7 +313,7 @@ def truncated_when_finished(table):
 
 
 def flipped_description(table):
-    """Every byte of a .json in turn, read as train.py does: refused, or the same content."""
+    """Flip every byte of a .json in turn: train.py refuses it, or reads the same content."""
     shutil.copytree(table.undisturbed, folder := table.fresh())
     path = folder / "mid_block.json"
     good, expected, refused, same = path.read_bytes(), read_json(path), 0, 0
@@ -353,7 +363,7 @@ def flipped_record(table, name):
 
 
 def torn_progress(table):
-    """The last line at each length that a power cut may leave."""
+    """Cut the last line at lengths that a power cut may leave."""
     process = Run(half := table.fresh()).until(3)
     process.send(signal.SIGKILL)
     process.end()
@@ -390,7 +400,7 @@ def two_at_the_same_moment(table):
     return results
 
 
-def main(cfg):
+def main(cfg: Config) -> None:
     os.environ["OMP_NUM_THREADS"] = (
         "1"  # as torchrun sets it: the last bits of a matrix product depend on the threads
     )
@@ -433,7 +443,8 @@ def main(cfg):
                 table.row(what, lambda case=case: case(table))
             except subprocess.CalledProcessError as error:
                 print(
-                    f"{what:46}    -  skipped     no tmpfs can be mounted: {error.stderr.decode().strip()}",
+                    f"{what:46}    -  skipped     "
+                    f"no tmpfs can be mounted: {error.stderr.decode().strip()}",
                     flush=True,
                 )
         for path in Path(folder).iterdir():

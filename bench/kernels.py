@@ -1,17 +1,24 @@
-"""Each kernel alone, against what one would write in plain torch and against the bytes it cannot do
-without.
+"""Each kernel alone, against plain PyTorch and against the bytes that it cannot do without.
 
     python -m bench kernels                                  # N = 1024, d = 640, M = 10240, k = 32
-    python -m bench kernels --N 4096 --d 1280 --M 20480      # Stable Diffusion 1.5, up_blocks.1.attentions.1
+    python -m bench kernels --N 4096 --d 1280 --M 20480      # of Stable Diffusion 1.5
 
-On a GPU the Triton kernels, elsewhere their torch twins. All take turns, in an order that turns;
-the first three rounds are not counted. `/ ours` is the median of the paired ratios. On a GPU a time
-is that between two events behind a pause in which the host gets ahead, so it holds no launching.
+The table of docs/benchmarks.md was measured on two cores of an AMD EPYC. On a GPU these are the
+Triton kernels, elsewhere their PyTorch versions. All take turns, in an order that rotates; the
+first three rounds are not counted. On a GPU a time lies between two events, behind a pause in which
+the host gets ahead, so that it holds no launching.
 
-`floor` is every number that has to be read or written, once (of W the rows that are used), at the
-speed of a copy of 64 MB (on a GPU 256 MB) in the same rounds. None of these does more than 4 N k d
-operations, 2 or 3 a byte, so bytes are what binds. `of copy` is the kernel's own speed, floor bytes
-over time, against the copy's; above 1 part of them came from a cache.
+    ms p20, p50, p80   percentiles of our time
+    plain p50, / ours  the plain expression's median, and the median of the ratios, round by round
+    floor MB, ms       every number that has to be read or written, once (of W the rows that are
+                       used), and its time at the speed of a copy in the same rounds; the copy has
+                       64 MB, on a GPU 256 MB
+    GB/s               floor bytes over our median time
+    of copy            this speed over the copy's; above 1, a cache held part of the numbers
+    plain              what the plain expression does
+
+None of these kernels does more than 4 N k d operations, 2 or 3 per byte, so the bytes are what
+limits them.
 """
 
 import statistics
@@ -42,35 +49,49 @@ from kernels.decode import gather_dot, gather_sum
 
 @dataclass
 class Config:
+    # data
     N: int = 1024
-    """Vectors."""
+    """Give the kernels this many vectors."""
 
     d: int = 640
-    """Their width."""
+    """Give the vectors this width."""
 
+    # model
     M: int = 10_240
-    """Latents."""
+    """Give the SAE this many latents."""
 
     k: int = 32
-    """Active a vector; keep_largest chooses among four times as many."""
+    """Keep this many latents active per vector. keep_largest chooses among four times as many."""
 
+    # measuring
     rounds: int = 30
-    """That are counted."""
+    """Count this many rounds. More rounds make the medians steadier."""
 
+    # output
     csv: str | None = None
-    """A file to append the rows to."""
+    """Append the rows to this CSV file. If not given, they are only printed."""
 
+    # hardware
     device: str = "auto"
-    """Auto, cuda, cuda:N, mps, cpu."""
+    """Run on this device: cpu, cuda, cuda:1 or mps. auto takes CUDA, else MPS, else the CPU."""
 
 
 class Row(NamedTuple):
+    """One row of the table."""
+
     name: str
     dtype: str
-    bytes: int  # to be read or written
+    bytes: int
+    """What has to be read and written at the least."""
+
     ours: Callable
+    """Runs our kernel."""
+
     plain: Callable | None = None
-    words: str = ""  # what `plain` does
+    """Runs the plain expression; None for the copy."""
+
+    words: str = ""
+    """What the plain expression does."""
 
 
 def plain_decode_error(x, top_acts, top_indices, W_dec, b_dec):
@@ -107,7 +128,8 @@ def plain_sort_pairs(top_indices, M):
     )
 
 
-def make_rows(cfg, device):
+def make_rows(cfg: Config, device: torch.device) -> list[Row]:
+    """Return the rows of the table, all on the same random vectors and weights."""
     N, d, M, k = cfg.N, cfg.d, cfg.M, cfg.k
     g = torch.Generator().manual_seed(0)
     x, W, pre_acts = (
@@ -140,43 +162,85 @@ def make_rows(cfg, device):
     single, half = "float32", "bfloat16"
     return [
         Row("copy", single, 8 * len(source), lambda: target.copy_(source)),
-        Row("topk", single, 4 * N * M + 12 * pairs, lambda: topk(pre_acts, k), lambda: relu_topk(pre_acts), "relu, topk"),
-        Row("topk", half, 2 * N * M + 10 * pairs, lambda: topk(halves, k), lambda: relu_topk(halves), "relu, topk"),
         Row(
-            "decode_error", single, read + vectors + used + 4 * pairs,
-            lambda: decode_error(x, acts, indices, W, b), lambda: plain_decode_error(x, acts, indices, W, b), einsum,
+            "topk",
+            single,
+            4 * N * M + 12 * pairs,
+            lambda: topk(pre_acts, k),
+            lambda: relu_topk(pre_acts),
+            "relu, topk",
+        ),
+        Row(
+            "topk",
+            half,
+            2 * N * M + 10 * pairs,
+            lambda: topk(halves, k),
+            lambda: relu_topk(halves),
+            "relu, topk",
+        ),
+        Row(
+            "decode_error",
+            single,
+            read + vectors + used + 4 * pairs,
+            lambda: decode_error(x, acts, indices, W, b),
+            lambda: plain_decode_error(x, acts, indices, W, b),
+            einsum,
         ),
         Row("gather_sum", single, read + used, lambda: gather_sum(acts, indices, W), sums, einsum),
         Row("gather_dot", single, read + used, lambda: gather_dot(x, indices, W), dots, einsum),
         Row(
-            "sum_by_latent", single, read + matrix + 4 * M,
-            lambda: sum_by_latent(acts, indices, x, M), lambda: plain_sum_by_latent(acts, indices, x, M), index_add,
+            "sum_by_latent",
+            single,
+            read + matrix + 4 * M,
+            lambda: sum_by_latent(acts, indices, x, M),
+            lambda: plain_sum_by_latent(acts, indices, x, M),
+            index_add,
         ),
         Row(
-            "update_rows", single, read + 6 * matrix + matrix // 2 + 12 * M, fused, adam,
+            "update_rows",
+            single,
+            read + 6 * matrix + matrix // 2 + 12 * M,
+            fused,
+            adam,
             index_add + ", Adam(fused), norm, copy",
         ),
         Row(
-            "squared_norm", single, read + 12 * M,
-            lambda: squared_norm(gradient), lambda: made().square().sum(), index_add + ", sum",
+            "squared_norm",
+            single,
+            read + 12 * M,
+            lambda: squared_norm(gradient),
+            lambda: made().square().sum(),
+            index_add + ", sum",
         ),
         Row(
-            "keep_largest", single, 8 * many.numel(),
-            lambda: keep_largest(many, pairs), lambda: plain_keep_largest(many, pairs), "topk, scatter",
+            "keep_largest",
+            single,
+            8 * many.numel(),
+            lambda: keep_largest(many, pairs),
+            lambda: plain_keep_largest(many, pairs),
+            "topk, scatter",
         ),
         Row(
-            "keep_largest", half, 4 * many.numel(),
-            lambda: keep_largest(few, pairs), lambda: plain_keep_largest(few, pairs), "topk, scatter",
+            "keep_largest",
+            half,
+            4 * many.numel(),
+            lambda: keep_largest(few, pairs),
+            lambda: plain_keep_largest(few, pairs),
+            "topk, scatter",
         ),
         Row(
-            "sort_pairs", "int64", 16 * pairs + 8 * M,
-            lambda: sort_pairs(indices, M), lambda: plain_sort_pairs(indices, M), "argsort, bincount, cumsum",
+            "sort_pairs",
+            "int64",
+            16 * pairs + 8 * M,
+            lambda: sort_pairs(indices, M),
+            lambda: plain_sort_pairs(indices, M),
+            "argsort, bincount, cumsum",
         ),
-    ]  # fmt: skip
+    ]
 
 
-def measure(function, device):
-    """Milliseconds."""
+def measure(function: Callable, device: torch.device) -> float:
+    """Return the milliseconds that a function takes on the device."""
     if device.type != "cuda":
         start = time.perf_counter()
         function()
@@ -192,7 +256,7 @@ def measure(function, device):
 
 
 @torch.no_grad()
-def main(cfg):
+def main(cfg: Config) -> None:
     check_positive(cfg, "N", "d", "M", "k", "rounds")
     device = resolve_device(cfg.device)
     if device.type == "cuda":
@@ -214,10 +278,12 @@ def main(cfg):
 
     where, versions, commit = conditions(device)
     print(
-        f"{where}; {versions}; commit {commit}\nN = {cfg.N}, d = {cfg.d}, M = {cfg.M}, k = {cfg.k}; {cfg.rounds} rounds\n"
+        f"{where}; {versions}; commit {commit}\n"
+        f"N = {cfg.N}, d = {cfg.d}, M = {cfg.M}, k = {cfg.k}; {cfg.rounds} rounds\n"
     )
     print(
-        "kernel         dtype      ms p20     p50     p80  plain p50   / ours  floor MB     ms     GB/s  of copy  plain"
+        "kernel         dtype      ms p20     p50     p80"
+        "  plain p50   / ours  floor MB     ms     GB/s  of copy  plain"
     )
     speed = rows[0].bytes / percentile(times[0, "ours"], 0.5)  # of the copy, bytes a ms
     written = []
@@ -239,7 +305,8 @@ def main(cfg):
             add(f"{row.name}.floor", row.dtype, floor)
         line = f"{row.name:14} {row.dtype:10} {p20:6.3f} {p50:7.3f} {p80:7.3f} {plain}"
         print(
-            f"{line} {row.bytes / 1e6:9.1f} {floor:6.3f} {rate / 1e6:8.1f} {rate / speed:8.2f}  {row.words}".rstrip()
+            f"{line} {row.bytes / 1e6:9.1f} {floor:6.3f} {rate / 1e6:8.1f} "
+            f"{rate / speed:8.2f}  {row.words}".rstrip()
         )
     if cfg.csv:
         write_csv(cfg.csv, "kernels", written, (where, versions, commit))

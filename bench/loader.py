@@ -1,16 +1,25 @@
-"""Shuffled vectors a second: ours from a file that fits the buffer and one that does not, the
-ancestor's way, and plain reading.
+"""How fast shuffled vectors are read: ours, the ancestor's way, and plain reading.
 
-    python -m bench loader                       # 1 GB of (samples, 256, 1280) float16, batches of 4096 vectors
-    python -m bench loader --large 8 --buffer_gb 1      # and the memory that training on a file of 8 GB needs
+    python -m bench loader                              # a file of 1 GB, batches of 4096 vectors
+    python -m bench loader --large 8 --buffer_gb 1      # and the memory that reading 8 GB takes
 
-Everything is in the page cache but for two rows, and every row reads all vectors once a round; rows
-take turns, the first round is not counted, medians of the others. `read` is pread of a block into
-one small piece of memory, the best that reading can be and the yardstick; `np.fromfile` reads it
-all into fresh memory, `load` into memory that is there already. The ancestor's way is that of its
-trainer: a shuffled `datasets` table of Array2D in torch format through a DataLoader with 1 worker,
-whole images a batch; other numbers of workers beside it. Batches are looked at, not used. Memory is
-RssAnon, watched while the vectors of a sparse file come (Linux).
+Claim: ours reads 11 times as fast as the ancestor's trainer where the file fits the buffer, and 5.2
+times where it does not (docs/benchmarks.md; two cores of an AMD EPYC, the page cache warm).
+
+Every row reads all vectors once per round. Rows take turns, the first round is not counted, and the
+numbers are medians of the others. Everything is in the page cache, except in the rows
+"from the disk".
+
+    read            pread of a block into one small piece of memory: the best that reading can be
+    np.fromfile     reads the whole file into fresh memory
+    load            reads the whole file into memory that exists already
+    ours            store/dataset.py, from a file that fits the buffer, and from one that does not
+    the ancestor's  universal-diffsae's trainer: a shuffled `datasets` table of Array2D in torch
+                    format through a DataLoader with 1 worker, whole images per batch; other numbers
+                    of workers stand beside it
+
+Batches are looked at, not used. Memory is RssAnon, watched while the vectors of a sparse file come
+(Linux).
 """
 
 import os
@@ -36,36 +45,40 @@ MB = 1 << 20
 
 @dataclass
 class Config:
+    # data
     gb: float = 1.0
-    """Of activations."""
+    """Write and read a file of this many GB."""
 
     tokens: int = 256
-    """Vectors of one image and step."""
+    """Give each image and step this many vectors."""
 
     d: int = 1280
-    """Their width."""
-
-    batch_size: int = 4096
-    """Vectors."""
-
-    rounds: int = 5
-    """That are counted."""
-
-    workers: tuple[int, ...] = (0, 1, 2)
-    """Of the ancestor's DataLoader, each measured; its own default is 1."""
+    """Give the vectors this width."""
 
     large: float | None = None
-    """Also: GB of a sparse file, to see the memory that reading it takes."""
+    """Also read a sparse file of this many GB and print how much memory that takes. If not given,
+    this is left out."""
 
     buffer_gb: float = 1.0
-    """For --large."""
+    """Give the reading of the large file a shuffle buffer of this many GiB."""
 
+    batch_size: int = 4096
+    """Give each batch this many vectors."""
+
+    workers: tuple[int, ...] = (0, 1, 2)
+    """Measure the ancestor's DataLoader with these numbers of workers. Its own default is 1."""
+
+    # measuring
+    rounds: int = 5
+    """Count this many rounds. More rounds make the medians steadier."""
+
+    # output
     folder: str | None = None
-    """For the files (None: the temporary one)."""
+    """Put the files into a folder here. If not given, it is the system's temporary folder."""
 
 
-def read(path, size, block, threads):
-    """Read a file with so many threads, each into a block of its own."""
+def read(path: Path, size: int, block: int, threads: int) -> None:
+    """Read a file of `size` bytes; each thread reads into one block of memory, again and again."""
     fd = os.open(path, os.O_RDONLY)
 
     def some(number):
@@ -78,14 +91,14 @@ def read(path, size, block, threads):
     os.close(fd)
 
 
-def drop(path):
+def drop(path: Path) -> None:
     """Take a file out of the page cache."""
     fd = os.open(path, os.O_RDONLY)
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     os.close(fd)
 
 
-def load(path, memory, threads=2):
+def load(path: Path, memory: memoryview, threads: int = 2) -> None:
     """Read a file into memory as large as it is."""
     fd = os.open(path, os.O_RDONLY)
     cuts = range(0, len(memory), 4 * MB)
@@ -106,8 +119,8 @@ def ancestor(folder, batch_size, workers):
     return DataLoader(data, batch_size=batch_size, num_workers=workers, **more)
 
 
-def shown(batches):
-    """Vectors that came, each batch looked at."""
+def count_vectors(batches) -> int:
+    """Return how many vectors came; the last number of each batch is looked at."""
     count = 0
     for x in batches:
         count += len(x)
@@ -115,29 +128,29 @@ def shown(batches):
     return count
 
 
-def anonymous():
-    """Bytes of memory that are no file's."""
+def anonymous_bytes() -> int:
+    """Return the bytes of this process's memory that belong to no file (Linux)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 
 
 def watch_memory(cfg, folder):
-    """Print the most anonymous memory while the vectors of a sparse file come once."""
+    """Print the peak of anonymous memory while the vectors of a sparse file are read once."""
     path, rows = folder / "large.npy", int(cfg.large * 1e9 / (2 * cfg.tokens * cfg.d))
     array = np.lib.format.open_memmap(path, "w+", np.float16, (rows, 1, cfg.tokens, cfg.d))
     del array
-    data, before, peak, ended = Activations([path]), anonymous(), [0], threading.Event()
+    data, before, peak, ended = Activations([path]), anonymous_bytes(), [0], threading.Event()
 
     def watch():
         while not ended.wait(0.01):
-            peak[0] = max(peak[0], anonymous())
+            peak[0] = max(peak[0], anonymous_bytes())
 
     thread = threading.Thread(target=watch)
     thread.start()
     start = time.perf_counter()
     try:
         batches = data.batches(cfg.batch_size, data.num_training, buffer_gb=cfg.buffer_gb)
-        count = shown(
+        count = count_vectors(
             x
             for x, _ in tqdm(
                 batches, "large", total=data.num_training // cfg.batch_size, leave=False
@@ -152,21 +165,23 @@ def watch_memory(cfg, folder):
         path.stat().st_size / 1e9,
     )
     print(
-        f"\nA sparse file of {gb:.2f} GB, buffer {cfg.buffer_gb:g} GiB: {count:,} vectors in {seconds:.1f} s; anonymous memory"
+        f"\nA sparse file of {gb:.2f} GB, buffer {cfg.buffer_gb:g} GiB: "
+        f"{count:,} vectors in {seconds:.1f} s; anonymous memory"
     )
     print(
-        f"rose from {before / 2**30:.2f} by at most {more:.2f} GiB, {more - cfg.buffer_gb:.2f} more than the buffer"
+        f"rose from {before / 2**30:.2f} by at most {more:.2f} GiB, "
+        f"{more - cfg.buffer_gb:.2f} more than the buffer"
     )
 
 
 def ways_of(cfg, path, folder):
-    """What is measured: {name: function, which returns how many vectors came (None: all)}."""
+    """Return what is measured: {name: function}; it returns the number of vectors, None for all."""
     num_bytes = path.stat().st_size
     data, memory = Activations([path]), memoryview(np.zeros(num_bytes, np.uint8))
     gb = data.num_training * data.d * 2 / 2**30
     ours = lambda times: data.batches(cfg.batch_size, 10**15, buffer_gb=gb / times)
     fits, larger = ours(0.99), ours(4)
-    epoch = lambda batches: shown(
+    epoch = lambda batches: count_vectors(
         next(batches)[0] for _ in range(data.num_training // cfg.batch_size)
     )
     ways = {
@@ -200,14 +215,14 @@ def ways_of(cfg, path, folder):
         )
     for n in cfg.workers:
         loader = ancestor(folder / "rows", max(1, cfg.batch_size // cfg.tokens), n)
-        ways[f"the ancestor's, {n} workers"] = lambda loader=loader: shown(
+        ways[f"the ancestor's, {n} workers"] = lambda loader=loader: count_vectors(
             b["activations"].view(-1, cfg.d) for b in loader
         )
     return ways
 
 
-def measure(ways, num_vectors, rounds):
-    """Vectors a second of each way: the medians of rounds in which they take turns."""
+def measure(ways: dict, num_vectors: int, rounds: int) -> dict[str, float]:
+    """Return the vectors per second of each way: medians of rounds in which they take turns."""
     times = {name: [] for name in ways}
     for number in tqdm(range(1 + rounds), "rounds", leave=False):
         for name, way in ways.items():
@@ -218,7 +233,8 @@ def measure(ways, num_vectors, rounds):
     return {name: 1 / statistics.median(each) for name, each in times.items()}
 
 
-def main(cfg):
+def main(cfg: Config) -> None:
+    """Print the table, and with --large the memory that reading a large file takes."""
     check_positive(cfg, "tokens", "d", "batch_size", "rounds")
     where, versions, commit = conditions(torch.device("cpu"))
     dataset.HELD_OUT.update(at_least=0, share=1e-9)  # a single image is not trained on
@@ -243,7 +259,8 @@ def main(cfg):
         print(f"{'':38}{'vectors/s':>12}{'GB/s':>8}{'of the best read':>18}{'of the ancestor':>17}")
         for name, rate in rates.items():
             print(
-                f"{name:38}{rate:12,.0f}{rate * 2 * cfg.d / 1e9:8.2f}{rate / best:18.2f}{rate / theirs:17.1f}"
+                f"{name:38}{rate:12,.0f}{rate * 2 * cfg.d / 1e9:8.2f}"
+                f"{rate / best:18.2f}{rate / theirs:17.1f}"
             )
         if cfg.large:
             watch_memory(cfg, folder)

@@ -1,21 +1,29 @@
-"""Do heat maps lie on what is drawn? Their intersection over union with the object of the toy's
-pictures.
+"""Do heat maps lie on what is drawn? Their intersection over union with the toy's objects.
 
-    python -m bench maps                                # the newest SAE, on toy activations that it was trained on
+    python -m bench maps                                # the newest SAE in saes/
     python -m bench maps --sae saes/a saes/b
 
-A map of features.py (mean activation over the steps) fires where it is at least a quarter of its
-peak. The object is where the picture differs from its background, the median of its border, by more
-than 40 of 255. A feature's images take turns: half of them choose features, the other half score
-them, beside the same maps with their cells shuffled. Two choices:
+Needs SAEs that were trained on activations of the toy's own prompts, with their images. It takes
+less than a minute per SAE on two CPU cores.
 
-    fit       the eight features that fit the object best, whatever they are of
+A heat map is that of features.py, the mean activation over the steps. It fires where it has at
+least a quarter of its peak. The object is where the image differs by more than 40 of 255 from its
+background, the median of its border. One half of a feature's images chooses features; the other
+half scores them. Two choices are printed:
+
+    fit       the eight features that fit the object best, whatever they mean
     object    for each object, of the features most of whose images show it, the one that fits best
+
+    IoU         mean and standard deviation, over the chosen features, of intersection over union
+    shuffled    the same with the cells of each map in random order: what chance gives
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
 
 import features
@@ -25,92 +33,147 @@ from errors import UsageError
 from sae import Sae, newest_sae
 from store.identity import activations_of
 
+BACKGROUND_TOLERANCE = 40  # of 255; the distance of two colours
+NUM_BEST_FITTING = 8
+
 
 @dataclass
 class Config:
+    # model
     sae: list[str] = field(default_factory=list)
-    """Folders of SAEs of toy activations (none: the newest in saes/)."""
+    """Score the SAEs in these folders. If not given, it is the newest one in saes/."""
 
+    # data
     top_images: int = 16
-    """Of a feature; those with fewer are left out."""
+    """Use this many images per feature. Features with fewer are left out."""
 
     share: float = 0.9
-    """Of a feature's images that show an object, if it is of that object."""
+    """Call a feature one of an object if this fraction of its images shows the object."""
 
     at: float = 0.25
-    """Of a map's peak, where it counts as firing."""
+    """Count a cell of a map as firing from this fraction of the map's peak on."""
 
+    # hardware
     device: str = "auto"
-    """Auto, cuda, cuda:N, mps, cpu."""
+    """Run on this device: cpu, cuda, cuda:1 or mps. auto takes CUDA, else MPS, else the CPU."""
 
 
-def drawn(picture):
-    """Where a picture (H, W, 3) of 0 to 255 shows its object: bool (H, W)."""
-    picture = np.asarray(picture, float)
-    border = np.concatenate([picture[0], picture[-1], picture[:, 0], picture[:, -1]])
-    return np.linalg.norm(picture - np.median(border, 0), axis=2) > 40
+class Fit(NamedTuple):
+    """How well the maps of one feature lie on the objects."""
+
+    choosing: float
+    """Mean overlap on the images with an even number, which choose."""
+
+    scoring: float
+    """Mean overlap on the images with an odd number."""
+
+    shuffled: float
+    """As `scoring`, with the cells of each map shuffled."""
+
+    object_name: str | None
+    """The object that nearly all of its images show; None if there is no such object."""
 
 
-def overlap(cells, mask, at=0.25):
-    """Intersection over union of a map (h, w), where it is at least `at` of its peak, with a mask
-    (H, W)."""
-    grown = Image.fromarray(cells.astype(np.float32)).resize(
-        mask.shape[::-1], Image.Resampling.BILINEAR
-    )
-    fired = np.asarray(grown) >= at * np.max(grown)
-    return (fired & mask).sum() / (fired | mask).sum()
+def drawn(image: np.ndarray | Image.Image) -> np.ndarray:
+    """Return where an image (H, W, 3) of 0 to 255 shows its object: bool (H, W)."""
+    pixels = np.asarray(image, float)
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    background = np.median(border, 0)
+    return np.linalg.norm(pixels - background, axis=2) > BACKGROUND_TOLERANCE
 
 
-def main(cfg):
+def overlap(cells: np.ndarray, mask: np.ndarray, at: float = 0.25) -> float:
+    """Return the intersection over union of a heat map (h, w) and a mask, bool (H, W).
+
+    The map is enlarged to the mask's size, and fires where it has at least `at` of its peak.
+    """
+    height, width = mask.shape
+    image = Image.fromarray(cells.astype(np.float32))
+    enlarged = image.resize((width, height), Image.Resampling.BILINEAR)
+    fires = np.asarray(enlarged) >= at * np.max(enlarged)
+    return (fires & mask).sum() / (fires | mask).sum()
+
+
+def main(cfg: Config) -> None:
+    """Print both choices for each SAE. Raises UsageError for activations of other prompts."""
     check_positive(cfg, "top_images")
-    device, rng = resolve_device(cfg.device), np.random.default_rng(0)
-    where, versions, commit = conditions(device)
-    print(f"{where}; {versions}; commit {commit}")
+    device = resolve_device(cfg.device)
+    rng = np.random.default_rng(0)
+    print(conditions(device))
     for path in cfg.sae or [str(newest_sae())]:
-        # 1. The maps, and the objects in their pictures
-        sae = Sae.load_from_disk(path, device)
-        activations = activations_of(sae, path)
-        (file,) = activations.sources
-        if not file.prompt_rows or "object" not in file.prompt_rows[0]:
-            raise UsageError(f"{file.path}: expected activations of the toy's own prompts")
-        grid = features.map_grid(file, 16)
-        found = features.scan(sae, activations, [grid], cfg.top_images, 4096)
-        examples = features.list_examples(activations)
-        shown = sorted(set(found.examples[found.examples >= 0].tolist()))
-        masks = {e: drawn(Image.open(examples[e].image).convert("RGB")) for e in shown}
+        measure_sae(path, cfg, device, rng)
 
-        # 2. Each feature's fit, in two halves of its images, and what most of them show
-        fits = []  # (fit in the half that chooses, in the other, there with shuffled maps, object or None)
-        for examples, maps in zip(found.examples.tolist(), found.maps.numpy()):
-            if min(examples) < 0:
-                continue
-            each = [
-                overlap(m[: np.prod(grid.shape)].reshape(grid.shape), masks[e], cfg.at)
-                for m, e in zip(maps, examples)
-            ]
-            mixed = [
-                rng.permutation(m[: np.prod(grid.shape)]).reshape(grid.shape) for m in maps[1::2]
-            ]
-            mixed = [overlap(m, masks[e], cfg.at) for m, e in zip(mixed, examples[1::2])]
-            objects = [file.prompt_rows[e]["object"] for e in examples]
-            most = max(set(objects), key=objects.count)
-            told = most if objects.count(most) >= cfg.share * len(objects) else None
-            fits.append((np.mean(each[::2]), np.mean(each[1::2]), np.mean(mixed), told))
 
-        # 3. The two choices
-        fits.sort(key=lambda fit: -fit[0])
-        print(
-            f"\n{sae.cfg['hook_name']}: {len(fits)} features with {cfg.top_images} images, of {len(shown)} pictures"
-        )
-        best = {}
-        for fit in fits:
-            best.setdefault(fit[3], fit)
-        best.pop(None, None)
-        for name, chosen in (("fit", fits[:8]), ("object", list(best.values()))):
-            if chosen:
-                _, fit, mixed = np.mean([f[:3] for f in chosen], 0)
-                spread = np.std([f[1] for f in chosen])
-                print(
-                    f"{name:8} {len(chosen)} features: IoU {fit:.3f} ± {spread:.3f}, shuffled {mixed:.3f}",
-                    flush=True,
-                )
+def measure_sae(
+    path: str | Path, cfg: Config, device: torch.device, rng: np.random.Generator
+) -> None:
+    """Print both choices for one SAE; `rng` shuffles the cells of its maps."""
+    # 1. The maps, and the objects in their images
+    sae = Sae.load_from_disk(path, device)
+    activations = activations_of(sae, path)
+    [file] = activations.sources
+    if not file.prompt_rows or "object" not in file.prompt_rows[0]:
+        raise UsageError(f"{file.path}: expected activations of the toy's own prompts")
+    grid = features.map_grid(file, 16)
+    scan = features.scan(sae, activations, [grid], cfg.top_images, 4096)
+    examples = features.list_examples(activations)
+    used = sorted(set(scan.examples[scan.examples >= 0].tolist()))
+    masks = {e: drawn(Image.open(examples[e].image).convert("RGB")) for e in used}
+
+    # 2. Each feature's fit; features with too few images have -1 among their examples
+    num_cells = np.prod(grid.shape)
+    fits = []
+    for numbers, maps in zip(scan.examples.tolist(), scan.maps.numpy()):
+        if min(numbers) < 0:
+            continue
+        cells = [each[:num_cells].reshape(grid.shape) for each in maps]
+        objects = [file.prompt_rows[e]["object"] for e in numbers]
+        fits.append(measure_fit(cells, [masks[e] for e in numbers], objects, cfg, rng))
+
+    # 3. The two choices
+    print(
+        f"\n{sae.cfg['hook_name']}: {len(fits)} features with {cfg.top_images} images, "
+        f"of {len(used)} images in all"
+    )
+    fits.sort(key=lambda fit: -fit.choosing)
+    best_of_object = {}
+    for fit in fits:
+        if fit.object_name is not None:
+            best_of_object.setdefault(fit.object_name, fit)
+    print_choice("fit", fits[:NUM_BEST_FITTING])
+    print_choice("object", list(best_of_object.values()))
+
+
+def measure_fit(
+    cells: list[np.ndarray],
+    masks: list[np.ndarray],
+    objects: list[str],
+    cfg: Config,
+    rng: np.random.Generator,
+) -> Fit:
+    """Return the fit of one feature, from the map, mask and object of each of its images."""
+    overlaps = [overlap(each, mask, cfg.at) for each, mask in zip(cells, masks)]
+    shuffled = []
+    for each, mask in zip(cells[1::2], masks[1::2]):
+        mixed = rng.permutation(each.flatten()).reshape(each.shape)
+        shuffled.append(overlap(mixed, mask, cfg.at))
+
+    most_frequent = max(set(objects), key=objects.count)
+    object_name = None
+    if objects.count(most_frequent) >= cfg.share * len(objects):
+        object_name = most_frequent
+    return Fit(np.mean(overlaps[::2]), np.mean(overlaps[1::2]), np.mean(shuffled), object_name)
+
+
+def print_choice(name: str, fits: list[Fit]) -> None:
+    """Print the mean overlap of the chosen features, and what shuffled maps have."""
+    if not fits:
+        return
+    scores = [fit.scoring for fit in fits]
+    mean = np.mean(scores)
+    spread = np.std(scores)
+    shuffled = np.mean([fit.shuffled for fit in fits])
+    print(
+        f"{name:8} {len(fits)} features: IoU {mean:.3f} ± {spread:.3f}, shuffled {shuffled:.3f}",
+        flush=True,
+    )

@@ -1,18 +1,30 @@
-"""Compile every configuration that the launchers can choose, without a GPU, and print what each
-takes of one.
+"""What each kernel takes of a GPU: registers, spilled bytes and shared memory, without a GPU.
 
-    python -m bench registers                       # registers, stack (spilled bytes) and shared memory on four architectures
+    python -m bench registers                       # four architectures, a few minutes
+    python -m bench registers --archs 80 --widths 640
 
-sm_75 (Colab's T4) is compiled for fp16, which it has, the others for bf16; the step itself is
-float32 but for the product.
+Claim: every configuration that the launchers can choose compiles without a spill for sm_75, sm_80,
+sm_90 and sm_100. The exit status is 1 if one spills. No hardware is measured, so the numbers are
+the same on every machine with the same version of Triton.
+
+sm_75 (Colab's T4) is compiled for fp16, which it has, the others for bf16. The step itself is
+float32, except for the product.
+
+    arch      compute capability
+    blocks    the kernel's compile-time constants, and the 16-bit type if it takes one
+    regs      registers per thread
+    stack     bytes per thread that did not fit into registers
+    shared    bytes of shared memory per program
 """
 
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -21,134 +33,169 @@ from triton.compiler import ASTSource
 import kernels  # noqa: F401  loads the modules below
 from errors import UsageError
 
-ADAM, DECODE, GRAD, THRESHOLD, TOPK = (
-    sys.modules[f"kernels.{n}"] for n in ("adam", "decode", "grad", "batch_topk", "topk")
-)
-WIDTHS = (
-    8,
-    16,
-    32,
-    64,
-    128,
-    256,
-    320,
-    640,
-    1280,
-    2560,
-    4096,
-)  # of d, with every power of two among their blocks
+# kernels/__init__ has functions with the names of some of its modules, so `from kernels import
+# topk` would be the function
+ADAM = sys.modules["kernels.adam"]
+DECODE = sys.modules["kernels.decode"]
+GRAD = sys.modules["kernels.grad"]
+THRESHOLD = sys.modules["kernels.batch_topk"]
+TOPK = sys.modules["kernels.topk"]
+
+# d of the vectors; with every power of two among their blocks
+WIDTHS = (8, 16, 32, 64, 128, 256, 320, 640, 1280, 2560, 4096)
+NUM_LATENTS = (16, 64, 256, 1024, 2048, 1 << 20)
+
+FLOATS = "*fp32"  # pointer to float32, as Triton spells types
+INDICES = "*i64"
+NUMBER = "i32"
 
 
 @dataclass
 class Config:
     archs: tuple[int, ...] = (75, 80, 90, 100)
-    """Compute capabilities, ten times."""
+    """Compile for these compute capabilities, times ten: 80 is an A100, 90 an H100."""
 
     widths: tuple[int, ...] = WIDTHS
-    """Of the vectors."""
+    """Compile for vectors of these widths."""
 
 
-def configurations(half, widths):
-    """(kernel, {argument: type}, constants, num_warps) of all that can be launched."""
-    f, i, n = "*fp32", "*i64", "i32"
-    pairs = dict(weights=f, vectors=i, ends=i, x=f, dense_at=i, dense=f)
-    for dtype in ("*fp32", half):
-        for M in (16, 64, 256, 1024, 2048, 1 << 20):
-            yield (
-                TOPK.topk_kernel,
-                dict(pre_acts=dtype, top_acts=dtype, top_indices=i, M=n, k=n),
-                TOPK.topk_blocks(M),
-            )
-        digits, step = 2 if dtype == half else 4, dict(acts=dtype, table=i, n=n, count=n)
-        for digit in range(digits):
-            yield (
-                THRESHOLD.histogram_kernel,
-                step,
-                THRESHOLD.KEEP | dict(STEP=digit, SHIFT=8 * (digits - 1 - digit)),
-            )
-        yield (
-            THRESHOLD.count_kernel,
-            step | dict(equals="*i32", least=dtype),
-            THRESHOLD.KEEP | dict(STEP=digits),
-        )
-        yield (
-            THRESHOLD.keep_kernel,
-            dict(acts=dtype, found=i, ends=i, kept=dtype, n=n),
-            THRESHOLD.KEEP,
-        )
+class Configuration(NamedTuple):
+    """One way in which a kernel can be launched."""
+
+    kernel: Any
+    """The function that @triton.jit decorates."""
+
+    types: dict[str, str]
+    """{argument: its type}, such as {"x": "*fp32", "n": "i32"}."""
+
+    blocks: dict[str, Any]
+    """The compile-time constants, and num_warps where it is not 4."""
+
+
+def configurations(half: str, widths: tuple[int, ...]) -> Iterator[Configuration]:
+    """Yield every configuration that can be launched; `half` is the 16-bit type of pointers."""
+    for dtype in (FLOATS, half):
+        yield from selection_kernels(dtype, half)
     for d in widths:
-        gather = dict(top_indices=i, W=f, out=f, d=n, k=n)
-        yield (
-            DECODE.gather_sum_kernel,
-            dict(weights=f, **gather),
-            DECODE.GATHER_SUM | dict(BLOCK_D=DECODE.blocks_of(d, 256)),
-        )
-        yield (
-            DECODE.gather_dot_kernel,
-            dict(x=f, **gather),
-            DECODE.GATHER_DOT | dict(BLOCK_D=DECODE.blocks_of(d, 128)),
-        )
-        fused = dict(x=f, top_acts=f, top_indices=i, W=f, b=f, e=f, d_acts=f, d=n, k=n)
-        yield DECODE.decode_error_kernel, fused, DECODE.decode_error_blocks(d)
-        summed = dict(weights=f, order=i, ends=i, x=f, dW=f, db=f, d=n, k=n)
-        yield GRAD.sum_kernel, summed, dict(BLOCK_P=8, BLOCK_D=DECODE.blocks_of(d, 256))
-        for dense in (False, True):
-            blocks = ADAM.row_blocks(d) | dict(DENSE=dense)
-            yield ADAM.squared_norm_kernel, dict(**pairs, out=f, d=n), blocks
-            yield ADAM.make_kernel, dict(**pairs, out=f, d=n), blocks
-            for unit, copy in ((False, False), (True, False), (False, True)):
-                state = dict(
-                    W=f, exp_avg=f, exp_avg_sq=f, copy=half if copy else f, along=f, hyper=f
-                )
-                rest = dict(d=n, beta1="fp32", beta2="fp32", eps="fp32")
-                yield (
-                    ADAM.update_kernel,
-                    dict(**state, **pairs, **rest),
-                    blocks | dict(UNIT=unit, COPY=copy),
-                )
+        yield from decoder_kernels(d)
+        yield from update_kernels(d, half)
 
 
-def resources(cubin):
-    """(registers, stack, shared) of a compiled kernel."""
+def selection_kernels(dtype: str, half: str) -> Iterator[Configuration]:
+    """The kernels that choose the largest activations, per vector and per batch."""
+    types = {"pre_acts": dtype, "top_acts": dtype, "top_indices": INDICES, "M": NUMBER, "k": NUMBER}
+    for M in NUM_LATENTS:
+        yield Configuration(TOPK.topk_kernel, types, TOPK.topk_blocks(M))
+
+    num_digits = 2 if dtype == half else 4  # bytes of a number, each a digit of the radix select
+    types = {"acts": dtype, "table": INDICES, "n": NUMBER, "count": NUMBER}
+    for digit in range(num_digits):
+        constants = {"STEP": digit, "SHIFT": 8 * (num_digits - 1 - digit)}
+        yield Configuration(THRESHOLD.histogram_kernel, types, THRESHOLD.KEEP | constants)
+
+    types = types | {"equals": "*i32", "least": dtype}
+    yield Configuration(THRESHOLD.count_kernel, types, THRESHOLD.KEEP | {"STEP": num_digits})
+
+    types = {"acts": dtype, "found": INDICES, "ends": INDICES, "kept": dtype, "n": NUMBER}
+    yield Configuration(THRESHOLD.keep_kernel, types, THRESHOLD.KEEP)
+
+
+def decoder_kernels(d: int) -> Iterator[Configuration]:
+    """The kernels that gather and sum rows of the decoder, for vectors of width d."""
+    gather = {"top_indices": INDICES, "W": FLOATS, "out": FLOATS, "d": NUMBER, "k": NUMBER}
+    blocks = DECODE.GATHER_SUM | {"BLOCK_D": DECODE.block_of_columns(d, 256)}
+    yield Configuration(DECODE.gather_sum_kernel, {"weights": FLOATS, **gather}, blocks)
+
+    blocks = DECODE.GATHER_DOT | {"BLOCK_D": DECODE.block_of_columns(d, 128)}
+    yield Configuration(DECODE.gather_dot_kernel, {"x": FLOATS, **gather}, blocks)
+
+    types = dict.fromkeys(("x", "top_acts", "W", "b", "e", "d_acts"), FLOATS)
+    types |= {"top_indices": INDICES, "d": NUMBER, "k": NUMBER}
+    yield Configuration(DECODE.decode_error_kernel, types, DECODE.decode_error_blocks(d))
+
+    types = dict.fromkeys(("weights", "x", "dW", "db"), FLOATS)
+    types |= {"order": INDICES, "ends": INDICES, "d": NUMBER, "k": NUMBER}
+    blocks = {"BLOCK_P": 8, "BLOCK_D": DECODE.block_of_columns(d, 256)}
+    yield Configuration(GRAD.sum_kernel, types, blocks)
+
+
+def update_kernels(d: int, half: str) -> Iterator[Configuration]:
+    """The kernels of the sparse gradient and of Adam, for rows of width d."""
+    gradient = dict.fromkeys(("weights", "x", "dense"), FLOATS)
+    gradient |= dict.fromkeys(("vectors", "ends", "dense_at"), INDICES)
+    state = dict.fromkeys(("W", "exp_avg", "exp_avg_sq", "along", "hyper"), FLOATS)
+    rates = {"d": NUMBER, "beta1": "fp32", "beta2": "fp32", "eps": "fp32"}
+
+    for dense in (False, True):
+        blocks = ADAM.row_blocks(d) | {"DENSE": dense}
+        types = {**gradient, "out": FLOATS, "d": NUMBER}
+        yield Configuration(ADAM.squared_norm_kernel, types, blocks)
+        yield Configuration(ADAM.make_kernel, types, blocks)
+        for unit, copy in ((False, False), (True, False), (False, True)):
+            types = {**state, "copy": half if copy else FLOATS, **gradient, **rates}
+            yield Configuration(ADAM.update_kernel, types, blocks | {"UNIT": unit, "COPY": copy})
+
+
+def compile_for(arch: int, configuration: Configuration) -> Any:
+    """Return the compiled kernel for a compute capability, times ten."""
+    kernel, types, blocks = configuration
+    constants = {}
+    for name, value in blocks.items():
+        if name != "num_warps":
+            constants[(kernel.arg_names.index(name),)] = value
+    source = ASTSource(kernel, signature_of(configuration), constants)
+    options = {"num_warps": blocks.get("num_warps", 4)}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def signature_of(configuration: Configuration) -> dict[str, str]:
+    """Return {argument: type} in the kernel's order; compile-time constants are "constexpr"."""
+    kernel, types, _ = configuration
+    return {name: types.get(name, "constexpr") for name in kernel.arg_names}
+
+
+def read_resources(cubin: bytes) -> tuple[int, int]:
+    """Return (registers, bytes of stack) of a compiled kernel, by NVIDIA's cuobjdump."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
-        f.write(cubin)
-        f.flush()
-        text = subprocess.run(
-            [tool, "--dump-resource-usage", f.name], capture_output=True, text=True, check=True
-        ).stdout
-    return tuple(int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "SHARED"))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [tool, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers = re.search(r"REG:(\d+)", text)
+    stack = re.search(r"STACK:(\d+)", text)
+    return int(registers[1]), int(stack[1])
 
 
-def main(cfg):
+def main(cfg: Config) -> None:
+    """Print one line per configuration; exit with status 1 if one has a stack."""
     if not hasattr(TOPK.topk_kernel, "cache_key"):
         raise UsageError("Triton runs in its interpreter; unset TRITON_INTERPRET")
     print(f"triton {triton.__version__}\n")
     print(f"{'arch':7} {'kernel':22} {'blocks':64}  regs stack shared")
-    seen, spilled = set(), 0
+
+    seen = set()
+    num_spilled = 0
     for arch in cfg.archs:
-        for kernel, types, blocks in configurations("*fp16" if arch < 80 else "*bf16", cfg.widths):
-            constants = {name: value for name, value in blocks.items() if name != "num_warps"}
-            signature = {n: types.get(n, "constexpr") for n in kernel.arg_names}
-            key = (arch, kernel.__name__, str(signature), str(blocks))
+        half = "*fp16" if arch < 80 else "*bf16"
+        for configuration in configurations(half, cfg.widths):
+            kernel, types, blocks = configuration
+            key = (arch, kernel.__name__, str(signature_of(configuration)), str(blocks))
             if key in seen:
-                continue
+                continue  # widths that share their blocks
             seen.add(key)
-            warps = blocks.get("num_warps", 4)
-            source = ASTSource(
-                kernel, signature, {(kernel.arg_names.index(n),): v for n, v in constants.items()}
+
+            compiled = compile_for(arch, configuration)
+            registers, stack = read_resources(compiled.asm["cubin"])
+            if stack > 0:
+                num_spilled += 1
+            constants = " ".join(f"{name}={int(value)}" for name, value in blocks.items())
+            type_name = half.strip("*") if half in types.values() else ""
+            print(
+                f"sm_{arch:<4} {kernel.__name__:22} {constants + ' ' + type_name:64} "
+                f"{registers:5} {stack:5} {compiled.metadata.shared:6}"
             )
-            compiled = triton.compile(
-                source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps}
-            )
-            registers, stack, _ = resources(compiled.asm["cubin"])
-            spilled += stack > 0
-            named = " ".join(f"{n}={int(v)}" for n, v in blocks.items())
-            kinds = "/".join(
-                sorted({t for t in types.values() if t in ("*fp16", "*bf16")})
-            ).replace("*", "")
-            line = f"sm_{arch:<4} {kernel.__name__:22} {named + ' ' + kinds:64}"
-            print(f"{line} {registers:5} {stack:5} {compiled.metadata.shared:6}")
-    print(f"\n{len(seen)} configurations, {spilled} with a stack")
-    if spilled:
+
+    print(f"\n{len(seen)} configurations, {num_spilled} with a stack")
+    if num_spilled > 0:
         raise SystemExit(1)

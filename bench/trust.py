@@ -1,5 +1,4 @@
-"""Are the recorded rows, times and edits those that hooks written by hand see? Schedulers x prompts
-x guidance, bit for bit.
+"""Are recorded rows, times and edits those that hooks written by hand see? Bit for bit.
 
     python -m bench trust                            # all, two to three minutes on a CPU
     python -m bench trust --schedulers DDIM Heun     # some of them
@@ -91,14 +90,15 @@ GUIDANCE = ["0", "1", "7.5", "ramp", "negative"]
 
 @dataclass
 class Config:
+    # data
     schedulers: list[str] = field(default_factory=lambda: list(SCHEDULERS))
-    """Names of the table's rows."""
+    """Compare with these schedulers, the rows of the first table."""
 
     guidance: list[str] = field(default_factory=lambda: list(GUIDANCE))
-    """Names of its columns."""
+    """Compare with these kinds of guidance, the columns of the first table."""
 
     families: list[str] = field(default_factory=lambda: list(FAMILIES))
-    """Transformers, in a table of their own."""
+    """Compare with these tiny transformers, the rows of the second table."""
 
 
 class BothPasses(StableDiffusionPipeline):

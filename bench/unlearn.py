@@ -1,26 +1,32 @@
-"""Unlearning concepts of the toy, and how well it goes: the protocol of UnlearnCanvas, judged by
-the toy's own classifier.
+"""How well concepts of the toy are unlearned, by UnlearnCanvas's protocol and the toy's classifier.
 
-    python -m bench unlearn --sae saes/a saes/b --report            # every concept, against four baselines
+    python -m bench unlearn --sae saes/a saes/b --report        # every concept, every method
     python -m bench unlearn --sae saes/a --unlearn star
 
-    UA    unlearning accuracy: share of the pictures whose prompt has the concept that are not classified as it
-    IRA   in-domain retain accuracy: of the other prompts, share whose picture shows the right value of the same domain
-    CRA   cross-domain retain accuracy: of all prompts, share whose picture shows the right value of the other domain
+    UA    unlearning accuracy: of the prompts with the concept, the fraction of images in which the
+          classifier does not see it
+    IRA   in-domain retain accuracy: of the other prompts, the fraction of images that show the
+          right value of the same domain
+    CRA   cross-domain retain accuracy: of all prompts, the fraction of images that show the right
+          value of the other domain
 
-A concept is one of 8 objects or 6 styles; the other domain of an object is the style. Prompts are
-those of toy/prompts.csv that the SAE's activations are not of, `per_cell` of each object and style
-in either half: settings are chosen on one half, for each concept by the mean of the three (ties by
-the sum over its domain) on the prompts with it and `others` without, and the other half is
-reported, all of it, with seeds of its own.
+A concept is one of 8 objects or 6 styles; the other domain of an object is the style. Prompts come
+from toy/prompts.csv, without those of the SAE's training activations. There are two halves, each
+with `per_cell` prompts of each object and style. On one half the settings are chosen: for each
+concept by the mean of the three numbers (ties by the sum over its domain), on the prompts with the
+concept and on `others` prompts without it. The other half is reported, all of it, with seeds of its
+own. These methods are compared:
 
     none             the model as it is
-    features         ours: the concept's features (contrast), conditional rows, x + delta: their activations times a number, or
-                     what they add is put along the direction of the nearest, 2nd or 3rd nearest other value (edits.redirect)
-    saeuron          arXiv 2501.18052: each step's own features by their score; where one is above its mean over the domain's
-                     values it is multiplied by a negative number times its mean on the concept; both halves of the guidance
+    features         ours: the concept's features (contrast), conditional rows, x + delta. Their
+                     activations are multiplied by a number, or what they add is put along the
+                     direction of the nearest, 2nd or 3rd nearest other value (edits.redirect)
+    saeuron          arXiv 2501.18052: each step has its own features, by their score. One that is
+                     above its mean over the domain's values is multiplied by a negative number
+                     times its mean on the concept. Both halves of the guidance are edited
     negative_prompt  the word, for the unconditional rows
-    mean_direction   of the same module, s times what x has more than the other prompts' mean along the difference of means
+    mean_direction   at the same module, s times what x has more than the other prompts' mean along
+                     the difference of means is subtracted
 
 Writes <out_dir>/<concept>/unlearn.json; the same command resumes where it stopped. SAeUron's code
 adds x_hat - x for the error where its text keeps x - x_hat; here the error is kept. Sources:
@@ -31,6 +37,7 @@ import hashlib
 import itertools
 import json
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -54,29 +61,35 @@ from store.identity import activations_of, origin
 from store.prompts import load_prompts
 from toy.concepts import CONCEPTS, Classifier, to_model
 
-DOMAINS = {"object": "style", "style": "object"}  # and the other, of which CRA is
-PAIRS = lambda first, second, numbers: [{first: a, second: b} for a, b in numbers]
-GRIDS = {  # the settings that are tried, as many of each method
+DOMAINS = {"object": "style", "style": "object"}  # {domain: the other one, which CRA measures}
+
+
+def pairs(first: str, second: str, values: Iterable[tuple]) -> list[dict]:
+    """Return settings of two names: ("s", "n", [(1, 2)]) gives [{"s": 1, "n": 2}]."""
+    return [{first: a, second: b} for a, b in values]
+
+
+GRIDS = {  # {method: {domain: settings to try}}; every method gets the same number
     "features": {
-        "object": PAIRS(
+        "object": pairs(
             "count", "multiply", [(2, -4), (4, -2), (4, -4), (8, -1), (8, -2), (16, -2)]
         ),
-        "style": PAIRS("count", "toward", [(64, 0), (16, 0), (64, 1), (16, 1), (64, 2)])
+        "style": pairs("count", "toward", [(64, 0), (16, 0), (64, 1), (16, 1), (64, 2)])
         + [{"count": 4, "multiply": -1}],
     },
     "saeuron": dict.fromkeys(
-        DOMAINS, PAIRS("count", "multiply", itertools.product((1, 2), (-1, -5, -20)))
+        DOMAINS, pairs("count", "multiply", itertools.product((1, 2), (-1, -5, -20)))
     ),
     "negative_prompt": dict.fromkeys(
         DOMAINS,
-        PAIRS(
+        pairs(
             "text",
             "guidance_scale",
             itertools.product(("{}", "a picture of a {}"), (5.0, 7.5, 10.0)),
         ),
     ),
     "mean_direction": dict.fromkeys(
-        DOMAINS, PAIRS("s", "rows", itertools.product((1, 2, 4), ("cond", "both")))
+        DOMAINS, pairs("s", "rows", itertools.product((1, 2, 4), ("cond", "both")))
     ),
 }
 
@@ -86,33 +99,43 @@ BATCH = 48  # prompts generated together
 
 @dataclass
 class Config:
+    # model
     sae: list[str] = field(default_factory=list)
-    """Their folders, each at a hook point of its own (none: the newest in saes/)."""
-
-    unlearn: str = "all"
-    """An object or style of the toy, or all."""
-
-    report: bool = False
-    """Also SAeUron, a negative prompt and removing the mean direction."""
-
-    per_cell: int = 1
-    """Prompts of each object and style, in either half."""
+    """Unlearn with the SAEs in these folders, each at a hook point of its own. If not given, it is
+    the newest one in saes/."""
 
     model_name: str | None = None
-    """None: the model that the activations are of."""
+    """Load this diffusers folder. If not given, it is the model that made the activations."""
 
+    # what to unlearn
+    unlearn: str = "all"
+    """Unlearn this object or style of the toy, or all of them one after another."""
+
+    report: bool = False
+    """Measure the other methods as well: SAeUron, a negative prompt, the mean direction."""
+
+    # data
+    per_cell: int = 1
+    """Use this many prompts of each object and style to choose, and as many to report. Raise it for
+    numbers that are less noisy."""
+
+    # generation
     num_inference_steps: int = 10
+    """Sample in this many steps."""
+
     guidance_scale: float | None = None
-    """None: that of the activations."""
+    """Use this scale of classifier-free guidance. If not given, it is that of the activations."""
 
     pipeline_kwargs: str = "{}"
-    """JSON object: anything else that the pipeline takes."""
+    """Pass these arguments to the pipeline as well: a JSON object, such as '{"eta": 1.0}'."""
 
+    # output
     out_dir: str = "unlearn"
-    """In which each concept gets a folder."""
+    """Write into this folder, in which each concept gets a folder of its own."""
 
+    # hardware
     device: str = "auto"
-    """Auto, cuda, cuda:N, mps, cpu."""
+    """Run on this device: cpu, cuda, cuda:1 or mps. auto takes CUDA, else MPS, else the CPU."""
 
 
 @dataclass
@@ -127,17 +150,19 @@ class Domain:
     times: torch.Tensor  # (S,): timesteps
     labels: list  # of each picture, its value of the domain
 
-    def there(self, value):
+    def there(self, value: str) -> torch.Tensor:
+        """Return which images show the value: bool (P,)."""
         return torch.tensor([label == value for label in self.labels])
 
-    def nearest(self, value):
-        """The other values, the one with the most similar mean scores first."""
+    def nearest(self, value: str) -> list[str]:
+        """Return the other values, the one with the most similar mean scores first."""
         mean = {v: self.scores[self.there(v)].mean((0, 1)) for v in sorted(set(self.labels))}
         return sorted(
             mean.keys() - {value}, key=lambda v: (float((mean[v] - mean[value]).norm()), v)
         )
 
-    def step(self, timestep):
+    def step(self, timestep: float) -> int:
+        """Return the index of the step whose timestep is nearest."""
         return int((self.times - timestep).abs().argmin())
 
 
@@ -159,7 +184,8 @@ def domains_of(saes, values):
             or any(name not in row for name in values for row in rows)
         ):
             raise UsageError(
-                f"{path}: unlearning needs --rows cond of generated pictures, with prompts of toy/prompts.csv"
+                f"{path}: unlearning needs --rows cond of generated pictures, "
+                "with prompts of toy/prompts.csv"
             )
         scores, chosen = image_scores(sae, activations)
         vectors = (activations.read_image(i).float().numpy() for i in chosen)
@@ -170,7 +196,8 @@ def domains_of(saes, values):
                 value for value in values[name] if value not in labels or set(labels) == {value}
             ]:
                 raise UsageError(
-                    f"{path}: {absent[0]} is shown by {'all' if absent[0] in labels else 'none'} of its pictures"
+                    f"{path}: {absent[0]} is shown by {'all' if absent[0] in labels else 'none'} "
+                    "of its pictures"
                 )
             domain = Domain(
                 name, sae, hook_point, scores, means, torch.tensor(activations.timesteps), labels
@@ -184,8 +211,11 @@ def domains_of(saes, values):
 
 
 def split_prompts(rows, used, per_cell, seed=0):
-    """Two halves of prompts, `per_cell` of each object and style in either, none of which is in
-    `used`: (choice, report)."""
+    """Return two halves of prompts, (choice, report), without the prompts in `used`.
+
+    Each half has `per_cell` prompts of each object and style. Raises UsageError if too few are
+    left.
+    """
     halves, order = ([], []), np.random.default_rng(seed).permutation(len(rows))
     cells = {}
     for row in (rows[i] for i in order):
@@ -193,7 +223,8 @@ def split_prompts(rows, used, per_cell, seed=0):
             cells.setdefault((row["object"], row["style"]), []).append(row)
     if short := [cell for cell, found in sorted(cells.items()) if len(found) < 2 * per_cell]:
         raise UsageError(
-            f"--per_cell {per_cell}: only {len(cells[short[0]])} prompts are left of {' '.join(short[0])}"
+            f"--per_cell {per_cell}: only {len(cells[short[0]])} prompts are left "
+            f"of {' '.join(short[0])}"
         )
     for _, found in sorted(cells.items()):
         for half, some in zip(halves, (found[:per_cell], found[-per_cell:])):
@@ -202,7 +233,10 @@ def split_prompts(rows, used, per_cell, seed=0):
 
 
 def method(name, setting, domain, value):
-    """What a method does with a setting: (change or None, rows, pipeline options)."""
+    """Return what a method does with a setting: (change or None, rows, pipeline options).
+
+    change(x, timestep) is added to x at the domain's hook point; rows is "cond" or "both".
+    """
     there, sae, stream = domain.there(value), domain.sae, domain.hook_point.stream
     if name == "features":
         features, _ = find_features(domain.scores, there, "contrast", setting["count"])
@@ -257,7 +291,8 @@ def method(name, setting, domain, value):
 
 
 def generate(hooked, prompts, seeds, options, domain=None, change=None, rows="cond", extra=None):
-    """Images (P, 3, H, W) in [0, 1] of prompts, with the change at the domain's hook point."""
+    """Return images (P, 3, H, W) in [0, 1] of prompts, made with the change at the domain's hook
+    point."""
     extra = dict(extra or {})
     text = extra.pop("text", None)
     negative_prompts = None if text is None else [text] * len(prompts)
@@ -286,20 +321,22 @@ def judge(seen, rows, name, value):
     }
 
 
-def mean(record):
+def mean(record: dict[str, float]) -> float:
+    """Return the mean of UA, IRA and CRA."""
     return (record["UA"] + record["IRA"] + record["CRA"]) / 3
 
 
 def unlearn(
     hooked, look, domains, values, halves, options, done, save, others=12, methods=tuple(GRIDS)
 ):
-    """The whole table: for each concept and method, {"chosen": setting, "UA", "IRA", "CRA"} on the
-    second half.
+    """Return the whole table: {method: {concept: {"chosen": setting, "UA", "IRA", "CRA"}}}.
+
+    The numbers are those of the second half.
 
     look(pictures) -> [{"object", "style", ...}] names what they show. values: {domain: [concepts]}.
     halves: of `split_prompts`. others: prompts without the concept that a setting is tried on, a
-    seeded choice of the first half. done: {key: record} of what was measured before, gone on with;
-    save() after each. Returns {method: {concept: record}}.
+    seeded choice of the first half. done: {key: record} of what was measured before, which
+    is not measured again; save() is called after each new record.
     """
     (choice, report), table = halves, {"none": {}, **{name: {} for name in methods}}
     seeds = {id(row): i for i, row in enumerate((*choice, *report))}
@@ -359,8 +396,9 @@ def unlearn(
     return table
 
 
-def summary(records):
-    """Mean and standard deviation over concepts: {"UA": (mean, std), "IRA", "CRA", "mean"}."""
+def summary(records: list[dict[str, float]]) -> dict[str, tuple[float, float]]:
+    """Return the mean and standard deviation over concepts: {"UA": (mean, std), "IRA": ..., "CRA":
+    ..., "mean": ...}."""
     columns = {key: [record[key] for record in records] for key in ("UA", "IRA", "CRA")}
     columns["mean"] = [mean(record) for record in records]
     return {
@@ -446,7 +484,8 @@ def main(cfg: Config) -> list[Path]:
     model = Path(find_model(model_name))
     if not (model / "classifier.safetensors").exists():
         raise UsageError(
-            f"{model} has no classifier that could judge its pictures; this benchmark is for the toy"
+            f"{model} has no classifier that could judge its pictures; "
+            "this benchmark is for the toy"
         )
 
     # 2. The model, and a folder that holds nothing else
@@ -491,8 +530,9 @@ def main(cfg: Config) -> list[Path]:
     report["pictures"] = sum(record["pictures"] for record in done.values())
     report["summary"] = summarize(values, report["table"])
     save()
-    count = f"{report['pictures']} pictures in {arguments['num_inference_steps']} steps, {report['seconds']} s"
     print(
-        f"\n{count}; on {len(halves[1])} prompts that chose nothing; settings, prompts and seeds in {path}"
+        f"\n{report['pictures']} pictures in {arguments['num_inference_steps']} steps, "
+        f"{report['seconds']} s; on {len(halves[1])} prompts that chose nothing; "
+        f"settings, prompts and seeds in {path}"
     )
     return [path]

@@ -29,8 +29,10 @@ class Edit:
     """An edit of some rows' tokens of one stream, for `HookedDiffusionModel.run_with_hooks`."""
 
     fn: Callable
-    """fn(x) gets the tokens (prompts, tokens, d) of what a module returns, text padded with zeros.
-    It returns those that take their place, of the same shape, or None to leave them."""
+    """fn(x) gets a copy of the tokens (prompts, tokens, d) of what a module returns, text padded
+    with zeros. It returns those that take their place, of the same shape. It may also change x in
+    place and return None, as `def fn(x): x.zero_()` does. Where it returns None and x is as it was,
+    nothing is edited."""
 
     rows: str = "cond"
     """cond, uncond or all: which rows of classifier-free guidance. For all, `fn` is called for each
@@ -48,7 +50,8 @@ class Edit:
     def __post_init__(self) -> None:
         check_choice("rows", self.rows, ("cond", "uncond", "all"))
         check_choice("stream", self.stream, STREAMS)
-        if self.steps is not None and not hasattr(self.steps, "__contains__"):
+        is_text = isinstance(self.steps, str)  # in which "1" would be contained, but never 1
+        if self.steps is not None and (is_text or not hasattr(self.steps, "__contains__")):
             raise UsageError(f"steps: expected a range or a list, got {self.steps!r}")
 
     @property
@@ -76,12 +79,17 @@ class Edit:
         return roles is None or self.rows == "all" or self.rows in roles
 
     def edited(self, hook_name: str, tokens: list[Tensor]) -> Tensor | None:
-        """Return what `fn` makes of the tokens, one tensor for each side.
+        """Return what `fn` makes of the tokens, given as one tensor for each side.
 
-        Raises UsageError where it returns something else than None or tokens of the same shape.
+        Return None where it returns None and has not changed its first argument in place. Raises
+        UsageError where it returns something else than None or tokens of the same shape.
         """
         expected = tuple(tokens[0].shape)
-        new = self.fn(*(x.clone() for x in tokens))
+        copies = [x.clone() for x in tokens]
+        new = self.fn(*copies)
+        # NaN differs from itself, and is put back as it was
+        if new is None and not torch.equal(copies[0], tokens[0]):
+            new = copies[0]
         if new is None:
             return None
         if not torch.is_tensor(new) or tuple(new.shape) != expected:

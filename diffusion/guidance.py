@@ -22,7 +22,8 @@ step 0 only the guidance is compared: if it favours another chunk than number 1,
 
 If the prompts can't be changed, as in a loop of the user's own, only the guidance tells. The scheduler
 gets `model_output` = 5 cond - 4 uncond. Least squares over the chunks of the denoiser's output gives
-the weights [-4, 5] back (`guidance_weights`). Chunk 0 is subtracted, so chunk 1 is conditional. At a
+the weights [-4, 5] back (`guidance_weights`), also if the loop has added a multiple of the sample, as
+one that predicts the clean image does. Chunk 0 is subtracted, so chunk 1 is conditional. At a
 guidance scale of 0 or 1 one weight is 0, and nothing is subtracted. Then the chunk whose embeddings
 differ between the two prompts is conditional. With a single prompt the step tells nothing: a later
 step has to, and all steps that tell must agree. A network that left nothing in the model output is
@@ -36,6 +37,7 @@ import torch
 from torch import Tensor
 
 from diffusion.forward import Forward
+from diffusion.schedulers import number
 from diffusion.signatures import tensors
 from errors import UsageError
 
@@ -157,21 +159,23 @@ class RoleFinder:
     _last: dict[Pattern, dict[str, ChunkConditioning]] = field(default_factory=dict, init=False)
     """For each pattern the conditioning of each role's first chunk, in the pattern's last step."""
 
-    def label(self, forwards: list[Forward], model_output: Tensor, R: int) -> None:
+    def label(
+        self, forwards: list[Forward], model_output: Tensor, R: int, sample: Tensor | None = None
+    ) -> None:
         """Set the `roles` of the forwards of a complete step, if this or an earlier step tells them.
 
-        R: rows of one chunk. Raises UsageError if the step contradicts an earlier one, and if its
-        rows can't be chunks of R.
+        R: rows of one chunk. sample: what is stepped. Raises UsageError if the step contradicts an
+        earlier one, and if its rows can't be chunks of R.
         """
         pattern = pattern_of(forwards, R)
         if pattern not in self._met or pattern not in self.memory.sure:
-            told = find_roles(forwards, model_output, R, self.order, self.passes)
+            told = find_roles(forwards, model_output, R, self.order, self.passes, sample)
             self._learn(pattern, told)
         self._met.add(pattern)
 
         roles = self.known.get(pattern)
         if roles is None:
-            self._wait(pattern, forwards, model_output, R)
+            self._wait(pattern, forwards, model_output, R, sample)
             return
         for step in self.undecided.pop(pattern, []):
             set_roles(step, roles)
@@ -206,12 +210,17 @@ class RoleFinder:
                 )
 
     def _wait(
-        self, pattern: Pattern, forwards: list[Forward], model_output: Tensor, R: int
+        self,
+        pattern: Pattern,
+        forwards: list[Forward],
+        model_output: Tensor,
+        R: int,
+        sample: Tensor | None,
     ) -> None:
         """Put a step among the undecided ones: case 5 above."""
         self.undecided.setdefault(pattern, []).append(forwards)
         if self._all_alike.get(pattern, True):
-            self._all_alike[pattern] = are_alike(chunks_of(forwards, model_output, R))
+            self._all_alike[pattern] = are_alike(chunks_of(forwards, model_output, R, sample))
 
     def _check_exchange(self, pattern: Pattern, forwards: list[Forward], R: int) -> None:
         """Raise UsageError if the conditional chunk has what was the unconditional chunk's
@@ -241,13 +250,23 @@ class RoleFinder:
         for pattern in list(self.undecided):
             if self._all_alike[pattern]:
                 self._label_alike(pattern)
-        if self.undecided:
+        if not self.undecided:
+            return
+        first = next(iter(self.undecided.values()))[0]
+        if self.known and len(first) > 1:
+            rows = " and ".join(str(forward.rows) for forward in first)
             raise UsageError(
-                "can't tell conditional from unconditional rows: the prompts of this sampling can't "
-                "be changed to see what depends on them, and in no step the guidance scale was above "
-                "1 with two different predictions (it was between 0 and 1, or is the last layer "
-                f"still zero?): {SAY_ORDER}"
+                "can't tell conditional from unconditional rows: before the scheduler made step "
+                f"{first[0].index}, the denoiser was called on {rows} rows, unlike in the steps that "
+                "tell which are which; make calls that are no part of the sampling, such as a warm-up "
+                "or another pipeline's, outside of the cache"
             )
+        raise UsageError(
+            "can't tell conditional from unconditional rows: the prompts of this sampling can't "
+            "be changed to see what depends on them, and in no step the guidance scale was above 1 "
+            "with two different predictions (it was between 0 and 1, or is the last layer still zero, "
+            f"or was the denoiser called outside of the steps?): {SAY_ORDER}"
+        )
 
     def _label_alike(self, pattern: Pattern) -> None:
         """Call the first chunk unconditional, the last one conditional and those between "other".
@@ -356,6 +375,7 @@ def find_roles(
     R: int,
     order: tuple[str, ...] | None = None,
     passes: list[Pass] | None = None,
+    sample: Tensor | None = None,
 ) -> StepRoles:
     """Return which rows of one step's forwards are conditional, as far as this step tells.
 
@@ -369,15 +389,15 @@ def find_roles(
        changed and guidance favours none of them, nothing is told).
     5. The guidance of this step (not sure).
 
-    R: rows of one chunk. Raises UsageError if the rows are no multiple of R, or if there are not as
-    many chunks as `order` names.
+    R: rows of one chunk. sample: what the scheduler steps, see `guidance_weights`. Raises
+    UsageError if the rows are no multiple of R, or if there are not as many chunks as `order` names.
     """
     if order is None:
         by_context = [role_of_context(forward, R) for forward in forwards]
         if None not in by_context:
             return StepRoles([[role] for role in by_context], None, is_sure=True)
 
-    all_chunks = chunks_of(forwards, model_output, R)
+    all_chunks = chunks_of(forwards, model_output, R, sample)
     used = used_denoisers(all_chunks, {forward.denoiser for forward in forwards})
     if not used:
         return StepRoles(None, None, is_sure=False)
@@ -430,7 +450,9 @@ def roles_of_chunks(
     return roles_by_guidance(chunks, favoured), False
 
 
-def chunks_of(forwards: list[Forward], model_output: Tensor, R: int) -> list[Chunk]:
+def chunks_of(
+    forwards: list[Forward], model_output: Tensor, R: int, sample: Tensor | None = None
+) -> list[Chunk]:
     """Return all chunks of a step, with their weights in its model output.
 
     The weights stay 0 and uncertain for a single chunk, and if a forward returned no tensor.
@@ -442,11 +464,12 @@ def chunks_of(forwards: list[Forward], model_output: Tensor, R: int) -> list[Chu
     if len(chunks) < 2 or any(chunk.forward.output is None for chunk in chunks):
         return chunks
 
-    weights, certain = guidance_weights([chunk.output for chunk in chunks], model_output)
-    weighted = []
+    outputs = [chunk.output for chunk in chunks]
+    weights, certain = guidance_weights(outputs, model_output, sample)
+    with_weights = []
     for chunk, weight, is_certain in zip(chunks, weights, certain):
-        weighted.append(replace(chunk, weight=weight, certain=is_certain))
-    return weighted
+        with_weights.append(replace(chunk, weight=weight, certain=is_certain))
+    return with_weights
 
 
 class GuidanceWeights(NamedTuple):
@@ -460,7 +483,9 @@ class GuidanceWeights(NamedTuple):
     can: they share their weight."""
 
 
-def guidance_weights(chunks: list[Tensor], model_output: Tensor) -> GuidanceWeights:
+def guidance_weights(
+    chunks: list[Tensor], model_output: Tensor, sample: Tensor | None = None
+) -> GuidanceWeights:
     """Fit `model_output = sum_i weights[i] * chunks[i]` by least squares, in float64.
 
     chunks: (R, ...) each; model_output: (R, ...). For chunks u and c and the model output 5c - 4u
@@ -468,6 +493,10 @@ def guidance_weights(chunks: list[Tensor], model_output: Tensor) -> GuidanceWeig
     uncertain. If any number is not finite, all weights are 0 and uncertain: an edit may have made a
     prediction overflow. What a chunk has beyond the model output's shape, such as a learned variance
     or the tokens of a reference image, is left out.
+
+    sample: what the scheduler steps, (R, ...). The model output may also hold any multiple of each of
+    its rows: a loop may turn the guided noise g into the clean image (sample - 0.6 g) / 0.8. Since a
+    sample resembles the noise in it, the chunks alone would be fitted to it with any signs.
     """
     target = model_output.detach().cpu().double()
     columns = torch.zeros(len(chunks), target.numel(), dtype=torch.float64)
@@ -479,12 +508,43 @@ def guidance_weights(chunks: list[Tensor], model_output: Tensor) -> GuidanceWeig
     if not (target.isfinite().all() and columns.isfinite().all()):
         return GuidanceWeights([0.0] * len(chunks), [False] * len(chunks))
 
-    sizes = columns.norm(dim=1).clamp_min(1e-300)
-    A = (columns / sizes[:, None]).T
-    inverse = torch.linalg.pinv(A, rtol=1e-6)
+    sizes = columns.norm(dim=1, keepdim=True).clamp_min(1e-300)
+    columns = columns / sizes
+    fit = fit_weights(columns, target.flatten())
+    if torch.is_tensor(sample):
+        x = cropped(sample.detach().cpu().double(), target.shape)
+        if x is not None and x.isfinite().all():
+            rest = without(columns.view(len(columns), *target.shape), x).flatten(1)
+            beside_sample = fit_weights(rest, without(target, x).flatten())
+            # a prediction may be a multiple of the sample, as that of an untrained network is
+            if all(beside_sample.certain):
+                fit = beside_sample
+    weights = torch.tensor(fit.weights, dtype=torch.float64) / sizes.flatten()
+    return GuidanceWeights(weights.tolist(), fit.certain)
+
+
+def fit_weights(columns: Tensor, target: Tensor) -> GuidanceWeights:
+    """Fit `target = weights @ columns`, for columns (n, N) of norm 1 or less and a target (N,).
+
+    Differences between columns of less than 1e-6 are rounding errors.
+    """
+    A = columns.T
+    inverse = torch.linalg.pinv(A, atol=1e-6, rtol=1e-6)
     certain = (inverse @ A).diagonal() > 1 - 1e-6
-    weights = inverse @ target.flatten() / sizes
+    weights = inverse @ target
     return GuidanceWeights(weights.tolist(), certain.tolist())
+
+
+def without(x: Tensor, sample: Tensor) -> Tensor:
+    """Return x (..., R, ...) less what each row has along the same row of `sample` (R, ...).
+
+    For the rows [[3, 4]] and the sample [[1, 0]] it is [[0, 4]].
+    """
+    direction = sample.reshape(len(sample), -1)
+    direction = direction / direction.norm(dim=1, keepdim=True).clamp_min(1e-300)
+    rows = x.reshape(-1, *direction.shape)
+    along = (rows * direction).sum(-1, keepdim=True)
+    return (rows - along * direction).view(x.shape)
 
 
 def cropped(x: Tensor, shape: torch.Size) -> Tensor | None:
@@ -618,10 +678,11 @@ def roles_by_guidance(chunks: list[Chunk], favoured: Chunk | None) -> dict[Chunk
 def favoured_by_guidance(
     chunks: list[Chunk], candidates: list[Chunk] | None = None
 ) -> Chunk | None:
-    """Return the one candidate that guidance does not subtract while it subtracts others.
+    """Return the one candidate that guidance adds while it subtracts others.
 
     It is None if guidance subtracts none, or if several candidates are left. Candidates whose
-    conditioning varies from row to row come first. With weights [-4, 5] it is chunk 1.
+    conditioning varies from row to row come first. With weights [-4, 5] it is chunk 1, and with
+    [0, -4, 5] chunk 2: a call that only warms up the denoiser has no weight.
 
     The guidance scale is assumed to be above 0. A scale of -2 gives the weights [3, -2], which are
     also those of scale 3 with the two passes exchanged, so there only `order` can tell.
@@ -629,7 +690,9 @@ def favoured_by_guidance(
     less = subtracted(chunks)
     if not less:
         return None
-    left = [chunk for chunk in candidates or chunks if chunk not in less]
+    left = [chunk for chunk in weighted(chunks) if chunk not in less]
+    if candidates is not None:
+        left = [chunk for chunk in left if chunk in candidates]
     varying = [chunk for chunk in left if chunk.varies]
     if varying:
         left = varying
@@ -639,12 +702,26 @@ def favoured_by_guidance(
 def subtracted(chunks: list[Chunk]) -> list[Chunk]:
     """Return the chunks whose weight has the opposite sign of the sum of all weights.
 
-    There are none if any weight is uncertain. With weights [-4, 5] it is chunk 0.
+    There are none if any weight is uncertain, or if the sum is 0 up to rounding. With weights
+    [-4, 5] it is chunk 0. So it is with [-0.004, 0.005]: a loop may scale its prediction by the
+    noise, of which little is left at the end.
     """
     if not all(chunk.certain for chunk in chunks):
         return []
     total = sum(chunk.weight for chunk in chunks)
-    return [chunk for chunk in chunks if chunk.weight * total < -1e-3]
+    largest = max(abs(chunk.weight) for chunk in chunks)
+    if abs(total) < 1e-3 * largest:
+        return []
+    return [chunk for chunk in chunks if chunk.weight * total < -1e-3 * total**2]
+
+
+def weighted(chunks: list[Chunk]) -> list[Chunk]:
+    """Return the chunks whose weight is at least a thousandth of the sum of all weights.
+
+    With weights [0, -4, 5] these are chunks 1 and 2.
+    """
+    total = sum(chunk.weight for chunk in chunks)
+    return [chunk for chunk in chunks if abs(chunk.weight) >= 1e-3 * abs(total)]
 
 
 def find_unconditional(chunks: list[Chunk], cond: Chunk) -> Chunk | None:
@@ -652,12 +729,22 @@ def find_unconditional(chunks: list[Chunk], cond: Chunk) -> Chunk | None:
     none.
 
     A chunk with the conditional one's conditioning is a perturbed pass, if the two predictions
-    differ. Among several others the unconditional one is the `smallest`.
+    differ. A chunk without weight and with another sample or time is no pass of this step, but
+    a call that warms up the denoiser, for example. Among several others the unconditional one is
+    the `smallest`.
     """
     rest = [chunk for chunk in chunks if chunk is not cond]
     if all(chunk.certain for chunk in chunks):
         rest = [chunk for chunk in rest if not same(chunk.conditioning, cond.conditioning)]
+        with_weight = weighted(chunks)
+        rest = [chunk for chunk in rest if chunk in with_weight or same_input(chunk, cond)]
     return smallest(rest)
+
+
+def same_input(a: Chunk, b: Chunk) -> bool:
+    """Whether two chunks have the same sample and the same time."""
+    same_time = number(a.forward.time) == number(b.forward.time)
+    return same_time and same(a.forward.sample[a.rows], b.forward.sample[b.rows])
 
 
 def smallest(chunks: list[Chunk]) -> Chunk | None:

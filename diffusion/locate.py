@@ -128,7 +128,8 @@ def locate(runs: Runs, forward: Forward, place: Place) -> Layout | NotHookable:
             shape = tuple(plain.shape)
             reason = f"its {side} mixes the {forward.rows} rows of the batch; the shape is {shape}"
         elif mask.any(1).all():
-            return layout_of(runs, forward, place, index, plain, mask)
+            by_text = plain.tokens != in_each_run[-1].tokens
+            return layout_of(runs, forward, place, index, plain, mask, by_text)
     return NotHookable(reason)
 
 
@@ -151,36 +152,47 @@ def mask_of(stream: str, plain: Seen, upper: Seen, lower: Seen, text: Seen) -> T
 
 
 def layout_of(
-    runs: Runs, forward: Forward, place: Place, index: int, seen: Seen, mask: Tensor
+    runs: Runs,
+    forward: Forward,
+    place: Place,
+    index: int,
+    seen: Seen,
+    mask: Tensor,
+    by_text: Tensor,
 ) -> Layout | NotHookable:
     """Return the Layout of the tokens in `mask`, bool (rows, tokens), of a module's tensor number
     `index`.
 
     The tokens from the first to the last in the mask are taken. For a row [0, 0, 1, 1, 1] the start
-    is 2 and the count 3.
+    is 2 and the count 3. by_text: which tokens change with the text embeddings, bool (rows, tokens).
     """
     side, hook_name, stream = place
     starts = mask.int().argmax(1).tolist()
     ends = (mask.shape[1] - mask.flip(1).int().argmax(1)).tolist()
     counts = [end - start for start, end in zip(starts, ends)]
 
+    # Some signs are only believed if a grid fits: gaps between the tokens, attention that is not
+    # local, and tokens that change with both image and text. These may be image tokens with text
+    # in their modulation. But where tokens mix otherwise than by attention, as in linear attention
+    # or a mean over all of them, text tokens change with the image too.
+    has_gaps = counts != mask.sum(1).tolist()
+    text_may_mix_in = runs.has_text and not runs.attention_is_local
     grid = None
     if stream == "image":
-        if len(set(counts)) > 1:
+        text_may_mix_in = text_may_mix_in or bool((mask & by_text).any())
+        if len(set(counts)) == 1:
+            module = runs.plain.modules[side, hook_name]
+            grid = image_grid(runs.plain, forward, module, seen, counts[0])
+        elif not text_may_mix_in:
             return NotHookable(
                 f"its {side} has different numbers of image tokens in different rows: "
                 f"{min(counts)} to {max(counts)}"
             )
-        module = runs.plain.modules[side, hook_name]
-        grid = image_grid(runs.plain, forward, module, seen, counts[0])
-
-    # gaps between the tokens, or attention that is not local, are only believed if a grid fits
-    has_gaps = counts != mask.sum(1).tolist()
-    text_may_mix_in = runs.has_text and not runs.attention_is_local
     if grid is None and (has_gaps or text_may_mix_in):
         return NotHookable(
-            "image and text tokens can't be told apart; use the attention of PyTorch "
-            "(scaled_dot_product_attention)"
+            f"image and text tokens can't be told apart: from the first to the last of its {stream} "
+            f"tokens there are {max(counts)}, on no grid of the sample; tokens may meet in the "
+            "attention of PyTorch (scaled_dot_product_attention) and nowhere else"
         )
 
     grid = (max(counts),) if grid is None else tuple(grid)
@@ -207,7 +219,8 @@ def image_grid(
     """Return the grid of `count` image tokens, such as (16, 16) for 256; None if none fits.
 
     It is the tensor's own if that is a map, otherwise that of a map that a module around it took,
-    otherwise that of the patches of the sample. A grid of a single frame is returned without it.
+    otherwise that of the patches of the sample, otherwise that of a tensor (rows, d, T) with the
+    width on its second axis, as a wave has. A grid of a single frame is returned without it.
     """
     has_heads = seen.form.startswith("heads")
     if len(seen.shape) > 3 and seen.form in ("map", "tokens"):
@@ -220,6 +233,8 @@ def image_grid(
     grid = fitting[0] if fitting else None
     if not grid:
         grid = sample_grid(count, forward, getattr(run.root, "config", None))
+    if not grid and seen.form == "map" and seen.shape[2:].numel() == count:
+        grid = tuple(seen.shape[2:])
     if grid and len(grid) == 3 and grid[0] == 1:
         return grid[1:]
     return grid

@@ -277,6 +277,13 @@ def infer_decoding(decoded: Callable[[Tensor], Tensor], size: int) -> Decoding |
     return Decoding(order, scale, zeros)
 
 
+def relative_error(back: Tensor, z: Tensor) -> float:
+    """Return |back - z| / |z| number by number, infinity where there are not as many numbers."""
+    if back.numel() != z.numel():
+        return math.inf
+    return (back.flatten(1) - z.flatten(1)).norm().item() / z.norm().item()
+
+
 # ------------------------------------------------------------------------------ in a pipeline
 
 
@@ -284,27 +291,21 @@ class RealImages:
     """Puts real images in the place of what a pipeline samples.
 
     model: a HookedDiffusionModel whose pipeline has a VAE. prompt, options: of any generation with
-    it, as short as possible. width, height: of the images, in pixels; None for the pipeline's own
-    size, which is square.
+    it, as short as possible. `width` and `height` are the images' size in pixels: those of the
+    options, or else the size that the pipeline decodes to.
 
     This costs two calls of the denoiser, once for all images: the first noise says how latents are
     packed into a sample, and only then known latents can be packed and sent through the pipeline.
-    One call would do if the packing were read and used inside one step of the scheduler. The check
-    of the size and the second try, with more steps, would have to run inside that step too, and one
-    call is little beside a collection.
+    One call would do if the packing were read and used inside one step of the scheduler. The second
+    try, with more steps, would have to run inside that step too, and one call is little beside a
+    collection.
 
-    Raises UsageError for a pipeline without a VAE or a scheduler that adds noise, and where its
-    sample is no rearrangement of the VAE's latents.
+    Raises UsageError for a pipeline without a VAE or a scheduler that adds noise, where its sample
+    is no rearrangement of the VAE's latents, and where it decodes another shape than that of the
+    images' latents, such as several frames.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        prompt: str,
-        options: dict,
-        width: int | None = None,
-        height: int | None = None,
-    ):
+    def __init__(self, model: Any, prompt: str, options: dict):
         self.model = model
         self.vae = getattr(model.pipe, "vae", None)
         self.pipeline_name = type(model.pipe).__name__
@@ -324,26 +325,29 @@ class RealImages:
                 "latents, so images can't be put in"
             )
 
-        # 2. The size of the images: as many latents as the pipeline samples
+        # 2. The way from a sample to the VAE's latents
+        self.decoding: Decoding | None = None  # the usual one
         latents_of_64 = encode(self.vae, torch.zeros(1, 3, 64, 64)).shape  # of 64 x 64 pixels
-        channels = latents_of_64[1]
-        pixels_per_latent = 64 // latents_of_64[-1]
-        side = math.isqrt(size // channels) * pixels_per_latent
-        self.width = width or side
-        self.height = height or side
-        grid = (self.height // pixels_per_latent, self.width // pixels_per_latent)
-        num_latents = math.prod(grid) * channels
-        if num_latents != size:
+        decoded = partial(self._decoded, prompt, options, sample.device)
+        shape = self._find_decoding(latents_of_64[1], decoded)
+        if shape is None:
             raise UsageError(
-                f"--images: an image of {self.width} x {self.height} has {num_latents} latents, "
-                f"and {self.pipeline_name} samples {size}: give --width and --height, and for "
-                """video --pipeline_kwargs '{"num_frames": 1}'"""
+                f"--images: what {self.pipeline_name} gives its VAE is no rearrangement of its "
+                "sample, so images can't be put in"
             )
 
-        # 3. The way from a sample to the VAE's latents
-        self.decoding: Decoding | None = None  # the usual one
-        decoded = partial(self._decoded, prompt, options, sample.device)
-        self._find_decoding((*latents_of_64[1:-2], *grid), decoded)
+        # 3. The size of the images: that whose latents have the shape that the VAE gets
+        pixels_per_latent = 64 // latents_of_64[-1]
+        self.width = options.get("width") or shape[-1] * pixels_per_latent
+        self.height = options.get("height") or shape[-2] * pixels_per_latent
+        of_image = encode(self.vae, torch.zeros(1, 3, self.height, self.width)).shape[1:]
+        if of_image != shape:
+            raise UsageError(
+                f"--images: an image of {self.width} x {self.height} has latents of shape "
+                f"{tuple(of_image)}, and {self.pipeline_name} gives its VAE {tuple(shape)}: give "
+                "another --width and --height, and for video "
+                """--pipeline_kwargs '{"num_frames": 1}'"""
+            )
 
     def _check_pipeline(self) -> None:
         """Raise UsageError without a VAE that encodes images, or a scheduler that can be used."""
@@ -359,32 +363,39 @@ class RealImages:
                 "choose another"
             )
 
-    def _find_decoding(self, shape: tuple[int, ...], decoded: Callable[[Tensor], Tensor]) -> None:
-        """Make sure that known latents (N, *shape) come back from the pipeline; learn how, if not.
+    def _find_decoding(
+        self, channels: int, decoded: Callable[[Tensor], Tensor]
+    ) -> torch.Size | None:
+        """Learn how the pipeline turns its sample into latents of the VAE; return their shape.
 
-        decoded: see `_decoded`. Raises UsageError where it can't be learned.
+        Known latents are put in, and must come back. Where they do not do so in the usual way,
+        `self.decoding` becomes the pipeline's own. The shape is that of one image's latents as the
+        VAE gets them: (C, h, w), or (C, frames, h, w) for video. Their number alone would not tell
+        16 x 64 from 32 x 32.
+
+        channels: C. decoded: see `_decoded`. Returns None where no way is learned.
         """
-        z = torch.randn(ROWS, *shape, generator=torch.Generator().manual_seed(0))
-        if self._error(z, decoded) < TOLERANCE:
-            return
+        size = self.order.numel()
+        if size % channels != 0:
+            return None
+        generator = torch.Generator().manual_seed(0)
+        z = torch.randn(ROWS, channels, size // channels, generator=generator)
+
+        back = decoded(self._sample_of(z))
+        if relative_error(back, z) < TOLERANCE:
+            return back.shape[1:]
 
         def flat_decoded(samples: Tensor) -> Tensor:
             batches = samples.split(ROWS)
             return torch.cat([decoded(x.view(-1, *self.shape)).flatten(1) for x in batches])
 
-        self.decoding = infer_decoding(flat_decoded, self.order.numel())
-        if self.decoding is None or not self._error(z, decoded) < TOLERANCE:
-            raise UsageError(
-                f"--images: what {self.pipeline_name} gives its VAE is no rearrangement of its "
-                "sample, so images can't be put in"
-            )
-
-    def _error(self, z: Tensor, decoded: Callable[[Tensor], Tensor]) -> float:
-        """Return the relative error of latents z that are put in as samples and decoded."""
+        self.decoding = infer_decoding(flat_decoded, size)
+        if self.decoding is None:
+            return None
         back = decoded(self._sample_of(z))
-        if back.numel() != z.numel():
-            return math.inf
-        return (back.flatten(1) - z.flatten(1)).norm().item() / z.norm().item()
+        if not relative_error(back, z) < TOLERANCE:
+            return None
+        return back.shape[1:]
 
     def _decoded(self, prompt: str, options: dict, device: torch.device, samples: Tensor) -> Tensor:
         """Return what the pipeline gives its VAE after a short sampling that ended in `samples`.

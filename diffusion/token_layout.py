@@ -137,7 +137,9 @@ def sample_grid(count: int, forward: Forward, config: Any) -> tuple[int, ...] | 
 
     For 256 tokens of a sample (rows, 4, 32, 32) it is (16, 16), with patches of 2 x 2. A sample may
     also be packed, (rows, tokens, d), so that its shape does not tell. Then the grid is looked for
-    among the other arguments, see `packed_grids`. config: of the model, for the sizes of patches.
+    among the other arguments, see `packed_grids`. If none fits, it is (count,) if an axis of the
+    sample that is not `in_channels` long has as many patches: a wave (rows, 4, 100) has 100 tokens.
+    config: of the model, for its `in_channels` and the sizes of patches.
     """
     sample = forward.sample if torch.is_tensor(forward.sample) else forward.sample[0][None]
     shape = tuple(sample.shape[1:])
@@ -164,6 +166,11 @@ def sample_grid(count: int, forward: Forward, config: Any) -> tuple[int, ...] | 
     for grid in packed_grids(list(forward.arguments.values()), chosen):
         if math.prod(grid) == count:
             return grid
+    if len(shape) == 2:
+        lengths = [n for n in shape if n != channels]
+        for size in patch_sizes(config):
+            if count in [math.ceil(n / size) for n in lengths]:
+                return (count,)
     return None
 
 

@@ -580,7 +580,7 @@ class Sampling:
 
         planned = [forward.roles for forward in forwards]
         if self.roles is not None:
-            self.roles.label(forwards, arguments.model_output, self.R)
+            self.roles.label(forwards, arguments.model_output, self.R, sample)
         if self.plan is not None:
             self._check_plan(forwards, planned)
         if self.on_step is not None:

@@ -9,7 +9,7 @@ runs: each token gets its own query back, and depends on no other token.
     plain   the arguments as they are
     upper   noise on the sample of row 0
     lower   noise on the sample of row 1
-    text    noise on all text embeddings, if text tokens are wanted
+    text    noise on all text embeddings, if there are any
 
 A block that joins 3 text tokens and 4 image tokens then has fingerprints (one number per token)
 that differ from those of the plain run at
@@ -97,7 +97,8 @@ def run_trials(
     lower_rows = range(len(upper_rows), forward.rows)
     noisy_text = noise_on_text(root, forward)
     text_before = {name: forward.arguments[name] for name in noisy_text}
-    wants_text = any(stream == "text" for _, _, stream in places)
+    pairs = zip(tensors(noisy_text), tensors(text_before))
+    has_text = any(noisy is not before for noisy, before in pairs)
 
     trials = Trials(root, forward, places, known)
     plain = trials.run({})
@@ -105,10 +106,7 @@ def run_trials(
     lower = plain
     if lower_rows:
         lower = trials.run({sample: disturb(forward.sample, lower_rows, forward.sampled)})
-    text = trials.run(noisy_text) if wants_text else plain
-
-    pairs = zip(tensors(noisy_text), tensors(text_before))
-    has_text = any(noisy is not before for noisy, before in pairs)
+    text = trials.run(noisy_text) if has_text else plain
     attention_is_local = trials.attention.calls > 0
     return Runs(plain, upper, lower, text, has_text, attention_is_local, trials.idle)
 

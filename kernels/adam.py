@@ -1,23 +1,39 @@
-"""adam: clip, project, Adam, unit norm and a 16-bit copy, in one pass over the rows of a weight
-matrix.
+"""update_rows: clip, project, Adam, unit norm and a 16-bit copy, in one pass over the rows of a
+weight matrix.
 
-    g     = gradient[m] - along[m] W[m]         what lies along the row, which unit norm would undo (unit norm only)
-    g     = g / max(1, |all gradients|)
-    m, v  = beta1 m + (1 - beta1) g,  beta2 v + (1 - beta2) g^2
-    W[m]  = W[m] - lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
-    W[m]  = W[m] / |W[m]|  (unit norm only);    copy[m] = W[m] in 16 bits
+    g       = gradient[m] - along[m] W[m]         (unit norm only)
+    g       = g / clip                            clip = max(1, |all gradients|)
+    first   = beta1 first  + (1 - beta1) g
+    second  = beta2 second + (1 - beta2) g^2
+    W[m]    = W[m] - lr first / (1 - beta1^t) / (sqrt(second / (1 - beta2^t)) + eps)
+    W[m]    = W[m] / |W[m]|                       (unit norm only)
+    copy[m] = W[m] in 16 bits                     (where there is a copy)
 
-A row's gradient is made from its pairs where it is used (kernels/grad.py). In Triton a program has
-one row, in registers from its gradient to its copy; weights and moments are read and written once,
-28 to 32 bytes a number, which is what the step costs at the least on a GPU. In torch a block of
-rows stays in the cache.
+W, its gradient and its moments are (M, d); along[m] = gradient[m] . W[m] is (M,). What lies along a
+row is taken out of its gradient, since unit norm would undo it. The dense equivalent, with G the
+gradient as a matrix:
+
+    W.grad = (G - along[:, None] * W) / clip
+    optimizer.step();  W /= W.norm(dim=1, keepdim=True)
+
+A row's gradient is made from its pairs where it is used (kernels/grad.py), so the matrix G need not
+exist. In Triton a program has one row, in registers from its gradient to its copy. Weights and
+moments are read and written once, 28 to 32 bytes per number: on a GPU an update can't cost less. In
+torch a block of rows stays in the cache.
+
+Beside it stand `squared_norm`, which is the norm that clips, and `sum_over`, which adds up the
+gradients of several processes.
 
 Source: Kingma & Ba 2015 (arXiv 1412.6980), algorithm 1.
 """
 
-import torch
+from collections.abc import Iterator
+from typing import Any
 
-from kernels.grad import BLOCK, WIDEST, Gradient, gather_row, warps_for
+import torch
+from torch import Tensor
+
+from kernels.grad import BLOCK, MAX_WIDTH, Gradient, gather_row, warps_for
 
 try:
     import triton
@@ -25,57 +41,57 @@ try:
 except ImportError:  # macOS, Windows: the torch twins do the work
     triton = None
 
-BETAS, EPS = (0.9, 0.999), 6.25e-10  # Gao et al. 2024, A.3
+BETAS = (0.9, 0.999)
+EPS = 6.25e-10  # Gao et al. 2024, A.3
 
 
-def adam(params, gradients, exp_avg, exp_avg_sq, step, lr):
-    """Adam on lists of tensors, in place. step () counts from 1; lr () or a number."""
+def adam(
+    params: list[Tensor],
+    gradients: list[Tensor],
+    exp_avg: list[Tensor],
+    exp_avg_sq: list[Tensor],
+    step: Tensor,
+    lr: float | Tensor,
+) -> None:
+    """Make one step of Adam on lists of tensors, in place. `step` () counts from 1."""
+    steps = [step] * len(params)
     torch._fused_adam_(
-        params, gradients, exp_avg, exp_avg_sq, [], [step] * len(params), lr=lr, beta1=BETAS[0], beta2=BETAS[1],
-        weight_decay=0.0, eps=EPS, amsgrad=False, maximize=False,
-    )  # fmt: skip
+        params,
+        gradients,
+        exp_avg,
+        exp_avg_sq,
+        [],
+        steps,
+        lr=lr,
+        beta1=BETAS[0],
+        beta2=BETAS[1],
+        weight_decay=0.0,
+        eps=EPS,
+        amsgrad=False,
+        maximize=False,
+    )
 
 
-def blocks(M):
-    return ((start, min(start + BLOCK, M)) for start in range(0, M, BLOCK))
-
+# ---- Triton: a program per row ----
 
 if triton is not None:
 
     @triton.jit
     def squared_norm_kernel(
-        weights,
-        vectors,
-        ends,
-        x,
-        dense_at,
-        dense,
-        out,
-        d,
-        DENSE: tl.constexpr,
-        BLOCK_P: tl.constexpr,
-        BLOCK_D: tl.constexpr,
-    ):
-        """Program m: |gradient[m]|^2."""
+        weights, vectors, ends, x, dense_at, dense, out, d,
+        DENSE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+    ):  # fmt: skip
+        """Program m writes |gradient[m]|^2 to out[m]."""
         m = tl.program_id(0).to(tl.int64)
         g = gather_row(m, weights, vectors, ends, x, dense_at, dense, d, DENSE, BLOCK_P, BLOCK_D)
         tl.store(out + m, tl.sum(g * g, 0))
 
     @triton.jit
     def make_kernel(
-        weights,
-        vectors,
-        ends,
-        x,
-        dense_at,
-        dense,
-        out,
-        d,
-        DENSE: tl.constexpr,
-        BLOCK_P: tl.constexpr,
-        BLOCK_D: tl.constexpr,
-    ):
-        """Program m: gradient[m], written to out[m]."""
+        weights, vectors, ends, x, dense_at, dense, out, d,
+        DENSE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+    ):  # fmt: skip
+        """Program m writes gradient[m] to out[m]."""
         m = tl.program_id(0).to(tl.int64)
         cols = tl.arange(0, BLOCK_D)
         g = gather_row(m, weights, vectors, ends, x, dense_at, dense, d, DENSE, BLOCK_P, BLOCK_D)
@@ -83,22 +99,30 @@ if triton is not None:
 
     @triton.jit
     def update_kernel(
-        W, exp_avg, exp_avg_sq, copy, along, hyper, weights, vectors, ends, x, dense_at, dense, d, beta1, beta2, eps,
-        DENSE: tl.constexpr, UNIT: tl.constexpr, COPY: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+        W, exp_avg, exp_avg_sq, copy, along, hyper,
+        weights, vectors, ends, x, dense_at, dense, d, beta1, beta2, eps,
+        DENSE: tl.constexpr, UNIT: tl.constexpr, COPY: tl.constexpr,
+        BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
     ):  # fmt: skip
-        """Program m: row m of everything. hyper: lr / (1 - beta1^t), 1 / (1 - beta2^t), 1 /
-        clip."""
+        """Program m updates row m of W, of both moments and of the copy.
+
+        hyper (3,): lr / (1 - beta1^t), 1 / (1 - beta2^t), 1 / clip. They are read from memory,
+        since a CUDA graph would freeze numbers. UNIT: keep unit norm. COPY: write the copy.
+        """
         m = tl.program_id(0).to(tl.int64)
         cols = tl.arange(0, BLOCK_D)
         inside, at = cols < d, m * d + cols
+        # the gradient: project, clip
         g = gather_row(m, weights, vectors, ends, x, dense_at, dense, d, DENSE, BLOCK_P, BLOCK_D)
         w = tl.load(W + at, mask=inside, other=0.0)
         if UNIT:
             g -= tl.load(along + m) * w
         g *= tl.load(hyper + 2)
+        # Adam
         first = beta1 * tl.load(exp_avg + at, mask=inside, other=0.0) + (1 - beta1) * g
         second = beta2 * tl.load(exp_avg_sq + at, mask=inside, other=0.0) + (1 - beta2) * g * g
         w -= tl.load(hyper) * first / (tl.sqrt(second * tl.load(hyper + 1)) + eps)
+        # unit norm; a row of zeros stays one
         if UNIT:
             w = tl.where(inside, w, 0.0)
             w /= tl.maximum(tl.sqrt(tl.sum(w * w, 0)), 1e-38)
@@ -109,127 +133,203 @@ if triton is not None:
             tl.store(copy + at, w, mask=inside)
 
 
-def row_blocks(d):
+def row_blocks(d: int) -> dict[str, int]:
+    """Return the block sizes and warps of the kernels above: a whole row, and up to 2048 numbers
+    of its pairs' vectors at a time."""
     BLOCK_D = max(16, triton.next_power_of_2(d))
     return dict(BLOCK_P=max(1, 2048 // BLOCK_D), BLOCK_D=BLOCK_D, num_warps=warps_for(BLOCK_D))
 
 
-def launch(kernel, gradient, W, *args, **options):
-    """One program a row, which fits in registers."""
-    M, d = len(gradient.ends) - 1, gradient.x.shape[1]
-    pairs = (gradient.weights, gradient.vectors, gradient.ends, gradient.x.contiguous())
-    dense_at, dense = gradient.ends, gradient.x  # where there are none, anything
-    if gradient.rows is not None:
-        places = torch.arange(len(gradient.rows), device=W.device)
-        dense_at = torch.full((M + 1,), -1, device=W.device).index_copy(0, gradient.rows, places)
-        dense = gradient.dense.contiguous()
-    options |= dict(DENSE=gradient.rows is not None, **row_blocks(d))
-    with torch.cuda.device_of(W):  # Triton launches on the current device
-        kernel[(M,)](*args[0], *pairs, dense_at, dense, *args[1], d, *args[2:], **options)
+def gradient_arguments(gradient: Gradient) -> dict[str, Any]:
+    """Return the arguments of the kernels above that describe a gradient, by name."""
+    arguments = {
+        "weights": gradient.weights,
+        "vectors": gradient.vectors,
+        "ends": gradient.ends,
+        "x": gradient.x.contiguous(),
+        "d": gradient.x.shape[1],
+        "DENSE": gradient.rows is not None,
+    }
+    if gradient.rows is None:
+        arguments["dense_at"] = gradient.ends  # not read, but a kernel wants a pointer
+        arguments["dense"] = gradient.x
+        return arguments
+
+    # the inverse of `rows`; padding writes into one number more than there are latents
+    device = gradient.rows.device
+    dense_at = torch.full((len(gradient.ends),), -1, device=device)
+    numbers = torch.arange(len(gradient.rows), device=device)
+    arguments["dense_at"] = dense_at.index_copy(0, gradient.rows, numbers)
+    arguments["dense"] = gradient.dense.contiguous()
+    return arguments
 
 
-def triton_squared_norm(gradient, along=None):
-    out = gradient.x.new_empty(len(gradient.ends) - 1)
-    launch(squared_norm_kernel, gradient, gradient.x, (), (out,))
-    return out.sum() if along is None else out.sum() - along.square().sum()
+def launch(kernel: Any, gradient: Gradient, **arguments: Any) -> None:
+    """Launch a kernel with one program for each row of the gradient."""
+    num_latents = len(gradient.ends) - 1
+    blocks = row_blocks(gradient.x.shape[1])
+    with torch.cuda.device_of(gradient.x):  # Triton launches on the current device
+        kernel[(num_latents,)](**gradient_arguments(gradient), **arguments, **blocks)
 
 
-def triton_update_rows(W, gradient, exp_avg, exp_avg_sq, step, lr, clip, along=None, copy=None):
-    hyper = torch.stack([lr / (1 - BETAS[0] ** step), 1 / (1 - BETAS[1] ** step), 1 / clip])
-    tensors = (
-        W,
-        exp_avg,
-        exp_avg_sq,
-        W if copy is None else copy,
-        W if along is None else along,
-        hyper,
-    )
+def triton_squared_norm(gradient: Gradient, along: Tensor | None = None) -> Tensor:
+    """Launch `squared_norm_kernel`, and add up the rows."""
+    squares = gradient.x.new_empty(len(gradient.ends) - 1)
+    launch(squared_norm_kernel, gradient, out=squares)
+    if along is None:
+        return squares.sum()
+    return squares.sum() - along.square().sum()
+
+
+def triton_update_rows(
+    W: Tensor,
+    gradient: Gradient,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    lr: float | Tensor,
+    clip: Tensor,
+    along: Tensor | None = None,
+    copy: Tensor | None = None,
+) -> None:
+    """Launch `update_kernel`."""
+    first_scale = lr / (1 - BETAS[0] ** step)
+    second_scale = 1 / (1 - BETAS[1] ** step)
     launch(
         update_kernel,
         gradient,
-        W,
-        tensors,
-        (),
-        *BETAS,
-        EPS,
+        W=W,
+        exp_avg=exp_avg,
+        exp_avg_sq=exp_avg_sq,
+        copy=W if copy is None else copy,  # not written without COPY
+        along=W if along is None else along,  # not read without UNIT
+        hyper=torch.stack([first_scale, second_scale, 1 / clip]),
+        beta1=BETAS[0],
+        beta2=BETAS[1],
+        eps=EPS,
         UNIT=along is not None,
         COPY=copy is not None,
     )
 
 
-def triton_sum_over(group, gradient, out):
-    launch(make_kernel, gradient, gradient.x, (), (out,))
-    every = torch.arange(len(out), device=out.device)
-    empty = dict(
+def triton_sum_over(group: Any, gradient: Gradient, out: Tensor) -> Gradient:
+    """Make the matrix in `out` and add it up. The result has no pairs, and all rows are dense."""
+    launch(make_kernel, gradient, out=out)
+    return Gradient(
         weights=gradient.weights[:0],
         vectors=gradient.vectors[:0],
         ends=torch.zeros_like(gradient.ends),
+        x=gradient.x,
+        rows=torch.arange(len(out), device=out.device),
+        dense=group.sum(out),
     )
-    return Gradient(**empty, x=gradient.x, rows=every, dense=group.sum(out))
 
 
-def torch_sum_over(group, gradient, out):
-    out = group.sum(gradient.keep(out).made)
-    return gradient._replace(made=out, norm=torch.linalg.vector_norm(out).square())
+# ---- torch: block by block ----
 
 
-def torch_squared_norm(gradient, along=None):
+def blocks(num_rows: int) -> Iterator[tuple[int, int]]:
+    """Yield the first row of each block of rows, and the row after its last."""
+    for start in range(0, num_rows, BLOCK):
+        yield start, min(start + BLOCK, num_rows)
+
+
+def torch_squared_norm(gradient: Gradient, along: Tensor | None = None) -> Tensor:
+    """Compute what `squared_norm` returns, in torch."""
     total = gradient.norm
     if total is None:
-        total = sum(
-            torch.linalg.vector_norm(gradient.block(*rows)).square()
-            for rows in blocks(len(gradient.ends) - 1)
-        )
-    return total if along is None else total - along.square().sum()
+        total = 0.0
+        for start, stop in blocks(len(gradient.ends) - 1):
+            total = total + torch.linalg.vector_norm(gradient.block(start, stop)).square()
+    if along is None:
+        return total
+    return total - along.square().sum()
 
 
-def torch_update_rows(W, gradient, exp_avg, exp_avg_sq, step, lr, clip, along=None, copy=None):
-    for start, stop in reversed([*blocks(len(W))]):  # what was made last is in the cache still
-        rows, g = (
-            W[start:stop],
-            gradient.block(start, stop) / clip,
-        )  # a gradient that is kept is not written again
+def torch_update_rows(
+    W: Tensor,
+    gradient: Gradient,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    lr: float | Tensor,
+    clip: Tensor,
+    along: Tensor | None = None,
+    copy: Tensor | None = None,
+) -> None:
+    """Do what `update_rows` does, in torch. The last block comes first: what was made last may
+    still be in the cache."""
+    for start, stop in reversed(list(blocks(len(W)))):
+        rows = W[start:stop]
+        g = gradient.block(start, stop) / clip  # a new tensor: a stored gradient is not changed
         if along is not None:
             g.addcmul_(along[start:stop, None] / clip, rows, value=-1)
         adam([rows], [g], [exp_avg[start:stop]], [exp_avg_sq[start:stop]], step, lr)
         if along is not None:
-            rows.div_(
-                torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min_(
-                    torch.finfo(W.dtype).tiny
-                )
-            )
+            norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+            rows.div_(norms.clamp_min_(torch.finfo(W.dtype).tiny))
         if copy is not None:
             copy[start:stop] = rows
 
 
-def in_triton(W):
-    return triton is not None and W.is_cuda and W.shape[1] <= WIDEST
+def torch_sum_over(group: Any, gradient: Gradient, out: Tensor) -> Gradient:
+    """Do what `sum_over` does, in torch. The result has its matrix stored."""
+    out = group.sum(gradient.store(out).stored)
+    return gradient._replace(stored=out, norm=torch.linalg.vector_norm(out).square())
 
 
-def sum_over(group, gradient, out):
-    """The sum of every process's gradient, made in the memory `out` (M, d). `group.sum(x)` adds x
-    up over them, in place.
+# ---- public functions ----
 
-    group: None for a process alone, whose gradient is made if there is memory for it.
+
+def in_triton(W: Tensor) -> bool:
+    """Say whether matrices like W (M, d) go through Triton: on CUDA, if a row fits in registers."""
+    return triton is not None and W.is_cuda and W.shape[1] <= MAX_WIDTH
+
+
+def sum_over(group: Any, gradient: Gradient, out: Tensor | None) -> Gradient:
+    """Return the sum of every process's gradient, made in the memory `out` (M, d).
+
+    group: a `distributed.Group`, whose `sum(x)` adds x up over the processes, in place. None for a
+    process alone; its gradient is stored in `out`, or stays unmade if `out` is None.
     """
     if group is None:
-        return gradient.keep(out)
-    return (triton_sum_over if in_triton(gradient.x) else torch_sum_over)(group, gradient, out)
+        return gradient.store(out)
+    if in_triton(gradient.x):
+        return triton_sum_over(group, gradient, out)
+    return torch_sum_over(group, gradient, out)
 
 
-def squared_norm(gradient, along=None):
-    """|gradient|^2, a scalar; where `along` (M,) is given, of what is left without it: |g - (g.w)
-    w|^2 = |g|^2 - (g.w)^2."""
-    return (triton_squared_norm if in_triton(gradient.x) else torch_squared_norm)(gradient, along)
+def squared_norm(gradient: Gradient, along: Tensor | None = None) -> Tensor:
+    """Return |gradient|^2, ().
 
-
-def update_rows(W, gradient, exp_avg, exp_avg_sq, step, lr, clip, along=None, copy=None):
-    """One step of Adam for a matrix W (M, d) and its moments, fp32, in place; `gradient` is a
-    kernels.Gradient.
-
-    step (): counted from 1. lr (): the learning rate. clip (): divides the gradient. along (M,):
-    gradient[m] . W[m]; given, rows are projected and keep unit norm. copy: a 16-bit W to keep up to
-    date.
+    along (M,) is gradient[m] . W[m], for rows W[m] of unit norm. If given, what lies along the rows
+    does not count: |g - (g.w) w|^2 = |g|^2 - (g.w)^2.
     """
-    twin = triton_update_rows if in_triton(W) else torch_update_rows
-    twin(W, gradient, exp_avg, exp_avg_sq, step, lr, clip, along, copy)
+    if in_triton(gradient.x):
+        return triton_squared_norm(gradient, along)
+    return torch_squared_norm(gradient, along)
+
+
+def update_rows(
+    W: Tensor,
+    gradient: Gradient,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    lr: float | Tensor,
+    clip: Tensor,
+    along: Tensor | None = None,
+    copy: Tensor | None = None,
+) -> None:
+    """Make one step of Adam for a matrix W (M, d) and its moments, fp32, in place.
+
+    step: (), counted from 1.
+    lr: the learning rate, () or a number.
+    clip: (), the gradient is divided by it.
+    along: (M,), gradient[m] . W[m]. If given, rows are projected and keep unit norm.
+    copy: (M, d), W in 16 bits, to be brought up to date. If not given, there is none.
+    """
+    if in_triton(W):
+        triton_update_rows(W, gradient, exp_avg, exp_avg_sq, step, lr, clip, along, copy)
+    else:
+        torch_update_rows(W, gradient, exp_avg, exp_avg_sq, step, lr, clip, along, copy)

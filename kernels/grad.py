@@ -1,95 +1,135 @@
 """sum_by_latent: the gradient of a weight matrix of which each vector touched only k rows.
 
-    dW[m] = sum over pairs (n, j) with top_indices[n, j] = m of weights[n, j] * x[n]          dW (M, d)
-    db[m] = the same sum of weights[n, j]                                                     db (M,)
+    dW[m] = sum of weights[n, j] x[n] over the pairs (n, j) with top_indices[n, j] = m     (M, d)
+    db[m] = sum of weights[n, j]      over the same pairs                                  (M,)
 
-With (weights, x) = (top_acts, grad of x_hat) this is the gradient of W_dec; with (grad of top_acts,
-x - b_dec) it is that of W_enc and b_enc. The dense expression is S.T @ x with S (N, M) holding the
-weights, 0.3 % of it nonzero.
+With weights = top_acts and x = grad of x_hat, this is the gradient of W_dec. With weights = grad of
+top_acts and x = x - b_dec, it is that of W_enc and b_enc. The dense equivalent, whose S is zero but
+for 0.3 % of its numbers (at M = 10240, k = 32):
 
-The N*k pairs are sorted by latent; then each latent's row is summed by one program, in the order of
-the vectors. Nothing is written twice, so there are no atomics and the same input gives the same
-bits.
+    S  = torch.zeros(N, M).scatter_add(1, top_indices, weights)
+    dW, db = S.T @ x, S.sum(0)
+
+The N k pairs are sorted by latent. Then one program (in torch: one bag) sums each latent's row, in
+the order of the vectors. Nothing is written twice, so there are no atomics, and the same input
+gives the same bits.
+
+The page has, in this order: sorting pairs; counting them; `Gradient`, a gradient that is not made
+yet; the kernels; the launchers and their torch twins; the public functions.
 """
 
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 try:
     import triton
     import triton.language as tl
-except ImportError:  # macOS, Windows: the torch twin does the work
+except ImportError:  # macOS, Windows: the torch twins do the work
     triton = gather_row = None
 
+MAX_WIDTH = 4096  # of a row that a program keeps in registers; wider rows go through torch
 
-WIDEST = 4096  # of a row that a program holds in registers; wider ones go through torch
+# Rows of a gradient that are made at once: 3 MB at d = 640. They stay in the cache and come from
+# the allocator's own store. The whole matrix, 26 MB, would come from the system, which costs 5 ms
+# where making it takes 1.
+BLOCK = 1024
+MAX_STORED = 1 << 27  # numbers of a gradient that is stored, 0.5 GB; a larger one is made twice
 
 
-def warps_for(BLOCK_D):
-    """Of a program that holds a whole row."""
+def warps_for(BLOCK_D: int) -> int:
+    """Return the number of warps of a program that keeps a row of BLOCK_D numbers."""
     return 8 if BLOCK_D > 512 else 4
 
 
-def sort_pairs(top_indices, num_latents):
-    """Pairs by latent: `order` (N*k,), and `ends` (M + 1,) so that latent m owns
-    order[ends[m]:ends[m + 1]]."""
+def sort_pairs(top_indices: Tensor, num_latents: int) -> tuple[Tensor, Tensor]:
+    """Sort the pairs of top_indices (N, k) by latent; those of one latent stay in their order.
+
+    Returns `order` (N k,) int64, the numbers of the pairs, counted row by row, and `ends` (M + 1,)
+    int64: the pairs of latent m are order[ends[m] : ends[m + 1]]. An index of M or more belongs to
+    no latent; its pairs come last.
+
+    >>> sort_pairs(torch.tensor([[2, 0], [0, 3]]), num_latents=3)
+    (tensor([1, 2, 0, 3]), tensor([0, 2, 2, 3]))
+    """
     latents, order = torch.sort(top_indices.flatten(), stable=True)
-    return order, (count_ends if latents.device.type == "cpu" else search_ends)(
-        latents, num_latents
-    )
+    if latents.device.type == "cpu":
+        return order, count_ends(latents, num_latents)
+    return order, search_ends(latents, num_latents)
 
 
-def count_active(top_acts, top_indices, num_latents):
-    """How many vectors each latent is active on: (N, K), (N, K) -> int64 (M,). A zero activation is
-    never active."""
-    active = torch.where(
-        top_acts > 0, top_indices, num_latents
-    ).flatten()  # zeros go to one bin more, thrown away
-    counts = active.new_zeros(num_latents + 1)  # bincount would make a GPU wait
-    return counts.scatter_add_(0, active, torch.ones_like(active))[:num_latents]
+def search_ends(latents: Tensor, num_latents: int) -> Tensor:
+    """Return where each latent's pairs begin in the sorted latents (P,): (M + 1,)."""
+    every = torch.arange(num_latents + 1, device=latents.device, dtype=latents.dtype)
+    return torch.searchsorted(latents, every)
 
 
-def search_ends(latents, num_latents):
-    return torch.searchsorted(
-        latents, torch.arange(num_latents + 1, device=latents.device, dtype=latents.dtype)
-    )
-
-
-def count_ends(latents, num_latents):
-    """The same by counting: 0.04 ms where searching takes 0.4, on a CPU; a GPU would have to be
-    waited for."""
+def count_ends(latents: Tensor, num_latents: int) -> Tensor:
+    """Return what `search_ends` does, by counting. On a CPU this takes 0.04 ms where searching
+    takes 0.4; the host would have to wait for a GPU."""
     counts = torch.bincount(latents, minlength=num_latents)[:num_latents]
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 
-BLOCK = 1024  # rows of a gradient that are made at once: 3 MB at d = 640, which stay in the cache and come from the allocator's
-# own store; the whole, 26 MB, would come from the system and cost 5 ms for 1
-KEPT = (
-    1 << 27
-)  # numbers of a gradient that is kept for its second use, 0.5 GB; a larger one is made twice, block by block
+def count_active(top_acts: Tensor, top_indices: Tensor, num_latents: int) -> Tensor:
+    """Count on how many vectors each latent is active: (N, K), (N, K) -> (M,) int64.
+
+    A zero activation is never active.
+    """
+    # zeros are counted in one more bin, which is thrown away
+    active = torch.where(top_acts > 0, top_indices, num_latents).flatten()
+    counts = active.new_zeros(num_latents + 1)  # bincount would make the host wait for a GPU
+    return counts.scatter_add_(0, active, torch.ones_like(active))[:num_latents]
+
+
+def sum_bags(weights: Tensor, vectors: Tensor, ends: Tensor, x: Tensor) -> Tensor:
+    """Sum weights[p] x[vectors[p]] over ends[m] <= p < ends[m + 1] for each m, in torch.
+
+    weights (P,), vectors (P,) int64, ends (M + 1,) from 0 to P, x (N, d) -> (M, d).
+    """
+    return F.embedding_bag(
+        vectors, x, ends, mode="sum", per_sample_weights=weights, include_last_offset=True
+    )
 
 
 class Gradient(NamedTuple):
-    """The gradient of a weight matrix (M, d): sums over pairs, sorted by latent, and some rows
-    more.
+    """The gradient of a weight matrix (M, d), as sums over P pairs that are sorted by latent.
 
-    gradient[m] = sum of weights x[vectors] over the pairs ends[m] to ends[m + 1],   + dense[i] where rows[i] = m
+    gradient[m] = sum of weights[p] x[vectors[p]] over ends[m] <= p < ends[m + 1]
+                  + dense[i] where rows[i] = m
     """
 
-    weights: torch.Tensor  # (P,)
-    vectors: torch.Tensor  # (P,): which row of x
-    ends: torch.Tensor  # (M + 1,)
-    x: torch.Tensor  # (N, d)
-    rows: torch.Tensor | None = None  # (C,), rising; M or more: of no row
-    dense: torch.Tensor | None = None  # (C, d)
-    made: torch.Tensor | None = None  # (M, d): the matrix, if it is kept,
-    norm: torch.Tensor | None = None  # and the square of its norm
+    weights: Tensor
+    """(P,)"""
 
-    def keep(self, out):
-        """The same, with the matrix made once and for all, in the memory `out` (M, d); None leaves
-        it unmade."""
+    vectors: Tensor
+    """(P,) int64: the row of x that belongs to the pair"""
+
+    ends: Tensor
+    """(M + 1,) int64, from `sort_pairs`"""
+
+    x: Tensor
+    """(N, d)"""
+
+    rows: Tensor | None = None
+    """(C,) int64, rising: the rows that `dense` is added to; M or more is padding"""
+
+    dense: Tensor | None = None
+    """(C, d)"""
+
+    stored: Tensor | None = None
+    """(M, d): the matrix itself, once `store` has made it"""
+
+    norm: Tensor | None = None
+    """(): the square of its norm, if it is stored"""
+
+    def store(self, out: Tensor | None) -> "Gradient":
+        """Return the same gradient, with its matrix made in the memory `out` (M, d).
+
+        If `out` is None it stays unmade, and `block` makes its rows whenever it is asked.
+        """
         if out is None:
             return self
         norm = 0.0
@@ -97,23 +137,20 @@ class Gradient(NamedTuple):
             rows = self.block(start, min(start + BLOCK, len(out)))
             norm = norm + torch.linalg.vector_norm(rows).square()  # while they are in the cache
             out[start : start + BLOCK] = rows
-        return self._replace(made=out, norm=norm)
+        return self._replace(stored=out, norm=norm)
 
-    def block(self, start, stop):
-        """Rows start to stop of the matrix."""
-        if self.made is not None:
-            return self.made[start:stop]
+    def block(self, start: int, stop: int) -> Tensor:
+        """Return rows start to stop of the matrix: (stop - start, d)."""
+        if self.stored is not None:
+            return self.stored[start:stop]
+
         ends = self.ends[start : stop + 1]
-        first, last = int(ends[0]), int(ends[-1])
-        out = F.embedding_bag(
-            self.vectors[first:last], self.x, ends - first, mode="sum",
-            per_sample_weights=self.weights[first:last], include_last_offset=True,
-        )  # fmt: skip
+        first, last = int(ends[0]), int(ends[-1])  # pairs
+        out = sum_bags(self.weights[first:last], self.vectors[first:last], ends - first, self.x)
         if self.rows is not None:
-            a, b = torch.searchsorted(
-                self.rows, torch.tensor([start, stop], device=self.rows.device)
-            ).tolist()
-            out.index_add_(0, self.rows[a:b] - start, self.dense[a:b])
+            bounds = torch.tensor([start, stop], device=self.rows.device)
+            i, end = torch.searchsorted(self.rows, bounds).tolist()
+            out.index_add_(0, self.rows[i:end] - start, self.dense[i:end])
         return out
 
 
@@ -123,17 +160,19 @@ if triton is not None:
     def sum_kernel(
         weights, order, ends, x, dW, db, d, k, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr
     ):
-        """Program (m, c): columns c * BLOCK_D + [0, BLOCK_D) of dW[m], over the pairs of latent m,
-        BLOCK_P at a time."""
+        """Program (m, c) sums columns c * BLOCK_D + [0, BLOCK_D) of dW[m] over the pairs of latent
+        m, BLOCK_P pairs at a time. The programs with c = 0 write db[m]."""
         m = tl.program_id(0).to(tl.int64)
         cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         start, end = tl.load(ends + m), tl.load(ends + m + 1)
         row = tl.zeros((BLOCK_D,), tl.float32)
         total = tl.zeros((BLOCK_P,), tl.float32)
         for p in range(start, end, BLOCK_P):
+            # BLOCK_P pairs, and their weights
             at = p + tl.arange(0, BLOCK_P)
             pair = tl.load(order + at, mask=at < end, other=0)
             weight = tl.load(weights + pair, mask=at < end, other=0.0).to(tl.float32)
+            # the vectors that they belong to: (BLOCK_P, BLOCK_D)
             inside = (at < end)[:, None] & (cols < d)[None, :]
             tile = tl.load(x + (pair // k)[:, None] * d + cols[None, :], mask=inside, other=0.0).to(
                 tl.float32
@@ -145,26 +184,22 @@ if triton is not None:
 
     @triton.jit
     def gather_row(
-        m,
-        weights,
-        vectors,
-        ends,
-        x,
-        dense_at,
-        dense,
-        d,
-        DENSE: tl.constexpr,
-        BLOCK_P: tl.constexpr,
-        BLOCK_D: tl.constexpr,
-    ):
-        """Row m of a `Gradient`, whole: (BLOCK_D,) float32, 0 past d."""
+        m, weights, vectors, ends, x, dense_at, dense, d,
+        DENSE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+    ):  # fmt: skip
+        """Return row m of a `Gradient`, whole: (BLOCK_D,) float32, 0 past d.
+
+        dense_at (M,): the row of `dense` that is added to row m; -1 if there is none.
+        """
         cols = tl.arange(0, BLOCK_D)
         start, end = tl.load(ends + m), tl.load(ends + m + 1)
         row = tl.zeros((BLOCK_D,), tl.float32)
         for p in range(start, end, BLOCK_P):
+            # BLOCK_P pairs, and their weights
             at = p + tl.arange(0, BLOCK_P)
             vector = tl.load(vectors + at, mask=at < end, other=0)
             weight = tl.load(weights + at, mask=at < end, other=0.0).to(tl.float32)
+            # the vectors that they belong to: (BLOCK_P, BLOCK_D)
             inside = (at < end)[:, None] & (cols < d)[None, :]
             tile = tl.load(x + vector[:, None] * d + cols[None, :], mask=inside, other=0.0).to(
                 tl.float32
@@ -178,73 +213,94 @@ if triton is not None:
         return row
 
 
-def totals(weights, ends):
-    """Sum of the weights (P,) of each latent's pairs, in their order: (M,)."""
-    M, ones = len(ends) - 1, weights.new_ones(1, 1)
-    if triton is None or not weights.is_cuda:
-        none = torch.zeros(len(weights), dtype=torch.int64, device=weights.device)
-        return Gradient(weights, none, ends, ones).block(0, M)[:, 0]
-    P = len(weights)
-    order, out, db = (
-        torch.arange(P, device=weights.device),
-        weights.new_empty(M, 1),
-        weights.new_empty(M),
-    )
-    with torch.cuda.device_of(weights):  # of all pairs the vector is the one in `ones`
-        sum_kernel[(M, 1)](weights, order, ends, ones, out, db, 1, P + 1, BLOCK_P=32, BLOCK_D=16)
-    return db
-
-
-def weighted_sum(weights, W):
-    """weights W = sum of weights[m] W[m]: (M,), (M, d) -> (d,)."""
-    M = len(weights)
-    if W.device.type != "cpu" or M % 16:
-        return weights @ W
-    rows = torch.arange(M).view(
-        16, -1
-    )  # 0.44 ms where a product by a vector takes 1.05 (M = 10240, d = 640, two CPU cores)
-    return F.embedding_bag(rows, W, mode="sum", per_sample_weights=weights.view(16, -1)).sum(0)
-
-
-def triton_sum_by_latent(weights, top_indices, x, num_latents):
-    k, d = top_indices.shape[1], x.shape[1]
+def triton_sum_by_latent(
+    weights: Tensor, top_indices: Tensor, x: Tensor, num_latents: int
+) -> tuple[Tensor, Tensor]:
+    """Launch `sum_kernel` with a program for each latent and 256 columns."""
+    k = top_indices.shape[1]
+    d = x.shape[1]
     order, ends = sort_pairs(top_indices, num_latents)
-    dW, db = x.new_empty(num_latents, d), x.new_empty(num_latents)
+    dW = x.new_empty(num_latents, d)
+    db = x.new_empty(num_latents)
     BLOCK_D = min(256, triton.next_power_of_2(d))
     grid = (num_latents, triton.cdiv(d, BLOCK_D))
+    weights, x = weights.contiguous(), x.contiguous()
     with torch.cuda.device_of(x):  # Triton launches on the current device
-        sum_kernel[grid](
-            weights.contiguous(),
-            order,
-            ends,
-            x.contiguous(),
-            dW,
-            db,
-            d,
-            k,
-            BLOCK_P=8,
-            BLOCK_D=BLOCK_D,
-        )
+        sum_kernel[grid](weights, order, ends, x, dW, db, d, k, BLOCK_P=8, BLOCK_D=BLOCK_D)
     return dW, db
 
 
-def torch_sum_by_latent(weights, top_indices, x, num_latents):
+def torch_sum_by_latent(
+    weights: Tensor, top_indices: Tensor, x: Tensor, num_latents: int
+) -> tuple[Tensor, Tensor]:
+    """Compute what `sum_by_latent` returns, in torch.
+
+    db is the same sum as dW, over a column of ones: index_add_ would add in the input's dtype, and
+    with atomics on CUDA.
+    """
     order, ends = sort_pairs(top_indices, num_latents)
+    vectors = order // top_indices.shape[1]
     weights = weights.to(x.dtype).flatten()[order]
-    add_up = lambda rows, x: F.embedding_bag(
-        rows, x, ends, mode="sum", per_sample_weights=weights, include_last_offset=True
-    )
-    # db is the same sum over a column of ones: index_add_ would add in the input's dtype, and with
-    # atomics on CUDA
-    return add_up(order // top_indices.shape[1], x), add_up(order * 0, x.new_ones(1, 1)).flatten()
+    dW = sum_bags(weights, vectors, ends, x)
+    db = sum_bags(weights, torch.zeros_like(vectors), ends, x.new_ones(1, 1)).flatten()
+    return dW, db
 
 
-def sum_by_latent(weights, top_indices, x, num_latents):
-    """Sum `weights[n, j] * x[n]` over all pairs whose `top_indices[n, j]` is m, for every latent m.
+def sum_by_latent(
+    weights: Tensor, top_indices: Tensor, x: Tensor, num_latents: int
+) -> tuple[Tensor, Tensor]:
+    """Sum weights[n, j] x[n], and weights[n, j], over the pairs of each latent.
 
     weights (N, k) and x (N, d): fp32, bf16 or fp16; top_indices (N, k): int64, below num_latents.
-    Returns dW (num_latents, d) and db (num_latents,) in the dtype of x; rows of latents that nobody
-    chose are zero.
+    Returns dW (num_latents, d) and db (num_latents,) in the dtype of x; they are summed in float32.
+    The rows of latents that no vector chose are zero.
     """
-    sums = triton_sum_by_latent if triton is not None and x.is_cuda else torch_sum_by_latent
-    return sums(weights, top_indices, x, num_latents)
+    if triton is not None and x.is_cuda:
+        return triton_sum_by_latent(weights, top_indices, x, num_latents)
+    return torch_sum_by_latent(weights, top_indices, x, num_latents)
+
+
+def triton_totals(weights: Tensor, ends: Tensor) -> Tensor:
+    """Launch `sum_kernel` for db alone: x is a single 1, and every pair belongs to it."""
+    num_pairs = len(weights)
+    num_latents = len(ends) - 1
+    order = torch.arange(num_pairs, device=weights.device)
+    x = weights.new_ones(1, 1)
+    dW = weights.new_empty(num_latents, 1)
+    db = weights.new_empty(num_latents)
+    k = num_pairs + 1  # so that pair // k, the row of x, is 0
+    with torch.cuda.device_of(weights):  # Triton launches on the current device
+        sum_kernel[(num_latents, 1)](weights, order, ends, x, dW, db, 1, k, BLOCK_P=32, BLOCK_D=16)
+    return db
+
+
+def torch_totals(weights: Tensor, ends: Tensor) -> Tensor:
+    """Compute what `totals` returns, in torch, where x is a single 1."""
+    zeros = torch.zeros(len(weights), dtype=torch.int64, device=weights.device)
+    ones = weights.new_ones(1, 1)
+    return Gradient(weights, zeros, ends, ones).block(0, len(ends) - 1)[:, 0]
+
+
+def totals(weights: Tensor, ends: Tensor) -> Tensor:
+    """Sum the weights (P,) of each latent's pairs, in their order: (M,).
+
+    >>> totals(torch.tensor([1.0, 2.0, 5.0]), ends=torch.tensor([0, 2, 2, 3]))
+    tensor([3., 0., 5.])
+    """
+    if triton is not None and weights.is_cuda:
+        return triton_totals(weights, ends)
+    return torch_totals(weights, ends)
+
+
+def weighted_sum(weights: Tensor, W: Tensor) -> Tensor:
+    """Return weights W, the sum of weights[m] W[m]: (M,), (M, d) -> (d,).
+
+    On a CPU it is the sum of 16 partial sums, by embedding_bag: 0.44 ms, where the product of a
+    vector and a matrix takes 1.05 (M = 10240, d = 640, two CPU cores).
+    """
+    num_latents = len(weights)
+    if W.device.type != "cpu" or num_latents % 16:
+        return weights @ W
+    rows = torch.arange(num_latents).view(16, -1)
+    partial_sums = F.embedding_bag(rows, W, mode="sum", per_sample_weights=weights.view(16, -1))
+    return partial_sums.sum(0)

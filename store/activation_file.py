@@ -26,7 +26,6 @@ from typing import NamedTuple
 import numpy as np
 
 from errors import UsageError
-from store.arrow import is_arrow, open_arrow
 from store.disk import checksum, fill, read_json, seen_from
 
 PIECES = 32  # that a file without prompts is cut into
@@ -111,12 +110,13 @@ class ActivationFile:
     """(n, 3): index in `files`, first row, end row. The rows of a unit show one prompt, and none is
     padding."""
 
-    prompts: list
-    """(n,): which prompt each unit shows; units of the same value show the same one."""
+    prompts: list[tuple]
+    """(n,): the keys of what each unit shows, see `prompt_keys`. Units that share a key belong
+    together."""
 
     whole_prompts: bool
     """False if there are no prompts, only one, or unknown ones. Then `prompts` numbers pieces or
-    rows."""
+    rows: [((path, 0),), ((path, 1),), ...]."""
 
     prompt_rows: list[dict] | None = None
     """(P,): the lines of prompts.jsonl."""
@@ -214,9 +214,9 @@ def open_activation_file(path: str | Path) -> ActivationFile:
     Raises UsageError if it can't be used, or if its side files or its prompts.jsonl are damaged or
     exchanged; OSError if it is missing.
     """
-    if is_arrow(path):
+    path = follow_link(path)
+    if is_saved_rows(path):
         return open_saved_rows(path)
-    path = Path(path)
     header, meta = open_file(path)
     shape = header.shape
     prompt_rows = None
@@ -226,10 +226,10 @@ def open_activation_file(path: str | Path) -> ActivationFile:
     lengths = read_lengths(path, shape) if meta.get("stream") == "text" else None
 
     images = image_prompts(path, shape, meta, prompt_rows)
-    whole_prompts = len(set(images)) > 1
+    whole_prompts = len(set(group_units(images)[1])) > 1
     first, end, prompts = cut_units(shape, images if whole_prompts else None, lengths)
     if not whole_prompts:
-        prompts = [(str(path), piece) for piece in prompts]
+        prompts = [((str(path), piece),) for piece in prompts]
     rows = StoredRows(
         str(path),
         header.offset,
@@ -252,6 +252,22 @@ def open_activation_file(path: str | Path) -> ActivationFile:
         prompt_rows=prompt_rows,
         lengths=lengths,
     )
+
+
+def follow_link(path: str | Path) -> Path:
+    """Return the file that a symbolic link means, if its description or side files lie there.
+
+    A link whose description lies beside the link keeps its path, as in a folder of a download whose
+    files are all links. So does a link to a `.npy` without such files.
+    """
+    path = Path(path)
+    if not path.is_symlink() or path.with_suffix(".json").exists():
+        return path
+    real_path = Path(os.path.realpath(path))
+    for suffix in (".json", *SIDE_FILES):
+        if real_path.suffix == ".npy" and real_path.with_suffix(suffix).exists():
+            return real_path
+    return path
 
 
 class NpyHeader(NamedTuple):
@@ -298,7 +314,7 @@ def open_file(path: str | Path) -> tuple[NpyHeader, dict]:
         raise UsageError(f"{path} is no .npy file")
     meta = read_description(path)
     if not meta:
-        refuse_lone_lengths(path)
+        refuse_lone_side_files(path)
     try:
         header = read_header(path)
     except ValueError as error:
@@ -314,12 +330,20 @@ def check_array(path: Path, header: NpyHeader, meta: dict) -> None:
     dtype = header.dtype
     is_bfloat16 = dtype == np.uint16 and meta.get("dtype") == "bfloat16"
     if not is_bfloat16 and dtype not in (np.float16, np.float32, np.float64):
+        way_on = ""
+        if dtype.kind == "f" and dtype.itemsize in (2, 4, 8):  # the bytes are in the other order
+            way_on = f'; save x.astype("<f{dtype.itemsize}") instead of the array x'
         raise UsageError(
-            f"{path} holds {dtype}, expected float16, 32 or 64 (or bfloat16 with its .json)"
+            f"{path} holds {dtype}, expected float16, 32 or 64 (or bfloat16 with its .json){way_on}"
         )
-    if len(shape) < 2 or not header.c_order:
+    if len(shape) < 2:
         raise UsageError(
             f"{path} has shape {shape}, expected (prompts, ..., d) or (vectors, d) in C order"
+        )
+    if not header.c_order:
+        raise UsageError(
+            f"{path} is in Fortran order, expected C order; "
+            "save np.ascontiguousarray(x) instead of the array x"
         )
     if not prod(shape):
         raise UsageError(f"{path} is empty: shape {shape}")
@@ -339,18 +363,19 @@ def refuse_unfinished(path: str | Path) -> None:
         )
 
 
-def refuse_lone_lengths(path: Path) -> None:
-    """Raise UsageError if a file without a description has lengths beside it.
+def refuse_lone_side_files(path: Path) -> None:
+    """Raise UsageError if a file without a description has side files of collect.py beside it.
 
-    Its padding would count as vectors.
+    Without the description, padding would count as vectors, and prompts would not be known.
     """
-    lengths = path.with_suffix(".lengths.npy")
-    if lengths.exists():
-        raise UsageError(
-            f"{path} lies beside {lengths.name}, which says which of its tokens are padding, but "
-            f"{path.with_suffix('.json')} that describes both is not there; put it back, or move "
-            f"{lengths.name} away to use the padding too"
-        )
+    for suffix in SIDE_FILES:
+        side_file = path.with_suffix(suffix)
+        if side_file.exists():
+            raise UsageError(
+                f"{path} lies beside {side_file.name}, but {path.with_suffix('.json')}, which "
+                f"describes both, is not there; put it back, or move {side_file.name} away to use "
+                "all vectors of the file, padding too"
+            )
 
 
 def read_description(path: str | Path) -> dict:
@@ -527,19 +552,21 @@ def known_timesteps(shape: tuple[int, ...], meta: dict) -> list[float]:
 
 def image_prompts(
     path: Path, shape: tuple[int, ...], meta: dict, prompt_rows: list[dict] | None
-) -> list:
-    """Return which prompt each image of a file shows.
+) -> list[tuple]:
+    """Return the keys of what each image of a file shows.
 
-    It is the image's `prompt_key` if the prompts are known and differ, else (path, number): with
-    two images per prompt, the images 0 to 3 have the numbers 0 0 1 1. [] for a file of two axes.
+    They are the image's `prompt_keys` if the prompts are known and differ, else ((path, number),):
+    with two images per prompt, the images 0 to 3 have the numbers 0 0 1 1. [] for a file of two
+    axes.
     """
     if len(shape) == 2:
         return []
-    keys = [prompt_key(row) for row in prompt_rows or []]
-    if len(set(keys)) > 1:
+    keys = [prompt_keys(row) for row in prompt_rows or []]
+    _, groups = group_units(keys)
+    if len(set(groups)) > 1:
         return keys
     images_per_prompt = int(meta.get("num_images_per_prompt", 1))
-    return [(str(path), row // images_per_prompt) for row in range(shape[0])]
+    return [((str(path), row // images_per_prompt),) for row in range(shape[0])]
 
 
 def cut_units(
@@ -591,6 +618,67 @@ def prompt_key(row: dict) -> str:
     return f"seed {row.get('seed')}"
 
 
+def prompt_keys(row: dict) -> tuple[str, ...]:
+    """Return the keys of a line of prompts.jsonl: of its text, and of its real image if it has one.
+
+    A picture with several captions has several lines. All of them show the same picture, so that
+    they must not be told apart by their texts alone. For {"prompt": "a cat", "image_digest": "ab"}
+    it gives ("text acat", "image ab"), for {"prompt": "a cat"} it gives ("text acat",).
+    """
+    key = prompt_key(row)
+    if not row.get("image_digest"):
+        return (key,)
+    picture = f"image {row['image_digest']}"
+    if key == picture:
+        return (key,)
+    return key, picture
+
+
+def group_units(prompts: list[tuple]) -> tuple[list[tuple], list[int]]:
+    """Return by which keys units are grouped (n,), and the number of each one's group (n,).
+
+    prompts (n,): the keys of each unit, see `prompt_keys`. Units that share a key are in one group.
+    If that joins all units, as where 10 pictures have the same 5 texts, the pictures alone are the
+    keys, or else the texts alone, if these differ. For ("t", "p1"), ("t", "p2") it gives ("p1",),
+    ("p2",) and 0 1.
+    """
+    numbers = number_groups(prompts)
+    if max(numbers, default=0) > 0:
+        return prompts, numbers
+    for kind in (-1, 0):  # the picture, the text
+        keys = [(unit[kind],) for unit in prompts]
+        if len(set(keys)) > 1:
+            return keys, number_groups(keys)
+    return prompts, numbers
+
+
+def number_groups(keys: list[tuple]) -> list[int]:
+    """Return the number of each unit's group, in the order in which the groups appear.
+
+    Units that share a key are in one group, and so are units that are joined through others. For
+    ("a", "p1"), ("b", "p2"), ("c", "p1"), ("b", "p3") it gives 0 1 0 1.
+    """
+    parents = {}  # {key: another key of its group}; the one that is its own parent stands for all
+    for unit in dict.fromkeys(keys):
+        for key in unit:
+            parents.setdefault(key, key)
+            parents[first_of_group(parents, key)] = first_of_group(parents, unit[0])
+    number_of = {}
+    numbers = []
+    for unit in keys:
+        first = first_of_group(parents, unit[0])
+        numbers.append(number_of.setdefault(first, len(number_of)))
+    return numbers
+
+
+def first_of_group(parents: dict, key: object) -> object:
+    """Return the key that stands for a key's group, see `number_groups`. Shortens the way to it."""
+    while parents[key] != key:
+        parents[key] = parents[parents[key]]
+        key = parents[key]
+    return key
+
+
 def hash_key(key: str) -> str:
     """Return 16 hex digits of a prompt's key.
 
@@ -602,6 +690,15 @@ def hash_key(key: str) -> str:
 # ---- saved rows
 
 
+def is_saved_rows(path: Path) -> bool:
+    """Return whether a path is a folder that Hugging Face `datasets` wrote."""
+    if not path.is_dir():
+        return False
+    from store.arrow import is_arrow  # only someone who has folders needs it
+
+    return is_arrow(path)
+
+
 def open_saved_rows(folder: str | Path) -> ActivationFile:
     """Open a folder of saved rows: each holds the vectors (tokens, d) of one image and step.
 
@@ -609,6 +706,8 @@ def open_saved_rows(folder: str | Path) -> ActivationFile:
     timesteps. If neither tells it, `whole_prompts` is False, and each row is trained on or held out
     by itself.
     """
+    from store.arrow import open_arrow  # only someone who has such a folder needs it
+
     arrays, columns = open_arrow(folder)
     files = []
     rows_before = 0
@@ -626,6 +725,7 @@ def open_saved_rows(folder: str | Path) -> ActivationFile:
     whole_prompts = len(set(prompts)) > 1
     if not whole_prompts:
         prompts = [(str(folder), row) for row in range(len(units))]
+    prompts = [(prompt,) for prompt in prompts]
     return ActivationFile(
         path=Path(folder),
         meta={},

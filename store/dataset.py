@@ -26,14 +26,17 @@ from store.activation_file import (
     SIDE_FILES,
     ActivationFile,
     StoredRows,
+    contents_checksum,
+    follow_link,
+    group_units,
     hash_key,
+    is_saved_rows,
     open_activation_file,
     read_description,
     read_pieces,
     read_prompts,
     refuse_unfinished,
 )
-from store.arrow import is_arrow
 from store.disk import is_hidden
 from store.shuffle import Reader
 
@@ -109,7 +112,7 @@ def find_paths(item: str) -> list[Path]:
     """
     path = Path(item)
     if path.is_dir():
-        paths = [path] if is_arrow(path) else files_in(path)
+        paths = [path] if is_saved_rows(path) else files_in(path)
     elif path.exists() or not glob.has_magic(item):
         paths = [path]
     else:
@@ -126,8 +129,7 @@ def match_glob(pattern: str) -> list[Path]:
     """
     paths = []
     for path in map(Path, sorted(glob.glob(pattern))):
-        is_meant = is_arrow(path) if path.is_dir() else holds_activations(path)
-        if is_meant:
+        if is_saved_rows(path) or holds_activations(path):
             paths.append(path)
     if not paths:
         for partial in sorted(glob.glob(f"{pattern}.partial")):
@@ -140,20 +142,20 @@ def open_activations(
 ) -> list["Activations"]:
     """Open files, folders and globs as data sets: one for each model and hook point.
 
-    Files without a description are one data set together, and a file that is named twice is read
-    once. seen: hashes of prompts that must not be held out, see `Activations`. Raises UsageError if
-    a glob or folder has no file, or if two files are copies of each other; OSError if a file is not
-    there.
+    Files without a description are one data set together. A file that is named twice is read once,
+    and a link to an activation file stands for the file (see `follow_link`). seen: hashes of
+    prompts that must not be held out, see `Activations`. Raises UsageError if a glob or folder has
+    no file, or if two files are copies of each other; OSError if a file is not there.
     """
     metas = {}  # {path: description}
     real_paths = set()
     for item in data:
-        for path in find_paths(str(item)):
+        for path in map(follow_link, find_paths(str(item))):
             real_path = os.path.realpath(path)
             if real_path in real_paths:
                 continue
             real_paths.add(real_path)
-            if is_arrow(path):
+            if is_saved_rows(path):
                 metas[str(path)] = {"hook_name": path.resolve().name}
             else:
                 metas[str(path)] = read_description(path)
@@ -168,6 +170,8 @@ def open_activations(
         if meta.get("fingerprint"):
             key = (meta["fingerprint"], *hook_point)
         data_sets.setdefault(key, []).append(path)
+    for paths in data_sets.values():
+        check_equal_contents(paths)
     return [Activations(paths, seen=seen) for paths in data_sets.values()]
 
 
@@ -201,6 +205,42 @@ def check_copies(metas: dict[str, dict]) -> None:
                 f"{other} and {path} are copies of one collection, "
                 "whose vectors would count twice; name one"
             )
+
+
+def check_equal_contents(paths: list[str]) -> None:
+    """Raise UsageError if two files, or two folders of saved rows, have the same contents.
+
+    Without prompts, equal vectors would lie on both sides of the split. paths: of one data set; two
+    hook points can have equal vectors. Only files of the same size are read, see
+    `contents_checksum`.
+    """
+    paths_by_size = {}
+    for path in paths:
+        sizes = tuple(file.stat().st_size for file in files_with_rows(path))
+        paths_by_size.setdefault(sizes, []).append(path)
+    for same_size in paths_by_size.values():
+        if len(same_size) == 1:
+            continue
+        first_path = {}
+        for path in same_size:
+            contents = tuple(contents_checksum(file) for file in files_with_rows(path))
+            other = first_path.setdefault(contents, path)
+            if other != path and contents:
+                raise UsageError(
+                    f"{other} and {path} have the same contents, "
+                    "so their vectors would count twice; name one"
+                )
+
+
+def files_with_rows(path: str) -> list[Path]:
+    """Return the files that hold the numbers of a path: itself, or the .arrow files of a folder.
+
+    [] if it is not there; whoever opens it says so.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return sorted(path.glob("*.arrow"))
+    return [path] if path.exists() else []
 
 
 def say_missing_shards(metas: Iterable[dict]) -> None:
@@ -267,13 +307,27 @@ def choose_held_out(sizes: np.ndarray, seed: int, is_unseen: np.ndarray | None) 
     return is_held_out
 
 
+def hashes_of_groups(prompts: list[tuple], numbers: list[int]) -> list[set[str]] | None:
+    """Return the hashes of the keys of each group; None if a key is not a text, image or seed.
+
+    prompts (n,): the keys of each unit. numbers (n,): the group of each, see `group_units`.
+    """
+    hashes = [set() for _ in range(max(numbers) + 1)]
+    for keys, number in dict.fromkeys(zip(prompts, numbers)):
+        for key in keys:
+            if not isinstance(key, str):
+                return None
+            hashes[number].add(hash_key(key))
+    return hashes
+
+
 class Activations:
     """The vectors of one hook point, from one or several files, split into training and held-out.
 
     The split is by prompt (see `choose_held_out`): all images of a prompt, in any of the files,
-    fall on one side. A file of two axes, or of a single prompt, is cut into 32 contiguous pieces,
-    which take the place of prompts; a held-out piece that is larger than HELD_OUT["at_most"] is
-    shortened.
+    fall on one side, and so do all captions of a real image. A file of two axes, or of a single
+    prompt, is cut into 32 contiguous pieces, which take the place of prompts; a held-out piece that
+    is larger than HELD_OUT["at_most"] is shortened.
 
     paths: activation files of one width and dtype. seed: of the choice. seen: hashes (`hash_key`)
     of the prompts that an SAE was trained on; where every prompt can be told from the others by its
@@ -313,7 +367,8 @@ class Activations:
     """Whether it is known, from `seen`, that an SAE has not seen what is held out."""
 
     training_prompts: set[str] | None
-    """Hashes of the prompts that are not held out; None if the files do not say their prompts."""
+    """Hashes of the keys (`prompt_keys`) of what is not held out; None if the files do not say
+    their prompts."""
 
     transfer: list[str]
     """Why the files do not belong to an SAE that is used on them on purpose; see identity.py."""
@@ -364,27 +419,28 @@ class Activations:
                 )
 
     def split(self, units: np.ndarray, prompts: list, seed: int, seen: set[str] | None) -> None:
-        """Divide the units (n, 3) into training and held-out; prompts (n,): what each shows."""
-        number_of = {}
-        for prompt in prompts:
-            number_of.setdefault(prompt, len(number_of))
-        if len(number_of) < 2:
+        """Divide the units (n, 3) into training and held-out; prompts (n,): the keys of each."""
+        prompts, groups = group_units(prompts)
+        numbers = np.array(groups)
+        num_groups = int(numbers.max()) + 1
+        if num_groups < 2:
             raise UsageError(f"{self.paths[0]} holds a single vector; there is nothing to train on")
-        numbers = np.array([number_of[prompt] for prompt in prompts])
         sizes = np.bincount(numbers, units[:, 2] - units[:, 1])
-        self.num_prompts = len(number_of) if self.whole_prompts else 0
+        self.num_prompts = num_groups if self.whole_prompts else 0
 
-        hashes = [hash_key(prompt) for prompt in number_of if isinstance(prompt, str)]
-        are_known = self.whole_prompts and len(hashes) == len(number_of)
-        self.unseen = are_known and seen is not None
+        hashes = None
+        if self.whole_prompts:
+            hashes = hashes_of_groups(prompts, groups)
+        self.unseen = hashes is not None and seen is not None
         is_unseen = None
         if self.unseen:
-            is_unseen = np.array([prompt not in seen for prompt in hashes])
+            is_unseen = np.array([group.isdisjoint(seen) for group in hashes])
 
         is_held_out = choose_held_out(sizes, seed, is_unseen)
         self.training_prompts = None
-        if are_known:
-            self.training_prompts = {hashes[number] for number in np.flatnonzero(~is_held_out)}
+        if hashes is not None:
+            trained = [hashes[number] for number in np.flatnonzero(~is_held_out)]
+            self.training_prompts = set().union(*trained)
         self.held_out_units = units[is_held_out[numbers]]
         self.training_units = units[~is_held_out[numbers]]
         self.shorten_held_out(HELD_OUT["at_most"])

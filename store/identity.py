@@ -372,10 +372,28 @@ def activations_of(
             f"--data holds {len(data_sets)} hook points or models; expected the files of one"
         )
     activations = data_sets[0]
-    source = activations.sources[0]
-    check_width(sae, source)
-    activations.transfer = check_belongs(str(folder), sae.cfg, source, transfer=transfer)
+    check_width(sae, activations.sources[0])  # all have one width
+    for source in differing_sources(sae.cfg, activations.sources):
+        for difference in check_belongs(str(folder), sae.cfg, source, transfer=transfer):
+            if difference not in activations.transfer:
+                activations.transfer.append(difference)
     return activations
+
+
+def differing_sources(cfg: dict, sources: list[ActivationFile]) -> list[ActivationFile]:
+    """Return the first of the files about which `check_belongs` says the same, of each kind.
+
+    So eight shards of one collection are checked and named once. cfg: the SAE's cfg.json.
+    """
+    first_of_kind = {}
+    for source in sources:
+        compared = collected_with(source.meta)
+        for name in ("hook_name", "side", "stream", "rows", "fingerprint", "model", "model_dtype"):
+            compared[name] = source.meta.get(name)
+        compared["trained_on"] = source.meta.get("id") in cfg.get("collections", [])
+        kind = json.dumps(compared, sort_keys=True)
+        first_of_kind.setdefault(kind, source)
+    return list(first_of_kind.values())
 
 
 def check_training_files(folder: str | Path, paths: Sequence[str]) -> None:

@@ -940,7 +940,7 @@ def test_pictures_go_where_a_packed_sample_has_them(tmp_path):
     options = dict(
         num_inference_steps=4, output_type="latent", height=12, width=16, max_sequence_length=32
     )
-    pictures = real_images.RealImages(hooked, "", options, 16, 12)
+    pictures = real_images.RealImages(hooked, "", options)
     pipe.transformer.register_forward_pre_hook(
         lambda m, a, k: seen.append((k["hidden_states"], k["timestep"])), with_kwargs=True
     )

@@ -100,6 +100,19 @@ def test_saeurons_score_by_hand():
     assert find_features(scores, there, "saeuron", 1)[0].tolist() == [0]
 
 
+@pytest.mark.parametrize("how", ["contrast", "saeuron"])
+def test_features_that_do_not_tell_a_concept_are_left_out(how):
+    """Feature 0 is active with it, 1 without it, 2 never, and 3 with it and more often."""
+    has = torch.tensor([True, True, False, False])
+    scores = torch.tensor(
+        [[2.0, 0, 0, 4], [3.0, 1, 0, 4], [0.0, 4, 0, 0], [1.0, 5, 0, 1]]
+    ).unsqueeze(1)
+    features, values = find_features(scores, has, how, 4)
+    assert features.tolist() == [3, 0] and (values > 0).all()
+    features, values = find_features(scores[:, :, 1:3], has, how, 2)
+    assert features.tolist() == [] and values.tolist() == []
+
+
 def test_contrast_by_hand():
     scores = torch.tensor([[4.0, 1.0], [6.0, 1.0], [1.0, 2.0], [3.0, 2.0]])
     found = contrast(scores, torch.tensor([True, True, False, False]))

@@ -206,8 +206,8 @@ def test_each_hook_name_is_a_data_set(tmp_path):
         "other": {"model": "other"},
         "u": {"hook_name": "up"},
     }
-    for name, meta in metas.items():
-        describe(numbered(tmp_path / f"{name}.npy"), **meta)
+    for first, (name, meta) in enumerate(metas.items()):
+        describe(numbered(tmp_path / f"{name}.npy", first=first), **meta)
     for name in ("samples", "progress", "m.tokens"):
         numbered(tmp_path / f"{name}.npy")
     (tmp_path / "collect.json").write_text("{}")
@@ -251,7 +251,7 @@ def test_a_folder_means_its_own_files_or_else_those_of_its_subfolders(tmp_path, 
         (tmp_path / name / "deeper").mkdir(parents=True)
         (tmp_path / name / "collect.json").write_text("{}")
         describe(numbered(tmp_path / name / "m.npy", (10, 4), first=40 * number))
-        describe(numbered(tmp_path / name / "n.npy", (10, 4)), hook_name="other")
+        describe(numbered(tmp_path / name / "n.npy", (10, 4), first=40 * number), hook_name="other")
         numbered(tmp_path / name / "samples.npy")
         describe(numbered(tmp_path / name / "deeper" / "m.npy"))
     (tmp_path / "notes.txt").write_text("")
@@ -449,8 +449,24 @@ def test_rows_saved_as_lists_and_by_file_name(tmp_path):
         open_activations([tmp_path / "b"])
 
 
+@pytest.mark.parametrize("compression", ["lz4", "zstd"])
+def test_compressed_rows_are_refused(tmp_path, compression):
+    """Their numbers do not lie in the file, so a place in it would be a number out of the air."""
+    import pyarrow as pa
+
+    x = np.random.default_rng(0).normal(size=(30, 4, 8)).astype(np.float32)
+    folder = saved_rows(tmp_path / "a", x, plain=True, shards=1)
+    [path] = folder.glob("*.arrow")
+    table = pa.ipc.open_stream(path.read_bytes()).read_all()
+    options = pa.ipc.IpcWriteOptions(compression=compression)
+    with pa.ipc.new_stream(str(path), table.schema, options=options) as stream:
+        stream.write_table(table)
+    with pytest.raises(UsageError, match="arrow is compressed.*save it again"):
+        open_activations([folder])
+
+
 def test_a_folder_of_plain_files_is_one_data_set(tmp_path):
-    paths = [str(numbered(tmp_path / f"{name}.npy")) for name in "ab"]
+    paths = [str(numbered(tmp_path / f"{name}.npy", first=ord(name))) for name in "ab"]
     assert [data.paths for data in open_activations([tmp_path])] == [paths]
 
 

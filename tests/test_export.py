@@ -12,7 +12,7 @@ from sae import Sae
 
 def run_script(monkeypatch, *args):
     monkeypatch.setattr(sys, "argv", ["export.py", *args])
-    export.run(export.main, export.Config)
+    export.run_script(export.main, export.Config)
 
 
 def test_the_script(tmp_path, monkeypatch, capsys):

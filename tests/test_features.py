@@ -38,6 +38,7 @@ from hook import HookedDiffusionModel
 from sae import Sae
 from store.dataset import open_activations
 from store.disk import checksum
+from store.words import compared_form
 from toy.concepts import Classifier, to_model
 
 pytestmark = pytest.mark.slow
@@ -46,6 +47,12 @@ STRANGE = [
     "<script>alert(1)</script>",
     '</script><img src=x onerror="alert(2)">',
     "{{data}} & <b>bold</b> \u2028 ' \" é",
+]
+
+TYPED = [  # in another way than the page writes it
+    "Fox’s well\u2011known RED_hair ½ ① x²",
+    "L’Étoile Cafe\u0301 Straße ΟΔΟΣ İstanbul ﬁsh ｓｔａｒ st\u00adar st\u200bar",
+    "كَلْب الأُسْد אֲנִי 여우가 हिन्दी",
 ]
 
 
@@ -472,6 +479,9 @@ def test_the_page_in_a_browser(large_page):
         everything = int(browser.run(text("count")).partition(" ")[0].replace(",", ""))
         assert everything == len(alive) > 3000
         search = "(() => {{ const q = document.getElementById('{}'); q.value = '{}'; q.dispatchEvent(new Event('{}')); }})()".format
+        for typed in TYPED:  # the search compares texts as --concept does
+            assert browser.run(f"folded({json.dumps(typed)})") == compared_form(typed)
+        assert browser.run("begins('red_hair', 'hai') && !begins('red_hair', 'air')")
         browser.run(search("query", "blu", "input"))
         blue = [f for f in alive if any(word.startswith("blu") for word, _ in data["words"][f])]
         assert (

@@ -3,7 +3,7 @@ batched."""
 
 import pytest
 import torch
-from tiny import PROMPTS, build, generate_options, sd15
+from tiny import PROMPTS, build, generate_options, sd15, sdxl
 
 from diffusion.generate import (
     Generation,
@@ -13,7 +13,8 @@ from diffusion.generate import (
     images_of,
     required_images,
 )
-from hook import Edit, HookedDiffusionModel
+from errors import UsageError
+from hook import Edit, HookedDiffusionModel, find_model
 
 HOOK = "up_blocks.0.attentions.1"
 
@@ -128,3 +129,55 @@ def test_the_images_of_an_output():
     assert torch.equal(images_of((video[:, 0], video)), video[:, 0])
     for none in (torch.rand(2, 1, 8, 8), torch.rand(2, 400), [], {"images": "of PIL"}):
         assert images_of(none) is None
+
+
+def test_an_edit_in_place_that_returns_nothing_is_carried_out(model):
+    def zero(x):
+        x.zero_()
+
+    def zero_before(x, before):
+        before.zero_()  # a copy of what the module takes, which no edit changes
+
+    def look(x):
+        pass
+
+    def images(edit):
+        return generate(model, generation_of(2), lambda sampling: {HOOK: [edit]}).sample
+
+    plain = generate(model, generation_of(2)).sample
+    returned = images(Edit(lambda x: 0 * x))
+    assert not torch.equal(returned, plain)
+    assert torch.equal(images(Edit(zero)), returned)
+    assert torch.equal(images(Edit(zero_before, with_input=True)), plain)
+    assert torch.equal(images(Edit(look)), plain)
+
+
+@pytest.mark.parametrize("steps", ["0-1", "1", 1])
+def test_steps_that_are_no_collection_of_numbers_are_refused(steps):
+    with pytest.raises(UsageError, match="steps: expected a range or a list, got"):
+        Edit(lambda x: x, steps=steps)
+
+
+def test_a_missing_toy_is_said_to_lie_in_a_checkout(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hook.__file__", str(tmp_path / "collect.py"))
+    with pytest.raises(UsageError, match="no folder 'toy' here.*in a checkout.*--model_name"):
+        find_model("toy")
+    with pytest.raises(UsageError, match="looks like owner/name$"):
+        find_model("toys")
+
+
+def test_a_sample_size_that_the_pipeline_cant_use_is_named():
+    pipe = build(sdxl)
+    pipe.default_sample_size = (8, 32)
+    pipe.unet.register_to_config(sample_size=(8, 32))
+    hooked = HookedDiffusionModel.from_pipeline(pipe)
+    options = dict(num_inference_steps=2, output_type="latent")
+    with pytest.raises(
+        UsageError, match=r"can't use the sample_size \(8, 32\) of its unet .*height"
+    ):
+        hooked(["a star"], **options)
+    options |= dict(height=16, width=64)
+    assert hooked(["a star"], **options).images.shape[2:] == (8, 32)
+    with pytest.raises(TypeError):  # another mistake stays what it is
+        hooked(["a star"], guidance_scale="high", **options)

@@ -410,8 +410,8 @@ def test_guidance_weights_are_exact():
     g = torch.Generator().manual_seed(0)
     u, c, other = torch.randn(3, 3, 8, 8, 8, generator=g)
 
-    def check(chunks, model_output, expected, certain=None):
-        weights, found = guidance_weights(chunks, model_output)
+    def check(chunks, model_output, expected, certain=None, sample=None):
+        weights, found = guidance_weights(chunks, model_output, sample)
         assert weights == pytest.approx(expected, abs=1e-6) and found == (
             certain or [True] * len(chunks)
         )
@@ -422,6 +422,15 @@ def test_guidance_weights_are_exact():
     check([u, u], u, [0.5, 0.5], [False, False])
     check([other, other, u, c], u + 5 * (c - u), [0, 0, -4, 5], [False, False, True, True])
     check([other[:, :4], u], u, [0, 1], [False, True])
+
+    u, c, other = u.double(), c.double(), other.double()
+    rows = torch.tensor([1.0, -2.0, 3.0]).view(3, 1, 1, 1)
+    noise = u + 5 * (c - u)
+    for sample in (other, other + 30 * u):  # the second is nearly the noise
+        check([u, c], noise, [-4, 5], sample=sample)
+        check([u, c], (sample - 0.6 * noise) / 0.8, [3, -3.75], sample=sample)
+        check([u, c], noise + rows * sample, [-4, 5], sample=sample)
+    check([u, c], noise, [-4, 5], sample=rows * c)  # a prediction that is a multiple of the sample
 
 
 def test_tokens_are_in_raster_order():

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -279,6 +280,60 @@ def test_one_concept_in_the_place_of_another(config, trained):
         "toward"
     ] == "red"
     assert len(report["saes"][0]["features"]) == 8 and report["runs"][1]["pictures"][0]["moved"] > 0
+
+
+def test_only_features_that_tell_the_concept_are_changed(config, capsys):
+    main(replace(config, concept="blue", num_features=40, multiply=[0.0]))
+    (sae,) = report_of(config, "blue_x0")["saes"]
+    num_features = len(sae["features"])
+    assert 0 < num_features < 40 and min(sae["scores"]) > 0
+    line = f"only {num_features} features of {config.sae[0]} are more active with 'blue'"
+    assert line in capsys.readouterr().out
+
+
+def test_features_that_never_change_are_not_those_that_vary_most(config, monkeypatch, capsys):
+    score_images = steer.score_images
+
+    def silenced(cfg, target):
+        images = score_images(cfg, target)
+        images.scores[:, :, silent:] = 0
+        return images
+
+    monkeypatch.setattr(steer, "score_images", silenced)
+    silent = 2
+    main(replace(config, num_features=40, add=[1.0], num_prompts=1))
+    assert "only 2 features of" in capsys.readouterr().out
+    silent = 0
+    with pytest.raises(UsageError, match="no feature of .* is active on some images more"):
+        main(replace(config, num_features=40, add=[1.0], num_prompts=1))
+    with pytest.raises(UsageError, match="no feature of .* is more active with 'blue' than"):
+        main(replace(config, concept="blue", num_prompts=1))
+
+
+def test_a_copy_of_the_model_keeps_the_settings_of_the_activations(
+    config, model_folder, tmp_path, capsys
+):
+    copy = shutil.copytree(model_folder, tmp_path / "copy")
+    options = dict(features=["3"], multiply=[0.0], num_prompts=1)
+    main(replace(config, **options))
+    expected = report_of(config, "3_x0")
+    assert expected["arguments"]["num_inference_steps"] == 4
+    moved = replace(config, model_name=str(copy), out_dir=str(tmp_path / "moved"), **options)
+    main(moved)
+    report = report_of(moved, "3_x0")
+    assert report["arguments"] == expected["arguments"]
+    assert report["runs"] == expected["runs"]
+    assert "another model" not in capsys.readouterr().out
+
+    pipe = HookedDiffusionModel.from_pretrained(str(copy)).pipe
+    with torch.no_grad():
+        next(pipe.unet.parameters()).add_(0.1)
+    pipe.save_pretrained(tmp_path / "other")
+    other = replace(moved, model_name=str(tmp_path / "other"), out_dir=str(tmp_path / "its"))
+    main(replace(other, transfer=True, num_inference_steps=2))
+    assert "height" not in report_of(other, "3_x0")["arguments"]
+    line = "is another model, so its own defaults are used, not the settings of the activations ("
+    assert line + "num_inference_steps 4" in capsys.readouterr().out
 
 
 def test_activations_of_several_videos_a_prompt(config, monkeypatch):

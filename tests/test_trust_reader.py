@@ -29,6 +29,7 @@ from store import dataset
 from store.activation_file import WHOLE_FILE, contents_checksum
 from store.dataset import Activations
 from store.disk import checksum
+from store.identity import activations_of
 from store.prompts import load_prompts
 
 pytestmark = pytest.mark.slow
@@ -836,3 +837,239 @@ def test_numbers_that_are_not_finite_or_vanish_are_one_line(tmp_path, monkeypatc
     np.save("x.npy", x)
     with pytest.raises(UsageError, match="NaN or inf in held-out vectors"):
         evaluate.main(evaluate.Config(sae="sae", device="cpu"))
+
+
+# ------------------------------------------------------------------------------------------------ found by testers
+
+
+def list_rows(path, rows):
+    """Write prompts.jsonl beside an activation file."""
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (path.parent / "prompts.jsonl").write_text(text)
+
+
+def sides(data, rows):
+    """The rows of prompts.jsonl that are trained on, and those that are held out."""
+    vectors_per_row = data.num_vectors // len(rows)
+    held_out = set((data.held_out_units[:, 1] // vectors_per_row).tolist())
+    assert 0 < len(held_out) < len(rows)
+    return (
+        [row for number, row in enumerate(rows) if number not in held_out],
+        [row for number, row in enumerate(rows) if number in held_out],
+    )
+
+
+def values(rows, name):
+    return {row[name] for row in rows}
+
+
+def test_captions_of_one_picture_lie_on_one_side(tmp_path):
+    """As in COCO: 8 pictures, each with 5 captions; two pictures also share a caption."""
+    path = tmp_path / "a.npy"
+    describe(path, np.random.default_rng(0).standard_normal((40, 2, 3, 4)).astype(np.float32))
+    rows = [
+        {"prompt": f"caption {caption} of {picture}", "image_digest": f"d{picture}"}
+        for caption in range(5)
+        for picture in range(8)
+    ]
+    rows[3]["prompt"] = rows[1]["prompt"]
+    list_rows(path, rows)
+    data = Activations([path])
+    assert data.num_prompts == 7 and data.whole_prompts
+    trained, held_out = sides(data, rows)
+    assert not values(trained, "image_digest") & values(held_out, "image_digest")
+    assert not values(trained, "prompt") & values(held_out, "prompt")
+
+    # an SAE of it has seen the pictures of the training rows under any other caption, too
+    again = [
+        {"prompt": f"other {row['prompt']}", "image_digest": row["image_digest"]} for row in rows
+    ]
+    list_rows(path, again)
+    seen = Activations([path], seen=data.training_prompts)
+    assert seen.unseen
+    assert values(sides(seen, again)[1], "image_digest") == values(held_out, "image_digest")
+
+
+@pytest.mark.parametrize("alike", ["prompt", "image_digest", "both cross"])
+def test_rows_that_all_hang_together_are_split_by_their_pictures_or_else_their_texts(
+    alike, tmp_path
+):
+    """Where no split keeps both apart, the pictures decide if there are several."""
+    path = tmp_path / "a.npy"
+    describe(path, np.random.default_rng(0).standard_normal((20, 2, 3, 4)).astype(np.float32))
+    rows = []
+    for number in range(20):
+        prompt = "a photo" if alike == "prompt" else f"text {number % 5}"
+        picture = "d" if alike == "image_digest" else f"d{number // 5}"
+        rows.append({"prompt": prompt, "image_digest": picture})
+    list_rows(path, rows)
+    data = Activations([path])
+    split_by = "prompt" if alike == "image_digest" else "image_digest"
+    trained, held_out = sides(data, rows)
+    assert not values(trained, split_by) & values(held_out, split_by)
+    assert data.whole_prompts and data.num_prompts == len(values(rows, split_by))
+    assert len(data.training_prompts) == len(values(trained, split_by))
+
+
+def test_a_link_to_an_activation_file_stands_for_the_file(small, tmp_path, capsys):
+    real = small / "acts/block.npy"
+    link = tmp_path / "link.npy"
+    link.symlink_to(real)
+    by_link = dataset.open_activations([link])[0]
+    by_name = Activations([real])
+    assert by_link.paths == [os.path.realpath(real)] and by_link.hook_name == "block"
+    assert by_link.training_prompts == by_name.training_prompts
+    assert np.array_equal(by_link.held_out_units, by_name.held_out_units)
+    assert Activations([link]).training_prompts == by_name.training_prompts
+    assert len(dataset.open_activations([link, real])[0].paths) == 1
+    options = dict(data=[str(link)], device="cpu", out_dir=str(tmp_path / "evaluations"))
+    evaluate.main(evaluate.Config(sae=str(small / "sae"), **options))
+    printed = capsys.readouterr().out
+    assert "may be among them" not in printed and "whether the hook_name" not in printed
+
+    # a link with a description of its own beside it, as in a download, keeps its path
+    linked = tmp_path / "snapshot"
+    linked.mkdir()
+    for file in real.parent.iterdir():
+        (linked / file.name).symlink_to(file)
+    by_links = dataset.open_activations([linked])[0]
+    assert by_links.paths == [str(linked / "block.npy")]
+    assert by_links.training_prompts == by_name.training_prompts
+
+
+@pytest.mark.parametrize("suffix", [".tokens.npy", ".timesteps.npy", ".lengths.npy"])
+def test_a_file_beside_side_files_needs_its_description(suffix, tmp_path):
+    x = np.random.default_rng(0).standard_normal((40, 4, 16, 8)).astype(np.float32)
+    np.save(tmp_path / "b.text.npy", x)
+    np.save(tmp_path / f"b.text{suffix}", np.full(40, 3))
+    (tmp_path / "link.npy").symlink_to(tmp_path / "b.text.npy")
+    for name in ("b.text.npy", "link.npy"):
+        with pytest.raises(UsageError, match=f"b.text.npy lies beside b.text{suffix}"):
+            dataset.open_activations([tmp_path / name])
+
+
+def of_two_guidances(folder):
+    """Two files of one model and hook point, the second collected with another guidance."""
+    for number, guidance in enumerate((7.5, 1.5)):
+        (folder / str(number)).mkdir()
+        x = np.random.default_rng(number).standard_normal((40, 2, 64, 8)).astype(np.float32)
+        options = {"pipeline_kwargs": {"guidance_scale": guidance}, "id": f"id{number}"}
+        describe(folder / str(number) / "block.npy", x, grid=[8, 8], **options)
+    return [str(folder / "0/block.npy"), str(folder / "1/block.npy")]
+
+
+def test_every_file_is_compared_with_the_sae(tmp_path, capsys):
+    data = of_two_guidances(tmp_path)
+    config = train.Config(data=data[:1], num_latents=[32], k=[4], out_dir=str(tmp_path))
+    train.main(replace(config, run_name="sae", device="cpu"))
+    capsys.readouterr()
+    options = dict(sae=str(tmp_path / "sae"), data=data, device="cpu")
+    for number, stage in enumerate((evaluate, features)):
+        stage.main(stage.Config(**options, out_dir=str(tmp_path / f"out{number}")))
+        printed = capsys.readouterr().out
+        assert printed.count("was collected otherwise than the SAE's training vectors") == 1
+        assert f"note: {data[1]} was collected" in printed
+        assert "guidance_scale 1.5, not 7.5" in printed
+
+
+def test_diagnosis_says_which_file_was_collected_otherwise(tmp_path, capsys):
+    data = of_two_guidances(tmp_path)
+    options = dict(trial_updates=2, device="cpu", out_dir=str(tmp_path / "diagnosis"))
+    diagnose.main(diagnose.Config(data=data, **options))
+    printed = capsys.readouterr().out
+    assert f"note: {data[1]} was collected otherwise than {data[0]}" in printed
+
+
+def test_each_kind_of_file_is_compared_once(tmp_path, capsys):
+    """Five shards that differ alike are one line, not five."""
+    paths = []
+    for number in range(5):
+        (tmp_path / str(number)).mkdir()
+        x = np.random.default_rng(number).standard_normal((8, 2, 4, 8)).astype(np.float32)
+        paths.append(tmp_path / str(number) / "block.npy")
+        describe(paths[-1], x, id=f"id{number}", seed=1)
+    point = {"hook_name": "block", "side": "output", "rows": "cond", "stream": "image"}
+    sae = Sae(8, 16, 2, {**point, "collected_with": {"seed": 0}})
+    activations_of(sae, "sae", paths)
+    assert capsys.readouterr().out.count("seed 1, not 0") == 1
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_copies_of_plain_files_are_refused(large, tmp_path):
+    x = np.random.default_rng(0).standard_normal((40, 16, 8)).astype(np.float32)
+    if large:
+        x = np.resize(x, (40, 1 << 14, 8))
+    np.save(tmp_path / "a.npy", x)
+    np.save(tmp_path / "b.npy", x + 1)
+    shutil.copy(tmp_path / "a.npy", tmp_path / "c.npy")
+    assert len(dataset.open_activations([tmp_path / "a.npy", tmp_path / "b.npy"])[0].paths) == 2
+    with pytest.raises(UsageError, match="a.npy and .*c.npy have the same contents"):
+        dataset.open_activations([tmp_path])
+
+
+def test_copies_of_saved_rows_are_refused(tmp_path):
+    (tmp_path / "first").mkdir()
+    saved_rows(tmp_path / "first/rows", [0, 0, 1, 1], [0, 1, 0, 1])
+    shutil.copytree(tmp_path / "first", tmp_path / "second")
+    with pytest.raises(UsageError, match="first/rows and .*second/rows have the same contents"):
+        dataset.open_activations([tmp_path / "first/rows", tmp_path / "second/rows"])
+
+
+def test_too_few_vectors_are_said(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    x = np.random.default_rng(0).standard_normal((4, 8)).astype(np.float32)
+    np.save("two.npy", x[:2])
+    np.save("equal.npy", np.ones((40, 8), np.float32))
+    config = train.Config(data=["two.npy"], num_latents=[16], k=[2], device="cpu")
+    with pytest.raises(UsageError, match="two.npy has 1 training vector, too few to learn from"):
+        train.main(config)
+    with pytest.raises(UsageError, match="two.npy has 1 training vector, too few to learn from"):
+        diagnose.main(diagnose.Config(data=["two.npy"], device="cpu"))
+    with pytest.raises(UsageError, match="the sampled vectors are all equal"):
+        train.main(replace(config, data=["equal.npy"]))
+
+
+def test_sizes_beyond_the_data_are_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    np.save("x.npy", np.random.default_rng(0).standard_normal((4000, 8)).astype(np.float32))
+    config = train.Config(data=["x.npy"], num_latents=[16], k=[2], device="cpu")
+    num_training = Activations(["x.npy"]).num_training
+    for number, (options, line) in enumerate(
+        (
+            ({}, None),
+            (
+                {"effective_batch_size": 10**7},
+                "note: --effective_batch_size 10000000 is more than the number of vectors in the "
+                f"run, {num_training}, so there is a single update",
+            ),
+            (
+                {"max_examples": 1},
+                "note: --effective_batch_size 1024 is more than the number of vectors in the "
+                "run, 1, so there is a single update",
+            ),
+            (
+                {"grad_acc_steps": 10**6},
+                "note: --grad_acc_steps 1000000 has the effect of 1024, "
+                "since a batch has no more vectors",
+            ),
+        )
+    ):
+        train.main(replace(config, run_name=str(number), **options))
+        printed = capsys.readouterr().out
+        if line is None:
+            assert "--effective_batch_size" not in printed and "--grad_acc_steps" not in printed
+        else:
+            assert line in printed
+
+
+def test_arrays_in_another_order_of_bytes_or_axes_say_the_way_on(tmp_path):
+    x = np.random.default_rng(0).standard_normal((40, 16, 8)).astype(np.float32)
+    ways = {
+        "big": (x.astype(">f4"), 'x.astype("<f4")'),
+        "fortran": (np.asfortranarray(x), "np.ascontiguousarray(x)"),
+    }
+    for name, (array, way) in ways.items():
+        np.save(tmp_path / f"{name}.npy", array)
+        with pytest.raises(UsageError) as error:
+            Activations([tmp_path / f"{name}.npy"])
+        assert way in str(error.value)

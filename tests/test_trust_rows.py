@@ -334,6 +334,231 @@ def test_an_order_that_does_not_fit_is_refused():
         own_loop((4.0,), order="cond")
 
 
+class Noise(torch.nn.Module):
+    """Predicts the toy's noise. A loop of one's own may want it, whatever the toy predicts."""
+
+    def __init__(self, pipe):
+        super().__init__()
+        self.unet = pipe.unet
+        self.alphas = pipe.scheduler.alphas_cumprod
+
+    def forward(self, sample, timestep, text):
+        a = self.alphas[timestep]
+        return a.sqrt() * self.unet(sample, timestep, text).sample + (1 - a).sqrt() * sample
+
+
+@pytest.fixture(scope="module")
+def toy():
+    return HookedDiffusionModel.from_pretrained("toy").pipe
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 10])
+@pytest.mark.parametrize("scale", [1.2, 3.0, 7.5, 12.0])
+@pytest.mark.parametrize("predicts", ["sample", "clipped sample", "v_prediction"])
+def test_a_loop_that_turns_the_guided_noise_into_something_else(toy, predicts, scale, num_steps):
+    """The scheduler's input holds the sample too, which resembles the noise in it."""
+    model = Noise(toy)
+    scheduler = diffusers.DDIMScheduler.from_config(
+        toy.scheduler.config, prediction_type=predicts.split()[-1], clip_sample=False
+    )
+    scheduler.set_timesteps(num_steps)
+    prompts, empty = toy.encode_prompt(["a red star", "a blue ring"], "cpu", 1, True)[:2]
+    name = "unet.up_blocks.1.attentions.1"
+    seen = []
+    model.get_submodule(name).register_forward_hook(
+        lambda module, args, output: seen.append(output[0])
+    )
+    x = torch.randn(2, 4, 32, 32, generator=torch.Generator().manual_seed(0))
+    hooked = HookedDiffusionModel(model, scheduler)
+    with torch.no_grad(), hooked.cache(name, 2, rows="both") as cache:
+        for t in scheduler.timesteps:
+            u, c = model(torch.cat([x, x]), t, torch.cat([empty, prompts])).chunk(2)
+            noise = u + scale * (c - u)
+            a = scheduler.alphas_cumprod[t].clamp_min(1e-5)
+            if predicts == "v_prediction":
+                prediction = (noise - (1 - a).sqrt() * x) / a.sqrt()
+            else:
+                prediction = (x - (1 - a).sqrt() * noise) / a.sqrt()
+            if predicts == "clipped sample":
+                prediction = prediction.clamp(-1, 1)
+            x = scheduler.step(prediction, t, x).prev_sample
+    assert torch.equal(cache["output"][name], torch.stack([map_tokens(o[2:]) for o in seen], 1))
+    assert torch.equal(
+        cache["output_uncond"][name], torch.stack([map_tokens(o[:2]) for o in seen], 1)
+    )
+
+
+def called_before(warm_up, scales=(4.0, 4.0)):
+    """A guided loop after a call of the denoiser that belongs to no step."""
+    torch.manual_seed(0)
+    model, scheduler, seen = Denoiser(), Euler(), []
+    texts = {"uncond": torch.randn(2, 5), "cond": torch.randn(2, 5)}
+    x = torch.randn(2, 3, 4, 5)
+    hooked = HookedDiffusionModel(model, scheduler)
+    with torch.no_grad(), hooked.cache("out", 2, rows="both") as cache:
+        warm_up(model, x, texts)
+        for i, scale in enumerate(scales):
+            out = model(torch.cat([x, x]), 9.0 - i, torch.cat([texts["uncond"], texts["cond"]]))
+            seen.append(out)
+            u, c = out.chunk(2)
+            x = scheduler.step(u + scale * (c - u), 9.0 - i, x)
+    for key, rows in (("output", slice(2, 4)), ("output_uncond", slice(0, 2))):
+        expected = torch.stack([map_tokens(out[rows]) for out in seen], 1)
+        assert torch.equal(cache[key]["out"], expected)
+
+
+@pytest.mark.parametrize("text", ["cond", "uncond"])
+def test_a_call_that_warms_the_denoiser_up_is_no_pass(text):
+    called_before(lambda model, x, texts: model(x, 500.0, texts[text]))
+    called_before(lambda model, x, texts: model(x + 1, 9.0, 2 * texts[text]))
+    called_before(lambda model, x, texts: model(0 * x, 9.0, 0 * texts[text]))
+    called_before(lambda model, x, texts: model(torch.randn(4, 3, 4, 5), 9.0, torch.randn(4, 5)))
+
+
+def test_a_warm_up_that_repeats_a_pass_is_refused_by_what_is_true():
+    """The model output may then be made of either call."""
+    with pytest.raises(ValueError, match="was called on 2 and 4 rows, .* such as a warm-up"):
+        called_before(lambda model, x, texts: model(x, 9.0, texts["cond"]))
+
+
+def test_another_pipeline_may_sample_with_the_denoiser_between_two_steps():
+    pipe = build(sd15)
+    other = diffusers.StableDiffusionPipeline(
+        **{**pipe.components, "scheduler": diffusers.EulerDiscreteScheduler()}
+    )
+    other.set_progress_bar_config(disable=True)
+    hooked = HookedDiffusionModel.from_pipeline(pipe)
+    expected = hooked.run_with_cache(HOOK, PROMPTS[:2], rows="both", **generate_options(2))[1]
+
+    def sample(pipe, step, timestep, tensors):
+        if step == 0:
+            other(PROMPTS[1:3], **generate_options(2))
+        return tensors
+
+    hooked = HookedDiffusionModel.from_pipeline(pipe)
+    with hooked.cache(HOOK, 2, rows="both") as cache:
+        pipe(PROMPTS[:2], callback_on_step_end=sample, **generate_options(2))
+    _, by_prompts = hooked.run_with_cache(
+        HOOK, PROMPTS[:2], rows="both", callback_on_step_end=sample, **generate_options(2)
+    )
+    for recorded in (cache, by_prompts):
+        for key in ("output", "output_uncond"):
+            assert torch.equal(recorded[key][HOOK], expected[key][HOOK])
+
+
+# ------------------------------------------------------------------------- text and image that meet outside of attention
+
+
+class JointBlock(torch.nn.Module):
+    def __init__(self, mixing):
+        super().__init__()
+        self.mixing = mixing
+        self.norm = torch.nn.LayerNorm(24, elementwise_affine=False)
+        self.qkv = torch.nn.Linear(24, 72)
+
+    def forward(self, x, modulation):
+        q, k, v = self.qkv(self.norm(x) * (1 + modulation)).chunk(3, -1)
+        if self.mixing == "linear":
+            q, k = q.exp(), k.exp()
+            return x + q @ (k.mT @ v) / (q @ k.sum(1, keepdim=True).mT)
+        attended = torch.nn.functional.scaled_dot_product_attention(
+            q[:, None], k[:, None], v[:, None]
+        )
+        return x + attended[:, 0]
+
+
+class JointModel(torch.nn.Module):
+    """5 text tokens, then 16 of the image, in blocks that mix them by attention or otherwise."""
+
+    def __init__(self, mixing, mean_of=None):
+        super().__init__()
+        self.mean_of = mean_of
+        self.embed = torch.nn.Conv2d(4, 24, 2, 2)
+        self.blocks = torch.nn.ModuleList([JointBlock(kind) for kind in mixing])
+        self.out = torch.nn.Linear(24, 16)
+
+    def forward(self, sample, timestep, text):
+        image = self.embed(sample).flatten(2).mT
+        modulation = 0 * image[:, :1] + timestep / 1000
+        if self.mean_of is not None:
+            modulation = modulation + {"image": image, "text": text}[self.mean_of].mean(1, True)
+        tokens = torch.cat([text, image], 1)
+        for block in self.blocks:
+            tokens = block(tokens, modulation)
+        patches = self.out(tokens[:, 5:]).view(-1, 4, 4, 4, 2, 2)
+        return patches.permute(0, 3, 1, 4, 2, 5).reshape(sample.shape)
+
+
+def joint(mixing, mean_of=None):
+    torch.manual_seed(0)
+    text = torch.randn(2, 5, 24)
+    return HookedDiffusionModel(
+        JointModel(mixing, mean_of).eval(),
+        diffusers.DDIMScheduler(),
+        lambda *_: (text, 0 * text),
+        sample_shape=(4, 8, 8),
+    )
+
+
+@pytest.mark.parametrize(
+    "mixing, mean_of, refused",
+    [
+        (["attention"] * 3, None, []),
+        (["attention"] * 3, "text", []),
+        (["attention"] * 3, "image", [0, 1, 2]),
+        (["attention", "linear", "attention"], None, [1, 2]),
+        (["linear"] * 2, None, [0, 1]),
+        (["linear", "attention", "linear"], None, [0, 1, 2]),
+    ],
+)
+def test_text_that_meets_the_image_outside_of_attention_is_not_taken_for_it(
+    mixing, mean_of, refused
+):
+    hooked = joint(mixing, mean_of)
+    for i in range(len(mixing)):
+        seen = []
+        handle = hooked.pipe.model.blocks[i].register_forward_hook(
+            lambda module, args, output, seen=seen: seen.append(output[-2:, 5:].clone())
+        )
+        options = dict(num_inference_steps=2)
+        if i in refused:
+            with pytest.raises(
+                ValueError, match="can't be told apart: .* there are 21, on no grid"
+            ):
+                hooked.run_with_cache(f"blocks.{i}", ["a", "b"], **options)
+        else:
+            _, cache = hooked.run_with_cache(f"blocks.{i}", ["a", "b"], **options)
+            assert cache["grid"][f"blocks.{i}"] == (4, 4)
+            assert torch.equal(cache["output"][f"blocks.{i}"], torch.stack(seen[-2:], 1))
+        handle.remove()
+
+
+class WaveWithText(torch.nn.Module):
+    """A wave has no grid, so only its length tells which tokens are its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Linear(4, 8)
+        self.coarse = torch.nn.Conv1d(8, 8, 3, stride=2, padding=1)
+        self.out = torch.nn.Linear(8, 4)
+
+    def forward(self, sample, timestep, text):
+        x = self.embed(sample.mT) + text.mean(1, keepdim=True) + timestep / 1000
+        x = x + self.coarse(x.mT).repeat_interleave(2, -1).mT
+        return self.out(x).mT
+
+
+def test_tokens_of_a_wave_may_change_with_the_text():
+    torch.manual_seed(0)
+    text = torch.randn(2, 5, 8)
+    hooked = HookedDiffusionModel(
+        WaveWithText(), diffusers.DDIMScheduler(), lambda *_: (text, 0 * text), sample_shape=(4, 40)
+    )
+    options = dict(num_inference_steps=2)
+    _, cache = hooked.run_with_cache(["embed", "coarse", "out"], ["a", "b"], **options)
+    assert cache["grid"] == {"embed": (40,), "coarse": (20,), "out": (40,)}
+
+
 # ----------------------------------------------------------------------------------------------------------------- Cosmos, FLUX
 
 

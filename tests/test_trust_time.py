@@ -10,7 +10,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from families import cogvideox, flow_matching, flux, kandinsky22, ltx, pictures, sd15_parts
+from families import cogvideox, flow_matching, flux, kandinsky22, ltx, pictures, sd15_parts, wan
 from PIL import Image
 from tiny import PROMPTS, build, called_with, generate_options, qwen_tokenizer, sd15, sdxl
 
@@ -735,7 +735,7 @@ def test_latents_of_real_images_are_the_pipelines_own(recipe, own, dtype):
     options.pop("generator")
     size = options["width"], options["height"]
     real = real_images.RealImages(
-        HookedDiffusionModel.from_pipeline(pipe), "", options | dict(num_inference_steps=5), *size
+        HookedDiffusionModel.from_pipeline(pipe), "", options | dict(num_inference_steps=5)
     )
     image = photo(*size)
     x = real_images.to_pixels(image)[None].to(
@@ -750,6 +750,55 @@ def test_latents_of_real_images_are_the_pipelines_own(recipe, own, dtype):
         assert torch.equal(real.latents([image]).float(), expected)
 
 
+@pytest.mark.parametrize(
+    "recipe, size",
+    [
+        (sd15, dict(height=16, width=64)),
+        (flux, dict(height=8, width=32)),
+        (wan, dict(height=16, width=64, num_frames=1)),
+    ],
+)
+def test_an_image_comes_out_as_it_went_in_at_a_size_that_is_not_square(recipe, size):
+    """The size may come from `--pipeline_kwargs`. A square of as many pixels would be scrambled."""
+    pipe = build(recipe)
+    _, options = prompt_and_options(1, recipe)
+    options |= dict(size, num_inference_steps=3, output_type="pt", guidance_scale=1.0)
+    generator = options.pop("generator")
+    hooked = HookedDiffusionModel.from_pipeline(pipe)
+    real = real_images.RealImages(hooked, "", options)
+    assert (real.width, real.height) == (size["width"], size["height"])
+
+    image = real.crop(photo(64, 64))
+    decode = pipe.vae.decode
+    decoded = []
+    pipe.vae.decode = lambda z, *args, **kwargs: decoded.append(z) or decode(z, *args, **kwargs)
+    with real.in_place([image], [0]):
+        hooked([""], generator=generator, **options)
+    x = real_images.to_pixels(image)[None]
+    with torch.no_grad():
+        z = pipe.vae.encode(x[:, :, None] if recipe is wan else x).latent_dist.mode()
+    assert decoded[0].shape == z.shape
+    assert torch.allclose(decoded[0], z, atol=1e-4)
+
+
+def test_an_image_is_not_cut_into_the_frames_of_a_video():
+    """4 frames of 4 x 4 latents are as many as 8 x 8 latents of one image."""
+    _, options = prompt_and_options(1, wan)
+    options.pop("generator")
+    options |= dict(height=32, width=32, num_frames=13)
+    with pytest.raises(UsageError, match=r"gives its VAE \(4, 4, 4, 4\): .*num_frames"):
+        real_images.RealImages(HookedDiffusionModel.from_pipeline(build(wan)), "", options)
+
+
+def test_a_size_that_no_option_tells_is_the_one_that_is_decoded():
+    hooked, vae = with_decoding(lambda sample: 2 * sample, sample_shape=(4, 8, 32))
+    real = real_images.RealImages(hooked, "", {"num_inference_steps": 3})
+    assert (real.width, real.height) == (64, 16)
+    with torch.no_grad():
+        z = vae.encode(real_images.to_pixels(photo(64, 16))[None]).latent_dist.mode()
+    assert torch.allclose(real.latents([photo(64, 16)]), z / 2, atol=1e-5)
+
+
 class OwnDecoding(Loop):
     """A pipeline with a way of its own from its sample to the VAE's latents, `before_decoding`."""
 
@@ -762,10 +811,10 @@ class OwnDecoding(Loop):
         )
 
 
-def with_decoding(before_decoding):
+def with_decoding(before_decoding, sample_shape=(4, 16, 16)):
     pipe = build(sd15)
     hooked = HookedDiffusionModel(
-        pipe.unet, pipe.scheduler, pipe.encode_prompt, vae=pipe.vae, sample_shape=(4, 16, 16)
+        pipe.unet, pipe.scheduler, pipe.encode_prompt, vae=pipe.vae, sample_shape=sample_shape
     )
     hooked.pipe.__class__ = OwnDecoding
     hooked.pipe.before_decoding = before_decoding

@@ -219,7 +219,7 @@ def test_a_gradient_that_is_not_kept_gives_the_same_bits():
     states = []
     for kept in (True, False):
         _, step = make(auxk_alpha=1.0, dead_feature_threshold=60)
-        step.memory = step.memory if kept else [None, None]
+        step.gradient_memory = step.gradient_memory if kept else [None, None]
         for seed in range(4):
             step(torch.randn(40, 24, generator=torch.Generator().manual_seed(seed)), 1e-3)
         states.append(step.state)
@@ -234,7 +234,7 @@ def test_parts_are_the_whole():
             step(
                 torch.randn(40, 24, generator=torch.Generator().manual_seed(seed)),
                 1e-3,
-                parts=parts,
+                num_chunks=parts,
             )
         runs[parts] = step.state
     for name in runs[1]:
@@ -275,7 +275,7 @@ def test_auxk_predicts_the_residual_with_dead_latents_alone():
 
     def auxk():
         without = step.forward(x)
-        step.dead, step.num_listed = dead, 1
+        step.dead_indices, step.num_listed = dead, 1
         forward = step.forward(x)
         gradients = step.backward(forward)
         step.num_listed = 0
@@ -363,7 +363,7 @@ def test_gradients_by_blocks_of_rows(monkeypatch, block, kept):
     )
     order, ends = sort_pairs(indices, 9)
     rows, dense = torch.tensor([0, 3, 8]), torch.randn(3, 5, generator=g)
-    gradient = Gradient(weights.flatten()[order], order // 3, ends, x, rows, dense).keep(
+    gradient = Gradient(weights.flatten()[order], order // 3, ends, x, rows, dense).store(
         torch.empty(9, 5) if kept else None
     )
     expected = torch.zeros(6, 9).scatter_add(1, indices, weights).T @ x
@@ -419,10 +419,13 @@ def test_update_never_waits_for_the_device(options):
         for name in ("adam", "decode", "grad", "batch_topk", "topk")
     }
     _, step = make(auxk_alpha=1.0, dead_feature_threshold=0, dtype=torch.bfloat16, **options)
-    step.padded, step.memory = True, step.memory if "group" in options else [None, None]
+    step.padded, step.gradient_memory = (
+        True,
+        step.gradient_memory if "group" in options else [None, None],
+    )
     step.state["dead"][:9] = True
     step.index_dead()
-    assert step.dead.tolist() == [*range(9), *[96] * 7]
+    assert step.dead_indices.tolist() == [*range(9), *[96] * 7]
     kernels = {
         (m, n): k
         for m, module in modules.items()

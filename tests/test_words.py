@@ -5,7 +5,7 @@ import doctest
 import pytest
 
 import store.words
-from store.words import are_particles, has_word, word_ends, words_of
+from store.words import are_particles, compared_form, has_word, word_ends, words_of
 
 
 def test_the_examples_of_the_page():
@@ -77,3 +77,64 @@ def test_words_of_other_scripts_stay_whole():
     assert has_word("一只狐狸在森林", "狐狸") and has_word("anything", "")
     assert words_of("Red-hot, don't") == ["red-hot", "don't"]
     assert word_ends("a cat.") == [1, 5, 6] and word_ends("") == []
+
+
+@pytest.mark.parametrize(
+    "text, word",
+    [
+        ("a st\u00adar", "star"),  # a soft hyphen
+        ("a st\u200bar", "star"),  # white space of no width
+        ("a \u200estar\u200f", "star"),  # marks of the direction of writing
+        ("artist’s star", "artist's"),
+        ("artist's star", "artist’s"),
+        ("well\u2011known", "well-known"),
+        ("red_hair", "hair"),  # tags
+        ("red_hair", "red hair"),
+        ("red hair", "red_hair"),
+        ("كَلْب", "كلب"),  # vowel signs
+        ("كـلب", "كلب"),  # a lengthened letter
+        ("İstanbul", "istanbul"),
+        ("i\u0307stanbul", "İSTANBUL"),
+        ("fox’s tail", "fox"),
+        ("l’étoile", "étoile"),
+        ("don’t", "don't"),
+        ("in C++ code", "C++"),
+        ("a red++ star", "red"),  # a weight
+        ("ﬁsh", "fish"),
+    ],
+)
+def test_another_way_of_typing_does_not_hide_a_word(text, word):
+    assert has_word(text, word)
+
+
+@pytest.mark.parametrize(
+    "text, word",
+    [
+        ("½ cup", "1"),
+        ("① red", "1"),
+        ("x²", "x2"),
+        ("C++ code", "C"),
+        ("C# code", "C"),
+        ("don't", "don"),
+        ("don’t", "t"),
+        ("can't", "can"),
+        ("الأسد", "اسد"),  # the hamza makes another letter
+    ],
+)
+def test_a_sign_that_makes_another_word_is_seen(text, word):
+    assert not has_word(text, word)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Don’t: 'red' _red_hair_ C++, C#; well\u2011known ½ ① x²",
+        "L’Étoile, cafe\u0301, Straße, ΟΔΟΣ, İstanbul, ﬁsh, st\u00adar++",
+        "كَلْب والثعلب, אֲנִי, 여우가, 赤いfox, हिन्दी, แมวสีแดง",
+    ],
+)
+def test_a_text_has_each_of_its_words(text):
+    """A word that the feature page shows is one that --concept finds."""
+    words = words_of(text)
+    assert len(words) >= 6
+    assert all(has_word(text, word) and compared_form(word) == word for word in words)
