@@ -49,6 +49,7 @@ LEFT_OUT |= {
     "output_type",
 }
 LEFT_OUT |= {"training", "unlearn", "report", "per_cell", "pictures", "note", "data", "crc32"}
+LEFT_OUT |= {"num_features"}  # of steer.json: None where --features names them
 # Keys that an older version did not write: what a collection and an SAE say of themselves so that
 # stages can check it
 ADDED = {
