@@ -79,9 +79,8 @@ def load_prompts(
     named = [name for name in (column, negative_prompt) if name is not None]
     negative_column = "negative_prompt" if negative_prompt is None else negative_prompt
 
-    columns = {}  # of all rows, in order
     prompts = []
-    columns: dict[str, None] = {}  # an ordered set
+    columns: dict[str, None] = {}  # of all rows, in order
     rows = read_rows(dataset_name, split, max_num_examples, named)
     for number, row in enumerate(rows, 1):
         where = f"{dataset_name}, row {number}"
