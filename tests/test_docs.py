@@ -175,5 +175,5 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
             exec(compile(block.text, page.name, "exec"), names)
     if page.name == "models.md":
         x = names["cache"]["output"]["blocks.1"]
-        assert x.shape == (1, 10, 64, 16)
+        assert x.shape == (2, 10, 64, 16)
         assert (tmp_path / "my_activations.npy").exists()
