@@ -46,11 +46,11 @@ class Config:
     folder>."""
 
     to_hub: str | None = None
-    """Push to this repository on the Hugging Face Hub: <user>/<name>. If not given, nothing is
+    """Push to this repository of the Hugging Face hub: <user>/<name>. If not given, nothing is
     pushed."""
 
     private: bool = False
-    """Make the repository private if it is new. An existing repository stays as it is."""
+    """Make a new repository private. An existing repository stays as it is."""
 
 
 if __name__ == "__main__":
