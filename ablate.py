@@ -23,9 +23,13 @@ Reads   a diffusers folder or hub id, and prompts, as collect.py does.
 Writes  <out_dir>/ablate.png (rows: hook names, the untouched images first; columns: prompts),
         ablate_ranking.png, ablate.json.
 
-Two distances compare each run a with the untouched run b of the same seeds: |a - b| / |b| of the
-final latents, and the root mean square difference of the images, whose numbers are from 0 to 1. The
-script does not search for combinations of layers.
+Two distances compare each run with the untouched run of the same seeds. Both are means over the
+prompts:
+
+    latents   |a - b| / |b|, where b are the final latents of the untouched run, and a the others
+    images    root mean square difference of the pixels, which are numbers from 0 to 1
+
+The script does not search for combinations of layers.
 """
 
 from dataclasses import dataclass, field
@@ -54,7 +58,8 @@ class Config(GenerationConfig):
     # what to disable
     hook_names: list[str] = field(default_factory=lambda: ["**.attentions.*"])
     """Disable these modules of the denoiser, one at a time. Give names or patterns: `*` stands for
-    any text within one part of a dotted name, `**` also crosses dots."""
+    any text within one part of a dotted name, `**` also crosses dots. collect.py --list_hooks shows
+    the names."""
 
     mode: Literal["skip", "zero", "mean"] = "skip"
     """Replace the module's output by its input (skip), by 0 (zero), or by its mean over the prompts

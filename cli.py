@@ -97,7 +97,8 @@ class GenerationConfig:
     """Sample in this many steps. Fewer are faster. If not given, the pipeline's default is used."""
 
     guidance_scale: float | None = None
-    """Use this scale of classifier-free guidance. If not given, the pipeline's default is used."""
+    """Use this scale of classifier-free guidance. Raise it to follow the prompt more closely. If
+    not given, the pipeline's default is used."""
 
     height: int | None = None
     """Make images of this height, in pixels. If not given, the pipeline's default is used."""

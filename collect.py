@@ -99,7 +99,7 @@ class Config(GenerationConfig):
 
     rows: Literal["cond", "uncond", "both"] = "cond"
     """Classifier-free guidance runs the model with and without the prompt. Store the rows with the
-    prompt (cond), without it (uncond), or both, in two files."""
+    prompt (cond), those without it (uncond), or both, in two files."""
 
     side: Literal["output", "input", "diff"] = "output"
     """Store what a module returns (output), what it takes (input), or output - input (diff)."""
@@ -109,14 +109,14 @@ class Config(GenerationConfig):
     carries image and text together."""
 
     text_tokens: int | None = None
-    """With --stream text: leave room for this many tokens of each text. Raise it if a later text is
+    """With --stream text: leave room for this many tokens of each text. Set it if a later text is
     longer than those of the first batch. If not given, the first batch decides."""
 
     cache_every_n_timesteps: int = 1
     """Store every n-th step: 0, n, 2n, ... Raise it to save disk space."""
 
     tokens_per_step: int | None = None
-    """Store this many of each image's tokens at each step, chosen at random. Lower it to save disk
+    """Store this many of each image's tokens at each step, chosen at random. Set it to save disk
     space. If not given, all tokens are stored."""
 
     store_dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"

@@ -58,18 +58,19 @@ class Config:
     """Start b_dec at the geometric median of a sample, at its mean, or at 0 (none)."""
 
     num_epochs: int = 1
-    """Predict for a training that goes through the vectors this many times."""
+    """Predict a training that goes through the vectors this many times."""
 
     trial_updates: int = 500
-    """Make at most this many updates in each of the two trials (with and without centring). After
-    98, the revival of dead latents (AuxK) begins; fewer predict too many dead latents."""
+    """Make at most this many updates in each of the two trials (with and without centring). The
+    revival of dead latents (AuxK) begins after 98; fewer updates predict too many dead latents."""
 
     trial_seconds: float = 8.0
     """Stop each of the two trials after this many seconds. Raise it if the screen says that a trial
     ended before AuxK."""
 
     seed: int = 0
-    """Draw the sample, the weights and the order of the trial from this seed."""
+    """Draw the sample, the first weights and the order of the vectors from this seed. Change it to
+    see how much depends on chance."""
 
     # output
     out_dir: str = "diagnose"

@@ -4,10 +4,10 @@
     python evaluate.py --sae saes/mid_block_k32_M20480 --graft
     python evaluate.py --sae theirs --data activations/mid_block.npy    # any SAE that can be loaded
 
-The first part takes vectors that training never saw and measures FVU, explained variance, L0,
-cosine, dead and always-on latents; analysis/metrics.py defines each. With --graft it also generates
-with the SAE's reconstruction in the place of the hook point's activations, in all steps and in one
-window of steps after the other:
+It measures FVU, explained variance, L0, cosine, dead and always-on latents on vectors that training
+never saw; analysis/metrics.py defines each. With --graft it also generates with the SAE's
+reconstruction in the place of the hook point's activations, once in all steps and once in each
+window of steps:
 
     untouched      the model's own run with these seeds
     graft          in the steps of a window the hook point returns x_hat = sae(x) instead of x
@@ -74,7 +74,7 @@ class Config:
 
     # graft
     graft: bool = False
-    """Also generate with the reconstruction in the place of the activations."""
+    """Also generate with the SAE's reconstruction in the place of the activations."""
 
     num_prompts: int = 8
     """With --graft: generate this many held-out prompts. Each is generated 3 + 2 x windows times:
@@ -82,7 +82,7 @@ class Config:
 
     windows: int = 4
     """With --graft: divide the steps into this many windows of equal length. Raise it to see more
-    exactly when the error matters."""
+    exactly in which steps an error matters."""
 
     # output
     out_dir: str = "evaluations"

@@ -19,8 +19,8 @@ training and held-out ones alike, and computes the numbers of each feature from 
     images    the prompts whose maps have the highest peaks; the maps of a feature share one scale
     words     words that more of these prompts have than of the others: log-odds with a prior, at
               least 1.96 standard deviations above 0
-    telling   deviations of the best of these words (1 without words) x -log10(density) x mean peak
-              of its maps: the page is sorted by it and opens on the first
+    telling   the standard deviations of the best word (1 without words) x -log10(density) x mean
+              peak of the maps; the page is sorted by it, and opens on the largest
     nearest   the features whose rows of W_dec have the largest cosine with its own
 
 Reads   an SAE folder; activation files of collect.py (with prompts.jsonl and images/), or any .npy.

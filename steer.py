@@ -98,8 +98,8 @@ class Config:
     the first, and 1:12 that of the second."""
 
     concept: str | None = None
-    """Change the features that tell the prompts with this word from the others. The table above
-    says what happens without it."""
+    """Change the features that tell the prompts with this word from the others. The top of this
+    help says what is changed without it."""
 
     num_features: int | None = None
     """Find this many features in each SAE. Raise it if the concept stays. If not given, 1; if two
@@ -107,7 +107,8 @@ class Config:
 
     score: Literal["contrast", "saeuron"] = "contrast"
     """Find features by this score. contrast compares the mean activation with and without the word,
-    in standard deviations; saeuron compares each feature's share of all activation."""
+    in standard deviations; saeuron compares each feature's share of all activation. Use saeuron to
+    compare with SAeUron."""
 
     num_pictures: int = 128
     """Find features on at most this many images of the activations. Raise it for rare words."""
@@ -118,11 +119,11 @@ class Config:
     value gives a row of images. If not given, and neither are --add and --toward, 0 and 4."""
 
     add: list[float] = field(default_factory=list)
-    """Add each feature's direction to all tokens; at 1 it is as long as a typical activation (RMS)
-    of this image and step. Each value gives a row of images."""
+    """Add this many times the direction of each feature to all tokens. 1 is as long as a typical
+    token of the image at this step (RMS). Each value gives a row of images."""
 
     toward: str | None = None
-    """Put this word of the prompts in the place of --concept."""
+    """Put this word of the prompts in the place of --concept, which it needs."""
 
     steps: str | None = None
     """Edit only in these steps, first-last, counted from 0, such as 0-10. If not given, all steps
@@ -137,7 +138,8 @@ class Config:
     both. If not given, those that the SAE was trained on."""
 
     renormalize: bool = False
-    """Give each edited token the length back that it had. Use it if a strong edit breaks images."""
+    """Give each edited token the length that it had before the edit. Use it if a strong edit breaks
+    images."""
 
     # output
     out_dir: str = "steer"

@@ -2,7 +2,7 @@
 
     python train.py                                              # the newest collection
     python train.py --data activations/mid_block.npy --k 32 --expansion_factor 8
-    python train.py --k 16 32 64 --seeds 0 1                     # six SAEs from one reading
+    python train.py --k 16 32 64 --seeds 0 1                     # six SAEs; the files are read once
     torchrun --nproc_per_node 4 train.py                         # the GPUs split each batch
     torchrun --nproc_per_node 4 train.py --shard_latents 2       # 2 x 2: and the latents, too
 
@@ -19,8 +19,9 @@ The model, and what it learns to make small:
 AuxK says how badly the dead latents predict the error x - x_hat; it revives them. The optimizer is
 Adam. b_dec starts at the geometric median of a sample. W_enc starts as a copy of W_dec, whose rows
 keep length 1. The vectors of all prompts are shuffled one by one. Whole prompts are held out from
-training and give the final numbers, by timestep and overall (analysis/metrics.py). They have a
-tenth of the vectors, but at least 100,000 (at most a quarter of all), and at most a million.
+training and give the final numbers, by timestep and overall (analysis/metrics.py). They hold a
+tenth of all vectors. If that is below 100,000, they hold up to 100,000, but not more than a
+quarter; a million is the most.
 
 Reads   activation files: .npy files of floats whose last axis is the width d of a vector.
         Name them one by one, by a glob or by their folder. Each hook name gets its own SAE.
@@ -85,7 +86,7 @@ class Config:
 
     multi_topk: bool = False
     """Let a second reconstruction with the 4 x k largest latents count 1/8 in the loss. Use it if
-    you will use the SAE with another k than it was trained with."""
+    the SAE will be used with another k than in training."""
 
     matryoshka: list[int] = field(default_factory=list)
     """Also train the first latents to reconstruct without the others: 1024 4096 means the first
@@ -125,8 +126,8 @@ class Config:
     fewer updates, the higher."""
 
     lr_scheduler: Literal["constant", "linear", "cosine"] = "linear"
-    """Choose how the learning rate falls to 0: linear falls over the last fifth, cosine over the
-    whole run, constant never."""
+    """Let the learning rate fall to 0 over the last fifth of the updates (linear), over all of them
+    (cosine), or not at all (constant)."""
 
     lr_warmup_steps: int = 100
     """Let the learning rate rise from 0 over this many updates, but at most over a fifth of all.
@@ -158,7 +159,7 @@ class Config:
 
     run_name: str | None = None
     """Give the run's folder this name. If not given, the name is made of the data file, k,
-    num_latents and the variant."""
+    num_latents, the kind of SAE and the seed."""
 
     log_every: int = 10
     """Write one row to metrics.jsonl per this many updates; it describes one batch. Raise it on a
@@ -176,8 +177,8 @@ class Config:
     it: many PyTorch versions can't train on it."""
 
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """Compute the encoder's product in this precision. auto takes 16 bits where they are fast. Use
-    no if rounding must not change which latents are chosen."""
+    """Compute the encoder's product in this precision. auto takes 16 bits where they are fast.
+    Choose `no` if rounding must not change which latents are active."""
 
     grad_acc_steps: int = 1
     """Compute each batch in this many parts, one after another. Raise it if memory is short."""
@@ -188,7 +189,7 @@ class Config:
 
     shard_latents: int = 1
     """Split the latents over this many processes of torchrun. Raise it if one GPU can't hold all
-    latents. Each group of so many processes takes its part of every batch."""
+    latents. Each group of this many processes takes a part of every batch."""
 
 
 if __name__ == "__main__":
