@@ -1,7 +1,7 @@
 """Stage 1: which layer? Disable hook points one at a time and see what the images lose.
 
-    python ablate.py                                          # the toy's attention blocks, skipped
-    python ablate.py --model_name sd-legacy/stable-diffusion-v1-5 --dataset_name "a cat on a chair"
+    python ablate.py                                       # the toy's attention blocks, skipped
+    python ablate.py --model_name sd-legacy/stable-diffusion-v1-5 --dataset_name "a red fox"
     python ablate.py --hook_names "up_blocks.*.attentions.*" mid_block --mode mean
 
 In a notebook:

@@ -1,12 +1,12 @@
 """Stage 2: run a diffusion model on prompts and store what its layers compute, as .npy files.
 
-    python collect.py                                          # the toy, 128 of its prompts
+    python collect.py                                         # the toy, 128 of its prompts
     python collect.py --model_name sd-legacy/stable-diffusion-v1-5 --dataset_name prompts.txt
     python collect.py --hook_names "up_blocks.1.attentions.*" mid_block --rows both
-    python collect.py --list_hooks                             # what can be hooked, and its size
+    python collect.py --list_hooks                            # what can be hooked, and its size
     python collect.py --images photos --timesteps_per_image 4  # real images, not generated ones
-    torchrun --nproc_per_node 4 collect.py                     # four GPUs, the same files
-    python collect.py --shard 0/4                              # the first of four machines
+    torchrun --nproc_per_node 4 collect.py                    # four GPUs, the same files
+    python collect.py --shard 0/4                             # the first of four machines
 
 In a notebook:
 

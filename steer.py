@@ -1,9 +1,9 @@
 """Stage 7: act. Change features while the model generates, and see each image before and after.
 
-    python steer.py                                          # exchange two concepts of the prompts
-    python steer.py --features 12 98 --multiply 0 4 --steps 0-10     # a row of images per strength
-    python steer.py --concept star --num_features 4 --multiply -2    # the features of a word
-    python steer.py --concept star --num_features 16 --toward ring   # put rings in its place
+    python steer.py                                          # exchange two words of the prompts
+    python steer.py --features 12 98 --multiply 0 4 --steps 0-10    # a row of images per value
+    python steer.py --concept star --num_features 4 --multiply -2   # the features of a word
+    python steer.py --concept star --num_features 16 --toward ring  # put rings in its place
     python steer.py --sae saes/a saes/b --features 0:12 1:98 --add 2.5 --mask 0 0 1 0.5
 
 In a notebook:

@@ -1,10 +1,10 @@
 """Stage 4: train sparse autoencoders (SAEs) on the activations that collect.py stored.
 
-    python train.py                                              # the newest collection
+    python train.py                                         # the newest collection
     python train.py --data activations/mid_block.npy --k 32 --expansion_factor 8
-    python train.py --k 16 32 64 --seeds 0 1                     # six SAEs; the files are read once
-    torchrun --nproc_per_node 4 train.py                         # the GPUs split each batch
-    torchrun --nproc_per_node 4 train.py --shard_latents 2       # 2 x 2: and the latents, too
+    python train.py --k 16 32 64 --seeds 0 1                # six SAEs; the files are read once
+    torchrun --nproc_per_node 4 train.py                    # the GPUs split each batch
+    torchrun --nproc_per_node 4 train.py --shard_latents 2  # 2 x 2: and the latents, too
 
 In a notebook:
 
