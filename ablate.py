@@ -1,7 +1,7 @@
 """Stage 1: which layer? Disable hook points one at a time and see what the images lose.
 
-    python ablate.py                                          # the toy's attention blocks, skipped
-    python ablate.py --model_name sd-legacy/stable-diffusion-v1-5 --dataset_name "a cat on a chair"
+    python ablate.py                                       # the toy's attention blocks, skipped
+    python ablate.py --model_name sd-legacy/stable-diffusion-v1-5 --dataset_name "a red fox"
     python ablate.py --hook_names "up_blocks.*.attentions.*" mid_block --mode mean
 
 In a notebook:
@@ -12,19 +12,24 @@ There are three ways to disable a module (--mode):
 
     skip    its output becomes its input
     zero    its output becomes 0
-    mean    its output becomes its mean over the prompts, conditional and unconditional rows each
-            with their own; what the prompt and the seed decided there is gone, the rest stays
+    mean    its output becomes its mean over the prompts (one mean for the conditional rows, one for
+            the unconditional rows): only what all prompts share stays
 
-All rows are edited, conditional and unconditional, but only the tokens of the image: the text of a
-joint block stays, and so do the skip connections of a UNet's down block.
+All rows are edited, conditional and unconditional, but only the tokens of the image. The text
+tokens of a block that carries image and text together stay, and so do the skip connections of a
+UNet's down block.
 
 Reads   a diffusers folder or hub id, and prompts, as collect.py does.
 Writes  <out_dir>/ablate.png (rows: hook names, the untouched images first; columns: prompts),
         ablate_ranking.png, ablate.json.
 
-Distances are to the untouched run with the same seeds: |a - b| / |b| of the final latents, and the
-root mean square over the pixels and channels of images in [0, 1]. The script does not search for
-combinations of layers.
+Two distances compare each run with the untouched run of the same seeds. Both are means over the
+prompts:
+
+    latents   |a - b| / |b|, where b are the final latents of the untouched run, and a the others
+    images    root mean square difference of the pixels, which are numbers from 0 to 1
+
+The script does not search for combinations of layers.
 """
 
 from dataclasses import dataclass, field
@@ -47,20 +52,22 @@ from cli import (
 class Config(GenerationConfig):
     # data
     max_num_examples: int = 8
-    """Use this many prompts, all in one batch: the columns of the picture. Lower it if the GPU's
-    memory is too small."""
+    """Use at most this many prompts, all in one batch; they are the columns of the picture. Lower
+    it if the GPU's memory is too small."""
 
     # what to disable
     hook_names: list[str] = field(default_factory=lambda: ["**.attentions.*"])
-    """Disable these modules of the denoiser, one at a time: names or globs. `*` stays inside one
-    part of a dotted name, `**` does not."""
+    """Disable these modules of the denoiser, one at a time. Give names or patterns: `*` stands for
+    any text within one part of a dotted name, `**` also crosses dots. collect.py --list_hooks shows
+    the names."""
 
     mode: Literal["skip", "zero", "mean"] = "skip"
-    """Replace the module's output by its input, by zero, or by its mean over the prompts."""
+    """Replace the module's output by its input (skip), by 0 (zero), or by its mean over the prompts
+    (mean)."""
 
     # output
     out_dir: str = "ablate"
-    """Folder for the pictures and the numbers."""
+    """Write the pictures and the numbers into this folder."""
 
 
 if __name__ == "__main__":

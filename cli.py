@@ -57,48 +57,54 @@ class GenerationConfig:
 
     # model
     model_name: str = "toy"
-    """Load this diffusers folder or hub id."""
+    """Load this model: a diffusers folder, or an id on the Hugging Face hub. toy is the small model
+    of this project."""
 
     variant: str | None = None
-    """Load this variant of the weights, such as fp16. If not given, the plain files are loaded."""
+    """Load this variant of the weight files, such as fp16. If not given, the plain files are
+    loaded."""
 
     revision: str | None = None
-    """Load this revision of the hub repository: a branch, a tag or a commit."""
+    """Load this revision of the hub repository: a branch, a tag or a commit. If not given, its main
+    branch is loaded."""
 
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    """Run the model in this precision. auto means float32 on a CPU and 16 bits on a GPU."""
+    """Run the model in this precision. auto means float32 on a CPU; elsewhere it means bfloat16, or
+    float16 on a GPU without bfloat16."""
 
     # data
     dataset_name: str | None = None
-    """Take the prompts from this file, folder or hub data set, or use this text as the one prompt.
-    If not given, the prompts.csv of the model folder is used."""
+    """Take the prompts from this file or hub data set, or use this text as the one prompt. If not
+    given, prompts.csv in the model's folder is used."""
 
     split: str = "train"
     """Use this split of a hub data set."""
 
     column: str | None = None
     """Read the prompts from this column. If not given, it is the one called prompt, caption or
-    text."""
+    text, or else the only column of texts."""
 
     negative_prompt: str | None = None
-    """Use this negative prompt for all prompts, or the column of this name. If not given, the
-    column negative_prompt is used where the data set has one."""
+    """Use this negative prompt for all prompts. If a column has this name, its texts are used. If
+    not given, the column negative_prompt is used where the data set has one."""
 
     seed: int = 0
-    """Generate prompt number i with seed + i. A column `seed` of the data set goes first."""
+    """Generate image i, counted from 0, with seed + i. Leave this option out if the data set has a
+    column seed."""
 
     # generation
     num_inference_steps: int | None = None
-    """Sample in this many steps. If not given, the pipeline's default holds; fewer are faster."""
+    """Sample in this many steps. Fewer are faster. If not given, the pipeline's default is used."""
 
     guidance_scale: float | None = None
-    """Use this scale of classifier-free guidance. If not given, the pipeline's default holds."""
+    """Use this scale of classifier-free guidance. Raise it to follow the prompt more closely. If
+    not given, the pipeline's default is used."""
 
     height: int | None = None
-    """Make images of this height, in pixels. If not given, the pipeline's default holds."""
+    """Make images of this height, in pixels. If not given, the pipeline's default is used."""
 
     width: int | None = None
-    """Make images of this width, in pixels. If not given, the pipeline's default holds."""
+    """Make images of this width, in pixels. If not given, the pipeline's default is used."""
 
     pipeline_kwargs: str = "{}"
     """Pass these arguments to the pipeline as well: a JSON object, such as '{"eta": 1.0}'."""
@@ -108,7 +114,8 @@ class GenerationConfig:
     """Run on this device: cpu, cuda, cuda:1 or mps. auto takes CUDA, else MPS, else the CPU."""
 
     cpu_offload: bool = False
-    """Keep only the running component on the GPU. Slower; for a model that does not fit."""
+    """Keep only the component that is running on the GPU. This is slower; use it if the model does
+    not fit."""
 
     def pipeline_options(self) -> dict[str, Any]:
         """The pipeline's arguments that have options of their own; None is the pipeline's

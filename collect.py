@@ -1,12 +1,12 @@
 """Stage 2: run a diffusion model on prompts and store what its layers compute, as .npy files.
 
-    python collect.py                                          # the toy, 128 of its prompts
+    python collect.py                                         # the toy, 128 of its prompts
     python collect.py --model_name sd-legacy/stable-diffusion-v1-5 --dataset_name prompts.txt
     python collect.py --hook_names "up_blocks.1.attentions.*" mid_block --rows both
-    python collect.py --list_hooks                             # what can be hooked, and its size
+    python collect.py --list_hooks                            # what can be hooked, and its size
     python collect.py --images photos --timesteps_per_image 4  # real images, not generated ones
-    torchrun --nproc_per_node 4 collect.py                     # four GPUs, the same files
-    python collect.py --shard 0/4                              # the first of four machines
+    torchrun --nproc_per_node 4 collect.py                    # four GPUs, the same files
+    python collect.py --shard 0/4                             # the first of four machines
 
 In a notebook:
 
@@ -21,17 +21,18 @@ Writes  <out_dir>/<hook_name>[.uncond][.input|.diff][.text].npy, an array (rows,
         prompts.jsonl, whose line p describes row p; images/<p>.webp (or .wav), what the model made;
         collect.json and progress.jsonl, from which the same command resumes.
 
-Some options write more files. --stream text: <name>.lengths.npy (rows,), the number of tokens of
-each text. --images: <name>.timesteps.npy (rows, steps). --tokens_per_step n: <name>.tokens.npy
-(rows, steps, n), which tokens of the image were kept; files with the same number of tokens keep the
-same ones. --save_samples: samples.npy, what the scheduler's last step returned. With --shard i/n
-all files stand in <out_dir>/shard<i>of<n>/.
+Some options write more files:
 
-Real images go through the VAE, get the noise of timesteps that are spread over the schedule, and go
-through the denoiser once per timestep, without guidance. diffusion/real_images.py says how.
+    --stream text         <name>.lengths.npy (rows,): the number of tokens of each text
+    --images              <name>.timesteps.npy (rows, steps)
+    --tokens_per_step n   <name>.tokens.npy (rows, steps, n): which tokens of the image were kept;
+                          files with the same number of tokens keep the same ones
+    --save_samples        samples.npy: what the scheduler's last step returned
 
-While a batch is generated, the batch before it is copied from the GPU, converted and written. So
-two batches are in memory.
+Real images are encoded by the VAE, get the noise of timesteps that are spread over the schedule,
+and go through the denoiser once per timestep, without guidance (diffusion/real_images.py).
+
+While a batch is generated, the batch before it is written. So two batches are in memory.
 
 After Ctrl-C or kill -9 the same command resumes, and the files get the bytes of an undisturbed run,
 whatever the number of processes. A larger --max_num_examples extends a finished collection; a
@@ -73,68 +74,74 @@ DEFAULT_HOOK_NAMES = ("up_blocks.1.attentions.1",)
 class Config(GenerationConfig):
     # data
     max_num_examples: int | None = 128
-    """Use this many prompts. A larger number extends a finished collection."""
+    """Use at most this many prompts (with --images: images). A larger number extends a finished
+    collection."""
 
     num_images_per_prompt: int = 1
-    """Make this many images of each prompt. Each image has a seed of its own."""
+    """Make this many images of each prompt, each with a seed of its own."""
 
     images: str | None = None
-    """Store activations of real images: a folder, or the column of --dataset_name that holds them.
-    If not given, images are generated."""
+    """Store the activations of real images: name their folder, or the column of --dataset_name that
+    holds them. If not given, images are generated."""
 
     timesteps_per_image: int = 4
-    """Run the denoiser at this many noise levels of each real image, spread over the schedule."""
+    """With --images: run the denoiser at this many noise levels of each image, spread over the
+    schedule."""
 
     # what to keep
     hook_names: list[str] = field(default_factory=lambda: list(DEFAULT_HOOK_NAMES))
-    """Store what these modules of the denoiser compute: names or globs. `*` stays inside one part
-    of a dotted name, `**` does not. See --list_hooks."""
+    """Store what these modules of the denoiser compute. Give names or patterns: `*` stands for any
+    text within one part of a dotted name, `**` also crosses dots. --list_hooks shows the names."""
 
     list_hooks: bool = False
-    """Print what can be hooked (of --hook_names, if given), with shapes and sizes, and stop."""
+    """Print what can be hooked, with shapes and sizes, and stop. With --hook_names, print these
+    modules only."""
 
     rows: Literal["cond", "uncond", "both"] = "cond"
-    """Store these rows of classifier-free guidance; both writes two files per hook point."""
+    """Classifier-free guidance runs the model with and without the prompt. Store the rows with the
+    prompt (cond), those without it (uncond), or both, in two files."""
 
     side: Literal["output", "input", "diff"] = "output"
-    """Store what a module returns, what it takes, or the difference output - input."""
+    """Store what a module returns (output), what it takes (input), or output - input (diff)."""
 
     stream: Literal["image", "text"] = "image"
-    """Store the tokens of the image, or those of the text, which a joint block has too."""
+    """Store the tokens of the image, or those of the text. Text tokens exist only in a block that
+    carries image and text together."""
 
     text_tokens: int | None = None
-    """With --stream text: leave room for this many tokens of each text. If not given, the number of
-    tokens in the first batch."""
+    """With --stream text: leave room for this many tokens of each text. Set it if a later text is
+    longer than those of the first batch. If not given, the first batch decides."""
 
     cache_every_n_timesteps: int = 1
     """Store every n-th step: 0, n, 2n, ... Raise it to save disk space."""
 
     tokens_per_step: int | None = None
-    """Store this many of each image's tokens at each step, chosen at random. If not given, all
-    tokens. Lower it to save disk space."""
+    """Store this many of each image's tokens at each step, chosen at random. Set it to save disk
+    space. If not given, all tokens are stored."""
 
     store_dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     """Write numbers in this precision. auto means bfloat16 if the model runs in it, else float16.
-    bfloat16 and float32 hold larger and smaller numbers than float16."""
+    bfloat16 is written as uint16, because NumPy does not have it. Use float32 or bfloat16 if
+    numbers do not fit in float16."""
 
     # output
     save_images: bool = True
-    """Decode what the model made and save it as images/<row>.webp."""
+    """Decode what the model made and save it in images/."""
 
     save_samples: bool = False
-    """Save what the scheduler's last step returned, in samples.npy."""
+    """Save what the scheduler's last step returned, before it is decoded, in samples.npy."""
 
     out_dir: str = "activations"
-    """Folder for all files."""
+    """Write all files into this folder."""
 
     shard: str | None = None
-    """Collect a part of the batches on this machine: i/n takes every n-th batch from batch i on,
-    and writes into <out_dir>/shard<i>of<n>/. If not given, all batches."""
+    """Collect only a part of the batches on this machine: i/n takes the batches i, i + n, i + 2n,
+    ... and writes into <out_dir>/shard<i>of<n>/. If not given, all batches are collected."""
 
     # hardware
     batch_size: int = 16
-    """Generate this many prompts together. Lower it if the GPU's memory is too small. It decides
-    the last bits of the numbers, so a resumed collection can't change it."""
+    """Generate this many prompts together. Lower it if the GPU's memory is too small. It changes
+    the last bits of the numbers, so a collection can only be resumed with the same value."""
 
 
 if __name__ == "__main__":

@@ -8,19 +8,19 @@ In a notebook:
 
     (numbers,) = main(Config(data=["acts.npy"]))
 
-It measures 65,536 training vectors (analysis/data_stats.py): their mean, outlier dimensions, RMS by
-timestep and rank. It also tries how many latents will be dead. For that it starts as train.py does,
-and makes the first updates on the sample: once with the centring that was asked for, and once
-without one (or with one, for --center none). The same updates say how long training takes.
+It measures a sample of up to 65,536 training vectors (analysis/data_stats.py): their mean, outlier
+dimensions, RMS by timestep and rank. Two trials show how many latents will be dead: each starts as
+train.py does and makes the first updates on the sample, one with centring and one without. The same
+updates say how long training takes.
 
 Reads   activation files as train.py does. Each hook name gets a diagnosis.
 Writes  <out_dir>/<name of the first file>.png and .json. Only a diagnosis of the same files is
         replaced.
 
-It does not change the data, and it does not foresee what comes after the trial: a latent can still
-die, or revive, later.
+It does not change the data, and it does not predict what comes after the trials: a latent can
+still die, or revive, later.
 
-Sources: outliers and dead latents, Simon et al. 2026 (arXiv 2605.31518); updates and AuxK, see
+Sources: outliers and dead latents, Simon et al. 2026 (arXiv 2605.31518); for updates and AuxK see
 kernels/update.py.
 """
 
@@ -39,14 +39,14 @@ from cli import answer_help, run_script
 class Config:
     # model
     expansion_factor: int | None = None
-    """Try an SAE with this many latents per dimension of a vector. If not given, 16. Give what you
-    will give train.py."""
+    """Try an SAE with this many latents per dimension of a vector. Give the value that train.py
+    will get. If not given, 16."""
 
     num_latents: int | None = None
-    """Try an SAE with exactly this many latents. Use it instead of expansion_factor."""
+    """Try an SAE with exactly this many latents, instead of --expansion_factor."""
 
     k: int = 16
-    """Keep this many latents active per vector. Give what you will give train.py."""
+    """Keep this many latents active per vector. Give the value that train.py will get."""
 
     # data
     data: list[str] = field(default_factory=list)
@@ -55,29 +55,31 @@ class Config:
 
     # training
     center: Literal["median", "mean", "none"] = "median"
-    """Choose where b_dec starts: at the geometric median, at the mean, or at 0."""
+    """Start b_dec at the geometric median of a sample, at its mean, or at 0 (none)."""
 
     num_epochs: int = 1
-    """Foresee a training that goes through the vectors this many times."""
+    """Predict a training that goes through the vectors this many times."""
 
     trial_updates: int = 500
-    """Make at most this many updates in each half of the trial. AuxK begins after 98; fewer than
-    that foresee too many dead latents."""
+    """Make at most this many updates in each of the two trials (with and without centring). The
+    revival of dead latents (AuxK) begins after 98; fewer updates predict too many dead latents."""
 
     trial_seconds: float = 8.0
-    """Stop each half of the trial after this many seconds. Raise it if the screen says that the
-    trial ended before AuxK."""
+    """Stop each of the two trials after this many seconds. Raise it if the screen says that a trial
+    ended before AuxK."""
 
     seed: int = 0
-    """Draw the sample, the weights and the order of the trial from this seed."""
+    """Draw the sample, the first weights and the order of the vectors from this seed. Change it to
+    see how much depends on chance."""
 
     # output
     out_dir: str = "diagnose"
-    """Write the pictures and the numbers to this folder."""
+    """Write the pictures and the numbers into this folder."""
 
     # hardware
     device: str = "auto"
-    """Try on this device: auto, cuda, cuda:N, mps or cpu. The forecast of the time is for it."""
+    """Run on this device: cpu, cuda, cuda:1 or mps. auto takes CUDA, else the CPU. Name mps to try
+    it: many PyTorch versions can't train on it. The predicted time is for this device."""
 
 
 if __name__ == "__main__":

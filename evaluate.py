@@ -1,18 +1,18 @@
 """Stage 5: how good is an SAE? By timestep, on held-out prompts; and grafted into the model.
 
-    python evaluate.py                                   # the newest SAE, on its training data
+    python evaluate.py                                    # the newest SAE, on its training data
     python evaluate.py --sae saes/mid_block_k32_M20480 --graft
-    python evaluate.py --sae theirs --data activations/mid_block.npy    # any SAE that can be loaded
+    python evaluate.py --sae theirs --data activations/mid_block.npy  # any SAE that can be loaded
 
-The first part takes vectors that training never saw and measures FVU, explained variance, L0,
-cosine, silent and always-on latents; analysis/metrics.py defines each. With --graft the SAE's
-reconstruction takes the place of the hook point's activations, in a window of steps and in all
-steps:
+It measures FVU, explained variance, L0, cosine, dead and always-on latents on vectors that training
+never saw; analysis/metrics.py defines each. With --graft it also generates with the SAE's
+reconstruction in the place of the hook point's activations, once in all steps and once in each
+window of steps:
 
     untouched      the model's own run with these seeds
     graft          in the steps of a window the hook point returns x_hat = sae(x) instead of x
-    mean ablation  there it returns the mean of x: that of the untouched run, of each step, over the
-                   prompts and tokens
+    mean ablation  in these steps it returns the mean of x instead: the mean over the prompts and
+                   tokens of the same step in the untouched run
     distance       root mean square difference to the untouched run's final latents (or images),
                    mean over the prompts
     recovered      1 - distance(graft) / distance(mean ablation): 1 for x_hat = x, 0 for an SAE that
@@ -27,12 +27,12 @@ In a notebook, for any SAE or function and any prompts:
     generation = Generation(prompts, seeds, options=model.arguments(output_type="pt"))
     report, images = graft(model, sae, HookPoint("mid_block"), generation)
 
-Reads   an SAE folder; activation files of collect.py, or any .npy; with --graft the model that made
-        them.
+Reads   an SAE folder; activation files of collect.py, or any .npy; with --graft also the model that
+        made them.
 Writes  <out_dir>/<name of the SAE>/: evaluate.json, evaluate.png; graft.json, graft.png.
 
-The held-out prompts are those that train.py holds out in the same files. It trains nothing and
-changes no SAE.
+The held-out prompts are those that train.py holds out in the same files. The script trains nothing
+and changes no SAE.
 """
 
 import math
@@ -57,33 +57,36 @@ from cli import (
 class Config:
     # model
     sae: str | None = None
-    """Evaluate the SAE in this folder. If not given, the newest one in saes/."""
+    """Evaluate the SAE in this folder. If not given, the newest one in saes/ is taken."""
 
     model_name: str | None = None
-    """With --graft: generate with this diffusers folder or hub id. If not given, with the model
-    that made the activations."""
+    """With --graft: generate with this diffusers folder or hub id. If not given, the model that
+    made the activations is used."""
 
     transfer: bool = False
-    """Use the SAE on purpose where it was not trained: another hook point, or other weights."""
+    """Use the SAE on purpose where it was not trained: at another hook point, or on a model with
+    other weights."""
 
     # data
     data: list[str] = field(default_factory=list)
-    """Measure on these activation files of one hook point. If not given, on its training files."""
+    """Measure on these activation files of one hook point. If not given, the SAE's training files
+    are used."""
 
     # graft
     graft: bool = False
-    """Also generate with the reconstruction in the place of the activations."""
+    """Also generate with the SAE's reconstruction in the place of the activations."""
 
     num_prompts: int = 8
-    """With --graft: generate this many held-out prompts, each 3 + 2 --windows times. Raise it for a
-    smaller standard error."""
+    """With --graft: generate this many held-out prompts. Each is generated 3 + 2 x windows times:
+    11 by default. Raise it for a smaller standard error."""
 
     windows: int = 4
-    """With --graft: divide the steps into this many windows of equal length."""
+    """With --graft: divide the steps into this many windows of equal length. Raise it to see more
+    exactly in which steps an error matters."""
 
     # output
     out_dir: str = "evaluations"
-    """Folder in which each SAE gets a folder."""
+    """Make a folder for each SAE in this folder."""
 
     # hardware
     batch_size: int = 4096

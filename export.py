@@ -13,8 +13,9 @@ In a notebook:
 
 Reads   --sae, an SAE folder (ours, sparsify's, SAELens' or dictionary_learning's), or a folder
         with several below it; or --activations, a folder of collect.py.
-Writes  <out_dir>/: cfg.json, sae_weights.safetensors. store/foreign_saes.py says how exact they
-        are. A folder that holds something else is never overwritten.
+Writes  <out_dir>/: cfg.json, sae_weights.safetensors. A folder that holds something else is never
+        overwritten. batchtopk SAEs become jumprelu SAEs; sampletopk SAEs and those with
+        input_unit_norm can't be written (store/foreign_saes.py).
 Pushes  the files of the folder, and a README.md that says how to load them, if neither the folder
         nor the repository has one.
 """
@@ -46,11 +47,11 @@ class Config:
     folder>."""
 
     to_hub: str | None = None
-    """Push to this repository on the Hugging Face Hub: <user>/<name>. If not given, nothing is
+    """Push to this repository of the Hugging Face hub: <user>/<name>. If not given, nothing is
     pushed."""
 
     private: bool = False
-    """Make the repository private if it is new. An existing repository stays as it is."""
+    """Make a new repository private. An existing repository stays as it is."""
 
 
 if __name__ == "__main__":

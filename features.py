@@ -1,15 +1,15 @@
 """Stage 6: look. Write one static page of an SAE's features: images, heat maps, time, words.
 
-    python features.py                               # the newest SAE in saes/, on its training data
+    python features.py                           # the newest SAE in saes/, on its training data
     python features.py --sae saes/mid_block_k32_M20480 --top_images 24
-    python features.py --sae theirs --data activations/mid_block.npy   # an SAE of another package
+    python features.py --sae theirs --data activations/mid_block.npy  # an SAE of another package
 
 In a notebook:
 
     page = main(Config(sae="saes/mid_block_k32_M20480"))
 
-The page needs no server and no network. All vectors of the activation files are read once, those of
-training and those held out, and a feature's numbers are over all of them:
+The page needs no server and no network. The script reads all vectors of the activation files once,
+training and held-out ones alike, and computes the numbers of each feature from all of them:
 
     density   share of the vectors on which the feature is active, which means: not 0
     mean      mean activation over the vectors on which it is active
@@ -19,16 +19,16 @@ training and those held out, and a feature's numbers are over all of them:
     images    the prompts whose maps have the highest peaks; the maps of a feature share one scale
     words     words that more of these prompts have than of the others: log-odds with a prior, at
               least 1.96 standard deviations above 0
-    telling   deviations of the best of these words (1 without words) x -log10(density) x mean peak
-              of its maps: the page is sorted by it and opens on the first
+    telling   the standard deviations of the best word (1 without words) x -log10(density) x mean
+              peak of the maps; the page is sorted by it, and opens on the largest
     nearest   the features whose rows of W_dec have the largest cosine with its own
 
 Reads   an SAE folder; activation files of collect.py (with prompts.jsonl and images/), or any .npy.
 Writes  <out_dir>/<name of the SAE>.html.
 
-Of a video the page shows the middle frame, and a map that is the mean over the frames. If only a
-part of the tokens was stored, a cell without any of them is blank. Without images/ there are maps
-and words only. The page names no feature, and the script changes no SAE.
+For a video the page shows the middle frame, and a map that is the mean over the frames. If only a
+part of the tokens was stored, a cell without any of them is blank. Without images/ the page has
+maps and words only. It gives no names to features, and the script changes no SAE.
 
 Source: Monroe, Colaresi & Quinn 2008 (Political Analysis 16), equations 16 to 22, for the log-odds.
 The page's template is analysis/features.html.
@@ -55,35 +55,38 @@ from cli import HERE, answer_help, check_positive, resolve_device, run_script
 class Config:
     # model
     sae: str | None = None
-    """Folder of the SAE. If not given, take the newest one in saes/."""
+    """Show the SAE in this folder. If not given, the newest one in saes/ is taken."""
 
     transfer: bool = False
-    """Allow an SAE that was trained at another hook point or on a model with other weights."""
+    """Use the SAE on purpose where it was not trained: at another hook point, or on a model with
+    other weights."""
 
     # data
     data: list[str] = field(default_factory=list)
-    """Activation files of one hook point. If not given, take those that the SAE was trained on."""
+    """Read these activation files of one hook point. If not given, the SAE's training files are
+    read."""
 
     # what to keep
     top_images: int = 12
     """Show this many images per feature. Raise it to see whether a feature means one thing."""
 
     map_size: int = 16
-    """Use at most this many cells per side of a heat map. Cells of a finer grid are averaged."""
+    """Divide a heat map into at most this many cells per side. The tokens in a cell are
+    averaged."""
 
     picture_size: int = 256
     """Shrink images to at most this many pixels per side. Lower it for a smaller page."""
 
     # output
     out_dir: str = "features"
-    """Folder in which each SAE gets a page."""
+    """Write the page of each SAE into this folder."""
 
     # hardware
     batch_size: int = 4096
     """Encode this many vectors together. Lower it if the GPU's memory is too small."""
 
     device: str = "auto"
-    """Run on this device: cpu, cuda, cuda:1 or mps. auto takes a GPU if there is one."""
+    """Run on this device: cpu, cuda, cuda:1 or mps. auto takes CUDA, else MPS, else the CPU."""
 
 
 if __name__ == "__main__":

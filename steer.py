@@ -1,31 +1,38 @@
 """Stage 7: act. Change features while the model generates, and see each image before and after.
 
-    python steer.py                                          # exchange two concepts of the prompts
-    python steer.py --features 12 98 --multiply 0 4 --steps 0-10     # a row of images per strength
-    python steer.py --concept star --num_features 4 --multiply -2    # the features of a word
-    python steer.py --concept star --num_features 16 --toward ring   # put rings in its place
+    python steer.py                                          # exchange two words of the prompts
+    python steer.py --features 12 98 --multiply 0 4 --steps 0-10    # a row of images per value
+    python steer.py --concept star --num_features 4 --multiply -2   # the features of a word
+    python steer.py --concept star --num_features 16 --toward ring  # put rings in its place
     python steer.py --sae saes/a saes/b --features 0:12 1:98 --add 2.5 --mask 0 0 1 0.5
 
 In a notebook:
 
     picture, numbers = main(Config(concept="star", num_features=16, toward="ring"))
 
-Without options, the script exchanges two words of the prompts: those that the newest SAE tells best
-from the others, and that no prompt has together. It takes out what the features of the first word
-add to the activations, and adds as much along the direction of the second. It prints the command
-that does the same.
+Your options decide which features are changed:
 
-The change is added to the activation, x + delta, so what the SAE does not explain of it stays
-(analysis/feature_edits.py). Below each image stand two numbers that say how far the edited
-activations are from those that the SAE was trained on: norm and distance, which are 1 for typical
-ones (`feature_edits.Typical`). If they are far above 1, the image says less about the feature than
-about a broken model.
+    --features            these
+    --concept             those that tell the prompts with this word from the others
+    --multiply or --add   without the two above: the feature that varies most between images
+    none of these         those of two words of the prompts, which are exchanged
+
+To exchange two words, the script finds those that the SAE tells best from the others, and that no
+prompt has together. It takes out what the features of the first word add to the activations, and
+adds as much along the direction of the second. It prints the command that does the same.
+
+The change is added to the activation, x + delta, so the part of x that the SAE does not explain
+stays (analysis/feature_edits.py). Below each image stand two numbers, norm and distance. They say
+how far the edited activations are from those that the SAE was trained on, and are 1 for typical
+ones. If they are far above 1, the image says less about the feature than about a broken model.
 
 Reads   SAE folders, their training data (activation files), and the model that made these.
 Writes  <out_dir>/<what was changed>/: steer.png (one prompt per column, untouched images on top),
         steer.json.
-It changes no weight: an edit lasts for one generation. Sources: see analysis/feature_edits.py and
-analysis/concepts.py. `python -m bench unlearn` measures how well concepts of the toy are unlearned.
+
+The script changes no weight: an edit lasts for one generation. analysis/feature_edits.py and
+analysis/concepts.py name the sources. `python -m bench unlearn` measures how well concepts of the
+toy are unlearned.
 """
 
 import hashlib
@@ -44,94 +51,106 @@ from cli import answer_help, check_positive, parse_object, resolve_device, resol
 class Config:
     # model
     sae: list[str] = field(default_factory=list)
-    """Folders of SAEs, each at a hook point of its own. If not given, the newest one in saes/."""
+    """Use the SAEs in these folders, each at a hook point of its own. If not given, the newest one
+    in saes/ is taken."""
 
     model_name: str | None = None
-    """Diffusers folder or hub id. If not given, the model that made the activations. A copy of that
-    model samples with the settings of the activations; another model has its own defaults."""
+    """Generate with this diffusers folder or hub id. Another model than that of the activations
+    samples with its own defaults. If not given, the model that made the activations is used."""
 
     transfer: bool = False
-    """Allow an SAE that was trained on a model with other weights."""
+    """Use the SAE on purpose where it was not trained: on a model with other weights."""
 
     num_inference_steps: int | None = None
-    """Sample in this many steps. If not given, as many as the activations were collected with."""
+    """Sample in this many steps. Fewer are faster. If not given, there are as many as in the
+    activations."""
 
     guidance_scale: float | None = None
-    """Weight of classifier-free guidance. If not given, that of the activations."""
+    """Use this scale of classifier-free guidance. If not given, that of the activations is used."""
 
     pipeline_kwargs: str = "{}"
-    """JSON object of further arguments for the pipeline, such as {"height": 512}."""
+    """Pass these arguments to the pipeline as well: a JSON object, such as '{"height": 512}'."""
 
     # data
     dataset_name: str | None = None
-    """Prompt file, hub data set or one prompt. If not given, prompts of the activations."""
+    """Take the prompts from this file or hub data set, or use this text as the one prompt. If not
+    given, prompts of the activations are used."""
 
     column: str | None = None
-    """Column of --dataset_name that holds the prompt. If not given: prompt, caption or text."""
+    """Read the prompts from this column of --dataset_name. If not given, it is the one called
+    prompt, caption or text, or else the only column of texts."""
 
     negative_prompt: str | None = None
-    """Negative prompt of all images. If not given, the one that the activations were made with."""
+    """Use this negative prompt for all prompts. If a column of --dataset_name has this name, its
+    texts are used. If not given, a column negative_prompt is used, or else that of the
+    activations."""
 
     num_prompts: int = 8
     """Generate this many prompts, which are the columns of the picture."""
 
     seed: int = 0
-    """Generate prompt i of --dataset_name with seed + i, unless the data set has a column seed."""
+    """Generate prompt i of --dataset_name, counted from 0, with seed + i. Leave this option out if
+    the data set has a column seed."""
 
     # which features
     features: list[str] = field(default_factory=list)
-    """Change the features with these numbers, such as 12. With several SAEs, 0:12 is feature 12
-    of the first, and 1:12 that of the second."""
+    """Change the features with these numbers, such as 12. With several SAEs, 0:12 is feature 12 of
+    the first, and 1:12 that of the second."""
 
     concept: str | None = None
-    """Change the features that tell the prompts with this word from the others. If not given, those
-    of --features. If neither is given, two words are exchanged; if only a strength is given, the
-    feature that varies most is changed."""
+    """Change the features that tell the prompts with this word from the others. The top of this
+    help says what is changed without it."""
 
     num_features: int | None = None
-    """Find this many features in each SAE, or fewer if fewer tell the concept. If not given, 1; if
-    two words are exchanged without options, 8. Raise it if the concept stays."""
+    """Find this many features in each SAE. Raise it if the concept stays. If not given, 1; if two
+    words are exchanged without options, 8."""
 
     score: Literal["contrast", "saeuron"] = "contrast"
-    """Find features by this score; analysis/concepts.py defines both."""
+    """Find features by this score. contrast compares the mean activation with and without the word,
+    in standard deviations; saeuron compares each feature's share of all activation. Use saeuron to
+    compare with SAeUron."""
 
     num_pictures: int = 128
     """Find features on at most this many images of the activations. Raise it for rare words."""
 
     # what to change
     multiply: list[float] = field(default_factory=list)
-    """Multiply the activations: 0 ablates, 1 changes nothing. Each value gives a row of images. If
-    not given, and neither are --add and --toward, 0 and 4."""
+    """Multiply the activations of the features: 0 switches a feature off, 1 changes nothing. Each
+    value gives a row of images. If not given, and neither are --add and --toward, 0 and 4."""
 
     add: list[float] = field(default_factory=list)
-    """Add decoder rows to x, in RMS norms of the step. Each value gives a row of images."""
+    """Add this many times the direction of each feature to all tokens. 1 is as long as a typical
+    token of the image at this step (RMS). Each value gives a row of images."""
 
     toward: str | None = None
-    """Put this word of the prompts in the place of --concept."""
+    """Put this word of the prompts in the place of --concept, which it needs."""
 
     steps: str | None = None
-    """Edit in these steps, first-last, counted from 0, such as 0-10. If not given, in all."""
+    """Edit only in these steps, first-last, counted from 0, such as 0-10. If not given, all steps
+    are edited."""
 
     mask: list[str] = field(default_factory=list)
-    """Edit only in this box, given as top left bottom right in fractions of the image, or only
-    where this image file is white. If not given, everywhere."""
+    """Edit only in this box (top left bottom right, in fractions of the image), or only where this
+    image file is white. If not given, all tokens are edited."""
 
     rows: Literal["cond", "uncond", "both"] | None = None
-    """Edit these rows of the guidance. If not given, those that the SAE was trained on."""
+    """Edit these rows of classifier-free guidance: with the prompt (cond), without it (uncond), or
+    both. If not given, those that the SAE was trained on."""
 
     renormalize: bool = False
-    """Give each edited token the norm back that it had. Use it if a strong edit breaks images."""
+    """Give each edited token the length that it had before the edit. Use it if a strong edit breaks
+    images."""
 
     # output
     out_dir: str = "steer"
-    """Folder in which each edit gets a folder."""
+    """Make a folder for each edit in this folder."""
 
     # hardware
     batch_size: int = 8
     """Generate this many prompts together. Lower it if the GPU's memory is too small."""
 
     device: str = "auto"
-    """Run on this device: cpu, cuda, cuda:1 or mps. auto takes a GPU if there is one."""
+    """Run on this device: cpu, cuda, cuda:1 or mps. auto takes CUDA, else MPS, else the CPU."""
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Stage 4: train sparse autoencoders (SAEs) on the activations that collect.py stored.
 
-    python train.py                                              # the newest collection
+    python train.py                                         # the newest collection
     python train.py --data activations/mid_block.npy --k 32 --expansion_factor 8
-    python train.py --k 16 32 64 --seeds 0 1                     # six SAEs from one reading
-    torchrun --nproc_per_node 4 train.py                         # the GPUs split each batch
-    torchrun --nproc_per_node 4 train.py --shard_latents 2       # 2 x 2: and the latents, too
+    python train.py --k 16 32 64 --seeds 0 1                # six SAEs; the files are read once
+    torchrun --nproc_per_node 4 train.py                    # the GPUs split each batch
+    torchrun --nproc_per_node 4 train.py --shard_latents 2  # 2 x 2: and the latents, too
 
 In a notebook:
 
@@ -16,21 +16,23 @@ The model, and what it learns to make small:
     x_hat = top_acts @ W_dec[top_indices] + b_dec
     loss  = |x - x_hat|^2 / variance  +  auxk_alpha * AuxK             mean over the batch
 
-AuxK is how badly the dead latents predict the error x - x_hat; it brings them back to life.
-The optimizer is Adam. b_dec starts at the geometric median of a sample, and W_enc at W_dec, whose
-rows keep length 1. The vectors of all prompts are shuffled one by one. A tenth of the prompts is
-held out from training and gives the final numbers, by timestep and overall (analysis/metrics.py).
+AuxK says how badly the dead latents predict the error x - x_hat; it revives them. The optimizer is
+Adam. b_dec starts at the geometric median of a sample. W_enc starts as a copy of W_dec, whose rows
+keep length 1. The vectors of all prompts are shuffled one by one. Whole prompts are held out from
+training and give the final numbers, by timestep and overall (analysis/metrics.py). They hold a
+tenth of all vectors. If that is below 100,000, they hold up to 100,000, but not more than a
+quarter; a million is the most.
 
 Reads   activation files: .npy files of floats whose last axis is the width d of a vector.
-        They can be named one by one, by a glob or by their folder. Each hook name gets an SAE.
+        Name them one by one, by a glob or by their folder. Each hook name gets its own SAE.
 Writes  <out_dir>/<run>/: cfg.json, sae.safetensors, metrics.jsonl, train.png, evaluate.png, and
         training_prompts.txt with a hash of each prompt that training saw. Several SAEs also get
         a picture of their FVU against L0, <out_dir>/<run_name or file>_sweep.png.
-        checkpoint.safetensors is there until the run is finished. After Ctrl-C or kill -9 the
+        checkpoint.safetensors is deleted when the run is finished. After Ctrl-C or kill -9 the
         same command resumes and ends with the same bits. A finished run is never overwritten.
 
-A row of metrics.jsonl describes one iteration. Its fvu, l0 and loss are numbers of that batch
-alone, before its update. Its dead is the share of latents that are dead.
+A row of metrics.jsonl describes one update. Its fvu, l0 and loss are measured on that batch alone,
+before the update. Its dead is the share of the latents that are dead.
 
 Sources: TopK and AuxK, Gao et al. 2024 (arXiv 2406.04093), sections 2.3, 2.4 and A.2; the
 centring, D-Scope 2026.
@@ -58,39 +60,40 @@ from cli import answer_help, run_script
 class Config:
     # model
     expansion_factor: list[int] = field(default_factory=list)
-    """Give the SAE this many latents per dimension of a vector. If not given, 16. Raise it to find
-    rarer features; memory and time grow with it. Several values train several SAEs."""
+    """Give the SAE this many latents per dimension of a vector. Raise it to find rarer features;
+    memory and time grow with it. Several values train several SAEs. If not given, 16."""
 
     num_latents: list[int] = field(default_factory=list)
-    """Give the SAE exactly this many latents. Use it instead of expansion_factor. Several values
-    train several SAEs."""
+    """Give the SAE exactly this many latents, instead of --expansion_factor. Several values train
+    several SAEs."""
 
     k: list[int] = field(default_factory=lambda: [16])
-    """Keep this many latents active per vector (for sampletopk: per sample). Raise it for a lower
-    FVU, lower it for features that are easier to read. Several values train several SAEs."""
+    """Keep this many latents active per vector; for sampletopk, per image and step, all tokens
+    together. Raise it for a lower FVU, lower it for features that are easier to read. Several
+    values train several SAEs."""
 
     activation: Literal["topk", "batchtopk", "sampletopk"] | None = None
-    """Choose which latents stay active: the k largest of each vector, batch or sample. The table at
-    the top of sae.py says more. If not given, topk."""
+    """Choose which latents stay active: the k largest of each vector (topk), k per vector on
+    average over a batch (batchtopk), or the k largest of an image and step (sampletopk). If not
+    given, topk."""
 
     batch_topk: bool = False
-    """Do the same as --activation batchtopk: k is an average over a batch, and a threshold replaces
-    it in use. Use it if some vectors need more latents than others."""
+    """Short for --activation batchtopk. Use it if some vectors need more latents than others. After
+    training, a threshold takes the place of k."""
 
     sample_topk: bool = False
-    """Do the same as --activation sampletopk: k is for all tokens of one prompt and step together.
-    Use it to compare with SAeUron."""
+    """Short for --activation sampletopk. Use it to compare with SAeUron."""
 
     multi_topk: bool = False
-    """Let the 4 k largest latents reconstruct the vector as well, with an eighth of the weight. Use
-    it if the SAE will be read with another k than it is trained with."""
+    """Let a second reconstruction with the 4 x k largest latents count 1/8 in the loss. Use it if
+    the SAE will be used with another k than in training."""
 
     matryoshka: list[int] = field(default_factory=list)
-    """Let the first latents reconstruct the vector alone as well, e.g. the first 1024 and the first
-    4096. Use it to find general features first and special ones after them."""
+    """Also train the first latents to reconstruct without the others: 1024 4096 means the first
+    1024, and the first 4096. Use it to get general features first and special ones after them."""
 
     input_unit_norm: bool = False
-    """Give each vector mean 0 and variance 1 before the SAE sees it. Use it if the lengths of
+    """Give each vector mean 0 and variance 1 before the SAE sees it. Use it if the lengths of the
     vectors differ much and do not matter."""
 
     normalize_decoder: bool = True
@@ -102,45 +105,45 @@ class Config:
     activations/."""
 
     data_seed: int = 0
-    """Draw the order of the vectors from this seed. The held-out prompts are the same for every
-    seed."""
+    """Shuffle the vectors with this seed. The held-out prompts are the same for every seed."""
 
     # training
     effective_batch_size: int = 1024
-    """Use this many vectors per update, over all processes. Raise it for steadier updates, lower it
-    for more of them."""
+    """Use this many vectors per update, over all processes together. Raise it for steadier updates,
+    lower it for more updates."""
 
     num_epochs: int = 1
-    """Go through the training vectors this many times. Raise it if they give fewer than about 1,000
-    updates."""
+    """Go through the training vectors this many times. Raise it if one pass gives fewer than about
+    1,000 updates."""
 
     max_examples: int | None = None
-    """Stop after this many vectors. If not given, use all vectors of all epochs. Set it for a quick
-    trial."""
+    """Stop after this many vectors (not prompts). Set it for a quick trial. If not given, all
+    vectors of all epochs are used."""
 
     lr: float | None = None
-    """Let Adam's learning rate rise to this peak. If not given, it is
-    2e-4 / sqrt(num_latents / 2^14), and up to 6 times that for short runs. Lower it if the loss
-    becomes NaN."""
+    """Let Adam's learning rate rise to this peak. Lower it if the loss becomes NaN. If not given,
+    it is 2e-4 / sqrt(num_latents / 2^14), and up to 6 times that for fewer than 30,000 updates: the
+    fewer updates, the higher."""
 
     lr_scheduler: Literal["constant", "linear", "cosine"] = "linear"
-    """Choose how the learning rate falls to 0: linear falls over the last fifth, cosine over the
-    whole run, constant never."""
+    """Let the learning rate fall to 0 over the last fifth of the updates (linear), over all of them
+    (cosine), or not at all (constant)."""
 
     lr_warmup_steps: int = 100
-    """Let the learning rate rise from 0 in this many iterations, at most in a fifth of all. Raise
-    it if training is unstable at the start."""
+    """Let the learning rate rise from 0 over this many updates, but at most over a fifth of all.
+    Raise it if training is unstable at the start."""
 
     center: Literal["median", "mean", "none"] = "median"
-    """Choose where b_dec starts: at the geometric median of a sample, at its mean, or at 0.
-    Without a centre many latents can die; diagnose.py tries it."""
+    """Start b_dec at the geometric median of a sample, at its mean, or at 0 (none). Without a
+    centre many latents can die; diagnose.py tries it."""
 
     loss_weight: Literal["none", "per_step"] = "none"
     """With per_step, divide the errors of each timestep by the mean square of its vectors. Use it
     if a few timesteps have much larger vectors than the others."""
 
     auxk_alpha: float = 1 / 32
-    """Weigh the AuxK loss by this. Raise it if many latents stay dead; 0 turns AuxK off."""
+    """Give AuxK, the loss that revives dead latents, this weight. Raise it if many latents stay
+    dead; 0 turns AuxK off."""
 
     dead_feature_threshold: int = 100_000
     """Call a latent dead after this many vectors without a nonzero activation. Lower it for short
@@ -152,43 +155,41 @@ class Config:
 
     # output
     out_dir: str = "saes"
-    """Give each run a folder of its own in this folder."""
+    """Make a folder for each run in this folder."""
 
     run_name: str | None = None
-    """Name the run's folder. If not given, the name is made of the file, k, num_latents and the
-    variant."""
+    """Give the run's folder this name. If not given, the name is made of the data file, k,
+    num_latents, the kind of SAE and the seed."""
 
     log_every: int = 10
-    """Write a row to metrics.jsonl every this many iterations. A row describes one batch. Raise it
-    on a fast GPU, which waits for each row."""
+    """Write one row to metrics.jsonl per this many updates; it describes one batch. Raise it on a
+    fast GPU, which waits for each row."""
 
     save_every: int = 1000
-    """Write a checkpoint every this many iterations. Lower it if the job can be killed at any
-    time."""
+    """Write one checkpoint per this many updates. Lower it if the job can be killed at any time."""
 
     log_to: Literal["none", "wandb", "trackio", "tensorboard"] = "none"
-    """Send the rows of metrics.jsonl to this tracker as well."""
+    """Also send the rows of metrics.jsonl to this tracker."""
 
     # hardware
     device: str = "auto"
-    """Train on this device: auto, cuda, cuda:N, mps or cpu."""
+    """Run on this device: cpu, cuda, cuda:1 or mps. auto takes CUDA, else the CPU. Name mps to try
+    it: many PyTorch versions can't train on it."""
 
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """Compute the encoder's product in this precision; auto takes 16 bits where they are fast. Use
-    "no" if rounding must not change which latents are chosen."""
+    """Compute the encoder's product in this precision. auto takes 16 bits where they are fast.
+    Choose `no` if rounding must not change which latents are active."""
 
     grad_acc_steps: int = 1
-    """Divide each batch into this many parts that go through one after another. Raise it if memory
-    is short."""
+    """Compute each batch in this many parts, one after another. Raise it if memory is short."""
 
     buffer_gb: float = 2.0
     """Let the shuffle buffer of each process take this many GB of memory. A file that fits into it
-    is shuffled perfectly."""
+    is shuffled perfectly; raise it for larger files."""
 
     shard_latents: int = 1
-    """Let this many neighbouring processes of torchrun share one copy of the SAE, each with a slice
-    of its latents. Raise it if one GPU can't hold all latents. The vectors of a batch are split
-    over the copies."""
+    """Split the latents over this many processes of torchrun. Raise it if one GPU can't hold all
+    latents. Each group of this many processes takes a part of every batch."""
 
 
 if __name__ == "__main__":
