@@ -448,17 +448,20 @@ def lines_of_shard(cfg: Config, lines: list[dict]) -> list[dict]:
     return chosen
 
 
-def batch_arguments(prompts: list[dict], num_images: int) -> tuple[list[str], dict[str, Any]]:
-    """Return what the pipeline gets for a batch: (texts, generators and negative prompts).
+def batch_arguments(lines: list[dict], num_images: int) -> tuple[list[str], dict[str, Any]]:
+    """Return what the pipeline gets for a batch: (texts, keyword arguments).
 
-    prompts: consecutive lines, `num_images` of them for each text. For two images of each of two
-    texts there are four lines, four generators and two texts.
+    The keyword arguments are "generator", with one generator per line, and "negative_prompt", with
+    one per text, if the lines have negative prompts.
+
+    lines: consecutive lines of prompts.jsonl, `num_images` of them for each text. For two images of
+    each of two texts there are four lines, four generators and two texts.
     """
-    arguments = {"generator": seeded(prompt["seed"] for prompt in prompts)}
-    first_of_each = prompts[::num_images]
-    if "negative_prompt" in prompts[0]:
-        arguments["negative_prompt"] = [prompt["negative_prompt"] for prompt in first_of_each]
-    return [prompt["prompt"] for prompt in first_of_each], arguments
+    arguments = {"generator": seeded(line["seed"] for line in lines)}
+    first_of_each = lines[::num_images]
+    if "negative_prompt" in lines[0]:
+        arguments["negative_prompt"] = [line["negative_prompt"] for line in first_of_each]
+    return [line["prompt"] for line in first_of_each], arguments
 
 
 def check_real_input(real: RealInput, prompts: list[dict]) -> None:

@@ -418,7 +418,7 @@ def rows_of(target: Target) -> list[dict]:
             f"{target.path} was trained on {data}, which is not there: "
             "name --features and --dataset_name"
         )
-    return target.activations.rows_of_prompts()
+    return target.activations.prompt_lines()
 
 
 def score_images(cfg: Config, target: Target) -> ScoredImages:
@@ -599,7 +599,7 @@ def negative_prompt_of(cfg: Config, target: Target) -> str | None:
     if cfg.negative_prompt is not None or target.activations is None:
         return cfg.negative_prompt
 
-    prompts = {row.get("negative_prompt") for row in target.activations.rows_of_prompts()}
+    prompts = {row.get("negative_prompt") for row in target.activations.prompt_lines()}
     if len(prompts) > 1:
         path = target.activations.paths[0]
         raise UsageError(

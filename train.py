@@ -318,8 +318,11 @@ def peak_learning_rate(iterations: int, num_latents: int) -> float:
 def learning_rate(iteration: int, iterations: int, num_latents: int, cfg: Config) -> float:
     """Return the learning rate of one iteration, counted from 0: peak times rise times fall.
 
-    With lr=0.01, lr_warmup_steps=1 and six iterations it is 0.005, then 0.01, and in the last one
-    0.01 * 5 / 6, since "linear" falls in the last fifth.
+    The warmup takes cfg.lr_warmup_steps iterations, but at most a fifth of all. Then "linear" falls
+    to 0 in the last fifth, "cosine" falls from the first iteration on, and "constant" not at all.
+
+    With lr_scheduler="linear", lr=0.01, lr_warmup_steps=1 and six iterations it is 0.005, then
+    0.01, and in the last one 0.01 * 5 / 6.
     """
     # 1) the peak
     peak = cfg.lr

@@ -177,7 +177,7 @@ def domains_of(saes, values):
     found, best = {}, dict.fromkeys(values, -1.0)
     for sae in saes:
         activations, hook_point = activations_of(sae, "the SAE"), trained_on(sae)
-        path, rows = activations.paths[0], activations.rows_of_prompts()
+        path, rows = activations.paths[0], activations.prompt_lines()
         if (
             hook_point.rows != "cond"
             or not activations.timesteps
@@ -507,7 +507,7 @@ def main(cfg: Config) -> list[Path]:
 
     # 3. Where each domain is edited, the prompts, and who judges
     domains = domains_of(saes, values)
-    used = {row["prompt"] for sae in saes for row in Activations(sae.cfg["data"]).rows_of_prompts()}
+    used = {row["prompt"] for sae in saes for row in Activations(sae.cfg["data"]).prompt_lines()}
     halves = split_prompts(load_prompts(str(model / "prompts.csv")), used, cfg.per_cell)
     classifier = Classifier.load(model).to(device)
 

@@ -205,7 +205,7 @@ class Run:
             if has_own_parameters:
                 handles.append(module.register_forward_hook(self._note_width))
 
-        paths = {path for module in self.modules.values() for path in self.around(module)}
+        paths = {path for module in self.modules.values() for path in self.path_and_parents(module)}
         for path in paths:
             module = self.root.get_submodule(path)
             hook = self._note_inputs(path)
@@ -256,11 +256,11 @@ class Run:
         None if the first axis is not the batch."""
         if x.ndim < 2 or len(x) % self.rows or not x.numel():
             return None
-        around = self.around(module)
+        paths = self.path_and_parents(module)
 
         # 1. inside attention, (rows, T, heads, d) or (rows, heads, T, d)
         if x.ndim == 4 and len(x) == self.rows:
-            form = self._form_with_heads(x, around[1:])
+            form = self._form_with_heads(x, paths[1:])
             if form is not None:
                 return form
 
@@ -274,7 +274,7 @@ class Run:
         # 3. (rows H W, frames, d): attention over the frames of a video, at each pixel
         if x.ndim == 3:
             pixels = len(x) // self.rows
-            videos = [sizes for sizes in self.maps(around) if len(sizes) == 3]
+            videos = [sizes for sizes in self.maps(paths) if len(sizes) == 3]
             for frames, height, width in videos:
                 if pixels == height * width and x.shape[1] == frames and pixels != frames:
                     return "frames"
@@ -302,13 +302,14 @@ class Run:
             return "heads"
         return "heads first" if x.shape[2] in lengths else None
 
-    def around(self, module: nn.Module) -> list[str]:
+    def path_and_parents(self, module: nn.Module) -> list[str]:
         """Return the paths of a module and of those around it, nearest first.
 
-        For "blocks.0.attn" it is ["blocks.0.attn", "blocks.0", "blocks", ""].
+        For "blocks.0.attn" it is ["blocks.0.attn", "blocks.0", "blocks", ""]. The root, whose path
+        is "", gives ["", ""].
         """
-        parts = self.paths[module].split(".")
-        return [".".join(parts[:i]) for i in range(len(parts), -1, -1)]
+        names = self.paths[module].split(".")
+        return [".".join(names[:i]) for i in range(len(names), -1, -1)]
 
     def maps(self, paths: list[str]) -> list[tuple[int, ...]]:
         """Return for each module that took a feature map the spatial shape of its first one, such
