@@ -388,12 +388,12 @@ def resolve_store_dtype(choice: str, model_dtype: torch.dtype) -> torch.dtype:
 
 
 def decodes(cfg: Config) -> bool:
-    """True if the pipeline has to decode what it samples."""
+    """Return whether the pipeline has to decode what it samples."""
     return cfg.save_images and cfg.images is None
 
 
 def unit(cfg: Config) -> str:
-    """What the files have rows for: "prompts" or "images"."""
+    """Return what the files have rows for: "prompts" or "images"."""
     return "prompts" if cfg.images is None else "images"
 
 

@@ -305,7 +305,10 @@ class HookedDiffusionModel:
     def _recording(
         self, recorder: Recorder, num_prompts: int | None, num_images: int
     ) -> Iterator[None]:
-        """Context in which a recorder gets all forwards and steps."""
+        """Give a recorder all forwards and steps while the context lasts.
+
+        Raises UsageError if `num_prompts` is neither None nor a positive integer.
+        """
         if num_prompts is not None and not (isinstance(num_prompts, int) and num_prompts > 0):
             raise UsageError(f"n_prompts: expected the number of prompts, got {num_prompts!r}")
         with ExitStack() as stack:
@@ -639,7 +642,7 @@ class HookedDiffusionModel:
 
 
 def has_step(component: Any) -> bool:
-    """Whether a component is a scheduler: its class has a method `step`."""
+    """Return whether a component is a scheduler: its class has a method `step`."""
     return callable(getattr(type(component), "step", None))
 
 

@@ -388,7 +388,8 @@ class Sae(nn.Module):
         self.save_description(path)
 
     def save_description(self, path: Path) -> None:
-        """Write the files beside the weights. cfg.json is written last: it ends the saving."""
+        """Write the files beside the weights: training_prompts.txt, and cfg.json last, without
+        which the folder is no finished SAE."""
         from store.identity import fingerprint_tensors
 
         prompts = path / TRAINING_PROMPTS

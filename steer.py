@@ -209,7 +209,7 @@ def check_options_are_read(cfg: Config) -> None:
 
 
 def exchanges_concepts(cfg: Config) -> bool:
-    """Whether the user has said neither which features are changed nor how."""
+    """Return whether the user has said neither which features are changed nor how."""
     chosen = cfg.features or cfg.concept is not None
     strength = cfg.multiply or cfg.add or cfg.toward is not None
     return not chosen and not strength
@@ -675,9 +675,10 @@ def choose_arguments(
 def place_masks(
     cfg: Config, model: HookedDiffusionModel, generation: Generation, targets: list[Target]
 ) -> range | None:
-    """Give each target the tokens of --mask on its grid, and return the steps of --steps.
+    """Set the `mask` of each target to the tokens of --mask on its grid; return the steps of
+    --steps, or None for all steps.
 
-    Both need the first step of a sampling, so one function does both. None stands for all steps.
+    Both need the first step of a sampling, so one function does both.
     Raises UsageError for a mask that is not on the grid, and for steps that the sampling does not
     have.
     """

@@ -154,8 +154,8 @@ class Table:
         return self.folder / f"{self.number}" / "acts"
 
     def again(self, folder):
-        """The same command once more: (safe batches that it generated again, whether all files are
-        as expected)."""
+        """Run the same command once more, and return (how many batches it generated again although
+        they were written, whether all files are as expected)."""
         before, process = done(folder), Run(folder)
         process.end()
         start = re.search(rf"(\d+)/{PROMPTS} ", process.text())  # of the bar, when it appears
@@ -337,8 +337,8 @@ def flipped_description(table):
 
 
 def flipped_record(table, name):
-    """A few bytes of what the next start reads, of a collection half done: it is refused, or made
-    good."""
+    """Change single bits of a record of a collection that is half done: the next start refuses the
+    record or mends it."""
     process = Run(half := table.fresh()).until(3)
     process.send(signal.SIGKILL)
     process.end()

@@ -125,7 +125,7 @@ class DryStep:
             self.sampling.tell_others()
 
     def _on_step(self, step: Step) -> None:
-        """Hand the step on, and stop the generation if all has been seen."""
+        """Give the step to `on_step`, and stop the generation once every denoiser has run."""
         sampling = self.sampling
         # a pipeline may end before its scheduler's list does, and says so
         announced = getattr(self.model.pipe, "_num_timesteps", None)

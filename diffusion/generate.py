@@ -113,7 +113,7 @@ class Generation:
 
 
 def is_list_of_prompts(name: str, value: object) -> bool:
-    """True for an argument of a pipeline that holds one value per prompt, such as a list
+    """Return whether an argument of a pipeline holds one value per prompt, such as a list
     prompt_2."""
     return "prompt" in name and isinstance(value, list)
 

@@ -645,7 +645,7 @@ def roles_by_prompt(chunks: list[Chunk], changed: list[Chunk]) -> dict[Chunk, st
     if cond is None:
         return None
     roles = dict.fromkeys(changed, "other")
-    uncond = smallest([chunk for chunk in chunks if chunk not in changed])
+    uncond = zeroed_chunk([chunk for chunk in chunks if chunk not in changed])
     if uncond is not None:
         roles[uncond] = "uncond"
     roles[cond] = "cond"
@@ -751,14 +751,14 @@ def find_unconditional(chunks: list[Chunk], cond: Chunk) -> Chunk | None:
     A chunk with the conditional one's conditioning is a perturbed pass, if the two predictions
     differ. A chunk without weight and with another sample or time is no pass of this step, but
     a call that warms up the denoiser, for example. Among several others the unconditional one is
-    the `smallest`.
+    the `zeroed_chunk`.
     """
     rest = [chunk for chunk in chunks if chunk is not cond]
     if all(chunk.certain for chunk in chunks):
         rest = [chunk for chunk in rest if not same(chunk.conditioning, cond.conditioning)]
         with_weight = weighted(chunks)
         rest = [chunk for chunk in rest if chunk in with_weight or same_input(chunk, cond)]
-    return smallest(rest)
+    return zeroed_chunk(rest)
 
 
 def same_input(a: Chunk, b: Chunk) -> bool:
@@ -767,11 +767,11 @@ def same_input(a: Chunk, b: Chunk) -> bool:
     return same_time and same(a.forward.sample[a.rows], b.forward.sample[b.rows])
 
 
-def smallest(chunks: list[Chunk]) -> Chunk | None:
+def zeroed_chunk(chunks: list[Chunk]) -> Chunk | None:
     """Return the chunk whose inputs are zero wherever they differ from those of the other chunks.
 
-    A single chunk is the smallest. None if there is no such chunk, or more than one. The zeros are
-    how pipelines without negative prompts mark a missing condition.
+    It is None if there is no such chunk, or more than one. A single chunk is returned whatever its
+    inputs are. The zeros are how pipelines without negative prompts mark a missing condition.
     """
     if len(chunks) > 1:
         candidates = []

@@ -86,7 +86,7 @@ def describe(value: Any) -> Any:
 
 
 def two_valued(x: Tensor) -> bool:
-    """Whether a tensor holds no more than two different numbers, as masks do."""
+    """Return whether a tensor holds no more than two different numbers, as masks do."""
     return bool(((x == x.min()) | (x == x.max())).all())
 
 
@@ -268,7 +268,8 @@ def unmasked(forward: Forward, counts: list[int]) -> list[int]:
 
 
 def has_more_than_sample(forward: Forward, sample: Any) -> bool:
-    """Whether a denoiser's first argument has more numbers in a row than what the scheduler steps.
+    """Return whether a denoiser's first argument has more numbers in a row than what the scheduler
+    steps.
 
     A model that edits pictures gets (2, 8, 64, 64) for a sample of (2, 4, 64, 64): the other half
     is the picture.

@@ -97,7 +97,7 @@ class CacheOptions:
         return sides
 
     def is_kept(self, step: int) -> bool:
-        """Whether the step with this index is kept."""
+        """Return whether the step with this index is kept."""
         return step % self.cache_every_n_timesteps == 0
 
     @classmethod

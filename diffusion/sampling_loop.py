@@ -105,7 +105,7 @@ class Loop:
         return SimpleNamespace(images=self._decode(latents))
 
     def _timesteps(self, num_inference_steps: int, device: torch.device) -> Iterable:
-        """The timesteps to sample at, from `get_timesteps` or from the scheduler."""
+        """Return the timesteps to sample at, from `get_timesteps` or from the scheduler."""
         if self.get_timesteps is not None:
             return self.get_timesteps(num_inference_steps, device)
         if not hasattr(self.scheduler, "set_timesteps"):
@@ -127,7 +127,7 @@ class Loop:
         return noise * getattr(self.scheduler, "init_noise_sigma", 1.0)
 
     def _shape(self) -> tuple[int, ...]:
-        """The shape of one sample, without the batch axis."""
+        """Return the shape of one sample, without the batch axis."""
         if self.sample_shape is not None:
             return tuple(self.sample_shape)
         config = getattr(self.model, "config", None)

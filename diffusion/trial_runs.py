@@ -324,7 +324,7 @@ class Run:
 
 
 def width_is_last(module: nn.Module, x: Tensor) -> bool | None:
-    """Whether the width of a tensor that a layer takes or returns is its last axis.
+    """Return whether the width of a tensor that a layer takes or returns is its last axis.
 
     False means that it is the second. None if the layer does not tell: no size of its parameters is
     that of one of these axes.

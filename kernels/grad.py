@@ -85,9 +85,10 @@ def count_active(top_acts: Tensor, top_indices: Tensor, num_latents: int) -> Ten
 
 
 def sum_bags(weights: Tensor, vectors: Tensor, ends: Tensor, x: Tensor) -> Tensor:
-    """Sum weights[p] x[vectors[p]] over ends[m] <= p < ends[m + 1] for each m, in torch.
+    """Return for each m the sum of weights[p] x[vectors[p]] over ends[m] <= p < ends[m + 1].
 
-    weights (P,), vectors (P,) int64, ends (M + 1,) from 0 to P, x (N, d) -> (M, d).
+    weights (P,), vectors (P,) int64, ends (M + 1,) from 0 to P, x (N, d) -> (M, d). It is computed
+    in torch.
     """
     return F.embedding_bag(
         vectors, x, ends, mode="sum", per_sample_weights=weights, include_last_offset=True
@@ -233,7 +234,7 @@ def triton_sum_by_latent(
 def torch_sum_by_latent(
     weights: Tensor, top_indices: Tensor, x: Tensor, num_latents: int
 ) -> tuple[Tensor, Tensor]:
-    """Compute what `sum_by_latent` returns, in torch.
+    """Return what `sum_by_latent` returns, computed in torch.
 
     db is the same sum as dW, over a column of ones: index_add_ would add in the input's dtype, and
     with atomics on CUDA.

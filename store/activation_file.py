@@ -560,11 +560,11 @@ def known_timesteps(shape: tuple[int, ...], meta: dict) -> list[float]:
 def image_prompts(
     path: Path, shape: tuple[int, ...], meta: dict, prompt_rows: list[dict] | None
 ) -> list[tuple]:
-    """Return the keys of what each image of a file shows.
+    """Return for each image of a file the keys of the prompt that it shows: (P,).
 
-    They are the image's `prompt_keys` if the prompts are known and differ, else ((path, number),):
-    with two images per prompt, the images 0 to 3 have the numbers 0 0 1 1. [] for a file of two
-    axes.
+    They are the image's `prompt_keys` if the prompts are known and differ. Otherwise there is one
+    key per image, (path, number): with two images per prompt, the images 0 to 3 have the numbers
+    0 0 1 1. A file of two axes has no images, so it is [].
     """
     if len(shape) == 2:
         return []
@@ -784,7 +784,8 @@ def images_by_step(times: np.ndarray) -> list[int] | None:
     times (n,): the timestep of each row. For 900 900 500 500, 900 500 (a batch of two images, then
     one image) it gives [0, 1, 0, 1, 2, 2]. None for rows in another order.
     """
-    begins = np.flatnonzero(np.append(True, times[1:] != times[:-1]))  # of runs of equal timesteps
+    # the first row of each run of equal timesteps
+    begins = np.flatnonzero(np.append(True, times[1:] != times[:-1]))
     counts = np.diff(np.append(begins, len(times)))
     values = times[begins]
     first_again = np.flatnonzero(values[1:] == values[0])

@@ -420,9 +420,10 @@ class Collection:
 
     def _without_damaged(self, progress: dict[int, dict]) -> dict[int, dict]:
         """Return the progress without the batches whose rows or images are not those that were
-        written, and print which they are.
+        written, and print how many these are.
 
-        A finished collection of which no more is wanted is not read again.
+        The progress also loses batches beyond the collection's last one. A finished collection that
+        is not extended is not checked: its progress is returned as it is.
         """
         partial = next(self.out_dir.glob("*.npy.partial"), None)
         pending = self._pending_of(len(self.prompts))

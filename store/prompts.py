@@ -396,7 +396,7 @@ def add_negative_prompts(prompts: list[Row], negative_prompt: str | None) -> Non
 
 
 def drop_empty_negative_prompts(prompts: list[Row]) -> None:
-    """Remove the negative prompts if all of them are empty.
+    """Remove the key "negative_prompt" from all rows, in place, if all negative prompts are empty.
 
     An empty column asks for nothing, and some pipelines take "" for more than nothing.
     """
