@@ -437,7 +437,8 @@ class HookedDiffusionModel:
                 raise
 
     def _check_sample_size(self, arguments: dict, error: TypeError) -> None:
-        """Raise UsageError where a pipeline failed since it knows no size of its own.
+        """Raise UsageError if a pipeline failed because it could not compute its default height and
+        width.
 
         Some pipelines multiply `config.sample_size` of their denoiser, which may be (16, 64).
         """

@@ -335,7 +335,10 @@ def picture_mask(path: str, h: int, w: int) -> Tensor:
 
 
 def load_targets(cfg: Config, device: torch.device) -> list[Target]:
-    """Return the SAEs as targets without features. Raises UsageError if two have one hook point."""
+    """Return one target for each SAE of --sae, or for the newest SAE; `features` is still empty.
+
+    Raises UsageError if two SAEs have one hook point.
+    """
     targets = []
     for path in cfg.sae or [str(newest_sae())]:
         sae = Sae.load_from_disk(path, device)

@@ -928,7 +928,7 @@ class TrainingRun:
     def check_finite(self) -> None:
         """Raise UsageError if the last update met NaN or infinity.
 
-        From then on the weights hold it as well. A GPU waits for the answer.
+        After such an update the weights hold NaN or infinity as well. Waits for the device.
         """
         if not math.isfinite(self.last_loss):
             raise UsageError(

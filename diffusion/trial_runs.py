@@ -171,8 +171,8 @@ class Run:
         around them."""
 
         self.width_last: dict[torch.Size, bool] = {}
-        """{shape: whether the width of such a tensor is its last axis, or its second}, as the
-        layers tell that returned one."""
+        """{shape: whether the width of such a tensor is its last axis, not its second}, as told by
+        the layers that returned one."""
 
     def call(self, forward: Forward, changes: dict[str, Any], attention: TorchFunctionMode) -> None:
         """Call the denoiser as in `forward`, with `changes` of its arguments and a fixed seed.
@@ -220,12 +220,15 @@ class Run:
         return handles
 
     def _note_width(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """Note in `width_last`, for each tensor that a layer returns, which axis is its width."""
         for x in tensors(output):
             is_last = width_is_last(module, x)
             if is_last is not None:
                 self.width_last[x.shape] = is_last
 
     def _note_inputs(self, path: str) -> Callable:
+        """Return a hook that notes in `inputs` the shapes of what the module at `path` takes."""
+
         def hook(module, args, kwargs):
             shapes = []
             for x in tensors((args, kwargs)):
@@ -236,6 +239,9 @@ class Run:
         return hook
 
     def _note_tokens(self, side: str, name: str) -> Callable:
+        """Return a hook that notes in `seen` the tensors on one side of a module; None if the
+        module runs twice."""
+
         def hook(module, args, kwargs, output=None):
             value = output if side == "output" else (args, kwargs)
             if (side, name) in self.seen:
@@ -246,6 +252,7 @@ class Run:
         return hook
 
     def _look_at(self, x: Tensor, module: nn.Module, side: str) -> Seen:
+        """Return what `seen` holds about a tensor on one side of a module."""
         form = self._form(x, module, side)
         if form is None:
             return Seen(x.shape, None, None)

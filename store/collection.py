@@ -650,9 +650,9 @@ class Collection:
 
 
 def check_size(path: Path) -> NpyHeader:
-    """Return the header of a `.npy` file.
+    """Return the header of a `.npy` file whose size fits it.
 
-    Raises UsageError if the file is missing or shorter than its header says.
+    Raises UsageError if the file is missing, damaged or shorter than its header says.
     """
     try:
         return read_header(path)
