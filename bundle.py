@@ -86,7 +86,7 @@ def path_of(module: str) -> Path | None:
 
 
 def imported_by(path: Path) -> set[str]:
-    """Dotted names of the repository's modules that a file imports, in functions too."""
+    """Return the dotted names of the repository's modules that a file imports, in functions too."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

@@ -517,7 +517,7 @@ def add_seen_text(prompts: list[dict], seen: SeenText) -> None:
 
 
 def start_processes(cfg: Config) -> Processes:
-    """Join the processes that torchrun started; without torchrun there is one.
+    """Return the processes that torchrun started, and join them; without torchrun there is one.
 
     Raises UsageError for processes on several machines.
     """
@@ -531,7 +531,7 @@ def start_processes(cfg: Config) -> Processes:
 
 
 def load_model(cfg: Config, dtype: torch.dtype, processes: Processes) -> HookedDiffusionModel:
-    """Load the model on this process's device."""
+    """Return the model of --model_name, hooked, on this process's device."""
     if processes.rank > 0:
         for library in ("diffusers", "transformers"):
             import_module(f"{library}.utils.logging").disable_progress_bar()
@@ -944,7 +944,7 @@ class BatchWriter:
 
 
 def take_numbers(cache: dict, site: Site) -> Tensor:
-    """Take what a hook point computed out of the cache: (rows, steps, tokens, d)."""
+    """Return what a hook point computed, (rows, steps, tokens, d), and remove it from the cache."""
     name = site.point.hook_name
     if site.point.side == "diff":
         returned = cache["output" + site.suffix].pop(name)
@@ -954,9 +954,10 @@ def take_numbers(cache: dict, site: Site) -> Tensor:
 
 
 def pad_text(x: Tensor, site: Site) -> Tensor:
-    """Pad (rows, steps, tokens, d) with zeros to the number of tokens that the file has room for.
+    """Return x (rows, steps, tokens, d), padded with zeros to the number of tokens that the file
+    has room for.
 
-    Raises UsageError if there are more.
+    Raises UsageError if x has more tokens than that.
     """
     num_tokens = x.shape[2]
     if num_tokens > site.text_tokens:

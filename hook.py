@@ -110,7 +110,7 @@ class HookedDiffusionModel:
 
     @classmethod
     def from_pipeline(cls, pipe: Any) -> "HookedDiffusionModel":
-        """Hook a diffusers pipeline.
+        """Return the hooked model of a diffusers pipeline.
 
         Its denoisers are the components whose `forward` takes a time and that do not decode. One
         whose output does not reach the scheduler, such as a network that only conditions another,
@@ -610,7 +610,8 @@ class HookedDiffusionModel:
     def _targets(
         self, positions: str | list[str]
     ) -> tuple[dict[str, tuple[str, nn.Module]], set[str]]:
-        """Look up names and globs: ({hook_name: (denoiser's name, module)}, names spelt out).
+        """Return what names and globs mean: ({hook_name: (denoiser's name, module)}, the hook_names
+        that were spelt out).
 
         Raises UsageError for a name that does not exist, and where hooks would not run.
         """
@@ -678,7 +679,7 @@ def model_of(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[HookedDiffusionModel, dict]:
-    """Load the model that made an activation file: (hooked model, the pipeline's options then).
+    """Return (the model that made an activation file, hooked, and the pipeline's options then).
 
     meta: the description beside the file. model_name: another model instead, such as a copy in
     another folder. The kind of output and the number of images per prompt are left out of the

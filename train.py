@@ -808,9 +808,9 @@ class TrainingRun:
                 )
 
     def __enter__(self) -> "TrainingRun":
-        """Lock the folder, and look at what it holds.
+        """Lock the folder, and read the checkpoint or the finished SAE that it holds.
 
-        Raises UsageError if that is another run, or if another train.py writes it.
+        Raises UsageError if these are another run's, or if another train.py writes the folder.
         """
         settings = json.loads(json.dumps(self.settings))
         if any(other != settings for other in self.workers.processes.all_gather(settings)):

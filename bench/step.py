@@ -175,7 +175,7 @@ def ours(
     dtype: torch.dtype | None,
     graph: bool = False,
 ) -> Step:
-    """Our step, with the product in `dtype` (None: float32)."""
+    """Return our step, with the product in `dtype` (None: float32)."""
     sae = start_weights(cfg, device)
     update = SparseUpdate(sae, variance=float(cfg.d), dtype=dtype, graph=graph)
     return lambda: update(x, 1e-4)
@@ -186,7 +186,7 @@ def ours_bfloat16(cfg: Config, device: torch.device, x: Tensor) -> Step:
 
 
 def ours_graph(cfg: Config, device: torch.device, x: Tensor) -> Step:
-    """Our step as one CUDA graph."""
+    """Return our step as one CUDA graph."""
     return ours(cfg, device, x, torch.bfloat16, graph=True)
 
 

@@ -164,7 +164,7 @@ class Reference:
 
 
 def by_hand(scheduler: str, guidance: str, prompts: list[str]) -> Reference:
-    """Sample with the plain pipeline and a plain hook."""
+    """Return what the plain pipeline and a plain hook give: the `Reference`."""
     pipe = make_pipeline(scheduler, guidance)
     outputs, times = [], []
 
@@ -189,7 +189,7 @@ def by_hand(scheduler: str, guidance: str, prompts: list[str]) -> Reference:
 
 
 def sigmas_at(timesteps: torch.Tensor, scheduler) -> torch.Tensor | None:
-    """sqrt((1 - alpha) / alpha) of the noise schedule that the model is trained with, linear
+    """Return sqrt((1 - alpha) / alpha) of the noise schedule that the model is trained with, linear
     between two whole timesteps."""
     if not hasattr(scheduler, "alphas_cumprod"):
         return None
@@ -278,7 +278,8 @@ def family_options(recipe, guided: bool, number: int) -> dict:
 
 
 def family_differences(family: str, guided: bool, number: int) -> list[str]:
-    """As `differences`, of rows and images, for a transformer."""
+    """Return what the project does otherwise than the reference, in rows and images of a
+    transformer; [] if nothing."""
     parts()  # so that tests/ can be imported
     import families
     from tiny import build

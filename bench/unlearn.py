@@ -448,8 +448,8 @@ def values_of(name: str) -> dict[str, list[str]]:
 
 
 def summarize(values: dict[str, list[str]], table: dict) -> dict:
-    """Mean and standard deviation over the concepts of each domain, and over all; they are printed
-    too."""
+    """Return mean and standard deviation over the concepts of each domain, and over all, and print
+    them."""
     found = {}
     for name, concepts in {**values, "all": sum(values.values(), [])}.items():
         found[name] = {

@@ -67,7 +67,8 @@ class Generation:
 
     @classmethod
     def from_rows(cls, rows: list[dict], options: dict) -> "Generation":
-        """Make one from rows of prompts.jsonl: {"prompt", "seed", perhaps "negative_prompt"}.
+        """Return the Generation of rows of prompts.jsonl, which have the keys "prompt", "seed" and
+        perhaps "negative_prompt".
 
         The options hold for all prompts. Raises UsageError where some rows have a negative prompt
         and others have none, and for a list of prompts among the options.

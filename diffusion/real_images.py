@@ -140,7 +140,8 @@ def first_weight(vae: nn.Module) -> Tensor | None:
 
 @torch.no_grad()
 def encode(vae: nn.Module, pixels: Tensor) -> Tensor:
-    """Encode images (N, 3, H, W) in [-1, 1] to latents (N, C, h, w), or (N, C, 1, h, w) of video.
+    """Return the VAE's latents of images (N, 3, H, W) in [-1, 1]: (N, C, h, w), or (N, C, 1, h, w)
+    for a video VAE.
 
     A VAE whose config says `force_upcast` is changed to float32 for good.
     """
@@ -156,10 +157,10 @@ def encode(vae: nn.Module, pixels: Tensor) -> Tensor:
 
 
 def scale_by_config(config: Any, z: Tensor) -> Tensor:
-    """Turn a VAE's latents into a denoiser's, by the usual entries of the VAE's config.
+    """Return a VAE's latents z (N, C, ...) as a denoiser takes them, by the VAE's config.
 
-    (z - latents_mean) / latents_std, minus shift_factor, times scaling_factor; each where the
-    config has it. z: (N, C, ...).
+    That is ((z - latents_mean) / latents_std - shift_factor) * scaling_factor, without the entries
+    that the config does not have.
     """
     if getattr(config, "latents_mean", None) is not None:
         z = (z - per_channel(config.latents_mean, z)) / per_channel(config.latents_std, z)
@@ -444,7 +445,7 @@ class RealImages:
         return torch.cat(given)
 
     def _sample_of(self, z: Tensor) -> Tensor:
-        """Turn latents of the VAE (N, ...) into clean samples, packed as the scheduler steps
+        """Return the latents z of the VAE (N, ...) as clean samples, packed as the scheduler steps
         them."""
         if self.decoding is not None:
             flat = self.decoding.sample_of(z.flatten(1).float())

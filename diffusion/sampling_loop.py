@@ -119,7 +119,8 @@ class Loop:
     def _noise(
         self, n: int, generator: torch.Generator | list[torch.Generator] | None, weight: Tensor
     ) -> Tensor:
-        """Draw the noise of n samples, on the device and in the dtype of a weight of the model."""
+        """Return the noise that n samples begin with, on the device and in the dtype of `weight`,
+        which is a weight of the model."""
         from diffusers.utils.torch_utils import randn_tensor
 
         shape = (n, *self._shape())
@@ -143,7 +144,7 @@ class Loop:
         return (channels, *size)
 
     def _decode(self, latents: Tensor) -> Tensor:
-        """Turn the final sample into images in [0, 1]."""
+        """Return the images in [0, 1] that the final sample `latents` decodes to."""
         config = self.vae.config
         shift = getattr(config, "shift_factor", None) or 0.0
         images = tensors(self.vae.decode(latents / config.scaling_factor + shift))[0]

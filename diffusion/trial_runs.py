@@ -83,7 +83,8 @@ class Runs(NamedTuple):
 def run_trials(
     root: nn.Module, forward: Forward, places: dict[Place, nn.Module], known: dict
 ) -> Runs:
-    """Run the denoiser `root` on the arguments of `forward`, changed in several ways.
+    """Run the denoiser `root` on the arguments of `forward`, changed in several ways; return what
+    the runs showed.
 
     places: the modules to look at. known: what was found out before, for `RunWatch`. The upper half
     of the rows is the larger one if their number is odd. A single row has no lower half, and a run
@@ -139,7 +140,7 @@ class Trials:
         self.idle = {}
 
     def run(self, changes: dict[str, Any]) -> "Run":
-        """Run the denoiser with `changes` of its arguments, {name: value}."""
+        """Run the denoiser with `changes` of its arguments, {name: value}, and return the Run."""
         self.count += 1
         self.current = Trial()
         run = Run(self.root, self.forward.rows, self.modules)

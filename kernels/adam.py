@@ -276,7 +276,7 @@ def torch_update_rows(
 
 
 def torch_sum_over(group: Any, gradient: Gradient, out: Tensor) -> Gradient:
-    """Do what `sum_over` does, in torch. The result has its matrix stored."""
+    """Return what `sum_over` returns, computed in torch. The result has its matrix stored."""
     out = group.sum(gradient.store(out).stored)
     return gradient._replace(stored=out, norm=torch.linalg.vector_norm(out).square())
 
@@ -285,7 +285,8 @@ def torch_sum_over(group: Any, gradient: Gradient, out: Tensor) -> Gradient:
 
 
 def in_triton(W: Tensor) -> bool:
-    """Say whether matrices like W (M, d) go through Triton: on CUDA, if a row fits in registers."""
+    """Return whether matrices like W (M, d) go through Triton: on CUDA, if a row fits in
+    registers."""
     return triton is not None and W.is_cuda and W.shape[1] <= MAX_WIDTH
 
 

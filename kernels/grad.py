@@ -217,7 +217,7 @@ if triton is not None:
 def triton_sum_by_latent(
     weights: Tensor, top_indices: Tensor, x: Tensor, num_latents: int
 ) -> tuple[Tensor, Tensor]:
-    """Launch `sum_kernel` with a program for each latent and 256 columns."""
+    """Return what `sum_by_latent` returns: launch a program for each latent and 256 columns."""
     k = top_indices.shape[1]
     d = x.shape[1]
     order, ends = sort_pairs(top_indices, num_latents)
@@ -262,7 +262,8 @@ def sum_by_latent(
 
 
 def triton_totals(weights: Tensor, ends: Tensor) -> Tensor:
-    """Launch `sum_kernel` for db alone: x is a single 1, and every pair belongs to it."""
+    """Return what `totals` returns: launch `sum_kernel` for db alone, where x is a single 1, and
+    every pair belongs to it."""
     num_pairs = len(weights)
     num_latents = len(ends) - 1
     order = torch.arange(num_pairs, device=weights.device)
@@ -283,7 +284,7 @@ def torch_totals(weights: Tensor, ends: Tensor) -> Tensor:
 
 
 def totals(weights: Tensor, ends: Tensor) -> Tensor:
-    """Sum the weights (P,) of each latent's pairs, in their order: (M,).
+    """Return the sum of the weights (P,) of each latent's pairs, added in their order: (M,).
 
     >>> totals(torch.tensor([1.0, 2.0, 5.0]), ends=torch.tensor([0, 2, 2, 3]))
     tensor([3., 0., 5.])

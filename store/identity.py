@@ -357,11 +357,12 @@ def activations_of(
     data: Sequence[str | Path] = (),
     transfer: bool = False,
 ) -> Activations:
-    """Open the activations that an SAE is to be used on, and check that they belong to it.
+    """Open the activations that an SAE is to be used on, check that they belong to it, and return
+    them.
 
-    data: names of files, folders or globs; if none is given, the files that it was trained on. Held
-    out are prompts that the SAE has not seen. folder: what messages call the SAE. transfer: use
-    files of another hook point or model on purpose. Raises UsageError if no files are known, if
+    data: names of files, folders or globs; if none is given, the files that it was trained on. Only
+    prompts that the SAE has not seen are held out. folder: what messages call the SAE. transfer:
+    use files of another hook point or model on purpose. Raises UsageError if no files are known, if
     they hold several hook points or vectors of another width, or if they do not belong to the SAE
     (see `check_belongs`).
     """

@@ -491,7 +491,7 @@ def train_unet(
     scheduler = parts.scheduler
 
     def tokenize(texts: str | list[str]) -> Tensor:
-        """Token ids (texts, 24)."""
+        """Return the token ids of texts, (texts, 24)."""
         return parts.tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
 
     token_ids = torch.stack([tokenize(captions(each)) for each in tqdm(attributes, "tokens")])
