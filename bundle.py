@@ -76,7 +76,8 @@ def embed(name, path, source):
 
 
 def path_of(module: str) -> Path | None:
-    """The file of a dotted name in this repository: "store.disk" gives store/disk.py, or None."""
+    """Return the file of a dotted name in this repository: "store.disk" gives store/disk.py, or
+    None."""
     base = ROOT / module.replace(".", "/")
     for path in (base.with_suffix(".py"), base / "__init__.py"):
         if path.is_file():
@@ -85,7 +86,7 @@ def path_of(module: str) -> Path | None:
 
 
 def imported_by(path: Path) -> set[str]:
-    """Dotted names of the repository's modules that a file imports, in functions too."""
+    """Return the dotted names of the repository's modules that a file imports, in functions too."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -97,7 +98,8 @@ def imported_by(path: Path) -> set[str]:
 
 
 def needed_by(script: str) -> list[str]:
-    """All modules that a script needs from this repository, directly or not, sorted by name."""
+    """Return all modules that a script needs from this repository, directly or not, sorted by
+    name."""
     needed: set[str] = set()
     todo = imported_by(ROOT / script)
     while todo:
@@ -108,7 +110,7 @@ def needed_by(script: str) -> list[str]:
 
 
 def embedded(module: str | None, path: str, source: str) -> str:
-    """One call of `embed`, with the source as a raw string that can be read and searched."""
+    """Return one call of `embed`, with the source as a raw string that can be read and searched."""
     if "'''" in source or source.endswith("\\"):
         raise SystemExit(f"bundle.py: error: {path} contains ''' or ends with a backslash")
     return f"embed({module!r}, {path!r}, r'''{source}''')\n"

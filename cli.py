@@ -118,7 +118,7 @@ class GenerationConfig:
     not fit."""
 
     def pipeline_options(self) -> dict[str, Any]:
-        """The pipeline's arguments that have options of their own; None is the pipeline's
+        """Return the pipeline's arguments that have options of their own; None is the pipeline's
         default."""
         return {name: getattr(self, name) for name in PIPELINE_OPTIONS}
 
@@ -139,8 +139,7 @@ def run_script(main: Callable[[Any], Any], Config: type) -> None:
     A UsageError or an OSError is the user's to mend, and so is the end of another process of
     torchrun: each is one line on stderr and exit status 2, without a traceback. Any other error is
     a bug and keeps its traceback. Ctrl-C exits with status 130. Of the processes of torchrun only
-    the first one prints. In a notebook, where the page may have been pasted into a cell, it does
-    nothing.
+    the first one prints. It does nothing if the script was pasted into a notebook's cell.
     """
     if is_pasted(Config):
         return
@@ -165,22 +164,23 @@ def run_script(main: Callable[[Any], Any], Config: type) -> None:
 
 
 def is_pasted(Config: type) -> bool:
-    """True if the class was defined in a notebook's cell, where IPython puts `get_ipython`."""
+    """Return whether the class was defined in a notebook's cell, where IPython puts
+    `get_ipython`."""
     return hasattr(sys.modules.get(Config.__module__), "get_ipython")
 
 
 def is_first_process() -> bool:
-    """True in process 0 of torchrun, and without torchrun."""
+    """Return True in process 0 of torchrun, and without torchrun."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
 def count_processes() -> int:
-    """The number of processes that torchrun started; 1 without torchrun."""
+    """Return the number of processes that torchrun started; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def program_name() -> str:
-    """How the user called the program: `train.py`, or `python -m bench step`."""
+    """Return how the user called the program: `train.py`, or `python -m bench step`."""
     return Path(sys.argv[0]).name
 
 
@@ -227,7 +227,7 @@ def fail(message: str) -> None:
 
 
 def is_peer_gone(error: RuntimeError) -> bool:
-    """True if torch.distributed says by this error that another process has ended."""
+    """Return whether torch.distributed says by this error that another process has ended."""
     return count_processes() > 1 and any(words in str(error) for words in PEER_GONE)
 
 
@@ -279,7 +279,7 @@ def resolve_device(device: str = "auto") -> "torch.device":
 
 
 def best_device() -> str:
-    """The fastest kind of device of this machine: cuda, mps or cpu."""
+    """Return the fastest kind of device of this machine: cuda, mps or cpu."""
     import torch
 
     if torch.cuda.is_available():
@@ -343,7 +343,7 @@ def product_dtype(choice: str, device: "torch.device") -> "torch.dtype":
 
 
 def multiplies_bfloat16() -> bool:
-    """True if this CPU has instructions for products of bfloat16: AVX512-BF16 or AMX."""
+    """Return whether this CPU has instructions for products of bfloat16: AVX512-BF16 or AMX."""
     import torch
 
     for name in ("avx512_bf16", "amx_tile"):
@@ -397,17 +397,18 @@ def refuse_unused(cfg: Any, names: list[str], reason: str) -> None:
 
 
 def is_hub_dataset(dataset_name: str | None) -> bool:
-    """True for one word that looks like owner/name and is no file of this machine."""
+    """Return whether a name is one word that looks like owner/name and is no file of this
+    machine."""
     if dataset_name is None or os.path.exists(dataset_name):
         return False
     return len(dataset_name.split()) == 1 and dataset_name.count("/") == 1
 
 
 def is_one_prompt(dataset_name: str | None) -> bool:
-    """True for a text that is surely the prompt itself, and neither a file nor a data set.
+    """Return whether a text is surely the prompt itself, and neither a file nor a data set.
 
-    A name that ends like a file, such as `my prompts.csv`, is not sure; `store.prompts` says
-    whether the file is missing.
+    It is False for a name that ends like a file's, such as `my prompts.csv`: if there is no such
+    file, `store.prompts` says so.
     """
     if dataset_name is None or os.path.exists(dataset_name):
         return False
@@ -417,7 +418,8 @@ def is_one_prompt(dataset_name: str | None) -> bool:
 
 
 def is_local_model(model_name: str) -> bool:
-    """True if the model is a folder: in the current folder, or beside this file, as the toy is."""
+    """Return whether the model is a folder: in the current folder, or beside this file, as the toy
+    is."""
     return Path(model_name).is_dir() or (HERE / model_name).is_dir()
 
 

@@ -395,12 +395,12 @@ def resolve_store_dtype(choice: str, model_dtype: torch.dtype) -> torch.dtype:
 
 
 def decodes(cfg: Config) -> bool:
-    """True if the pipeline has to decode what it samples."""
+    """Return whether the pipeline has to decode what it samples."""
     return cfg.save_images and cfg.images is None
 
 
 def unit(cfg: Config) -> str:
-    """What the files have rows for: "prompts" or "images"."""
+    """Return what the files have rows for: "prompts" or "images"."""
     return "prompts" if cfg.images is None else "images"
 
 
@@ -455,17 +455,20 @@ def lines_of_shard(cfg: Config, lines: list[dict]) -> list[dict]:
     return chosen
 
 
-def batch_arguments(prompts: list[dict], num_images: int) -> tuple[list[str], dict[str, Any]]:
-    """Return what the pipeline gets for a batch: (texts, generators and negative prompts).
+def batch_arguments(lines: list[dict], num_images: int) -> tuple[list[str], dict[str, Any]]:
+    """Return what the pipeline gets for a batch: (texts, keyword arguments).
 
-    prompts: consecutive lines, `num_images` of them for each text. For two images of each of two
-    texts there are four lines, four generators and two texts.
+    The keyword arguments are "generator", with one generator per line, and "negative_prompt", with
+    one per text, if the lines have negative prompts.
+
+    lines: consecutive lines of prompts.jsonl, `num_images` of them for each text. For two images of
+    each of two texts there are four lines, four generators and two texts.
     """
-    arguments = {"generator": seeded(prompt["seed"] for prompt in prompts)}
-    first_of_each = prompts[::num_images]
-    if "negative_prompt" in prompts[0]:
-        arguments["negative_prompt"] = [prompt["negative_prompt"] for prompt in first_of_each]
-    return [prompt["prompt"] for prompt in first_of_each], arguments
+    arguments = {"generator": seeded(line["seed"] for line in lines)}
+    first_of_each = lines[::num_images]
+    if "negative_prompt" in lines[0]:
+        arguments["negative_prompt"] = [line["negative_prompt"] for line in first_of_each]
+    return [line["prompt"] for line in first_of_each], arguments
 
 
 def check_real_input(real: RealInput, prompts: list[dict]) -> None:
@@ -521,7 +524,7 @@ def add_seen_text(prompts: list[dict], seen: SeenText) -> None:
 
 
 def start_processes(cfg: Config) -> Processes:
-    """Join the processes that torchrun started; without torchrun there is one.
+    """Return the processes that torchrun started, and join them; without torchrun there is one.
 
     Raises UsageError for processes on several machines.
     """
@@ -535,7 +538,7 @@ def start_processes(cfg: Config) -> Processes:
 
 
 def load_model(cfg: Config, dtype: torch.dtype, processes: Processes) -> HookedDiffusionModel:
-    """Load the model on this process's device."""
+    """Return the model of --model_name, hooked, on this process's device."""
     if processes.rank > 0:
         for library in ("diffusers", "transformers"):
             import_module(f"{library}.utils.logging").disable_progress_bar()
@@ -948,7 +951,7 @@ class BatchWriter:
 
 
 def take_numbers(cache: dict, site: Site) -> Tensor:
-    """Take what a hook point computed out of the cache: (rows, steps, tokens, d)."""
+    """Return what a hook point computed, (rows, steps, tokens, d), and remove it from the cache."""
     name = site.point.hook_name
     if site.point.side == "diff":
         returned = cache["output" + site.suffix].pop(name)
@@ -958,9 +961,10 @@ def take_numbers(cache: dict, site: Site) -> Tensor:
 
 
 def pad_text(x: Tensor, site: Site) -> Tensor:
-    """Pad (rows, steps, tokens, d) with zeros to the number of tokens that the file has room for.
+    """Return x (rows, steps, tokens, d), padded with zeros to the number of tokens that the file
+    has room for.
 
-    Raises UsageError if there are more.
+    Raises UsageError if x has more tokens than that.
     """
     num_tokens = x.shape[2]
     if num_tokens > site.text_tokens:

@@ -65,7 +65,7 @@ class Group:
         return slice(n * self.index // self.count, n * (self.index + 1) // self.count)
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
-        """Add up the x of all processes, in place; the result has the same bits in each."""
+        """Add up the x of all processes in place, and return it; it has the same bits in each."""
         if self.count > 1:
             dist.all_reduce(x, group=self.group)
         return x
@@ -92,7 +92,7 @@ class Group:
         return torch.cat(gathered, dim=1)
 
     def broadcast(self, x: torch.Tensor) -> torch.Tensor:
-        """Overwrite x with the first process's x."""
+        """Overwrite x with the first process's x, and return it."""
         if self.count > 1:
             dist.broadcast(x, self.ranks[0], self.group)
         return x

@@ -240,7 +240,8 @@ def print_numbers(record: dict) -> None:
 def graft_held_out(
     cfg: Config, sae: Sae, path: Path, activations: Activations, folder: Path, device: torch.device
 ) -> list[Path]:
-    """Generate held-out prompts with the SAE in place; write graft.json and graft.png."""
+    """Generate held-out prompts with the SAE in place; write graft.json and graft.png, and return
+    the paths that were written."""
     lines, meta = held_out_prompts(activations, cfg.num_prompts)
     model, options = model_of(meta, cfg.model_name, device, resolve_dtype("auto", device))
     # An SAE of another package does not say what it was trained on; its data does
@@ -408,7 +409,8 @@ def graft(
         def run(
             replacement: Replacement, steps: range | None = None, on_step: Callable | None = None
         ) -> Iterator[Generated]:
-            """Generate batch by batch with replacement(role, step, x) in the place of x."""
+            """Return an iterator that generates batch by batch, with replacement(role, step, x) in
+            the place of x."""
             make_edits = partial(grafting_edits, hook_point, replacement, rows, steps)
             return generate_batches(model, generation, batch_size, make_edits, on_step, bar)
 
@@ -475,7 +477,8 @@ class UntouchedRun(NamedTuple):
 
 
 def run_untouched(run: Callable[..., Iterator[Generated]], stream: str) -> UntouchedRun:
-    """Generate without an edit, and take the mean of x. run: as in `graft`."""
+    """Generate without an edit, and return the images, the means of x and the timesteps. run: as in
+    `graft`."""
     sums = defaultdict(float)
     counts = defaultdict(int)
     timesteps = {}

@@ -57,7 +57,7 @@ class Config:
 if __name__ == "__main__":
     answer_help(Config)  # --help and a mistyped option are answered before torch is imported
 
-from sae import Sae, newest_sae, sae_folders
+from sae import Sae, find_sae_folders, newest_sae
 from store.disk import check_empty
 from store.foreign_saes import find_weights, is_saved_saelens, save_saelens
 from store.hub import push
@@ -115,7 +115,7 @@ def find_saes(path: Path) -> dict[str | None, Path]:
     try:
         find_weights(path)
     except FileNotFoundError:
-        several = sae_folders(path)
+        several = find_sae_folders(path)
         if not several:
             raise
         return several

@@ -110,7 +110,7 @@ class HookedDiffusionModel:
 
     @classmethod
     def from_pipeline(cls, pipe: Any) -> "HookedDiffusionModel":
-        """Hook a diffusers pipeline.
+        """Return the hooked model of a diffusers pipeline.
 
         Its denoisers are the components whose `forward` takes a time and that do not decode. One
         whose output does not reach the scheduler, such as a network that only conditions another,
@@ -305,7 +305,10 @@ class HookedDiffusionModel:
     def _recording(
         self, recorder: Recorder, num_prompts: int | None, num_images: int
     ) -> Iterator[None]:
-        """Context in which a recorder gets all forwards and steps."""
+        """Give a recorder all forwards and steps while the context lasts.
+
+        Raises UsageError if `num_prompts` is neither None nor a positive integer.
+        """
         if num_prompts is not None and not (isinstance(num_prompts, int) and num_prompts > 0):
             raise UsageError(f"n_prompts: expected the number of prompts, got {num_prompts!r}")
         with ExitStack() as stack:
@@ -434,7 +437,8 @@ class HookedDiffusionModel:
                 raise
 
     def _check_sample_size(self, arguments: dict, error: TypeError) -> None:
-        """Raise UsageError where a pipeline failed since it knows no size of its own.
+        """Raise UsageError if a pipeline failed because it could not compute its default height and
+        width.
 
         Some pipelines multiply `config.sample_size` of their denoiser, which may be (16, 64).
         """
@@ -606,7 +610,8 @@ class HookedDiffusionModel:
     def _targets(
         self, positions: str | list[str]
     ) -> tuple[dict[str, tuple[str, nn.Module]], set[str]]:
-        """Look up names and globs: ({hook_name: (denoiser's name, module)}, names spelt out).
+        """Return what names and globs mean: ({hook_name: (denoiser's name, module)}, the hook_names
+        that were spelt out).
 
         Raises UsageError for a name that does not exist, and where hooks would not run.
         """
@@ -639,7 +644,7 @@ class HookedDiffusionModel:
 
 
 def has_step(component: Any) -> bool:
-    """Whether a component is a scheduler: its class has a method `step`."""
+    """Return whether a component is a scheduler: its class has a method `step`."""
     return callable(getattr(type(component), "step", None))
 
 
@@ -674,7 +679,7 @@ def model_of(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[HookedDiffusionModel, dict]:
-    """Load the model that made an activation file: (hooked model, the pipeline's options then).
+    """Return (the model that made an activation file, hooked, and the pipeline's options then).
 
     meta: the description beside the file. model_name: another model instead, such as a copy in
     another folder. The kind of output and the number of images per prompt are left out of the

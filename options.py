@@ -57,7 +57,10 @@ def parse(Config: type, program: str, words: list[str]) -> Any:
 
 
 def with_underscores(word: str) -> str:
-    """`--out-dir=a-b` becomes `--out_dir=a-b`; a word that names no option stays as it is."""
+    """Return a word of the command line with the underscores of an option's name.
+
+    `--out-dir=a-b` becomes `--out_dir=a-b`; a word that names no option stays as it is.
+    """
     if not word.startswith("--"):
         return word
     name, equals, value = word[2:].partition("=")
@@ -73,7 +76,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
     def option_names(self) -> list[str]:
-        """["--k", "--lr", ...], without the short ones."""
+        """Return the names of all options, without the short ones: ["--k", "--lr", ...]."""
         names = []
         for action in self._actions:
             names += [name for name in action.option_strings if name.startswith("--")]
@@ -136,33 +139,39 @@ def add_option(group: Any, field: dataclasses.Field, hint: Any, help: str) -> No
 
 
 def default_of(field: dataclasses.Field) -> Any:
-    """The default of a field, or dataclasses.MISSING if it has none."""
+    """Return the default of a field, or dataclasses.MISSING if it has none."""
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return field.default
 
 
 def describe_default(field: dataclasses.Field) -> str:
-    """` (default: 16)`; nothing where the help itself says what happens without the option."""
+    """Return the end of an option's help, such as ` (default: 16)`.
+
+    It is "" where there is no default to show: for None, where the help itself says what happens
+    without the option, for an option that is off, for an empty text or list, and for a positional
+    argument.
+    """
     default = default_of(field)
     if isinstance(default, (list, tuple)):
         default = " ".join(str(value) for value in default)
     if default is True:
         return f" (default: on; --no_{field.name} turns it off)"
-    if default in (None, False, "", dataclasses.MISSING):
+    # by identity: 0 == False, and a default of 0 is shown
+    if default is None or default is False or default is dataclasses.MISSING or default == "":
         return ""
     return f" (default: {default})"
 
 
 def without_none(hint: Any) -> Any:
-    """`int | None` becomes int; other types stay as they are."""
+    """Return a type without None: `int | None` becomes int; other types stay as they are."""
     if get_origin(hint) in (Union, UnionType):
-        [hint] = [part for part in get_args(hint) if part is not type(None)]
+        [hint] = [member for member in get_args(hint) if member is not type(None)]
     return hint
 
 
 def metavar_of(hint: Any) -> str:
-    """How the help writes a value: INT, FLOAT, TEXT or {one,two}."""
+    """Return how the help writes a value of a type: INT, FLOAT, TEXT or {one,two}."""
     if get_origin(hint) is Literal:
         return "{" + ",".join(str(choice) for choice in get_args(hint)) + "}"
     return {int: "INT", float: "FLOAT", str: "TEXT"}[hint]
@@ -192,7 +201,7 @@ def number(word: str) -> float:
 
 
 def one_of(choices: tuple[str, ...]) -> Converter:
-    """Return a converter that accepts these words alone."""
+    """Return a converter that returns a word if it is among `choices`, and refuses all others."""
 
     def choice(word: str) -> str:
         if word in choices:
@@ -206,7 +215,7 @@ def one_of(choices: tuple[str, ...]) -> Converter:
 
 
 def describe_unknown(word: str, parser: Parser) -> str:
-    """Say what is wrong with a word that belongs to no option, and which option may be meant."""
+    """Return what is wrong with a word that belongs to no option, and which option may be meant."""
     if not word.startswith("-"):
         return f"{word!r} belongs to no option; write the option's name before it (see --help)"
     name = word.partition("=")[0]
@@ -214,7 +223,7 @@ def describe_unknown(word: str, parser: Parser) -> str:
 
 
 def suggest(word: str, choices: list[str] | tuple[str, ...]) -> str:
-    """`; did you mean --k?`, or nothing if no choice resembles the word."""
+    """Return `; did you mean --k?` for the nearest choices, or "" if none resembles the word."""
     bare = word.strip("-")
     spelled = {choice.strip("-"): choice for choice in choices}
     nearest = difflib.get_close_matches(bare, spelled, n=1, cutoff=0.8)
@@ -235,7 +244,7 @@ class Option(NamedTuple):
 
 
 def grouped_options(Config: type) -> dict[str, list[Option]]:
-    """{group: its options} in the order of the help; a child's fields follow its base's."""
+    """Return {group: its options} in the order of the help; a child's fields follow its base's."""
     fields = {field.name: field for field in dataclasses.fields(Config)}
     groups: dict[str, list[Option]] = {}
     for cls in reversed(Config.__mro__):
@@ -253,7 +262,7 @@ def grouped_options(Config: type) -> dict[str, list[Option]]:
 
 
 def read_fields(cls: type) -> dict[str, tuple[str, str]]:
-    """{field: (group, docstring)} from the source of a class; empty if there is none to read."""
+    """Return {field: (group, docstring)} from a class's source; {} if there is none to read."""
     try:
         source = textwrap.dedent(inspect.getsource(cls))
     except (OSError, TypeError):  # a class made by exec, or a built-in such as object
@@ -261,7 +270,7 @@ def read_fields(cls: type) -> dict[str, tuple[str, str]]:
     [definition] = ast.parse(source).body
     lines = source.splitlines()
 
-    found = {}
+    described = {}
     group = "options"
     last_line = definition.lineno
     for statement, following in zip(definition.body, [*definition.body[1:], None]):
@@ -270,12 +279,12 @@ def read_fields(cls: type) -> dict[str, tuple[str, str]]:
                 group = line.strip("# ")
         last_line = statement.end_lineno
         if isinstance(statement, ast.AnnAssign):
-            found[statement.target.id] = (group, docstring_of(following))
-    return found
+            described[statement.target.id] = (group, docstring_of(following))
+    return described
 
 
 def docstring_of(statement: ast.stmt | None) -> str:
-    """The text of a statement that is only a string, as one line; else an empty text."""
+    """Return the text of a statement that is only a string, as one line; else ""."""
     is_text = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
     if not is_text or not isinstance(statement.value.value, str):
         return ""
@@ -283,7 +292,7 @@ def docstring_of(statement: ast.stmt | None) -> str:
 
 
 def fill_description(docstring: str, width: int) -> str:
-    """Wrap the prose of a module's docstring at `width` characters.
+    """Return a module's docstring with its prose wrapped at `width` characters.
 
     Indented lines, such as commands and equations, stay as they are. A line like
     `Reads   .npy files` and the lines below it that begin at its second column are wrapped at

@@ -388,7 +388,8 @@ class Sae(nn.Module):
         self.save_description(path)
 
     def save_description(self, path: Path) -> None:
-        """Write the files beside the weights. cfg.json is written last: it ends the saving."""
+        """Write the files beside the weights: training_prompts.txt, and cfg.json last, without
+        which the folder is no finished SAE."""
         from store.identity import fingerprint_tensors
 
         prompts = path / TRAINING_PROMPTS
@@ -463,7 +464,7 @@ class Sae(nn.Module):
         pattern: a glob on that path; its `*` crosses slashes. Pickles are left out: give their
         folder to `load_from_disk`. Raises UsageError if there is no SAE, or one can't be loaded.
         """
-        folders = sae_folders(folder)
+        folders = find_sae_folders(folder)
         saes = {}
         for name, path in folders.items():
             if pattern is None or fnmatch(name, pattern):
@@ -553,10 +554,10 @@ def read_training_prompts(folder: Path, count: int | None) -> set[str] | None:
     return set(hashes)
 
 
-def sae_folders(folder: str | Path) -> dict[str, Path]:
-    """Return every SAE folder in a folder and below it, by its path relative to `folder`.
+def find_sae_folders(folder: str | Path) -> dict[str, Path]:
+    """Return {path relative to `folder`: path} of every SAE folder in it and below it, sorted.
 
-    Folders that hold only a pickle are left out.
+    The folder itself is ".". Folders that hold only a pickle are left out.
     """
     folders: set[Path] = set()
     for name in SAFE_WEIGHTS:
@@ -569,7 +570,9 @@ def newest_sae(root: str | Path = "saes") -> Path:
 
     Raises UsageError if there is none.
     """
-    folders = [folder for folder in sae_folders(root).values() if (folder / "cfg.json").exists()]
+    folders = [
+        folder for folder in find_sae_folders(root).values() if (folder / "cfg.json").exists()
+    ]
     if not folders:
         raise UsageError(f"no SAE in {root}/: run train.py first, or name one with --sae")
     return max(folders, key=lambda folder: (folder / "cfg.json").stat().st_mtime_ns)

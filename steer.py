@@ -228,7 +228,7 @@ def check_options_are_read(cfg: Config) -> None:
 
 
 def exchanges_concepts(cfg: Config) -> bool:
-    """Whether the user has said neither which features are changed nor how."""
+    """Return whether the user has said neither which features are changed nor how."""
     chosen = cfg.features or cfg.concept is not None
     strength = cfg.multiply or cfg.add or cfg.toward is not None
     return not chosen and not strength
@@ -354,7 +354,10 @@ def picture_mask(path: str, h: int, w: int) -> Tensor:
 
 
 def load_targets(cfg: Config, device: torch.device) -> list[Target]:
-    """Return the SAEs as targets without features. Raises UsageError if two have one hook point."""
+    """Return one target for each SAE of --sae, or for the newest SAE; `features` is still empty.
+
+    Raises UsageError if two SAEs have one hook point.
+    """
     targets = []
     for path in cfg.sae or [str(newest_sae())]:
         sae = Sae.load_from_disk(path, device)
@@ -437,7 +440,7 @@ def rows_of(target: Target) -> list[dict]:
             f"{target.path} was trained on {data}, which is not there: "
             "name --features and --dataset_name"
         )
-    return target.activations.rows_of_prompts()
+    return target.activations.prompt_lines()
 
 
 def score_images(cfg: Config, target: Target) -> ScoredImages:
@@ -618,7 +621,7 @@ def negative_prompt_of(cfg: Config, target: Target) -> str | None:
     if cfg.negative_prompt is not None or target.activations is None:
         return cfg.negative_prompt
 
-    prompts = {row.get("negative_prompt") for row in target.activations.rows_of_prompts()}
+    prompts = {row.get("negative_prompt") for row in target.activations.prompt_lines()}
     if len(prompts) > 1:
         path = target.activations.paths[0]
         raise UsageError(
@@ -694,9 +697,10 @@ def choose_arguments(
 def place_masks(
     cfg: Config, model: HookedDiffusionModel, generation: Generation, targets: list[Target]
 ) -> range | None:
-    """Give each target the tokens of --mask on its grid, and return the steps of --steps.
+    """Set the `mask` of each target to the tokens of --mask on its grid; return the steps of
+    --steps, or None for all steps.
 
-    Both need the first step of a sampling, so one function does both. None stands for all steps.
+    Both need the first step of a sampling, so one function does both.
     Raises UsageError for a mask that is not on the grid, and for steps that the sampling does not
     have.
     """

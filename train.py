@@ -319,8 +319,11 @@ def peak_learning_rate(iterations: int, num_latents: int) -> float:
 def learning_rate(iteration: int, iterations: int, num_latents: int, cfg: Config) -> float:
     """Return the learning rate of one iteration, counted from 0: peak times rise times fall.
 
-    With lr=0.01, lr_warmup_steps=1 and six iterations it is 0.005, then 0.01, and in the last one
-    0.01 * 5 / 6, since "linear" falls in the last fifth.
+    The warmup takes cfg.lr_warmup_steps iterations, but at most a fifth of all. Then "linear" falls
+    to 0 in the last fifth, "cosine" falls from the first iteration on, and "constant" not at all.
+
+    With lr_scheduler="linear", lr=0.01, lr_warmup_steps=1 and six iterations it is 0.005, then
+    0.01, and in the last one 0.01 * 5 / 6.
     """
     # 1) the peak
     peak = cfg.lr
@@ -806,9 +809,9 @@ class TrainingRun:
                 )
 
     def __enter__(self) -> "TrainingRun":
-        """Lock the folder, and look at what it holds.
+        """Lock the folder, and read the checkpoint or the finished SAE that it holds.
 
-        Raises UsageError if that is another run, or if another train.py writes it.
+        Raises UsageError if these are another run's, or if another train.py writes the folder.
         """
         settings = json.loads(json.dumps(self.settings))
         if any(other != settings for other in self.workers.processes.all_gather(settings)):
@@ -926,7 +929,7 @@ class TrainingRun:
     def check_finite(self) -> None:
         """Raise UsageError if the last update met NaN or infinity.
 
-        From then on the weights hold it as well. A GPU waits for the answer.
+        After such an update the weights hold NaN or infinity as well. Waits for the device.
         """
         if not math.isfinite(self.last_loss):
             raise UsageError(

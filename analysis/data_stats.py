@@ -256,8 +256,11 @@ def start(x: Tensor, num_latents: int, k: int, center: str = "median", seed: int
 
 @torch.no_grad()
 def count_fires(sae: Sae, x: Tensor) -> Tensor:
-    """Return on how many of the vectors x (N, d) each latent is active: int64 (M,), on the CPU."""
-    counts = 0
+    """Count, for each latent, the vectors x (N, d) on which it is active: int64 (M,), on the CPU.
+
+    It takes only SAEs that encode each vector by itself, without samples and input_unit_norm.
+    """
+    counts = torch.zeros(sae.num_latents, dtype=torch.int64, device=x.device)
     for chunk in x.split(CHUNK):
         counts = counts + count_active(*sae.encode(chunk), sae.num_latents)
     return counts.cpu()

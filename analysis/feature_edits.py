@@ -80,8 +80,8 @@ def real_tokens(x: Tensor, stream: str) -> Tensor:
 def map_samples(
     fn: Callable[[Tensor], Tensor], x: Tensor, stream: str, device: torch.device
 ) -> Tensor:
-    """Apply fn (1, n, d) -> (1, n, d) to each prompt's tokens on their own: x (P, T, d) -> (P, T,
-    d).
+    """Return what fn (1, n, d) -> (1, n, d) makes of each prompt's tokens by themselves: x (P, T,
+    d) -> (P, T, d).
 
     Memory does not grow with P. Padding of text stays zero and is not given to fn, which runs on
     `device`.

@@ -31,7 +31,7 @@ from distributed import ALONE, FOREVER, Group, Processes
 from errors import UsageError
 from kernels import merge, topk
 from kernels.decode import gather_dot, gather_sum
-from kernels.update import Reconstruction, SparseUpdate
+from kernels.update import Gradients, Reconstruction, SparseUpdate
 from sae import Sae, random_rows
 from store.disk import rename
 
@@ -100,24 +100,26 @@ class ShardedSae(Sae):
     def largest(self, x: Tensor, k: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """Return the k largest pre_acts of each vector x (N, d), and their latents: (N, k) each."""
         acts, indices = super().largest(x, min(k, len(self.W_dec)), dtype)
-        return self.merge(acts, indices, k)
+        return self.merge_over_processes(acts, indices, k)
 
-    def merge(self, acts: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Return the k largest of what each process found among its own latents: (N, up to k).
+    def merge_over_processes(self, acts: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Return the k largest of what each process found among its own latents: (N, k) each.
 
-        acts, indices: (N, up to k), with indices of own rows. The result's indices count all
-        latents.
+        acts, indices: (N, up to k); these indices count this process's own rows from 0. The
+        indices that are returned count all latents.
         """
-        missing = (0, k - acts.shape[1])  # padded, so that all processes send the same shape
-        acts = F.pad(acts, missing)
-        indices = F.pad(indices + self.own.start, missing)
+        # All processes must send the same shape. Padding has activation 0, so it is never active
+        padding = (0, k - acts.shape[1])
+        acts = F.pad(acts, padding)
+        indices = F.pad(indices + self.own.start, padding)
         return merge(self.latents.all_gather(acts), self.latents.all_gather(indices), k)
 
     def of_own(self, acts: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Return acts and indices (N, K), chosen from all latents, for this process's rows.
 
-        Those of other processes become zeros of the first own row. For latents 10 to 19, acts 5, 6
-        and indices 12, 3 it gives 5, 0 and 2, 0.
+        The indices that are returned count this process's own rows from 0. A latent of another
+        process gets activation 0 and index 0. For the own latents 10 to 19, acts 5, 6 and indices
+        12, 3 it gives 5, 0 and 2, 0.
         """
         is_own = (indices >= self.own.start) & (indices < self.own.stop)
         return acts * is_own, torch.where(is_own, indices - self.own.start, 0)
@@ -145,26 +147,29 @@ class ShardedUpdate(SparseUpdate):
     def num_dead(self) -> int:
         return self.sum_over_latents(super().num_dead())
 
-    def index_dead(self) -> None:
-        super().index_dead()
+    def make_dead_indices(self) -> None:
+        super().make_dead_indices()
         self.num_listed = self.sum_over_latents(self.num_listed)
 
     def sum_over_latents(self, count: int) -> int:
         """Return the sum of a count over the processes that split the latents."""
         return int(self.sae.latents.sum(self.dead_indices.new_tensor([count])))
 
-    def largest(self, centred, width, parts):
-        acts, indices = super().largest(centred, min(width, len(self.W_dec)), parts)
-        return self.sae.merge(acts, indices, width)
+    def largest(self, centred: Tensor, width: int, num_chunks: int) -> tuple[Tensor, Tensor]:
+        acts, indices = super().largest(centred, min(width, len(self.W_dec)), num_chunks)
+        return self.sae.merge_over_processes(acts, indices, width)
 
-    def reconstruct(self, x, share, top_acts, top_indices) -> Reconstruction:
+    def reconstruct(
+        self, x: Tensor, loss_weight: float, top_acts: Tensor, top_indices: Tensor
+    ) -> Reconstruction:
         acts, indices = self.sae.of_own(top_acts, top_indices)
         x_hat = self.sae.latents.sum(gather_sum(acts, indices, self.W_dec)).add_(self.b_dec)
         e = x_hat.sub_(x)
         d_acts = gather_dot(e, indices, self.W_dec).mul_(acts > 0)
-        return Reconstruction(share, acts, indices, e, d_acts)
+        return Reconstruction(loss_weight, acts, indices, e, d_acts)
 
-    def least_of_largest_dead(self, acts, k):
+    def least_of_largest_dead(self, acts: Tensor, k: int) -> Tensor | None:
+        # acts (n, C) has the listed latents of this process; `num_listed` counts all processes'
         if self.num_listed <= k:
             return None
         largest = acts
@@ -174,13 +179,13 @@ class ShardedUpdate(SparseUpdate):
         largest, _ = topk(self.sae.latents.all_gather(padded), k)
         return largest.amin(1, keepdim=True)
 
-    def add_reconstruction(self, e, acts, W_dec):
+    def add_reconstruction(self, e: Tensor, acts: Tensor, W_dec: Tensor) -> Tensor:
         return e + self.sae.latents.sum(acts @ W_dec)
 
-    def times_W_enc(self, b_enc):
+    def times_W_enc(self, b_enc: Tensor) -> Tensor:
         return self.sae.latents.sum(super().times_W_enc(b_enc))
 
-    def squared_norm(self, gradients):
+    def squared_norm(self, gradients: Gradients) -> Tensor:
         return self.sae.latents.sum(super().squared_norm(gradients))
 
 
@@ -231,10 +236,11 @@ def save_rows(
 def plan_file(
     tensors: dict[str, Tensor], metadata: dict[str, str], latents: Group
 ) -> tuple[bytes, dict[str, int], int]:
-    """Return a safetensors file's beginning, where each tensor's own rows go, and its data's size.
+    """Return (the beginning of a safetensors file, {tensor: where its own rows go}, the data's
+    size).
 
-    The beginning is the header's length and the header, of the whole tensors. The offsets are bytes
-    from the start of the data.
+    The beginning is the header's length and the header, of the whole tensors. Where rows go is
+    counted in bytes from the start of the data, and so is its size.
     """
     num_own = next(len(tensor) for name, tensor in tensors.items() if is_split(name, tensor.ndim))
     num_latents = int(latents.sum(torch.tensor(num_own, device=latents.device)))

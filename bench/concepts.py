@@ -151,10 +151,10 @@ def main(cfg: Config) -> None:
     saes = [Sae.load_from_disk(folder, device) for folder in folders]
     sets = [activations_of(sae, "the SAE") for sae in saes]
 
-    rows = sets[0].rows_of_prompts()
+    rows = sets[0].prompt_lines()
     prompts = [row["prompt"] for row in rows]
     for activations in sets[1:]:
-        if [row["prompt"] for row in activations.rows_of_prompts()] != prompts:
+        if [row["prompt"] for row in activations.prompt_lines()] != prompts:
             raise UsageError("--sae: the SAEs were trained on activations of different prompts")
 
     hook_names = [sae.cfg["hook_name"] for sae in saes]

@@ -37,7 +37,7 @@ import torch
 
 import collect
 from cli import HERE, run_script
-from store.activation_file import open_file
+from store.activation_file import check_file
 from store.collection import read_progress
 from store.disk import read_json
 
@@ -154,8 +154,8 @@ class Table:
         return self.folder / f"{self.number}" / "acts"
 
     def again(self, folder):
-        """The same command once more: (safe batches that it generated again, whether all files are
-        as expected)."""
+        """Run the same command once more, and return (how many batches it generated again although
+        they were written, whether all files are as expected)."""
         before, process = done(folder), Run(folder)
         process.end()
         start = re.search(rf"(\d+)/{PROMPTS} ", process.text())  # of the bar, when it appears
@@ -303,7 +303,7 @@ def truncated_when_finished(table):
     whole = path.read_bytes()
     os.truncate(path, len(whole) - 1)
     try:
-        open_file(path)
+        check_file(path)
         read = "NOT SEEN by train.py"
     except ValueError as error:
         read = f"train.py: {str(error).replace(f'{folder}/', '')}"
@@ -321,7 +321,7 @@ def flipped_description(table):
         for bit in (1 << int(table.rng.integers(8)), 255):
             path.write_bytes(good[:place] + bytes([good[place] ^ bit]) + good[place + 1 :])
             try:
-                meta = open_file(folder / "mid_block.npy")[1]
+                meta = check_file(folder / "mid_block.npy")[1]
                 without = lambda record: {k: v for k, v in record.items() if k != "checksum"}
                 same += meta == expected or (
                     json.dumps(without(meta)) == json.dumps(without(expected))
@@ -337,8 +337,8 @@ def flipped_description(table):
 
 
 def flipped_record(table, name):
-    """A few bytes of what the next start reads, of a collection half done: it is refused, or made
-    good."""
+    """Change single bits of a record of a collection that is half done: the next start refuses the
+    record or mends it."""
     process = Run(half := table.fresh()).until(3)
     process.send(signal.SIGKILL)
     process.end()

@@ -108,7 +108,7 @@ def load(path: Path, memory: memoryview, threads: int = 2) -> None:
 
 
 def ancestor(folder, batch_size, workers):
-    """Batches (images, tokens, d) as its trainer gets them."""
+    """Return an iterable of batches (images, tokens, d), as the ancestor's trainer gets them."""
     from datasets import Dataset
     from torch.utils.data import DataLoader
 

@@ -79,7 +79,7 @@ def batches(activations: Activations, cfg: Config, stop: int) -> Iterator[Tensor
 
 
 def ours(activations: Activations, cfg: Config, stop: int, lr: float, seed: int) -> Sae:
-    """Train by train.py at its defaults."""
+    """Return the SAE that train.py trains at its defaults."""
     with tempfile.TemporaryDirectory() as folder:
         config = train.Config(
             data=activations.paths,
@@ -99,7 +99,7 @@ def ours(activations: Activations, cfg: Config, stop: int, lr: float, seed: int)
 
 
 def eai_sparsify(activations: Activations, cfg: Config, stop: int, lr: float, seed: int) -> Sae:
-    """Train as the Trainer of EleutherAI's sparsify does."""
+    """Return an SAE that was trained as the Trainer of EleutherAI's sparsify does."""
     os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")
     from schedulefree import ScheduleFreeWrapper
     from sparsify import SparseCoder, SparseCoderConfig
@@ -128,7 +128,7 @@ def eai_sparsify(activations: Activations, cfg: Config, stop: int, lr: float, se
 
 
 def sae_lens(activations: Activations, cfg: Config, stop: int, lr: float, seed: int) -> Sae:
-    """Train by SAELens's SAETrainer."""
+    """Return the SAE that SAELens's SAETrainer trains."""
     from sae_lens.config import SAETrainerConfig
     from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
     from sae_lens.training.sae_trainer import SAETrainer

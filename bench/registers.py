@@ -82,7 +82,7 @@ def configurations(half: str, widths: tuple[int, ...]) -> Iterator[Configuration
 
 
 def selection_kernels(dtype: str, half: str) -> Iterator[Configuration]:
-    """The kernels that choose the largest activations, per vector and per batch."""
+    """Yield the kernels that choose the largest activations, per vector and per batch."""
     types = {"pre_acts": dtype, "top_acts": dtype, "top_indices": INDICES, "M": NUMBER, "k": NUMBER}
     for M in NUM_LATENTS:
         yield Configuration(TOPK.topk_kernel, types, TOPK.topk_blocks(M))
@@ -101,7 +101,7 @@ def selection_kernels(dtype: str, half: str) -> Iterator[Configuration]:
 
 
 def decoder_kernels(d: int) -> Iterator[Configuration]:
-    """The kernels that gather and sum rows of the decoder, for vectors of width d."""
+    """Yield the kernels that gather and sum rows of the decoder, for vectors of width d."""
     gather = {"top_indices": INDICES, "W": FLOATS, "out": FLOATS, "d": NUMBER, "k": NUMBER}
     blocks = DECODE.GATHER_SUM | {"BLOCK_D": DECODE.block_of_columns(d, 256)}
     yield Configuration(DECODE.gather_sum_kernel, {"weights": FLOATS, **gather}, blocks)
@@ -120,7 +120,7 @@ def decoder_kernels(d: int) -> Iterator[Configuration]:
 
 
 def update_kernels(d: int, half: str) -> Iterator[Configuration]:
-    """The kernels of the sparse gradient and of Adam, for rows of width d."""
+    """Yield the kernels of the sparse gradient and of Adam, for rows of width d."""
     gradient = dict.fromkeys(("weights", "x", "dense"), FLOATS)
     gradient |= dict.fromkeys(("vectors", "ends", "dense_at"), INDICES)
     state = dict.fromkeys(("W", "exp_avg", "exp_avg_sq", "along", "hyper"), FLOATS)

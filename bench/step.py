@@ -175,7 +175,7 @@ def ours(
     dtype: torch.dtype | None,
     graph: bool = False,
 ) -> Step:
-    """Our step, with the product in `dtype` (None: float32)."""
+    """Return our step, with the product in `dtype` (None: float32)."""
     sae = start_weights(cfg, device)
     update = SparseUpdate(sae, variance=float(cfg.d), dtype=dtype, graph=graph)
     return lambda: update(x, 1e-4)
@@ -186,7 +186,7 @@ def ours_bfloat16(cfg: Config, device: torch.device, x: Tensor) -> Step:
 
 
 def ours_graph(cfg: Config, device: torch.device, x: Tensor) -> Step:
-    """Our step as one CUDA graph."""
+    """Return our step as one CUDA graph."""
     return ours(cfg, device, x, torch.bfloat16, graph=True)
 
 
@@ -195,7 +195,7 @@ def ours_float32(cfg: Config, device: torch.device, x: Tensor) -> Step:
 
 
 def eai_sparsify(cfg: Config, device: torch.device, x: Tensor) -> Step:
-    """The step of EleutherAI's sparsify, as its Trainer does it."""
+    """Return the step of EleutherAI's sparsify, as its Trainer does it."""
     if device.type != "cuda":
         os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")  # or it asks for a GPU
     from sparsify import SparseCoder, SparseCoderConfig
@@ -214,7 +214,7 @@ def eai_sparsify(cfg: Config, device: torch.device, x: Tensor) -> Step:
 
 
 def sae_lens(cfg: Config, device: torch.device, x: Tensor) -> Step:
-    """The step of SAELens's TopK SAE."""
+    """Return the step of SAELens's TopK SAE."""
     from sae_lens.saes.sae import TrainStepInput
     from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 
@@ -239,7 +239,7 @@ def sae_lens(cfg: Config, device: torch.device, x: Tensor) -> Step:
 
 
 def dictionary_learning(cfg: Config, device: torch.device, x: Tensor) -> Step:
-    """The step of dictionary_learning's TopKTrainer, with fused Adam and a constant rate."""
+    """Return the step of dictionary_learning's TopKTrainer, with fused Adam and a constant rate."""
     from dictionary_learning.trainers.top_k import TopKTrainer
 
     endless = 10**9  # steps of the schedule that is replaced below
@@ -254,7 +254,7 @@ def dictionary_learning(cfg: Config, device: torch.device, x: Tensor) -> Step:
 
 
 def dense(cfg: Config, device: torch.device, x: Tensor) -> Step:
-    """What one would write in plain PyTorch: all gradients are dense."""
+    """Return the step that one would write in plain PyTorch: all gradients are dense."""
     sae = start_weights(cfg, device)
     params, optimizer = make_adam(sae)
 
@@ -273,7 +273,7 @@ def dense(cfg: Config, device: torch.device, x: Tensor) -> Step:
 
 
 def gemm(cfg: Config, device: torch.device, x: Tensor, dtype: torch.dtype) -> Step:
-    """The encoder's product alone, x W^T + b: a lower bound for a step of this kind."""
+    """Return a step of the encoder's product alone, x W^T + b: a lower bound for all others."""
     W = torch.randn(cfg.M, cfg.d, device=device).to(dtype)
     b = torch.zeros(cfg.M, device=device, dtype=dtype)
     x = x.to(dtype)

@@ -110,8 +110,8 @@ class BothPasses(StableDiffusionPipeline):
 
 @cache
 def parts() -> dict:
-    """The components of the tiny pipeline, without a scheduler: random weights from seed 0, no
-    layer all zeros."""
+    """Return the components of the tiny pipeline, without a scheduler: random weights from seed 0,
+    no layer all zeros."""
     sys.path.insert(0, str(HERE / "tests"))
     from tiny import build, sd15
 
@@ -119,7 +119,7 @@ def parts() -> dict:
 
 
 def make_pipeline(scheduler: str, guidance: str) -> StableDiffusionPipeline:
-    """A pipeline of its own for one cell, with the weights of all."""
+    """Return a new pipeline for one cell of the table; the weights are the same in all cells."""
     scheduler_class, options = SCHEDULERS[scheduler]
     kind = BothPasses if guidance == "ramp" else StableDiffusionPipeline
     with warnings.catch_warnings():
@@ -130,14 +130,15 @@ def make_pipeline(scheduler: str, guidance: str) -> StableDiffusionPipeline:
 
 
 def raise_guidance(pipe, step: int, timestep, tensors: dict) -> dict:
-    """A callback of the pipeline: the guidance scale of the step after `step`."""
+    """Set the guidance scale of the step after `step`: a callback of the pipeline. Return
+    `tensors`, which the pipeline wants back."""
     pipe._guidance_scale = 2.0 * (step + 1)
     return tensors
 
 
 def call_options(guidance: str, number: int) -> dict:
-    """The pipeline's arguments for `number` prompts; the random states are set anew with each
-    call."""
+    """Return the pipeline's arguments for `number` prompts; the random states are set anew with
+    each call."""
     options = dict(num_inference_steps=STEPS, height=32, width=32, output_type="latent")
     options["generator"] = [torch.Generator().manual_seed(seed) for seed in range(number)]
     options["guidance_scale"] = {"0": 0.0, "1": 1.0, "ramp": 0.0}.get(guidance, 7.5)
@@ -163,7 +164,7 @@ class Reference:
 
 
 def by_hand(scheduler: str, guidance: str, prompts: list[str]) -> Reference:
-    """Sample with the plain pipeline and a plain hook."""
+    """Return what the plain pipeline and a plain hook give: the `Reference`."""
     pipe = make_pipeline(scheduler, guidance)
     outputs, times = [], []
 
@@ -188,7 +189,7 @@ def by_hand(scheduler: str, guidance: str, prompts: list[str]) -> Reference:
 
 
 def sigmas_at(timesteps: torch.Tensor, scheduler) -> torch.Tensor | None:
-    """sqrt((1 - alpha) / alpha) of the noise schedule that the model is trained with, linear
+    """Return sqrt((1 - alpha) / alpha) of the noise schedule that the model is trained with, linear
     between two whole timesteps."""
     if not hasattr(scheduler, "alphas_cumprod"):
         return None
@@ -199,7 +200,7 @@ def sigmas_at(timesteps: torch.Tensor, scheduler) -> torch.Tensor | None:
 
 
 def edited_by_hand(scheduler: str, guidance: str, prompts: list[str]) -> torch.Tensor:
-    """The images where the conditional rows are halved in one step."""
+    """Return the images where the conditional rows are halved in one step."""
     pipe, calls = make_pipeline(scheduler, guidance), []
     first = 0 if guidance in ("0", "1") else len(prompts)  # conditional row
 
@@ -220,13 +221,13 @@ def edited_by_hand(scheduler: str, guidance: str, prompts: list[str]) -> torch.T
 def edited(
     scheduler: str, guidance: str, prompts: list[str], edits: dict[str, Edit]
 ) -> torch.Tensor:
-    """The images that the project makes with edits."""
+    """Return the images that the project makes with edits."""
     model = HookedDiffusionModel.from_pipeline(make_pipeline(scheduler, guidance))
     return model.run_with_hooks(edits, prompts, **call_options(guidance, len(prompts))).images
 
 
 def differences(scheduler: str, guidance: str, prompts: list[str]) -> list[str]:
-    """What the product does otherwise than the reference in one cell; [] if nothing. Raises
+    """Return what the project does otherwise than the reference in one cell; [] if nothing. Raises
     UsageError where it refuses."""
     expected = by_hand(scheduler, guidance, prompts)
     found = []
@@ -268,7 +269,7 @@ def differences(scheduler: str, guidance: str, prompts: list[str]) -> list[str]:
 
 
 def family_options(recipe, guided: bool, number: int) -> dict:
-    """The arguments of a pipeline of tests/families.py, with guidance or without."""
+    """Return the arguments of a pipeline of tests/families.py, with guidance or without."""
     from tiny import generate_options
 
     options = generate_options(number, recipe, num_inference_steps=STEPS)
@@ -277,7 +278,8 @@ def family_options(recipe, guided: bool, number: int) -> dict:
 
 
 def family_differences(family: str, guided: bool, number: int) -> list[str]:
-    """As `differences`, of rows and images, for a transformer."""
+    """Return what the project does otherwise than the reference, in rows and images of a
+    transformer; [] if nothing."""
     parts()  # so that tests/ can be imported
     import families
     from tiny import build
@@ -319,7 +321,8 @@ def family_differences(family: str, guided: bool, number: int) -> list[str]:
 
 
 def judge(compare, *cell) -> tuple[str, str]:
-    """(word in the table, line below it) of what `compare(*cell)` finds."""
+    """Return (word in the table, line below the table) for what `compare(*cell)` returns or
+    raises."""
     try:
         found = compare(*cell)
     except UsageError as error:

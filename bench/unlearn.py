@@ -167,8 +167,8 @@ class Domain:
 
 
 def domains_of(saes, values):
-    """The domains, each at the SAE whose best features tell its values apart best (mean AUROC):
-    {name: Domain}.
+    """Return the domains, each at the SAE whose best features tell its values apart best (mean
+    AUROC): {name: Domain}.
 
     saes: SAEs of conditional rows of toy activations. values: {"object": names, "style": names}.
     Raises UsageError for activations that are not of the toy's prompts, or of none with, or none
@@ -177,7 +177,7 @@ def domains_of(saes, values):
     found, best = {}, dict.fromkeys(values, -1.0)
     for sae in saes:
         activations, hook_point = activations_of(sae, "the SAE"), trained_on(sae)
-        path, rows = activations.paths[0], activations.rows_of_prompts()
+        path, rows = activations.paths[0], activations.prompt_lines()
         if (
             hook_point.rows != "cond"
             or not activations.timesteps
@@ -310,8 +310,8 @@ def generate(hooked, prompts, seeds, options, domain=None, change=None, rows="co
 
 
 def judge(seen, rows, name, value):
-    """{"UA", "IRA", "CRA"} of pictures in which the classifier has `seen` [{"object", "style",
-    ...}], for prompts `rows`."""
+    """Return {"UA": ..., "IRA": ..., "CRA": ...} of images for the prompts `rows`, in which the
+    classifier has `seen` [{"object": ..., "style": ..., ...}, ...]."""
     other = DOMAINS[name]
     share = lambda hits: sum(hits) / max(1, len(hits))
     return {
@@ -407,17 +407,17 @@ def summary(records: list[dict[str, float]]) -> dict[str, tuple[float, float]]:
 
 
 def digest(sae: Sae) -> str:
-    """A checksum of an SAE's numbers, hexadecimal."""
-    found = hashlib.sha256()
+    """Return 16 hex digits of a checksum of an SAE's tensors."""
+    checksum = hashlib.sha256()
     for _, value in sorted(sae.state_dict().items()):
-        found.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy())
-    return found.hexdigest()[:16]
+        checksum.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return checksum.hexdigest()[:16]
 
 
 def load_model(
     cfg: Config, meta: dict, device: torch.device, dtype: torch.dtype
 ) -> tuple[HookedDiffusionModel, dict]:
-    """The model of the activations, and the pipeline's arguments: theirs, or those of the
+    """Return the model of the activations, and the pipeline's arguments: theirs, or those of the
     options."""
     hooked, options = model_of(meta, cfg.model_name, device, dtype)
     for module in (*hooked.denoisers.values(), hooked.pipe.vae):
@@ -432,8 +432,8 @@ def load_model(
 
 
 def values_of(name: str) -> dict[str, list[str]]:
-    """{domain: concepts} of one concept's name, or of all. Raises UsageError for a name that the
-    toy does not know."""
+    """Return {domain: concepts} of one concept's name, or of all. Raises UsageError for a name that
+    the toy does not know."""
     values = {}
     for domain in DOMAINS:
         found = [value for value in CONCEPTS[domain] if name in (value, "all")]
@@ -448,8 +448,8 @@ def values_of(name: str) -> dict[str, list[str]]:
 
 
 def summarize(values: dict[str, list[str]], table: dict) -> dict:
-    """Mean and standard deviation over the concepts of each domain, and over all; they are printed
-    too."""
+    """Return mean and standard deviation over the concepts of each domain, and over all, and print
+    them."""
     found = {}
     for name, concepts in {**values, "all": sum(values.values(), [])}.items():
         found[name] = {
@@ -507,7 +507,7 @@ def main(cfg: Config) -> list[Path]:
 
     # 3. Where each domain is edited, the prompts, and who judges
     domains = domains_of(saes, values)
-    used = {row["prompt"] for sae in saes for row in Activations(sae.cfg["data"]).rows_of_prompts()}
+    used = {row["prompt"] for sae in saes for row in Activations(sae.cfg["data"]).prompt_lines()}
     halves = split_prompts(load_prompts(str(model / "prompts.csv")), used, cfg.per_cell)
     classifier = Classifier.load(model).to(device)
 

@@ -75,7 +75,10 @@ def patched(cls: type, name: str, make: MakeReplacement) -> Iterator[None]:
 
 
 def apply_patch(cls: type, name: str, patch: Patch) -> None:
-    """Build the method anew from its original; who asked first is innermost."""
+    """Put `makers[-1](... makers[0](original))` into the class, with the original's signature.
+
+    There must be at least one maker; without any, `restore` is for the class.
+    """
     function = patch.original
     for make in patch.makers:
         function = make(function)
@@ -85,7 +88,8 @@ def apply_patch(cls: type, name: str, patch: Patch) -> None:
 
 
 def restore(cls: type, name: str, patch: Patch) -> None:
-    """Give the class back its own method, or let it inherit again."""
+    """Put the class's own method back. If the class had none, delete the replacement, so that the
+    class inherits the method again."""
     if patch.in_class is not None:
         setattr(cls, name, patch.in_class)
     else:

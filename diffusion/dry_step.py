@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
-from diffusion.guidance import Memory, Pass, RoleFinder
+from diffusion.guidance import Memory, OtherForward, RoleFinder
 from diffusion.locate import has_more_than_sample, note_sampled
 from diffusion.signatures import Prompt, count_prompts, other_prompts, outline
 from diffusion.trace import DryRunOver, Forward, Sampling, Step, undisturbed
@@ -82,7 +82,7 @@ class DryStep:
             self._generate()  # a denoiser may need a hook, such as one that fills in an argument
 
         if self.finder is not None and self.must_tell:
-            self.finder.check_decided()
+            self.finder.label_or_refuse_the_rest()
         if not self.sampling.called:
             raise UsageError(
                 "the scheduler never made a step after the denoiser ran, or the denoiser never "
@@ -125,7 +125,7 @@ class DryStep:
             self.sampling.tell_others()
 
     def _on_step(self, step: Step) -> None:
-        """Hand the step on, and stop the generation if all has been seen."""
+        """Give the step to `on_step`, and stop the generation once every denoiser has run."""
         sampling = self.sampling
         # a pipeline may end before its scheduler's list does, and says so
         announced = getattr(self.model.pipe, "_num_timesteps", None)
@@ -151,12 +151,12 @@ def ask_which_rows(
     """
     key = (outline_with_prompt(prompt, options), order and tuple(order))
     memory = model.role_memories.setdefault(key, Memory())
-    passes = None
+    other_forwards = None
     if not memory.asked:
-        passes = run_with_other_prompts(model, prompt, options)
-    if passes is None:
+        other_forwards = run_with_other_prompts(model, prompt, options)
+    if other_forwards is None:
         memory.asked = True
-    return RoleFinder(order, passes, memory)
+    return RoleFinder(order, other_forwards, memory)
 
 
 def outline_with_prompt(prompt: Prompt, options: dict) -> tuple:
@@ -164,7 +164,7 @@ def outline_with_prompt(prompt: Prompt, options: dict) -> tuple:
     return outline(options | {"prompt": prompt})
 
 
-def run_with_other_prompts(model: Any, prompt: Prompt, options: dict) -> list[Pass] | None:
+def run_with_other_prompts(model: Any, prompt: Prompt, options: dict) -> list[OtherForward] | None:
     """Return the forwards of a first step with other prompts.
 
     None where there are no prompts to change, or the pipeline refuses the changed ones.
@@ -190,18 +190,19 @@ def run_with_other_prompts(model: Any, prompt: Prompt, options: dict) -> list[Pa
         dry_step.run()
     except Exception:  # noqa: BLE001  other prompts may be unknown; all else will show again
         return None
-    return None if changed is None else first.passes
+    return None if changed is None else first.forwards
 
 
 class FirstStep:
-    """Keeps the passes of a first step, and looks which numbers of a denoiser's input are sampled.
+    """Keeps the forwards of a first step with other prompts, and finds out which numbers of a
+    denoiser's input are sampled.
 
     known: where `locate.note_sampled` writes the answer.
     """
 
     def __init__(self, known: dict):
         self.known = known
-        self.passes: list[Pass] = []
+        self.forwards: list[OtherForward] = []
         # {denoiser: its input in the first step}, of those that get more than the sample
         self.inputs: dict[str, Tensor] = {}
 
@@ -212,11 +213,11 @@ class FirstStep:
             raise DryRunOver
 
     def on_step(self, step: Step) -> None:
-        if self.passes:
+        if self.forwards:
             raise DryRunOver
         for forward in step.forwards:
-            self.passes.append(
-                Pass(forward.denoiser, forward.rows, forward.conditioning, forward.output)
+            self.forwards.append(
+                OtherForward(forward.denoiser, forward.rows, forward.conditioning, forward.output)
             )
             if has_more_than_sample(forward, step.sample):
                 self.inputs[forward.denoiser] = forward.sample

@@ -62,15 +62,16 @@ class Edit:
         return ("output",)
 
     def is_for_step(self, index: int) -> bool:
-        """Whether it edits in the step with this index."""
+        """Return whether the edit is made in the step with this index."""
         return self.steps is None or index in self.steps
 
     def is_for_rows(self, role: str) -> bool:
-        """Whether it edits a pass with this role: cond, uncond or other; all if none is known."""
+        """Return whether the edit is made in a pass with this role: cond, uncond or other; all if
+        none is known."""
         return self.rows in ("all", role)
 
     def is_for(self, index: int, roles: list[str] | None) -> bool:
-        """Whether it edits a forward of the step `index` with these roles.
+        """Return whether the edit is made in a forward of the step `index` with these roles.
 
         roles: one for each pass, such as ["uncond", "cond"]; None where they are not told.
         """
@@ -213,10 +214,8 @@ class EditHook:
         self.values["input"] = (args, kwargs)
 
     def after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        """Return what takes the place of the module's output.
-
-        A hook of PyTorch that returns None leaves the output as it is.
-        """
+        """Return the edited output of the module; None, which leaves it as it is, in the steps that
+        are not to edit."""
         forward = self.sampling.current
         if forward is None or not self.edit.is_for_step(self.sampling.index):
             self.note_idle("ran, but in none of the steps to edit")

@@ -67,7 +67,8 @@ class Generation:
 
     @classmethod
     def from_rows(cls, rows: list[dict], options: dict) -> "Generation":
-        """Make one from rows of prompts.jsonl: {"prompt", "seed", perhaps "negative_prompt"}.
+        """Return the Generation of rows of prompts.jsonl, which have the keys "prompt", "seed" and
+        perhaps "negative_prompt".
 
         The options hold for all prompts. Raises UsageError where some rows have a negative prompt
         and others have none, and for a list of prompts among the options.
@@ -113,7 +114,7 @@ class Generation:
 
 
 def is_list_of_prompts(name: str, value: object) -> bool:
-    """True for an argument of a pipeline that holds one value per prompt, such as a list
+    """Return whether an argument of a pipeline holds one value per prompt, such as a list
     prompt_2."""
     return "prompt" in name and isinstance(value, list)
 

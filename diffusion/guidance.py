@@ -9,13 +9,14 @@ pipeline chooses.
 Example: two prompts, guidance scale 5, three steps. In each step the pipeline calls "unet" once,
 with the 4 rows [uncond 0, uncond 1, cond 0, cond 1]. A chunk has R = 2 rows.
 
-    before   hook.py runs the first step with other prompts, throws it away, and keeps one `Pass`:
-             what the denoiser was given and what it predicted.
+    before   hook.py runs the first step with other prompts, throws it away, and keeps one
+             `OtherForward`: what the denoiser was given and what it predicted.
     step 0   `RoleFinder.label` gets one forward. Its pattern is (("unet", 2.0, None),): "unet" ran
              on 2 chunks, in no named context. The pattern is new, so `find_roles` compares the
-             step with the `Pass`. Rows 0 and 1 have the same text embeddings in both, rows 2 and 3
-             have others. It returns StepRoles([["uncond", "cond"]], favoured=1, is_sure=True), so
-             the forward gets the roles ["uncond", "cond"], and the memory keeps the pattern.
+             step with the `OtherForward`. Rows 0 and 1 have the same text embeddings in both, rows
+             2 and 3 have others. It returns StepRoles([["uncond", "cond"]], favoured=1,
+             is_sure=True), so the forward gets the roles ["uncond", "cond"], and the memory keeps
+             the pattern.
     step 1   The pattern is known, so nothing is computed. The text embeddings of the two chunks are
     step 2   compared with those of the step before, in case the chunks have changed places.
 
@@ -62,8 +63,8 @@ CONTEXTS = {
 SAY_ORDER = 'say order=("uncond", "cond"), or whatever the order of the passes in a step is'
 
 
-class Pass(NamedTuple):
-    """What is compared of a forward that ran with other prompts."""
+class OtherForward(NamedTuple):
+    """A forward that ran with other prompts: what is compared with a forward of the sampling."""
 
     denoiser: str
     rows: int
@@ -75,7 +76,7 @@ class Pass(NamedTuple):
 
 
 class StepRoles(NamedTuple):
-    """What one step tells of its rows, see `find_roles`."""
+    """What one step tells about the roles of its rows, see `find_roles`."""
 
     roles: Roles | None
     """None if the step does not tell them."""
@@ -106,8 +107,8 @@ class ChunkConditioning(NamedTuple):
     rows: slice
 
     def differs_from(self, other: "ChunkConditioning") -> bool:
-        """Whether any number differs. The same tensors in memory are not compared number by number,
-        since that would wait for a GPU in every step."""
+        """Return whether any number differs. The same tensors in memory are not compared number by
+        number, since that would wait for a GPU in every step."""
         mine = self.of_forward
         theirs = other.of_forward
         may_be_identical = self.rows == other.rows and len(mine) == len(theirs)
@@ -131,18 +132,18 @@ class RoleFinder:
     3. This step tells the roles by its guidance only. They hold for this sampling, and each later
        step that tells must name the same conditional chunk, otherwise UsageError.
     4. This step tells nothing, and an earlier step did, by case 3. That step's roles hold.
-    5. No step has told anything so far. The step waits in `undecided`, and its forwards have no
-       roles. The first step that tells labels all that wait. What waits at the end of the sampling
-       is for `check_decided`.
+    5. No step has told anything so far. The step is put into `undecided`, and its forwards have no
+       roles. The first step that tells labels all undecided ones. At the end of the sampling,
+       `label_or_refuse_the_rest` does so.
 
     For example, one prompt in a loop of the user's own, at guidance scales 0, 1 and 5: steps 0 and
-    1 wait (case 5), and step 2 labels all three (case 3).
+    1 are undecided (case 5), and step 2 labels all three (case 3).
     """
 
     order: tuple[str, ...] | None = None
     """The roles of the chunks in a step, such as ("uncond", "cond"), if the user gives them."""
 
-    passes: list[Pass] | None = None
+    other_forwards: list[OtherForward] | None = None
     """One for each forward of the first step of the same sampling with other prompts."""
 
     memory: Memory = field(default_factory=Memory)
@@ -152,7 +153,7 @@ class RoleFinder:
     it."""
 
     undecided: dict[Pattern, list[list[Forward]]] = field(default_factory=dict, init=False)
-    """The steps that wait, each a list of its forwards."""
+    """The steps whose roles are still unknown, each a list of its forwards."""
 
     _all_alike: dict[Pattern, bool] = field(default_factory=dict, init=False)
     """Whether in each undecided step of the pattern no chunk differs from another."""
@@ -174,13 +175,13 @@ class RoleFinder:
         """
         pattern = pattern_of(forwards, R)
         if pattern not in self._met or pattern not in self.memory.sure:
-            told = find_roles(forwards, model_output, R, self.order, self.passes, sample)
+            told = find_roles(forwards, model_output, R, self.order, self.other_forwards, sample)
             self._learn(pattern, told)
         self._met.add(pattern)
 
         roles = self.known.get(pattern)
         if roles is None:
-            self._wait(pattern, forwards, model_output, R, sample)
+            self._add_undecided(pattern, forwards, model_output, R, sample)
             return
         for step in self.undecided.pop(pattern, []):
             set_roles(step, roles)
@@ -190,7 +191,7 @@ class RoleFinder:
 
     def _learn(self, pattern: Pattern, told: StepRoles) -> None:
         """Take what a step tells into `known` and the memory: cases 1 to 3 above."""
-        if self.passes is not None:
+        if self.other_forwards is not None:
             self.memory.asked = True
 
         remembered = self.memory.sure.get(pattern)
@@ -214,7 +215,7 @@ class RoleFinder:
                     f"otherwise than an earlier step: {SAY_ORDER}"
                 )
 
-    def _wait(
+    def _add_undecided(
         self,
         pattern: Pattern,
         forwards: list[Forward],
@@ -249,26 +250,29 @@ class RoleFinder:
                 + SAY_ORDER
             )
 
-    def check_decided(self) -> None:
-        """Label the steps that still wait if their chunks are all alike, since any label is right
-        then. Raises UsageError if others wait."""
+    def label_or_refuse_the_rest(self) -> None:
+        """Label the steps whose roles are still unknown if their chunks are all alike, since any
+        label is right then. Raises UsageError if a step is left whose chunks differ."""
+        some_told = bool(self.known)
         for pattern in list(self.undecided):
             if self._all_alike[pattern]:
                 self._label_alike(pattern)
         if not self.undecided:
             return
-        first = next(iter(self.undecided.values()))[0]
-        if self.known and len(first) > 1:
-            rows = " and ".join(str(forward.rows) for forward in first)
+        waiting_forwards = next(iter(self.undecided.values()))[0]
+        step = waiting_forwards[0].index
+        if self.known and len(waiting_forwards) > 1:
+            rows = " and ".join(str(forward.rows) for forward in waiting_forwards)
             raise UsageError(
                 "can't tell conditional from unconditional rows: before the scheduler made step "
-                f"{first[0].index}, the denoiser was called on {rows} rows, unlike in the steps "
+                f"{step}, the denoiser was called on {rows} rows, unlike in the steps "
                 "that tell which are which; make calls that are no part of the sampling, such as a "
                 "warm-up or another pipeline's, outside of the cache"
             )
+        no_step = f"in no step of the kind of step {step}" if some_told else "in no step"
         raise UsageError(
             "can't tell conditional from unconditional rows: the prompts of this sampling can't "
-            "be changed to see what depends on them, and in no step the guidance scale was above 1 "
+            f"be changed to see what depends on them, and {no_step} the guidance scale was above 1 "
             "with two different predictions (it was between 0 and 1, or is the last layer still "
             f"zero, or was the denoiser called outside of the steps?): {SAY_ORDER}"
         )
@@ -340,7 +344,7 @@ class Chunk:
     """R rows of one forward that belong together, such as the conditional ones: a row per
     sample."""
 
-    forward: Forward | Pass
+    forward: Forward | OtherForward
     rows: slice
 
     weight: float = 0.0
@@ -351,7 +355,7 @@ class Chunk:
 
     @property
     def output(self) -> Tensor:
-        """The prediction for these rows, (R, ...)."""
+        """The prediction for these rows, (R, ...). The forward's output must be a tensor."""
         return self.forward.output[self.rows]
 
     @property
@@ -381,7 +385,7 @@ def find_roles(
     model_output: Tensor,
     R: int,
     order: tuple[str, ...] | None = None,
-    passes: list[Pass] | None = None,
+    other_forwards: list[OtherForward] | None = None,
     sample: Tensor | None = None,
 ) -> StepRoles:
     """Return which rows of one step's forwards are conditional, as far as this step tells.
@@ -392,13 +396,13 @@ def find_roles(
     1. All forwards ran in a named context, and the user gave no `order`: the names (sure).
     2. There is a single chunk: it is conditional (sure).
     3. The user gave an `order` (sure).
-    4. Some chunks changed with other prompts, see `passes`, and others did not (sure, but if
-       several changed and guidance favours none of them, nothing is told).
+    4. Some chunks changed with other prompts, see `changed_by_prompts`, and others did not (sure,
+       but if several changed and guidance favours none of them, nothing is told).
     5. The guidance of this step (not sure).
 
-    R: rows of one chunk. sample: what the scheduler steps, see `guidance_weights`. Raises
-    UsageError if the rows are no multiple of R, or if there are not as many chunks as `order`
-    names.
+    R: rows of one chunk. other_forwards: the forwards of the same step with other prompts. sample:
+    what the scheduler steps, see `guidance_weights`. Raises UsageError if the rows are no multiple
+    of R, or if there are not as many chunks as `order` names.
     """
     if order is None:
         by_context = [role_of_context(forward, R) for forward in forwards]
@@ -419,7 +423,7 @@ def find_roles(
     chunks = [chunk for chunk in all_chunks if chunk.forward.denoiser in used]
     favoured = favoured_by_guidance(chunks)
     favoured_index = None if favoured is None else all_chunks.index(favoured)
-    role_of_chunk, is_sure = roles_of_chunks(chunks, favoured, forwards, order, passes)
+    role_of_chunk, is_sure = roles_of_chunks(chunks, favoured, forwards, order, other_forwards)
     if role_of_chunk is None:
         return StepRoles(None, favoured_index, is_sure=False)
 
@@ -435,9 +439,9 @@ def roles_of_chunks(
     favoured: Chunk | None,
     forwards: list[Forward],
     order: tuple[str, ...] | None,
-    passes: list[Pass] | None,
+    other_forwards: list[OtherForward] | None,
 ) -> tuple[dict[Chunk, str] | None, bool]:
-    """Return the roles of chunks, and whether they are sure: cases 2 to 5 of `find_roles`.
+    """Return {chunk: role}, and whether the roles are sure: cases 2 to 5 of `find_roles`.
 
     A chunk without a role is "other". The roles are None if this step does not tell them.
     """
@@ -452,7 +456,9 @@ def roles_of_chunks(
             )
         return dict(zip(chunks, order)), True
 
-    changed = None if passes is None else changed_by_prompts(chunks, forwards, passes)
+    changed = None
+    if other_forwards is not None:
+        changed = changed_by_prompts(chunks, forwards, other_forwards)
     if changed is not None:
         return roles_by_prompt(chunks, changed), True
     return roles_by_guidance(chunks, favoured), False
@@ -569,11 +575,12 @@ def cropped(x: Tensor, shape: torch.Size) -> Tensor | None:
 
 
 def used_denoisers(chunks: list[Chunk], denoisers: set[str]) -> set[str]:
-    """Return the denoisers that have a part in the model output; the empty set if guidance left
-    nothing of any of them.
+    """Return the denoisers whose predictions go into the model output; the empty set if guidance
+    left nothing of any of them.
 
-    A single denoiser is used. So are all if one returned no tensor, since nothing can be compared.
-    A chunk has no part if |weight| * |prediction| is below a thousandth of the largest one.
+    If there is a single denoiser, it is returned. If one returned no tensor, all are returned,
+    since nothing can be compared. A chunk does not go into the model output if |weight| *
+    |prediction| is below a thousandth of the largest one.
     """
     if len(denoisers) == 1 or any(chunk.forward.output is None for chunk in chunks):
         return denoisers
@@ -592,23 +599,26 @@ def used_denoisers(chunks: list[Chunk], denoisers: set[str]) -> set[str]:
 
 
 def changed_by_prompts(
-    chunks: list[Chunk], forwards: list[Forward], passes: list[Pass]
+    chunks: list[Chunk], forwards: list[Forward], other_forwards: list[OtherForward]
 ) -> list[Chunk] | None:
-    """Return the chunks that differ from those of a step with other prompts.
+    """Return the chunks that changed in a step with other prompts.
 
-    It is None if all or none of them differ, or if that step had other passes. The conditioning is
-    compared, and if it differs nowhere, the prediction: some denoisers do not get their
-    conditioning as arguments. If all conditioning differs, the prompts may be padded to the longest
+    A chunk is compared with the same rows of the same forward of that step. Its conditioning
+    counts, and if no chunk's conditioning changed, its prediction: some denoisers do not get their
+    conditioning as arguments. If all conditioning changed, the prompts may be padded to the longest
     one. Then that of an unconditional chunk changed by little in the part that both steps have, and
     only changes of more than a tenth of the largest one count.
+
+    It is None if that step's forwards had other denoisers or row counts, if a prediction that would
+    count is no tensor, and if all or none of the chunks count as changed.
     """
     kinds = [(forward.denoiser, forward.rows) for forward in forwards]
-    if kinds != [(other.denoiser, other.rows) for other in passes]:
+    if kinds != [(other.denoiser, other.rows) for other in other_forwards]:
         return None
 
     pairs = []
     for chunk in chunks:
-        other = passes[forwards.index(chunk.forward)]
+        other = other_forwards[forwards.index(chunk.forward)]
         pairs.append((chunk, Chunk(other, chunk.rows)))
 
     changed = [chunk for chunk, other in pairs if not same(chunk.conditioning, other.conditioning)]
@@ -616,13 +626,15 @@ def changed_by_prompts(
         sizes = [difference(chunk.conditioning, other.conditioning) for chunk, other in pairs]
         changed = [chunk for chunk, size in zip(chunks, sizes) if size > 0.1 * max(sizes)]
     if not changed:
+        if any(forward.output is None for forward in [*forwards, *other_forwards]):
+            return None
         changed = [chunk for chunk, other in pairs if not torch.equal(chunk.output, other.output)]
     return changed if 0 < len(changed) < len(chunks) else None
 
 
 def roles_by_prompt(chunks: list[Chunk], changed: list[Chunk]) -> dict[Chunk, str] | None:
-    """Return the roles of chunks of which `changed` depend on the prompts; None if this step does
-    not tell.
+    """Return {chunk: role} where `changed` are the chunks that depend on the prompts; None if this
+    step does not tell.
 
     If several depend on the prompts, all but one of them are perturbed passes. Guidance subtracts
     those, so it favours the conditional one.
@@ -633,7 +645,7 @@ def roles_by_prompt(chunks: list[Chunk], changed: list[Chunk]) -> dict[Chunk, st
     if cond is None:
         return None
     roles = dict.fromkeys(changed, "other")
-    uncond = smallest([chunk for chunk in chunks if chunk not in changed])
+    uncond = zeroed_chunk([chunk for chunk in chunks if chunk not in changed])
     if uncond is not None:
         roles[uncond] = "uncond"
     roles[cond] = "cond"
@@ -644,7 +656,7 @@ def difference(a: list, b: list) -> float:
     """Return the largest |x - y| / |y| over pairs of tensors x in a, y in b, in the part of each
     that both have.
 
-    Integers, and pairs with other numbers of axes, do not count.
+    Integers do not count, nor pairs whose two tensors have unequal numbers of axes.
     """
     sizes = [0.0]
     for x, y in zip(tensors(a), tensors(b)):
@@ -661,13 +673,13 @@ def difference(a: list, b: list) -> float:
 
 
 def roles_by_guidance(chunks: list[Chunk], favoured: Chunk | None) -> dict[Chunk, str] | None:
-    """Return the roles of chunks by this step's guidance; None if it does not tell.
+    """Return {chunk: role} by this step's guidance; None if the guidance does not tell.
 
     The conditional chunk is the one that guidance favours. If it favours none, it is the only one
     whose conditioning varies from row to row and that is not subtracted.
     """
     if are_alike(chunks):
-        return None  # another step may tell, otherwise see `RoleFinder.check_decided`
+        return None  # another step may tell, otherwise see `RoleFinder.label_or_refuse_the_rest`
     cond = favoured
     if cond is None:
         less = subtracted(chunks)
@@ -739,27 +751,27 @@ def find_unconditional(chunks: list[Chunk], cond: Chunk) -> Chunk | None:
     A chunk with the conditional one's conditioning is a perturbed pass, if the two predictions
     differ. A chunk without weight and with another sample or time is no pass of this step, but
     a call that warms up the denoiser, for example. Among several others the unconditional one is
-    the `smallest`.
+    the `zeroed_chunk`.
     """
     rest = [chunk for chunk in chunks if chunk is not cond]
     if all(chunk.certain for chunk in chunks):
         rest = [chunk for chunk in rest if not same(chunk.conditioning, cond.conditioning)]
         with_weight = weighted(chunks)
         rest = [chunk for chunk in rest if chunk in with_weight or same_input(chunk, cond)]
-    return smallest(rest)
+    return zeroed_chunk(rest)
 
 
 def same_input(a: Chunk, b: Chunk) -> bool:
-    """Whether two chunks have the same sample and the same time."""
+    """Return whether two chunks have the same sample and the same time."""
     same_time = number(a.forward.time) == number(b.forward.time)
     return same_time and same(a.forward.sample[a.rows], b.forward.sample[b.rows])
 
 
-def smallest(chunks: list[Chunk]) -> Chunk | None:
+def zeroed_chunk(chunks: list[Chunk]) -> Chunk | None:
     """Return the chunk whose inputs are zero wherever they differ from those of the other chunks.
 
-    A single chunk is the smallest. None if there is no such chunk, or more than one. The zeros are
-    how pipelines without negative prompts mark a missing condition.
+    It is None if there is no such chunk, or more than one. A single chunk is returned whatever its
+    inputs are. The zeros are how pipelines without negative prompts mark a missing condition.
     """
     if len(chunks) > 1:
         candidates = []
@@ -772,8 +784,8 @@ def smallest(chunks: list[Chunk]) -> Chunk | None:
 
 
 def is_zeroed(a: list, b: list) -> bool:
-    """Whether the tensors of `a` are zero wherever they differ from those of `b`, and differ at
-    all.
+    """Return whether the tensors of `a` are zero wherever they differ from those of `b`, and differ
+    at all.
 
     For [tensor([1, 0])] and [tensor([1, 2])] it is True, the other way round False.
     """
@@ -785,15 +797,16 @@ def is_zeroed(a: list, b: list) -> bool:
 
 
 def are_alike(chunks: list[Chunk]) -> bool:
-    """Whether all chunks have the same conditioning, and predictions that can't be told apart."""
+    """Return whether all chunks have the same conditioning, and predictions that can't be told
+    apart."""
     if all(chunk.certain for chunk in chunks):
         return False
     return all(same(chunk.conditioning, chunks[0].conditioning) for chunk in chunks)
 
 
 def same(a: Tensor | list, b: Tensor | list) -> bool:
-    """Whether two tensors, or two nested lists of tensors, are equal in structure and in every
-    number."""
+    """Return whether two tensors, or two nested lists of tensors, are equal in structure and in
+    every number."""
     if torch.is_tensor(a) and torch.is_tensor(b):
         return torch.equal(a, b)
     return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))

@@ -46,7 +46,7 @@ def find_modules(denoisers: dict[str, nn.Module]) -> Modules:
 
 
 def is_pattern(name: str) -> bool:
-    """Whether a name has a wildcard."""
+    """Return whether a name has a wildcard."""
     return any(character in name for character in "*?[")
 
 
@@ -134,7 +134,7 @@ def check_hookable(name: str, root: nn.Module) -> None:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether a module was given to torch.compile, or compiled in place."""
+    """Return whether a module was given to torch.compile, or compiled in place."""
     return hasattr(module, "_orig_mod") or bool(module._compiled_call_impl)
 
 

@@ -86,7 +86,7 @@ def describe(value: Any) -> Any:
 
 
 def two_valued(x: Tensor) -> bool:
-    """Whether a tensor holds no more than two different numbers, as masks do."""
+    """Return whether a tensor holds no more than two different numbers, as masks do."""
     return bool(((x == x.min()) | (x == x.max())).all())
 
 
@@ -204,7 +204,8 @@ def layout_of(
 
 
 def width_of(seen: Seen) -> int:
-    """Return the width d of a module's tokens; that of all heads together."""
+    """Return the width d of a module's tokens. Where it is split into heads, it is the width of all
+    heads together."""
     shape = seen.shape
     if seen.form == "map":
         return shape[1]
@@ -220,16 +221,17 @@ def image_grid(
 ) -> tuple[int, ...] | None:
     """Return the grid of `count` image tokens, such as (16, 16) for 256; None if none fits.
 
-    It is the tensor's own if that is a map, otherwise that of a map that a module around it took,
-    otherwise that of the patches of the sample, otherwise that of a tensor (rows, d, T) with the
-    width on its second axis, as a wave has. A grid of a single frame is returned without it.
+    If the tensor is a map, it is the map's grid. Otherwise it is the grid of a map that the module
+    or one around it took, otherwise that of the sample's patches, otherwise that of a tensor
+    (rows, d, T) with the width on its second axis, as a wave has. The frames' axis is left out if
+    there is a single frame: (1, 16, 16) becomes (16, 16).
     """
     has_heads = seen.form.startswith("heads")
     if len(seen.shape) > 3 and seen.form in ("map", "tokens"):
         grids = [spatial_shape(seen.shape, forward.rows, width_last=seen.form == "tokens")]
     else:
-        around = run.around(module)
-        grids = run.maps(around[1:] if has_heads else around)
+        paths = run.path_and_parents(module)
+        grids = run.maps(paths[1:] if has_heads else paths)
 
     fitting = [grid for grid in grids if math.prod(grid) == count]
     grid = fitting[0] if fitting else None
@@ -266,7 +268,8 @@ def unmasked(forward: Forward, counts: list[int]) -> list[int]:
 
 
 def has_more_than_sample(forward: Forward, sample: Any) -> bool:
-    """Whether a denoiser's first argument has more numbers in a row than what the scheduler steps.
+    """Return whether a denoiser's first argument has more numbers in a row than what the scheduler
+    steps.
 
     A model that edits pictures gets (2, 8, 64, 64) for a sample of (2, 4, 64, 64): the other half
     is the picture.

@@ -77,12 +77,15 @@ def open_image(source: Source) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return an image of any mode as RGB, see `open_image`."""
-    white = None
-    if image.mode.startswith(("I", "F")):
-        white = white_level(image)  # before the turn below, which drops the tags
+    """Return an image of any mode as RGB, the right way up, over white where it is transparent.
+
+    More than 8 bits are scaled to 8. Raises ValueError where it is not known which number is white.
+    """
+    white = None  # the number that is white
+    if image.mode.startswith(("I", "F")):  # I;16, I and F have more than 8 bits
+        white = white_level(image)  # before exif_transpose, which drops the tags
     image = ImageOps.exif_transpose(image)
-    if white is not None:  # more than 8 bits, which convert() would clip
+    if white is not None:  # convert() would clip numbers above 255
         levels = np.asarray(image, np.float32) / white
         image = Image.fromarray((levels * 255).round().clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
@@ -95,7 +98,8 @@ def white_level(image: Image.Image) -> float:
     """Return the number that is white in a grey image of more than 8 bits.
 
     A format of 16 bits says so: 65535, or 4095 for a TIFF of 12 bits. Otherwise it is the smallest
-    of 1, 255 and 65535 that no number exceeds. Raises ValueError where one exceeds them all.
+    of 1, 255 and 65535 that no number of the image exceeds. Raises ValueError if a number exceeds
+    all three.
     """
     if image.mode.startswith("I;16") or image.format == "PNG":
         bits = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (16,))
@@ -108,7 +112,10 @@ def white_level(image: Image.Image) -> float:
 
 
 def crop_image(source: Source, width: int, height: int) -> Image.Image:
-    """Return an image cropped round its centre to this size."""
+    """Return an image as RGB, scaled to cover width x height pixels and cropped round its centre.
+
+    Raises UsageError if it can't be read.
+    """
     return ImageOps.fit(open_image(source), (width, height), Image.Resampling.LANCZOS)
 
 
@@ -133,7 +140,8 @@ def first_weight(vae: nn.Module) -> Tensor | None:
 
 @torch.no_grad()
 def encode(vae: nn.Module, pixels: Tensor) -> Tensor:
-    """Encode images (N, 3, H, W) in [-1, 1] to latents (N, C, h, w), or (N, C, 1, h, w) of video.
+    """Return the VAE's latents of images (N, 3, H, W) in [-1, 1]: (N, C, h, w), or (N, C, 1, h, w)
+    for a video VAE.
 
     A VAE whose config says `force_upcast` is changed to float32 for good.
     """
@@ -149,10 +157,10 @@ def encode(vae: nn.Module, pixels: Tensor) -> Tensor:
 
 
 def scale_by_config(config: Any, z: Tensor) -> Tensor:
-    """Turn a VAE's latents into a denoiser's, by the usual entries of the VAE's config.
+    """Return a VAE's latents z (N, C, ...) as a denoiser takes them, by the VAE's config.
 
-    (z - latents_mean) / latents_std, minus shift_factor, times scaling_factor; each where the
-    config has it. z: (N, C, ...).
+    That is ((z - latents_mean) / latents_std - shift_factor) * scaling_factor, without the entries
+    that the config does not have.
     """
     if getattr(config, "latents_mean", None) is not None:
         z = (z - per_channel(config.latents_mean, z)) / per_channel(config.latents_std, z)
@@ -437,7 +445,7 @@ class RealImages:
         return torch.cat(given)
 
     def _sample_of(self, z: Tensor) -> Tensor:
-        """Turn latents of the VAE (N, ...) into clean samples, packed as the scheduler steps
+        """Return the latents z of the VAE (N, ...) as clean samples, packed as the scheduler steps
         them."""
         if self.decoding is not None:
             flat = self.decoding.sample_of(z.flatten(1).float())

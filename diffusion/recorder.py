@@ -97,7 +97,7 @@ class CacheOptions:
         return sides
 
     def is_kept(self, step: int) -> bool:
-        """Whether the step with this index is kept."""
+        """Return whether the step with this index is kept."""
         return step % self.cache_every_n_timesteps == 0
 
     @classmethod
@@ -333,7 +333,7 @@ class Recorder:
         that failed, and where all modules failed. Other modules that failed, which a glob found,
         are left out.
         """
-        self.finder.check_decided()
+        self.finder.label_or_refuse_the_rest()
         self._keep_told_steps()
         for event in self.copied.values():
             event.synchronize()

@@ -94,8 +94,10 @@ class RunWatch:
             stack.callback(module.register_forward_hook(end, with_kwargs=True).remove)
 
     def _was_skipped(self, module: nn.Module, calls: int, given: Any, returned: Any) -> bool:
-        """Whether a call of a module, before which there were `calls` inner calls, computed
-        nothing, or an earlier call of it did."""
+        """Return whether a call of a module computed nothing, or an earlier call of it did.
+
+        calls: how many modules inside any module had been called before this call.
+        """
         has_run_inside = ("something runs inside", module)
         if self.calls > calls:
             self.known[has_run_inside] = True
@@ -148,7 +150,7 @@ def modules_inside(modules: Iterable[nn.Module]) -> set[nn.Module]:
 
 
 def is_replaced(module: nn.Module) -> bool:
-    """Whether the instance has a `forward` that is not its class's.
+    """Return whether the instance has a `forward` that is not its class's.
 
     This alone means nothing: offloading replaces it too, and then calls the class's own.
     """

@@ -105,7 +105,7 @@ class Loop:
         return SimpleNamespace(images=self._decode(latents))
 
     def _timesteps(self, num_inference_steps: int, device: torch.device) -> Iterable:
-        """The timesteps to sample at, from `get_timesteps` or from the scheduler."""
+        """Return the timesteps to sample at, from `get_timesteps` or from the scheduler."""
         if self.get_timesteps is not None:
             return self.get_timesteps(num_inference_steps, device)
         if not hasattr(self.scheduler, "set_timesteps"):
@@ -119,7 +119,8 @@ class Loop:
     def _noise(
         self, n: int, generator: torch.Generator | list[torch.Generator] | None, weight: Tensor
     ) -> Tensor:
-        """Draw the noise of n samples, on the device and in the dtype of a weight of the model."""
+        """Return the noise that n samples begin with, on the device and in the dtype of `weight`,
+        which is a weight of the model."""
         from diffusers.utils.torch_utils import randn_tensor
 
         shape = (n, *self._shape())
@@ -127,7 +128,7 @@ class Loop:
         return noise * getattr(self.scheduler, "init_noise_sigma", 1.0)
 
     def _shape(self) -> tuple[int, ...]:
-        """The shape of one sample, without the batch axis."""
+        """Return the shape of one sample, without the batch axis."""
         if self.sample_shape is not None:
             return tuple(self.sample_shape)
         config = getattr(self.model, "config", None)
@@ -143,7 +144,7 @@ class Loop:
         return (channels, *size)
 
     def _decode(self, latents: Tensor) -> Tensor:
-        """Turn the final sample into images in [0, 1]."""
+        """Return the images in [0, 1] that the final sample `latents` decodes to."""
         config = self.vae.config
         shift = getattr(config, "shift_factor", None) or 0.0
         images = tensors(self.vae.decode(latents / config.scaling_factor + shift))[0]

@@ -26,10 +26,11 @@ class StepArguments(NamedTuple):
 
 
 def step_arguments(signature: inspect.Signature, *args, **kwargs) -> StepArguments:
-    """Find prediction, timestep and sample among the arguments of `step`, whose first is `self`.
+    """Return the prediction, timestep and sample among the arguments of a scheduler's `step`.
 
-    They are found by name if `step` has parameters named timestep and sample, since these may stand
-    in another order. Otherwise the second, third and fourth arguments are taken.
+    args: all of them, `self` first. If `step` has parameters named timestep and sample, the names
+    decide, since these may stand in another order. Otherwise the second, third and fourth arguments
+    are taken; a sample that is not given is None.
     """
     call = signature.bind_partial(*args, **kwargs)
     by_name = {}
@@ -71,8 +72,8 @@ def position_of(
 
 
 def own_position(scheduler: Any) -> int | None:
-    """Return the position in its list that a scheduler states before it steps; None if it states
-    none."""
+    """Return the index in its list of timesteps that a scheduler states for its next step; None if
+    it states none."""
     for name in ("step_index", "begin_index"):
         position = getattr(scheduler, name, None)
         if isinstance(position, int):

@@ -158,7 +158,7 @@ def other_prompts(prompt: Prompt, options: dict) -> tuple[Prompt, dict] | None:
 
 
 def is_list_of_texts(value: Any) -> bool:
-    """Whether a value is a list or tuple of texts, at least one."""
+    """Return whether a value is a list or tuple of texts, at least one."""
     if not isinstance(value, (list, tuple)) or not value:
         return False
     return all(isinstance(item, str) for item in value)
@@ -247,7 +247,7 @@ def outline_of(name: str, value: Any) -> Any:
 
 
 def per_prompt(name: str) -> bool:
-    """Whether a pipeline's argument says how many samples a prompt gets.
+    """Return whether a pipeline's argument says how many samples a prompt gets.
 
     Such are num_images_per_prompt and num_videos_per_prompt.
     """

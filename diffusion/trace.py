@@ -102,22 +102,23 @@ class LoopPosition:
     def timesteps_are_set(self, scheduler: Any) -> None:
         """Note that a loop of this scheduler begins with its next step.
 
-        If it made the last step, or is one of the pipeline's, its loop begins with the next forward
-        already. Another one may be set while a loop of the pipeline's is running.
+        If the scheduler made the last step, or is one of the pipeline's, its loop begins with the
+        next forward already. Any other scheduler's timesteps may be set while a loop of the
+        pipeline's is running.
         """
         self.fresh[id(scheduler)] = scheduler
         if self.is_current(scheduler) or scheduler in self.schedulers:
             self.begins = True
 
     def is_current(self, scheduler: Any) -> bool:
-        """Whether it made the last step, or nothing was stepped so far."""
+        """Return whether the scheduler made the last step, or no scheduler stepped so far."""
         return self.stepped in (None, scheduler)
 
     def before_first_forward(self) -> None:
         """Begin a loop, if one is due, before the first forward of a step.
 
-        It is due if timesteps were set, see `begins`, or if they were set earlier, while another
-        loop ran, and that loop has now made all of its steps.
+        It is due if timesteps were just set, see `begins`, or if they were set while another loop
+        ran, and that loop has now made all of its steps.
         """
         is_waiting = any(scheduler in self.schedulers for scheduler in self.fresh.values())
         is_over = self.num_steps is not None and self.index >= self.num_steps
@@ -403,7 +404,10 @@ class Sampling:
         return before
 
     def _after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
-        """The hook that ends `current`. It is also called if the denoiser fails, without output."""
+        """Give `current` its output, and put it among the forwards of the step that is open.
+
+        PyTorch calls this hook also if the denoiser fails; then the output is None.
+        """
         forward = self.current
         self.current = None
         if forward is not None and output is not None:
@@ -480,8 +484,8 @@ class Sampling:
         return step
 
     def _belongs_to_another(self, scheduler: Any) -> bool:
-        """Whether another sampling that is being watched has this scheduler, and this one has
-        not."""
+        """Return whether another sampling that is being watched has this scheduler, and this one
+        has not."""
         if scheduler in self.schedulers:
             return False
         return any(scheduler in other.schedulers for other in LIVE if other is not self)
@@ -672,7 +676,7 @@ def attention_processors(denoisers: dict[str, nn.Module]) -> dict[nn.Module, dic
 
 
 def generators_of(kwargs: dict) -> list[torch.Generator]:
-    """Return the generators among the arguments of a pipeline, and in lists among them."""
+    """Return the generators among a pipeline's arguments, also those within lists."""
     generators = []
     for value in kwargs.values():
         for item in value if isinstance(value, list) else [value]:

@@ -83,7 +83,8 @@ class Runs(NamedTuple):
 def run_trials(
     root: nn.Module, forward: Forward, places: dict[Place, nn.Module], known: dict
 ) -> Runs:
-    """Run the denoiser `root` on the arguments of `forward`, changed in several ways.
+    """Run the denoiser `root` on the arguments of `forward`, changed in several ways; return what
+    the runs showed.
 
     places: the modules to look at. known: what was found out before, for `RunWatch`. The upper half
     of the rows is the larger one if their number is odd. A single row has no lower half, and a run
@@ -139,7 +140,7 @@ class Trials:
         self.idle = {}
 
     def run(self, changes: dict[str, Any]) -> "Run":
-        """Run the denoiser with `changes` of its arguments, {name: value}."""
+        """Run the denoiser with `changes` of its arguments, {name: value}, and return the Run."""
         self.count += 1
         self.current = Trial()
         run = Run(self.root, self.forward.rows, self.modules)
@@ -171,8 +172,8 @@ class Run:
         around them."""
 
         self.width_last: dict[torch.Size, bool] = {}
-        """{shape: whether the width of such a tensor is its last axis, or its second}, as the
-        layers tell that returned one."""
+        """{shape: whether the width of such a tensor is its last axis, not its second}, as told by
+        the layers that returned one."""
 
     def call(self, forward: Forward, changes: dict[str, Any], attention: TorchFunctionMode) -> None:
         """Call the denoiser as in `forward`, with `changes` of its arguments and a fixed seed.
@@ -205,7 +206,7 @@ class Run:
             if has_own_parameters:
                 handles.append(module.register_forward_hook(self._note_width))
 
-        paths = {path for module in self.modules.values() for path in self.around(module)}
+        paths = {path for module in self.modules.values() for path in self.path_and_parents(module)}
         for path in paths:
             module = self.root.get_submodule(path)
             hook = self._note_inputs(path)
@@ -220,12 +221,15 @@ class Run:
         return handles
 
     def _note_width(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """Note in `width_last`, for each tensor that a layer returns, which axis is its width."""
         for x in tensors(output):
             is_last = width_is_last(module, x)
             if is_last is not None:
                 self.width_last[x.shape] = is_last
 
     def _note_inputs(self, path: str) -> Callable:
+        """Return a hook that notes in `inputs` the shapes of what the module at `path` takes."""
+
         def hook(module, args, kwargs):
             shapes = []
             for x in tensors((args, kwargs)):
@@ -236,6 +240,9 @@ class Run:
         return hook
 
     def _note_tokens(self, side: str, name: str) -> Callable:
+        """Return a hook that notes in `seen` the tensors on one side of a module; None if the
+        module runs twice."""
+
         def hook(module, args, kwargs, output=None):
             value = output if side == "output" else (args, kwargs)
             if (side, name) in self.seen:
@@ -246,6 +253,7 @@ class Run:
         return hook
 
     def _look_at(self, x: Tensor, module: nn.Module, side: str) -> Seen:
+        """Return what `seen` holds about a tensor on one side of a module."""
         form = self._form(x, module, side)
         if form is None:
             return Seen(x.shape, None, None)
@@ -256,11 +264,11 @@ class Run:
         None if the first axis is not the batch."""
         if x.ndim < 2 or len(x) % self.rows or not x.numel():
             return None
-        around = self.around(module)
+        paths = self.path_and_parents(module)
 
         # 1. inside attention, (rows, T, heads, d) or (rows, heads, T, d)
         if x.ndim == 4 and len(x) == self.rows:
-            form = self._form_with_heads(x, around[1:])
+            form = self._form_with_heads(x, paths[1:])
             if form is not None:
                 return form
 
@@ -274,7 +282,7 @@ class Run:
         # 3. (rows H W, frames, d): attention over the frames of a video, at each pixel
         if x.ndim == 3:
             pixels = len(x) // self.rows
-            videos = [sizes for sizes in self.maps(around) if len(sizes) == 3]
+            videos = [sizes for sizes in self.maps(paths) if len(sizes) == 3]
             for frames, height, width in videos:
                 if pixels == height * width and x.shape[1] == frames and pixels != frames:
                     return "frames"
@@ -302,13 +310,14 @@ class Run:
             return "heads"
         return "heads first" if x.shape[2] in lengths else None
 
-    def around(self, module: nn.Module) -> list[str]:
+    def path_and_parents(self, module: nn.Module) -> list[str]:
         """Return the paths of a module and of those around it, nearest first.
 
-        For "blocks.0.attn" it is ["blocks.0.attn", "blocks.0", "blocks", ""].
+        For "blocks.0.attn" it is ["blocks.0.attn", "blocks.0", "blocks", ""]. The root, whose path
+        is "", gives ["", ""].
         """
-        parts = self.paths[module].split(".")
-        return [".".join(parts[:i]) for i in range(len(parts), -1, -1)]
+        names = self.paths[module].split(".")
+        return [".".join(names[:i]) for i in range(len(names), -1, -1)]
 
     def maps(self, paths: list[str]) -> list[tuple[int, ...]]:
         """Return for each module that took a feature map the spatial shape of its first one, such
@@ -323,7 +332,7 @@ class Run:
 
 
 def width_is_last(module: nn.Module, x: Tensor) -> bool | None:
-    """Whether the width of a tensor that a layer takes or returns is its last axis.
+    """Return whether the width of a tensor that a layer takes or returns is its last axis.
 
     False means that it is the second. None if the layer does not tell: no size of its parameters is
     that of one of these axes.

@@ -103,7 +103,7 @@ def save_state(value: Any, saved: dict[int, tuple[Any, Any]], depth: int) -> Non
 
 
 def is_of_the_user(value: Any) -> bool:
-    """Whether an object has attributes and its class is the user's own, not a library's.
+    """Return whether an object has attributes and its class is the user's own, not a library's.
 
     False for modules of a network, classes and functions.
     """

@@ -173,7 +173,7 @@ def launch(kernel: Any, gradient: Gradient, **arguments: Any) -> None:
 
 
 def triton_squared_norm(gradient: Gradient, along: Tensor | None = None) -> Tensor:
-    """Launch `squared_norm_kernel`, and add up the rows."""
+    """Return what `squared_norm` returns, (): launch `squared_norm_kernel`, and add up the rows."""
     squares = gradient.x.new_empty(len(gradient.ends) - 1)
     launch(squared_norm_kernel, gradient, out=squares)
     if along is None:
@@ -213,7 +213,10 @@ def triton_update_rows(
 
 
 def triton_sum_over(group: Any, gradient: Gradient, out: Tensor) -> Gradient:
-    """Make the matrix in `out` and add it up. The result has no pairs, and all rows are dense."""
+    """Return the sum of a gradient over all processes, as a matrix made in the memory `out` (M, d).
+
+    The result has no pairs, and all rows are dense.
+    """
     launch(make_kernel, gradient, out=out)
     return Gradient(
         weights=gradient.weights[:0],
@@ -273,7 +276,7 @@ def torch_update_rows(
 
 
 def torch_sum_over(group: Any, gradient: Gradient, out: Tensor) -> Gradient:
-    """Do what `sum_over` does, in torch. The result has its matrix stored."""
+    """Return what `sum_over` returns, computed in torch. The result has its matrix stored."""
     out = group.sum(gradient.store(out).stored)
     return gradient._replace(stored=out, norm=torch.linalg.vector_norm(out).square())
 
@@ -282,7 +285,8 @@ def torch_sum_over(group: Any, gradient: Gradient, out: Tensor) -> Gradient:
 
 
 def in_triton(W: Tensor) -> bool:
-    """Say whether matrices like W (M, d) go through Triton: on CUDA, if a row fits in registers."""
+    """Return whether matrices like W (M, d) go through Triton: on CUDA, if a row fits in
+    registers."""
     return triton is not None and W.is_cuda and W.shape[1] <= MAX_WIDTH
 
 

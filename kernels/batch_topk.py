@@ -122,7 +122,8 @@ KEEP = dict(BLOCK=2048, num_warps=8)
 
 
 def triton_keep_largest(acts: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Launch a histogram for each digit, then `count_kernel` and `keep_kernel`."""
+    """Return what `keep_largest` returns: launch a histogram for each digit, then `count_kernel`
+    and `keep_kernel`."""
     acts = acts.contiguous()
     n = acts.numel()
     steps = acts.itemsize  # digits of 8 bits

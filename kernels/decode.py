@@ -145,7 +145,7 @@ def decode_error_blocks(d: int) -> dict[str, int]:
 
 
 def triton_gather_sum(weights: Tensor, top_indices: Tensor, W: Tensor) -> Tensor:
-    """Launch `gather_sum_kernel` with a program for each vector and 256 columns."""
+    """Return what `gather_sum` returns: launch a program for each vector and 256 columns."""
     N, k = top_indices.shape
     d = W.shape[1]
     out = W.new_empty(N, d)
@@ -176,7 +176,7 @@ def gather_sum(weights: Tensor, top_indices: Tensor, W: Tensor) -> Tensor:
 
 
 def triton_gather_dot(x: Tensor, top_indices: Tensor, W: Tensor) -> Tensor:
-    """Launch `gather_dot_kernel` with a program for each vector and 16 values of j."""
+    """Return what `gather_dot` returns: launch a program for each vector and 16 values of j."""
     N, k = top_indices.shape
     d = W.shape[1]
     out = x.new_empty(N, k)
@@ -236,7 +236,7 @@ def gather_dot(x: Tensor, top_indices: Tensor, W: Tensor) -> Tensor:
 def triton_decode_error(
     x: Tensor, top_acts: Tensor, top_indices: Tensor, W_dec: Tensor, b_dec: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Launch `decode_error_kernel` with a program for each vector."""
+    """Return what `decode_error` returns: launch a program for each vector."""
     N, k = top_indices.shape
     d = W_dec.shape[1]
     e = x.new_empty(N, d)

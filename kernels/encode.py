@@ -72,7 +72,8 @@ class Selector:
     def select_rows(
         self, x: Tensor, W: Tensor, b: Tensor, k: int, width: int
     ) -> tuple[Tensor, Tensor]:
-        """Do the same for one block of vectors, `width` columns at a time."""
+        """Return what `__call__` returns, for one block of vectors, with pre_acts of `width`
+        latents at a time."""
         acts, indices = [], []
         for start in range(0, len(W), width):
             W_block = W[start : start + width]

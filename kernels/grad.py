@@ -85,9 +85,10 @@ def count_active(top_acts: Tensor, top_indices: Tensor, num_latents: int) -> Ten
 
 
 def sum_bags(weights: Tensor, vectors: Tensor, ends: Tensor, x: Tensor) -> Tensor:
-    """Sum weights[p] x[vectors[p]] over ends[m] <= p < ends[m + 1] for each m, in torch.
+    """Return for each m the sum of weights[p] x[vectors[p]] over ends[m] <= p < ends[m + 1].
 
-    weights (P,), vectors (P,) int64, ends (M + 1,) from 0 to P, x (N, d) -> (M, d).
+    weights (P,), vectors (P,) int64, ends (M + 1,) from 0 to P, x (N, d) -> (M, d). It is computed
+    in torch.
     """
     return F.embedding_bag(
         vectors, x, ends, mode="sum", per_sample_weights=weights, include_last_offset=True
@@ -216,7 +217,7 @@ if triton is not None:
 def triton_sum_by_latent(
     weights: Tensor, top_indices: Tensor, x: Tensor, num_latents: int
 ) -> tuple[Tensor, Tensor]:
-    """Launch `sum_kernel` with a program for each latent and 256 columns."""
+    """Return what `sum_by_latent` returns: launch a program for each latent and 256 columns."""
     k = top_indices.shape[1]
     d = x.shape[1]
     order, ends = sort_pairs(top_indices, num_latents)
@@ -233,7 +234,7 @@ def triton_sum_by_latent(
 def torch_sum_by_latent(
     weights: Tensor, top_indices: Tensor, x: Tensor, num_latents: int
 ) -> tuple[Tensor, Tensor]:
-    """Compute what `sum_by_latent` returns, in torch.
+    """Return what `sum_by_latent` returns, computed in torch.
 
     db is the same sum as dW, over a column of ones: index_add_ would add in the input's dtype, and
     with atomics on CUDA.
@@ -261,7 +262,8 @@ def sum_by_latent(
 
 
 def triton_totals(weights: Tensor, ends: Tensor) -> Tensor:
-    """Launch `sum_kernel` for db alone: x is a single 1, and every pair belongs to it."""
+    """Return what `totals` returns: launch `sum_kernel` for db alone, where x is a single 1, and
+    every pair belongs to it."""
     num_pairs = len(weights)
     num_latents = len(ends) - 1
     order = torch.arange(num_pairs, device=weights.device)
@@ -282,7 +284,7 @@ def torch_totals(weights: Tensor, ends: Tensor) -> Tensor:
 
 
 def totals(weights: Tensor, ends: Tensor) -> Tensor:
-    """Sum the weights (P,) of each latent's pairs, in their order: (M,).
+    """Return the sum of the weights (P,) of each latent's pairs, added in their order: (M,).
 
     >>> totals(torch.tensor([1.0, 2.0, 5.0]), ends=torch.tensor([0, 2, 2, 3]))
     tensor([3., 0., 5.])

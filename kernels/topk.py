@@ -98,7 +98,7 @@ def topk_blocks(M: int) -> dict[str, int]:
 
 
 def triton_topk(pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Launch `topk_kernel` with a program for each row."""
+    """Return what `topk` returns: launch a program for each row."""
     N, M = pre_acts.shape
     top_acts = pre_acts.new_empty(N, k)
     top_indices = pre_acts.new_empty(N, k, dtype=torch.int64)

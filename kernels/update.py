@@ -77,7 +77,7 @@ class Choice(NamedTuple):
 
 class Reconstruction(NamedTuple):
     """One x_hat that the loss compares with x. Multi-TopK and Matryoshka have several; the last
-    one is the SAE's last."""
+    one is the SAE's own reconstruction."""
 
     loss_weight: float
     """The weight of its error in the loss."""
@@ -142,7 +142,7 @@ class Forward(NamedTuple):
     """(n, 1): d loss / d x_hat = slope e, for a reconstruction with loss_weight 1"""
 
     reconstructions: list[Reconstruction]
-    """The last one is the SAE's last."""
+    """The last one is the SAE's own reconstruction."""
 
     auxk: AuxK | None
     """None while no latent is listed as dead"""
@@ -151,7 +151,7 @@ class Forward(NamedTuple):
     """(): the smallest activation that a batchtopk SAE kept; None for other variants"""
 
     active: Tensor
-    """(M,) float: above 0 for latents that were active on any vector of any process"""
+    """(M,) float: the number of processes in whose vectors each latent was active"""
 
     error_loss: Tensor
     """(): sum |x - x_hat|^2 / (n variance) of the SAE's own reconstruction, of all processes"""
@@ -312,7 +312,7 @@ class SparseUpdate:
         weights: Tensor | None = None,
         num_chunks: int = 1,
     ) -> tuple[Forward, Tensor]:
-        """Make one whole update, and return its Forward and the gradients' norm, ().
+        """Make one whole update, and return its Forward and the gradients' norm () before clipping.
 
         The dead latents are listed in every LIST_DEAD_EVERY-th call. For the arguments see
         `forward`.
@@ -353,45 +353,47 @@ class SparseUpdate:
         weights: Tensor | None = None,
         num_chunks: int = 1,
     ) -> Forward:
-        """Compute the loss, and what its gradients need. Changes nothing.
+        """Compute the loss, and what its gradients need. Changes no state.
 
         x: (n, d), or whole samples (samples, tokens, d) where `sae.takes_samples`.
-        num_vectors: the number of the update's vectors, of all processes. If not given, x is all.
+        num_vectors: the number of the update's vectors, of all processes. If not given, x holds all
+            of them.
         plain_topk: give every vector equally many latents, as at the beginning of a training.
         weights: (n,), the weight of each vector's error in the loss. If not given, 1.
         num_chunks: make the product in this many chunks of vectors, to save memory.
         """
-        given = x.flatten(0, -2)
         tokens = x.shape[-2]
+        vectors = x.flatten(0, -2)
         standardized, _, std = self.sae.standardize(x)
-        x = standardized.flatten(0, -2)
+        standardized = standardized.flatten(0, -2)
         if num_vectors is None:
-            num_vectors = len(x)
-        centred = x - self.b_dec
+            num_vectors = len(vectors)
+        centred = standardized - self.b_dec
 
         choices, batch_threshold = self.choose(centred, tokens, num_vectors, plain_topk, num_chunks)
-        reconstructions = [self.reconstruct(x, *choice) for choice in choices]
+        reconstructions = [self.reconstruct(standardized, *choice) for choice in choices]
         last = reconstructions[-1]
 
-        slope = self.slope_of(len(x), num_vectors, weights)
+        slope = self.slope_of(len(vectors), num_vectors, weights)
         loss = 0.0
+        errors = []
         for reconstruction in reconstructions:
-            error = error_loss(reconstruction.e, slope)
-            loss = loss + reconstruction.loss_weight * error
-        last_error = error  # the SAE's own reconstruction comes last
+            errors.append(error_loss(reconstruction.e, slope))
+            loss = loss + reconstruction.loss_weight * errors[-1]
 
         auxk = None
         if self.num_listed:
-            auxk = self.auxk(centred, last.e, slope * (self.variance / 2))
+            vector_weight = slope * (self.variance / 2)  # 1 / num_vectors, times each weight
+            auxk = self.auxk(centred, last.e, vector_weight)
             loss = loss + auxk.loss
 
-        active = count_active(last.top_acts, last.top_indices, len(self.W_dec)) > 0
-        loss, last_error_loss, active = self.sum_over_processes(
-            loss, last_error, active.to(x.dtype)
+        is_active = count_active(last.top_acts, last.top_indices, len(self.W_dec)) > 0
+        loss, last_error, active = self.sum_over_processes(
+            loss, errors[-1], is_active.to(standardized.dtype)
         )
         return Forward(
             loss=loss,
-            x=given,
+            x=vectors,
             e=last.e if std is None else last.e * std.flatten()[:, None],
             top_acts=choices[-1].top_acts,
             top_indices=choices[-1].top_indices,
@@ -402,7 +404,7 @@ class SparseUpdate:
             auxk=auxk,
             batch_threshold=batch_threshold,
             active=active,
-            error_loss=last_error_loss,
+            error_loss=last_error,
         )
 
     def slope_of(self, n: int, num_vectors: int, weights: Tensor | None) -> Tensor:
@@ -415,9 +417,11 @@ class SparseUpdate:
     def choose(
         self, centred: Tensor, tokens: int, num_vectors: int, plain_topk: bool, num_chunks: int
     ) -> tuple[list[Choice], Tensor | None]:
-        """Choose the active latents of each reconstruction, the SAE's own last.
+        """Return the active latents of each reconstruction, with the SAE's own reconstruction last,
+        and the batch's threshold.
 
-        Also returns the smallest activation that a batchtopk SAE kept, (); None for other variants.
+        The threshold is the smallest activation that a batchtopk SAE kept, (); None for other
+        variants.
         """
         if self.multi_topk:
             return self.choose_multi_topk(centred, num_chunks), None
@@ -435,7 +439,8 @@ class SparseUpdate:
         return choices, batch_threshold
 
     def choose_multi_topk(self, centred: Tensor, num_chunks: int) -> list[Choice]:
-        """Choose the 4 k largest activations of each vector, and the k largest among them."""
+        """Return two choices: the 4 k largest activations of each vector, and the k largest among
+        them."""
         k = self.sae.k
         width = min(MULTI_TOPK_FACTOR * k, self.sae.num_latents)
         acts, indices = self.largest(centred, width, num_chunks)
@@ -462,7 +467,8 @@ class SparseUpdate:
     def keep(
         self, acts: Tensor, tokens: int, num_vectors: int, plain_topk: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Set to 0 what the SAE does not keep of each vector's largest pre_acts (n, K).
+        """Return acts (n, K), each vector's largest pre_acts, with 0 where the SAE does not keep
+        one, and the batch's threshold (see `choose`).
 
         A batchtopk SAE chooses among the vectors of all processes, so every process gets all
         activations, makes the same choice, and returns its own vectors' rows of it.
@@ -478,12 +484,15 @@ class SparseUpdate:
     def reconstruct(
         self, x: Tensor, loss_weight: float, top_acts: Tensor, top_indices: Tensor
     ) -> Reconstruction:
-        """Reconstruct x (n, d) from the latents that were chosen."""
+        """Return x_hat - x for the latents that were chosen, and what else `Reconstruction` holds.
+
+        x (n, d): after input_unit_norm. top_acts, top_indices (n, K): a `Choice`.
+        """
         e, d_acts = decode_error(x, top_acts, top_indices, self.W_dec, self.b_dec)
         return Reconstruction(loss_weight, top_acts, top_indices, e, d_acts)
 
     def auxk(self, centred: Tensor, e: Tensor, weight: Tensor) -> AuxK:
-        """Compute how badly the listed dead latents predict the error of the others.
+        """Return how badly the listed dead latents predict the error of the others.
 
             e_hat = the k_aux largest activations among the dead latents, times their rows of W_dec
             AuxK  = sum of weight |-e - e_hat|^2 / residual,   k_aux = d / 2
@@ -528,9 +537,9 @@ class SparseUpdate:
 
     @torch.no_grad()
     def backward(self, forward: Forward) -> Gradients:
-        """Compute the gradients of all parameters, summed over all processes, before clipping.
+        """Return the gradients of all parameters, summed over all processes, before clipping.
 
-        Changes nothing except the memory of earlier gradients.
+        Changes no state; the memory of earlier gradients is used again.
         """
         local = self.reconstruction_gradients(forward)
         if forward.auxk is not None:
@@ -545,7 +554,7 @@ class SparseUpdate:
         return Gradients(forward, W_enc, b_enc, W_dec, b_dec, along)
 
     def reconstruction_gradients(self, forward: Forward) -> Gradients:
-        """Compute the gradients of the reconstructions' errors, for this process's vectors.
+        """Return the gradients of the reconstructions' errors, for this process's vectors.
 
         The encoder's part of db_dec is missing: `backward` adds it once db_enc is complete.
 
@@ -587,7 +596,7 @@ class SparseUpdate:
         )
 
     def add_auxk_gradients(self, gradients: Gradients, auxk: AuxK) -> Gradients:
-        """Add AuxK's gradients, which are dense, but only in the rows of the listed latents.
+        """Return `gradients` plus AuxK's, which are dense, but only in the listed latents' rows.
 
         The error e counts as a constant, so b_dec gets a gradient only through `centred`.
         """
@@ -664,8 +673,8 @@ class SparseUpdate:
     # ---- dead latents ----
 
     def num_dead(self) -> int:
-        """Count the latents without activity in the last `dead_feature_threshold` vectors. Waits
-        for the device."""
+        """Return how many latents had no activity in the last `dead_feature_threshold` vectors.
+        Waits for the device."""
         return int((self.state["silent_for"] >= self.dead_feature_threshold).sum())
 
     def list_dead(self) -> None:
@@ -674,13 +683,15 @@ class SparseUpdate:
         if not self.auxk_alpha:
             return
         torch.ge(self.state["silent_for"], self.dead_feature_threshold, out=self.state["dead"])
-        self.index_dead()
+        self.make_dead_indices()
 
-    def index_dead(self) -> None:
-        """Make `dead_indices` and `num_listed` from the mask `state["dead"]`.
+    def make_dead_indices(self) -> None:
+        """List the dead latents of the mask `state["dead"]` in `dead_indices`, and count them in
+        `num_listed`.
 
-        If `padded`, the length is a power of two: for M = 96 and the dead latents 1, 5 and 7 the
-        list is 1, 5, 7, 96.
+        If `padded`, the list is filled up with M, which is no latent, to a power of two, so that a
+        CUDA graph sees few lengths: for M = 96 and the dead latents 1, 5 and 7 it is 1, 5, 7, 96,
+        and `num_listed` is 3.
         """
         listed = self.state["dead"].nonzero().flatten()
         self.num_listed = len(listed)
@@ -701,7 +712,7 @@ class SparseUpdate:
                 is_mask = tensor.dtype == torch.bool  # which not every backend can send
                 self.group.broadcast(tensor.view(torch.uint8) if is_mask else tensor)
         self.calls = int(self.state["step"])
-        self.index_dead()
+        self.make_dead_indices()
         if self.copy is not None:
             self.copy.copy_(self.W_enc)
 
@@ -715,7 +726,7 @@ class SparseUpdate:
         weights: Tensor | None,
         num_chunks: int,
     ) -> tuple[Forward, Tensor]:
-        """Do what `run` does by a CUDA graph. The next call overwrites what this one returns.
+        """Do what `run` does, by a CUDA graph, and return the same. The next call overwrites it.
 
         There is one graph for each combination of shapes. The first call with new shapes launches
         the kernels one by one, which compiles them; the second one captures the graph.
@@ -745,7 +756,7 @@ class SparseUpdate:
         weights: Tensor | None,
         num_chunks: int,
     ) -> CapturedUpdate:
-        """Record `run` in a CUDA graph, with copies of its inputs. This runs nothing yet."""
+        """Return a CUDA graph of `run`, with copies of its inputs. This runs nothing yet."""
         x = x.clone()
         weights = None if weights is None else weights.clone()
         listed = self.dead_indices
@@ -776,7 +787,7 @@ def error_loss(e: Tensor, slope: Tensor) -> Tensor:
 
 
 def stack(tensors: list[Tensor], width: int, fill: float = 0.0) -> Tensor:
-    """Put R tensors (n, up to `width`) one below the other: (R n, width).
+    """Return R tensors (n, up to `width`) one below the other: (R n, width).
 
     Narrower ones are filled up on the right: [[1, 2]] and [[3]] give [[1, 2], [3, fill]].
     """

@@ -217,7 +217,7 @@ def open_activation_file(path: str | Path) -> ActivationFile:
     path = follow_link(path)
     if is_saved_rows(path):
         return open_saved_rows(path)
-    header, meta = open_file(path)
+    header, meta = check_file(path)
     shape = header.shape
     prompt_rows = None
     if meta and len(shape) > 2:
@@ -299,12 +299,13 @@ def read_header(path: str | Path) -> NpyHeader:
     return NpyHeader(array.shape, array.dtype, offset, array.flags.c_contiguous)
 
 
-def open_file(path: str | Path) -> tuple[NpyHeader, dict]:
+def check_file(path: str | Path) -> tuple[NpyHeader, dict]:
     """Check one activation file; return its header and its description ({} for a plain `.npy`).
 
-    Raises FileNotFoundError, and UsageError for anything but floats (..., d) in C order of at least
-    two axes (or bfloat16 as uint16, if the description says so), and for a file that is not the one
-    that its description is about.
+    Raises UsageError unless it holds a non-empty array of floats (or of bfloat16, stored as uint16)
+    in C order, with two axes or more, and is the file that its description is about. An unfinished
+    file, and one with side files but no description, are refused as well. Raises FileNotFoundError
+    if there is no such file.
     """
     path = Path(path)
     refuse_unfinished(path)
@@ -325,7 +326,12 @@ def open_file(path: str | Path) -> tuple[NpyHeader, dict]:
 
 
 def check_array(path: Path, header: NpyHeader, meta: dict) -> None:
-    """Raise UsageError unless an array is one of activations, as its description says."""
+    """Raise UsageError unless an array can hold activations, and has the shape that its description
+    `meta` says.
+
+    It must be a non-empty array of floats (or of bfloat16, stored as uint16, if `meta` says so) in
+    C order, with two axes or more.
+    """
     shape = header.shape
     dtype = header.dtype
     is_bfloat16 = dtype == np.uint16 and meta.get("dtype") == "bfloat16"
@@ -459,11 +465,11 @@ def check_contents(path: str | Path, meta: dict) -> None:
 
 
 def read_prompts(path: str | Path, count: int | None = None) -> list[dict]:
-    """Read the lines of prompts.jsonl beside an activation file, one per image.
+    """Return all lines of prompts.jsonl beside an activation file, parsed: one dict per image.
 
-    count: how many images the file holds; None: it is opened to see. Raises UsageError if the
-    listing is missing, damaged or too short, or is not the one that the file was collected with. It
-    may have more lines than the file has images.
+    count: how many images the file holds; if it is not given, the file's header says it. While a
+    collection is extended, there may be more lines than that. Raises UsageError if the listing is
+    missing, damaged or too short, or is not the one that the file was collected with.
     """
     listing = Path(path).with_name("prompts.jsonl")
     if not listing.exists():
@@ -476,7 +482,7 @@ def read_prompts(path: str | Path, count: int | None = None) -> list[dict]:
     except ValueError as error:
         raise UsageError(f"{listing} is damaged: {error}") from None
     if count is None:
-        count = open_file(path)[0].shape[0]
+        count = check_file(path)[0].shape[0]
     have_prompts = all(isinstance(row, dict) and "prompt" in row for row in rows)
     if len(rows) < count or not have_prompts:
         raise UsageError(f"{listing} does not say the prompts of {path}, one a line")
@@ -490,7 +496,8 @@ def read_prompts(path: str | Path, count: int | None = None) -> list[dict]:
 
 
 def listing_digest(lines: Iterable[bytes]) -> str:
-    """Return 16 hex digits of the first lines of prompts.jsonl, which a description holds."""
+    """Return 16 hex digits of a digest of some lines of prompts.jsonl. A description holds that of
+    the lines of its file."""
     return hashlib.sha256(b"\n".join(lines)).hexdigest()[:16]
 
 
@@ -553,11 +560,11 @@ def known_timesteps(shape: tuple[int, ...], meta: dict) -> list[float]:
 def image_prompts(
     path: Path, shape: tuple[int, ...], meta: dict, prompt_rows: list[dict] | None
 ) -> list[tuple]:
-    """Return the keys of what each image of a file shows.
+    """Return for each image of a file the keys of the prompt that it shows: (P,).
 
-    They are the image's `prompt_keys` if the prompts are known and differ, else ((path, number),):
-    with two images per prompt, the images 0 to 3 have the numbers 0 0 1 1. [] for a file of two
-    axes.
+    They are the image's `prompt_keys` if the prompts are known and differ. Otherwise there is one
+    key per image, (path, number): with two images per prompt, the images 0 to 3 have the numbers
+    0 0 1 1. A file of two axes has no images, so it is [].
     """
     if len(shape) == 2:
         return []
@@ -635,44 +642,48 @@ def prompt_keys(row: dict) -> tuple[str, ...]:
 
 
 def group_units(prompts: list[tuple]) -> tuple[list[tuple], list[int]]:
-    """Return by which keys units are grouped (n,), and the number of each one's group (n,).
+    """Return the keys by which units are grouped (n,), and the number of each unit's group (n,).
 
     prompts (n,): the keys of each unit, see `prompt_keys`. Units that share a key are in one group.
-    If that joins all units, as where 10 pictures have the same 5 texts, the pictures alone are the
-    keys, or else the texts alone, if these differ. For ("t", "p1"), ("t", "p2") it gives ("p1",),
-    ("p2",) and 0 1.
+    If that joins all units, as where 10 images have the same 5 texts, the images alone are the
+    keys, or else the texts alone, if these differ. For ("t", "p1"), ("t", "p2") it gives
+    [("p1",), ("p2",)] and [0, 1].
     """
     numbers = number_groups(prompts)
     if max(numbers, default=0) > 0:
         return prompts, numbers
-    for kind in (-1, 0):  # the picture, the text
-        keys = [(unit[kind],) for unit in prompts]
-        if len(set(keys)) > 1:
-            return keys, number_groups(keys)
+    for kind in (-1, 0):  # the image, the text
+        units = [(keys[kind],) for keys in prompts]
+        if len(set(units)) > 1:
+            return units, number_groups(units)
     return prompts, numbers
 
 
-def number_groups(keys: list[tuple]) -> list[int]:
-    """Return the number of each unit's group, in the order in which the groups appear.
+def number_groups(units: list[tuple]) -> list[int]:
+    """Return the number of each unit's group; groups are numbered in the order of their first unit.
 
-    Units that share a key are in one group, and so are units that are joined through others. For
-    ("a", "p1"), ("b", "p2"), ("c", "p1"), ("b", "p3") it gives 0 1 0 1.
+    units: the keys of each. Units that share a key are in one group, and so are units that are
+    joined through others. For ("a", "p1"), ("b", "p2"), ("c", "p1"), ("b", "p3") it gives
+    [0, 1, 0, 1].
     """
     parents = {}  # {key: another key of its group}; the one that is its own parent stands for all
-    for unit in dict.fromkeys(keys):
-        for key in unit:
+    for keys in dict.fromkeys(units):
+        for key in keys:
             parents.setdefault(key, key)
-            parents[first_of_group(parents, key)] = first_of_group(parents, unit[0])
-    number_of = {}
+            parents[first_of_group(parents, key)] = first_of_group(parents, keys[0])
+    number_of = {}  # {key that stands for a group: the group's number}
     numbers = []
-    for unit in keys:
-        first = first_of_group(parents, unit[0])
+    for keys in units:
+        first = first_of_group(parents, keys[0])
         numbers.append(number_of.setdefault(first, len(number_of)))
     return numbers
 
 
 def first_of_group(parents: dict, key: object) -> object:
-    """Return the key that stands for a key's group, see `number_groups`. Shortens the way to it."""
+    """Return the key that stands for a key's group, and shorten the way to it in `parents`.
+
+    parents: see `number_groups`. For {"a": "a", "b": "a"} and "b" it gives "a".
+    """
     while parents[key] != key:
         parents[key] = parents[parents[key]]
         key = parents[key]
@@ -773,7 +784,8 @@ def images_by_step(times: np.ndarray) -> list[int] | None:
     times (n,): the timestep of each row. For 900 900 500 500, 900 500 (a batch of two images, then
     one image) it gives [0, 1, 0, 1, 2, 2]. None for rows in another order.
     """
-    begins = np.flatnonzero(np.append(True, times[1:] != times[:-1]))  # of runs of equal timesteps
+    # the first row of each run of equal timesteps
+    begins = np.flatnonzero(np.append(True, times[1:] != times[:-1]))
     counts = np.diff(np.append(begins, len(times)))
     values = times[begins]
     first_again = np.flatnonzero(values[1:] == values[0])

@@ -88,7 +88,10 @@ class Stream(NamedTuple):
 
 
 def read_stream(path: Path) -> Stream:
-    """Map an Arrow stream. Raises UsageError if the file is missing, damaged or of another kind."""
+    """Map an Arrow stream into memory, and return its batches.
+
+    Raises UsageError if the file is missing, damaged or of another kind.
+    """
     import pyarrow as pa  # half a second, which only those who have such a folder wait for
 
     try:

@@ -114,7 +114,7 @@ def is_same_prompt(old: bytes, new: bytes) -> bool:
 
 
 def read_progress(path: Path) -> dict[int, dict]:
-    """Read progress.jsonl: {batch: its line} of the batches that are safe; {} without the file.
+    """Read progress.jsonl: {batch: its line} of the batches that were written; {} without the file.
 
     If a batch has two lines, the last one counts. A text that is no such line, as a power cut may
     leave one, is passed over.
@@ -204,7 +204,7 @@ class Collection:
     # ---- what a user of a collection calls
 
     def pending(self) -> list[int]:
-        """Return the batches that are not safe.
+        """Return the batches that are still to be written.
 
         A batch that has grown or shrunk is generated again: its bits depend on its size.
         """
@@ -298,10 +298,8 @@ class Collection:
 
     @property
     def id(self) -> str:
-        """16 hex digits of the settings, the model's weights and the prompts.
-
-        They tell this collection from every other one.
-        """
+        """16 hex digits that tell this collection from every other one: a digest of the settings,
+        with the fingerprints of the model's weights, and of the prompts."""
         text = json.dumps(self.settings, sort_keys=True) + self.prompts_digest
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -331,7 +329,7 @@ class Collection:
 
     def _lock_folder(self) -> None:
         """Lock the folder. Raises UsageError if another program holds the lock."""
-        # The lock is of all threads: the one that writes takes it a second time, and so a thread
+        # All threads share the lock: the one that writes takes it a second time, and so a thread
         # that still writes keeps the folder locked
         self.lock = FileLock(self.out_dir / "collect.lock", timeout=0, thread_local=False)
         try:
@@ -353,7 +351,7 @@ class Collection:
         if progress:
             self._compare(lines)
             progress = self._without_damaged(progress)
-        else:  # nothing is safe yet: begin anew
+        else:  # no batch was written yet: begin anew
             for path in self.out_dir.glob("*.npy.partial"):
                 path.unlink()
             remove_images(self.images)
@@ -422,9 +420,10 @@ class Collection:
 
     def _without_damaged(self, progress: dict[int, dict]) -> dict[int, dict]:
         """Return the progress without the batches whose rows or images are not those that were
-        written, and print which they are.
+        written, and print how many these are.
 
-        A finished collection of which no more is wanted is not read again.
+        The progress also loses batches beyond the collection's last one. A finished collection that
+        is not extended is not checked: its progress is returned as it is.
         """
         partial = next(self.out_dir.glob("*.npy.partial"), None)
         pending = self._pending_of(len(self.prompts))
@@ -432,24 +431,25 @@ class Collection:
             return progress
         num_batches = -(-len(self.prompts) // self.batch_size)
         progress = {batch: line for batch, line in progress.items() if batch in range(num_batches)}
-        safe = [batch for batch in sorted(progress) if batch not in pending]
+        done = [batch for batch in sorted(progress) if batch not in pending]
         damaged = {}
-        for batch in tqdm(safe, "checking what is there", unit="batch", leave=False, delay=2):
+        for batch in tqdm(done, "checking what is there", unit="batch", leave=False, delay=2):
             names = self._changed_files(batch, progress[batch].get("crc32", {}))
             if names:
                 damaged[batch] = names
         if damaged:
             batch, names = next(iter(damaged.items()))
             print(
-                f"{self.out_dir}: {len(damaged)} of {len(safe)} batches are not as they were "
+                f"{self.out_dir}: {len(damaged)} of {len(done)} batches are not as they were "
                 f"written (batch {batch} in {', '.join(names)}), and are made again"
             )
         return {batch: line for batch, line in progress.items() if batch not in damaged}
 
     def _changed_files(self, batch: int, checksums: dict[str, int]) -> list[str]:
-        """Return the names of the files in which a batch is not what it was.
+        """Return the names of the files in which the rows of a batch have other checksums.
 
-        Raises UsageError if a file is missing or cut.
+        checksums: {name: CRC-32} of the batch's line, with IMAGES for its images. If they are no
+        dict, the damaged file is progress.jsonl. Raises UsageError if a file is missing or cut.
         """
         if not isinstance(checksums, dict):
             return [self.progress.name]
@@ -483,7 +483,7 @@ class Collection:
         return crc
 
     def _missing(self, name: str) -> str:
-        """What to say about a file that is gone."""
+        """Return the error message about a file that is gone."""
         return f"{self.out_dir / name}.npy is missing; move its folder away and collect again"
 
     # ---- the records
@@ -512,7 +512,12 @@ class Collection:
         write_atomically(self.progress, "".join(lines).encode())
 
     def _pending_of(self, num_rows: int) -> list[int]:
-        """Return the batches of a collection of `num_rows` rows that are not safe."""
+        """Return the batches that are not recorded as done with the size that they have in a
+        collection of `num_rows` rows.
+
+        For 40 rows in batches of 16 and lines {"batch": 0, "rows": 16}, {"batch": 2, "rows": 16} it
+        is [1, 2]: batch 2 has 8 rows now.
+        """
         progress = read_progress(self.progress)
         pending = []
         for batch, first in enumerate(range(0, num_rows, self.batch_size)):
@@ -560,7 +565,10 @@ class Collection:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _prepare(self, batch: int, arrays: dict[str, np.ndarray], facts: dict) -> None:
-        """Check or write the facts, and make the files; no other process does that meanwhile."""
+        """Check or write the facts, and make the files; no other process does that meanwhile.
+
+        Raises UsageError if the facts differ from those of the batches before.
+        """
         if self.facts is None:
             self.facts = self._read_record().get("facts")
         if self.facts is None:
@@ -579,8 +587,9 @@ class Collection:
     def _reserve(self, name: str, data: np.ndarray, has_batches: bool) -> None:
         """Make `<name>.npy.partial` of full size: a new file, or an old one that grows if need be.
 
-        data: the rows of a batch, which tell the size. has_batches: whether some batch is safe, so
-        that a missing file is an error.
+        data: the rows of a batch, which tell the size. has_batches: whether some batch was written,
+        so that a missing file is an error. Raises UsageError for such a file, and for a name that
+        is no file's; OSError if the disk is full.
         """
         if not name or Path(name).name != name:
             raise UsageError(f"{name!r} is no name for a file in {self.out_dir}")
@@ -593,8 +602,7 @@ class Collection:
             path = self.out_dir / f"{name}.npy.new"
         else:
             check_size(old)
-            self._reopen(name)
-            path = partial
+            path = self._reopen(name)
         num_rows = len(self.prompts)
         try:
             with opened(path, os.O_CREAT) as fd:
@@ -611,7 +619,10 @@ class Collection:
         rename(path, partial)
 
     def _reopen(self, name: str) -> Path:
-        """Make a finished file an unfinished one without a description; return its path."""
+        """Rename `<name>.npy` back to `<name>.npy.partial`, and delete its description.
+
+        Does nothing if the file is not finished. Returns the path of the .partial file.
+        """
         final = self.out_dir / f"{name}.npy"
         partial = self.out_dir / f"{name}.npy.partial"
         if final.exists():
@@ -620,7 +631,8 @@ class Collection:
         return partial
 
     def _cut(self, name: str) -> None:
-        """Let a file end with its last row. Raises UsageError if it is missing or too short."""
+        """Cut off the room behind a file's last row. Raises UsageError if the file is missing or
+        too short."""
         path = self.path(name) or self.out_dir / f"{name}.npy"
         shape, dtype, *_ = check_size(path)
         num_rows = len(self.prompts)
@@ -638,9 +650,9 @@ class Collection:
 
 
 def check_size(path: Path) -> NpyHeader:
-    """Return the header of a `.npy` file.
+    """Return the header of a `.npy` file whose size fits it.
 
-    Raises UsageError if the file is missing or shorter than its header says.
+    Raises UsageError if the file is missing, damaged or shorter than its header says.
     """
     try:
         return read_header(path)

@@ -93,7 +93,8 @@ def files_directly_in(folder: Path) -> list[Path]:
 
 
 def holds_activations(path: Path) -> bool:
-    """Return whether a file that was found in a folder, and not named by the user, is meant.
+    """Return whether a file that the user did not name, but whose folder, counts as an activation
+    file.
 
     In a folder of collect.py these are the files with a description, so not samples.npy; in any
     other folder every .npy but the side files, such as x.tokens.npy.
@@ -143,9 +144,11 @@ def open_activations(
     """Open files, folders and globs as data sets: one for each model and hook point.
 
     Files without a description are one data set together. A file that is named twice is read once,
-    and a link to an activation file stands for the file (see `follow_link`). seen: hashes of
-    prompts that must not be held out, see `Activations`. Raises UsageError if a glob or folder has
-    no file, or if two files are copies of each other; OSError if a file is not there.
+    and a link to an activation file stands for the file (see `follow_link`).
+
+    seen: hashes (`hash_key`) of prompts that must not be held out, because an SAE was trained on
+    them, see `Activations`. Raises UsageError if a glob or folder has no file, or if two files are
+    copies of each other; OSError if a file is not there.
     """
     metas = {}  # {path: description}
     real_paths = set()
@@ -156,6 +159,7 @@ def open_activations(
                 continue
             real_paths.add(real_path)
             if is_saved_rows(path):
+                # no description: folders of saved rows with one name are one data set
                 metas[str(path)] = {"hook_name": path.resolve().name}
             else:
                 metas[str(path)] = read_description(path)
@@ -163,30 +167,31 @@ def open_activations(
     say_missing_shards(metas.values())
 
     data_sets = {}  # {model and hook point: paths}
-    weights = weights_of(metas.values())
+    fingerprints = fingerprints_of(metas.values())
     for path, meta in metas.items():
+        model = meta.get("fingerprint") or fingerprints[meta.get("model")]
         hook_point = [meta.get(name) for name in ("hook_name", "side", "rows", "stream")]
-        key = (weights[meta.get("model")], *hook_point)
-        if meta.get("fingerprint"):
-            key = (meta["fingerprint"], *hook_point)
+        key = (model, *hook_point)
         data_sets.setdefault(key, []).append(path)
     for paths in data_sets.values():
         check_equal_contents(paths)
     return [Activations(paths, seen=seen) for paths in data_sets.values()]
 
 
-def weights_of(metas: Iterable[dict]) -> dict[str | None, str | None]:
+def fingerprints_of(metas: Iterable[dict]) -> dict[str | None, str | None]:
     """Return {name of a model: fingerprint of its weights} for the models of some descriptions.
 
-    Earlier versions wrote the name alone. Where no description has a fingerprint, it is the name.
+    Earlier versions wrote the name alone. Where no description has a fingerprint, the name takes
+    its place: two descriptions {"model": "a", "fingerprint": "12ab"} and {"model": "b"} give
+    {"a": "12ab", "b": "b"}.
     """
-    weights = {}
+    fingerprints = {}
     for meta in metas:
         model = meta.get("model")
-        weights.setdefault(model, model)
+        fingerprints.setdefault(model, model)
         if meta.get("fingerprint"):
-            weights[model] = meta["fingerprint"]
-    return weights
+            fingerprints[model] = meta["fingerprint"]
+    return fingerprints
 
 
 def check_copies(metas: dict[str, dict]) -> None:
@@ -419,7 +424,11 @@ class Activations:
                 )
 
     def split(self, units: np.ndarray, prompts: list, seed: int, seen: set[str] | None) -> None:
-        """Divide the units (n, 3) into training and held-out; prompts (n,): the keys of each."""
+        """Divide the units (n, 3) into `training_units` and `held_out_units`, and count both.
+
+        prompts (n,): the keys of each unit. seed, seen: see `Activations`. Raises UsageError if
+        there is a single group of units, which can't be divided.
+        """
         prompts, groups = group_units(prompts)
         numbers = np.array(groups)
         num_groups = int(numbers.max()) + 1
@@ -517,10 +526,8 @@ class Activations:
         return self.read(self.draw(n, seed)).float()
 
     def digest(self) -> str:
-        """Return 16 hex digits that tell these training vectors from others.
-
-        They are of a sample of 1,024 vectors, the timesteps and the number of tokens.
-        """
+        """Return 16 hex digits that tell these training vectors from others: a digest of a sample
+        of 1,024 vectors, of the timesteps and of the number of tokens."""
         order = json.dumps([self.timesteps, self.tokens]).encode()
         sample = self.sample(1024).numpy().tobytes()
         return hashlib.sha256(sample + order).hexdigest()[:16]
@@ -550,15 +557,17 @@ class Activations:
             for piece in cut_unit(unit, most_rows):
                 yield self.read(piece[None])
 
-    def rows_of_prompts(self) -> list[dict]:
-        """Return the line of prompts.jsonl of every image, through all files in their order.
+    def prompt_lines(self) -> list[dict]:
+        """Return the parsed line of prompts.jsonl, a dict, of every image, file after file.
 
-        Raises UsageError if a file has no prompts.jsonl.
+        Raises UsageError if a prompts.jsonl is missing, damaged, too short or changed.
         """
-        rows = []
+        lines = []
         for source in self.sources:
-            rows += read_prompts(source.path, source.P)[: source.P]
-        return rows
+            num_images = source.P
+            # the listing may be ahead of the file, while a collection is extended
+            lines += read_prompts(source.path, num_images)[:num_images]
+        return lines
 
     def read_image(self, index: int) -> torch.Tensor:
         """Read all vectors of one image: (steps, tokens, d), without the padding of text.

@@ -99,7 +99,7 @@ def rename(old: Path, new: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a folder remember which files it has, also after a power cut."""
+    """Write a folder's list of files to the disk (fsync), so that it has them after a power cut."""
     if os.name == "posix":
         fd = os.open(folder, os.O_RDONLY)
         os.fsync(fd)

@@ -271,7 +271,8 @@ def matrices_of(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Ten
 
 
 def read_dictionary_learning(weights: Path) -> Foreign:
-    """Read dictionary_learning's ae.pt and config.json. Raises as `read_foreign` does."""
+    """Return the SAE in dictionary_learning's ae.pt and config.json. Raises as `read_foreign`
+    does."""
     # 1. The description: which kind, and nothing that is not known here
     path = weights.with_name("config.json")
     cfg = read_description(path)
@@ -314,7 +315,7 @@ def read_dictionary_learning(weights: Path) -> Foreign:
 
 
 def read_saelens(weights: Path) -> Foreign:
-    """Read SAELens' sae_weights.safetensors and cfg.json, also those of versions before 6.
+    """Return the SAE in SAELens' sae_weights.safetensors and cfg.json, also of versions before 6.
 
     Raises as `read_foreign` does.
     """
@@ -398,7 +399,7 @@ def texts_of(cfg: dict[str, Any]) -> dict[str, str]:
 
 
 def read_description(path: Path) -> dict[str, Any]:
-    """Read the JSON object that describes an SAE.
+    """Return the JSON object that describes an SAE.
 
     Raises FileNotFoundError if the file is missing, UsageError if it is no JSON object.
     """

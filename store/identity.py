@@ -59,7 +59,11 @@ def fingerprint(module: nn.Module, dtype: torch.dtype | None = None) -> str:
 def fingerprint_tensors(
     tensors: dict[str, torch.Tensor], dtype: torch.dtype | None = None, settings: str = ""
 ) -> str:
-    """Return the `fingerprint` of a module with these tensors and these settings."""
+    """Return the `fingerprint` of a module with these tensors and these settings.
+
+    It is "<16 hex digits of names, shapes and settings>-<16 hex digits of values>". Without values,
+    as on the meta device, nothing stands behind the dash. dtype: round the values to it first.
+    """
     structure = hashlib.sha256(settings.encode())
     values = hashlib.sha256()
     are_known = True
@@ -248,10 +252,10 @@ def say_what_differs(cfg: dict, path: str, meta: dict) -> None:
 
 
 def compare_hook_points(cfg: dict, meta: dict) -> list[Finding]:
-    """Compare the hook point in a file's description with the one that an SAE was trained on.
+    """Return in what the hook point of a file's description differs from that of an SAE's training.
 
-    Returns one Finding for each of hook_name, side, stream and rows that differs or that one of the
-    two does not say.
+    There is one Finding for each of hook_name, side, stream and rows that differs (`is_wrong`), or
+    that one of the two does not say. cfg: of the SAE. meta: the description.
     """
     findings = []
     training = cfg.get("training") or {}
@@ -268,10 +272,11 @@ def compare_hook_points(cfg: dict, meta: dict) -> list[Finding]:
 
 
 def compare_weights(cfg: dict, meta: dict) -> list[Finding]:
-    """Compare the weights that made an SAE's training vectors with those that `meta` describes.
+    """Return [] if the weights that made an SAE's training vectors are those that `meta` describes,
+    else one Finding.
 
-    meta: "fingerprint", "model_dtype" and "model" of a file's description or of a model. Returns at
-    most one Finding.
+    cfg: of the SAE. meta: "fingerprint", "model_dtype" and "model" of a file's description or of a
+    model.
     """
     trained_fingerprint = cfg.get("fingerprint")
     met_fingerprint = meta.get("fingerprint")
@@ -296,9 +301,10 @@ def compare_weights(cfg: dict, meta: dict) -> list[Finding]:
 
 
 def compare_with_model(cfg: dict, model) -> list[Finding]:
-    """Compare the weights of a model's denoiser with those that made an SAE's training vectors.
+    """Return [] if a model's denoiser has the weights that made an SAE's training vectors, else one
+    Finding.
 
-    Returns at most one Finding. Prints one line if other components differ, such as the VAE.
+    cfg: of the SAE. Prints one line if other components differ, such as the VAE.
     """
     modules = model.modules()
     hook_name = cfg.get("hook_name")
@@ -351,11 +357,12 @@ def activations_of(
     data: Sequence[str | Path] = (),
     transfer: bool = False,
 ) -> Activations:
-    """Open the activations that an SAE is to be used on, and check that they belong to it.
+    """Open the activations that an SAE is to be used on, check that they belong to it, and return
+    them.
 
-    data: names of files, folders or globs; if none is given, the files that it was trained on. Held
-    out are prompts that the SAE has not seen. folder: what messages call the SAE. transfer: use
-    files of another hook point or model on purpose. Raises UsageError if no files are known, if
+    data: names of files, folders or globs; if none is given, the files that it was trained on. Only
+    prompts that the SAE has not seen are held out. folder: what messages call the SAE. transfer:
+    use files of another hook point or model on purpose. Raises UsageError if no files are known, if
     they hold several hook points or vectors of another width, or if they do not belong to the SAE
     (see `check_belongs`).
     """

@@ -396,7 +396,7 @@ def add_negative_prompts(prompts: list[Row], negative_prompt: str | None) -> Non
 
 
 def drop_empty_negative_prompts(prompts: list[Row]) -> None:
-    """Remove the negative prompts if all of them are empty.
+    """Remove the key "negative_prompt" from all rows, in place, if all negative prompts are empty.
 
     An empty column asks for nothing, and some pipelines take "" for more than nothing.
     """
@@ -564,7 +564,8 @@ def read_text_lines(text: str) -> list[Row]:
 
 
 def read_json_lines(text: str) -> list[Row]:
-    """Return the rows of a text with one JSON object per line."""
+    """Return the rows of a text with one JSON object per line. Raises UsageError for a line that is
+    no object, or has a key twice."""
     rows = [parse_json(line) for line in lines_of(text)]
     if not all(isinstance(row, dict) for row in rows):
         raise UsageError("expected one object per line")
@@ -572,7 +573,11 @@ def read_json_lines(text: str) -> list[Row]:
 
 
 def read_json_array(text: str) -> list[Row]:
-    """Return the rows of a JSON array of objects, or of texts, which are prompts."""
+    """Return the rows of a JSON array of objects or texts: a text "a cat" becomes
+    {"prompt": "a cat"}.
+
+    Raises UsageError for anything else, and for an object that has a key twice.
+    """
     try:
         rows = parse_json(text)
     except json.JSONDecodeError as error:
@@ -583,8 +588,8 @@ def read_json_array(text: str) -> list[Row]:
 
 
 def parse_json(text: str) -> Any:
-    """Return a JSON value. Raises UsageError if an object has a key twice, which json.loads lets
-    pass: there the last one wins."""
+    """Return the value of a JSON text. Raises UsageError if an object has a key twice; json.loads
+    would take the last one. Raises JSONDecodeError if the text is no JSON."""
     return json.loads(text, object_pairs_hook=as_object)
 
 

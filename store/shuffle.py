@@ -64,7 +64,7 @@ def cut(units: np.ndarray, most: int) -> np.ndarray:
     first = units[begins, 1]
     end = units[ends, 2]
 
-    # each run of joined units becomes so many blocks, of which `number` is one
+    # each run of joined units becomes `num_blocks` blocks; `number` counts them from 0
     num_blocks = -(-(end - first) // most)
     run = np.arange(len(file)).repeat(num_blocks)
     blocks_before = np.cumsum(num_blocks) - num_blocks
@@ -168,11 +168,11 @@ class Plan:
             self.resident = SLABS - 1
             self.size = SLABS * self.slab
         self.stages = self.parts - self.resident + 1  # of an epoch
-        self.given_by = self.shares()
+        self.shares_given = self.shares()
         self.epoch = lru_cache(2)(self.cut_epoch)
 
     def cut_epoch(self, epoch: int) -> Epoch:
-        """Permute the blocks and cut them into parts of nearly equal size."""
+        """Return the blocks of an epoch, permuted and cut into parts of nearly equal size."""
         if self.fits:
             whole = np.array([0, len(self.blocks)])
             return Epoch(np.arange(len(self.blocks)), whole, np.array([self.total]))
@@ -206,7 +206,8 @@ class Plan:
         return first, first + self.resident - 1
 
     def shares(self) -> np.ndarray:
-        """Return what share of its groups each part has given after each of its stages: (S, 1 + 7).
+        """Return what share of its groups each part has given after each of its stages, in [0, 1]:
+        (S, 1 + 7).
 
         Column j counts the stages in which the part is in memory: [p, j] is what part p has given
         before the j-th, [p, j + 1] what it has given with it. A part is the last in memory in its
@@ -228,35 +229,42 @@ class Plan:
             stage_sizes = np.bincount(t[exists], shares[exists], self.stages)
         return np.pad(np.cumsum(shares, 1), ((0, 0), (1, 0))).round(9)
 
-    def given(
+    def groups_for_stage(
         self, size: np.ndarray | int, p: np.ndarray | int, t: np.ndarray | int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return which of its groups part p of an epoch gives to stage t: the first and the end.
+        """Return which of its groups part p of an epoch gives to stage t of it: the first and the
+        end, counted within the part.
 
-        The part has `size` groups, in an order of its own (see `draw`). Works on arrays too.
+        The part has `size` groups, in an order of its own (see `draw`). A part of 100 groups that
+        gives 38, 24 and 38 % to the stages 0, 1 and 2 gives groups 38 to 62 to stage 1. Works on
+        arrays too.
         """
         j = t - p + self.resident - 1
-        first = (size * self.given_by[p, j]).astype(np.int64)
-        end = (size * self.given_by[p, j + 1]).astype(np.int64)
+        first = (size * self.shares_given[p, j]).astype(np.int64)
+        end = (size * self.shares_given[p, j + 1]).astype(np.int64)
         return first, end
 
-    def find(self, group: int) -> tuple[int, int]:
-        """Return the stage in which a group of the endless shuffle comes, and its place in it."""
+    def stage_of_group(self, group: int) -> tuple[int, int]:
+        """Return the stage in which a group comes, and its number among the groups of that stage.
+
+        group: its number in the endless shuffle, from 0. Stages are numbered through all epochs.
+        """
         epoch, position = divmod(group, self.total)
         sizes = self.epoch(epoch).sizes
         t = np.arange(self.stages)
         stage_sizes = np.zeros(self.stages, np.int64)
         for r in range(self.resident):
-            first, end = self.given(sizes[t + r], t + r, t)
+            first, end = self.groups_for_stage(sizes[t + r], t + r, t)
             stage_sizes += end - first
         ends = np.cumsum(stage_sizes)
         t = int(np.searchsorted(ends, position, side="right"))
         return epoch * self.stages + t, int(position - (ends[t] - stage_sizes[t]))
 
     def draw(self, part: int) -> tuple[np.ndarray | None, np.ndarray]:
-        """Return a part's own random order, as groups of the buffer, and their steps: (n,), (n,).
+        """Return a part's groups in a random order, and their steps: (n,) each.
 
-        If all fits there is no such order, None: the steps are those of the groups in a row.
+        A group is named by its place in the buffer, counted in groups. If all rows fit the buffer,
+        there is no such order but None, and the steps are those of the groups as they lie.
         """
         pieces = self.pieces(part)
         steps = []
@@ -269,9 +277,9 @@ class Plan:
         return self.first_group(part) + order, steps[order]
 
     def order(self, stage: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the groups of a stage in the order in which they come, and their steps.
+        """Return the groups of a stage in the order in which they come, and their steps: (n,) each.
 
-        (n,): places in the buffer, counted in groups; (n,): steps.
+        A group is named by its place in the buffer, counted in groups.
         """
         first, last = self.window(stage)
         drawn = {}
@@ -287,7 +295,7 @@ class Plan:
         steps = []
         for part, (part_groups, part_steps) in drawn.items():
             t = stage % self.stages
-            begin, end = self.given(len(part_groups), part % self.parts, t)
+            begin, end = self.groups_for_stage(len(part_groups), part % self.parts, t)
             groups.append(part_groups[begin:end])
             steps.append(part_steps[begin:end])
         groups = np.concatenate(groups)
@@ -304,8 +312,8 @@ class Batch:
         self.steps: list[np.ndarray] = []
         self.tasks: list[Future] = []
 
-    def wait(self) -> None:
-        """Return when all rows are copied; raise what a task raised."""
+    def wait_until_copied(self) -> None:
+        """Wait until all rows are copied. Raises what a task raised."""
         for task in self.tasks:
             task.result()
 
@@ -343,7 +351,7 @@ class Reader:
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield (rows (n, row_bytes) uint8, their steps (n,) int64) of each batch.
 
-        Of a batch, only this process's share (i, n) is gathered. See `Activations.batches`.
+        Only this process's share (i, n) of a batch is yielded. See `Activations.batches`.
         """
         tokens = self.tokens
         assert not start % tokens and not stop % tokens and not batch_size % tokens
@@ -380,8 +388,8 @@ class Reader:
 
         While one batch is used, up to `ahead` more are being gathered.
         """
-        self.stage, self.position = self.plan.find(start)
-        self.last, _ = self.plan.find(stop - 1)
+        self.stage, self.position = self.plan.stage_of_group(start)
+        self.last, _ = self.plan.stage_of_group(stop - 1)
         self.order, self.steps = self.enter(self.stage)
         waiting: deque[Batch] = deque()
         while start < stop or waiting:
@@ -390,7 +398,7 @@ class Reader:
                 self.begin_batch(num_groups, share, waiting)
                 start += num_groups
             batch = waiting.popleft()
-            batch.wait()
+            batch.wait_until_copied()
             steps = np.concatenate([*batch.steps, self.steps[:0]]).repeat(self.tokens)
             step = torch.from_numpy(steps.astype(np.int64))
             num_bytes = len(step) * self.row_bytes
@@ -399,7 +407,8 @@ class Reader:
     def begin_batch(self, num_groups: int, share: tuple[int, int], waiting: deque[Batch]) -> None:
         """Append the batch of the next `num_groups` groups to those that are being gathered.
 
-        A batch may span stages. The groups `low` to `high` of it are this process's share.
+        A batch may span stages. Its groups `low` to `high` are this process's share; only these are
+        gathered.
         """
         index, count = share
         low = num_groups * index // count
@@ -410,7 +419,7 @@ class Reader:
         while done < num_groups:
             if self.position == len(self.order):
                 for other in waiting:  # the next stage may read over what these still need
-                    other.wait()
+                    other.wait_until_copied()
                 self.stage += 1
                 self.position = 0
                 self.order, self.steps = self.enter(self.stage)
@@ -438,25 +447,28 @@ class Reader:
     def enter(self, stage: int) -> tuple[np.ndarray, np.ndarray]:
         """Wait until the parts of a stage are in memory, and return its order (see `Plan.order`).
 
-        What the next stage needs is asked for.
+        The reading of the part that the next stage needs is started, and so is the computing of
+        that stage's order.
         """
         first, last = self.plan.window(stage)
         if stage not in self.orders:
             self.orders[stage] = self.readers.submit(self.plan.order, stage)
-        self.wait()
+        self.wait_until_read()
         if any(part not in self.reads for part in range(first, last + 1)):
-            self.ask(first, last)  # the beginning, also that of an epoch
-            self.wait()
+            self.start_reading(first, last)  # the beginning, also that of an epoch
+            self.wait_until_read()
         order = self.orders.pop(stage).result()
         self.reads = {part: tasks for part, tasks in self.reads.items() if part >= first}
         if stage < self.last:
             self.orders[stage + 1] = self.readers.submit(self.plan.order, stage + 1)
             next_last = self.plan.window(stage + 1)[1]
-            self.ask(last + 1, min(next_last, first + SLABS - 1))  # as far as there are slabs
+            last_with_slab = first + SLABS - 1
+            self.start_reading(last + 1, min(next_last, last_with_slab))
         return order
 
-    def ask(self, first: int, last: int) -> None:
-        """Read the parts `first` to `last` in the background, but those that were asked for."""
+    def start_reading(self, first: int, last: int) -> None:
+        """Read the parts `first` to `last` in the background, without those that are in memory or
+        being read already."""
         for part in range(first, last + 1):
             if part in self.reads:
                 continue
@@ -469,8 +481,8 @@ class Reader:
                 tasks.append(self.readers.submit(self.read, *piece, begin))
             self.reads[part] = tasks
 
-    def wait(self) -> None:
-        """Return when all parts that were asked for are in memory."""
+    def wait_until_read(self) -> None:
+        """Wait until all parts whose reading was started are in memory."""
         tasks = []
         for part_tasks in self.reads.values():
             tasks += part_tasks
@@ -479,7 +491,8 @@ class Reader:
         self.reads = dict.fromkeys(self.reads, ())
 
     def read(self, number: int, first: int, end: int, begin: int) -> None:
-        """Copy rows `first` to `end` of a file into the buffer, from its byte `begin` on."""
+        """Copy rows `first` to `end` of file `number` into the buffer, from the buffer's byte
+        `begin` on."""
         file = self.files[number]
         memory = memoryview(self.buffer)[begin : begin + (end - first) * self.row_bytes]
         fill(self.open_files[file.path], memory, file.offset + first * self.row_bytes, file.path)

@@ -80,7 +80,7 @@ def marks() -> str:
 
 
 def is_mark(character: str) -> bool:
-    """Whether a character changes the letter before it: an accent or a vowel sign."""
+    """Return whether a character changes the letter before it: an accent or a vowel sign."""
     return unicodedata.category(character)[0] == "M"
 
 
@@ -143,7 +143,7 @@ def compared_form(text: str) -> str:
 
 
 def has_word(text: str, word: str) -> bool:
-    """Whether a text has a word, or several words in a row.
+    """Return whether a text has a word, or several words in a row.
 
     A part of a longer word does not count ("star" in "starry", "don" in "don't", "C" in "C++"),
     except in a script without spaces, and except that Korean particles and Arabic articles and
@@ -162,7 +162,11 @@ def has_word(text: str, word: str) -> bool:
 
 
 def stands_in(text: str, word: str) -> bool:
-    """Whether a word, or several in a row, stands in a text on its own; both as compared."""
+    """Return whether a word, or several in a row, stands in a text on its own, and not within
+    another word.
+
+    Both are in the form that `compared_form` returns.
+    """
     start = text.find(word)
     while start >= 0:
         end = start + len(word)
@@ -173,7 +177,8 @@ def stands_in(text: str, word: str) -> bool:
 
 
 def starts_word(text: str, start: int, word: str) -> bool:
-    """Whether nothing stands before text[start:] in the same word, or only an Arabic prefix."""
+    """Return whether nothing stands before text[start:] in the same word, or only an Arabic
+    prefix."""
     if text[:start].endswith("n'") and REST_OF_NOT.match(text, start - 1):
         return False
     if not is_one_word(text[:start][-1:], word[0]):
@@ -193,7 +198,7 @@ def starts_word(text: str, start: int, word: str) -> bool:
 
 
 def ends_word(text: str, end: int, word: str) -> bool:
-    """Whether nothing follows text[:end] in the same word, or only Korean particles."""
+    """Return whether nothing follows text[:end] in the same word, or only Korean particles."""
     if word[-1] == "n" and REST_OF_NOT.match(text, end):
         return False
     if is_name_with_sign(text, end):
@@ -208,13 +213,13 @@ def ends_word(text: str, end: int, word: str) -> bool:
 
 
 def is_name_with_sign(text: str, end: int) -> bool:
-    """Whether text[:end] ends with the letter of a name such as "C++", without its sign."""
+    """Return whether text[:end] ends with the letter of a name such as "C++", without its sign."""
     name = word_pattern().match(text, end - 1)
     return name is not None and name.end() > end and name[0].endswith(SIGNS_OF_NAME)
 
 
 def are_particles(before: str, ending: str) -> bool:
-    """Whether an ending is one Korean particle or several, such as "에서" and "는".
+    """Return whether an ending is one Korean particle or several, such as "에서" and "는".
 
     before: the character before the ending. For "우" and "가" it is True; for "사" and "과", False.
     """
@@ -253,7 +258,8 @@ def without_marks(text: str) -> str:
 
 
 def is_one_word(left: str, right: str) -> bool:
-    """Whether two neighbouring characters belong to one word; "" stands for an end of the text.
+    """Return whether two neighbouring characters belong to one word; "" stands for an end of the
+    text.
 
     For "a" and "b" it is True; for "a" and " ", or "a" and "", False. For two letters of which one
     belongs to a script without spaces it is False, since a text may be cut between any of these.

@@ -11,7 +11,7 @@ import torch
 
 from errors import UsageError
 from store import dataset, shuffle
-from store.activation_file import open_activation_file, open_file
+from store.activation_file import check_file, open_activation_file
 from store.dataset import Activations, newest_activations, open_activations
 from store.disk import checksum
 from store.identity import activations_of
@@ -491,7 +491,7 @@ def test_bfloat16_needs_its_description(tmp_path):
     values = torch.randn(10, 4, 3).bfloat16()
     np.save(tmp_path / "a.npy", values.view(torch.uint16).numpy())
     with pytest.raises(ValueError, match="uint16"):
-        open_file(tmp_path / "a.npy")
+        check_file(tmp_path / "a.npy")
     describe(tmp_path / "a.npy", dtype="bfloat16", shape=[10, 4, 3])
     data = Activations([tmp_path / "a.npy"])
     rows = torch.cat([*data.held_out(), *(x for x, _ in data.batches(5, data.num_training))])
@@ -540,17 +540,17 @@ def test_files_that_do_not_fit_together(tmp_path):
 def test_damaged_description(tmp_path):
     path = numbered(tmp_path / "a.npy")
     describe(path, shape=[20, 3, 8, 2])
-    open_file(path)
+    check_file(path)
     text = path.with_suffix(".json").read_text()
     path.with_suffix(".json").write_text(text.replace("mid_block", "mid_blocK"))
     with pytest.raises(ValueError, match="checksum"):
-        open_file(path)
+        check_file(path)
     path.with_suffix(".json").write_text(text[:30])
     with pytest.raises(ValueError, match="a.json"):
-        open_file(path)
+        check_file(path)
     describe(path, shape=[21, 3, 8, 2])
     with pytest.raises(ValueError, match="its .json says"):
-        open_file(path)
+        check_file(path)
 
 
 def test_batches_hold_every_step_alike(tmp_path):
@@ -620,7 +620,7 @@ def test_a_flipped_byte_in_a_description_is_seen(tmp_path):
         for flip in (1, 2, 32, 255):
             path.write_bytes(data[:place] + bytes([data[place] ^ flip]) + data[place + 1 :])
             try:
-                assert open_file(tmp_path / "a.npy")[1] == record
+                assert check_file(tmp_path / "a.npy")[1] == record
             except ValueError:
                 refused += 1
     assert refused > 2 * len(data)

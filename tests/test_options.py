@@ -39,6 +39,9 @@ class Config(Base):
     widths: tuple[int, ...] = (1, 2)
     """Try these widths."""
 
+    seed: int = 0
+    """Draw with this seed."""
+
     center: bool = True
     """Start b_dec at the median."""
 
@@ -138,6 +141,8 @@ def test_help_fits_the_terminal(monkeypatch, capsys, columns):
     assert "--k INT [INT ...] Keep this many latents active per vector. (default: 16)" in words
     assert "Run here: 100 % of it. (default: auto)" in words
     assert "(default: on; --no_center turns it off)" in words
+    assert "--seed INT Draw with this seed. (default: 0)" in words
+    assert "Print nothing. (default" not in words
     assert "Print nothing. --" not in words and "None" not in words
 
 

@@ -178,7 +178,7 @@ def test_a_billion_vectors_are_planned_in_seconds():
     steps_of = lambda pieces: np.zeros(int((pieces[:, 2] - pieces[:, 1]).sum()), np.int64)
     started = time.process_time()
     plan = Plan(units, steps_of, 2560, 1, 2 << 30, 0)
-    stage, at = plan.find(plan.total * 3 + 456_789_012)
+    stage, at = plan.stage_of_group(plan.total * 3 + 456_789_012)
     order, _ = plan.order(stage)
     assert time.process_time() - started < 20 and plan.total == 9 * 10**8
     assert 0 <= at < len(order) < plan.size and len(np.unique(order)) == len(order)

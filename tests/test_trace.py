@@ -8,8 +8,10 @@ import torch
 from tiny import PROMPTS, build, generate_options, sd15
 
 from diffusion.class_patches import PATCHES, patched
-from diffusion.guidance import Pass, StepRoles, find_roles
+from diffusion.forward import Forward
+from diffusion.guidance import OtherForward, RoleFinder, StepRoles, find_roles
 from diffusion.schedulers import number, position_of, step_arguments
+from errors import UsageError
 from hook import HookedDiffusionModel
 
 
@@ -54,10 +56,37 @@ def test_roles_of_a_step_by_prompts_and_by_guidance():
     model_output = 5 * c - 4 * u
 
     assert find_roles([forward], model_output, 2) == StepRoles([["uncond", "cond"]], 1, False)
-    passes = [Pass(other.denoiser, other.rows, other.conditioning, other.output)]
-    by_prompts = find_roles([forward], model_output, 2, passes=passes)
+    passes = [OtherForward(other.denoiser, other.rows, other.conditioning, other.output)]
+    by_prompts = find_roles([forward], model_output, 2, other_forwards=passes)
     assert by_prompts == StepRoles([["uncond", "cond"]], 1, True)
     assert find_roles([forward], c, 2, order=("cond", "other")).roles == [["cond", "other"]]
+
+
+def test_a_step_without_tensors_tells_nothing_by_other_prompts():
+    """A denoiser may return no tensor, and its conditioning may not depend on the prompts."""
+    x = torch.ones(2, 3)
+    forwards = [Forward("unet", 2, None, {}, x, [x]) for _ in range(2)]
+    others = [OtherForward("unet", 2, [x], output) for output in (None, x)]
+    told = find_roles(forwards, x, 2, other_forwards=others)
+    assert told == StepRoles(None, None, is_sure=False)
+
+
+@pytest.mark.parametrize("with_another_kind", [False, True])
+def test_the_error_names_the_kind_of_step_that_tells_nothing(with_another_kind):
+    finder = RoleFinder()
+    u, c, other = torch.randn(3, 1, 5, generator=torch.Generator().manual_seed(0))
+    conditioning = torch.arange(3.0)[:, None]
+    if with_another_kind:  # two chunks, guided
+        forward = Forward("unet", 2, None, {}, u, [conditioning[:2]], output=torch.cat([u, c]))
+        finder.label([forward], 5 * c - 4 * u, 1)
+        assert forward.roles == ["uncond", "cond"]
+    # three chunks, mixed with positive weights
+    outputs = torch.cat([u, c, other])
+    forward = Forward("unet", 3, None, {}, u, [conditioning], index=7, output=outputs)
+    finder.label([forward], u + c + other, 1)
+    kind = "no step of the kind of step 7" if with_another_kind else "no step"
+    with pytest.raises(UsageError, match=f"and in {kind} the guidance scale was above 1"):
+        finder.label_or_refuse_the_rest()
 
 
 class Counter:

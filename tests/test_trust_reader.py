@@ -305,7 +305,7 @@ def test_image_scores_of_two_files_are_those_of_their_numbers(of_two_files):
     activations = Activations(sae.cfg["data"])
     scores, chosen = image_scores(sae, activations, pictures=20)
     x = np.concatenate([numbers_of(path) for path in activations.paths])
-    listing = activations.rows_of_prompts()
+    listing = activations.prompt_lines()
     assert len(listing) == 96 and max(chosen) >= 48
     for score, picture in zip(scores[::5], chosen[::5]):
         acts, indices = sae.encode(torch.from_numpy(x[picture]))[:2]

@@ -424,7 +424,7 @@ def test_update_never_waits_for_the_device(options):
         step.gradient_memory if "group" in options else [None, None],
     )
     step.state["dead"][:9] = True
-    step.index_dead()
+    step.make_dead_indices()
     assert step.dead_indices.tolist() == [*range(9), *[96] * 7]
     kernels = {
         (m, n): k

@@ -263,7 +263,8 @@ def captions(attributes: Attributes) -> list[str]:
     """
 
     def join(*names: str) -> str:
-        """The values of these attributes with spaces between them; an empty size is left out."""
+        """Return the values of these attributes with spaces between them; an empty size is left
+        out."""
         return " ".join(attributes[name] for name in names if attributes[name])
 
     colour = attributes["colour"]

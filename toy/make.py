@@ -422,7 +422,7 @@ def train_classifier(
         labels[name] = torch.tensor([values.index(each[name]) for each in attributes])
 
     def loss_of(generator: torch.Generator) -> Tensor:
-        """The sum of the cross entropies of object, style and colour."""
+        """Return the sum of the cross entropies of object, style and colour."""
         i = torch.randint(len(pixels), (CLASSIFIER_BATCH,), generator=generator)
         x = to_model(pixels[i])
         level = 0.15 * torch.rand(CLASSIFIER_BATCH, 1, 1, 1, generator=generator)
@@ -491,14 +491,15 @@ def train_unet(
     scheduler = parts.scheduler
 
     def tokenize(texts: str | list[str]) -> Tensor:
-        """Token ids (texts, 24)."""
+        """Return the token ids of texts, (texts, 24)."""
         return parts.tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
 
     token_ids = torch.stack([tokenize(captions(each)) for each in tqdm(attributes, "tokens")])
     empty = tokenize("")[0]
 
     def loss_of(generator: torch.Generator) -> Tensor:
-        """The mean squared error of v, for a random caption, timestep and noise of each sample."""
+        """Return the mean squared error of v, for a random caption, timestep and noise of each
+        sample."""
         i = torch.randint(len(samples), (batch_size,), generator=generator)
         x0 = samples[i].to(device)
 
