@@ -447,7 +447,8 @@ class HookedDiffusionModel:
         for name, denoiser in self.denoisers.items():
             size = getattr(getattr(denoiser, "config", None), "sample_size", None)
             is_pair = isinstance(size, (tuple, list))
-            if is_pair and type(size).__name__ in str(error):
+            blames_pair = "tuple" in str(error) or "list" in str(error)  # as in "'tuple' and 'int'"
+            if is_pair and blames_pair:
                 raise UsageError(
                     f"{type(self.pipe).__name__} can't use the sample_size {tuple(size)} of its "
                     f"{name} ({error}): give height and width"
