@@ -2,7 +2,7 @@
 
     python evaluate.py                                    # the newest SAE, on its training data
     python evaluate.py --sae saes/mid_block_k32_M20480 --graft
-    python evaluate.py --sae theirs --data activations/mid_block.npy  # any SAE that can be loaded
+    python evaluate.py --sae theirs --data activations/mid_block.npy  # any SAE that loads
 
 It measures FVU, explained variance, L0, cosine, dead and always-on latents on vectors that training
 never saw; analysis/metrics.py defines each. With --graft it also generates with the SAE's

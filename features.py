@@ -2,7 +2,7 @@
 
     python features.py                           # the newest SAE in saes/, on its training data
     python features.py --sae saes/mid_block_k32_M20480 --top_images 24
-    python features.py --sae theirs --data activations/mid_block.npy  # an SAE of another package
+    python features.py --sae theirs --data activations/mid_block.npy  # of another package
 
 In a notebook:
 
