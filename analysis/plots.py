@@ -113,7 +113,7 @@ def plot_sweep(path: Path, rows: list[dict]) -> None:
     ax.plot(*zip(*best), color="#444444", ls=":", lw=1.2, label="no other has fewer and better")
     ax.set(
         title="Fewer active latents or less error",
-        xlabel="active latents a vector (L0)",
+        xlabel="active latents per vector (L0)",
         ylabel="FVU on held-out vectors",
     )
     if max(l0 for l0, _ in points) > 3 * min(l0 for l0, _ in points):
@@ -171,8 +171,8 @@ def plot_evaluation(path: Path, by_step: list[Metrics], timesteps: list[float], 
     draw(fvu, "fvu", BLUE, "at this timestep")
     fvu.set_title("Variance not explained (FVU)")
     draw(l0, "l0", BLUE, "at this timestep")
-    l0.set_title("Active latents a vector (L0)")
-    draw(latents, "dead", BLUE, "silent at this timestep")
+    l0.set_title("Active latents per vector (L0)")
+    draw(latents, "dead", BLUE, "not active at this timestep")
     draw(latents, "always_on", ORANGE, "always on")
     latents.set_title("Share of latents")
 
