@@ -6,6 +6,7 @@ repository are imported by each fork. What is read when those libraries are impo
 script really starts, a fork can't show: `run_fresh` starts Python itself.
 """
 
+import contextlib
 import multiprocessing
 import os
 import runpy
@@ -107,7 +108,9 @@ class Script:
 
     def send_signal(self, number):
         if self.poll() is None:
-            os.kill(self.pid, number)
+            # The server that forked it may have noticed its end before this process did.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     def kill(self):
         """End it, if it has not ended."""
