@@ -365,6 +365,7 @@ def test_other_settings(monkeypatch, capsys, tmp_path, short):
     assert {p: p.read_bytes() for p in (tmp_path / "a").rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.slow  # a Python of its own imports torch
 def test_a_real_command_line_has_no_traceback(tmp_path):
     """One of them in a process of its own: the guard, the status and stderr."""
     done = subprocess.run(
@@ -457,6 +458,7 @@ def test_percent_run_does_run(shell, capsys):
     assert "--hook_names" in capsys.readouterr().out
 
 
+@pytest.mark.slow  # a Python of its own imports torch
 def test_the_folder_kernels_gets_on_with_the_package_of_that_name(tmp_path):
     """transformers imports from Hugging Face's `kernels` where its metadata says that a fitting
     version is installed."""

@@ -159,10 +159,21 @@ def embeddings(texts):
     return torch.tensor(values)
 
 
-PAGES_WITH_PYTHON = [page for page in PAGES if any(b.is_run for b in blocks(page, "python"))]
+GENERATING_PAGES = ["README.md", "python.md"]
+"""Their blocks generate images with the toy, which takes 10 and 25 s on one core."""
 
 
-@pytest.mark.parametrize("page", PAGES_WITH_PYTHON, ids=lambda page: page.name)
+def pages_with_python():
+    """The pages that have a Python block to run; those that generate images are slow."""
+    pages = []
+    for page in PAGES:
+        if any(block.is_run for block in blocks(page, "python")):
+            marks = [pytest.mark.slow] if page.name in GENERATING_PAGES else []
+            pages.append(pytest.param(page, marks=marks))
+    return pages
+
+
+@pytest.mark.parametrize("page", pages_with_python(), ids=lambda page: page.name)
 def test_python_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)

@@ -14,6 +14,8 @@ import train
 from evaluate import Config, main
 from sae import Sae
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def trained(model_folder, tmp_path_factory):

@@ -1,6 +1,8 @@
 """Edits of features: against dense codes, at the rows, steps and tokens that were asked for, and
 nothing else moves a bit."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -106,33 +108,50 @@ def test_what_is_refused():
         adding_edits(HookPoint(HOOK), None, None, rows="all")
 
 
+@functools.cache
+def hooked_model(dtype=None):
+    """One model per dtype for all tests of this file: making it takes longer than a sampling."""
+    pipe = build(sd15)
+    if dtype is not None:
+        pipe.to(dtype)
+    return HookedDiffusionModel.from_pipeline(pipe)
+
+
 def generate(change, steps=None, dtype=None, hook_point=POINT, **options):
     """(latents, [(output of the module, what follows it got)] a step, chunks as the pipeline stacks
     them) of two prompts."""
-    pipe, seen = build(sd15), []
-    if dtype is not None:
-        pipe.to(dtype)
-    module, follower = pipe.unet.get_submodule(HOOK), pipe.unet.get_submodule("mid_block.resnets.1")
-    hooked = HookedDiffusionModel.from_pipeline(pipe)
-    with hooked.watch(2) as sampling:  # which the planning step is no part of
-        listen = lambda module, args, output: (
-            seen.append([output[0].clone()]) if not sampling.paused else None
-        )
-        follow = lambda module, args: (
-            seen[-1].append(args[0].clone()) if not sampling.paused else None
-        )
-        module.register_forward_hook(listen)
-        follower.register_forward_pre_hook(follow)
-        edits = (
-            {}
-            if change is None
-            else {HOOK: adding_edits(hook_point, change, sampling, steps=steps, **options)}
-        )
-        out = hooked.run_with_hooks(
-            edits, PROMPTS[:2], **generate_options(2, num_inference_steps=3)
-        ).images
-    tokens = lambda x: x.flatten(2).transpose(1, 2)
-    return out, [(tokens(a), tokens(b)) for a, b in seen]
+    hooked = hooked_model(dtype)
+    unet = hooked.pipe.unet
+    seen = []
+    # The dry step, in which the plan is made, runs the modules too; it is not part of the sampling.
+    with hooked.watch(2) as sampling:
+
+        def keep_output(module, args, output):
+            if not sampling.paused:
+                seen.append([output[0].clone()])
+
+        def keep_input(module, args):
+            if not sampling.paused:
+                seen[-1].append(args[0].clone())
+
+        handles = [
+            unet.get_submodule(HOOK).register_forward_hook(keep_output),
+            unet.get_submodule("mid_block.resnets.1").register_forward_pre_hook(keep_input),
+        ]
+        edits = {}
+        if change is not None:
+            edits[HOOK] = adding_edits(hook_point, change, sampling, steps=steps, **options)
+        try:
+            arguments = generate_options(2, num_inference_steps=3)
+            images = hooked.run_with_hooks(edits, PROMPTS[:2], **arguments).images
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def tokens(x):
+        return x.flatten(2).transpose(1, 2)
+
+    return images, [(tokens(before), tokens(after)) for before, after in seen]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -205,6 +205,7 @@ HEAVY = (
 )
 
 
+@pytest.mark.slow  # a Python of its own imports torch
 def test_loading_one_imports_little(tmp_path):
     """Neither the command line, nor diffusers, nor plots: an SAE of this project and one of
     another."""

@@ -123,6 +123,7 @@ def test_closing_ends_the_threads_and_closes_the_files(tmp_path):
     assert times_open(tmp_path / "a.npy") == opened
 
 
+@pytest.mark.slow  # a Python of its own imports torch
 @pytest.mark.parametrize(
     "end",
     ["", "raise ValueError('boom')", "import os, signal; os.kill(os.getpid(), signal.SIGINT)"],
@@ -169,6 +170,7 @@ def test_blocks_cover_the_units():
     assert cut(units, 8).tolist() == expected
 
 
+@pytest.mark.slow
 def test_a_billion_vectors_are_planned_in_seconds():
     shuffle.BLOCK_BYTES = 1 << 20
     units = np.stack(

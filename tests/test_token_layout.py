@@ -9,8 +9,21 @@ from torch import nn
 
 from hook import HookedDiffusionModel, NotHookable
 
+LARGE = [
+    "animatediff", "audioldm2", "controlnet", "hunyuanvideo", "instruct_pix2pix", "kandinsky22", "lumina2", "pag",
+    "qwenimage", "sdxl", "stable_audio", "svd", "wan22", "zimage",
+]  # fmt: skip
+"""Recipes with many layers, each of which takes 0.5 to 3 s here."""
 
-@pytest.mark.parametrize("recipe", [*RECIPES, *EXTRAS], ids=lambda recipe: recipe.__name__)
+
+def recipes():
+    """All recipes; the large ones are slow."""
+    for recipe in [*RECIPES, *EXTRAS]:
+        marks = [pytest.mark.slow] if recipe.__name__ in LARGE else []
+        yield pytest.param(recipe, marks=marks)
+
+
+@pytest.mark.parametrize("recipe", recipes(), ids=lambda recipe: recipe.__name__)
 def test_the_width_of_each_layer_is_its_own(recipe):
     """d of a layer's output is what the layer itself says: channels of a convolution, features of a
     linear layer."""
