@@ -80,16 +80,17 @@ class Browser:
 
     def read(self):
         while b"\0" not in self.buffer:
-            part = os.read(self.source, 1 << 20)
-            if not part:
+            piece = os.read(self.source, 1 << 20)
+            if not piece:
                 raise RuntimeError("Chromium is gone")
-            self.buffer += part
+            self.buffer += piece
         message, _, self.buffer = self.buffer.partition(b"\0")
         return json.loads(message)
 
     def send(self, method, **params):
         self.number += 1
-        number, message = self.number, {"id": self.number, "method": method, "params": params}
+        number = self.number
+        message = {"id": self.number, "method": method, "params": params}
         data = (
             json.dumps(message | ({"sessionId": self.session} if self.session else {})).encode()
             + b"\0"
@@ -128,12 +129,12 @@ class Browser:
 
     def run(self, expression):
         """The value of an expression in the page, awaited if it is a promise."""
-        found = self.send(
+        answer = self.send(
             "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
         )
-        if "exceptionDetails" in found:
-            raise RuntimeError(found["exceptionDetails"])
-        return found["result"].get("value")
+        if "exceptionDetails" in answer:
+            raise RuntimeError(answer["exceptionDetails"])
+        return answer["result"].get("value")
 
     def wait(self, expression, seconds=60):
         end = time.monotonic() + seconds

@@ -147,11 +147,11 @@ class Processes:
 
     def poll(self):
         """Exit status of one that failed, 0 when all have ended well; None while they run."""
-        found = [script.poll() for script in self.scripts]
-        if any(found):
+        statuses = [script.poll() for script in self.scripts]
+        if any(statuses):
             self.send_signal(signal.SIGTERM)
-            return next(filter(None, found))
-        return None if None in found else 0
+            return next(filter(None, statuses))
+        return None if None in statuses else 0
 
     def wait(self, timeout=120):
         end = time.monotonic() + timeout

@@ -41,11 +41,11 @@ class Block(NamedTuple):
 
 def blocks(page: Path, language: str) -> list[Block]:
     """The fenced blocks of a page in one language, in their order."""
-    found = []
+    result = []
     for match in FENCE.finditer(page.read_text()):
         if match["language"] == language:
-            found.append(Block(page, language, match["text"], match["mark"] is None))
-    return found
+            result.append(Block(page, language, match["text"], match["mark"] is None))
+    return result
 
 
 def commands(block: Block) -> list[list[str]]:
@@ -54,16 +54,16 @@ def commands(block: Block) -> list[list[str]]:
     For "python a.py --x 1 \\\\\\n --y && python b.py  # why" it gives [["python", "a.py", "--x", "1", "--y"],
     ["python", "b.py"]].
     """
-    found = []
+    lines = []
     for line in block.text.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         while "&&" in words:
             end = words.index("&&")
-            found.append(words[:end])
+            lines.append(words[:end])
             words = words[end + 1 :]
         if words:
-            found.append(words)
-    return found
+            lines.append(words)
+    return lines
 
 
 def all_commands() -> Iterator[tuple[Block, list[str]]]:
@@ -87,11 +87,11 @@ def links(page: Path) -> list[str]:
 def anchors(page: Path) -> set[str]:
     """The anchors that GitHub gives the headings of a page: `## How much disk?` has
     how-much-disk."""
-    found = set()
+    names = set()
     for heading in re.findall(r"^#+ (.*)$", without_code(page.read_text()), re.MULTILINE):
         kept = re.sub(r"[^\w\- ]", "", heading.strip().lower())
-        found.add(kept.replace(" ", "-"))
-    return found
+        names.add(kept.replace(" ", "-"))
+    return names
 
 
 def runs_here(block: Block, words: list[str]) -> bool:

@@ -1,11 +1,11 @@
 """The ablations do what they say, and the report holds what was measured."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from files import read_json
 from PIL import Image
 from tiny import PROMPTS, build, generate_options, sd15
 
@@ -30,7 +30,8 @@ def config(model_folder, tmp_path):
 
 @pytest.mark.parametrize("mode", ablate.EDITS)
 def test_what_each_mode_puts_in_place(mode):
-    pipe, seen = build(sd15), []
+    pipe = build(sd15)
+    seen = []
     module, follower = (
         pipe.unet.get_submodule("mid_block." + name) for name in ("attentions.0", "resnets.1")
     )
@@ -46,13 +47,13 @@ def test_what_each_mode_puts_in_place(mode):
     )  # unconditional and conditional rows each have their own mean
     mean = chunks.mean(1, keepdim=True).expand_as(chunks).flatten(0, 1)
     expected = {"skip": before, "zero": torch.zeros_like(after), "mean": mean}[mode]
-    assert torch.allclose(edited, expected, atol=1e-6) and (
-        mode == "mean" or torch.equal(edited, expected)
-    )
+    assert torch.allclose(edited, expected, atol=1e-6)
+    assert mode == "mean" or torch.equal(edited, expected)
 
 
 def test_distances_by_hand():
-    latents, images = torch.ones(2, 1, 2, 2), torch.zeros(2, 3, 2, 2)
+    latents = torch.ones(2, 1, 2, 2)
+    images = torch.zeros(2, 3, 2, 2)
     moved = Generated(latents * torch.tensor([2.0, 1.0]).view(2, 1, 1, 1), images + 0.5)
     assert ablate.distances(moved, Generated(latents, images)) == pytest.approx((0.5, 0.5))
 
@@ -68,20 +69,25 @@ def test_distances_by_hand():
 def test_a_report(config, mode, capsys):
     ablate.main(replace(config, mode=mode))
     out = Path(config.out_dir)
-    report = json.loads((out / "ablate.json").read_text())
+    report = read_json(out / "ablate.json")
     hooks = {h["hook_name"]: h for h in report["hooks"]}
-    assert len(hooks) == 5 and report["seeds"] == [0, 1, 2] and len(report["prompts"]) == 3
+    assert len(hooks) == 5
+    assert report["seeds"] == [0, 1, 2]
+    assert len(report["prompts"]) == 3
     ranked = [h["latents"] for h in report["hooks"] if "latents" in h]
-    assert ranked == sorted(ranked, reverse=True) and min(ranked) > 0
+    assert ranked == sorted(ranked, reverse=True)
+    assert min(ranked) > 0
     assert (hooks[HOOK]["tokens"], hooks[HOOK]["d"], hooks[HOOK]["grid"]) == (64, 16, [8, 8])
     assert hooks[HOOK]["mb_per_prompt"] == 2 * 64 * 16 * 2 / 1e6
     assert ("error" in hooks["down_blocks.0"]) == (
         mode == "skip"
     )  # its output has another shape than its input
     printed = capsys.readouterr().out
-    assert all(name in printed for name in hooks) and str(out / "ablate.png") in printed
+    assert all(name in printed for name in hooks)
+    assert str(out / "ablate.png") in printed
     pictures = Image.open(out / "ablate.png")
-    assert min(pictures.size) > 300 and (out / "ablate_ranking.png").exists()
+    assert min(pictures.size) > 300
+    assert (out / "ablate_ranking.png").exists()
 
 
 def test_other_settings_and_too_few_prompts_are_refused(config):

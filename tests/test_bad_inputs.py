@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 from commands import run_script
+from files import read_json
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -142,7 +143,8 @@ def run(good, words, damage=lambda folder: None):
         folder = Path(folder) / "here"
         shutil.copytree(good, folder)
         damage(folder)
-        before, err = contents(folder), io.StringIO()
+        before = contents(folder)
+        err = io.StringIO()
         script = SCRIPTS[words[0]]
         with (
             contextlib.chdir(folder), at_most(SECONDS), patch.object(sys, "argv", [f"{words[0]}.py", *words[1:]]),
@@ -296,7 +298,7 @@ KEYS = [
 @some(50)
 @given(data=st.data())
 def test_cfg_json(good, data):
-    cfg = json.loads((good / "sae" / "cfg.json").read_text())
+    cfg = read_json(good / "sae" / "cfg.json")
     changed = st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=3).map(
         lambda more: json.dumps(cfg | more).encode()
     )
@@ -351,13 +353,14 @@ def test_twenty_of_them_as_command_lines(good, tmp_path):
     assert len(cases) == 20
 
     def alone(i, words, line):
-        here = tmp_path / str(i) / "here"
-        shutil.copytree(good, here)
-        before = contents(here)
-        done = run_script(f"{words[0]}.py", *words[1:], cwd=here, OMP_NUM_THREADS="1")
-        assert done.returncode == 2 and "Traceback" not in done.stderr, (words, done.stderr[-2000:])
+        folder = tmp_path / str(i) / "here"
+        shutil.copytree(good, folder)
+        before = contents(folder)
+        done = run_script(f"{words[0]}.py", *words[1:], cwd=folder, OMP_NUM_THREADS="1")
+        assert done.returncode == 2, (words, done.stderr[-2000:])
+        assert "Traceback" not in done.stderr, (words, done.stderr[-2000:])
         assert line in done.stderr, (line, done.stderr[-2000:])
-        assert {path: contents(here).get(path) for path in before} == before
+        assert {path: contents(folder).get(path) for path in before} == before
 
     for i, case in enumerate(cases):
         alone(i, *case)

@@ -58,7 +58,8 @@ def test_the_stages_run_in_an_empty_folder(dist, tmp_path, model_folder):
         done = run_in(tmp_path, dist / f"{stage}.py", *words)
         assert done.returncode == 0, (stage, done.stderr[-3000:])
     assert "<html" in next((tmp_path / "features").glob("*.html")).read_text()
-    assert (tmp_path / "steer").is_dir() and (tmp_path / "exported").is_dir()
+    assert (tmp_path / "steer").is_dir()
+    assert (tmp_path / "exported").is_dir()
 
 
 @pytest.mark.slow
@@ -76,7 +77,8 @@ def test_the_bundled_files_give_the_same_bytes_as_the_checkout(dist, tmp_path, m
 @pytest.mark.slow
 def test_a_mistake_is_one_line(dist, tmp_path):
     done = run_in(tmp_path, dist / "train.py", "--ks", "3")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
     assert done.stderr.startswith("train.py: error: there is no option --ks")
 
 

@@ -67,15 +67,21 @@ def test_devices_and_dtypes():
 
 def test_processes_take_a_gpu_each_before_anything_is_on_one(monkeypatch):
     done = []
+
+    def noting(name, value):
+        def call(*args):
+            done.append((name, *args))
+            return value
+
+        return call
+
+    def zeros(n, device):
+        done.append(("zeros", device))
+        return torch.ones(n)
+
     for name, value in dict(is_available=True, device_count=2, set_device=None).items():
-        monkeypatch.setattr(
-            torch.cuda,
-            name,
-            lambda *args, name=name, value=value: done.append((name, *args)) or value,
-        )
-    monkeypatch.setattr(
-        torch, "zeros", lambda n, device: done.append(("zeros", device)) or torch.ones(n)
-    )
+        monkeypatch.setattr(torch.cuda, name, noting(name, value))
+    monkeypatch.setattr(torch, "zeros", zeros)
     monkeypatch.setenv("LOCAL_RANK", "1")
     for count, device in ((3, "auto"), (3, "cuda"), (2, "cuda:0"), (2, "cuda:1")):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(count))
@@ -85,13 +91,15 @@ def test_processes_take_a_gpu_each_before_anything_is_on_one(monkeypatch):
         ):
             resolve_device(device)
         assert not {"zeros", "set_device"} & {name for name, *_ in done}
-    assert resolve_device("auto") == torch.device("cuda") and done[-2:] == [
+    assert resolve_device("auto") == torch.device("cuda")
+    assert done[-2:] == [
         ("set_device", 1),
         ("zeros", "cuda"),
     ]
     assert resolve_device("cpu") == torch.device("cpu")
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
-    assert resolve_device("cuda:1") == torch.device("cuda:1") and ("set_device", 0) not in done
+    assert resolve_device("cuda:1") == torch.device("cuda:1")
+    assert ("set_device", 0) not in done
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):
@@ -132,10 +140,10 @@ def fail(message, cfg):
 
 def test_of_runtime_errors_only_a_peer_that_is_gone_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["x.py"])
-    for count, error, found in ((2, "Connection closed by peer", SystemExit), (2, "bug", RuntimeError),
+    for count, error, raised in ((2, "Connection closed by peer", SystemExit), (2, "bug", RuntimeError),
                                 (1, "Connection closed by peer", RuntimeError)):  # fmt: skip
         monkeypatch.setenv("WORLD_SIZE", str(count))
-        with pytest.raises(found):
+        with pytest.raises(raised):
             run_script(partial(fail, error), Lists)
     assert (
         capsys.readouterr().err
@@ -170,7 +178,8 @@ def mistakes(tmp_path, model_folder):
     for folder in ("none", "broken"):
         (tmp_path / folder).mkdir()
     (tmp_path / "broken" / "0.png").write_bytes(b"\x89PNG")
-    pictures, one_hook = [*model[:4]], ["--hook_names", "mid_block"]
+    pictures = [*model[:4]]
+    one_hook = ["--hook_names", "mid_block"]
     saes = ["--out_dir", tmp_path / "s", "--device", "cpu"]
     return [
         (
@@ -327,7 +336,7 @@ def mistakes(tmp_path, model_folder):
 
 
 def test_mistakes_end_with_one_line_and_status_2(monkeypatch, capsys, tmp_path, model_folder):
-    for what, script, options, said in mistakes(tmp_path, model_folder):
+    for what, script, options, message in mistakes(tmp_path, model_folder):
         before = sorted(p for p in tmp_path.rglob("*"))
         capsys.readouterr()
         status, err = command_line(monkeypatch, capsys, script, *options)
@@ -335,7 +344,9 @@ def test_mistakes_end_with_one_line_and_status_2(monkeypatch, capsys, tmp_path, 
             line for line in err.splitlines() if line.startswith(f"{script.__name__}.py: error: ")
         ]
         assert status == 2, (what, err)
-        assert len(lines) == 1 and err.rstrip().endswith(lines[0]) and said in lines[0], (what, err)
+        assert len(lines) == 1, (what, err)
+        assert err.rstrip().endswith(lines[0]), (what, err)
+        assert message in lines[0], (what, err)
         assert "Traceback" not in err, what
         made = [p for p in tmp_path.rglob("*") if p not in before and p.is_file()]
         assert not made, (what, made)
@@ -353,7 +364,9 @@ def test_no_free_space(monkeypatch, capsys, tmp_path, short):
         collect.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})
     )
     status, err = command_line(monkeypatch, capsys, collect, *short)
-    assert status == 2 and "do not fit" in err and not (tmp_path / "a").exists()
+    assert status == 2
+    assert "do not fit" in err
+    assert not (tmp_path / "a").exists()
 
 
 def test_other_settings(monkeypatch, capsys, tmp_path, short):
@@ -361,7 +374,8 @@ def test_other_settings(monkeypatch, capsys, tmp_path, short):
     run_script(collect.main, collect.Config)
     before = {p: p.read_bytes() for p in (tmp_path / "a").rglob("*") if p.is_file()}
     status, err = command_line(monkeypatch, capsys, collect, *short, "--seed", 5)
-    assert status == 2 and "another --out_dir" in err
+    assert status == 2
+    assert "another --out_dir" in err
     assert {p: p.read_bytes() for p in (tmp_path / "a").rglob("*") if p.is_file()} == before
 
 
@@ -375,10 +389,8 @@ def test_a_real_command_line_has_no_traceback(tmp_path):
         cwd=tmp_path,
     )
     assert done.returncode == 2
-    assert (
-        done.stderr.splitlines()[-1].startswith("train.py: error: ")
-        and "Traceback" not in done.stderr
-    )
+    assert done.stderr.splitlines()[-1].startswith("train.py: error: ")
+    assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
@@ -414,7 +426,8 @@ def test_a_reader_of_the_output_that_ends_early_is_no_error(script, tmp_path):
         text=True,
         cwd=tmp_path,
     )
-    assert done.stdout.strip() in ("0", "141") and done.stderr == ""
+    assert done.stdout.strip() in ("0", "141")
+    assert done.stderr == ""
 
 
 @pytest.fixture
@@ -435,8 +448,10 @@ def test_a_script_pasted_into_a_notebook_defines_its_names_and_runs_nothing(
 ):
     monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
     shell.run_cell((HERE / f"{script.replace('.', '/')}.py").read_text()).raise_error()
-    assert shell.user_ns["__name__"] == "__main__" and shell.user_ns["Config"].__dataclass_fields__
-    assert callable(shell.user_ns["main"]) and capsys.readouterr().out == ""
+    assert shell.user_ns["__name__"] == "__main__"
+    assert shell.user_ns["Config"].__dataclass_fields__
+    assert callable(shell.user_ns["main"])
+    assert capsys.readouterr().out == ""
 
 
 def test_main_works_from_a_notebook(shell, tmp_path, model_folder):
@@ -510,7 +525,9 @@ def test_an_option_that_nothing_reads_is_refused(
     Image.new("RGB", (32, 32)).save("photos/a.png")
     few = [] if script is evaluate else ["--max_num_examples", 1, "--out_dir", "out"]
     status, err = command_line(monkeypatch, capsys, script, *options, *few, "--device", "cpu")
-    assert status == 2 and f"{options[0]} has no effect: " in err and why in err
+    assert status == 2
+    assert f"{options[0]} has no effect: " in err
+    assert why in err
     assert not Path("out").exists()
 
 
@@ -520,7 +537,8 @@ def test_an_argument_that_is_given_twice_is_refused(script, monkeypatch, capsys,
     twice = ["--num_inference_steps", 2, "--pipeline_kwargs", '{"num_inference_steps": 1}']
     few = ["--max_num_examples", 1, "--device", "cpu"]
     status, err = command_line(monkeypatch, capsys, script, *twice, *few)
-    assert status == 2 and "num_inference_steps is given twice" in err
+    assert status == 2
+    assert "num_inference_steps is given twice" in err
 
 
 def test_what_is_a_prompt_and_what_is_a_data_set(tmp_path):
@@ -529,6 +547,5 @@ def test_what_is_a_prompt_and_what_is_a_data_set(tmp_path):
     assert [is_one_prompt(name) for name in ("cat", "a cat / a dog", "a cat")] == [True] * 3
     names = (None, str(table), "prompts.csv", "no such prompts.csv", "owner/name")
     assert not any(is_one_prompt(name) for name in names)
-    assert is_hub_dataset("owner/name") and not any(
-        is_hub_dataset(name) for name in (None, "a cat / a dog", "cat", str(table))
-    )
+    assert is_hub_dataset("owner/name")
+    assert not any(is_hub_dataset(name) for name in (None, "a cat / a dog", "cat", str(table)))

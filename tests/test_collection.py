@@ -1,100 +1,19 @@
-"""Prompts in, from every kind of file, and the mistakes that can be made there."""
+"""store/collection.py: batches are safe once they are written, and no other program's files are touched."""
 
 import json
 import os
 import shutil
-import sys
 import threading
 import zlib
 from contextlib import closing
 
 import numpy as np
-import pyarrow.parquet
 import pytest
 import torch
+from spies import note_calls
 
 from store.collection import Collection, npy_header
 from store.disk import read_json
-from store.prompts import load_prompts
-
-
-@pytest.mark.parametrize("suffix", ["txt", "csv", "jsonl", "parquet"])
-def test_prompt_files(tmp_path, suffix):
-    path = tmp_path / f"p.{suffix}"
-    rows = [{"prompt": 'a "red", fox', "style": "oil"}, {"prompt": "blé 🎨", "style": "ink"}]
-    if suffix == "txt":
-        path.write_text('a "red", fox\n\n  blé 🎨  \n', "utf-8")
-        rows = [{"prompt": r["prompt"]} for r in rows]
-    elif suffix == "csv":
-        path.write_text('prompt,style\n"a ""red"", fox",oil\nblé 🎨,ink\n', "utf-8")
-    elif suffix == "jsonl":
-        path.write_text("".join(json.dumps(r) + "\n" for r in rows), "utf-8")
-    else:
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    assert load_prompts(str(path)) == rows
-    assert load_prompts(str(path), max_num_examples=1) == rows[:1]
-
-
-def test_columns_and_negative_prompts(tmp_path):
-    path = tmp_path / "p.jsonl"
-    path.write_text('{"a": "one", "b": "two", "c": 3, "d": [1]}\n')
-    assert load_prompts(str(path), column="b") == [{"prompt": "two", "a": "one", "c": 3}]
-    assert load_prompts(str(path), column="a", negative_prompt="b")[0]["negative_prompt"] == "two"
-    assert (
-        load_prompts(str(path), column="a", negative_prompt="ugly")[0]["negative_prompt"] == "ugly"
-    )
-    with pytest.raises(ValueError, match="choose with --column from: a, b, c, d"):
-        load_prompts(str(path))
-    with pytest.raises(ValueError, match="no column 'e'"):
-        load_prompts(str(path), column="e")
-    with pytest.raises(ValueError, match="is no text"):
-        load_prompts(str(path), column="c")
-
-
-def test_a_literal_prompt():
-    assert load_prompts("a cat, 1/2 asleep") == [{"prompt": "a cat, 1/2 asleep"}]
-    assert load_prompts("cat", negative_prompt="dog") == [
-        {"prompt": "cat", "negative_prompt": "dog"}
-    ]
-
-
-@pytest.mark.parametrize(
-    "name, text",
-    [
-        ("p.txt", "\n \n"),
-        ("p.csv", "prompt\n"),
-        ("p.jsonl", ""),
-        ("p.jsonl", "{"),
-        ("p.jsonl", "[1]\n"),
-        ("p.parquet", "x"),
-    ],
-)
-def test_files_without_prompts(tmp_path, name, text):
-    (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match="no prompts|can't be read"):
-        load_prompts(str(tmp_path / name))
-
-
-def test_a_missing_file_and_a_missing_package(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="no prompt file"):
-        load_prompts(str(tmp_path / "none.csv"))
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match="pip install datasets"):
-        load_prompts("guangyil/laion-coco-aesthetic")
-
-
-def test_a_hub_data_set_is_streamed(monkeypatch):
-    import datasets
-
-    rows = [{"image": b"", "caption": f"number {i}", "score": i / 2} for i in range(5)]
-    made = datasets.IterableDataset.from_generator(lambda: iter(rows))
-    asked = []
-    monkeypatch.setattr(
-        datasets, "load_dataset", lambda *args, **kwargs: asked.append((args, kwargs)) or made
-    )
-    found = load_prompts("guangyil/laion-coco-aesthetic", "train", max_num_examples=3)
-    assert found == [{"prompt": f"number {i}", "score": i / 2} for i in range(3)]
-    assert asked == [(("guangyil/laion-coco-aesthetic",), {"split": "train", "streaming": True})]
 
 
 def test_headers_are_numpys(tmp_path):
@@ -138,10 +57,8 @@ def finished(folder):
 
 
 def test_a_folder_is_one_programs_until_it_is_closed(tmp_path):
-    first, refused = (
-        collection(tmp_path),
-        pytest.raises(ValueError, match="another collect.py is writing"),
-    )
+    first = collection(tmp_path)
+    refused = pytest.raises(ValueError, match="another collect.py is writing")
     with refused:
         collection(tmp_path)
     collection(tmp_path, joining=True).close()  # of the same torchrun: has no lock of its own
@@ -153,7 +70,10 @@ def test_a_folder_is_one_programs_until_it_is_closed(tmp_path):
 
 def test_a_folder_stays_locked_while_a_thread_writes(tmp_path, monkeypatch):
     """After a second Ctrl-C in a notebook, say."""
-    c, reached, go_on, real = collection(tmp_path), threading.Event(), threading.Event(), os.pwrite
+    c = collection(tmp_path)
+    reached = threading.Event()
+    go_on = threading.Event()
+    real = os.pwrite
 
     def slow(*args):
         reached.set()
@@ -194,7 +114,8 @@ def test_processes_write_into_one_file(tmp_path):
 def test_progress_is_one_line_for_each_safe_batch(tmp_path):
     """A line appears when the data are on the disk, a torn one counts for nothing, and the next
     start appends to none."""
-    c, progress = collection(tmp_path), tmp_path / "progress.jsonl"
+    c = collection(tmp_path)
+    progress = tmp_path / "progress.jsonl"
     assert progress.read_text() == ""
     c.write(1, array(1, 2), {})
     c.write(0, array(0, 2), {})
@@ -226,13 +147,14 @@ def test_progress_is_one_line_for_each_safe_batch(tmp_path):
 
 
 def test_a_batch_is_safe_only_after_its_data(tmp_path, monkeypatch):
+    c = collection(tmp_path)
     calls = []
-    c, pwrite, fsync, write = collection(tmp_path), os.pwrite, os.fsync, os.write
-    monkeypatch.setattr(os, "pwrite", lambda *args: (calls.append("data"), pwrite(*args))[1])
-    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append("sync"), fsync(fd))[1])
-    monkeypatch.setattr(os, "write", lambda *args: (calls.append("line"), write(*args))[1])
+    note_calls(monkeypatch, os, "pwrite", lambda *args: calls.append("data"))
+    note_calls(monkeypatch, os, "fsync", lambda *args: calls.append("sync"))
+    note_calls(monkeypatch, os, "write", lambda *args: calls.append("line"))
     c.write(0, array(0, 2), {})
-    assert calls[-4:] == ["data", "sync", "line", "sync"] and calls.count("line") == 1
+    assert calls[-4:] == ["data", "sync", "line", "sync"]
+    assert calls.count("line") == 1
     c.close()
 
 
@@ -320,20 +242,23 @@ def test_images_of_somebody_else_are_not_overwritten(tmp_path):
 def test_a_flipped_byte_in_the_settings_is_refused(tmp_path):
     finished(tmp_path)
     path = tmp_path / "collect.json"
-    data, settings = path.read_bytes(), read_json(path)
-    for place in range(len(data)):
-        path.write_bytes(data[:place] + bytes([data[place] ^ 2]) + data[place + 1 :])
+    data = path.read_bytes()
+    settings = read_json(path)
+    for offset in range(len(data)):
+        path.write_bytes(data[:offset] + bytes([data[offset] ^ 2]) + data[offset + 1 :])
         try:
             c = collection(tmp_path)
         except ValueError:
             continue
         c.close()
-        assert read_json(path) == settings and c.facts == settings["facts"]
+        assert read_json(path) == settings
+        assert c.facts == settings["facts"]
     path.write_text(
         json.dumps({key: settings[key] for key in ("settings", "facts")})
     )  # an earlier version's
     c = collection(tmp_path)
-    assert c.pending() == [] and c.facts == {"steps": 2}
+    assert c.pending() == []
+    assert c.facts == {"steps": 2}
     c.close()
 
 
@@ -344,6 +269,5 @@ def test_a_name_cannot_leave_the_folder(tmp_path, name):
         pytest.raises(ValueError, match="no name"),
     ):
         collection.write(0, {name: torch.zeros(1, 2)}, {})
-    assert [path.name for path in tmp_path.iterdir()] == ["in"] and not list(
-        (tmp_path / "in").glob("**/*.npy*")
-    )
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+    assert not list((tmp_path / "in").glob("**/*.npy*"))

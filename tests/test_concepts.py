@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from test_features import write
+from files import write_activations
+from pages import write_block
 
 from analysis.concepts import (
     auroc,
@@ -28,7 +29,8 @@ def test_image_scores(tmp_path, pool, activation):
     np.save(tmp_path / "x.npy", x)
     sae = Sae(8, 12, 3, {"activation": activation})
     scores, chosen = image_scores(sae, Activations([tmp_path / "x.npy"]), pool)
-    assert scores.shape == (3, 2, 12) and chosen.tolist() == [0, 1, 2]
+    assert scores.shape == (3, 2, 12)
+    assert chosen.tolist() == [0, 1, 2]
     for p in range(3):
         for s in range(2):
             tokens = torch.from_numpy(x[p, s]).float()
@@ -41,7 +43,8 @@ def test_image_scores(tmp_path, pool, activation):
                 scores[p, s], codes.mean(0) if pool == "mean" else codes.amax(0), atol=1e-5
             )
     few, chosen = image_scores(sae, Activations([tmp_path / "x.npy"]), pool, most=48)
-    assert len(few) == 2 and torch.equal(few, scores[chosen])
+    assert len(few) == 2
+    assert torch.equal(few, scores[chosen])
     with pytest.raises(ValueError, match=r"expected \(prompts, steps, tokens, 9\)"):
         image_scores(Sae(9, 12, 3), Activations([tmp_path / "x.npy"]))
 
@@ -49,7 +52,7 @@ def test_image_scores(tmp_path, pool, activation):
 def test_padding_of_text_does_not_count(tmp_path):
     x = np.random.default_rng(0).standard_normal((2, 2, 5, 8)).astype(np.float32)
     x[0, :, 3:] = 0
-    write(tmp_path, x, stream="text")
+    write_block(tmp_path, x, stream="text")
     np.save(tmp_path / "block.lengths.npy", np.array([3, 5]))
     sae = Sae(8, 12, 3)
     sae.b_dec.data.fill_(0.3)  # so that zeros would have activations
@@ -63,30 +66,29 @@ def test_padding_of_text_does_not_count(tmp_path):
 
 
 def test_the_direction_from_one_concept_to_another():
-    sae, scores = (
-        Sae(6, 3, 2),
-        torch.tensor([[[4.0, 1.0, 0.0]], [[0.0, 2.0, 1.0]], [[9.0, 9.0, 9.0]]]),
-    )
-    there, away = torch.tensor([True, False, False]), torch.tensor([False, True, False])
+    sae = Sae(6, 3, 2)
+    scores = torch.tensor([[[4.0, 1.0, 0.0]], [[0.0, 2.0, 1.0]], [[9.0, 9.0, 9.0]]])
+    has = torch.tensor([True, False, False])
+    away = torch.tensor([False, True, False])
     assert torch.allclose(
-        toward(sae, scores, there, away), torch.nn.functional.normalize(4 * sae.W_dec[0], dim=0)
+        toward(sae, scores, has, away), torch.nn.functional.normalize(4 * sae.W_dec[0], dim=0)
     )
     expected = torch.nn.functional.normalize(sae.W_dec[1] + sae.W_dec[2], dim=0)
-    assert torch.allclose(toward(sae, scores, away, there), expected)
+    assert torch.allclose(toward(sae, scores, away, has), expected)
     with pytest.raises(ValueError, match="no picture without the other"):
-        toward(sae, scores, there & away, there)
+        toward(sae, scores, has & away, has)
 
 
 def test_prompts_that_are_damaged(tmp_path):
-    path = write(tmp_path, np.zeros((2, 1, 3, 4), np.float32))
+    path = write_block(tmp_path, np.zeros((2, 1, 3, 4), np.float32))
     assert [row["seed"] for row in read_prompts(path)] == [0, 1]
-    for text, said in (
+    for text, message in (
         ('{"prompt": "a"}\n{"pro', "is damaged"),
         ('{"prompt": "a"}\n', "does not say"),
         ("3\n4\n", "does not say"),
     ):
         (tmp_path / "prompts.jsonl").write_text(text)
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             read_prompts(path)
 
 
@@ -94,10 +96,10 @@ def test_saeurons_score_by_hand():
     scores = torch.tensor(
         [[[3.0, 1.0, 0.0]], [[1.0, 1.0, 2.0]], [[0.0, 2.0, 2.0]]]
     )  # three pictures, a step
-    there = torch.tensor([True, True, False])
+    has = torch.tensor([True, True, False])
     expected = torch.tensor([[2 / 4 - 0, 1 / 4 - 1 / 2, 1 / 4 - 1 / 2]])
-    assert torch.allclose(saeuron(scores, there), expected, atol=1e-6)
-    assert find_features(scores, there, "saeuron", 1)[0].tolist() == [0]
+    assert torch.allclose(saeuron(scores, has), expected, atol=1e-6)
+    assert find_features(scores, has, "saeuron", 1)[0].tolist() == [0]
 
 
 @pytest.mark.parametrize("how", ["contrast", "saeuron"])
@@ -108,46 +110,51 @@ def test_features_that_do_not_tell_a_concept_are_left_out(how):
         [[2.0, 0, 0, 4], [3.0, 1, 0, 4], [0.0, 4, 0, 0], [1.0, 5, 0, 1]]
     ).unsqueeze(1)
     features, values = find_features(scores, has, how, 4)
-    assert features.tolist() == [3, 0] and (values > 0).all()
+    assert features.tolist() == [3, 0]
+    assert (values > 0).all()
     features, values = find_features(scores[:, :, 1:3], has, how, 2)
-    assert features.tolist() == [] and values.tolist() == []
+    assert features.tolist() == []
+    assert values.tolist() == []
 
 
 def test_contrast_by_hand():
     scores = torch.tensor([[4.0, 1.0], [6.0, 1.0], [1.0, 2.0], [3.0, 2.0]])
-    found = contrast(scores, torch.tensor([True, True, False, False]))
-    assert found[0] == pytest.approx(3 / 1, rel=1e-2) and found[1] < 0
+    scores_of_features = contrast(scores, torch.tensor([True, True, False, False]))
+    assert scores_of_features[0] == pytest.approx(3 / 1, rel=1e-2)
+    assert scores_of_features[1] < 0
 
 
 def test_auroc_against_all_pairs():
     rng = torch.Generator().manual_seed(0)
-    scores, there = (
+    scores, has = (
         torch.randint(0, 4, (30, 7), generator=rng).float(),
         torch.rand(30, generator=rng) < 0.3,
     )  # with ties
-    a, b = scores[there][:, None], scores[~there][None]
+    a = scores[has][:, None]
+    b = scores[~has][None]
     expected = ((a > b).double() + 0.5 * (a == b).double()).mean((0, 1))
-    assert torch.allclose(auroc(scores, there).double(), expected)
+    assert torch.allclose(auroc(scores, has).double(), expected)
 
 
 def test_a_feature_is_chosen_on_one_half_and_scored_on_the_other():
-    there, choice = torch.tensor([1, 0] * 20).bool(), torch.arange(40) % 4 < 2
+    has = torch.tensor([1, 0] * 20).bool()
+    choice = torch.arange(40) % 4 < 2
     lucky = torch.where(
-        choice, there.float(), 1 - there.float()
+        choice, has.float(), 1 - has.float()
     )  # tells it where it is chosen, and says the contrary elsewhere
     scores = [
         torch.rand(40, 3, generator=torch.Generator().manual_seed(0)),
         torch.stack([torch.zeros(40), lucky], 1),
     ]
-    assert best_features(scores, there, choice) == (1, 1, 0.0)
+    assert best_features(scores, has, choice) == (1, 1, 0.0)
 
 
 def test_words():
     prompts = ["a Star, red", "starry night", "a moon"]
     assert with_word(prompts, "star").tolist() == [True, False, False]
-    for word, said in (("sun", "none"), ("a moon", None)):
-        if said:
-            with pytest.raises(ValueError, match=f"concept {word!r}: {said} of the 3 prompts"):
+    for word, message in (("sun", "none"), ("a moon", None)):
+        if message:
+            with pytest.raises(ValueError, match=f"concept {word!r}: {message} of the 3 prompts"):
                 with_word(prompts, word)
     with pytest.raises(ValueError, match="all of the 2 prompts"):
         with_word(["a star", "the star"], "star")
@@ -167,3 +174,19 @@ def test_the_clearest_exchange_is_of_two_words_that_exclude_each_other():
     assert words == ("blue", "red")
     assert clearest_exchange(scores[:6], prompts[:6], 1) is None  # no word is in 8 prompts
     assert clearest_exchange(noise, prompts, 1) is None  # nothing tells the words
+
+
+def test_the_padding_of_texts_takes_no_k_of_a_sample_topk(tmp_path):
+    """Zeros have activations where b_enc is positive, and shared the k of the sample."""
+    x = np.random.default_rng(0).standard_normal((3, 2, 6, 8)).astype(np.float32)
+    lengths = np.array([4, 6, 0])
+    for image, length in zip(x, lengths):
+        image[:, length:] = 0
+    write_activations(tmp_path / "block.npy", x, stream="text", lengths=lengths)
+    sae = Sae(8, 12, 3, {"activation": "sampletopk"})
+    sae.encoder.bias.data.fill_(2.0)
+    scores, _ = image_scores(sae, Activations([tmp_path / "block.npy"]))
+    acts, indices = sae.encode(torch.from_numpy(x[0, :, :4]))[:2]
+    expected = torch.zeros(2, 12).scatter_add_(1, indices.flatten(1), acts.flatten(1)) / 4
+    assert torch.allclose(scores[0], expected, atol=1e-5)
+    assert not scores[2].any()

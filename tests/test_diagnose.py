@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from described import describe
+from files import read_json
 from PIL import Image
 
 import cli
@@ -68,13 +69,12 @@ def test_statistics_against_numpy_in_float64():
     np.testing.assert_allclose(mean, wide.mean(0), rtol=1e-12)
     np.testing.assert_allclose(covariance, expected, rtol=1e-9, atol=1e-9)
     gamma = np.linalg.norm(wide.mean(0)) / np.linalg.norm(wide.std(0))
-    assert (
-        data_stats.gamma(mean, covariance.diagonal()) == pytest.approx(gamma, rel=1e-10)
-        and gamma > 300
-    )
+    assert data_stats.gamma(mean, covariance.diagonal()) == pytest.approx(gamma, rel=1e-10)
+    assert gamma > 300
     values = np.linalg.eigvalsh(expected)
     rank = data_stats.effective_rank(torch.linalg.eigvalsh(covariance))
-    assert rank == pytest.approx(values.sum() ** 2 / (values**2).sum(), rel=1e-9) and 2 < rank < 7
+    assert rank == pytest.approx(values.sum() ** 2 / (values**2).sum(), rel=1e-9)
+    assert 2 < rank < 7
     rms = data_stats.rms_by_step(torch.from_numpy(x), torch.from_numpy(step), 6)
     np.testing.assert_allclose(
         rms[:5], [np.sqrt((wide[step == s] ** 2).mean()) for s in range(5)], rtol=1e-12
@@ -93,41 +93,39 @@ def test_outliers_made_by_hand_are_found():
     x[:, 31] *= 50  # by its variance
     x[:, 12] *= 5  # large, but no outlier
     mean, covariance = data_stats.moments(torch.from_numpy(x))
-    dims, share = data_stats.outliers(mean, covariance.diagonal())
+    dims, fraction = data_stats.outliers(mean, covariance.diagonal())
     power = (x.astype(np.float64) ** 2).mean(0)
-    assert dims == [31, 7] and share == pytest.approx(
-        (power[7] + power[31]) / power.sum(), rel=1e-9
-    )
-    assert (
-        data_stats.share_of_largest(mean.square())[0] == 7
-        and data_stats.share_of_largest(covariance.diagonal())[0] == 31
-    )
+    assert dims == [31, 7]
+    assert fraction == pytest.approx((power[7] + power[31]) / power.sum(), rel=1e-9)
+    assert data_stats.share_of_largest(mean.square())[0] == 7
+    assert data_stats.share_of_largest(covariance.diagonal())[0] == 31
 
 
 def test_report_of_a_file_with_timesteps(tmp_path, small):
     x = healthy() * np.array([4, 2, 1], np.float32)[:, None, None]
     path = save(tmp_path / "mid.npy", x)
-    activations, found = Activations([path]), measured(path)
+    activations = Activations([path])
+    report = measured(path)
     held_out = {int(first) // 150 for _, first, _ in activations.held_out_units}
     training = np.delete(x, list(held_out), axis=0).astype(np.float64)  # all 5400 are sampled
     mean = training.mean((0, 1, 2))
-    assert found["num_sampled"] == training[..., 0].size == 5400 and found["timesteps"] == [
+    assert report["num_sampled"] == training[..., 0].size == 5400
+    assert report["timesteps"] == [
         900,
         800,
         700,
     ]
     np.testing.assert_allclose(
-        found["rms_by_step"], np.sqrt((training**2).mean((0, 2, 3))), rtol=1e-6
+        report["rms_by_step"], np.sqrt((training**2).mean((0, 2, 3))), rtol=1e-6
     )
     np.testing.assert_allclose(
-        found["spread_by_step"], np.sqrt(((training - mean) ** 2).mean((0, 2, 3))), rtol=1e-6
+        report["spread_by_step"], np.sqrt(((training - mean) ** 2).mean((0, 2, 3))), rtol=1e-6
     )
-    assert found["largest"] == np.abs(training).max() and found["rms"] == pytest.approx(
-        np.sqrt((training**2).mean())
-    )
+    assert report["largest"] == np.abs(training).max()
+    assert report["rms"] == pytest.approx(np.sqrt((training**2).mean()))
     assert json.loads(
         json.dumps(
-            {name: value for name, value in found.items() if name != "fires"}, allow_nan=False
+            {name: value for name, value in report.items() if name != "fires"}, allow_nan=False
         )
     )
 
@@ -136,25 +134,27 @@ def test_report_of_a_file_with_timesteps(tmp_path, small):
 def test_dead_at_the_start_is_counted_as_the_definition_says(tmp_path, small, center):
     path = tmp_path / "a.npy"
     np.save(path, healthy((40, 50, 8)) + np.float32(6) * np.eye(8, dtype=np.float32)[2])
-    found, x = measured(path, 2, 40, center=center), data_stats.draw(Activations([path]))[0]
-    assert list(found["dead"]) == [center, "none" if center != "none" else "median"]
+    report = measured(path, 2, 40, center=center)
+    x = data_stats.draw(Activations([path]))[0]
+    assert list(report["dead"]) == [center, "none" if center != "none" else "median"]
     x = x.double().numpy()
     middle = {"mean": x.mean(0), "none": 0}.get(
         center, geometric_median(torch.from_numpy(x)).numpy()
     )
     W = data_stats.start(torch.from_numpy(x).float(), 40, 2, center).W_dec.detach().double().numpy()
-    pre_acts = np.maximum((x[: found["num_counted"]] - middle) @ W.T, 0)
+    pre_acts = np.maximum((x[: report["num_counted"]] - middle) @ W.T, 0)
     kept = np.argsort(-pre_acts, 1)[:, :2]
     active = {j for row, chosen in zip(pre_acts, kept) for j in chosen if row[j] > 0}
-    assert found["num_counted"] == 200 and found["dead"][center]["start"] == 1 - len(active) / 40
-    assert (found["dead"]["none"]["start"] > 0.3) and (
-        center == "none" or found["dead"][center]["start"] < 0.2
-    )
+    assert report["num_counted"] == 200
+    assert report["dead"][center]["start"] == 1 - len(active) / 40
+    assert report["dead"]["none"]["start"] > 0.3
+    assert center == "none" or report["dead"][center]["start"] < 0.2
 
 
 def test_the_start_the_rate_and_the_defaults_are_train_py_s(tmp_path, small):
     np.save(tmp_path / "a.npy", 10 * healthy((40, 50, 8)) + 3)
-    activations, cfg = Activations([tmp_path / "a.npy"]), train.Config(data_seed=5)
+    activations = Activations([tmp_path / "a.npy"])
+    cfg = train.Config(data_seed=5)
     stats = data_stats.measure(activations, cfg.center, seed=5)
     theirs = Sae(8, 24, 3, seed=5)
     theirs.b_dec.data.copy_(stats.center)
@@ -165,17 +165,16 @@ def test_the_start_the_rate_and_the_defaults_are_train_py_s(tmp_path, small):
     for name, tensor in theirs.state_dict().items():
         torch.testing.assert_close(mine.state_dict()[name], tensor)
     assert train.learning_rate(7, 90, 24, diagnose.DEFAULTS) == train.learning_rate(7, 90, 24, cfg)
-    mine, theirs = diagnose.Config(), train.with_activation(train.Config())
+    mine = diagnose.Config()
+    theirs = train.with_activation(train.Config())
     (choice,) = train.plan_folders(theirs, activations, True)[1].values()
     assert diagnose.num_latents_of(mine, activations) == choice.num_latents == 16 * 8
     for name in ("data", "num_epochs", "center", "device"):
         assert getattr(mine, name) == getattr(theirs, name), name
     assert ([mine.k], [mine.seed]) == (theirs.k, theirs.seeds)
     assert theirs.effective_batch_size == diagnose.BATCH_SIZE
-    assert (
-        theirs.dead_feature_threshold == 100_000
-        and (diagnose.AUXK_FROM - 1) * 1024 < 100_000 <= diagnose.AUXK_FROM * 1024
-    )
+    assert theirs.dead_feature_threshold == 100_000
+    assert (diagnose.AUXK_FROM - 1) * 1024 < 100_000 <= diagnose.AUXK_FROM * 1024
 
 
 def test_the_trial_leaves_an_sae_of_the_vectors_as_they_are(tmp_path, small):
@@ -190,7 +189,10 @@ def test_the_trial_leaves_an_sae_of_the_vectors_as_they_are(tmp_path, small):
     with diagnose.tqdm(disable=True) as bar:
         assert len(diagnose.trial(sae, x, 9, config("", "", trial_seconds=1e-9), None, bar)) == 1
         diagnose.trial(sae, x, 200, config("", "", trial_updates=200), None, bar)
-    error = lambda sae: (sae(x) - x).square().sum().item()
+
+    def error(sae):
+        return (sae(x) - x).square().sum().item()
+
     assert error(sae) < 0.8 * error(start)
 
 
@@ -214,7 +216,7 @@ def trained(path, out_dir, center):
     held-out vectors."""
     options = dict(center=center, run_name=center, k=[8], num_latents=[256], device="cpu")
     train.main(train.Config(data=[str(path)], out_dir=str(out_dir), **options))
-    return json.loads((out_dir / center / "cfg.json").read_text())["dead"]
+    return read_json(out_dir / center / "cfg.json")["dead"]
 
 
 @pytest.mark.parametrize("gamma", [20, 3])
@@ -224,20 +226,18 @@ def test_dead_latents_are_foreseen(tmp_path, gamma):
     path = sparse_codes(tmp_path / "a.npy", gamma)
     cfg = config(path, tmp_path / "d", num_latents=256, k=8, trial_updates=300)
     diagnose.main(cfg)
-    found = json.loads((tmp_path / "d" / "a.json").read_text())
-    assert found["gamma"] == pytest.approx(gamma, rel=0.02) and sorted(found["outlier_dims"]) == (
-        [0, 1, 2, 3] if gamma > 10 else []
-    )
+    report = read_json(tmp_path / "d" / "a.json")
+    assert report["gamma"] == pytest.approx(gamma, rel=0.02)
+    assert sorted(report["outlier_dims"]) == ([0, 1, 2, 3] if gamma > 10 else [])
     ends = {center: trained(path, tmp_path / "saes", center) for center in ("median", "none")}
     for center, end in ends.items():
-        assert abs(found["dead"][center]["trained"] - end) <= 0.2, (center, found["dead"], ends)
+        assert abs(report["dead"][center]["trained"] - end) <= 0.2, (center, report["dead"], ends)
     assert ends["median"] <= 0.2
     if gamma == 20:
         assert ends["none"] >= 0.6
     else:
-        assert (
-            abs(found["dead"]["none"]["trained"] - ends["none"]) <= 0.1 and 0.2 < ends["none"] < 0.8
-        )
+        assert abs(report["dead"]["none"]["trained"] - ends["none"]) <= 0.1
+        assert 0.2 < ends["none"] < 0.8
 
 
 def test_files_and_screen(tmp_path, small, capsys):
@@ -245,7 +245,7 @@ def test_files_and_screen(tmp_path, small, capsys):
     (written,) = diagnose.main(config(path, tmp_path / "d"))
     out = capsys.readouterr().out
     assert written == tmp_path / "d" / "mid_block.attn.json"
-    found = json.loads(written.read_text())
+    report = read_json(written)
     assert sorted(p.name for p in (tmp_path / "d").iterdir()) == [
         "mid_block.attn.json",
         "mid_block.attn.png",
@@ -253,15 +253,13 @@ def test_files_and_screen(tmp_path, small, capsys):
     assert min(Image.open(tmp_path / "d" / "mid_block.attn.png").size) > 800
     for text in (
         "(40, 3, 50, 8) float16: 6,000 vectors of 40 prompts, of 3 steps",
-        f"gamma {found['gamma']:.2f}",
+        f"gamma {report['gamma']:.2f}",
         "6 updates",
     ):
         assert text in out
-    assert (
-        len(out.splitlines()) < 20
-        and found["updates"] == 6
-        and found["dead"]["median"]["updates"] == 5
-    )
+    assert len(out.splitlines()) < 20
+    assert report["updates"] == 6
+    assert report["dead"]["median"]["updates"] == 5
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "d").iterdir()}
     diagnose.main(config(path, tmp_path / "d", k=2))  # of the same data: replaced
     assert all(p.stat().st_mtime_ns > t for p, t in before.items())
@@ -271,13 +269,15 @@ def test_plain_files_text_and_bfloat16(tmp_path, small, capsys):
     (tmp_path / "plain").mkdir()
     np.save(tmp_path / "plain" / "a.npy", healthy((900, 8)).astype(np.float64))
     diagnose.main(config(tmp_path / "plain" / "a.npy", tmp_path / "d"))
-    assert "steps" not in capsys.readouterr().out and (tmp_path / "d" / "a.png").exists()
+    assert "steps" not in capsys.readouterr().out
+    assert (tmp_path / "d" / "a.png").exists()
 
     x = healthy((40, 3, 10, 8))
     x[:, :, 4:] = 1e6  # padding, which is nobody's
     np.save(tmp_path / "t.text.lengths.npy", np.full(40, 4))
-    found = measured(save(tmp_path / "t.text.npy", x, stream="text"))
-    assert found["largest"] < 10 and found["num_vectors"] == 480
+    report = measured(save(tmp_path / "t.text.npy", x, stream="text"))
+    assert report["largest"] < 10
+    assert report["num_vectors"] == 480
     steps = x[:, :, :4]
     training = np.delete(
         steps,
@@ -285,14 +285,13 @@ def test_plain_files_text_and_bfloat16(tmp_path, small, capsys):
         axis=0,
     )
     np.testing.assert_allclose(
-        found["rms_by_step"], np.sqrt((training.astype(float) ** 2).mean((0, 2, 3))), rtol=1e-6
+        report["rms_by_step"], np.sqrt((training.astype(float) ** 2).mean((0, 2, 3))), rtol=1e-6
     )
 
     bits = torch.from_numpy(healthy()).bfloat16().view(torch.uint16).numpy()
-    found = measured(save(tmp_path / "b.npy", bits, dtype="bfloat16"))
-    assert found["dtype"] == "bfloat16" and found["rms"] == pytest.approx(
-        np.sqrt((healthy() ** 2).mean()), rel=0.02
-    )
+    report = measured(save(tmp_path / "b.npy", bits, dtype="bfloat16"))
+    assert report["dtype"] == "bfloat16"
+    assert report["rms"] == pytest.approx(np.sqrt((healthy() ** 2).mean()), rel=0.02)
 
 
 def test_warnings_only_where_something_is_wrong(tmp_path, small):
@@ -311,22 +310,21 @@ def test_warnings_only_where_something_is_wrong(tmp_path, small):
     def shift(x):
         return x + np.float32(20) * np.eye(8, dtype=np.float32)[1]
 
-    assert warned() == "" and warned(shift) == ""
-    assert "gamma is" in warned(shift, center="none") and "with --center median, 0%" in warned(
-        shift, center="none"
-    )
+    assert warned() == ""
+    assert warned(shift) == ""
+    assert "gamma is" in warned(shift, center="none")
+    assert "with --center median, 0%" in warned(shift, center="none")
     assert "hold NaN or inf" in warned(put(slice(None), 0, 0, 3, value=np.nan))
-    assert (
-        "--store_dtype" in warned(lambda x: (x * 2e4).astype(np.float16))
-        and warned(lambda x: x * 2e4) == ""
-    )
+    assert "--store_dtype" in warned(lambda x: (x * 2e4).astype(np.float16))
+    assert warned(lambda x: x * 2e4) == ""
     assert "1 of 8 dimensions never change" in warned(put(..., 2, value=5))
     assert "copies of another" in warned(put(slice(None), slice(None), slice(9), value=1))
     assert "--loss_weight per_step" in warned(
         lambda x: x * np.array([9, 3, 1], np.float32)[:, None, None]
     )
     assert "training vectors a latent are few" in warned(num_latents=300)
-    assert warned(updates=1000) == "" and "2 times as many --num_epochs" in warned(updates=999)
+    assert warned(updates=1000) == ""
+    assert "2 times as many --num_epochs" in warned(updates=999)
     narrow = np.float32(1e-3) + np.eye(8, dtype=np.float32)[0]
     assert "of the latents start out dead" in warned(lambda x: x * narrow, num_latents=54, k=1)
 
@@ -337,7 +335,7 @@ def test_vectors_that_are_not_finite_are_left_out_and_said(tmp_path, small, caps
     diagnose.main(config(save(tmp_path / "a.npy", x), tmp_path / "d"))
     out = capsys.readouterr().out
     assert "warning   36 of 5,400 sampled vectors hold NaN or inf" in out
-    assert json.loads((tmp_path / "d" / "a.json").read_text())["num_sampled"] == 5364
+    assert read_json(tmp_path / "d" / "a.json")["num_sampled"] == 5364
 
 
 def test_mistakes_end_in_one_line_and_overwrite_nothing(tmp_path, small, capsys, monkeypatch):
@@ -350,7 +348,8 @@ def test_mistakes_end_in_one_line_and_overwrite_nothing(tmp_path, small, capsys,
                 diagnose.Config,
             )
         lines = capsys.readouterr().err.strip().splitlines()
-        assert caught.value.code == 2 and lines[-1].startswith("diagnose.py: error: ")
+        assert caught.value.code == 2
+        assert lines[-1].startswith("diagnose.py: error: ")
         return lines[-1]
 
     path = save(tmp_path / "a.npy", healthy())
@@ -358,9 +357,8 @@ def test_mistakes_end_in_one_line_and_overwrite_nothing(tmp_path, small, capsys,
     np.save(tmp_path / "same.npy", np.full((30, 5, 8), 1.1, np.float32))
     np.save(tmp_path / "huge.npy", healthy((30, 5, 8)) * np.float32(1e30))
     np.save(tmp_path / "nan.npy", np.full((30, 5, 8), np.nan, np.float32))
-    assert "no such file" in say(tmp_path / "missing.npy") and "bad.npy" in say(
-        tmp_path / "bad.npy"
-    )
+    assert "no such file" in say(tmp_path / "missing.npy")
+    assert "bad.npy" in say(tmp_path / "bad.npy")
     np.save(tmp_path / "zero.npy", np.zeros((30, 5, 8), np.float32))
     for name, text in (
         ("same", "equal or too large"),
@@ -368,7 +366,8 @@ def test_mistakes_end_in_one_line_and_overwrite_nothing(tmp_path, small, capsys,
         ("huge", "equal or too large"),
         ("nan", "NaN or inf"),
     ):
-        assert f"{name}.npy: " in (line := say(tmp_path / f"{name}.npy")) and text in line
+        assert f"{name}.npy: " in (line := say(tmp_path / f"{name}.npy"))
+        assert text in line
     for options in (
         dict(k=25),
         dict(k=0),

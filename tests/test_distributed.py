@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from commands import Processes
+from files import read_json, read_lines
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -46,28 +47,29 @@ def twenty_updates(case, vectors, latents):
         if latents.count > 1
         else Sae(D, M, k, of_sae, seed=1)
     )
-    own = latents.slice_of(M)
+    own_latents = latents.slice_of(M)
     g = torch.Generator().manual_seed(0)
     sae.b_dec.data.copy_(torch.randn(D, generator=g))
     sae.encoder.bias.data.copy_(
-        (0.1 * torch.randn(M, generator=g) - 1.0 * (torch.arange(M) % 3 == 0))[own]
+        (0.1 * torch.randn(M, generator=g) - 1.0 * (torch.arange(M) % 3 == 0))[own_latents]
     )  # many are dead
     make = ShardedUpdate if latents.count > 1 else SparseUpdate
     update = make(sae, 7.0, auxk_alpha=1.0, dead_feature_threshold=50, group=vectors, **of_step)
-    said = []
+    numbers = []
     for i in range(STEPS):
         tokens = TOKENS if sae.takes_samples else 1
         n = N if i < STEPS - 1 else max(3, tokens)
-        x, weights = torch.randn(n, D, generator=g) * 3 + 1, torch.rand(n, generator=g) + 0.5
-        part = vectors.slice_of(n // tokens)
-        here = slice(part.start * tokens, part.stop * tokens)
-        x = x[here].unflatten(0, (part.stop - part.start, tokens)) if tokens > 1 else x[here]
+        x = torch.randn(n, D, generator=g) * 3 + 1
+        weights = torch.rand(n, generator=g) + 0.5
+        samples = vectors.slice_of(n // tokens)
+        rows = slice(samples.start * tokens, samples.stop * tokens)
+        x = x[rows].unflatten(0, (samples.stop - samples.start, tokens)) if tokens > 1 else x[rows]
         with patch.object(update_module, "LIST_DEAD_EVERY", 3):
-            forward, norm = update(x, 1e-2, n, i < 5, weights[here])
-        said.append(
+            forward, norm = update(x, 1e-2, n, i < 5, weights[rows])
+        numbers.append(
             [forward.loss.item(), norm.item(), float(update.num_listed), float(update.num_dead())]
         )
-    return sae, update, said
+    return sae, update, numbers
 
 
 def worker(folder):
@@ -82,10 +84,10 @@ def worker(folder):
     for shards in [s for s in (1, 2, 4) if processes.count % s == 0]:
         vectors, latents = grid(processes, shards)
         for case in CASES:
-            _, update, said = twenty_updates(case, vectors, latents)
+            _, update, numbers = twenty_updates(case, vectors, latents)
             if vectors.index == 0:
                 path = Path(folder) / f"{case}_{processes.count}_{shards}.safetensors"
-                metadata = {"said": json.dumps(said), "rank": "0" * (1 + latents.index)}
+                metadata = {"said": json.dumps(numbers), "rank": "0" * (1 + latents.index)}
                 if latents.count > 1:
                     save_rows(path, update.state, metadata, latents)
                     latents.sum(
@@ -97,10 +99,10 @@ def worker(folder):
                     )
                 else:
                     save_tensors(path, update.state, metadata)
-            own = torch.stack(
+            own_codes = torch.stack(
                 [p.detach().double().sum() for p in update.params.values()]
             )  # equal in all that split vectors
-            assert torch.equal(vectors.broadcast(own.clone()), own), case
+            assert torch.equal(vectors.broadcast(own_codes.clone()), own_codes), case
     processes.close()
 
 
@@ -144,21 +146,25 @@ def by_processes(count, *command):
 def test_twenty_updates_are_those_of_one_process(folder, case, count, shards):
     from distributed import ALONE
 
-    _, update, said = twenty_updates(case, ALONE, ALONE)
+    _, update, numbers = twenty_updates(case, ALONE, ALONE)
     with safe_open(folder / f"{case}_{count}_{shards}.safetensors", "pt") as file:
         assert set(file.keys()) == set(update.state)
         for name, expected in update.state.items():
-            found = file.get_tensor(name)
-            assert found.shape == expected.shape and found.dtype == expected.dtype
+            tensor = file.get_tensor(name)
+            assert tensor.shape == expected.shape
+            assert tensor.dtype == expected.dtype
             error = (
-                found.double() - expected.double()
+                tensor.double() - expected.double()
             ).norm() / expected.double().norm().clamp_min(1e-12)
             assert error < 1e-5, (name, error)
         theirs = torch.tensor(json.loads(file.metadata()["said"]), dtype=torch.float64)
     assert (
-        (theirs - torch.tensor(said).double()).abs() <= 1e-4 * torch.tensor(said).double().abs()
+        (theirs - torch.tensor(numbers).double()).abs()
+        <= 1e-4 * torch.tensor(numbers).double().abs()
     ).all()
-    assert max(dead for _, _, dead, _ in said) > D // 2  # AuxK has to choose among the dead latents
+    assert (
+        max(dead for _, _, dead, _ in numbers) > D // 2
+    )  # AuxK has to choose among the dead latents
 
 
 @pytest.fixture(scope="module")
@@ -190,9 +196,9 @@ def test_one_group_after_another(tmp_path):
     """As in a notebook's cell or a script of several stages: the later one finds nothing of the
     earlier."""
     (tmp_path / "twice.py").write_text(TWICE)
-    said = torchrun(2, tmp_path / "twice.py").stdout
+    printed = torchrun(2, tmp_path / "twice.py").stdout
     for word in ("first", "second", "third"):
-        assert said.count(f"[['{word} 0', '{word} 1'], True, True]") == 2
+        assert printed.count(f"[['{word} 0', '{word} 1'], True, True]") == 2
 
 
 FULL = """
@@ -226,9 +232,8 @@ def test_a_full_disk_is_named_by_every_process(tmp_path):
         assert (
             (tmp_path / name).read_text().endswith("a.safetensors can't be written: File too large")
         )
-    assert not load_file(tmp_path / "a.safetensors")["x"].any() and not list(
-        tmp_path.glob("*.partial")
-    )
+    assert not load_file(tmp_path / "a.safetensors")["x"].any()
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def train(data, out, *options):
@@ -242,20 +247,21 @@ def train(data, out, *options):
 def folder_of(out, name="acts_k3_M45_batch_topk"):
     """Weights, and the numbers of each iteration and at the end."""
     folder = out / name
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = read_lines(folder / "metrics.jsonl")
     assert not [path for path in folder.iterdir() if "checkpoint" in path.name]
     return (
         load_file(folder / "sae.safetensors"),
         rows,
-        json.loads((folder / "cfg.json").read_text())["num_held_out"],
+        read_json(folder / "cfg.json")["num_held_out"],
     )
 
 
-def same(found, expected, tolerance=1e-4):
+def same(actual, expected, tolerance=1e-4):
     for name, tensor in expected[0].items():
-        assert (found[0][name] - tensor).norm() <= tolerance * tensor.norm(), name
-    assert len(found[1]) == len(expected[1]) and found[2] == expected[2]
-    for row, other in zip(found[1], expected[1]):
+        assert (actual[0][name] - tensor).norm() <= tolerance * tensor.norm(), name
+    assert len(actual[1]) == len(expected[1])
+    assert actual[2] == expected[2]
+    for row, other in zip(actual[1], expected[1]):
         for name in row.keys() - {"seconds"}:
             assert row[name] == pytest.approx(other[name], rel=1e-3), (name, row["iteration"])
 
@@ -274,9 +280,8 @@ def test_training_by_several_processes_is_that_of_one(data, alone, tmp_path, cou
     start = torchrun if count == 2 else by_processes
     start(count, *train(data, tmp_path, "--seeds", 0, 1, "--shard_latents", shards))
     same(folder_of(tmp_path), alone)
-    assert (
-        len(list(tmp_path.glob("*/cfg.json"))) == 2 and len(list(tmp_path.glob("*_sweep.png"))) == 1
-    )
+    assert len(list(tmp_path.glob("*/cfg.json"))) == 2
+    assert len(list(tmp_path.glob("*_sweep.png"))) == 1
 
 
 def test_stopped_with_two_processes_and_gone_on_with_one_and_four(data, alone, tmp_path):
@@ -306,14 +311,13 @@ def test_when_one_process_is_killed_the_other_says_so_in_one_line(data, tmp_path
         int(pid) for pid in ranks if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()
     )
     os.kill(second, signal.SIGKILL)
-    said = process.communicate(timeout=60)[1]
+    printed = process.communicate(timeout=60)[1]
     assert (
         "train.py (process 0 of 2): error: another process ended; the same command resumes\n"
-        in said
+        in printed
     )
-    assert (
-        "[rank0]" not in said and process.returncode != 0
-    )  # torch puts it before each line of a traceback
+    assert "[rank0]" not in printed
+    assert process.returncode != 0  # torch puts it before each line of a traceback
 
 
 if __name__ == "__main__":

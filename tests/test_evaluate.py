@@ -1,14 +1,15 @@
 """evaluate.py: the numbers that training ended with, any SAE, the graft as a user runs it, and
 every way to refuse."""
 
-import json
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from files import read_json, read_lines
+from tiny_runs import collect_tiny
 
-import collect
 import evaluate
 import train
 from evaluate import Config, main
@@ -17,126 +18,115 @@ from sae import Sae
 pytestmark = pytest.mark.slow
 
 
+class Trained(NamedTuple):
+    """An activation file of the tiny pipeline, and the folder of an SAE trained on it."""
+
+    activations: Path
+    sae: Path
+
+
 @pytest.fixture(scope="module")
 def trained(model_folder, tmp_path_factory):
-    """A folder with activations of a tiny pipeline and an SAE of them; (activation file, SAE
-    folder)."""
     base = tmp_path_factory.mktemp("evaluate")
-    options = dict(
-        model_name=str(model_folder),
-        device="cpu",
+    collect_tiny(
+        model_folder,
+        base,
         num_inference_steps=4,
         height=64,
         width=64,
         batch_size=6,
+        max_num_examples=12,
     )
-    collect.main(
-        collect.Config(
-            hook_names=["mid_block"], max_num_examples=12, out_dir=str(base / "acts"), **options
-        )
+    activations = base / "acts" / "mid_block.npy"
+    config = train.Config(
+        data=[str(activations)],
+        num_latents=[40],
+        k=[4],
+        out_dir=str(base / "saes"),
+        run_name="run",
+        device="cpu",
     )
-    path = next((base / "acts").glob("mid_block*.npy"))
-    train.main(
-        train.Config(
-            data=[str(path)],
-            num_latents=[40],
-            k=[4],
-            out_dir=str(base / "saes"),
-            run_name="run",
-            device="cpu",
-        )
-    )
-    return path, base / "saes" / "run"
+    (folder,) = train.main(config)
+    return Trained(activations, folder)
 
 
-def config(trained, out_dir, **options):
-    return Config(sae=str(trained[1]), out_dir=str(out_dir), device="cpu", **options)
+def evaluation_config(trained, out_dir, **options):
+    return Config(sae=str(trained.sae), out_dir=str(out_dir), device="cpu", **options)
 
 
 def test_the_numbers_are_those_that_training_ended_with(trained, tmp_path, capsys):
-    main(config(trained, tmp_path))
-    found, cfg = (
-        json.loads((tmp_path / "run" / "evaluate.json").read_text()),
-        Sae.load_from_disk(trained[1]).cfg,
-    )
-    said = capsys.readouterr().out
+    main(evaluation_config(trained, tmp_path))
+    report = read_json(tmp_path / "run" / "evaluate.json")
+    cfg = Sae.load_from_disk(trained.sae).cfg
+    printed = capsys.readouterr().out
     for name in ("fvu", "explained_variance", "l0", "cosine", "dead", "always_on"):
-        assert found[name] == pytest.approx(cfg[name], rel=1e-6) and f"{cfg[name]:.4f}" in said
-    assert [row["timestep"] for row in found["by_timestep"]] == [
-        row["timestep"] for row in cfg["by_timestep"]
-    ]
-    assert (
-        len(found["by_timestep"]) == 4
-        and (tmp_path / "run" / "evaluate.png").stat().st_size > 10_000
-    )
-    main(config(trained, tmp_path))  # again: the same
+        assert report[name] == pytest.approx(cfg[name], rel=1e-6)
+        assert f"{cfg[name]:.4f}" in printed
+    timesteps = [row["timestep"] for row in report["by_timestep"]]
+    assert len(timesteps) == 4
+    assert timesteps == [row["timestep"] for row in cfg["by_timestep"]]
+    assert (tmp_path / "run" / "evaluate.png").stat().st_size > 10_000
+    main(evaluation_config(trained, tmp_path))  # the same command again is no mistake
 
 
 def test_graft_generates_held_out_prompts_with_the_seeds_of_the_activations(
     trained, tmp_path, monkeypatch
 ):
-    asked, real, of = [], evaluate.graft, evaluate.read_description
-    several = lambda path: (
-        of(path) | {"pipeline_kwargs": of(path)["pipeline_kwargs"] | {"num_videos_per_prompt": 2}}
-    )
-    monkeypatch.setattr(
-        evaluate, "read_description", several
-    )  # of which one each is generated again
-    monkeypatch.setattr(
-        evaluate, "graft", lambda *args, **options: asked.append(args[3]) or real(*args, **options)
-    )
-    written = main(config(trained, tmp_path, graft=True, num_prompts=2, windows=2))
-    assert [path.name for path in written] == [
-        "evaluate.json",
-        "evaluate.png",
-        "graft.json",
-        "graft.png",
-    ]
-    report = json.loads((tmp_path / "run" / "graft.json").read_text())
-    rows = [
-        json.loads(line) for line in trained[0].with_name("prompts.jsonl").read_text().splitlines()
-    ]
-    assert all(
-        any(row["prompt"] == p and row["seed"] == s for row in rows)
-        for p, s in zip(asked[0].prompts, asked[0].seeds)
-    )
-    assert (
-        report["hook_name"] == "mid_block"
-        and report["num_steps"] == 4
-        and len(report["windows"]) == 2
-    )
-    assert report["all"]["latents"]["mean"] > 0 and (tmp_path / "run" / "graft.png").exists()
+    """Also where several videos were made for each prompt: one of each is generated again."""
+    read_description = evaluate.read_description
+    graft = evaluate.graft
+    generations = []
+
+    def describe_two_videos(path):
+        description = read_description(path)
+        arguments = description["pipeline_kwargs"] | {"num_videos_per_prompt": 2}
+        return description | {"pipeline_kwargs": arguments}
+
+    def graft_and_note(*args, **options):
+        generations.append(args[3])
+        return graft(*args, **options)
+
+    monkeypatch.setattr(evaluate, "read_description", describe_two_videos)
+    monkeypatch.setattr(evaluate, "graft", graft_and_note)
+    written = main(evaluation_config(trained, tmp_path, graft=True, num_prompts=2, windows=2))
+    names = ["evaluate.json", "evaluate.png", "graft.json", "graft.png"]
+    assert [path.name for path in written] == names
+    report = read_json(tmp_path / "run" / "graft.json")
+    collected = set()
+    for row in read_lines(trained.activations.with_name("prompts.jsonl")):
+        collected.add((row["prompt"], row["seed"]))
+    assert set(zip(generations[0].prompts, generations[0].seeds)) <= collected
+    assert report["hook_name"] == "mid_block"
+    assert report["num_steps"] == 4
+    assert len(report["windows"]) == 2
+    assert report["all"]["latents"]["mean"] > 0
+    assert (tmp_path / "run" / "graft.png").exists()
 
 
 def test_an_sae_on_other_data(trained, tmp_path):
-    np.save(
-        tmp_path / "flat.npy",
-        np.random.default_rng(0).standard_normal(
-            (500, Sae.load_from_disk(trained[1]).d_in), np.float32
-        ),
-    )
-    main(config(trained, tmp_path / "out", data=[str(tmp_path / "flat.npy")]))
-    assert json.loads((tmp_path / "out" / "run" / "evaluate.json").read_text())["by_timestep"] == []
+    """Without timesteps there is no report by timestep, and nothing is known to generate."""
+    flat = tmp_path / "flat.npy"
+    width = Sae.load_from_disk(trained.sae).d_in
+    np.save(flat, np.random.default_rng(0).standard_normal((500, width), np.float32))
+    main(evaluation_config(trained, tmp_path / "out", data=[str(flat)]))
+    assert read_json(tmp_path / "out" / "run" / "evaluate.json")["by_timestep"] == []
     with pytest.raises(ValueError, match="run was made with data .*; choose another --out_dir"):
-        main(config(trained, tmp_path / "out"))
+        main(evaluation_config(trained, tmp_path / "out"))
     with pytest.raises(ValueError, match="not known what to generate"):
-        main(config(trained, tmp_path / "out2", data=[str(tmp_path / "flat.npy")], graft=True))
+        main(evaluation_config(trained, tmp_path / "out2", data=[str(flat)], graft=True))
 
 
 def test_what_can_not_be_evaluated(trained, tmp_path):
-    np.save(
-        tmp_path / "wide.npy",
-        np.zeros((50, 3), np.float32) + np.arange(50, dtype=np.float32)[:, None],
-    )
+    numbers = np.arange(50, dtype=np.float32)
+    np.save(tmp_path / "wide.npy", numbers[:, None].repeat(3, axis=1))
     with pytest.raises(ValueError, match="width 3"):
-        main(config(trained, tmp_path, data=[str(tmp_path / "wide.npy")]))
+        main(evaluation_config(trained, tmp_path, data=[str(tmp_path / "wide.npy")]))
     Sae(3, 8, 2).save_to_disk(tmp_path / "bare")
     with pytest.raises(ValueError, match="name some with --data"):
         main(Config(sae=str(tmp_path / "bare"), device="cpu"))
     (tmp_path / "out" / "run").mkdir(parents=True)
     (tmp_path / "out" / "run" / "thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match="something else"):
-        main(config(trained, tmp_path / "out"))
-    assert [path.name for path in Path(tmp_path / "out" / "run").iterdir()] == [
-        "thesis.txt"
-    ] and torch.is_grad_enabled()
+        main(evaluation_config(trained, tmp_path / "out"))
+    assert [path.name for path in Path(tmp_path / "out" / "run").iterdir()] == ["thesis.txt"]
+    assert torch.is_grad_enabled()

@@ -53,22 +53,29 @@ def options_of(recipe, n=P, **options):
 def by_hand(pipe, recipe, change, stream="image", **options):
     """Final latents of the pipeline with `change(role, step, x (P, tokens, d), before)` or None at
     the hook point."""
-    hand, calls = HANDS[recipe], []
-    forwards, index = hand.order.split(), getattr(hand, stream)
+    hand = HANDS[recipe]
+    calls = []
+    forwards = hand.order.split()
+    index = getattr(hand, stream)
 
     def hook(module, args, output):
-        step, part = divmod(len(calls), len(forwards))
+        step, position = divmod(len(calls), len(forwards))
         calls.append(None)
-        tokens = lambda x: x.flatten(2).transpose(1, 2) if x.ndim == 4 else x
-        x, before = output[index], args[0] if args else None
+
+        def tokens(x):
+            return x.flatten(2).transpose(1, 2) if x.ndim == 4 else x
+
+        x = output[index]
+        before = args[0] if args else None
         chunks = []
-        for c, role in enumerate(forwards[part]):
+        for c, role in enumerate(forwards[position]):
             rows = slice(c * P, (c + 1) * P)
             new = change(
                 role, step, tokens(x)[rows], None if before is None else tokens(before)[rows]
             )
             chunks.append(tokens(x)[rows] if new is None else new)
-        new, out = torch.cat(chunks), torch.empty_like(x)
+        new = torch.cat(chunks)
+        out = torch.empty_like(x)
         out.copy_(new.transpose(1, 2).reshape(x.shape) if x.ndim == 4 else new)
         return tuple(out if i == index else y for i, y in enumerate(output))
 
@@ -120,23 +127,29 @@ def lossy(d):
 @pytest.mark.parametrize("side", ["output", "diff"])
 @pytest.mark.parametrize("recipe, stream", PLACES)
 def test_the_identity_changes_no_bit(recipe, stream, side, dtype):
-    pipe, seen = build(recipe).to(dtype), []
+    pipe = build(recipe).to(dtype)
+    seen = []
 
     def identity(x):
         seen.append(x.dtype)
         return x
 
-    hooked, name = HookedDiffusionModel.from_pipeline(pipe), HANDS[recipe].hook_name
+    hooked = HookedDiffusionModel.from_pipeline(pipe)
+    name = HANDS[recipe].hook_name
     if recipe is sd15 and side == "diff":
         # its output is far from its input: output - input + input is another number
         name += ".transformer_blocks.0.attn1"
-    replacement = lambda role, step, x: evaluate.reconstruct(identity, x, stream)
+
+    def replacement(role, step, x):
+        return evaluate.reconstruct(identity, x, stream)
+
     make_edits = partial(
         evaluate.grafting_edits, HookPoint(name, side, stream), replacement, "both", None
     )
     made = generate(hooked, Generation(PROMPTS[:P], SEEDS, options=options_of(recipe)), make_edits)
     assert torch.equal(made.sample, by_hand(pipe, recipe, lambda *x: None))
-    assert set(seen) == {torch.float32} and len(seen) == P * S * 2
+    assert set(seen) == {torch.float32}
+    assert len(seen) == P * S * 2
 
 
 @pytest.mark.parametrize("rows", ["cond", "both"])
@@ -144,14 +157,17 @@ def test_the_identity_changes_no_bit(recipe, stream, side, dtype):
 def test_windows_and_rows_are_those_of_a_hand_written_hook(recipe, stream, rows):
     """The graft and the mean ablation of every window; other steps, and by default unconditional
     rows, are left alone."""
-    pipe, sae = build(recipe), lossy(HANDS[recipe].d)
-    roles, seen = ("c",) if rows == "cond" else ("c", "u"), {}
+    pipe = build(recipe)
+    sae = lossy(HANDS[recipe].d)
+    roles = ("c",) if rows == "cond" else ("c", "u")
+    seen = {}
     untouched = by_hand(
         pipe, recipe, lambda role, step, x, _: seen.update({(role, step): x.clone()}), stream
     )
     means = {key: x.double().mean((0, 1)).float() for key, x in seen.items()}
     report, pictures = run(pipe, recipe, sae, stream, rows=rows)
-    assert pictures is None and [w["steps"] for w in (report["all"], *report["windows"])] == [
+    assert pictures is None
+    assert [w["steps"] for w in (report["all"], *report["windows"])] == [
         [0, 2],
         [0, 0],
         [1, 2],
@@ -163,9 +179,10 @@ def test_windows_and_rows_are_those_of_a_hand_written_hook(recipe, stream, rows)
             ("graft", lambda role, step, x: sae(x.flatten(0, 1)).view_as(x)),
             ("mean", lambda role, step, x: means[role, step].expand_as(x)),
         ):
-            change = lambda role, step, x, _, new=new, steps=steps: (
-                new(role, step, x) if role in roles and step in steps else None
-            )
+
+            def change(role, step, x, _, new=new, steps=steps):
+                return new(role, step, x) if role in roles and step in steps else None
+
             moved = (
                 (by_hand(pipe, recipe, change, stream) - untouched)
                 .flatten(1)
@@ -185,7 +202,9 @@ def test_windows_and_rows_are_those_of_a_hand_written_hook(recipe, stream, rows)
 
 
 def test_the_difference_is_added_to_what_the_module_takes():
-    pipe, sae, seen = build(sd15), lossy(16), {}
+    pipe = build(sd15)
+    sae = lossy(16)
+    seen = {}
 
     def note(role, step, x, before):
         seen[role, step] = x - before
@@ -206,26 +225,25 @@ def test_the_difference_is_added_to_what_the_module_takes():
             .mean()
             .item()
         )
-        assert report["all"]["latents"][mode] == pytest.approx(moved, rel=1e-3) and moved > 1e-4
+        assert report["all"]["latents"][mode] == pytest.approx(moved, rel=1e-3)
+        assert moved > 1e-4
 
 
 @pytest.mark.parametrize(
     "activation, k", [("topk", None), ("batchtopk", None), ("sampletopk", 64 * 32)]
 )
 def test_a_perfect_sae_recovers_all_and_the_mean_nothing(activation, k):
-    pipe, seen = build(sd15), {}
+    pipe = build(sd15)
+    seen = {}
     report, _ = run(pipe, sd15, perfect(16, activation, k))
     for window in (report["all"], *report["windows"]):
-        assert (
-            window["latents"]["recovered"] == pytest.approx(1, abs=1e-4)
-            and window["latents"]["mean"] > 1e-4
-        )
+        assert window["latents"]["recovered"] == pytest.approx(1, abs=1e-4)
+        assert window["latents"]["mean"] > 1e-4
     by_hand(pipe, sd15, lambda role, step, x, _: seen.update({(role, step): x.clone()}))
     report, _ = run(pipe, sd15, constant(seen["c", 0].mean((0, 1))))
     first, rest = (window["latents"]["recovered"] for window in report["windows"])
-    assert (
-        first == pytest.approx(0, abs=1e-3) and abs(rest) > 1e-2
-    )  # it is the mean of the first step alone
+    assert first == pytest.approx(0, abs=1e-3)
+    assert abs(rest) > 1e-2  # it is the mean of the first step alone
 
 
 def test_an_sae_gets_whole_samples_one_at_a_time():
@@ -236,9 +254,8 @@ def test_an_sae_gets_whole_samples_one_at_a_time():
         return x
 
     run(build(sd15), sd15, fake)
-    assert (
-        set(shapes) == {(1, 64, 16)} and len(shapes) == P * S * 2
-    )  # in all steps, and in each step of the windows
+    assert set(shapes) == {(1, 64, 16)}
+    assert len(shapes) == P * S * 2  # in all steps, and in each step of the windows
 
 
 @pytest.mark.parametrize("recipe", [*RECIPES, wan22], ids=lambda recipe: recipe.__name__)
@@ -259,25 +276,32 @@ def test_every_family(recipe):
     report, pictures = graft(
         hooked, lambda x: 0.9 * x, HookPoint(name), generation, windows, batch_size=1
     )
-    assert pictures is None and len(report["windows"]) == windows == report["num_steps"]
+    assert pictures is None
+    assert len(report["windows"]) == windows == report["num_steps"]
     assert len(generate(hooked, generation).sample) == 2
     for window in (report["all"], *report["windows"]):
         record = window["latents"]
-        assert (
-            min(record["graft"], record["mean"], record["graft_se"]) > 0 and record["recovered"] < 1
-        )
+        assert min(record["graft"], record["mean"], record["graft_se"]) > 0
+        assert record["recovered"] < 1
         assert window["steps"] == ([1, 1] if recipe is wan22 else window["steps"])
 
 
 def test_padding_of_text_is_in_no_mean_and_in_no_reconstruction():
-    pipe, counts = build(qwenimage), []
-    hooked, name = HookedDiffusionModel.from_pipeline(pipe), "transformer_blocks.0"
-    options, prompts = options_of(qwenimage), PROMPTS[:P]
-    generators = lambda: [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    pipe = build(qwenimage)
+    counts = []
+    hooked = HookedDiffusionModel.from_pipeline(pipe)
+    name = "transformer_blocks.0"
+    options = options_of(qwenimage)
+    prompts = PROMPTS[:P]
+
+    def generators():
+        return [torch.Generator().manual_seed(seed) for seed in SEEDS]
+
     _, cache = hooked.run_with_cache(
         name, prompts, stream="text", save_input=True, generator=generators(), **options
     )
-    x, lengths = cache["output"][name] - cache["input"][name], cache["lengths"][name].tolist()
+    x = cache["output"][name] - cache["input"][name]
+    lengths = cache["lengths"][name].tolist()
     assert lengths == [len(prompt) for prompt in prompts]
 
     def half(x):
@@ -286,7 +310,8 @@ def test_padding_of_text_is_in_no_mean_and_in_no_reconstruction():
 
     generation = Generation(prompts, SEEDS, options=options)
     report, _ = graft(hooked, half, HookPoint(name, "diff", "text"), generation, windows=[])
-    assert counts[:P] == lengths and len(counts) == P * S
+    assert counts[:P] == lengths
+    assert len(counts) == P * S
 
     def latents(edits):
         with hooked.watch(P) as sampling:
@@ -296,14 +321,17 @@ def test_padding_of_text_is_in_no_mean_and_in_no_reconstruction():
         return sampling.sample
 
     means = [torch.cat([x[p, s, :n] for p, n in enumerate(lengths)]).mean(0) for s in range(S)]
-    add = lambda mean: (
-        lambda x, before: before + mean
-    )  # of the output itself the next layer would norm its size away
-    edits = [
-        Edit(add(mean), stream="text", steps=[s], with_input=True) for s, mean in enumerate(means)
-    ]
+
+    def add(mean):
+        # To the input: the next layer would norm away the size of an output alone.
+        return lambda x, before: before + mean
+
+    edits = []
+    for step, mean in enumerate(means):
+        edits.append(Edit(add(mean), stream="text", steps=[step], with_input=True))
     moved = (latents(edits) - latents([])).flatten(1).square().mean(1).sqrt().mean().item()
-    assert report["all"]["latents"]["mean"] == pytest.approx(moved, rel=1e-3) and moved > 1e-5
+    assert report["all"]["latents"]["mean"] == pytest.approx(moved, rel=1e-3)
+    assert moved > 1e-5
 
 
 def test_where_the_mean_moves_nothing_there_is_no_share():
@@ -313,11 +341,9 @@ def test_where_the_mean_moves_nothing_there_is_no_share():
     report, _ = run(pipe, sd15, lambda x: x + 0.1, side="diff")
     for window in (report["all"], *report["windows"]):
         record = window["latents"]
-        assert (
-            record["mean"] == 0
-            and record["graft"] > 0
-            and record["recovered"] is record["recovered_se"] is None
-        )
+        assert record["mean"] == 0
+        assert record["graft"] > 0
+        assert record["recovered"] is record["recovered_se"] is None
 
 
 def test_what_can_not_be_grafted_is_said():
@@ -376,7 +402,8 @@ def test_the_record_by_hand():
         is None
     )
     broken = evaluate.compare(torch.tensor([1.0, torch.nan]), torch.tensor([1.0, 1.0]))
-    assert broken["graft"] is broken["recovered"] is None and json.dumps(broken, allow_nan=False)
+    assert broken["graft"] is broken["recovered"] is None
+    assert json.dumps(broken, allow_nan=False)
 
 
 def test_the_standard_error_is_that_of_samples_of_prompts():
@@ -384,7 +411,8 @@ def test_the_standard_error_is_that_of_samples_of_prompts():
     size = (
         torch.rand(4000, 50) + 0.5
     )  # 4000 experiments of 50 prompts, some of which move more than others
-    grafts, means = size * (0.3 + 0.1 * torch.randn(4000, 50)), size
+    grafts = size * (0.3 + 0.1 * torch.randn(4000, 50))
+    means = size
     records = [evaluate.compare(g, m) for g, m in zip(grafts, means)]
     spread = torch.tensor([r["recovered"] for r in records]).std().item()
     assert torch.tensor([r["recovered_se"] for r in records]).mean().item() == pytest.approx(
@@ -395,9 +423,14 @@ def test_the_standard_error_is_that_of_samples_of_prompts():
 def test_where_an_sae_belongs(tmp_path):
     meta = {"hook_name": "mid_block", "side": "diff", "stream": "text", "rows": "uncond"}
     for name, changed in (("a", {}), ("b", {}), ("c", {"side": "output"})):
-        there = meta | changed | {"model": "toy"}
-        (tmp_path / f"{name}.json").write_text(json.dumps(there | {"checksum": checksum(there)}))
-    sae = lambda *names: Sae(4, 8, 2, {"data": [str(tmp_path / f"{name}.npy") for name in names]})
+        other_model = meta | changed | {"model": "toy"}
+        (tmp_path / f"{name}.json").write_text(
+            json.dumps(other_model | {"checksum": checksum(other_model)})
+        )
+
+    def sae(*names):
+        return Sae(4, 8, 2, {"data": [str(tmp_path / f"{name}.npy") for name in names]})
+
     assert trained_on(sae("a", "b")) == HookPoint(**meta)
     for names, match in (
         ("ac", "files of several hook points"),
@@ -409,17 +442,21 @@ def test_where_an_sae_belongs(tmp_path):
 
 
 def test_a_report_and_its_picture(tmp_path):
-    pipe, seen = build(sd15), []
+    pipe = build(sd15)
+    seen = []
     options = options_of(sd15, output_type="pt", negative_prompt=["blurry", "dark", "cut"])
-    clip = lambda a, b: seen.append(a) or evaluate.rms(a, b)
+
+    def clip(a, b):
+        seen.append(a)
+        return evaluate.rms(a, b)
+
     report, pictures = run(pipe, sd15, lossy(16), options=options, num_shown=2, clip=clip)
     untouched = pipe(
         PROMPTS[:P], generator=[torch.Generator().manual_seed(seed) for seed in SEEDS], **options
     ).images
     assert torch.allclose(pictures["untouched"], untouched[:2], atol=1e-5)
-    assert all(x.shape == (2, 3, 32, 32) for x in pictures.values()) and list(pictures) == list(
-        GRAFT_ROWS
-    )
+    assert all(x.shape == (2, 3, 32, 32) for x in pictures.values())
+    assert list(pictures) == list(GRAFT_ROWS)
     _, more = run(pipe, sd15, lossy(16), options=options, num_shown=8)
     assert all(
         x.shape == (3, 3, 32, 32) and torch.equal(x[:2], pictures[name]) for name, x in more.items()
@@ -427,16 +464,12 @@ def test_a_report_and_its_picture(tmp_path):
     for mode in ("graft", "mean"):  # the pictures are those of all steps
         moved = evaluate.rms(more[mode], more["untouched"]).mean().item()
         assert moved == pytest.approx(report["all"]["images"][mode], rel=1e-6)
-    assert (
-        pictures["graft"].ne(pictures["untouched"]).any()
-        and pictures["mean"].ne(pictures["graft"]).any()
-    )
+    assert pictures["graft"].ne(pictures["untouched"]).any()
+    assert pictures["mean"].ne(pictures["graft"]).any()
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     for window in (report["all"], *report["windows"]):
-        assert (
-            window["images"] == window["clip"] != window["latents"]
-            and 0 < window["images"]["graft"] < 1
-        )
+        assert window["images"] == window["clip"] != window["latents"]
+        assert 0 < window["images"]["graft"] < 1
     assert report["all"]["timesteps"] == [
         float(t) for t in (pipe.scheduler.timesteps[0], pipe.scheduler.timesteps[-1])
     ]
@@ -445,25 +478,27 @@ def test_a_report_and_its_picture(tmp_path):
     for name, shown in (("with", pictures), ("without", None)):
         plot_graft(tmp_path / f"{name}.png", report, shown)
         sizes.append(Image.open(tmp_path / f"{name}.png").size)
-    assert sizes[0][0] == sizes[1][0] > 1000 and sizes[0][1] > sizes[1][1] + 400 > 800
+    assert sizes[0][0] == sizes[1][0] > 1000
+    assert sizes[0][1] > sizes[1][1] + 400 > 800
 
 
 def test_clip_is_used_where_it_is_and_its_absence_said(tmp_path):
     from transformers import CLIPConfig, CLIPModel
 
     distance, line = evaluate.clip_distance(str(tmp_path / "nowhere"))
-    assert (
-        distance is None and line.startswith("no CLIP distance") and "not on this machine" in line
-    )
+    assert distance is None
+    assert line.startswith("no CLIP distance")
+    assert "not on this machine" in line
     small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-    vision, text = small | dict(image_size=16, patch_size=8), small | dict(vocab_size=50)
+    vision = small | dict(image_size=16, patch_size=8)
+    text = small | dict(vocab_size=50)
     torch.manual_seed(0)
     CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(
         tmp_path
     )
     distance, line = evaluate.clip_distance(str(tmp_path))
     a, b = torch.rand(2, 2, 3, 32, 32)
-    assert distance(a, a).tolist() == pytest.approx([0, 0], abs=1e-6) and line.startswith(
-        "CLIP distance"
-    )
-    assert distance(a, b).min() > 1e-4 and distance(a, b).shape == (2,)
+    assert distance(a, a).tolist() == pytest.approx([0, 0], abs=1e-6)
+    assert line.startswith("CLIP distance")
+    assert distance(a, b).min() > 1e-4
+    assert distance(a, b).shape == (2,)

@@ -43,4 +43,6 @@ def test_the_script(tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit) as stopped:
             run_script(monkeypatch, *args)
         error = capsys.readouterr().err
-        assert stopped.value.code == 2 and message in error and error.count("\n") == 1
+        assert stopped.value.code == 2
+        assert message in error
+        assert error.count("\n") == 1

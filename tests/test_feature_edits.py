@@ -32,10 +32,8 @@ def some_sae(d, M=64, k=6, cfg=None, seed=0):
 @pytest.mark.parametrize("kind", EVERY)
 def test_delta_is_the_difference_of_two_reconstructions(kind):
     activation = {} if kind == "unit norm" else {"activation": kind}
-    sae, x = (
-        some_sae(24, cfg=activation | EVERY[kind]),
-        torch.randn(3, 10, 24, generator=torch.Generator().manual_seed(1)),
-    )
+    sae = some_sae(24, cfg=activation | EVERY[kind])
+    x = torch.randn(3, 10, 24, generator=torch.Generator().manual_seed(1))
     features = torch.tensor([5, 17, 40])
     top_acts, top_indices, *stats = (
         sae.encode(x) if kind == "sampletopk" else sae.encode(x.flatten(0, 1))
@@ -47,22 +45,22 @@ def test_delta_is_the_difference_of_two_reconstructions(kind):
         for c in codes
     ]
     expected = (hats[0] - hats[1]) @ sae.W_dec.double() * (stats[1].double() if stats else 1)
-    found = delta(sae, x, features, lambda acts: -3 * acts)
-    assert (
-        torch.allclose(found.flatten(0, 1).double(), expected, atol=1e-5)
-        and expected.abs().max() > 0.1
-    )
+    change = delta(sae, x, features, lambda acts: -3 * acts)
+    assert torch.allclose(change.flatten(0, 1).double(), expected, atol=1e-5)
+    assert expected.abs().max() > 0.1
     untouched = ~torch.isin(torch.where(top_acts > 0, top_indices, -1), features).reshape(
         30, -1
     ).any(1)
-    assert untouched.any() and not found.flatten(0, 1)[untouched].any()  # exactly 0
+    assert untouched.any()
+    assert not change.flatten(0, 1)[untouched].any()  # exactly 0
 
 
 def test_add_is_in_units_of_the_steps_norm():
-    sae, x = some_sae(24), torch.randn(2, 10, 24)
+    sae = some_sae(24)
+    x = torch.randn(2, 10, 24)
     sae.W_dec.data.mul_(2)  # what is added goes along the unit row
-    found = steer(sae, [3], add=2.5)(x)
-    for tokens, added in zip(x, found):
+    change = steer(sae, [3], add=2.5)(x)
+    for tokens, added in zip(x, change):
         norm = (tokens.double().square().sum() / 10).sqrt()
         assert torch.allclose(
             added.double(), (2.5 * norm * sae.W_dec[3].double() / 2 / 1.0).expand(10, 24), atol=1e-4
@@ -73,25 +71,26 @@ def test_add_is_in_units_of_the_steps_norm():
 
 
 def test_redirect_puts_as_much_along_the_direction_as_it_takes_out():
-    sae, x = some_sae(24), torch.randn(2, 10, 24, generator=torch.Generator().manual_seed(1))
-    features, u = [5, 17, 40], torch.nn.functional.normalize(torch.randn(24), dim=0)
+    sae = some_sae(24)
+    x = torch.randn(2, 10, 24, generator=torch.Generator().manual_seed(1))
+    features = [5, 17, 40]
+    u = torch.nn.functional.normalize(torch.randn(24), dim=0)
     taken = -delta(sae, x, torch.tensor(features), lambda acts: 0 * acts)
-    found = redirect(sae, features, u)(x)
-    assert (
-        torch.allclose(found + taken, taken.norm(dim=-1)[..., None] * u, atol=1e-5)
-        and taken.norm() > 1
-    )
+    change = redirect(sae, features, u)(x)
+    assert torch.allclose(change + taken, taken.norm(dim=-1)[..., None] * u, atol=1e-5)
+    assert taken.norm() > 1
     without = (taken == 0).all(-1)
-    assert without.any() and not without.all() and not found[without].any()
+    assert without.any()
+    assert not without.all()
+    assert not change[without].any()
 
 
 def test_nothing_to_change_is_none():
-    sae, x = some_sae(24), torch.randn(1, 4, 24)
-    assert (
-        steer(sae, [3], multiply=1)(x) is None
-        and steer(sae, [3], add=0)(x) is None
-        and steer(sae, [], multiply=0)(x) is None
-    )
+    sae = some_sae(24)
+    x = torch.randn(1, 4, 24)
+    assert steer(sae, [3], multiply=1)(x) is None
+    assert steer(sae, [3], add=0)(x) is None
+    assert steer(sae, [], multiply=0)(x) is None
 
 
 def test_what_is_refused():
@@ -178,29 +177,35 @@ def test_only_the_rows_steps_and_tokens_asked_for_are_touched(rows, there):
     assert len(seen) == 3  # each with an output before the edit, and what the next module got
     for step, (before, after) in enumerate(seen):
         for chunk, edited in enumerate(there):
-            part = slice(2 * chunk, 2 * chunk + 2)
-            moved = (before[part] != after[part]).any(-1)
+            rows_of_chunk = slice(2 * chunk, 2 * chunk + 2)
+            moved = (before[rows_of_chunk] != after[rows_of_chunk]).any(-1)
             expected = (
                 mask.expand(2, T) if edited and step == 1 else torch.zeros(2, T, dtype=torch.bool)
             )
             assert torch.equal(moved, expected)
-            x = before[part]
+            x = before[rows_of_chunk]
             added = (
                 step_norm(x)
                 * torch.nn.functional.normalize(sae.W_dec[1], dim=0)
                 * expected[..., None]
             )
-            assert torch.allclose(after[part], x + added, atol=1e-5)
+            assert torch.allclose(after[rows_of_chunk], x + added, atol=1e-5)
 
 
 def test_renormalize_and_what_is_measured():
-    sae, seen = some_sae(D), []
-    measure = lambda x, timestep: seen.append((x, timestep))
+    sae = some_sae(D)
+    seen = []
+
+    def measure(x, timestep):
+        return seen.append((x, timestep))
+
     _, both = generate(steer(sae, [1], add=3.0), renormalize=True, measure=measure)
     for (before, after), (x, _) in zip(both, seen):
         assert torch.allclose(before[2:].norm(dim=-1), after[2:].norm(dim=-1), rtol=1e-4)
-        assert not torch.equal(before[2:], after[2:]) and torch.allclose(x, after[2:], atol=1e-6)
-    assert len(seen) == 3 and seen[0][1] > seen[1][1] > seen[2][1]
+        assert not torch.equal(before[2:], after[2:])
+        assert torch.allclose(x, after[2:], atol=1e-6)
+    assert len(seen) == 3
+    assert seen[0][1] > seen[1][1] > seen[2][1]
     for of, expected in (
         ("cond", slice(2, 4)),
         ("uncond", slice(0, 2)),
@@ -212,9 +217,8 @@ def test_renormalize_and_what_is_measured():
             measure=measure,
             hook_point=HookPoint(HOOK, rows=of),
         )
-        assert len(seen) == 3 and all(
-            torch.allclose(x, a[expected], atol=1e-5) for (_, a), (x, _) in zip(both, seen)
-        )
+        assert len(seen) == 3
+        assert all(torch.allclose(x, a[expected], atol=1e-5) for (_, a), (x, _) in zip(both, seen))
 
 
 def test_what_overflows_float16_stays_finite():
@@ -256,15 +260,15 @@ def test_typical_is_1_for_what_it_was_made_of(tmp_path):
     np.save(tmp_path / "x.npy", x.numpy())
     typical = Typical([tmp_path / "x.npy"], n=4000)
     norm, distance = typical(x[:8], 0.0)
-    assert torch.allclose(norm.mean(), torch.tensor(1.0), atol=0.05) and torch.allclose(
-        distance.mean(), torch.tensor(1.0), atol=0.05
-    )
+    assert torch.allclose(norm.mean(), torch.tensor(1.0), atol=0.05)
+    assert torch.allclose(distance.mean(), torch.tensor(1.0), atol=0.05)
     assert torch.allclose(typical(2 * x[:8], 0.0)[0], 2 * norm)
     padded = torch.cat([x[:8], torch.zeros(8, 300, 16)], 1)
     assert torch.allclose(
         torch.stack(typical(padded, 0.0, text=True)), torch.stack([norm, distance]), rtol=1e-4
     )
     assert typical(padded, 0.0)[0].max() < 0.6
-    along, across = torch.zeros(16), torch.zeros(16)
+    along = torch.zeros(16)
+    across = torch.zeros(16)
     along[0], across[15] = 5.0, 5.0
     assert typical(x[:8] + across, 0.0)[1].min() > 3 * typical(x[:8] + along, 0.0)[1].max()

@@ -5,13 +5,19 @@ import json
 
 import pytest
 import torch
+from files import read_json
 from test_sae import VARIANTS, X, make_sae
 
+import export as export_script
+from errors import UsageError
+from hook import HookPoint
 from sae import Sae
 from store.disk import save_tensors
 from store.foreign_saes import save_saelens
 
-D, M, K = 12, 30, 4
+D = 12
+M = 30
+K = 4
 BENCH = "is not installed: pip install -r requirements-bench.txt"
 
 
@@ -103,7 +109,8 @@ def test_saelens_folders(tmp_path, architecture, cfg):
     codes, x_hat = saelens_reference(tensors, X.double(), architecture, **cfg)
     assert 0 < (codes > 0).sum() < codes.numel()
     assert_same(dense(sae, X), (codes, x_hat))
-    assert sae.k == (K if architecture == "topk" else M) and sae.cfg["hook_name"] == "blocks.1"
+    assert sae.k == (K if architecture == "topk" else M)
+    assert sae.cfg["hook_name"] == "blocks.1"
 
 
 @pytest.mark.parametrize("architecture, cfg", SAELENS)
@@ -154,7 +161,7 @@ def test_we_read_what_saelens_saves_after_training(tmp_path, kind):
 )
 def test_saelens_folders_that_are_refused(tmp_path, change, message):
     save_saelens_by_hand(tmp_path, "topk")
-    cfg = json.loads((tmp_path / "cfg.json").read_text())
+    cfg = read_json(tmp_path / "cfg.json")
     (tmp_path / "cfg.json").write_text(json.dumps(cfg | change))
     with pytest.raises(ValueError, match=message):
         Sae.load_from_disk(tmp_path)
@@ -180,11 +187,11 @@ def test_an_export_comes_back(tmp_path, cfg):
     export(sae, tmp_path)
     again = Sae.load_from_disk(tmp_path)
     assert_same(dense(again, X), dense(sae, X))
-    assert (
-        again.cfg["hook_name"] == "up_blocks.1" and again.cfg["saelens"]["metadata"]["fvu"] == 0.25
-    )
+    assert again.cfg["hook_name"] == "up_blocks.1"
+    assert again.cfg["saelens"]["metadata"]["fvu"] == 0.25
     if cfg:
-        assert again.activation == "jumprelu" and (dense(sae, X)[0] == sae.threshold).sum() == 1
+        assert again.activation == "jumprelu"
+        assert (dense(sae, X)[0] == sae.threshold).sum() == 1
         export(again, tmp_path / "twice")
         assert_same(dense(Sae.load_from_disk(tmp_path / "twice"), X), dense(sae, X))
 
@@ -199,13 +206,15 @@ def test_saelens_itself_reads_an_export(tmp_path, cfg):
         codes = theirs.encode(X)
         assert_same(dense(sae, X), (codes, theirs.decode(codes)))
     assert theirs.cfg.architecture() == ("jumprelu" if cfg else "topk")
-    assert theirs.cfg.metadata.hook_name == "up_blocks.1" and theirs.cfg.metadata.fvu == 0.25
+    assert theirs.cfg.metadata.hook_name == "up_blocks.1"
+    assert theirs.cfg.metadata.fvu == 0.25
 
 
 def test_saelens_layer_norm_is_not_our_unit_norm(tmp_path):
     sae_lens = pytest.importorskip("sae_lens", reason=f"sae-lens {BENCH}")
     save_saelens_by_hand(tmp_path, "topk", normalize_activations="layer_norm")
-    theirs, x = sae_lens.SAE.load_from_disk(tmp_path), X.double()
+    theirs = sae_lens.SAE.load_from_disk(tmp_path)
+    x = X.double()
     z = theirs.to(dtype=torch.float64).run_time_activation_norm_fn_in(x)
     mine, _, std = make_sae(cfg=dict(input_unit_norm=True)).standardize(x)
     c = (D - 1) ** 0.5 / D**0.5
@@ -225,7 +234,8 @@ def test_exports_that_are_refused(tmp_path):
     make_sae().save_to_disk(tmp_path)
     with pytest.raises(ValueError, match="another SAE"):
         export(make_sae(), tmp_path)
-    assert not (tmp_path / "new").exists() and Sae.load_from_disk(tmp_path).k == 4
+    assert not (tmp_path / "new").exists()
+    assert Sae.load_from_disk(tmp_path).k == 4
 
 
 DICTIONARIES = [
@@ -240,7 +250,8 @@ DICTIONARIES += ["unit AutoEncoder", "JumpReluAutoEncoder"]
 
 def save_dictionary_by_hand(folder, kind):
     """ae.pt and config.json as dictionary_learning's trainSAE writes them."""
-    t, threshold = arrays(), -1.0 if kind.startswith("unset") else 0.7
+    t = arrays()
+    threshold = -1.0 if kind.startswith("unset") else 0.7
     if kind.startswith("unit"):
         t["W_dec"] = t["W_dec"] / t["W_dec"].norm(dim=1, keepdim=True)
     kind = kind.split()[-1]
@@ -292,7 +303,8 @@ def test_dictionary_learning_folders(tmp_path, kind):
     codes, x_hat = dictionary_reference(tensors, X.double(), kind)
     assert 0 < (codes > 0).sum() < codes.numel()
     assert_same(dense(sae, X), (codes, x_hat))
-    assert sae.k == (K if "TopK" in kind else M) and sae.cfg["hook_name"] == "blocks.1"
+    assert sae.k == (K if "TopK" in kind else M)
+    assert sae.cfg["hook_name"] == "blocks.1"
     sae.save_to_disk(tmp_path / "ours")
     assert torch.equal(Sae.load_from_disk(tmp_path / "ours")(X), sae(X))
 
@@ -310,7 +322,7 @@ def test_dictionary_learning_itself_reads_them_so(tmp_path, kind, monkeypatch):
 
 def test_dictionary_learning_folders_that_are_refused(tmp_path):
     save_dictionary_by_hand(tmp_path, "AutoEncoderTopK")
-    config = json.loads((tmp_path / "config.json").read_text())
+    config = read_json(tmp_path / "config.json")
     for change, message in (
         ({"dict_class": "GatedAutoEncoder"}, "GatedAutoEncoder"),
         ({"dict_class": "AutoEncoder"}, "expected encoder.weight .*bias"),
@@ -386,3 +398,134 @@ def test_load_many(tmp_path):
     assert Sae.load_many(tmp_path)["c"].activation == "jumprelu"
     with pytest.raises(ValueError, match="'x', only in a/one, a/two, b, c"):
         Sae.load_many(tmp_path, "x")
+
+
+def change_json(path, change):
+    path.write_text(json.dumps(read_json(path) | change))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"signed": True},
+        {"jumprelu": 0.1},
+        {"abs_topk": True},
+        {"dataset_norm": 3.5},
+        {"normalize_input": "layer_norm"},
+        {"W_skip": 1},
+        {"training": {"signed": True}, "pre_bias": -1.0},
+    ],
+    ids=str,
+)
+def test_a_sparsify_folder_with_an_unknown_key_is_refused(tmp_path, change):
+    Sae(12, 30, 4).save_to_disk(tmp_path)
+    change_json(tmp_path / "cfg.json", change)
+    with pytest.raises(UsageError, match=f"cfg.json says {list(change)[-1]}.* can't be loaded"):
+        Sae.load_from_disk(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["apply_b_dec_to_input", "use_relu", "encoder_bias"])
+def test_a_key_that_is_off_may_change_the_meaning(tmp_path, key):
+    Sae(12, 30, 4).save_to_disk(tmp_path)
+    change_json(tmp_path / "cfg.json", {key: False})
+    with pytest.raises(UsageError, match=f"says {key} False"):
+        Sae.load_from_disk(tmp_path)
+
+
+def test_an_export_for_saelens_comes_back_with_its_hook_point(tmp_path):
+    site = {
+        "hook_name": "mid_block",
+        "side": "diff",
+        "stream": "image",
+        "rows": "uncond",
+        "fingerprint": "a-b",
+    }
+    Sae(12, 30, 4, site | {"model_name": "toy"}).save_to_disk(tmp_path / "sae")
+    export_script.main(
+        export_script.Config(
+            sae=str(tmp_path / "sae"), export="saelens", out_dir=str(tmp_path / "exported")
+        )
+    )
+    sae = Sae.load_from_disk(tmp_path / "exported")
+    assert sae.hook_point == HookPoint("mid_block", "diff", "image", "uncond")
+    assert sae.cfg["fingerprint"] == "a-b"
+
+
+def test_what_changes_nothing_is_loaded(tmp_path):
+    Sae(12, 30, 4).save_to_disk(tmp_path)
+    off = {
+        "signed": False,
+        "jumprelu": None,
+        "transcode": False,
+        "multi_topk": True,
+        "expansion_factor": 32,
+        "some_list": [],
+    }
+    change_json(tmp_path / "cfg.json", off)
+    assert Sae.load_from_disk(tmp_path).k == 4
+    change_json(
+        tmp_path / "cfg.json", {"training": {"digest": "0"}, "of_another_version": 1}
+    )  # of train.py
+    assert Sae.load_from_disk(tmp_path).k == 4
+    change_json(tmp_path / "cfg.json", {"num_latents": 31})
+    with pytest.raises(UsageError, match="expected encoder.weight"):
+        Sae.load_from_disk(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "old, change, name",
+    [
+        (False, {"use_error_term_bias": 1.5}, "use_error_term_bias"),
+        (False, {"signed": True}, "signed"),
+        (True, {"signed": True}, "signed"),
+        (True, {"activation_fn_kwargs": {"k": 4, "signed": True}}, "signed"),
+        (True, {"input_scale": 2.0}, "input_scale"),
+    ],
+    ids=str,
+)
+def test_a_saelens_folder_with_an_unknown_key_is_refused(tmp_path, old, change, name):
+    save_saelens_by_hand(tmp_path, "topk", old=old)
+    assert Sae.load_from_disk(tmp_path).k == 4
+    change_json(tmp_path / "cfg.json", change)
+    with pytest.raises(UsageError, match=f"says {name} "):
+        Sae.load_from_disk(tmp_path)
+
+
+@pytest.mark.parametrize("where", ["config", "trainer"])
+def test_a_dictionary_learning_folder_with_an_unknown_key_is_refused(tmp_path, where):
+    save_dictionary_by_hand(tmp_path, "AutoEncoderTopK")
+    config = read_json(tmp_path / "config.json")
+    (config if where == "config" else config["trainer"])["dataset_norm"] = 3.5
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match="config.json says dataset_norm 3.5"):
+        Sae.load_from_disk(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "kind, missing",
+    [
+        ("AutoEncoderTopK", ["k", "threshold"]),
+        ("AutoEncoderTopK", ["threshold"]),
+        ("BatchTopKSAE", ["k"]),
+    ],
+)
+def test_old_dictionary_learning_files_have_k_in_their_config(tmp_path, kind, missing):
+    save_dictionary_by_hand(tmp_path, kind)
+    expected = Sae.load_from_disk(tmp_path)
+    state = torch.load(tmp_path / "ae.pt", weights_only=True)
+    torch.save(
+        {name: tensor for name, tensor in state.items() if name not in missing}, tmp_path / "ae.pt"
+    )
+    sae = Sae.load_from_disk(tmp_path)
+    x = torch.randn(20, sae.d_in, generator=torch.Generator().manual_seed(0)) + 3
+    assert sae.k == expected.k == 4
+    assert torch.equal(sae(x), expected(x))
+    if kind == "AutoEncoderTopK":
+        config = read_json(tmp_path / "config.json")
+        del config["trainer"]["k"]
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        torch.save(
+            {name: tensor for name, tensor in state.items() if name != "k"}, tmp_path / "ae.pt"
+        )
+        with pytest.raises(UsageError, match="k is None"):
+            Sae.load_from_disk(tmp_path)

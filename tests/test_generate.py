@@ -42,9 +42,12 @@ def test_what_is_generated_is_the_pipelines(model):
         generators = [torch.Generator().manual_seed(seed) for seed in (7, 8)]
         options = generation.options | {"output_type": output_type}
         assert torch.equal(ours, model.pipe(PROMPTS[:2], generator=generators, **options).images)
-    assert made.images.shape == (2, 3, 32, 32) and 0 <= made.images.min() and made.images.max() <= 1
+    assert made.images.shape == (2, 3, 32, 32)
+    assert 0 <= made.images.min()
+    assert made.images.max() <= 1
     without = generate(model, generation_of(2))  # latents only
-    assert without.images is None and torch.equal(without.sample, made.sample)
+    assert without.images is None
+    assert torch.equal(without.sample, made.sample)
     with pytest.raises(ValueError, match="StableDiffusionPipeline returns no images to show"):
         required_images(model, without)
 
@@ -53,7 +56,8 @@ def test_batches_cut_all_that_belongs_to_a_prompt():
     options = {"prompt_2": ["x", "y", "z"], "guidance_scale": 3.0, "sigmas": [2.0, 1.0, 0.0]}
     whole = Generation(["a", "b", "c"], [5, 6, 7], ["not a", "not b", "not c"], options)
     first, second = whole.batches(2)
-    assert (first.prompts, first.seeds) == (["a", "b"], [5, 6]) and (
+    assert (first.prompts, first.seeds) == (["a", "b"], [5, 6])
+    assert (
         second.prompts,
         second.seeds,
     ) == (["c"], [7])
@@ -63,10 +67,8 @@ def test_batches_cut_all_that_belongs_to_a_prompt():
         "sigmas": [2.0, 1.0, 0.0],
         "negative_prompt": ["not c"],
     }
-    assert (
-        first.arguments()["negative_prompt"] == ["not a", "not b"]
-        and "negative_prompt" not in whole.options
-    )
+    assert first.arguments()["negative_prompt"] == ["not a", "not b"]
+    assert "negative_prompt" not in whole.options
     assert [batch.prompts for batch in whole.batches(3)] == [whole.prompts]
     assert "negative_prompt" not in generation_of().arguments()
     rows = [
@@ -96,7 +98,9 @@ def test_what_does_not_match_is_said():
 
 
 def test_each_batch_has_its_own_edits_and_steps(model):
-    sizes, indices, advanced = [], [], []
+    sizes = []
+    indices = []
+    advanced = []
 
     class Bar:
         update = staticmethod(advanced.append)
@@ -108,18 +112,24 @@ def test_each_batch_has_its_own_edits_and_steps(model):
         return {HOOK: Edit(note)}
 
     generation = generation_of()
-    on_step = lambda step: indices.append(step.index)
+
+    def on_step(step):
+        return indices.append(step.index)
+
     parts = list(generate_batches(model, generation, 2, make_edits, on_step, Bar))
-    assert (
-        sizes == [(2, 0), (2, 1), (1, 0), (1, 1)] and indices == [0, 1, 0, 1] and advanced == [2, 1]
-    )
-    sample = torch.cat([part.sample for part in parts])
+    assert sizes == [(2, 0), (2, 1), (1, 0), (1, 1)]
+    assert indices == [0, 1, 0, 1]
+    assert advanced == [2, 1]
+    sample = torch.cat([batch.sample for batch in parts])
     assert torch.allclose(sample, generate(model, generation).sample, atol=1e-4)
     images = generate_images(model, generation_of(output_type="pt"), 2)
     assert torch.allclose(
         images, generate(model, generation_of(output_type="pt")).images, atol=1e-4
     )
-    zero = lambda sampling: {HOOK: Edit(torch.zeros_like)}
+
+    def zero(sampling):
+        return {HOOK: Edit(torch.zeros_like)}
+
     assert not torch.allclose(generate(model, generation, zero).sample, sample, atol=1e-3)
 
 

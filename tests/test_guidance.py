@@ -21,10 +21,14 @@ def test_one_prompt_with_different_negative_prompts(recipe):
     """It is the unconditional rows that differ then: guidance subtracts them all the same."""
     case = shared(recipe)
     hook_name = case.by_hand.hook_name if case.by_hand else case.hooked.hook_names("*.1")[0]
-    rows = lambda negative: case.cache(
-        hook_name, 2, [PROMPTS[0]] * 2, keep=dict(rows="both"), negative_prompt=negative
-    )[1]
-    before, after = rows(["blurry", "ugly it"]), rows(["blurry", "ugly at"])
+
+    def rows(negative):
+        return case.cache(
+            hook_name, 2, [PROMPTS[0]] * 2, keep=dict(rows="both"), negative_prompt=negative
+        )[1]
+
+    before = rows(["blurry", "ugly it"])
+    after = rows(["blurry", "ugly at"])
     assert torch.equal(before["output"][hook_name][:, 0], after["output"][hook_name][:, 0])
     changed = (
         (before["output_uncond"][hook_name] != after["output_uncond"][hook_name])[:, 0]
@@ -71,7 +75,8 @@ def test_a_dry_step_puts_attention_processors_back():
 
 
 def test_edits_of_all_rows_get_one_chunk_at_a_time_where_the_number_of_videos_is_ignored():
-    case, shapes = Case(cogvideox), set()
+    case = Case(cogvideox)
+    shapes = set()
     edit = Edit(lambda x: shapes.add(tuple(x.shape[:1])), rows="all")
     case.sample({"transformer_blocks.0": edit}, n=2, num_videos_per_prompt=2, generator=None)
     assert shapes == {(2,)}
@@ -90,17 +95,17 @@ def test_a_list_of_predictions_is_stacked_even_where_there_are_as_many_channels(
 def test_a_foreign_scheduler_of_the_same_class_changes_nothing():
     from diffusers import DDIMScheduler
 
-    pipe, foreign, edited = build(sd15), DDIMScheduler(), []
+    pipe = build(sd15)
+    foreign = DDIMScheduler()
+    edited = []
 
     def callback(pipe, step, t, kwargs):
         foreign.set_timesteps(7)
         foreign.step(torch.zeros(1, 4, 2, 2), foreign.timesteps[0], torch.zeros(1, 4, 2, 2))
         return {}
 
-    hooked, options = (
-        HookedDiffusionModel.from_pipeline(pipe),
-        generate_options(2, num_inference_steps=5),
-    )
+    hooked = HookedDiffusionModel.from_pipeline(pipe)
+    options = generate_options(2, num_inference_steps=5)
     options["callback_on_step_end"] = callback
     _, cache = hooked.run_with_cache(HOOK, PROMPTS[:2], cache_every_n_timesteps=2, **options)
     assert cache["output"][HOOK].shape[1] == 3
@@ -113,7 +118,8 @@ def test_a_foreign_scheduler_of_the_same_class_changes_nothing():
 def test_a_dry_step_is_hidden_from_others_that_watch_the_model():
     """Another HookedDiffusionModel's first step would have two forwards, of which one would count
     as unconditional."""
-    model, scheduler = Denoiser(), Euler()
+    model = Denoiser()
+    scheduler = Euler()
     loop = dict(get_timesteps=lambda n, device: range(n, 0, -1), sample_shape=(3, 4, 5))
     loop["encode_prompt"] = lambda prompt, *args: (torch.ones(len(prompt), 5), None)
     one, other = (HookedDiffusionModel(model, scheduler, **loop) for _ in range(2))
@@ -128,17 +134,18 @@ def test_a_dry_step_is_hidden_from_others_that_watch_the_model():
 
 def test_two_models_that_take_turns_keep_their_own_steps():
     torch.manual_seed(0)
-    models, schedulers = [Denoiser(), Denoiser()], [Euler(), Euler()]
-    x, text = torch.randn(2, 3, 4, 5), torch.randn(2, 5)
+    models = [Denoiser(), Denoiser()]
+    schedulers = [Euler(), Euler()]
+    x = torch.randn(2, 3, 4, 5)
+    text = torch.randn(2, 5)
     a, b = (HookedDiffusionModel(m, s).cache("out", 2) for m, s in zip(models, schedulers))
     with torch.no_grad(), a as of_a, b as of_b:
         for t in (3.0, 2.0):
             predictions = [model(x, t + i / 2, text) for i, model in enumerate(models)]
             for i, scheduler in enumerate(schedulers):
                 scheduler.step(predictions[i], t + i / 2, x)
-    assert of_a["timesteps"]["out"].tolist() == [3.0, 2.0] and of_b["timesteps"][
-        "out"
-    ].tolist() == [3.5, 2.5]
+    assert of_a["timesteps"]["out"].tolist() == [3.0, 2.0]
+    assert of_b["timesteps"]["out"].tolist() == [3.5, 2.5]
 
 
 def test_a_second_sampling_in_one_cache_is_an_error():
@@ -161,7 +168,10 @@ def one_step(model, timestep, scheduler=None, x=None, rows=2, **options):
 
 
 def test_timesteps_of_one_element_and_of_single_rows():
-    broadcast = lambda t: t.view(-1, 1, 1, 1)
+
+    def broadcast(t):
+        return t.view(-1, 1, 1, 1)
+
     model = type(
         "Rowwise",
         (Denoiser,),
@@ -179,7 +189,8 @@ def test_the_time_may_come_first():
         {"forward": lambda self, t, x, text: Denoiser.forward(self, x, t, text)},
     )()
     torch.manual_seed(0)
-    hooked, x = HookedDiffusionModel(model, Euler()), torch.randn(2, 3, 4, 5)
+    hooked = HookedDiffusionModel(model, Euler())
+    x = torch.randn(2, 3, 4, 5)
     with torch.no_grad(), hooked.cache("out", 2) as cache:
         prediction = model(1.0, x, torch.randn(2, 5))
         Euler().step(prediction, 1.0, x)
@@ -226,7 +237,9 @@ def test_what_goes_on_in_place_is_cached_as_it_was():
 
 
 def test_globs_of_edits_pass_over_modules_without_tokens(pipe):
-    hooked, options, names = HookedDiffusionModel.from_pipeline(pipe), generate_options(2), set()
+    hooked = HookedDiffusionModel.from_pipeline(pipe)
+    options = generate_options(2)
+    names = set()
     hooked.run_with_hooks({"**": Edit(lambda x: names.add(1))}, PROMPTS[:2], **options)
     assert names
     with pytest.raises(ValueError, match="time_embedding: its output holds no image tokens"):
@@ -237,7 +250,7 @@ def test_globs_of_edits_pass_over_modules_without_tokens(pipe):
 
 def test_requests_that_make_no_sense_are_refused():
     hooked = HookedDiffusionModel(Denoiser(), Euler())
-    for call, said in (
+    for call, message in (
         (lambda: Edit(torch.zeros_like, steps=1), "expected a range or a list"),
         (lambda: hooked.cache("out", 0).__enter__(), "n_prompts"),
         (lambda: hooked.cache("out", ["a"]).__enter__(), "n_prompts"),
@@ -248,5 +261,5 @@ def test_requests_that_make_no_sense_are_refused():
             "needs a prompt",
         ),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             call()

@@ -58,12 +58,13 @@ class StandIn(BaseHTTPRequestHandler):
             request = json.loads(body)
             owner = request.get("organization") or "me"
             name = f"{request.get('type') or 'model'}s/{owner}/{request['name']}"
-            there, _ = name in self.server.repos, self.server.repos.setdefault(name, {})
+            exists = name in self.server.repos
+            _ = self.server.repos.setdefault(name, {})
             self.server.private.setdefault(
                 name, request.get("visibility") == "private" or request.get("private")
             )
             return self.answer(
-                409 if there else 200,
+                409 if exists else 200,
                 {"url": f"{self.server.address}/{name.removeprefix('models/')}"},
             )
         if parts == ["validate-yaml"]:
@@ -194,7 +195,8 @@ def test_several_in_one_repository_and_the_card_that_is_there_stays(tmp_path, st
     for run, name in (("a", "mid.1"), ("b", "mid.2")):
         hub.push(tmp_path / run, "me/saes", "sae", name)
     files = stand_in.repos["models/me/saes"]
-    assert files["mid.1/README.md"] == b"my own words" and b"| 0.5 |" in files["mid.2/README.md"]
+    assert files["mid.1/README.md"] == b"my own words"
+    assert b"| 0.5 |" in files["mid.2/README.md"]
     assert b'Sae.load_from_hub("me/saes", "mid.2")' in files["mid.2/README.md"]
     assert capsys.readouterr().out.startswith("me/saes keeps its mid.1/README.md")
     assert {
@@ -290,13 +292,13 @@ def test_activations_are_pushed_by_the_script(tmp_path, stand_in, capsys):
 
 def run_export(tmp_path, endpoint, *args):
     """export.py as a user calls it -> exit status, what it printed, what it complained of."""
-    here = {
+    environment = {
         "HF_ENDPOINT": endpoint,
         "HF_HUB_OFFLINE": "0",
         "HF_HOME": str(tmp_path / "home"),
         "HF_TOKEN": "hf_test",
     }
-    result = run_fresh("export.py", "--sae", "run", *args, cwd=tmp_path, **here)
+    result = run_fresh("export.py", "--sae", "run", *args, cwd=tmp_path, **environment)
     return result.returncode, result.stdout, result.stderr
 
 
@@ -311,16 +313,17 @@ def test_the_script_pushes_what_it_exported(tmp_path, stand_in):
     files = stand_in.repos["models/me/lens"]
     assert files.keys() == {"README.md", "cfg.json", "sae_weights.safetensors"}
     card = files["README.md"].decode()
-    assert "| latents M | 30 |" in card and "| 0.1235 |" in card
+    assert "| latents M | 30 |" in card
+    assert "| 0.1235 |" in card
 
 
 @pytest.mark.slow
 def test_the_script_where_there_is_no_hub(tmp_path, stand_in):
     make_folder(tmp_path / "run")
     code, _, error = run_export(tmp_path, "http://127.0.0.1:1", "--to_hub", "me/saes")
-    assert (
-        code == 2 and error.startswith("export.py: error: me/saes: ") and error.count("\n") == 1
-    ), error
+    assert code == 2, error
+    assert error.startswith("export.py: error: me/saes: "), error
+    assert error.count("\n") == 1, error
 
 
 def test_the_card_of_an_sae(tmp_path):
@@ -338,9 +341,9 @@ def test_the_card_of_an_sae(tmp_path):
         "30",
         "4",
     )
-    assert (
-        rows["held-out vectors"] == "50" and "training vectors" not in rows and "model" not in rows
-    )
+    assert rows["held-out vectors"] == "50"
+    assert "training vectors" not in rows
+    assert "model" not in rows
     assert 'Sae.load_from_hub("me/saes", "mid.1")' in text
     shared = make_sae(cfg=dict(activation="sampletopk"))
     shared.save_to_disk(tmp_path)

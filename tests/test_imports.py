@@ -35,19 +35,20 @@ EXCEPTIONS = {("diagnose", "train")}  # diagnose.py predicts what train.py will 
 def sources() -> dict[str, Path]:
     """{dotted module name: file} of the product."""
     paths = [*HERE.glob("*.py"), *(path for room in ROOMS for path in (HERE / room).rglob("*.py"))]
-    found = {}
+    files = {}
     for path in paths:
         parts = path.relative_to(HERE).with_suffix("").parts
         name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
         if name not in ("conftest", "test_kernels"):
-            found[name] = path
-    return found
+            files[name] = path
+    return files
 
 
 def imported(path: Path, at_once: bool = False) -> set[str]:
     """Dotted names of what a file imports from the project; with `at_once` without what functions
     import when they run."""
-    known, found = sources(), set()
+    known = sources()
+    found = set()
     tree = ast.parse(path.read_text())
     for node in tree.body if at_once else ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -75,18 +76,19 @@ def test_imports_go_one_way(module):
 
 def needs(module: str) -> set[str]:
     """A module, and all that is imported of the project when it is, directly or not."""
-    found, todo = {module}, [module]
+    modules = {module}
+    todo = [module]
     while todo:
-        for other in imported(sources()[todo.pop()], at_once=True) - found:
-            found.add(other)
+        for other in imported(sources()[todo.pop()], at_once=True) - modules:
+            modules.add(other)
             todo.append(other)
-    return found
+    return modules
 
 
 def test_train_needs_few_files():
     """What a reader opens who wants to understand all of training, but for the kernels."""
-    found = {name for name in needs("train") if group(name) != "kernels"}
-    assert len(found) <= 13, sorted(found)
+    modules = {name for name in needs("train") if group(name) != "kernels"}
+    assert len(modules) <= 13, sorted(modules)
 
 
 def test_the_top_holds_what_the_house_says():

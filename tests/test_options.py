@@ -71,16 +71,21 @@ def mistake(capsys, line, cls=Config):
     with pytest.raises(SystemExit) as stop:
         options(line, cls)
     printed = capsys.readouterr()
-    assert stop.value.code == 2 and printed.out == "" and printed.err.count("\n") == 1
+    assert stop.value.code == 2
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
     return printed.err.strip()
 
 
 def test_values():
     assert options("") == Config()
     assert options("--k 1 2 --lr 1e-3 --kind batchtopk --name a").k == [1, 2]
-    assert options("--lr 1e-3").lr == 0.001 and options("--lr -1e39").lr == -1e39
-    assert options("--size 3 4").size == (3, 4) and options("--widths 5").widths == (5,)
-    assert options("--quiet").quiet and not options("--no_center").center
+    assert options("--lr 1e-3").lr == 0.001
+    assert options("--lr -1e39").lr == -1e39
+    assert options("--size 3 4").size == (3, 4)
+    assert options("--widths 5").widths == (5,)
+    assert options("--quiet").quiet
+    assert not options("--no_center").center
     assert options("draw --n 3", Command) == Command("draw", 3)
 
 
@@ -93,7 +98,7 @@ def test_hyphens_and_underscores_are_the_same_in_names_alone():
 
 
 @pytest.mark.parametrize(
-    "line, says",
+    "line, message",
     [
         ("--k x", "--k: expected a whole number, got 'x'"),
         ("--k", "--k: expected at least one argument"),
@@ -110,8 +115,8 @@ def test_hyphens_and_underscores_are_the_same_in_names_alone():
         ("--size 3", "--size: expected 2 arguments"),
     ],
 )
-def test_a_mistake_is_one_line(capsys, line, says):
-    assert mistake(capsys, line) == f"x.py: error: {says}"
+def test_a_mistake_is_one_line(capsys, line, message):
+    assert mistake(capsys, line) == f"x.py: error: {message}"
 
 
 def test_a_missing_positional_argument(capsys):
@@ -127,7 +132,8 @@ def test_groups_follow_the_source_and_output_and_hardware_come_last():
         for group, options in grouped_options(Config).items()
     }
     assert list(groups) == ["model", "training", "output", "hardware"]
-    assert groups["model"] == ["name", "revision"] and groups["training"] == ["k", "lr", "kind"]
+    assert groups["model"] == ["name", "revision"]
+    assert groups["training"] == ["k", "lr", "kind"]
 
 
 @pytest.mark.parametrize("columns", [50, 80, 200])
@@ -143,7 +149,8 @@ def test_help_fits_the_terminal(monkeypatch, capsys, columns):
     assert "(default: on; --no_center turns it off)" in words
     assert "--seed INT Draw with this seed. (default: 0)" in words
     assert "Print nothing. (default" not in words
-    assert "Print nothing. --" not in words and "None" not in words
+    assert "Print nothing. --" not in words
+    assert "None" not in words
 
 
 def test_a_description_keeps_commands_and_wraps_prose():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from files import read_json
 
 from analysis.data_stats import geometric_median
 from analysis.metrics import Metrics
@@ -48,10 +49,10 @@ def test_encode_and_decode_against_float64():
 def test_starts_with_unit_decoder_rows_and_the_encoder_as_their_transpose():
     sae = Sae(12, 30, 4)
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(30))
-    assert torch.equal(sae.encoder.weight, sae.W_dec) and not sae.encoder.bias.any()
-    assert torch.equal(sae.W_dec, Sae(12, 30, 4).W_dec) and not torch.equal(
-        sae.W_dec, Sae(12, 30, 4, seed=1).W_dec
-    )
+    assert torch.equal(sae.encoder.weight, sae.W_dec)
+    assert not sae.encoder.bias.any()
+    assert torch.equal(sae.W_dec, Sae(12, 30, 4).W_dec)
+    assert not torch.equal(sae.W_dec, Sae(12, 30, 4, seed=1).W_dec)
     with pytest.raises(ValueError, match="k is 31"):
         Sae(12, 30, 31)
 
@@ -69,11 +70,13 @@ def test_half_precision_vectors_are_taken():
 
 
 def test_folding_a_power_of_two_is_exact():
-    sae, raw = make_sae(), make_sae()
+    sae = make_sae()
+    raw = make_sae()
     raw.scale_inputs(2.0**-5)
     acts, indices = sae.encode(X * 2.0**-5)
     raw_acts, raw_indices = raw.encode(X)
-    assert torch.equal(raw_acts, acts * 2.0**5) and torch.equal(raw_indices, indices)
+    assert torch.equal(raw_acts, acts * 2.0**5)
+    assert torch.equal(raw_indices, indices)
     assert torch.equal(raw(X), sae(X * 2.0**-5) * 2.0**5)
     assert torch.equal(raw.W_dec, sae.W_dec)
 
@@ -83,7 +86,9 @@ def test_save_and_load_give_the_same_bits(tmp_path):
     sae.cfg["fvu"] = 0.125
     sae.save_to_disk(tmp_path / "a")
     again = Sae.load_from_disk(tmp_path / "a")
-    assert torch.equal(again(X), sae(X)) and again.cfg == sae.cfg and again.k == 4
+    assert torch.equal(again(X), sae(X))
+    assert again.cfg == sae.cfg
+    assert again.k == 4
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [
         "cfg.json",
         "sae.safetensors",
@@ -133,7 +138,8 @@ def test_we_read_sparsify_s(sparsify, tmp_path, size):
     torch.nn.init.normal_(theirs.encoder.bias)
     theirs.save_to_disk(tmp_path)
     sae = Sae.load_from_disk(tmp_path)
-    assert sae.k == 5 and sae.num_latents == theirs.num_latents
+    assert sae.k == 5
+    assert sae.num_latents == theirs.num_latents
     torch.testing.assert_close(sae(X), theirs(X).sae_out, rtol=1e-6, atol=1e-6)
 
 
@@ -155,7 +161,7 @@ def test_we_read_sparsify_s(sparsify, tmp_path, size):
 )
 def test_refuses_what_it_would_get_wrong(tmp_path, change, message):
     make_sae().save_to_disk(tmp_path)
-    cfg = json.loads((tmp_path / "cfg.json").read_text())
+    cfg = read_json(tmp_path / "cfg.json")
     (tmp_path / "cfg.json").write_text(json.dumps(cfg | change))
     with pytest.raises(ValueError, match=message):
         Sae.load_from_disk(tmp_path)
@@ -163,7 +169,7 @@ def test_refuses_what_it_would_get_wrong(tmp_path, change, message):
 
 def test_loads_what_only_changes_training(tmp_path):
     make_sae().save_to_disk(tmp_path)
-    cfg = json.loads((tmp_path / "cfg.json").read_text())
+    cfg = read_json(tmp_path / "cfg.json")
     (tmp_path / "cfg.json").write_text(
         json.dumps(cfg | {"multi_topk": True, "batch_topk": False, "input_unit_norm": False})
     )
@@ -209,7 +215,9 @@ HEAVY = (
 def test_loading_one_imports_little(tmp_path):
     """Neither the command line, nor diffusers, nor plots: an SAE of this project and one of
     another."""
-    sae, ours, theirs = make_sae(), tmp_path / "ours", tmp_path / "saelens"
+    sae = make_sae()
+    ours = tmp_path / "ours"
+    theirs = tmp_path / "saelens"
     sae.save_to_disk(ours)
     theirs.mkdir()
     save_saelens(sae.cfg, sae.state_dict(), theirs)
@@ -249,9 +257,11 @@ def test_l0_counts_after_the_selection():
 
 
 def test_chunks_give_what_the_whole_gives_far_from_zero():
-    sae, x = make_sae(), X.double() * 1e-3 + 1e4
+    sae = make_sae()
+    x = X.double() * 1e-3 + 1e4
     x_hat = x + 1e-5
-    whole, chunked = Metrics(30), Metrics(30)
+    whole = Metrics(30)
+    chunked = Metrics(30)
     whole.update(x, x_hat, *sae.encode(X))
     for rows in torch.arange(50).split(7):
         chunked.update(x[rows], x_hat[rows], *sae.encode(X[rows]))
@@ -289,14 +299,12 @@ def test_variants_come_back_as_they_were(tmp_path, cfg):
         sae.threshold.fill_(0.8)
     sae.save_to_disk(tmp_path)
     again = Sae.load_from_disk(tmp_path)
-    assert (
-        again.cfg == sae.cfg
-        and again.activation == sae.activation
-        and torch.equal(again(x), sae(x))
-    )
+    assert again.cfg == sae.cfg
+    assert again.activation == sae.activation
+    assert torch.equal(again(x), sae(x))
     assert all(torch.equal(a, b) for a, b in zip(again.encode(x), sae.encode(x)))
-    said = json.loads((tmp_path / "cfg.json").read_text())["activation"]
-    assert said not in ("topk", "groupmax")  # all that sparsify takes
+    activation = read_json(tmp_path / "cfg.json")["activation"]
+    assert activation not in ("topk", "groupmax")  # all that sparsify takes
 
 
 def test_batchtopk_in_use_keeps_what_reaches_the_threshold():
@@ -325,7 +333,8 @@ def test_sampletopk_shares_k_out_over_the_tokens():
 
 
 def test_input_unit_norm_gives_back_what_it_took():
-    sae, plain = make_sae(cfg=dict(input_unit_norm=True)), make_sae()
+    sae = make_sae(cfg=dict(input_unit_norm=True))
+    plain = make_sae()
     z = (X - X.mean(1, keepdim=True)) / X.std(1, correction=0, keepdim=True)
     codes = sae.encode(X)
     torch.testing.assert_close(codes.top_acts, plain.encode(z).top_acts)
@@ -343,8 +352,10 @@ def test_every_variant_takes_whole_samples(cfg):
     if sae.variant.threshold is not None:
         sae.threshold.fill_(0.5)
     samples = X.view(5, 10, 12)
-    codes, x_hat = sae.encode(samples), sae(samples)
-    assert codes.top_acts.shape[:2] == (5, 10) and x_hat.shape == samples.shape
+    codes = sae.encode(samples)
+    x_hat = sae(samples)
+    assert codes.top_acts.shape[:2] == (5, 10)
+    assert x_hat.shape == samples.shape
     expected = (
         torch.cat([sae(sample[None]) for sample in samples])
         if sae.takes_samples

@@ -42,7 +42,8 @@ def numbers(batches):
 @pytest.mark.parametrize("tokens", [16, 128, 512])  # an eighth of a block, one, and four
 def test_vectors_of_one_sample_seldom_meet(tmp_path, times, tokens):
     data, num_bytes = data_set(tmp_path / "a.npy", 65536 // tokens, tokens)
-    size, n = 256, data.num_training // 256 * 256
+    size = 256
+    n = data.num_training // 256 * 256
     order = numbers(data.batches(size, 3 * data.num_training, buffer_gb=num_bytes / times / 2**30))
     meetings = 0
     for epoch in range(3):
@@ -60,9 +61,9 @@ def test_vectors_of_one_sample_seldom_meet(tmp_path, times, tokens):
 def test_steps_take_turns_in_every_stage(tmp_path, times):
     data, num_bytes = data_set(tmp_path / "a.npy", 400, 16, steps=4)
     data.timesteps = [9.0, 6.0, 3.0, 0.0]
-    found = list(data.batches(64, data.num_training, buffer_gb=num_bytes / times / 2**30))
-    assert all(torch.equal(x[:, 1].long(), step) for x, step in found)
-    counts = torch.stack([step.bincount(minlength=4) for _, step in found[:-1]]).double()
+    batches = list(data.batches(64, data.num_training, buffer_gb=num_bytes / times / 2**30))
+    assert all(torch.equal(x[:, 1].long(), step) for x, step in batches)
+    counts = torch.stack([step.bincount(minlength=4) for _, step in batches[:-1]]).double()
     assert counts.std() < (1 if times < 1 else 2.5)  # 3.5 by chance
 
 
@@ -74,9 +75,8 @@ def test_a_start_anywhere_gives_what_would_have_come(tmp_path):
     for start in (1, 77, data.num_training - 1, data.num_training, data.num_training + 1, stop - 1):
         assert np.array_equal(numbers(data.batches(130, stop, start, **options)), order[start:])
     other = numbers(data.batches(100, stop, buffer_gb=num_bytes / 4 / 2**30, seed=5))
-    assert not np.array_equal(other, order) and np.array_equal(
-        np.sort(other[: data.num_training]), np.unique(order)
-    )
+    assert not np.array_equal(other, order)
+    assert np.array_equal(np.sort(other[: data.num_training]), np.unique(order))
 
 
 @pytest.mark.parametrize("tokens", [1, 16])
@@ -86,9 +86,9 @@ def test_shares_put_together_are_the_batches(tmp_path, tokens):
     whole = list(data.batches(112, data.num_training, **options))
     shares = [list(data.batches(112, data.num_training, **options, share=(i, 3))) for i in range(3)]
     for (x, _), *parts in zip(whole, *shares, strict=True):
-        assert torch.equal(x, torch.cat([part for part, _ in parts]))
-        assert all(len(part) == (i + 1) * len(x) // tokens // 3 * tokens - i * len(x) // tokens // 3 * tokens
-                   for i, (part, _) in enumerate(parts))  # fmt: skip
+        assert torch.equal(x, torch.cat([piece for piece, _ in parts]))
+        assert all(len(piece) == (i + 1) * len(x) // tokens // 3 * tokens - i * len(x) // tokens // 3 * tokens
+                   for i, (piece, _) in enumerate(parts))  # fmt: skip
 
 
 def test_a_file_that_gets_shorter_is_named(tmp_path):
@@ -114,7 +114,8 @@ def times_open(path):
 
 def test_closing_ends_the_threads_and_closes_the_files(tmp_path):
     data, num_bytes = data_set(tmp_path / "a.npy")
-    threads, opened = set(threading.enumerate()), times_open(tmp_path / "a.npy")
+    threads = set(threading.enumerate())
+    opened = times_open(tmp_path / "a.npy")
     batches = data.batches(64, 10**6, buffer_gb=num_bytes / 3 / 2**30)
     next(batches)
     assert set(threading.enumerate()) - threads
@@ -141,13 +142,15 @@ def test_a_program_that_leaves_off_in_the_middle_ends(tmp_path, end):
         capture_output=True,
         timeout=60,
     )
-    assert (done.returncode == 0) == (not end) and time.time() - started < 50
+    assert (done.returncode == 0) == (not end)
+    assert time.time() - started < 50
     assert done.stderr.count(b"Traceback") == bool(end)
 
 
 def test_batches_that_are_kept_stay_as_they_are(tmp_path):
     data, _ = data_set(tmp_path / "a.npy")
-    kept, copies = [], []
+    kept = []
+    copies = []
     for i, (x, _) in enumerate(data.batches(64, 4 * data.num_training)):
         if i % 3:
             kept.append(x[5:9] if i % 2 else x)  # also where only a view is kept
@@ -177,13 +180,18 @@ def test_a_billion_vectors_are_planned_in_seconds():
         [np.zeros(10**5, np.int64), np.arange(10**5) * 10**4, np.arange(1, 10**5 + 1) * 10**4], 1
     )
     units = units[np.arange(10**5) % 10 > 0]
-    steps_of = lambda pieces: np.zeros(int((pieces[:, 2] - pieces[:, 1]).sum()), np.int64)
+
+    def steps_of(pieces):
+        return np.zeros(int((pieces[:, 2] - pieces[:, 1]).sum()), np.int64)
+
     started = time.process_time()
     plan = Plan(units, steps_of, 2560, 1, 2 << 30, 0)
     stage, at = plan.stage_of_group(plan.total * 3 + 456_789_012)
     order, _ = plan.order(stage)
-    assert time.process_time() - started < 20 and plan.total == 9 * 10**8
-    assert 0 <= at < len(order) < plan.size and len(np.unique(order)) == len(order)
+    assert time.process_time() - started < 20
+    assert plan.total == 9 * 10**8
+    assert 0 <= at < len(order) < plan.size
+    assert len(np.unique(order)) == len(order)
     assert plan.blocks.nbytes < 100e6
 
 
@@ -191,9 +199,12 @@ def test_planning_takes_little_memory_and_the_order_of_a_seed_stays():
     """Stopped runs go on in it; the numbers are from when indices had 64 bits, which took 46 bytes
     a row and not 26."""
     shuffle.BLOCK_BYTES, n = 1 << 20, 200_000
-    steps_of = lambda pieces: np.concatenate(
-        [np.arange(first, end) // 50 % 40 for _, first, end in pieces.tolist()]
-    )
+
+    def steps_of(pieces):
+        return np.concatenate(
+            [np.arange(first, end) // 50 % 40 for _, first, end in pieces.tolist()]
+        )
+
     plan = Plan(np.array([[0, 0, n]]), steps_of, 10_000, 1, 1e10, 0)
     tracemalloc.start()
     try:
@@ -201,18 +212,15 @@ def test_planning_takes_little_memory_and_the_order_of_a_seed_stays():
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert (
-        peak < 30 * n
-        and np.array_equal(np.sort(order), np.arange(n))
-        and np.array_equal(steps, order // 50 % 40)
-    )
+    assert peak < 30 * n
+    assert np.array_equal(np.sort(order), np.arange(n))
+    assert np.array_equal(steps, order // 50 % 40)
     assert order[:5].tolist() == [137052, 127703, 135465, 51826, 167686]
 
 
 def test_shuffle_is_a_permutation():
     steps = np.array([0, 1, 1, 2] * 50, np.int16)
     order = shuffle.shuffle(steps, [1])
-    assert np.array_equal(np.sort(order), np.arange(200)) and not np.array_equal(
-        order, shuffle.shuffle(steps, [2])
-    )
+    assert np.array_equal(np.sort(order), np.arange(200))
+    assert not np.array_equal(order, shuffle.shuffle(steps, [2]))
     assert np.array_equal(order, shuffle.shuffle(steps, [1]))

@@ -1,6 +1,5 @@
 """steer.py as a user runs it on a tiny pipeline: what is written, chosen, masked and refused."""
 
-import json
 import re
 import shutil
 from dataclasses import replace
@@ -9,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from files import read_json, read_lines
 from PIL import Image
 
 import collect
@@ -70,7 +70,7 @@ def config(trained, tmp_path):
 
 
 def report_of(config, name):
-    return json.loads((Path(config.out_dir) / name / "steer.json").read_text())
+    return read_json(Path(config.out_dir) / name / "steer.json")
 
 
 def test_with_no_feature_named_the_one_that_varies_most(config, trained, capsys):
@@ -79,37 +79,29 @@ def test_with_no_feature_named_the_one_that_varies_most(config, trained, capsys)
     printed = capsys.readouterr().out
     assert "the feature that varies most is changed" in printed
     assert sorted(folder.iterdir()) == sorted(written)
-    report, sae = report_of(config, folder.name), Sae.load_from_disk(trained[0])
+    report = report_of(config, folder.name)
+    sae = Sae.load_from_disk(trained[0])
     scores = image_scores(sae, Activations(sae.cfg["data"]))[0].mean(1)
-    assert (
-        report["saes"][0]["features"] == [int(scores.std(0).argmax())]
-        and folder.name == f"{scores.std(0).argmax()}_x0_x2"
-    )
-    assert [run["name"] for run in report["runs"]] == ["untouched", "× 0", "× 2"] and len(
-        report["prompts"]
-    ) == 3
+    assert report["saes"][0]["features"] == [int(scores.std(0).argmax())]
+    assert folder.name == f"{scores.std(0).argmax()}_x0_x2"
+    assert [run["name"] for run in report["runs"]] == ["untouched", "× 0", "× 2"]
+    assert len(report["prompts"]) == 3
     feature = scores[:, report["saes"][0]["features"][0]]
-    rows = [
-        json.loads(line)
-        for line in Path(sae.cfg["data"][0]).with_name("prompts.jsonl").read_text().splitlines()
-    ]
+    rows = read_lines(Path(sae.cfg["data"][0]).with_name("prompts.jsonl"))
     strength = {row["prompt"]: value for row, value in zip(rows, feature.tolist())}
-    assert (
-        strength[report["prompts"][0]] == feature.max()
-        and strength[report["prompts"][2]] == feature.min()
-    )
+    assert strength[report["prompts"][0]] == feature.max()
+    assert strength[report["prompts"][2]] == feature.min()
     assert report["seeds"] == [
         next(r["seed"] for r in rows if r["prompt"] == p) for p in report["prompts"]
     ]
     for picture in report["runs"][0]["pictures"]:  # the model's own: what the SAE was trained on
-        assert (
-            0.7 < picture["norm"] < 1.4
-            and 0.7 < picture["distance"] < 1.4
-            and picture["moved"] == 0
-        )
+        assert 0.7 < picture["norm"] < 1.4
+        assert 0.7 < picture["distance"] < 1.4
+        assert picture["moved"] == 0
     assert max(p["moved"] for p in report["runs"][2]["pictures"]) > 0
     picture = Image.open(folder / "steer.png")
-    assert min(picture.size) > 400 and "norm" in printed
+    assert min(picture.size) > 400
+    assert "norm" in printed
     main(config)  # again: the same
     with pytest.raises(
         ValueError, match="was made with num_prompts 3, not 2; choose another --out_dir"
@@ -142,7 +134,7 @@ def test_a_strength_without_features_changes_the_one_that_varies_most(config):
 
 
 def test_options_that_nothing_reads_are_refused(config):
-    for options, said in (
+    for options, message in (
         (dict(features=["1"], num_features=4), "--num_features has no effect with --features"),
         (dict(features=["1"], num_pictures=4), "--num_pictures has no effect with --features"),
         (dict(features=["1"], score="saeuron"), "--score has no effect with --features"),
@@ -150,7 +142,7 @@ def test_options_that_nothing_reads_are_refused(config):
         (dict(concept="red", seed=3), "--seed has no effect without --dataset_name"),
         (dict(concept="red", column="text"), "--column has no effect without --dataset_name"),
     ):
-        with pytest.raises(UsageError, match=said):
+        with pytest.raises(UsageError, match=message):
             main(replace(config, **options))
 
 
@@ -160,11 +152,11 @@ def test_an_sae_without_a_feature_is_named(config, trained, capsys):
 
 
 def test_numbers_that_are_not_finite_are_one_line(config, monkeypatch):
-    for options, said in (
+    for options, message in (
         (dict(add=[1e30]), r"--add 1e\+30: expected a number from -1e\+06 to 1e\+06"),
         (dict(multiply=[float("nan")]), "--multiply nan: expected"),
     ):
-        with pytest.raises(UsageError, match=said):
+        with pytest.raises(UsageError, match=message):
             main(replace(config, features=["3"], **options))
     monkeypatch.setattr(steer, "LARGEST_STRENGTH", 1e40)
     with pytest.raises(UsageError, match=r"--add 1e\+30 makes .* not finite; edit less"):
@@ -175,9 +167,8 @@ def test_multiply_1_and_the_meter(config):
     main(replace(config, features=["3", "7"], multiply=[1.0, -2.0]))
     main(replace(config, features=["3", "7"], add=[20.0]))
     untouched, same, _ = report_of(config, "3+7_x1_x-2")["runs"]
-    assert [p | {"moved": 0} for p in same["pictures"]] == untouched["pictures"] and not any(
-        p["moved"] for p in same["pictures"]
-    )
+    assert [p | {"moved": 0} for p in same["pictures"]] == untouched["pictures"]
+    assert not any(p["moved"] for p in same["pictures"])
     far = report_of(config, "3+7_add20")["runs"][1]["pictures"]
     assert all(p["norm"] > 5 and p["distance"] > 5 for p in far)
 
@@ -185,11 +176,11 @@ def test_multiply_1_and_the_meter(config):
 def test_a_concept_of_two_saes_in_some_steps(config, trained):
     main(replace(config, sae=trained, concept="blue", num_features=2, steps="1-2", multiply=[0.0]))
     report = report_of(config, "blue_x0_steps1-2")
-    for found, folder in zip(report["saes"], trained):
+    for described, folder in zip(report["saes"], trained):
         sae = Sae.load_from_disk(folder)
         scores = image_scores(sae, Activations(sae.cfg["data"]))[0]
-        there = torch.tensor([i % 3 == 0 for i in range(12)])
-        assert found["features"] == contrast(scores, there).topk(2).indices.tolist()
+        has = torch.tensor([i % 3 == 0 for i in range(12)])
+        assert described["features"] == contrast(scores, has).topk(2).indices.tolist()
     assert ["blue" in prompt for prompt in report["prompts"]] == [True, True, False]
 
 
@@ -215,13 +206,15 @@ def test_a_mask_in_pictures_of_two_grids(config, trained, tmp_path):
     )
     main(replace(other, mask=[str(tmp_path / "left.png")]))
     runs = [report_of(c, "5_add3")["runs"][1]["pictures"] for c in (config, other)]
-    assert runs[0] == runs[1] and runs[0][0]["moved"] > 0
+    assert runs[0] == runs[1]
+    assert runs[0][0]["moved"] > 0
 
 
 def test_every_option_reaches_the_pictures(config):
     """One that did nothing would leave the numbers as they are; one that covers all steps or tokens
     does leave them."""
-    base, runs = replace(config, features=["3", "7"], add=[3.0], num_prompts=1), {}
+    base = replace(config, features=["3", "7"], add=[3.0], num_prompts=1)
+    runs = {}
     options = {
         "": {},
         "steps": dict(steps="0-1"),
@@ -235,9 +228,9 @@ def test_every_option_reaches_the_pictures(config):
     }
     for name, given in options.items():
         main(replace(base, out_dir=f"{config.out_dir}/{name}", **given))
-        runs[name] = json.loads(
-            next(Path(f"{config.out_dir}/{name}").glob("*/steer.json")).read_text()
-        )["runs"][1]["pictures"]
+        runs[name] = read_json(next(Path(f"{config.out_dir}/{name}").glob("*/steer.json")))["runs"][
+            1
+        ]["pictures"]
     assert runs["all steps"] == runs["all tokens"] == runs[""]
     assert all(
         runs[name][0]["moved"] not in (0, runs[""][0]["moved"])
@@ -253,9 +246,7 @@ def test_untouched_is_what_the_model_makes_of_each_prompt_and_seed(config, train
     main(replace(config, features=["3"], multiply=[0.0]))  # three prompts, two a batch
     (_, images, _), *_ = shown[0]
     report = report_of(config, "3_x0")
-    meta = json.loads(
-        Path(Sae.load_from_disk(trained[0]).cfg["data"][0]).with_suffix(".json").read_text()
-    )
+    meta = read_json(Path(Sae.load_from_disk(trained[0]).cfg["data"][0]).with_suffix(".json"))
     hooked = HookedDiffusionModel.from_pretrained(meta["model"], device="cpu")
     options = hooked.arguments(
         1, "pt", {k: v for k, v in meta["pipeline_kwargs"].items() if k != "output_type"}
@@ -264,10 +255,8 @@ def test_untouched_is_what_the_model_makes_of_each_prompt_and_seed(config, train
         alone = hooked([prompt], generator=[torch.Generator().manual_seed(seed)], **options).images[
             0
         ]
-        assert (
-            torch.allclose(image, alone.float(), atol=1e-3)
-            and (image - images[0]).abs().max() < 1.1
-        )
+        assert torch.allclose(image, alone.float(), atol=1e-3)
+        assert (image - images[0]).abs().max() < 1.1
     assert (
         images[0] - images[2]
     ).abs().max() > 0.02  # which two prompts, or two seeds, do not have in common
@@ -276,17 +265,18 @@ def test_untouched_is_what_the_model_makes_of_each_prompt_and_seed(config, train
 def test_one_concept_in_the_place_of_another(config, trained):
     main(replace(config, concept="blue", num_features=8, toward="red"))
     report = report_of(config, "blue_to_red")
-    assert [run["name"] for run in report["runs"]] == ["untouched", "→ red"] and report["runs"][1][
-        "toward"
-    ] == "red"
-    assert len(report["saes"][0]["features"]) == 8 and report["runs"][1]["pictures"][0]["moved"] > 0
+    assert [run["name"] for run in report["runs"]] == ["untouched", "→ red"]
+    assert report["runs"][1]["toward"] == "red"
+    assert len(report["saes"][0]["features"]) == 8
+    assert report["runs"][1]["pictures"][0]["moved"] > 0
 
 
 def test_only_features_that_tell_the_concept_are_changed(config, capsys):
     main(replace(config, concept="blue", num_features=40, multiply=[0.0]))
     (sae,) = report_of(config, "blue_x0")["saes"]
     num_features = len(sae["features"])
-    assert 0 < num_features < 40 and min(sae["scores"]) > 0
+    assert 0 < num_features < 40
+    assert min(sae["scores"]) > 0
     line = f"only {num_features} features of {config.sae[0]} are more active with 'blue'"
     assert line in capsys.readouterr().out
 
@@ -337,9 +327,10 @@ def test_a_copy_of_the_model_keeps_the_settings_of_the_activations(
 
 
 def test_activations_of_several_videos_a_prompt(config, monkeypatch):
-    several = lambda cfg, meta: (
-        meta | {"pipeline_kwargs": meta["pipeline_kwargs"] | {"num_videos_per_prompt": 2}}
-    )
+
+    def several(cfg, meta):
+        return meta | {"pipeline_kwargs": meta["pipeline_kwargs"] | {"num_videos_per_prompt": 2}}
+
     monkeypatch.setattr(steer, "origin", several)
     main(replace(config, features=["3"], multiply=[0.0], num_prompts=1))
     assert len(report_of(config, "3_x0")["prompts"]) == 1
@@ -348,7 +339,8 @@ def test_activations_of_several_videos_a_prompt(config, monkeypatch):
 def test_many_features_have_a_folder_too(config):
     main(replace(config, features=[str(f) for f in range(40)], multiply=[0.0], num_prompts=1))
     (folder,) = Path(config.out_dir).iterdir()
-    assert len(folder.name) < 100 and folder.name.startswith("0+1+2+3")
+    assert len(folder.name) < 100
+    assert folder.name.startswith("0+1+2+3")
 
 
 def test_boxes_by_hand():
@@ -363,45 +355,42 @@ def test_boxes_by_hand():
         True,
         True,
     ]
-    for given, grid, said in (
+    for given, grid, message in (
         (["0", "0", "0.1", "0.1"], (2, 2), "no token of the 2 x 2"),
         (["0", "0", "1"], (2, 2), "expected top left bottom right"),
         (["nowhere.png"], (2, 2), "no picture that can be read"),
         (["0", "0", "1", "1"], (7,), "which is no picture"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             token_mask(given, grid)
 
 
 def test_steps_and_features_by_hand():
-    assert (
-        parse_steps("0-2", 4) == range(3)
-        and parse_steps("3", 4) == range(3, 4)
-        and parse_steps(None, 4) is None
-    )
-    for text, said in (
+    assert parse_steps("0-2", 4) == range(3)
+    assert parse_steps("3", 4) == range(3, 4)
+    assert parse_steps(None, 4) is None
+    for text, message in (
         ("0-4", "has 4 steps, 0 to 3"),
         ("3-1", "expected first-last"),
         ("all", "expected first-last"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             parse_steps(text, 4)
     saes = [Sae(4, 8, 2), Sae(4, 16, 2)]
-    assert parse_features(["3"], saes[:1]) == [[3]] and parse_features(
-        ["1:12", "0:3", "1:0"], saes
-    ) == [[3], [12, 0]]
-    for text, said in (
+    assert parse_features(["3"], saes[:1]) == [[3]]
+    assert parse_features(["1:12", "0:3", "1:0"], saes) == [[3], [12, 0]]
+    for text, message in (
         ("3", "such as 0:12"),
         ("2:3", "--sae names 2"),
         ("0:9", "feature 9: the SAE has 8"),
         ("x", "expected"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             parse_features([text], saes)
 
 
 def test_what_is_refused(config, trained, tmp_path):
-    for options, said in (
+    for options, message in (
         (dict(features=["40"]), "feature 40: the SAE has 40, numbered 0 to 39"),
         (dict(concept="green"), "concept 'green': none of the 12 prompts"),
         (dict(features=["1"], concept="red"), "one of --features and --concept"),
@@ -413,7 +402,7 @@ def test_what_is_refused(config, trained, tmp_path):
         (dict(features=["1"], steps="2-9"), "--steps 2-9: the sampling has 4 steps"),
         (dict(sae=[*trained[:1], *trained[:1]], features=["0:1"]), "two SAEs of one hook point"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             main(replace(config, **options))
     other = Sae(
         24, 48, 4, Sae.load_from_disk(trained[0]).cfg

@@ -27,7 +27,8 @@ def recipes():
 def test_the_width_of_each_layer_is_its_own(recipe):
     """d of a layer's output is what the layer itself says: channels of a convolution, features of a
     linear layer."""
-    case, checked = shared(recipe), 0
+    case = shared(recipe)
+    checked = 0
     prompt, options = case.arguments(2)
     layouts, _ = case.hooked.layouts("**", prompt, **options)
     modules = case.hooked.modules()
@@ -89,7 +90,8 @@ def test_channels_first_and_last(model, size, grid):
         by_hand = (
             output.flatten(2).transpose(1, 2) if isinstance(model, Wave) else output.flatten(1, 2)
         )
-        assert cache["grid"][name] == grid and torch.equal(cache["output"][name][:, 0], by_hand)
+        assert cache["grid"][name] == grid
+        assert torch.equal(cache["output"][name][:, 0], by_hand)
     assert torch.equal(cache["input"]["act"], cache["output"]["conv"])
     assert torch.equal(cache["input"]["conv"][:, 0], x.flatten(2).transpose(1, 2))
 
@@ -104,7 +106,8 @@ class Pooled(nn.Module):
 
     def forward(self, x, t, text):
         w = self.pool
-        q, k = text.mean(1, keepdim=True).transpose(0, 1), text.transpose(0, 1)
+        q = text.mean(1, keepdim=True).transpose(0, 1)
+        k = text.transpose(0, 1)
         pooled, _ = nn.functional.multi_head_attention_forward(
             q, k, k, 8, 2, w.in_proj_weight, w.in_proj_bias, None, None, False, 0.0, w.out_proj.weight, w.out_proj.bias,
             training=False, need_weights=False,
@@ -114,7 +117,8 @@ class Pooled(nn.Module):
 
 def test_attention_that_pools_to_another_width():
     torch.manual_seed(0)
-    model, x = Pooled(), torch.randn(2, 3, 4, 5)
+    model = Pooled()
+    x = torch.randn(2, 3, 4, 5)
     with torch.no_grad(), HookedDiffusionModel(model, Euler()).cache("out", 2) as cache:
         Euler().step(model(x, 1.0, torch.randn(2, 6, 8)), 1.0, x)
     assert cache["grid"]["out"] == (4, 5)
@@ -128,9 +132,10 @@ class Packed(nn.Module):
         self.embed, self.block, self.out = nn.Linear(3, 8), nn.Identity(), nn.Linear(8, 3)
 
     def forward(self, x, t, text, mask):
-        image, rows = self.embed(x.flatten(2).transpose(1, 2)) + t / 10, []
-        for row, tokens, keep in zip(image, text, mask.bool()):
-            rows.append(torch.cat([tokens[keep], row, 0 * tokens[~keep]]))
+        image = self.embed(x.flatten(2).transpose(1, 2)) + t / 10
+        rows = []
+        for row, tokens, is_valid in zip(image, text, mask.bool()):
+            rows.append(torch.cat([tokens[is_valid], row, 0 * tokens[~is_valid]]))
         tokens = self.block(nn.functional.scaled_dot_product_attention(*[torch.stack(rows)] * 3))
         starts = mask.sum(1).int().tolist()
         image = torch.stack([row[s : s + 20] for row, s in zip(tokens, starts)])
@@ -140,9 +145,12 @@ class Packed(nn.Module):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_mask_of_any_dtype_moves_the_image(dtype):
     torch.manual_seed(0)
-    model, x, seen = Packed().to(dtype), torch.randn(2, 3, 4, 5).to(dtype), []
+    model = Packed().to(dtype)
+    x = torch.randn(2, 3, 4, 5).to(dtype)
+    seen = []
     model.block.register_forward_hook(lambda module, input, output: seen.append(output.clone()))
-    hooked, text = HookedDiffusionModel(model, Euler()), torch.randn(2, 6, 8).to(dtype)
+    hooked = HookedDiffusionModel(model, Euler())
+    text = torch.randn(2, 6, 8).to(dtype)
     for lengths in ((5, 4), (2, 3)):
         mask = (torch.arange(6) < torch.tensor(lengths)[:, None]).to(dtype)
         with torch.no_grad(), hooked.cache("block", 2) as cache:

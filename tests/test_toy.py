@@ -2,11 +2,11 @@
 draws what it is asked."""
 
 import csv
-import json
 
 import numpy as np
 import pytest
 import torch
+from files import read_json
 
 from cli import HERE
 from toy import concepts, make
@@ -19,7 +19,8 @@ TOY = HERE / "toy"
 def test_drawings_are_seeded_and_labelled():
     pixels, attributes = concepts.draw_many(6, 3)
     again, _ = concepts.draw_many(6, 3)
-    assert pixels.shape == (6, 3, 64, 64) and torch.equal(pixels, again)
+    assert pixels.shape == (6, 3, 64, 64)
+    assert torch.equal(pixels, again)
     assert {a["object"] for a in attributes} <= set(concepts.OBJECTS)
     assert all(a["colour"] in " ".join(concepts.captions(a)) for a in attributes)
 
@@ -79,10 +80,8 @@ def test_it_draws_what_it_is_asked():
 
     pipe = DiffusionPipeline.from_pretrained(TOY, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    assert (
-        type(pipe).__name__ == "StableDiffusionPipeline"
-        and type(pipe.scheduler).__name__ == "DDIMScheduler"
-    )
+    assert type(pipe).__name__ == "StableDiffusionPipeline"
+    assert type(pipe.scheduler).__name__ == "DDIMScheduler"
     assert "up_blocks.1.attentions.1" in dict(pipe.unet.named_modules())
     with open(TOY / "prompts.csv", newline="") as f:
         rows = list(csv.DictReader(f))[-24:]
@@ -117,11 +116,9 @@ def test_training_from_nothing_ends_with_a_model_that_loads_and_is_never_overwri
     make.main(
         make.Config("check", folder=cfg.folder, num_prompts=3, num_inference_steps=2, device="cpu")
     )
-    report = json.loads((tmp_path / "mine" / "check.json").read_text())
-    assert (
-        set(report["generated"]) == {"object", "style", "colour"}
-        and (tmp_path / "mine" / "check.png").exists()
-    )
+    report = read_json(tmp_path / "mine" / "check.json")
+    assert set(report["generated"]) == {"object", "style", "colour"}
+    assert (tmp_path / "mine" / "check.png").exists()
     with pytest.raises(ValueError, match="report made with other options"):
         make.main(
             make.Config(
@@ -147,8 +144,11 @@ def test_training_that_goes_on_from_a_folder_keeps_its_classifier_and_autoencode
             "train", folder=str(tmp_path / "mine"), work_dir=str(tmp_path / "work"), **small
         )
     )
-    same = lambda path: (TOY / path).read_bytes() == (tmp_path / "mine" / path).read_bytes()
-    assert same("classifier.safetensors") and same("vae/diffusion_pytorch_model.safetensors")
-    assert not same("unet/diffusion_pytorch_model.safetensors") and not same(
-        "text_encoder/model.safetensors"
-    )
+
+    def same(path):
+        return (TOY / path).read_bytes() == (tmp_path / "mine" / path).read_bytes()
+
+    assert same("classifier.safetensors")
+    assert same("vae/diffusion_pytorch_model.safetensors")
+    assert not same("unet/diffusion_pytorch_model.safetensors")
+    assert not same("text_encoder/model.safetensors")

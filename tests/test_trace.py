@@ -26,7 +26,8 @@ def test_what_is_recorded_at_each_event():
 
     def on_step(step):
         (forward,) = step.forwards
-        assert forward.output is not None and sampling.current is None
+        assert forward.output is not None
+        assert sampling.current is None
         events.append(("step", step.index, step.R, len(step.sample), step.time(), sampling.index))
 
     with hooked.watch(2, 1, on_forward, on_step) as sampling:
@@ -38,7 +39,8 @@ def test_what_is_recorded_at_each_event():
         expected.append(("step", index, 2, 2, timestep, index))
     assert events == expected
     assert pipe.scheduler.timesteps.tolist() == [667, 334, 1]
-    assert sampling.index == 3 and sampling.num_steps == 3
+    assert sampling.index == 3
+    assert sampling.num_steps == 3
     assert len(sampling.sample) == 2
 
 
@@ -107,7 +109,7 @@ def wrapping(name):
 
 @pytest.mark.parametrize("cls", [Counter, Inheriting])
 def test_who_patches_first_may_end_first(cls):
-    own = vars(cls).get("step")
+    original = vars(cls).get("step")
     a = patched(cls, "step", wrapping("A"))
     b = patched(cls, "step", wrapping("B"))
     calls = []
@@ -120,7 +122,8 @@ def test_who_patches_first_may_end_first(cls):
         action()
         calls.append(cls().step())
     assert calls == ["A(original)", "B(A(original))", "B(original)", "original"]
-    assert vars(cls).get("step") is own and not PATCHES
+    assert vars(cls).get("step") is original
+    assert not PATCHES
 
 
 def test_positions_and_times():

@@ -21,7 +21,7 @@ def text_of(node):
     """A text in the source with HOLE for what is put into it; several for a choice."""
     if isinstance(node, ast.JoinedStr):
         return "".join(
-            part.value if isinstance(part, ast.Constant) else HOLE for part in node.values
+            piece.value if isinstance(piece, ast.Constant) else HOLE for piece in node.values
         )
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         return text_of(node.left) + text_of(node.right)
@@ -49,7 +49,7 @@ SOURCE = texts_of_the_source()
 def stands_in_the_source(message):
     """Whether the parts of a message between its holes stand in one text of the source, in this
     order."""
-    parts = [re.escape(part.strip()) for part in message.split(HOLE)]
+    parts = [re.escape(piece.strip()) for piece in message.split(HOLE)]
     return re.search(".*".join(parts), SOURCE) is not None
 
 

@@ -1,12 +1,11 @@
 """The quick part of `python -m bench trust`: what is stored and edited against hooks written by
 hand, bit for bit."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from files import read_lines
 
 import collect
 from bench.trust import FAMILIES, GUIDANCE, HOOK, PROMPTS, differences, family_differences
@@ -44,8 +43,9 @@ def test_files_of_collect_are_what_hooks_written_by_hand_see(model_folder, tmp_p
     (path,) = collect.main(collect.Config(**files, **options, save_images=False, device="cpu"))
     stored = torch.from_numpy(np.load(path))
 
-    rows = [json.loads(line) for line in (path.parent / "prompts.jsonl").read_text().splitlines()]
-    pipe, expected = StableDiffusionPipeline.from_pretrained(model_folder), []
+    rows = read_lines(path.parent / "prompts.jsonl")
+    pipe = StableDiffusionPipeline.from_pretrained(model_folder)
+    expected = []
     outputs = []
     pipe.unet.get_submodule(HOOK).register_forward_hook(
         lambda module, args, output: outputs.append(output[0].flatten(2).transpose(1, 2).clone())

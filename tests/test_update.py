@@ -52,7 +52,10 @@ def dense_loss(
     W_enc, b_enc, W_dec, b_dec = params
     pre_acts = torch.relu((x - b_dec) @ W_enc.T + b_enc)
     codes = select(pre_acts, k, activation)
-    error = lambda codes: weights * (codes @ W_dec + b_dec - x).square().sum(1)
+
+    def error(codes):
+        return weights * (codes @ W_dec + b_dec - x).square().sum(1)
+
     loss = sum(error(codes * (torch.arange(len(b_enc)) < m)) for m in prefixes).sum() / (
         len(prefixes) * variance
     )
@@ -113,7 +116,12 @@ def test_twenty_steps_against_float64(monkeypatch, alpha, multi_topk, unit_norm,
     step.variance, step.padded = variance, more["padded"]
     params = [sae.get_parameter(name).detach().double().requires_grad_() for name in NAMES]
     optimizer = torch.optim.Adam(params, lr=1e-3, betas=(0.9, 0.999), eps=EPS)
-    silent, residual, norms, auxk_ran, dead, least = torch.zeros(96), 1.0, [], 0, [], 0.0
+    silent = torch.zeros(96)
+    residual = 1.0
+    norms = []
+    auxk_ran = 0
+    dead = []
+    least = 0.0
     g = torch.Generator().manual_seed(1)
     for iteration in range(20):
         x = given = torch.randn(40, 24, generator=g)
@@ -158,9 +166,8 @@ def test_twenty_steps_against_float64(monkeypatch, alpha, multi_topk, unit_norm,
             (dense, codes),
         ):
             assert (mine.double() - expected).norm() <= 1e-5 * expected.norm()
-    assert (auxk_ran > 3 or more["activation"] == "sampletopk") and (
-        min(norms) > 1 if variance < 1 else max(norms) < 1 or alpha
-    )
+    assert auxk_ran > 3 or more["activation"] == "sampletopk"
+    assert min(norms) > 1 if variance < 1 else max(norms) < 1 or alpha
     for name, p in zip(NAMES, params):
         mine = sae.get_parameter(name).double()
         assert (mine - p).norm() <= 1e-5 * p.norm(), (name, ((mine - p).norm() / p.norm()).item())
@@ -189,9 +196,8 @@ def test_forward_and_backward_change_nothing():
             forward = other.forward(x)
             gradients = other.backward(forward)
             assert all(torch.equal(before[name], tensor) for name, tensor in other.state.items())
-            assert torch.equal(other.step(gradients, 1e-3), norm) and torch.equal(
-                forward.loss, whole.loss
-            )
+            assert torch.equal(other.step(gradients, 1e-3), norm)
+            assert torch.equal(forward.loss, whole.loss)
         assert all(torch.equal(one.state[name], tensor) for name, tensor in other.state.items())
 
 
@@ -212,7 +218,8 @@ def test_places_that_fill_up_a_reconstruction_are_pairs_of_no_latent():
     up one by one."""
     _, update = make(multi_topk=True)
     gradients = update.backward(update.forward(torch.randn(40, 24)))
-    assert gradients.W_enc.ends.diff()[0] < 40 and gradients.W_enc.ends[-1] <= 40 * (4 * 5 + 5)
+    assert gradients.W_enc.ends.diff()[0] < 40
+    assert gradients.W_enc.ends[-1] <= 40 * (4 * 5 + 5)
 
 
 def test_a_gradient_that_is_not_kept_gives_the_same_bits():
@@ -283,20 +290,19 @@ def test_auxk_predicts_the_residual_with_dead_latents_alone():
         return forward.auxk.loss, gradients
 
     loss, gradients = auxk()
-    assert (
-        loss == 0
-        and not gradients.W_enc.dense.any()
-        and not gradients.W_dec.dense.any()
-        and not gradients.b_enc[1]
-    )
+    assert loss == 0
+    assert not gradients.W_enc.dense.any()
+    assert not gradients.W_dec.dense.any()
+    assert not gradients.b_enc[1]
     sae.W_dec.data[1] *= 1.5
     loss, gradients = auxk()  # it says 1.5 where 1 is left over
-    assert loss.item() == pytest.approx(0.25) and gradients.b_enc[1].item() == pytest.approx(1.5)
-    dW_enc, dW_dec = gradients.W_enc, gradients.W_dec
+    assert loss.item() == pytest.approx(0.25)
+    assert gradients.b_enc[1].item() == pytest.approx(1.5)
+    dW_enc = gradients.W_enc
+    dW_dec = gradients.W_dec
     assert dW_enc.rows.tolist() == dW_dec.rows.tolist() == [1]
-    assert dW_dec.dense.tolist() == [pytest.approx([0, 1])] and dW_enc.dense.tolist() == [
-        pytest.approx([4.5, 1.5])
-    ]
+    assert dW_dec.dense.tolist() == [pytest.approx([0, 1])]
+    assert dW_enc.dense.tolist() == [pytest.approx([4.5, 1.5])]
     assert gradients.along[1].item() == pytest.approx(1.5)
 
 
@@ -305,7 +311,8 @@ def test_zero_activations_move_nothing():
     sae.encoder.bias.data.fill_(-100)
     before = {name: sae.get_parameter(name).clone() for name in NAMES}
     result, _ = step(torch.randn(40, 24), 1e-3)
-    assert not result.top_acts.any() and (step.state["silent_for"] == 40).all()
+    assert not result.top_acts.any()
+    assert (step.state["silent_for"] == 40).all()
     for name in NAMES[:3]:
         torch.testing.assert_close(sae.get_parameter(name), before[name], rtol=1e-6, atol=0)
 
@@ -325,7 +332,8 @@ def test_topk_is_exact_and_ties_go_to_the_lower_index(dtype, N, M, k):
         acts, indices = torch_topk(x, k)
         expected = x.relu().sort(dim=1, descending=True, stable=True)
         by_value = acts.sort(dim=1, descending=True).values
-        assert acts.dtype == dtype and torch.equal(by_value, expected.values[:, :k])
+        assert acts.dtype == dtype
+        assert torch.equal(by_value, expected.values[:, :k])
         assert torch.equal(x.relu().gather(1, indices)[acts > 0], acts[acts > 0])
         for row in range(N):
             positive = expected.values[row, :k] > 0
@@ -344,9 +352,12 @@ def test_blocks_of_columns_choose_as_the_whole_does(monkeypatch, dtype):
     monkeypatch.setattr(sys.modules["kernels.encode"], "COLUMNS", 11)
     monkeypatch.setattr(sys.modules["kernels.encode"], "ROWS", 4)
     parts = encode(x, W, b, b_dec, 7, dtype)
-    as_sets = lambda acts, indices: [
-        {(i, a) for i, a in zip(*row) if a > 0} for row in zip(indices.tolist(), acts.tolist())
-    ]
+
+    def as_sets(acts, indices):
+        return [
+            {(i, a) for i, a in zip(*row) if a > 0} for row in zip(indices.tolist(), acts.tolist())
+        ]
+
     assert as_sets(*whole) == as_sets(*parts)
 
 
@@ -356,13 +367,12 @@ def test_gradients_by_blocks_of_rows(monkeypatch, block, kept):
     for module in ("kernels.adam", "kernels.grad"):
         monkeypatch.setattr(sys.modules[module], "BLOCK", block)
     g = torch.Generator().manual_seed(0)
-    weights, indices, x = (
-        torch.randn(6, 3, generator=g),
-        torch.randint(9, (6, 3), generator=g),
-        torch.randn(6, 5, generator=g),
-    )
+    weights = torch.randn(6, 3, generator=g)
+    indices = torch.randint(9, (6, 3), generator=g)
+    x = torch.randn(6, 5, generator=g)
     order, ends = sort_pairs(indices, 9)
-    rows, dense = torch.tensor([0, 3, 8]), torch.randn(3, 5, generator=g)
+    rows = torch.tensor([0, 3, 8])
+    dense = torch.randn(3, 5, generator=g)
     gradient = Gradient(weights.flatten()[order], order // 3, ends, x, rows, dense).store(
         torch.empty(9, 5) if kept else None
     )

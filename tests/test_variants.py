@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from described import describe
+from files import read_json, read_lines
 from safetensors.torch import load_file
 
 import train
@@ -69,10 +70,15 @@ def weights(folder):
 
 
 def test_a_sweep_gives_what_each_alone_gives_from_one_reading(data, tmp_path, monkeypatch, capsys):
-    read, bytes_read = Activations.read, []
-    monkeypatch.setattr(
-        Activations, "read", lambda *args: bytes_read.append(len(x := read(*args))) or x
-    )
+    read = Activations.read
+    sizes = []  # the numbers of bytes that are read
+
+    def read_and_note(*args):
+        data = read(*args)
+        sizes.append(len(data))
+        return data
+
+    monkeypatch.setattr(Activations, "read", read_and_note)
     main(
         config(
             data,
@@ -83,32 +89,36 @@ def test_a_sweep_gives_what_each_alone_gives_from_one_reading(data, tmp_path, mo
             max_examples=4000,
         )
     )
-    together, bytes_read[:] = sum(bytes_read), []
-    printed, base = capsys.readouterr().out, tmp_path / "sweep" / "run"
+    read_together = sum(sizes)
+    sizes.clear()
+    printed = capsys.readouterr().out
+    base = tmp_path / "sweep" / "run"
     folders = sorted(path.name for path in base.iterdir() if path.is_dir())
-    assert (
-        len(folders) == 8
-        and (base / "acts_sweep.png").exists()
-        and all(name in printed for name in folders)
-    )
+    assert len(folders) == 8
+    assert (base / "acts_sweep.png").exists()
+    assert all(name in printed for name in folders)
     for name, options in (
         ("k2_M32", dict(k=[2], num_latents=[32])),
         ("k4_M48_seed1", dict(k=[4], seeds=[1])),
     ):
         main(config(data, tmp_path / name, max_examples=4000, **options))
-        mine, alone = weights(base / name), weights(tmp_path / name / "run")
+        mine = weights(base / name)
+        alone = weights(tmp_path / name / "run")
         assert all(torch.equal(mine[key], alone[key]) for key in alone)
-        numbers = lambda folder: (
-            json.loads((folder / "cfg.json").read_text()) | {"training": None, "data": None}
-        )  # a path
-        assert numbers(base / name) == numbers(tmp_path / name / "run")
-    assert together == sum(bytes_read) / 2
+        ours = read_json(base / name / "cfg.json")
+        theirs = read_json(tmp_path / name / "run" / "cfg.json")
+        for path_is_in in ("training", "data"):
+            del ours[path_is_in]
+            del theirs[path_is_in]
+        assert ours == theirs
+    assert read_together == sum(sizes) / 2
 
 
 def test_a_sweep_that_is_interrupted_goes_on_to_the_same_bits(data, tmp_path, monkeypatch):
     options = dict(k=[2, 3], max_examples=4000, save_every=7)
     main(config(data, tmp_path / "whole", **options))
-    saved, calls = train.TrainingRun.save, []
+    saved = train.TrainingRun.save
+    calls = []
 
     def save(job):
         calls.append(job)
@@ -125,11 +135,8 @@ def test_a_sweep_that_is_interrupted_goes_on_to_the_same_bits(data, tmp_path, mo
     for name in ("k2_M48", "k3_M48"):
         a, b = (tmp_path / kind / "run" / name for kind in ("whole", "torn"))
         assert (a / "sae.safetensors").read_bytes() == (b / "sae.safetensors").read_bytes()
-        rows = [
-            [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-            for folder in (a, b)
-        ]
-        assert [[r["iteration"] for r in found] for found in rows] == [[10, 20]] * 2
+        rows = [read_lines(folder / "metrics.jsonl") for folder in (a, b)]
+        assert [[r["iteration"] for r in run_rows] for run_rows in rows] == [[10, 20]] * 2
 
 
 VARIANTS = {
@@ -151,7 +158,8 @@ def test_what_was_trained_is_what_is_used(data, tmp_path, name):
     of L0 by a threshold."""
     main(config(data, tmp_path, num_epochs=3, **VARIANTS[name]))
     sae = Sae.load_from_disk(tmp_path / "run")
-    assert sae.cfg["fvu"] < 0.35 and sae.cfg["dead"] < 0.3
+    assert sae.cfg["fvu"] < 0.35
+    assert sae.cfg["dead"] < 0.3
     x = Activations([data]).read(Activations([data]).training_units)
     x = x.view(-1, 50, 16) if "sample" in name else x
     with torch.no_grad():
@@ -166,16 +174,18 @@ def test_what_was_trained_is_what_is_used(data, tmp_path, name):
         )
         assert sae.cfg["l0"] == pytest.approx(3, rel=0.03)  # of other prompts
     else:
-        dense = lambda acts, indices: torch.zeros(16_000, 48).scatter(
-            1, indices.flatten(0, -2), acts.flatten(0, -2)
-        )
+
+        def dense(acts, indices):
+            return torch.zeros(16_000, 48).scatter(1, indices.flatten(0, -2), acts.flatten(0, -2))
+
         assert torch.equal(dense(*codes[:2]), dense(trained.top_acts, trained.top_indices))
         assert sae.cfg["l0"] == pytest.approx(3, rel=0.02)
 
 
 def test_numbers_by_timestep_against_float64(data, tmp_path):
     main(config(data, tmp_path))
-    sae, activations = Sae.load_from_disk(tmp_path / "run"), Activations([data])
+    sae = Sae.load_from_disk(tmp_path / "run")
+    activations = Activations([data])
     held_out = torch.cat(list(activations.held_out())).view(-1, 4, 50, 16)
     by_timestep = sae.cfg["by_timestep"]
     assert [row["timestep"] for row in by_timestep] == [900, 600, 300, 0]
@@ -197,11 +207,11 @@ def test_numbers_by_timestep_against_float64(data, tmp_path):
         assert row["dead"] == pytest.approx((counts == 0).float().mean().item())
         assert row["always_on"] == pytest.approx((counts >= 900).float().mean().item())
     whole = total(evaluate([sae], activations, 100)[0])
-    assert sae.cfg["fvu"] == pytest.approx(whole.fvu) and sae.cfg[
-        "explained_variance"
-    ] == pytest.approx(1 - whole.fvu)
+    assert sae.cfg["fvu"] == pytest.approx(whole.fvu)
+    assert sae.cfg["explained_variance"] == pytest.approx(1 - whole.fvu)
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
-    assert last["held_out_fvu"] == sae.cfg["fvu"] and last["held_out_dead"] == sae.cfg["dead"]
+    assert last["held_out_fvu"] == sae.cfg["fvu"]
+    assert last["held_out_dead"] == sae.cfg["dead"]
 
 
 def test_a_weight_per_step_evens_the_steps_out(data, tmp_path):
@@ -210,7 +220,7 @@ def test_a_weight_per_step_evens_the_steps_out(data, tmp_path):
     later = {}
     for loss_weight in ("none", "per_step"):
         main(config(data, tmp_path / loss_weight, loss_weight=loss_weight, k=[2], num_latents=[20]))
-        rows = json.loads((tmp_path / loss_weight / "run" / "cfg.json").read_text())["by_timestep"]
+        rows = read_json(tmp_path / loss_weight / "run" / "cfg.json")["by_timestep"]
         later[loss_weight] = sum(row["fvu"] for row in rows[1:])
     assert later["per_step"] < later["none"]
 
@@ -226,9 +236,10 @@ def test_older_names_of_activations(data, tmp_path, alias):
         for folder in (tmp_path / "a", tmp_path / "b")
     )
     assert a.read_bytes() == b.read_bytes()
-    training = json.loads(b.with_name("cfg.json").read_text())["training"]
-    assert training == json.loads(a.with_name("cfg.json").read_text())["training"]
-    assert training["activation"] == alias.replace("_", "") and alias not in training
+    training = read_json(b.with_name("cfg.json"))["training"]
+    assert training == read_json(a.with_name("cfg.json"))["training"]
+    assert training["activation"] == alias.replace("_", "")
+    assert alias not in training
 
 
 @pytest.mark.parametrize(
@@ -341,7 +352,8 @@ def test_weights_of_nan_are_never_saved(data, tmp_path, monkeypatch):
 
 
 def test_ctrl_c_in_the_last_update_stops_before_the_held_out_numbers(data, tmp_path, monkeypatch):
-    update, calls = train.SparseUpdate.step, []
+    update = train.SparseUpdate.step
+    calls = []
 
     def pressed(*args, **options):
         calls.append(args)
