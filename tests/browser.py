@@ -56,7 +56,11 @@ class Browser:
         )
         for fd in (commands, replies, theirs, answers):
             os.close(fd)
-        self.number, self.buffer, self.session, self.errors, self.dialogs = 0, b"", None, [], []
+        self.number = 0
+        self.buffer = b""
+        self.session = None
+        self.errors = []
+        self.dialogs = []
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
         self.session = self.send("Target.attachToTarget", targetId=target, flatten=True)[
             "sessionId"

@@ -26,12 +26,13 @@ PRELOADED = [  # what the scripts import of others
     "transformers.models.clip.tokenization_clip", "matplotlib.backends.backend_agg", "safetensors.torch", "filelock", "tqdm",
     "PIL.Image",
 ]  # fmt: skip
+# beginnings of variables that a fork would see too late
 READ_AT_IMPORT = (
     "HF_",
     "TRITON_",
     "MPLBACKEND",
     "CUDA_",
-)  # beginnings of variables that a fork would see too late
+)
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(PRELOADED)
 
@@ -181,12 +182,10 @@ class Processes:
 
 def start_server():
     """Start the process that is forked, once; it inherits this one's environment."""
-    quiet = dict(
-        TRANSFORMERS_VERBOSITY="error"
-    )  # as cli.read_options says before transformers is imported
-    quiet |= dict(
-        PYTORCH_NVML_BASED_CUDA_CHECK="1"
-    )  # asking whether there is a GPU must not start CUDA, which no fork survives
+    # as cli.read_options says before transformers is imported
+    quiet = dict(TRANSFORMERS_VERBOSITY="error")
+    # asking whether there is a GPU must not start CUDA, which no fork survives
+    quiet |= dict(PYTORCH_NVML_BASED_CUDA_CHECK="1")
     with patch.dict(os.environ, quiet):
         forkserver.ensure_running()
 
@@ -202,9 +201,8 @@ def be_script(words, cwd, environment, printed):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), descriptor)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if "OMP_NUM_THREADS" in environment:
-        torch.set_num_threads(
-            int(environment["OMP_NUM_THREADS"])
-        )  # OpenMP has read it when the server started
+        # OpenMP has read it when the server started
+        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     ours = (str(ROOT), str(ROOT / "tests"))
     sys.path[:] = [
         str(Path(words[0]).parent),

@@ -42,9 +42,8 @@ def test_what_each_mode_puts_in_place(mode):
         {"mid_block.attentions.0": ablate.EDITS[mode]}, PROMPTS, **generate_options(3)
     )
     (before, after), edited = seen[-2:]
-    chunks = after.unflatten(
-        0, (2, 3)
-    )  # unconditional and conditional rows each have their own mean
+    # unconditional and conditional rows each have their own mean
+    chunks = after.unflatten(0, (2, 3))
     mean = chunks.mean(1, keepdim=True).expand_as(chunks).flatten(0, 1)
     expected = {"skip": before, "zero": torch.zeros_like(after), "mean": mean}[mode]
     assert torch.allclose(edited, expected, atol=1e-6)
@@ -67,6 +66,8 @@ def test_distances_by_hand():
     ],
 )
 def test_a_report(config, mode, capsys):
+    """The report ranks the hook points by what ablating them changes; what can't be ablated has an
+    error."""
     ablate.main(replace(config, mode=mode))
     out = Path(config.out_dir)
     report = read_json(out / "ablate.json")
@@ -79,9 +80,8 @@ def test_a_report(config, mode, capsys):
     assert min(ranked) > 0
     assert (hooks[HOOK]["tokens"], hooks[HOOK]["d"], hooks[HOOK]["grid"]) == (64, 16, [8, 8])
     assert hooks[HOOK]["mb_per_prompt"] == 2 * 64 * 16 * 2 / 1e6
-    assert ("error" in hooks["down_blocks.0"]) == (
-        mode == "skip"
-    )  # its output has another shape than its input
+    # its output has another shape than its input
+    assert ("error" in hooks["down_blocks.0"]) == (mode == "skip")
     printed = capsys.readouterr().out
     assert all(name in printed for name in hooks)
     assert str(out / "ablate.png") in printed

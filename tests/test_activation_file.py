@@ -62,6 +62,7 @@ def test_an_opened_file_says_what_its_axes_are(tmp_path):
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_dtypes(tmp_path, dtype):
+    """A sample is float32; batches are as they are stored, but only float16 stays in 16 bits."""
     data = Activations([numbered_file(tmp_path / "a.npy", (30, 10), dtype)])
     assert data.sample(9).dtype == torch.float32
     assert next(data.batches(4, 4))[0].dtype == (

@@ -55,11 +55,12 @@ def test_rows_of_random_timesteps_are_no_run_of_one_prompt(tmp_path):
     x = np.arange(40_000, dtype=np.float32)[:, None, None]
     times = np.random.default_rng(0).random(40_000)
     data = open_activations([saved_rows(tmp_path / "a", x, timestep=times)])[0]
+    # it is not known which show one image
     assert (data.num_prompts, data.timesteps, data.whole_prompts) == (
         0,
         [],
         False,
-    )  # it is not known which show one image
+    )
     vectors = torch.cat(
         [*data.held_out(), *(x for x, _ in data.batches(4096, data.num_training))]
     ).flatten()
@@ -86,10 +87,11 @@ def test_rows_saved_as_lists_and_by_file_name(tmp_path):
     with pytest.raises(ValueError, match="levels of lists of int64"):
         open_activations([saved_rows(tmp_path / "d", x.astype(int), plain=True)])
     ragged = [[[1.0, 2.0], [1.0, 2.0]], [[1.0, 2.0]]]
+    # in one file, in two
     for name, rows in (
         ("2 lengths", ragged * 2),
         ("different shapes", ragged),
-    ):  # in one file, in two
+    ):
         saved_rows(tmp_path / name, np.array([*rows, None], object)[:-1], plain=True)
         with pytest.raises(ValueError, match=name):
             open_activations([tmp_path / name])

@@ -156,9 +156,10 @@ def run(good, words, damage=lambda folder: None):
             except SystemExit as stop:
                 status = stop.code or 0
         after = contents(folder)
+        # which is asked for
         outside = [
             path for path in folder.parent.iterdir() if path != folder and path.name != "outside"
-        ]  # which is asked for
+        ]
     assert status in (0, 2), (words, status, err.getvalue()[-2000:])
     assert "Traceback" not in err.getvalue(), (words, err.getvalue()[-2000:])
     assert {path: after.get(path) for path in before} == before, words
@@ -192,6 +193,7 @@ def options(script):
 @some(120)
 @given(data=st.data())
 def test_options(good, data):
+    """Options with junk values end in a result or in one line."""
     script = data.draw(st.sampled_from(sorted(SCRIPTS)))
     pairs = st.tuples(
         st.sampled_from(options(script)), st.sampled_from(JUNK) | st.integers(-3, 70000).map(str)
@@ -201,7 +203,9 @@ def test_options(good, data):
         for name, value in data.draw(st.lists(pairs, min_size=1, max_size=2))
         for word in (f"--{name}", value)
     ]
-    if line := run(good, words := command(script, *more)):
+    words = command(script, *more)
+    line = run(good, words)
+    if line:
         refused.append((words, line))
 
 
@@ -256,6 +260,7 @@ def damaged(raw):
 @some(70)
 @given(data=st.data())
 def test_npy_files(good, data):
+    """Arrays with wrong headers, of wrong kinds or damaged end in a result or in one line."""
     headers = st.builds(
         npy,
         st.sampled_from(DTYPES),
@@ -298,6 +303,7 @@ KEYS = [
 @some(50)
 @given(data=st.data())
 def test_cfg_json(good, data):
+    """SAE descriptions with other, missing or damaged entries end in a result or in one line."""
     cfg = read_json(good / "sae" / "cfg.json")
     changed = st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=3).map(
         lambda more: json.dumps(cfg | more).encode()
@@ -318,6 +324,7 @@ def test_cfg_json(good, data):
 @some(30)
 @given(data=st.data())
 def test_safetensors(good, data):
+    """Damaged weights end in a result or in one line."""
     raw = data.draw(
         damaged((good / "sae" / "sae.safetensors").read_bytes()) | st.binary(max_size=100)
     )
@@ -328,6 +335,7 @@ def test_safetensors(good, data):
 @some(30)
 @given(data=st.data())
 def test_prompt_files(good, data):
+    """Prompt files with any bytes end in a result or in one line."""
     text = st.text(max_size=60).map(lambda s: s.encode("utf-8", "surrogatepass"))
     lines = st.lists(VALUES.map(lambda v: json.dumps({"prompt": v})), max_size=3).map(
         lambda rows: "\n".join(rows).encode()

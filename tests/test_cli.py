@@ -360,6 +360,7 @@ def short(model_folder, tmp_path):
 
 
 def test_no_free_space(monkeypatch, capsys, tmp_path, short):
+    """A collection that would not fit on the disk ends in one line, and nothing is written."""
     monkeypatch.setattr(
         collect.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})
     )
@@ -370,6 +371,7 @@ def test_no_free_space(monkeypatch, capsys, tmp_path, short):
 
 
 def test_other_settings(monkeypatch, capsys, tmp_path, short):
+    """A collection with other settings ends in one line, and no byte of the old one changes."""
     monkeypatch.setattr(sys, "argv", ["collect.py", *map(str, short)])
     run_script(collect.main, collect.Config)
     before = {p: p.read_bytes() for p in (tmp_path / "a").rglob("*") if p.is_file()}

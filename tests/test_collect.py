@@ -62,6 +62,7 @@ def test_the_files_hold_what_the_modules_computed(collect_config, model_folder):
 
 @pytest.mark.parametrize("side", ["input", "diff"])
 def test_sides(collect_config, side):
+    """--side input stores what the module got, --side diff the output minus that."""
     collect.main(replace(collect_config, store_dtype="float32"))
     collect.main(
         replace(
@@ -193,9 +194,8 @@ def test_fp16_overflow_names_the_option(collect_config, model_folder, tmp_path):
     )
     with pytest.raises(ValueError, match="--store_dtype"):
         collect.main(loud)
-    collect.main(
-        replace(loud, store_dtype="float32")
-    )  # in the same folder: nothing was safe in it yet
+    # in the same folder: nothing was safe in it yet
+    collect.main(replace(loud, store_dtype="float32"))
 
 
 def test_fp16_underflow_is_said_once_per_file(collect_config, tmp_path, capsys):
@@ -283,10 +283,11 @@ def test_shards_are_parts_of_the_whole(collect_config, monkeypatch):
         ]
     out = Path(collect_config.out_dir)
     assert sorted(path.name for path in out.iterdir()) == ["shard0of2", "shard1of2"]
+    # batches of two prompts, of two images each
     order = (
         [0, 1, 2, 3, 8, 9, 10, 11],
         [4, 5, 6, 7, 12, 13],
-    )  # batches of two prompts, of two images each
+    )
     for shard, rows in enumerate(order):
         folder = out / f"shard{shard}of2"
         for name in COLLECTED_HOOKS:

@@ -100,9 +100,8 @@ def test_random_tokens_in_the_listing_the_room_and_of_pictures(
     printed = capsys.readouterr().out
     assert f"{3 * 7 * (16 * 4 + 2) / 1e6:.2f}" in printed.splitlines()[1]
     assert "7 random image tokens" in printed
-    usage = type(
-        "Usage", (), {"free": 8 * 3 * 7 * (16 * 4 + 2)}
-    )  # all of it, where 98 % may be asked for
+    # all of it, where 98 % may be asked for
+    usage = type("Usage", (), {"free": 8 * 3 * 7 * (16 * 4 + 2)})
     with monkeypatch.context() as patch:
         patch.setattr(collect.shutil, "disk_usage", lambda path: usage)
         with pytest.raises(ValueError, match="lower --max_num_examples or --tokens_per_step"):
@@ -154,9 +153,8 @@ def test_text_tokens_are_padded_to_one_length_and_not_trained_on(tmp_path):
     options |= dict(
         hook_names=["layers.1"], stream="text", height=24, width=32, out_dir=str(tmp_path / "out")
     )
-    with pytest.raises(
-        ValueError, match="larger --text_tokens"
-    ):  # the first batch, of one prompt, is shorter
+    # the first batch, of one prompt, is shorter
+    with pytest.raises(ValueError, match="larger --text_tokens"):
         collect.main(Config(**options))
     options |= dict(out_dir=str(tmp_path / "acts"), text_tokens=40, store_dtype="float32")
     collect.main(Config(**options))

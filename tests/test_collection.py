@@ -34,6 +34,7 @@ def test_folders_of_another_origin_are_left_alone(tmp_path):
 
 
 def test_damaged_records(tmp_path):
+    """A JSON file that is cut is refused by name."""
     (tmp_path / "a.json").write_text('{"a": ')
     with pytest.raises(ValueError, match="can't be read"):
         read_json(tmp_path / "a.json")
@@ -253,9 +254,8 @@ def test_a_flipped_byte_in_the_settings_is_refused(tmp_path):
         c.close()
         assert read_json(path) == settings
         assert c.facts == settings["facts"]
-    path.write_text(
-        json.dumps({key: settings[key] for key in ("settings", "facts")})
-    )  # an earlier version's
+    # an earlier version's
+    path.write_text(json.dumps({key: settings[key] for key in ("settings", "facts")}))
     c = collection(tmp_path)
     assert c.pending() == []
     assert c.facts == {"steps": 2}

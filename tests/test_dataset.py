@@ -20,9 +20,8 @@ def test_split_is_by_prompt_and_loses_nothing(tmp_path):
     data = Activations([numbered_file(tmp_path / "a.npy")])
     held_out = vector_numbers(data.held_out())
     training = vector_numbers(data.batches(7, data.num_training))
-    assert (
-        (len(held_out), len(training)) == (data.num_held_out, data.num_training) == (48, 432)
-    )  # 2 prompts of 20
+    # 2 prompts of 20
+    assert (len(held_out), len(training)) == (data.num_held_out, data.num_training) == (48, 432)
     assert sorted(held_out.tolist() + training.tolist()) == list(range(480))
 
     def prompts(numbers):
@@ -125,9 +124,8 @@ def test_shuffle_starts_anywhere_and_repeats_every_epoch(tmp_path, buffer_rows):
     assert not torch.equal(
         vector_numbers(data.batches(32, stop, seed=4, buffer_gb=options["buffer_gb"])), order
     )
-    first = (
-        order[:40].sort().values
-    )  # of one buffer where they are small: from all over the file, and others next time
+    # of one buffer where they are small: from all over the file, and others next time
+    first = order[:40].sort().values
     assert first[-4] > 300
     assert not torch.equal(first, order[432:472].sort().values)
 
@@ -140,9 +138,8 @@ def test_each_row_is_read_once_an_epoch_and_once_at_all_where_they_fit(tmp_path,
     def counting(self, number, first, end, at):
         reads.extend(range(first, end))
         read(self, number, first, end, at)
-        assert (
-            at + (end - first) * self.row_bytes <= len(self.buffer) <= 3456
-        )  # all rows, or the buffer
+        # all rows, or the buffer
+        assert at + (end - first) * self.row_bytes <= len(self.buffer) <= 3456
 
     monkeypatch.setattr(shuffle.Reader, "read", counting)
     for _ in data.batches(10, 2 * 432, buffer_gb=200 * 8 / 2**30):
@@ -258,9 +255,8 @@ def test_a_folder_means_its_own_files_or_else_those_of_its_subfolders(tmp_path, 
 
     (tmp_path / "empty").mkdir()
     assert len(open_activations([tmp_path])) == 2
-    numbered_file(tmp_path / "empty" / "m.npy").rename(
-        tmp_path / "empty" / "m.npy.partial"
-    )  # a part that is still collected
+    # a part that is still collected
+    numbered_file(tmp_path / "empty" / "m.npy").rename(tmp_path / "empty" / "m.npy.partial")
     with pytest.raises(UsageError, match="empty/m.npy.partial is not finished"):
         open_activations([tmp_path])
     describe_mid_block(numbered_file(tmp_path / "own.npy"))
@@ -293,7 +289,9 @@ class Model:
     """What activations_of looks at in an SAE."""
 
     def __init__(self, d_in, **cfg):
-        self.d_in, self.cfg, self.training_prompts = d_in, cfg, None
+        self.d_in = d_in
+        self.cfg = cfg
+        self.training_prompts = None
 
 
 def test_the_activations_of_an_sae(tmp_path):
@@ -320,6 +318,7 @@ def test_a_folder_of_plain_files_is_one_data_set(tmp_path):
 
 
 def test_newest(tmp_path):
+    """The newest activation file is one that collect.py described; samples.npy is none."""
     with pytest.raises(ValueError, match="collect.py first"):
         newest_activations(tmp_path)
     describe_mid_block(numbered_file(tmp_path / "a.npy"))

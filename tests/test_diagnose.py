@@ -241,6 +241,7 @@ def test_dead_latents_are_foreseen(tmp_path, gamma):
 
 
 def test_files_and_screen(tmp_path, small, capsys):
+    """A .json and a .png for each file, and the same numbers on the screen."""
     path = save(tmp_path / "mid_block.attn.npy", healthy().astype(np.float16))
     (written,) = diagnose.main(config(path, tmp_path / "d"))
     out = capsys.readouterr().out
@@ -366,7 +367,8 @@ def test_mistakes_end_in_one_line_and_overwrite_nothing(tmp_path, small, capsys,
         ("huge", "equal or too large"),
         ("nan", "NaN or inf"),
     ):
-        assert f"{name}.npy: " in (line := say(tmp_path / f"{name}.npy"))
+        line = say(tmp_path / f"{name}.npy")
+        assert f"{name}.npy: " in line
         assert text in line
     for options in (
         dict(k=25),

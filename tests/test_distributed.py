@@ -50,9 +50,10 @@ def twenty_updates(case, vectors, latents):
     own_latents = latents.slice_of(M)
     g = torch.Generator().manual_seed(0)
     sae.b_dec.data.copy_(torch.randn(D, generator=g))
+    # many are dead
     sae.encoder.bias.data.copy_(
         (0.1 * torch.randn(M, generator=g) - 1.0 * (torch.arange(M) % 3 == 0))[own_latents]
-    )  # many are dead
+    )
     make = ShardedUpdate if latents.count > 1 else SparseUpdate
     update = make(sae, 7.0, auxk_alpha=1.0, dead_feature_threshold=50, group=vectors, **of_step)
     numbers = []
@@ -90,18 +91,16 @@ def worker(folder):
                 metadata = {"said": json.dumps(numbers), "rank": "0" * (1 + latents.index)}
                 if latents.count > 1:
                     save_rows(path, update.state, metadata, latents)
-                    latents.sum(
-                        torch.zeros(1)
-                    )  # waits until the first one has given the file its name
+                    # waits until the first one has given the file its name
+                    latents.sum(torch.zeros(1))
                     again = load_rows(path, latents)
                     assert all(
                         torch.equal(again[name], tensor) for name, tensor in update.state.items()
                     )
                 else:
                     save_tensors(path, update.state, metadata)
-            own_codes = torch.stack(
-                [p.detach().double().sum() for p in update.params.values()]
-            )  # equal in all that split vectors
+            # equal in all that split vectors
+            own_codes = torch.stack([p.detach().double().sum() for p in update.params.values()])
             assert torch.equal(vectors.broadcast(own_codes.clone()), own_codes), case
     processes.close()
 
@@ -162,9 +161,8 @@ def test_twenty_updates_are_those_of_one_process(folder, case, count, shards):
         (theirs - torch.tensor(numbers).double()).abs()
         <= 1e-4 * torch.tensor(numbers).double().abs()
     ).all()
-    assert (
-        max(dead for _, _, dead, _ in numbers) > D // 2
-    )  # AuxK has to choose among the dead latents
+    # AuxK has to choose among the dead latents
+    assert max(dead for _, _, dead, _ in numbers) > D // 2
 
 
 @pytest.fixture(scope="module")

@@ -390,9 +390,8 @@ def test_the_record_by_hand():
     expected = dict(graft=2, graft_se=1, mean=4, mean_se=0, recovered=0.5, recovered_se=0.25)
     assert record == pytest.approx(expected)
     paired = evaluate.compare(torch.tensor([1.0, 3.0, 2.0]), torch.tensor([2.0, 6.0, 4.0]))
-    assert (paired["recovered"], paired["recovered_se"]) == pytest.approx(
-        (0.5, 0)
-    )  # of each prompt exactly half
+    # of each prompt exactly half
+    assert (paired["recovered"], paired["recovered_se"]) == pytest.approx((0.5, 0))
     one = evaluate.compare(torch.tensor([1.0]), torch.tensor([4.0]))
     assert one == dict(
         graft=1, graft_se=None, mean=4, mean_se=None, recovered=0.75, recovered_se=None
@@ -408,9 +407,8 @@ def test_the_record_by_hand():
 
 def test_the_standard_error_is_that_of_samples_of_prompts():
     torch.manual_seed(0)
-    size = (
-        torch.rand(4000, 50) + 0.5
-    )  # 4000 experiments of 50 prompts, some of which move more than others
+    # 4000 experiments of 50 prompts, some of which move more than others
+    size = torch.rand(4000, 50) + 0.5
     grafts = size * (0.3 + 0.1 * torch.randn(4000, 50))
     means = size
     records = [evaluate.compare(g, m) for g, m in zip(grafts, means)]
@@ -421,6 +419,7 @@ def test_the_standard_error_is_that_of_samples_of_prompts():
 
 
 def test_where_an_sae_belongs(tmp_path):
+    """Its hook point is that of all its training files, or it is refused."""
     meta = {"hook_name": "mid_block", "side": "diff", "stream": "text", "rows": "uncond"}
     for name, changed in (("a", {}), ("b", {}), ("c", {"side": "output"})):
         other_model = meta | changed | {"model": "toy"}

@@ -16,6 +16,7 @@ def run_script(monkeypatch, *args):
 
 
 def test_the_script(tmp_path, monkeypatch, capsys):
+    """export.py writes the SAE; contradictory options and what can't be exported end in one line."""
     monkeypatch.chdir(tmp_path)
     make_sae().save_to_disk("saes/mine")
     run_script(monkeypatch, "--export", "saelens")

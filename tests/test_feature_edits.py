@@ -13,10 +13,9 @@ from hook import HookedDiffusionModel
 from sae import Sae
 from store.hook_point import HookPoint
 
-HOOK, D = (
-    "mid_block.attentions.0",
-    16,
-)  # followed by mid_block.resnets.1, which sees what became of it
+# followed by mid_block.resnets.1, which sees what became of it
+HOOK = "mid_block.attentions.0"
+D = 16
 POINT = HookPoint(HOOK)
 EVERY = {"topk": {}, "batchtopk": {}, "sampletopk": {}, "unit norm": {"input_unit_norm": True}}
 
@@ -94,6 +93,8 @@ def test_nothing_to_change_is_none():
 
 
 def test_what_is_refused():
+    """Features that the SAE does not have, other widths and sides that can't be edited are
+    refused."""
     sae = some_sae(24)
     with pytest.raises(ValueError, match="feature 64: the SAE has 64, numbered 0 to 63"):
         steer(sae, [64], multiply=0)
@@ -158,7 +159,11 @@ def generate(change, steps=None, dtype=None, hook_point=POINT, **options):
 def test_multiply_1_is_the_identity_bit_for_bit(dtype, rows):
     plain, _ = generate(None, dtype=dtype)
     sae = some_sae(D)
-    silent = lambda x, timestep: torch.zeros_like(x)  # as of features that are nowhere active
+
+    def silent(x, timestep):
+        """What features that are nowhere active add."""
+        return torch.zeros_like(x)
+
     for change in (steer(sae, list(range(64)), multiply=1), steer(sae, [0], add=0), silent):
         assert torch.equal(generate(change, dtype=dtype, rows=rows)[0], plain)
     assert not torch.equal(
@@ -206,10 +211,11 @@ def test_renormalize_and_what_is_measured():
         assert torch.allclose(x, after[2:], atol=1e-6)
     assert len(seen) == 3
     assert seen[0][1] > seen[1][1] > seen[2][1]
+    # both are edited, one is measured
     for of, expected in (
         ("cond", slice(2, 4)),
         ("uncond", slice(0, 2)),
-    ):  # both are edited, one is measured
+    ):
         seen.clear()
         _, both = generate(
             steer(sae, [1], add=3.0),
@@ -246,16 +252,14 @@ def test_side_diff_moves_the_output_by_the_change_of_the_difference():
     moved = (after - before)[2:]
     direction = torch.nn.functional.normalize(sae.W_dec[1], dim=0)
     assert torch.allclose(moved, (moved @ direction)[..., None] * direction, atol=1e-5)
-    assert not torch.allclose(
-        moved[:, :1] @ direction, step_norm(before[2:])[:, 0], rtol=1e-3
-    )  # the norm is that of the difference
+    # the norm is that of the difference
+    assert not torch.allclose(moved[:, :1] @ direction, step_norm(before[2:])[:, 0], rtol=1e-3)
 
 
 def test_typical_is_1_for_what_it_was_made_of(tmp_path):
     generator = torch.Generator().manual_seed(0)
-    scales = torch.tensor(
-        [5.0] * 4 + [1.0] * 8 + [0.0] * 4
-    )  # four directions that the model never uses
+    # four directions that the model never uses
+    scales = torch.tensor([5.0] * 4 + [1.0] * 8 + [0.0] * 4)
     x = torch.randn(64, 100, 16, generator=generator) * scales + 2.0
     np.save(tmp_path / "x.npy", x.numpy())
     typical = Typical([tmp_path / "x.npy"], n=4000)

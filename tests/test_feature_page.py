@@ -371,9 +371,8 @@ def test_what_can_not_be_shown(toy_page, tmp_path, capsys, monkeypatch):
         main(Config(sae=name, out_dir=str(toy_page.path.parent), top_images=8, device="cpu"))
     assert toy_page.path.read_bytes() == before
     capsys.readouterr()
-    shutil.copytree(
-        base / "acts", tmp_path / "old", ignore=shutil.ignore_patterns("images")
-    )  # of an earlier version
+    # of an earlier version
+    shutil.copytree(base / "acts", tmp_path / "old", ignore=shutil.ignore_patterns("images"))
     main(
         Config(sae=sae, data=[str(tmp_path / "old")], out_dir=str(tmp_path / "other"), device="cpu")
     )
@@ -382,6 +381,7 @@ def test_what_can_not_be_shown(toy_page, tmp_path, capsys, monkeypatch):
     assert "images/0.webp is not there" in data["note"]
     assert not any(data["pictures"])
     assert "collect again" in capsys.readouterr().out
+    # vectors
     main(
         Config(
             sae=str(tmp_path / "bare"),
@@ -389,7 +389,7 @@ def test_what_can_not_be_shown(toy_page, tmp_path, capsys, monkeypatch):
             out_dir=str(tmp_path),
             device="cpu",
         )
-    )  # vectors
+    )
     data = read_page(tmp_path / "bare.html")
     assert data["examples"] == [["", "row 0", 0]]
     assert "images/ of collect.py" in data["note"]

@@ -175,10 +175,11 @@ def test_two_files_are_one_page(tmp_path):
     assert data["note"] == ""
     assert [source for _, _, source in data["examples"]] == [0] * 4 + [1] * 3
     assert data["examples"][5][:2] == ["b prompt 1", "b/ row 1, seed 1"]
+    # made smaller, never larger
     assert [shown_image(data, e).shape for e in (0, 6)] == [
         (10, 8, 3),
         (5, 20, 3),
-    ]  # made smaller, never larger
+    ]
     assert [
         abs(float(shown_image(data, e).mean()) - grey_of(p)) < 3
         for e, p in ((3, 3), (4, 0), (6, 2))

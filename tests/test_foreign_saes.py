@@ -104,6 +104,7 @@ def assert_same(mine, theirs):
 
 @pytest.mark.parametrize("architecture, cfg", SAELENS)
 def test_saelens_folders(tmp_path, architecture, cfg):
+    """Codes and reconstructions are those of SAELens' definitions, for every architecture."""
     tensors = save_saelens_by_hand(tmp_path, architecture, **cfg)
     sae = Sae.load_from_disk(tmp_path)
     codes, x_hat = saelens_reference(tensors, X.double(), architecture, **cfg)
@@ -173,9 +174,8 @@ EXPORTS = [dict(), dict(activation="batchtopk")]
 def sae_to_export(cfg):
     sae = make_sae(cfg=cfg)
     sae.cfg |= {"hook_name": "up_blocks.1", "fvu": 0.25}
-    if (
-        sae.activation == "batchtopk"
-    ):  # one activation is the threshold itself, so that >= and > differ
+    # one activation is the threshold itself, so that >= and > differ
+    if sae.activation == "batchtopk":
         acts = sae.encode(X).top_acts
         sae.threshold.copy_(acts[acts > 0].sort().values[-90])
     return sae
@@ -219,9 +219,8 @@ def test_saelens_layer_norm_is_not_our_unit_norm(tmp_path):
     mine, _, std = make_sae(cfg=dict(input_unit_norm=True)).standardize(x)
     c = (D - 1) ** 0.5 / D**0.5
     torch.testing.assert_close(z, c * mine / (1 + 1e-5 * c / std), rtol=1e-12, atol=0)
-    assert (
-        (z - c * mine) / mine
-    ).abs().max() > 2e-6  # so no factor in the weights makes up for it to float32's rounding
+    # so no factor in the weights makes up for it to float32's rounding
+    assert ((z - c * mine) / mine).abs().max() > 2e-6
 
 
 def test_exports_that_are_refused(tmp_path):
@@ -298,6 +297,7 @@ def dictionary_reference(t, x, kind):
 
 @pytest.mark.parametrize("kind", DICTIONARIES)
 def test_dictionary_learning_folders(tmp_path, kind):
+    """Codes and reconstructions are those of dictionary_learning's definitions, for every class."""
     tensors = save_dictionary_by_hand(tmp_path, kind)
     sae = Sae.load_from_disk(tmp_path)
     codes, x_hat = dictionary_reference(tensors, X.double(), kind)
@@ -382,6 +382,7 @@ def test_sparsify_refuses_the_variants(tmp_path, cfg, monkeypatch):
 
 
 def test_load_many(tmp_path):
+    """Every SAE below a folder is loaded, by its hook_name; pickled ones are passed over."""
     with pytest.raises(ValueError, match="has no SAE"):
         Sae.load_many(tmp_path)
     for run in ("a/one", "a/two", "b"):
@@ -463,9 +464,8 @@ def test_what_changes_nothing_is_loaded(tmp_path):
     }
     change_json(tmp_path / "cfg.json", off)
     assert Sae.load_from_disk(tmp_path).k == 4
-    change_json(
-        tmp_path / "cfg.json", {"training": {"digest": "0"}, "of_another_version": 1}
-    )  # of train.py
+    # of train.py
+    change_json(tmp_path / "cfg.json", {"training": {"digest": "0"}, "of_another_version": 1})
     assert Sae.load_from_disk(tmp_path).k == 4
     change_json(tmp_path / "cfg.json", {"num_latents": 31})
     with pytest.raises(UsageError, match="expected encoder.weight"):

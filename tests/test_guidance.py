@@ -53,9 +53,8 @@ def test_a_wrong_number_of_prompts_is_an_error(n, prompts, guided):
 
 def test_the_sample_says_how_many_rows_there_are_where_no_argument_does():
     case = Case(svd)
-    _, cache = case.cache(
-        "mid_block", max_guidance_scale=1.0
-    )  # three pictures, no prompt, no guidance
+    # three pictures, no prompt, no guidance
+    _, cache = case.cache("mid_block", max_guidance_scale=1.0)
     assert len(cache["output"]["mid_block"]) == 3
 
 

@@ -174,9 +174,8 @@ def test_asking_costs_one_step_for_all_batches(calls):
     hooked = HookedDiffusionModel.from_pipeline(pipe)
     batches = (PROMPTS[:2], PROMPTS[1:], PROMPTS[:1])
     for prompts in batches:
-        hooked.layouts(
-            HOOK, prompts, **generate_options(len(prompts))
-        )  # so that layouts are known, and not looked for below
+        # so that layouts are known, and not looked for below
+        hooked.layouts(HOOK, prompts, **generate_options(len(prompts)))
     counts = []
     for prompts in batches:
         calls.clear()

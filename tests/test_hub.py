@@ -130,7 +130,9 @@ def stand_in(tmp_path, monkeypatch):
     """The server, and huggingface_hub with it for an endpoint: as by these variables, which it
     reads when it is imported."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), StandIn)
-    server.repos, server.private, server.gets = {}, {}, []
+    server.repos = {}
+    server.private = {}
+    server.gets = []
     server.address = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
     thread.start()
@@ -173,6 +175,7 @@ def make_folder(path, **cfg):
 
 
 def test_push_and_load(tmp_path, stand_in):
+    """What is pushed is what lies in the folder with a card, and it is loaded as it was."""
     sae = make_folder(tmp_path / "run")
     assert (
         hub.push(tmp_path / "run", "me/saes", "sae", private=True) == f"{stand_in.address}/me/saes"
@@ -228,14 +231,14 @@ def test_no_pickle_is_fetched(stand_in):
 
 
 def test_an_activation_folder(tmp_path, stand_in):
+    """A folder of activations is pushed without its settings, and the example on its card works."""
     make_activations(tmp_path)
     assert hub.push(tmp_path, "me/acts", "activations") == f"{stand_in.address}/datasets/me/acts"
     files = stand_in.repos["datasets/me/acts"]
     assert files.keys() == {"README.md", "mid.1.npy", "mid.1.json", "samples.npy", "prompts.jsonl"}
     names = {}
-    exec(
-        files["README.md"].decode().split("```python\n")[1].split("```")[0], names
-    )  # what the card says works
+    # what the card says works
+    exec(files["README.md"].decode().split("```python\n")[1].split("```")[0], names)
     assert names["x"].shape == (2, 3, 4, 5)
 
 

@@ -56,7 +56,7 @@ def test_a_setting_that_a_later_version_adds_changes_no_fingerprint():
         " a red picture ",
         "a  red picture",
         "a red\u00a0picture",
-        "\ufb01ne a red picture"[0:0] + "a red picture\u200b",
+        "a red picture\u200b",
     ],
 )
 def test_prompts_that_the_model_reads_alike_are_one(twin):
@@ -219,9 +219,8 @@ def test_a_graft_of_an_sae_that_lay_there_before_does_not_stay(project, capsys):
     assert "was made with an SAE that lay at this path before" in capsys.readouterr().out
     assert (folder / "graft_of_another_sae.json").exists()
     assert (folder / "graft_of_another_sae.png").exists()
-    (folder / "graft.json").write_text(
-        "{}"
-    )  # of an earlier version, which did not say of which SAE
+    # of an earlier version, which did not say of which SAE
+    (folder / "graft.json").write_text("{}")
     evaluate.main(evaluation_config())
     assert (folder / "graft.json").exists()
     assert "it can't be checked that it was made with this SAE" in capsys.readouterr().out
@@ -274,9 +273,10 @@ def test_files_that_were_collected_otherwise_are_said(project, capsys):
             data=[f"acts/{HOOK}.npy", f"weak/{HOOK}.npy"], num_latents=[64], k=[4], device="cpu"
         )
     )
-    assert "was collected otherwise than acts/" in (out := capsys.readouterr().out)
-    assert "guidance_scale 2.0, not" in out
-    assert "seed" not in out
+    printed = capsys.readouterr().out
+    assert "was collected otherwise than acts/" in printed
+    assert "guidance_scale 2.0, not" in printed
+    assert "seed" not in printed
 
 
 def test_activations_of_two_models_under_one_name_are_not_mixed(project):
@@ -306,9 +306,8 @@ def test_a_fingerprint_sees_each_weight_and_not_the_precision():
 def test_a_fingerprint_of_a_part_of_a_tensor_and_of_its_last_values():
     whole = torch.randn(200).bfloat16()
     module = torch.nn.Module()
-    module.weight = torch.nn.Parameter(
-        whole[3:70]
-    )  # begins in the middle of a word, and does not end with one
+    # begins in the middle of a word, and does not end with one
+    module.weight = torch.nn.Parameter(whole[3:70])
     before = fingerprint(module)
     for index in (0, 30, 65, 66):
         changed = torch.nn.Module()
@@ -407,9 +406,8 @@ def test_earlier_versions_are_read_with_a_line(project, capsys):
     assert "it can't be checked" in out
     assert "whether the model's weights are the same" in out
     assert read_json("evaluations/sae/evaluate.json")["fvu"] == pytest.approx(cfg["fvu"], rel=1e-9)
-    assert read_json("evaluations/sae/evaluate.json")[
-        "surely_unseen"
-    ]  # the digest of the data says so
+    # the digest of the data says so
+    assert read_json("evaluations/sae/evaluate.json")["surely_unseen"]
     steer.main(
         steer.Config(sae=["saes/sae"], features=["1"], multiply=[0.0], num_prompts=1, device="cpu")
     )

@@ -204,6 +204,8 @@ class Resizing:
 
 @pytest.mark.parametrize("n", [1, 2])
 def test_cosmos(n, monkeypatch):
+    """The tokens of a video are those that a hook by hand sees, and an edit of them moves the
+    frames."""
     from diffusers.models.transformers import transformer_cosmos
 
     monkeypatch.setattr(transformer_cosmos, "transforms", Resizing, raising=False)

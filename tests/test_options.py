@@ -78,6 +78,7 @@ def mistake(capsys, line, cls=Config):
 
 
 def test_values():
+    """Lists, numbers, tuples, switches and positional arguments become the fields' types."""
     assert options("") == Config()
     assert options("--k 1 2 --lr 1e-3 --kind batchtopk --name a").k == [1, 2]
     assert options("--lr 1e-3").lr == 0.001
@@ -120,6 +121,7 @@ def test_a_mistake_is_one_line(capsys, line, message):
 
 
 def test_a_missing_positional_argument(capsys):
+    """Its choices are named, and the nearest right spelling."""
     assert "draw,train" in mistake(capsys, "", Command)
     assert "expected one of draw, train; got 'dra'; did you mean draw?" in mistake(
         capsys, "dra", Command
@@ -162,5 +164,6 @@ def test_a_description_keeps_commands_and_wraps_prose():
 
 
 def test_suggestions():
+    """The nearest right spelling is suggested where one is near."""
     assert suggest("--steps", ["--num_steps", "--seed"]) == "; did you mean --num_steps?"
     assert suggest("--x", ["--k", "--seed"]) == ""

@@ -18,6 +18,7 @@ from store.prompts import load_pictures, load_prompts, seen_text, with_seeds
 
 @pytest.mark.parametrize("suffix", ["txt", "csv", "jsonl", "parquet"])
 def test_prompt_files(tmp_path, suffix):
+    """Every kind of file gives the same prompts, with its other columns."""
     path = tmp_path / f"p.{suffix}"
     rows = [{"prompt": 'a "red", fox', "style": "oil"}, {"prompt": "blé 🎨", "style": "ink"}]
     if suffix == "txt":
@@ -34,6 +35,7 @@ def test_prompt_files(tmp_path, suffix):
 
 
 def test_columns_and_negative_prompts(tmp_path):
+    """--column names the prompts; --negative_prompt is a column if there is one of that name."""
     path = tmp_path / "p.jsonl"
     path.write_text('{"a": "one", "b": "two", "c": 3, "d": [1]}\n')
     assert load_prompts(str(path), column="b") == [{"prompt": "two", "a": "one", "c": 3}]
@@ -50,6 +52,7 @@ def test_columns_and_negative_prompts(tmp_path):
 
 
 def test_a_literal_prompt():
+    """What is no file and no data set is a prompt."""
     assert load_prompts("a cat, 1/2 asleep") == [{"prompt": "a cat, 1/2 asleep"}]
     assert load_prompts("cat", negative_prompt="dog") == [
         {"prompt": "cat", "negative_prompt": "dog"}
@@ -68,6 +71,7 @@ def test_a_literal_prompt():
     ],
 )
 def test_files_without_prompts(tmp_path, name, text):
+    """Empty files are refused."""
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match="no prompts|can't be read"):
         load_prompts(str(tmp_path / name))
@@ -191,6 +195,7 @@ def test_encodings_that_nobody_names_are_not_guessed(tmp_path):
 
 
 def test_json_arrays(tmp_path):
+    """An array of objects or of texts is read; other JSON is refused."""
     assert load_prompts(write_text(tmp_path, "a.json", '["a fox", "a dog"]')) == [
         {"prompt": "a fox"},
         {"prompt": "a dog"},
@@ -204,9 +209,8 @@ def test_json_arrays(tmp_path):
 
 
 def test_rows_without_a_prompt_are_named(tmp_path):
-    with pytest.raises(
-        UsageError, match="row 1: column 'prompt' is no text: None"
-    ):  # and style is not taken for it
+    # and style is not taken for it
+    with pytest.raises(UsageError, match="row 1: column 'prompt' is no text: None"):
         load_prompts(
             write_text(
                 tmp_path,
@@ -388,6 +392,7 @@ def test_a_collection_whose_ids_were_dropped_resumes(model_folder, tmp_path):
 
 @pytest.mark.parametrize("seed", ["x", "", "1.5", "1e3", "99999999999999999999", "nan"])
 def test_seeds_that_are_none(tmp_path, seed):
+    """A seed is a whole number of 64 bits."""
     with pytest.raises(UsageError, match="row 2: column 'seed' is no whole number"):
         load_prompts(write_text(tmp_path, "p.csv", f"prompt,seed\na,1\nb,{seed}\n"))
 

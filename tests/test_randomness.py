@@ -207,7 +207,10 @@ def test_a_dry_step_leaves_the_random_numbers_as_they_were():
 
     pipe.unet.register_forward_pre_hook(draw)
     bit_generator = pipe.scheduler.draw.generator.bit_generator
-    states = lambda: repr((np.random.get_state(), random.getstate(), bit_generator.state))  # noqa: NPY002
+
+    def states():
+        return repr((np.random.get_state(), random.getstate(), bit_generator.state))  # noqa: NPY002
+
     before = states()
     HookedDiffusionModel.from_pipeline(pipe).first_step(HOOK, PROMPTS[:2], **generate_options(2))
     assert states() == before

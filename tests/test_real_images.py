@@ -125,9 +125,8 @@ def test_latents_of_real_images_are_the_pipelines_own(recipe, own, dtype):
         HookedDiffusionModel.from_pipeline(pipe), "", options | dict(num_inference_steps=5)
     )
     image = photo(*size)
-    x = real_images.to_pixels(image)[None].to(
-        pipe.vae.dtype
-    )  # some VAEs are computed in float32 all the same
+    # some VAEs are computed in float32 all the same
+    x = real_images.to_pixels(image)[None].to(pipe.vae.dtype)
     with torch.no_grad():
         z = pipe.vae.encode(x if recipe is not ltx_statistics else x[:, :, None]).latent_dist.mode()
         expected = own(pipe, z).to(dtype).float()
@@ -243,7 +242,9 @@ class Squares(torch.nn.Module):
 
     def __init__(self, low):
         super().__init__()
-        self.config, self.low, self.conv = None, low, torch.nn.Conv2d(3, 1, 1)
+        self.config = None
+        self.low = low
+        self.conv = torch.nn.Conv2d(3, 1, 1)
 
     def encode(self, x):
         return (torch.nn.functional.pixel_unshuffle(x.clamp(self.low, 1), 2),)
@@ -272,9 +273,8 @@ def test_a_vae_made_for_another_range_is_refused_and_a_bad_one_is_remarked(
         device="cpu",
     )
     collect.main(collect.Config(model_name=str(model_folder), hook_names=[HOOK], **options))
-    assert (
-        "note: the VAE gives an image back with an error of" in capsys.readouterr().out
-    )  # its weights are random
+    # its weights are random
+    assert "note: the VAE gives an image back with an error of" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

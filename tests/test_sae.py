@@ -109,9 +109,8 @@ def test_a_file_is_swapped_in_and_a_full_disk_leaves_the_old_one(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == before
     save_tensors(path, {"x": X + 1}, {})
-    assert (
-        path.read_bytes() != before == (tmp_path / "old").read_bytes()
-    )  # another file, not the old one written over
+    # another file, not the old one written over
+    assert path.read_bytes() != before == (tmp_path / "old").read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "old"]
 
 
@@ -275,6 +274,7 @@ def test_chunks_give_what_the_whole_gives_far_from_zero():
 
 
 def test_geometric_median():
+    """By hand on a line and on a triangle; an outlier hardly moves it."""
     line = torch.tensor([[0.0], [1], [2], [3], [1000]])
     assert geometric_median(line).item() == pytest.approx(2, abs=0.05)  # on a line it is the median
     triangle = torch.tensor([[0.0, 0], [4, 0], [2, 3**0.5 * 2]])  # equilateral: its centre
@@ -282,9 +282,8 @@ def test_geometric_median():
         geometric_median(triangle), torch.tensor([2, 2 / 3**0.5]), atol=1e-3, rtol=0
     )
     cloud = torch.randn(999, 8, generator=torch.Generator().manual_seed(0))
-    assert (
-        geometric_median(torch.cat([cloud, torch.full((1, 8), 1e5)])).norm() < 0.2
-    )  # the mean has norm 283
+    # the mean has norm 283
+    assert geometric_median(torch.cat([cloud, torch.full((1, 8), 1e5)])).norm() < 0.2
     assert torch.equal(geometric_median(torch.ones(5, 3)), torch.ones(3))
 
 

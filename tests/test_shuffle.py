@@ -198,7 +198,8 @@ def test_a_billion_vectors_are_planned_in_seconds():
 def test_planning_takes_little_memory_and_the_order_of_a_seed_stays():
     """Stopped runs go on in it; the numbers are from when indices had 64 bits, which took 46 bytes
     a row and not 26."""
-    shuffle.BLOCK_BYTES, n = 1 << 20, 200_000
+    shuffle.BLOCK_BYTES = 1 << 20
+    n = 200_000
 
     def steps_of(pieces):
         return np.concatenate(

@@ -53,7 +53,8 @@ def repeat_by_timestep(module, unet):
             state["kept"] = forward(*args, **kwargs)
         return state["kept"]
 
-    unet.forward, module.forward = watched, cached
+    unet.forward = watched
+    module.forward = cached
 
 
 class Skipping(torch.nn.Module):
@@ -62,7 +63,8 @@ class Skipping(torch.nn.Module):
 
     def __init__(self, processor):
         super().__init__()
-        self.processor, self.calls = processor, 0
+        self.processor = processor
+        self.calls = 0
 
     def __call__(self, *args, **kwargs):
         if self.calls % 3 == 0:

@@ -257,9 +257,8 @@ def test_untouched_is_what_the_model_makes_of_each_prompt_and_seed(config, train
         ]
         assert torch.allclose(image, alone.float(), atol=1e-3)
         assert (image - images[0]).abs().max() < 1.1
-    assert (
-        images[0] - images[2]
-    ).abs().max() > 0.02  # which two prompts, or two seeds, do not have in common
+    # which two prompts, or two seeds, do not have in common
+    assert (images[0] - images[2]).abs().max() > 0.02
 
 
 def test_one_concept_in_the_place_of_another(config, trained):
@@ -390,6 +389,7 @@ def test_steps_and_features_by_hand():
 
 
 def test_what_is_refused(config, trained, tmp_path):
+    """Options that contradict each other, the SAE or the data are refused."""
     for options, message in (
         (dict(features=["40"]), "feature 40: the SAE has 40, numbered 0 to 39"),
         (dict(concept="green"), "concept 'green': none of the 12 prompts"),
@@ -404,9 +404,8 @@ def test_what_is_refused(config, trained, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             main(replace(config, **options))
-    other = Sae(
-        24, 48, 4, Sae.load_from_disk(trained[0]).cfg
-    )  # says that it is of the same activations
+    # says that it is of the same activations
+    other = Sae(24, 48, 4, Sae.load_from_disk(trained[0]).cfg)
     other.save_to_disk(tmp_path / "other")
     with pytest.raises(ValueError, match="the SAE takes width 24"):
         main(replace(config, sae=[str(tmp_path / "other")], features=["1"]))

@@ -76,9 +76,8 @@ def test_steering_an_sae_of_real_images_needs_prompts_and_takes_the_pipelines_se
         steer.main(config)
     steer.main(replace(config, dataset_name="a red picture"))
     arguments = read_json("steer/1_x0/steer.json")["arguments"]
-    assert (
-        not {"num_inference_steps", "guidance_scale"} & arguments.keys()
-    )  # so that the pipeline takes its own
+    # so that the pipeline takes its own
+    assert not {"num_inference_steps", "guidance_scale"} & arguments.keys()
 
 
 def test_prompts_of_ones_own_keep_the_collections_negative_prompt(project):

@@ -207,9 +207,8 @@ def test_an_edited_activation_is_compared_with_its_own_step(tmp_path):
     hooked = HookedDiffusionModel.from_pipeline(build(img2img))
     prompt, options = prompt_and_options(3, img2img, num_inference_steps=6)
     _, cache = hooked.run_with_cache(HOOK, prompt, **options)
-    x = cache["output"][HOOK] * torch.tensor([1.0, 10.0, 100.0]).view(
-        1, 3, 1, 1
-    )  # so that a wrong step shows
+    # so that a wrong step shows
+    x = cache["output"][HOOK] * torch.tensor([1.0, 10.0, 100.0]).view(1, 3, 1, 1)
     np.save(tmp_path / f"{HOOK}.npy", x.numpy())
     meta = {"timesteps": cache["timesteps"][HOOK].tolist(), "hook_name": HOOK}
     (tmp_path / f"{HOOK}.json").write_text(json.dumps(meta))
@@ -247,7 +246,8 @@ def test_a_timestep_that_cannot_be_told_is_not_compared():
         for t in (9, 5, 1):
             x = scheduler.step(model(x, 1 - t / 10), t, x)
 
-    hooked.pipe, told = pipe, []
+    hooked.pipe = pipe
+    told = []
     with hooked.watch(2) as sampling:
         hooked.run_with_hooks(
             {"mix": Edit(lambda x: told.append(sampling.timestep()), rows="all")}, ["a", "b"]

@@ -52,11 +52,9 @@ class Wave(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv, self.act, self.out = (
-            nn.Conv1d(3, 16, 3, padding=1),
-            nn.SiLU(),
-            nn.Conv1d(16, 3, 3, padding=1),
-        )
+        self.conv = nn.Conv1d(3, 16, 3, padding=1)
+        self.act = nn.SiLU()
+        self.out = nn.Conv1d(16, 3, 3, padding=1)
 
     def forward(self, x, t):
         return self.out(self.act(self.conv(x)) + t / 10)
@@ -67,7 +65,9 @@ class Last(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv, self.act, self.out = nn.Linear(3, 16), nn.SiLU(), nn.Linear(16, 3)
+        self.conv = nn.Linear(3, 16)
+        self.act = nn.SiLU()
+        self.out = nn.Linear(16, 3)
 
     def forward(self, x, t):
         return self.out(self.act(self.conv(x.movedim(1, -1))) + t / 10).movedim(-1, 1)
@@ -101,7 +101,8 @@ class Pooled(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.pool, self.out = nn.MultiheadAttention(8, 2, batch_first=True), nn.Conv2d(3, 3, 1)
+        self.pool = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.out = nn.Conv2d(3, 3, 1)
         self.pool.out_proj = nn.modules.linear.NonDynamicallyQuantizableLinear(8, 3)
 
     def forward(self, x, t, text):
@@ -129,7 +130,9 @@ class Packed(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.embed, self.block, self.out = nn.Linear(3, 8), nn.Identity(), nn.Linear(8, 3)
+        self.embed = nn.Linear(3, 8)
+        self.block = nn.Identity()
+        self.out = nn.Linear(8, 3)
 
     def forward(self, x, t, text, mask):
         image = self.embed(x.flatten(2).transpose(1, 2)) + t / 10

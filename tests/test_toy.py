@@ -97,6 +97,7 @@ def test_it_draws_what_it_is_asked():
 
 
 def test_draw(tmp_path):
+    """`python -m toy.make draw` shows drawings of the toy's concepts."""
     make.main(make.Config("draw", folder=str(tmp_path)))
     assert (tmp_path / "drawings.png").stat().st_size > 10_000
 

@@ -127,6 +127,7 @@ def test_who_patches_first_may_end_first(cls):
 
 
 def test_positions_and_times():
+    """By hand: which step a timestep is, and which values are one number."""
     assert position_of([9, 5, 5, 1], 5) == 1
     assert position_of([9, 5, 5, 1], 5, expected=2) == 2
     assert position_of([9, 5, 5, 1], 7) is None

@@ -15,7 +15,9 @@ class FakeTracker:
     """Stands for the modules wandb and trackio, and for tensorboard's SummaryWriter."""
 
     def __init__(self):
-        self.started, self.rows, self.finished = [], [], 0
+        self.started = []
+        self.rows = []
+        self.finished = 0
 
     def init(self, **options):
         self.started.append(options)

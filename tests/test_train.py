@@ -42,9 +42,8 @@ def test_a_run_ends_with_true_numbers(vectors_file, tmp_path, capsys):
         3,
     )
 
-    x = torch.cat(
-        list(Activations([vectors_file]).held_out())
-    ).double()  # as it is in the file: the scale is folded in
+    # as it is in the file: the scale is folded in
+    x = torch.cat(list(Activations([vectors_file]).held_out())).double()
     x_hat = sae(x).double()
     top_acts, top_indices = sae.encode(x)
     assert len(x) == cfg["num_held_out"] == 800
@@ -115,9 +114,8 @@ def test_b_dec_starts_at_the_geometric_median_of_all_prompts(tmp_path, monkeypat
     activations = Activations([tmp_path / "a.npy"])
     stats = measure(activations, "median")
     whole = geometric_median(torch.from_numpy(x.reshape(-1, 4)))
-    assert (
-        stats.center / stats.scale - whole
-    ).norm() < 5  # a batch of one prompt would be up to 50 off, the mean 500
+    # a batch of one prompt would be up to 50 off, the mean 500
+    assert (stats.center / stats.scale - whole).norm() < 5
     assert np.log2(stats.scale) == round(np.log2(stats.scale))
     assert stats.variance == pytest.approx(x.reshape(-1, 4).var(0).sum() * stats.scale**2, rel=0.3)
 
@@ -131,9 +129,10 @@ def test_learning_rate():
     assert rates[99] == pytest.approx(0.05)
     constant = Config(lr=0.5, lr_scheduler="constant", lr_warmup_steps=100)
     assert learning_rate(50, 1000, 1, constant) == pytest.approx(0.5 * 51 / 101)
+    # at most a fifth
     assert [learning_rate(i, 10, 1, constant) for i in range(4)] == pytest.approx(
         [0.5 / 3, 1 / 3, 0.5, 0.5]
-    )  # at most a fifth
+    )
     assert learning_rate(50, 100, 2**16, cfg) == pytest.approx(6e-4)
     assert learning_rate(500, 7500, 2**14, cfg) == pytest.approx(4e-4)
     assert learning_rate(500, 10**6, 2**14, cfg) == pytest.approx(2e-4)

@@ -14,26 +14,66 @@ from train import main
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("tenth_held_out")]
 
 
-def dense_reference(sae, x, dead, alpha, variance, residual):
-    """The loss by plain dense autograd in float64, its gradients, and the codes (N, M) with their
-    zeros."""
-    W_enc, b_enc, W_dec, b_dec = params = [
-        p.detach().double().requires_grad_()
-        for p in (sae.encoder.weight, sae.encoder.bias, sae.W_dec, sae.b_dec)
-    ]
+NAMES = ("encoder.weight", "encoder.bias", "W_dec", "b_dec")
 
-    def top(a, k):
-        return a * (a >= a.topk(k).values[:, -1:]) if k < a.shape[1] else a
 
-    x = x.double()
-    pre_acts = torch.relu((x - b_dec) @ W_enc.T + b_enc)
-    codes = top(pre_acts, sae.k)
-    e = x - (codes @ W_dec + b_dec)
-    e_hat = top(pre_acts[:, dead], x.shape[1] // 2) @ W_dec[dead]
-    auxk = bool(len(dead)) * (e.detach() - e_hat).square().sum() / residual
-    loss = (e.square().sum() / variance + alpha * auxk) / len(x)
-    loss.backward()
-    return loss.detach(), [p.grad for p in params], codes.detach(), e.detach()
+def keep_largest(a, k):
+    """All but the k largest numbers of each row set to 0."""
+    if k >= a.shape[1]:
+        return a
+    return a * (a >= a.topk(k).values[:, -1:])
+
+
+class DenseTraining:
+    """What train.py does with an SAE, by plain dense autograd and torch's Adam in float64."""
+
+    def __init__(self, sae, variance, normalize, alpha, dead_after):
+        self.k = sae.k
+        self.params = [sae.get_parameter(name).detach().double().requires_grad_() for name in NAMES]
+        self.optimizer = torch.optim.Adam(self.params, betas=(0.9, 0.999), eps=6.25e-10)
+        self.variance = variance
+        self.normalize = normalize
+        self.alpha = alpha
+        self.dead_after = dead_after  # vectors
+        self.silent_for = torch.zeros(sae.num_latents)
+        self.dead = None
+        self.residual = 1.0
+
+    def loss(self, x):
+        """The loss of a batch (N, d), the codes (N, M) with their zeros, and the error (N, d)."""
+        W_enc, b_enc, W_dec, b_dec = self.params
+        pre_acts = torch.relu((x - b_dec) @ W_enc.T + b_enc)
+        codes = keep_largest(pre_acts, self.k)
+        e = x - (codes @ W_dec + b_dec)
+        loss = e.square().sum() / self.variance
+        if len(self.dead):
+            e_hat = keep_largest(pre_acts[:, self.dead], x.shape[1] // 2) @ W_dec[self.dead]
+            auxk = (e.detach() - e_hat).square().sum() / self.residual
+            loss = loss + self.alpha * auxk
+        return loss / len(x), codes.detach(), e.detach()
+
+    def update(self, x, lr):
+        """Update the parameters; returns the norm of the gradient before it is clipped to 1."""
+        self.dead = (self.silent_for >= self.dead_after).nonzero().flatten()
+        self.optimizer.zero_grad()
+        loss, codes, e = self.loss(x.double())
+        loss.backward()
+
+        _, _, W_dec, _ = self.params
+        rows = W_dec.detach()
+        if self.normalize:  # without the part of the gradient that would lengthen a row
+            W_dec.grad -= (W_dec.grad * rows).sum(1, keepdim=True) * rows
+        norm = sum(param.grad.square().sum() for param in self.params).sqrt().item()
+        for param in self.params:
+            param.grad /= max(1, norm)
+        self.optimizer.param_groups[0]["lr"] = lr
+        self.optimizer.step()
+        if self.normalize:
+            rows /= rows.norm(dim=1, keepdim=True)
+
+        self.silent_for = torch.where((codes > 0).any(0), 0, self.silent_for + len(x))
+        self.residual = e.square().sum() / len(x)
+        return norm
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -54,44 +94,27 @@ def test_updates_against_float64_autograd_and_torch_adam(
     )
     cfg.normalize_decoder = normalize
     main(cfg)
+
     activations = Activations([vectors_file])
     stats = measure(activations, "median")
-    scale = stats.scale
-    variance = stats.variance
     sae = Sae(16, 48, 3)
     sae.b_dec.data.copy_(stats.center)
-    sae, start = sae.double(), sae.W_dec.detach().clone()
-    params = [sae.encoder.weight, sae.encoder.bias, sae.W_dec, sae.b_dec]
-    optimizer = torch.optim.Adam(params, betas=(0.9, 0.999), eps=6.25e-10)
-    silent = torch.zeros(48)
-    residual = 1.0
+    reference = DenseTraining(sae, stats.variance, normalize, alpha=20.0, dead_after=200)
     norms = []
-    dead_at_some_time = 0
-    for (batch, _), rate in zip(
-        activations.batches(100, 600), (0.005, 0.01, 0.01, 0.01, 0.01, 0.01 * 5 / 6)
-    ):
-        dead = (silent >= 200).nonzero().flatten()
-        dead_at_some_time += len(dead)
-        _, grads, codes, e = dense_reference(sae, batch * scale, dead, 20.0, variance, residual)
-        if normalize:
-            W = sae.W_dec.detach()
-            grads[2] = grads[2] - (grads[2] * W).sum(1, keepdim=True) * W
-        norms.append(sum(g.square().sum() for g in grads).sqrt().item())
-        for p, g in zip(params, grads):
-            p.grad = g / max(1, norms[-1])
-        optimizer.param_groups[0]["lr"] = rate
-        optimizer.step()
-        if normalize:
-            sae.W_dec.data /= sae.W_dec.data.norm(dim=1, keepdim=True)
-        silent = torch.where((codes > 0).any(0), 0, silent + 100)
-        residual = e.square().sum() / 100
+    num_dead = []
+    rates = (0.005, 0.01, 0.01, 0.01, 0.01, 0.01 * 5 / 6)  # warmup, the peak, the decay
+    for (batch, _), lr in zip(activations.batches(100, 600), rates):
+        norms.append(reference.update(batch * stats.scale, lr))
+        num_dead.append(len(reference.dead))
     assert max(norms) > 1.2
-    assert dead_at_some_time
-    mine = load_file(tmp_path / "run" / "sae.safetensors")
-    mine["encoder.bias"] *= scale
-    mine["b_dec"] *= scale
-    for p, name in zip(params, ("encoder.weight", "encoder.bias", "W_dec", "b_dec")):
-        assert (mine[name] - p).norm() <= 1e-4 * (sae.W_dec - start).norm(), name
+    assert max(num_dead) > 0
+
+    trained = load_file(tmp_path / "run" / "sae.safetensors")
+    trained["encoder.bias"] *= stats.scale
+    trained["b_dec"] *= stats.scale
+    moved = (reference.params[NAMES.index("W_dec")] - sae.W_dec.double()).norm()
+    for name, expected in zip(NAMES, reference.params):
+        assert (trained[name] - expected).norm() <= 1e-4 * moved, name
 
 
 def test_parts_add_up_to_the_whole_update(vectors_file, tmp_path):

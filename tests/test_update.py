@@ -68,17 +68,17 @@ def dense_loss(
     return loss / len(x), codes.detach(), e
 
 
+PLAIN = [0.0, 5.0], [False, True], [False, True], [700.0, 0.07]
+"""alpha, multi_topk, unit_norm and variance, in all combinations."""
+
 OPTIONS = [  # alpha, multi_topk, unit_norm, variance, more
-    *(
-        (*options, {})
-        for options in itertools.product([0.0, 5.0], [False, True], [False, True], [700.0, 0.07])
-    ),
-    *((5.0, False, True, variance, dict(activation="batchtopk")) for variance in (700.0, 0.07)),
-    *(
-        (5.0, False, True, variance, dict(activation="sampletopk", k=30))
-        for variance in (700.0, 0.07)
-    ),
-    *((5.0, False, unit, 700.0, dict(matryoshka=[10, 40])) for unit in (False, True)),
+    *((*options, {}) for options in itertools.product(*PLAIN)),
+    (5.0, False, True, 700.0, dict(activation="batchtopk")),
+    (5.0, False, True, 0.07, dict(activation="batchtopk")),
+    (5.0, False, True, 700.0, dict(activation="sampletopk", k=30)),
+    (5.0, False, True, 0.07, dict(activation="sampletopk", k=30)),
+    (5.0, False, False, 700.0, dict(matryoshka=[10, 40])),
+    (5.0, False, True, 700.0, dict(matryoshka=[10, 40])),
     (5.0, False, True, 0.07, dict(matryoshka=[40], activation="batchtopk", weighted=True)),
     (0.0, False, True, 700.0, dict(weighted=True)),
     (5.0, True, True, 0.07, dict(weighted=True)),
@@ -86,6 +86,74 @@ OPTIONS = [  # alpha, multi_topk, unit_norm, variance, more
     (5.0, False, True, 0.07, dict(padded=True)),
     (5.0, False, True, 0.07, dict(activation="batchtopk", each=True)),
 ]
+DEFAULTS = dict(
+    activation="topk",
+    k=5,
+    matryoshka=[],
+    weighted=False,  # a weight for each vector
+    input_unit_norm=False,
+    padded=False,
+    each=False,  # the k largest of each vector, as a batchtopk begins
+)
+
+
+class DenseUpdate:
+    """The updates of an SAE in float64, by dense autograd and torch's Adam.
+
+    It has 96 latents and gets batches of 40 vectors. Dead latents are looked up every third step.
+    """
+
+    def __init__(self, sae, alpha, multi_topk, unit_norm, variance, more):
+        self.params = [sae.get_parameter(name).detach().double().requires_grad_() for name in NAMES]
+        self.optimizer = torch.optim.Adam(self.params, lr=1e-3, betas=(0.9, 0.999), eps=EPS)
+        self.alpha = alpha
+        self.multi_topk = multi_topk
+        self.unit_norm = unit_norm
+        self.variance = variance
+        self.prefixes = [*more["matryoshka"], 96]
+        self.k = more["k"]
+        self.activation = "topk" if more["each"] else more["activation"]
+        self.iteration = 0
+        self.silent_for = torch.zeros(96)
+        self.dead = []
+        self.residual = 1.0
+        self.threshold = 0.0
+        """The running mean of the smallest activation that was kept."""
+
+    def step(self, x, weights):
+        """Return the loss, the norm of its gradient, the codes (40, 96) and the error (40, d)."""
+        if self.iteration % 3 == 0:
+            self.dead = (self.silent_for >= 100).nonzero().flatten()
+        loss, codes, e = dense_loss(
+            self.params,
+            x.double(),
+            self.variance,
+            self.dead,
+            self.residual,
+            weights,
+            self.alpha,
+            self.multi_topk,
+            self.prefixes,
+            self.k,
+            self.activation,
+        )
+        self.optimizer.zero_grad()
+        loss.backward()
+        _, _, W_dec, _ = self.params
+        rows = W_dec.detach()
+        if self.unit_norm:  # without the part of the gradient that would lengthen a row
+            W_dec.grad -= (W_dec.grad * rows).sum(1, keepdim=True) * rows
+        norm = torch.nn.utils.clip_grad_norm_(self.params, 1.0).item()
+        self.optimizer.step()
+        if self.unit_norm:
+            rows /= rows.norm(dim=1, keepdim=True)
+
+        self.iteration += 1
+        self.silent_for = torch.where((codes > 0).any(0), 0, self.silent_for + 40)
+        self.residual = (weights[:, None] * e.square()).sum() / 40
+        smallest = codes[codes > 0].min()
+        self.threshold += (smallest - self.threshold) / min(self.iteration, 10)
+        return loss.detach(), norm, codes, e
 
 
 @pytest.mark.parametrize("alpha, multi_topk, unit_norm, variance, more", OPTIONS)
@@ -93,87 +161,61 @@ def test_twenty_steps_against_float64(monkeypatch, alpha, multi_topk, unit_norm,
     """Every variant; AuxK, Multi-TopK and unit norm on and off; a variance so small that every
     gradient is clipped, and a large one. Dead latents are looked up every third step."""
     monkeypatch.setattr(update_module, "LIST_DEAD_EVERY", 3)
-    more = (
-        dict(
-            activation="topk",
-            k=5,
-            matryoshka=[],
-            weighted=False,
-            input_unit_norm=False,
-            padded=False,
-            each=False,
-        )
-        | more
-    )
+    more = DEFAULTS | more
     cfg = {name: more[name] for name in ("activation", "input_unit_norm")}
-    options = dict(
+    sae, update = make(
+        k=more["k"],
+        cfg=cfg,
+        dead_feature_threshold=100,
         auxk_alpha=alpha,
         multi_topk=multi_topk,
         normalize_decoder=unit_norm,
         matryoshka=more["matryoshka"],
     )
-    sae, step = make(k=more["k"], cfg=cfg, dead_feature_threshold=100, **options)
-    step.variance, step.padded = variance, more["padded"]
-    params = [sae.get_parameter(name).detach().double().requires_grad_() for name in NAMES]
-    optimizer = torch.optim.Adam(params, lr=1e-3, betas=(0.9, 0.999), eps=EPS)
-    silent = torch.zeros(96)
-    residual = 1.0
+    update.variance = variance
+    update.padded = more["padded"]
+    reference = DenseUpdate(sae, alpha, multi_topk, unit_norm, variance, more)
+
     norms = []
-    auxk_ran = 0
-    dead = []
-    least = 0.0
+    num_with_dead = 0  # updates in which AuxK had latents to revive
     g = torch.Generator().manual_seed(1)
-    for iteration in range(20):
-        x = given = torch.randn(40, 24, generator=g)
-        weights = torch.rand(40, generator=g) if more["weighted"] else torch.ones(40)
+    for _ in range(20):
+        x = torch.randn(40, 24, generator=g)
+        weights = torch.rand(40, generator=g) if more["weighted"] else None
+        given = x
+        spread = 1
         if more["input_unit_norm"]:
             given = x * 3 + 1
-            x = (given - given.mean(1, keepdim=True)) / given.std(1, correction=0, keepdim=True)
-        dead = (silent >= 100).nonzero().flatten() if iteration % 3 == 0 else dead
-        auxk_ran += bool(len(dead))
-        rest = (
-            alpha,
-            multi_topk,
-            [*more["matryoshka"], 96],
-            more["k"],
-            "topk" if more["each"] else more["activation"],
-        )
-        loss, codes, e = dense_loss(params, x.double(), variance, dead, residual, weights, *rest)
-        optimizer.zero_grad()
-        loss.backward()
-        W = params[2].detach()
-        if unit_norm:
-            params[2].grad -= (params[2].grad * W).sum(1, keepdim=True) * W
-        norms.append(torch.nn.utils.clip_grad_norm_(params, 1.0).item())
-        optimizer.step()
-        if unit_norm:
-            W /= W.norm(dim=1, keepdim=True)
-        silent = torch.where((codes > 0).any(0), 0, silent + 40)
-        residual = (weights[:, None] * e.square()).sum() / 40
-        least += (codes[codes > 0].min() - least) / min(iteration + 1, 10)
+            spread = given.std(1, correction=0, keepdim=True)
+            x = (given - given.mean(1, keepdim=True)) / spread
+        loss, norm, codes, e = reference.step(x, torch.ones(40) if weights is None else weights)
+        norms.append(norm)
+        num_with_dead += bool(len(reference.dead))
 
-        sample = given.view(4, 10, 24) if more["activation"] == "sampletopk" else given
-        result, norm = step(
-            sample, 1e-3, weights=weights if more["weighted"] else None, plain_topk=more["each"]
-        )
-        torch.testing.assert_close(result.loss.double(), loss.detach(), rtol=1e-5, atol=0)
-        torch.testing.assert_close(norm.double().item(), norms[-1], rtol=1e-4, atol=0)
-        spread = given.std(1, correction=0, keepdim=True) if more["input_unit_norm"] else 1
+        if more["activation"] == "sampletopk":
+            given = given.view(4, 10, 24)
+        result, result_norm = update(given, 1e-3, weights=weights, plain_topk=more["each"])
+        torch.testing.assert_close(result.loss.double(), loss, rtol=1e-5, atol=0)
+        torch.testing.assert_close(result_norm.double().item(), norm, rtol=1e-4, atol=0)
         dense = torch.zeros(40, 96).scatter(1, result.top_indices, result.top_acts)
         for mine, expected in (
             (result.e, e * spread),
-            (result.x_hat - given, e * spread),
+            (result.x_hat - given.view(40, 24), e * spread),
             (dense, codes),
         ):
             assert (mine.double() - expected).norm() <= 1e-5 * expected.norm()
-    assert auxk_ran > 3 or more["activation"] == "sampletopk"
-    assert min(norms) > 1 if variance < 1 else max(norms) < 1 or alpha
-    for name, p in zip(NAMES, params):
-        mine = sae.get_parameter(name).double()
-        assert (mine - p).norm() <= 1e-5 * p.norm(), (name, ((mine - p).norm() / p.norm()).item())
-    assert step.state["silent_for"].tolist() == silent.tolist()
+
+    assert num_with_dead > 3 or more["activation"] == "sampletopk"
+    if variance < 1:
+        assert min(norms) > 1
+    else:
+        assert max(norms) < 1 or alpha
+    for name, expected in zip(NAMES, reference.params):
+        error = (sae.get_parameter(name).double() - expected).norm() / expected.norm()
+        assert error <= 1e-5, (name, error.item())
+    assert update.state["silent_for"].tolist() == reference.silent_for.tolist()
     if more["activation"] == "batchtopk":
-        assert sae.threshold.item() == pytest.approx(least.item(), rel=1e-4)
+        assert sae.threshold.item() == pytest.approx(reference.threshold.item(), rel=1e-4)
 
 
 def test_forward_and_backward_change_nothing():
@@ -275,14 +317,14 @@ def test_auxk_predicts_the_residual_with_dead_latents_alone():
         sae.encoder.weight.copy_(sae.W_dec)
         sae.b_dec.fill_(10)
     step = SparseUpdate(sae, variance=1.0, auxk_alpha=1.0)
-    x, dead = (
-        torch.tensor([[13.0, 11.0]]),
-        torch.tensor([1]),
-    )  # b_dec + (3, 1): latent 0 takes the 3, the residual is +(0, 1)
+    # b_dec + (3, 1): latent 0 takes the 3, the residual is +(0, 1)
+    x = torch.tensor([[13.0, 11.0]])
+    dead = torch.tensor([1])
 
     def auxk():
         without = step.forward(x)
-        step.dead_indices, step.num_listed = dead, 1
+        step.dead_indices = dead
+        step.num_listed = 1
         forward = step.forward(x)
         gradients = step.backward(forward)
         step.num_listed = 0
@@ -345,9 +387,10 @@ def test_topk_is_exact_and_ties_go_to_the_lower_index(dtype, N, M, k):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_blocks_of_columns_choose_as_the_whole_does(monkeypatch, dtype):
     g = torch.Generator().manual_seed(0)
+    # many ties
     x, W, b, b_dec = (
         torch.randint(-2, 3, size, generator=g).float() for size in ((9, 6), (53, 6), (53,), (6,))
-    )  # many ties
+    )
     whole = encode(x, W, b, b_dec, 7, dtype)
     monkeypatch.setattr(sys.modules["kernels.encode"], "COLUMNS", 11)
     monkeypatch.setattr(sys.modules["kernels.encode"], "ROWS", 4)

@@ -301,6 +301,7 @@ def test_an_option_that_another_one_leaves_unused_is_named(data, tmp_path, capsy
 
 @pytest.mark.parametrize("options", [dict(sample_topk=True), dict(loss_weight="per_step")])
 def test_files_without_steps(tmp_path, options):
+    """Options that need the steps of an image refuse a plain file by name."""
     np.save(tmp_path / "flat.npy", np.random.default_rng(0).standard_normal((1000, 8), np.float32))
     with pytest.raises(ValueError, match="flat.npy"):
         main(config(tmp_path / "flat.npy", tmp_path, **options))
@@ -321,6 +322,8 @@ def test_a_single_prompt_has_held_out_vectors_of_some_steps_only(tmp_path):
 
 
 def test_prompts_without_text(tmp_path):
+    """A prompt whose text has no token is passed over. Whole samples, of unequal lengths, are
+    refused."""
     x = np.random.default_rng(0).standard_normal((20, 3, 10, 8), np.float32)
     np.save(tmp_path / "text.npy", x)
     np.save(tmp_path / "text.lengths.npy", np.array([10, 0, 7, 10] * 5))
@@ -340,10 +343,12 @@ def test_prompts_without_text(tmp_path):
 
 def test_weights_of_nan_are_never_saved(data, tmp_path, monkeypatch):
     update = train.SparseUpdate.step
-    spoilt = lambda *args, **options: (
-        update(*args, **options) * float("nan")
-    )  # the norm of the gradients
-    monkeypatch.setattr(train.SparseUpdate, "step", spoilt)
+
+    def step(*args, **options):
+        norm = update(*args, **options)
+        return norm * float("nan")
+
+    monkeypatch.setattr(train.SparseUpdate, "step", step)
     with pytest.raises(ValueError, match="last good"):
         main(config(data, tmp_path))
     assert all(
