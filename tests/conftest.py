@@ -19,7 +19,6 @@ import collect
 # need what a terminal gives.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-
 TENTH = dict(share=0.1, at_least=0, at_most=10**9)
 
 

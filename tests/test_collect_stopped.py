@@ -18,7 +18,6 @@ from store import collection
 
 pytestmark = pytest.mark.slow
 
-
 CALLS = [
     (os, "pwrite"),
     (os, "write"),

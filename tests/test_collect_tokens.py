@@ -18,76 +18,71 @@ from store.hook_point import HookPoint
 
 pytestmark = pytest.mark.slow
 
+LAYERS = [*reversed(COLLECTED_HOOKS), "up_blocks.1.resnets.0"]
+"""Two layers of 64 tokens and one of 256."""
 
-def test_random_tokens_are_those_of_the_whole_file(collect_config):
-    """Whatever the batch, the side of the guidance and the hook point; a layer with no more is kept
-    whole."""
-    names = ["mid_block", COLLECTED_HOOKS[0], "up_blocks.1.resnets.0"]  # 64, 64 and 256 tokens
-    whole = replace(
+
+@pytest.fixture
+def three_layers(collect_config):
+    """The options of a collection of 16 images, both rows of the guidance."""
+    return replace(
         collect_config,
-        hook_names=names,
+        hook_names=LAYERS,
         rows="both",
         store_dtype="float32",
         num_images_per_prompt=2,
     )
-    collect.main(whole)
-    collect.main(replace(whole, tokens_per_step=7, out_dir=collect_config.out_dir + "7"))
-    full = Path(collect_config.out_dir)
-    some = Path(collect_config.out_dir + "7")
-    index = {name: np.load(some / f"{name}.tokens.npy") for name in names}
-    assert np.array_equal(index[names[0]], index[names[1]])
-    assert index[names[0]].max() < 64 <= index[names[2]].max()
-    for name in names:
-        assert index[name].dtype == np.uint16
-        assert index[name].shape == (16, 3, 7)
-        assert (np.diff(index[name].astype(int)) > 0).all()
-        assert len(np.unique(index[name].reshape(-1, 7), axis=0)) == 16 * 3
+
+
+def test_random_tokens_are_those_of_the_whole_file(three_layers):
+    """They are the same in both rows of the guidance, and in every layer of as many tokens."""
+    full = Path(three_layers.out_dir)
+    some = Path(three_layers.out_dir + "7")
+    collect.main(three_layers)
+    collect.main(replace(three_layers, tokens_per_step=7, out_dir=str(some)))
+    tokens = {name: np.load(some / f"{name}.tokens.npy") for name in LAYERS}
+    assert np.array_equal(tokens[LAYERS[0]], tokens[LAYERS[1]])
+    assert tokens[LAYERS[0]].max() < 64 <= tokens[LAYERS[2]].max()
+    for name in LAYERS:
+        assert tokens[name].dtype == np.uint16
+        assert tokens[name].shape == (16, 3, 7)
+        assert (np.diff(tokens[name].astype(int)) > 0).all()
+        assert len(np.unique(tokens[name].reshape(-1, 7), axis=0)) == 16 * 3
         for end in ("", ".uncond"):
-            assert np.array_equal(index[name], np.load(some / f"{name}{end}.tokens.npy"))
+            assert np.array_equal(tokens[name], np.load(some / f"{name}{end}.tokens.npy"))
             x = np.load(full / f"{name}{end}.npy")
             kept = np.load(some / f"{name}{end}.npy")
-            assert np.array_equal(
-                kept, np.take_along_axis(x, index[name][..., None].astype(int), 2)
-            )
+            expected = np.take_along_axis(x, tokens[name][..., None].astype(int), 2)
+            assert np.array_equal(kept, expected)
             record = read_json(some / f"{name}{end}.json")
             assert record["tokens_per_step"] == 7
             assert record["shape"] == list(kept.shape)
-    counts = np.bincount(index["mid_block"].reshape(-1), minlength=64)  # 336 of 64: 5.25 each
+    counts = np.bincount(tokens["mid_block"].reshape(-1), minlength=64)  # 336 of 64: 5.25 each
     assert counts.min() >= 0
     assert counts.max() < 20
     assert (counts > 0).mean() > 0.9
     assert contents(full / "images") == contents(some / "images")
 
-    out = collect_config.out_dir + "64"
-    collect.main(
-        replace(
-            whole,
-            tokens_per_step=64,
-            out_dir=out,
-            batch_size=3,
-            cache_every_n_timesteps=2,
-            rows="cond",
-        )
-    )
-    assert sorted(path.name for path in Path(out).glob("*.tokens.npy")) == [
-        "up_blocks.1.resnets.0.tokens.npy"
-    ]
-    assert read_json(Path(out) / "mid_block.json")["tokens_per_step"] is None
-    assert np.load(Path(out) / "mid_block.npy").shape == (16, 2, 64, 16)
-    out = collect_config.out_dir + "again"
-    collect.main(
-        replace(
-            whole,
-            tokens_per_step=7,
-            out_dir=out,
-            batch_size=3,
-            cache_every_n_timesteps=2,
-            rows="uncond",
-        )
-    )
-    assert np.array_equal(
-        np.load(Path(out) / "mid_block.uncond.tokens.npy"), index["mid_block"][:, ::2]
-    )
+
+def test_a_layer_with_no_more_tokens_is_kept_whole(three_layers):
+    config = replace(three_layers, rows="cond", cache_every_n_timesteps=2, batch_size=3)
+    collect.main(replace(config, tokens_per_step=64))
+    out = Path(three_layers.out_dir)
+    names = [path.name for path in out.glob("*.tokens.npy")]
+    assert names == ["up_blocks.1.resnets.0.tokens.npy"]
+    assert read_json(out / "mid_block.json")["tokens_per_step"] is None
+    assert np.load(out / "mid_block.npy").shape == (16, 2, 64, 16)
+
+
+def test_random_tokens_do_not_depend_on_the_batch_the_steps_or_the_rows(three_layers):
+    config = replace(three_layers, tokens_per_step=7)
+    collect.main(config)
+    other = replace(config, rows="uncond", cache_every_n_timesteps=2, batch_size=3)
+    other = replace(other, out_dir=three_layers.out_dir + "again")
+    collect.main(other)
+    tokens = np.load(Path(config.out_dir) / "mid_block.tokens.npy")
+    again = np.load(Path(other.out_dir) / "mid_block.uncond.tokens.npy")
+    assert np.array_equal(again, tokens[:, ::2])
 
 
 def test_random_tokens_in_the_listing_the_room_and_of_pictures(

@@ -21,7 +21,6 @@ from store.dataset import Activations
 
 pytestmark = pytest.mark.slow
 
-
 STAGES = {
     "evaluate.py": ["--sae", "sae"],
     "features.py": ["--sae", "sae"],

@@ -3,13 +3,14 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from browser import CHROMIUM, Browser
+from browser import Browser, needs_browser
 from files import read_lines, write_lines
 from pages import read_page, save_grey_images, shown_image, write_block
 from tiny_runs import collect_tiny
@@ -26,7 +27,6 @@ from store.words import compared_form
 from toy.concepts import Classifier, to_model
 
 pytestmark = pytest.mark.slow
-
 
 STRANGE = [
     "<script>alert(1)</script>",
@@ -175,103 +175,157 @@ def test_strange_prompts_are_text(large_page):
     assert set(STRANGE) <= set(texts)
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
-def test_the_page_in_a_browser(large_page):
-    data = read_page(large_page)
-    alive = [f for f, density in enumerate(data["density"]) if density > 0]
-    strange = next(
-        f for f in alive if STRANGE[0] in [data["examples"][e][0] for e in data["top"][f]]
-    )
-    text = "document.getElementById('{}').textContent".format
+class OpenedPage:
+    """The large page in a browser, and what a user does with it."""
+
+    def __init__(self, path, browser):
+        self.data = read_page(path)
+        self.browser = browser
+        self.alive = [f for f, density in enumerate(self.data["density"]) if density > 0]
+
+    def text(self, id):
+        """The text of the element with this id."""
+        return self.browser.run(f"document.getElementById('{id}').textContent")
+
+    def count(self):
+        """How many features the list says that it shows, such as "3,812 of"."""
+        return self.text("count")
+
+    def first_in_list(self):
+        return self.browser.run("document.querySelector('.row .name').textContent")
+
+    def set(self, id, value, event="change"):
+        """Give an input a value, and let it send the event of a user's input."""
+        self.browser.run(
+            f"(() => {{ const input = document.getElementById('{id}'); "
+            f"input.value = '{value}'; input.dispatchEvent(new Event('{event}')); }})()"
+        )
+
+    def type(self, query):
+        self.set("query", query, "input")
+
+    def prompts_of(self, feature):
+        """The prompts of a feature's images."""
+        return [self.data["examples"][e][0] for e in self.data["top"][feature]]
+
+    def with_strange_prompt(self):
+        """The living features that a prompt with a script is among the images of."""
+        return [f for f in self.alive if STRANGE[0] in self.prompts_of(f)]
+
+
+@pytest.fixture
+def page(large_page):
+    """The page without a feature in its address. Nothing that is done with it may be an error."""
     with Browser() as browser:
-        browser.open(large_page)  # on the most telling feature, which is the first of the list
-        most_telling = int(np.argmax(data["telling"]))
-        assert browser.run(text("feature")) == f"Feature {most_telling}"
-        assert browser.run("document.querySelector('.row .name').textContent") == f"#{most_telling}"
-        assert browser.run(text("explanation")).startswith("A feature is telling if its prompts")
-        browser.open(large_page, f"#f={strange}")
-        assert browser.run(text("feature")) == f"Feature {strange}"  # a link opens its feature
-        browser.wait(
-            "document.querySelectorAll('#pictures canvas[data-drawn]').length == document.querySelectorAll('figure').length"
-        )
-        shown = browser.run(
-            "[...document.querySelectorAll('#pictures figure')].map(f => f.querySelector('figcaption').firstChild.data)"
-        )
-        assert shown == [data["examples"][e][0] for e in data["top"][strange]]
-        assert STRANGE[0] in shown
-        browser.wait(
-            "[...document.querySelectorAll('#pictures img')].every(i => i.complete && i.naturalWidth == 64)"
-        )
-        h, w = data["shapes"][0]
-        pixels = f"document.querySelector('#pictures canvas').getContext('2d').getImageData(0, 0, {w}, {h}).data"
-        alpha = np.array(browser.run(f"[...{pixels}].filter((v, i) => i % 4 == 3)"))
-        assert np.array_equal(alpha > 0, data["levels_of"][strange][0][: len(alpha)] > 0)
-        assert alpha.max() == 255
-
-        # search, filters, sorting
-        everything = int(browser.run(text("count")).partition(" ")[0].replace(",", ""))
-        assert everything == len(alive) > 3000
-        search = "(() => {{ const q = document.getElementById('{}'); q.value = '{}'; q.dispatchEvent(new Event('{}')); }})()".format
-        for typed in TYPED:  # the search compares texts as --concept does
-            assert browser.run(f"folded({json.dumps(typed)})") == compared_form(typed)
-        assert browser.run("begins('red_hair', 'hai') && !begins('red_hair', 'air')")
-        browser.run(search("query", "blu", "input"))
-        blue = [f for f in alive if any(word.startswith("blu") for word, _ in data["words"][f])]
-        assert browser.run(text("count")).startswith(f"{len(blue):,} of")
-        assert 0 < len(blue) < everything
-        browser.run(search("where", "prompts", "change"))
-        browser.run(search("query", "<SCRIPT>alert", "input"))
-        hostile = [
-            f for f in alive if STRANGE[0] in [data["examples"][e][0] for e in data["top"][f]]
-        ]
-        assert browser.run(text("count")).startswith(f"{len(hostile):,} of")
-        browser.run(search("query", "#77", "input"))
-        assert "#77" in browser.run(text("list"))
-        browser.run(search("query", "", "input"))
-        browser.run(search("alive", "dead", "change"))
-        assert browser.run(text("count")).startswith(f"{10_000 - everything:,} of")
-        browser.run(search("alive", "all", "change"))
-        browser.run(search("sort", "density", "change"))
-        densest = int(np.argmax(data["density"]))
-        assert browser.run("document.querySelector('.row .name').textContent") == f"#{densest}"
-        browser.run(search("least", "1", "input"))
-        assert browser.run(text("count")).startswith(
-            f"{sum(v >= 0.01 for v in data['density']):,} of"
-        )
-        browser.run(search("least", "", "input"))
-
-        # 10,000 features scroll, and only those in view exist
-        for scroll_top in [*range(0, 760_000, 76_000), 10**9]:
-            browser.run(
-                f"document.getElementById('list').scrollTop = {scroll_top}; new Promise(requestAnimationFrame)"
-            )
-        browser.wait(
-            "document.querySelectorAll('.row').length && [...document.querySelectorAll('.row')].at(-1).offsetTop == 76 * 9999"
-        )
-        assert browser.run("document.querySelectorAll('.row').length") < 40
-
-        # keys, links
-        browser.run(search("sort", "number", "change"))
-        browser.run("location.hash = '#f=5'")
-        browser.wait("document.getElementById('feature').textContent == 'Feature 5'")
-        browser.press("j", "ArrowDown", "k")
-        assert browser.run("location.hash") == "#f=6"
-        assert browser.run("document.querySelector('[aria-selected=true]').id") == "row6"
-        browser.press("/", "x")
-        assert (
-            browser.run("document.activeElement.id + document.getElementById('query').value")
-            == "queryx"
-        )
-        browser.press("Escape", "Escape")
-        assert (
-            browser.run("document.getElementById('query').value + document.activeElement.tagName")
-            == "BODY"
-        )
+        browser.open(large_page)
+        yield OpenedPage(large_page, browser)
         assert browser.errors == []
         assert browser.dialogs == []
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
+@needs_browser
+def test_the_page_opens_on_the_most_telling_feature(page):
+    most_telling = int(np.argmax(page.data["telling"]))
+    assert page.text("feature") == f"Feature {most_telling}"
+    assert page.first_in_list() == f"#{most_telling}"
+    assert page.text("explanation").startswith("A feature is telling if its prompts")
+
+
+@needs_browser
+def test_a_link_opens_its_feature_with_its_prompts_images_and_maps(page, large_page):
+    strange = page.with_strange_prompt()[0]
+    browser = page.browser
+    browser.open(large_page, f"#f={strange}")
+    assert page.text("feature") == f"Feature {strange}"
+    browser.wait(
+        "document.querySelectorAll('#pictures canvas[data-drawn]').length == document.querySelectorAll('figure').length"
+    )
+    shown = browser.run(
+        "[...document.querySelectorAll('#pictures figure')].map(f => f.querySelector('figcaption').firstChild.data)"
+    )
+    assert shown == page.prompts_of(strange)
+    assert STRANGE[0] in shown
+    browser.wait(
+        "[...document.querySelectorAll('#pictures img')].every(i => i.complete && i.naturalWidth == 64)"
+    )
+    height, width = page.data["shapes"][0]
+    pixels = f"document.querySelector('#pictures canvas').getContext('2d').getImageData(0, 0, {width}, {height}).data"
+    alpha = np.array(browser.run(f"[...{pixels}].filter((v, i) => i % 4 == 3)"))
+    levels = page.data["levels_of"][strange][0]
+    assert np.array_equal(alpha > 0, levels[: len(alpha)] > 0)
+    assert alpha.max() == 255
+
+
+@needs_browser
+def test_the_page_finds_features_by_words_prompts_and_number(page):
+    num_alive = len(page.alive)
+    assert page.count().partition(" ")[0] == f"{num_alive:,}"
+    assert num_alive > 3000
+    for typed in TYPED:  # the search compares texts as --concept does
+        assert page.browser.run(f"folded({json.dumps(typed)})") == compared_form(typed)
+    assert page.browser.run("begins('red_hair', 'hai') && !begins('red_hair', 'air')")
+
+    page.type("blu")
+    blue = []
+    for feature in page.alive:
+        if any(word.startswith("blu") for word, _ in page.data["words"][feature]):
+            blue.append(feature)
+    assert page.count().startswith(f"{len(blue):,} of")
+    assert 0 < len(blue) < num_alive
+
+    page.set("where", "prompts")
+    page.type("<SCRIPT>alert")
+    assert page.count().startswith(f"{len(page.with_strange_prompt()):,} of")
+    page.type("#77")
+    assert "#77" in page.text("list")
+
+
+@needs_browser
+def test_the_list_is_filtered_and_sorted(page):
+    page.set("alive", "dead")
+    assert page.count().startswith(f"{10_000 - len(page.alive):,} of")
+    page.set("alive", "all")
+    page.set("sort", "density")
+    densest = int(np.argmax(page.data["density"]))
+    assert page.first_in_list() == f"#{densest}"
+    page.set("least", "1", "input")  # percent
+    num_dense = sum(density >= 0.01 for density in page.data["density"])
+    assert page.count().startswith(f"{num_dense:,} of")
+
+
+@needs_browser
+def test_ten_thousand_features_scroll_and_only_those_in_view_exist(page):
+    page.set("alive", "all")
+    for scroll_top in [*range(0, 760_000, 76_000), 10**9]:
+        page.browser.run(
+            f"document.getElementById('list').scrollTop = {scroll_top}; new Promise(requestAnimationFrame)"
+        )
+    page.browser.wait(
+        "document.querySelectorAll('.row').length && [...document.querySelectorAll('.row')].at(-1).offsetTop == 76 * 9999"
+    )
+    assert page.browser.run("document.querySelectorAll('.row').length") < 40
+
+
+@needs_browser
+def test_keys_and_links_move_between_features(page):
+    browser = page.browser
+    page.set("alive", "all")
+    page.set("sort", "number")
+    browser.run("location.hash = '#f=5'")
+    browser.wait("document.getElementById('feature').textContent == 'Feature 5'")
+    browser.press("j", "ArrowDown", "k")
+    assert browser.run("location.hash") == "#f=6"
+    assert browser.run("document.querySelector('[aria-selected=true]').id") == "row6"
+    browser.press("/", "x")
+    query = "document.getElementById('query').value"
+    assert browser.run("document.activeElement.id") == "query"
+    assert browser.run(query) == "x"
+    browser.press("Escape", "Escape")
+    assert browser.run(query) == ""
+    assert browser.run("document.activeElement.tagName") == "BODY"
+
+
+@needs_browser
 @pytest.mark.parametrize("height, width", [(64, 128), (128, 64)])
 def test_maps_cover_pictures_that_are_not_square(model_folder, tmp_path, height, width):
     options = dict(
@@ -314,7 +368,7 @@ def test_maps_cover_pictures_that_are_not_square(model_folder, tmp_path, height,
         assert thumb[1] + thumb[3] <= row[1] + row[3]
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
+@needs_browser
 def test_the_page_on_a_phone(toy_page):
     with Browser(390, 844, phone=True) as browser:
         browser.open(toy_page.path)
@@ -327,69 +381,67 @@ def test_the_page_on_a_phone(toy_page):
         assert browser.errors == []
 
 
-def test_what_can_not_be_shown(toy_page, tmp_path, capsys, monkeypatch):
-    base = toy_page.path.parent.parent
-    sae = str(base / "saes" / "toy")
-    np.save(tmp_path / "wide.npy", np.ones((50, 3), np.float32))
-    with pytest.raises(ValueError, match="width 3"):
-        main(Config(sae=sae, data=[str(tmp_path / "wide.npy")], device="cpu"))
+def save_vectors_of_width_3(tmp_path):
+    """A plain file of 50 vectors and an SAE of their width without data: their paths as options."""
+    wide = tmp_path / "wide.npy"
+    np.save(wide, np.ones((50, 3), np.float32))
     Sae(3, 8, 2).save_to_disk(tmp_path / "bare")
+    return str(wide), str(tmp_path / "bare")
+
+
+def test_what_can_not_be_shown(toy_page, tmp_path):
+    """Data of another width, none or not finite; pages and folders of somebody else."""
+    toy_sae = str(toy_page.path.parent.parent / "saes" / "toy")
+    wide, bare_sae = save_vectors_of_width_3(tmp_path)
+    with pytest.raises(ValueError, match="width 3"):
+        main(Config(sae=toy_sae, data=[wide], device="cpu"))
     with pytest.raises(ValueError, match="name some with --data"):
-        main(Config(sae=str(tmp_path / "bare"), device="cpu"))
+        main(Config(sae=bare_sae, device="cpu"))
     for text in ("mine", '<meta name="about" content="{}">'):
         (tmp_path / "toy.html").write_text(text)
         with pytest.raises(ValueError, match="another --out_dir"):
-            main(Config(sae=sae, out_dir=str(tmp_path), device="cpu"))
+            main(Config(sae=toy_sae, out_dir=str(tmp_path), device="cpu"))
         assert (tmp_path / "toy.html").read_text() == text
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="can't be made"):
-        main(Config(sae=sae, out_dir=str(tmp_path / "file"), device="cpu"))
+        main(Config(sae=toy_sae, out_dir=str(tmp_path / "file"), device="cpu"))
+
     other = write_block(tmp_path / "acts", np.ones((2, 3, 4, 96), np.float32))
+    config = Config(sae=toy_sae, data=[str(other)], out_dir=str(toy_page.path.parent))
     with pytest.raises(ValueError, match="toy.html was made with data .*; use another --out_dir"):
-        main(
-            Config(
-                sae=sae,
-                data=[str(other)],
-                out_dir=str(toy_page.path.parent),
-                transfer=True,
-                device="cpu",
-            )
-        )
-    np.save(tmp_path / "inf.npy", np.full((50, 3), np.inf, np.float32))
+        main(replace(config, transfer=True, device="cpu"))
+
+    infinite = tmp_path / "inf.npy"
+    np.save(infinite, np.full((50, 3), np.inf, np.float32))
+    config = Config(sae=bare_sae, data=[str(infinite)], out_dir=str(tmp_path), device="cpu")
     with pytest.raises(ValueError, match="inf.npy: prompt 0 holds numbers that are not finite"):
-        main(
-            Config(
-                sae=str(tmp_path / "bare"),
-                data=[str(tmp_path / "inf.npy")],
-                out_dir=str(tmp_path),
-                device="cpu",
-            )
-        )
+        main(config)
+
+
+def test_a_page_is_made_again_with_the_same_bytes_also_by_another_path(toy_page, monkeypatch):
     before = toy_page.path.read_bytes()
-    monkeypatch.chdir(base)  # and by another path
-    for name in ("saes/toy", sae):  # its own page is made again
-        main(Config(sae=name, out_dir=str(toy_page.path.parent), top_images=8, device="cpu"))
+    base = toy_page.path.parent.parent
+    monkeypatch.chdir(base)
+    for sae in ("saes/toy", str(base / "saes" / "toy")):
+        main(Config(sae=sae, out_dir=str(toy_page.path.parent), top_images=8, device="cpu"))
     assert toy_page.path.read_bytes() == before
-    capsys.readouterr()
-    # of an earlier version
-    shutil.copytree(base / "acts", tmp_path / "old", ignore=shutil.ignore_patterns("images"))
-    main(
-        Config(sae=sae, data=[str(tmp_path / "old")], out_dir=str(tmp_path / "other"), device="cpu")
-    )
+
+
+def test_a_page_without_images_says_why(toy_page, tmp_path, capsys):
+    """A collection of an earlier version, which has none, and plain vectors."""
+    base = toy_page.path.parent.parent
+    acts = tmp_path / "old"
+    shutil.copytree(base / "acts", acts, ignore=shutil.ignore_patterns("images"))
+    toy_sae = str(base / "saes" / "toy")
+    main(Config(sae=toy_sae, data=[str(acts)], out_dir=str(tmp_path / "other"), device="cpu"))
     data = read_page(tmp_path / "other" / "toy.html")
     assert "no pictures: " in data["note"]
     assert "images/0.webp is not there" in data["note"]
     assert not any(data["pictures"])
     assert "collect again" in capsys.readouterr().out
-    # vectors
-    main(
-        Config(
-            sae=str(tmp_path / "bare"),
-            data=[str(tmp_path / "wide.npy")],
-            out_dir=str(tmp_path),
-            device="cpu",
-        )
-    )
+
+    wide, bare_sae = save_vectors_of_width_3(tmp_path)
+    main(Config(sae=bare_sae, data=[wide], out_dir=str(tmp_path), device="cpu"))
     data = read_page(tmp_path / "bare.html")
     assert data["examples"] == [["", "row 0", 0]]
     assert "images/ of collect.py" in data["note"]

@@ -13,7 +13,6 @@ import cli
 
 pytestmark = pytest.mark.slow
 
-
 GROUP = """
 import sys, time
 import distributed

@@ -21,7 +21,6 @@ from hook import Edit, HookedDiffusionModel
 
 pytestmark = pytest.mark.slow
 
-
 HOOK = "mid_block.attentions.0"
 
 

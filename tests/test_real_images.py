@@ -22,7 +22,6 @@ from hook import HookedDiffusionModel
 
 pytestmark = pytest.mark.slow
 
-
 HOOK = "mid_block.attentions.0"
 
 

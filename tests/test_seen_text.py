@@ -4,7 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from browser import CHROMIUM, Browser
+from browser import Browser, needs_browser
 from families import flux, lumina2
 from files import write_lines, write_text
 from pages import read_page
@@ -141,7 +141,7 @@ def test_a_collection_of_an_earlier_version_is_extended(long_collection, model_f
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
+@needs_browser
 def test_the_search_of_the_page_uses_what_the_encoder_receives(model_folder, tmp_path):
     path = write_text(
         tmp_path,

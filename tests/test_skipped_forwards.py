@@ -79,9 +79,7 @@ def skip_attention(attention, unet):
 
 SKIPPED = "was skipped in|did not run in"
 
-
 ATTENTION = f"{HOOK}.transformer_blocks.0.attn1"
-
 
 CACHES = {
     "the module itself": (HOOK, HOOK, repeat_every_third),
@@ -243,16 +241,11 @@ def test_forwards_that_call_the_modules_own_are_let_through(replace):
         pipe = build(sd15)
         hooked = HookedDiffusionModel.from_pipeline(pipe)
         change(pipe.unet)
-        caches.append(
-            hooked.run_with_cache(names, PROMPTS[:1], **generate_options(1, num_inference_steps=4))[
-                1
-            ]["output"]
-        )
+        options = generate_options(1, num_inference_steps=4)
+        _, cache = hooked.run_with_cache(names, PROMPTS[:1], **options)
+        caches.append(cache["output"])
         edits = {name: Edit(lambda x: x.clone(), rows="cond") for name in names}
-        images.append(
-            hooked.run_with_hooks(
-                edits, PROMPTS[:1], **generate_options(1, num_inference_steps=4)
-            ).images
-        )
+        options = generate_options(1, num_inference_steps=4)
+        images.append(hooked.run_with_hooks(edits, PROMPTS[:1], **options).images)
     assert all(torch.equal(caches[0][name], caches[1][name]) for name in names)
     assert torch.equal(*images)

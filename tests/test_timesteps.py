@@ -17,7 +17,6 @@ from hook import Edit, HookedDiffusionModel, HookPoint
 
 pytestmark = pytest.mark.slow
 
-
 HOOK = "mid_block.attentions.0"
 
 

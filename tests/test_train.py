@@ -23,7 +23,6 @@ from train import Config, learning_rate, main
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("tenth_held_out")]
 
-
 ROOT = Path(train.__file__).parent
 
 

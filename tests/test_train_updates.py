@@ -13,7 +13,6 @@ from train import main
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("tenth_held_out")]
 
-
 NAMES = ("encoder.weight", "encoder.bias", "W_dec", "b_dec")
 
 
