@@ -182,7 +182,7 @@ def test_other_settings_are_refused(collect_config):
     assert contents(collect_config.out_dir) == before
 
 
-def test_fp16_overflow_names_the_option(collect_config, model_folder, tmp_path):
+def test_fp16_overflow_names_the_option(collect_config, tmp_path):
     pipe = build(sd15)
     pipe.unet.mid_block.resnets[-1].conv2.weight.data.mul_(1e6)
     pipe.save_pretrained(tmp_path / "loud")

@@ -82,9 +82,7 @@ def test_damaged_rows_of_a_stopped_collection_are_made_again(
         assert contents(folder) == expected, (name, offset)
 
 
-def test_a_damaged_line_of_progress_and_a_damaged_header(
-    monkeypatch, model_folder, tmp_path, capsys
-):
+def test_a_damaged_line_of_progress_and_a_damaged_header(monkeypatch, model_folder, tmp_path):
     """A digit that names a batch that was never made, or rows of another shape; also where only the
     last renaming is missing."""
     config = collection_of(model_folder, tmp_path / "whole")

@@ -177,7 +177,7 @@ def test_the_start_the_rate_and_the_defaults_are_train_py_s(tmp_path, small):
     assert (diagnose.AUXK_FROM - 1) * 1024 < 100_000 <= diagnose.AUXK_FROM * 1024
 
 
-def test_the_trial_leaves_an_sae_of_the_vectors_as_they_are(tmp_path, small):
+def test_the_trial_leaves_an_sae_of_the_vectors_as_they_are(small):
     """And with a learning rate of nothing, the one it was given; it stops at the time limit."""
     x = torch.from_numpy(100 * healthy((700, 8)) + 40)
     sae, start = (data_stats.start(x, 24, 3) for _ in range(2))

@@ -58,7 +58,7 @@ def test_each_command_has_options_that_exist(block, words):
     check_command(words)
 
 
-def test_a_wrong_command_is_noticed(capsys):
+def test_a_wrong_command_is_noticed():
     page = PAGES[0]
     text = "python train.py \\\n    --data a b && python collect.py --rows maybe  # why\n"
     first, second = commands(Block(page, "bash", text, True))

@@ -310,7 +310,7 @@ def test_dictionary_learning_folders(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", DICTIONARIES)
-def test_dictionary_learning_itself_reads_them_so(tmp_path, kind, monkeypatch):
+def test_dictionary_learning_itself_reads_them_so(tmp_path, kind):
     utils = pytest.importorskip("dictionary_learning.utils", reason=f"dictionary-learning {BENCH}")
     save_dictionary_by_hand(tmp_path, kind)
     torch.manual_seed(0)

@@ -154,7 +154,7 @@ def test_an_sae_of_unconditional_rows_edits_those(project, monkeypatch):
     assert all(rows == ["uncond"] for rows in roles)
 
 
-def test_an_sae_says_where_it_belongs(project, tmp_path):
+def test_an_sae_says_where_it_belongs(project):
     collect.main(collection_config(side="diff", out_dir="diff"))
     train_project_sae(Path("diff") / f"{HOOK}.diff.npy", "diff")
     saes = Sae.load_many("saes")
@@ -183,7 +183,7 @@ def test_samples_of_another_size_keep_the_active_latents_per_token(tmp_path):
         assert (acts > 0).sum() >= 0.9 * 3 * 2 * tokens
 
 
-def test_several_files_are_all_trained_or_named(project, monkeypatch, capsys):
+def test_several_files_are_all_trained_or_named(project, capsys):
     shutil.rmtree(project / "acts")
     collect.main(collection_config(rows="both", out_dir="activations"))
     assert (
@@ -226,7 +226,7 @@ def test_a_graft_of_an_sae_that_lay_there_before_does_not_stay(project, capsys):
     assert "it can't be checked that it was made with this SAE" in capsys.readouterr().out
 
 
-def test_models_with_other_weights_are_refused(project, tmp_path):
+def test_models_with_other_weights_are_refused(project):
     shutil.copytree(project / "model", project / "finetuned")
     other_weights(project / "finetuned")
     shutil.copytree(project / "model", project / "a copy")

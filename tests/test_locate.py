@@ -6,13 +6,7 @@ import torch
 from families import flux_parts
 from hooks_by_hand import watch_by_hand
 from spies import note_calls
-from tiny import (
-    build,
-    called_with,
-    generate_options,
-    t5_encoder,
-    t5_tokenizer,
-)
+from tiny import build, called_with, generate_options, t5_encoder, t5_tokenizer
 
 from diffusion import locate
 from hook import Edit, HookedDiffusionModel

@@ -5,48 +5,41 @@ import pytest
 import torch
 from hooks_by_hand import map_tokens
 from test_hook import HOOK, Denoiser, Euler
-from tiny import (
-    PROMPTS,
-    build,
-    generate_options,
-    sd15,
-)
+from tiny import PROMPTS, build, generate_options, sd15
 
 from hook import HookedDiffusionModel
 
 pytestmark = pytest.mark.slow
 
 
-def own_loop(
-    scales,
-    order=None,
-    swap_at=None,
-    n=1,
-    cond_rows="out",
-    same_text=False,
-    places="uc",
-    null_until=0,
-):
-    """A guided loop of one's own, u, c: (rows that were kept, conditional ones by hand)."""
+def own_loop(scales, order=None, passes="uc", swap_at=None, n=1, same_text=False, null_until=0):
+    """Sample n images with a guided loop of the user's own, one step for each guidance scale.
+
+    order: what the user says of the passes. passes: how they really lie in a forward, u and c.
+    swap_at: the step in which they lie the other way round. same_text: all prompts are one.
+    null_until: the step before which both passes have the unconditional text. Returns the rows that
+    were kept as conditional, and the conditional rows by hand, both (n, steps, tokens, d).
+    """
     torch.manual_seed(0)
     model = Denoiser()
     scheduler = Euler()
-    seen = []
+    by_hand = []
     text = {"u": torch.randn(n, 5), "c": torch.randn(n, 5)}
     if same_text:
         text["c"] = text["c"][:1].expand(n, 5)
     x = torch.randn(n, 3, 4, 5)
-    with (
-        torch.no_grad(),
-        HookedDiffusionModel(model, scheduler).cache("out", n, order=order) as cache,
-    ):
-        for i, scale in enumerate(scales):
-            names = places[::-1] if i == swap_at else places
-            given = torch.cat([text["u" if i < null_until else name] for name in names])
-            out = dict(zip(names, model(torch.cat([x, x]), 9.0 - i, given).chunk(2)))
-            seen.append(map_tokens(out["c"]))
-            x = scheduler.step(out["u"] + scale * (out["c"] - out["u"]), 9.0 - i, x)
-    return cache["output"]["out"], torch.stack(seen, 1)
+    hooked = HookedDiffusionModel(model, scheduler)
+    with torch.no_grad(), hooked.cache("out", n, order=order) as cache:
+        for step, scale in enumerate(scales):
+            timestep = 9.0 - step
+            names = passes[::-1] if step == swap_at else passes
+            texts = [text["u" if step < null_until else name] for name in names]
+            predictions = model(torch.cat([x, x]), timestep, torch.cat(texts)).chunk(2)
+            prediction = dict(zip(names, predictions))
+            by_hand.append(map_tokens(prediction["c"]))
+            guided = prediction["u"] + scale * (prediction["c"] - prediction["u"])
+            x = scheduler.step(guided, timestep, x)
+    return cache["output"]["out"], torch.stack(by_hand, 1)
 
 
 @pytest.mark.parametrize("scales", [(0.0, 0.0, 4.0, 4.0), (0.5, 1.0, 2.0), (4.0, 4.0), (4.0, 0.0)])
@@ -72,14 +65,14 @@ def test_steps_that_disagree_are_refused(scales, options):
         own_loop(scales, **options)
 
 
-@pytest.mark.parametrize("places", ["uc", "cu"])
+@pytest.mark.parametrize("passes", ["uc", "cu"])
 @pytest.mark.parametrize("n", [1, 2])
-def test_passes_that_are_equal_in_some_steps_are_told_by_the_others(n, places):
+def test_passes_that_are_equal_in_some_steps_are_told_by_the_others(n, passes):
     """Guidance in a limited interval: before it both passes have the unconditional text, and any
     label would do there."""
-    kept, conditional = own_loop((5.0, 5.0, 5.0), n=n, places=places, null_until=1)
+    kept, conditional = own_loop((5.0, 5.0, 5.0), n=n, passes=passes, null_until=1)
     assert torch.equal(kept, conditional)
-    kept, conditional = own_loop((5.0, 5.0), n=n, places=places, null_until=2)  # in no step
+    kept, conditional = own_loop((5.0, 5.0), n=n, passes=passes, null_until=2)  # in no step
     assert torch.allclose(kept, conditional, atol=1e-5)
 
 

@@ -240,7 +240,7 @@ def test_a_table_named_txt_is_refused(tmp_path, text):
     ]
 
 
-def test_a_missing_file_is_no_prompt(tmp_path):
+def test_a_missing_file_is_no_prompt():
     for name in ("my prompts.csv", "./my prompts", "/a folder/prompts", "P.TSV"):
         with pytest.raises(UsageError, match="no prompt file"):
             load_prompts(name)

@@ -61,7 +61,7 @@ def config(tmp_path):
     return collect.Config(**options, save_samples=True, save_images=False)
 
 
-def test_collecting_twice_gives_the_same_bytes(config, monkeypatch):
+def test_collecting_twice_gives_the_same_bytes(config):
     paths = collect.main(config)
     torch.manual_seed(77)
     again = replace(config, out_dir=config.out_dir + "2")

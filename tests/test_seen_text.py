@@ -93,7 +93,7 @@ def long_collection(model_folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_words_behind_the_end_of_the_encoder_do_not_count(long_collection, tmp_path, monkeypatch):
+def test_words_behind_the_end_of_the_encoder_do_not_count(long_collection, tmp_path):
     _, lines, folder = long_collection
     cut = lines[0]["seen"]
     assert LONG.startswith(f"{cut} ")

@@ -411,7 +411,7 @@ def test_what_is_refused(config, trained, tmp_path):
         main(replace(config, sae=[str(tmp_path / "other")], features=["1"]))
 
 
-def test_without_the_activations_there_is_no_meter(config, trained, tmp_path, monkeypatch, capsys):
+def test_without_the_activations_there_is_no_meter(config, trained, monkeypatch, capsys):
     def gone(data):
         raise FileNotFoundError(f"{data[0]}: no such file")
 
