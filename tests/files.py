@@ -18,10 +18,10 @@ def contents(folder):
     }
 
 
-def flip(path, place):
-    """Change one bit of the byte number `place` of a file."""
+def flip(path, offset):
+    """Change one bit of the byte number `offset` of a file."""
     data = bytearray(path.read_bytes())
-    data[place] ^= 1
+    data[offset] ^= 1
     path.write_bytes(data)
 
 
