@@ -306,6 +306,13 @@ def check_steer(folder: Path, family: Family, printed: str) -> None:
     require_picture(record.with_name("steer.png"))
 
 
+# A stage is run if the stage before it wrote this
+NEEDED_FILES = {
+    "train": "activations/progress.jsonl",
+    "graft": "saes/sae/cfg.json",
+    "features": "saes/sae/cfg.json",
+    "steer": "saes/sae/cfg.json",
+}
 CHECKS = {
     "list": check_list,
     "ablate": check_ablate,
@@ -331,14 +338,11 @@ def run_family(family: Family, folder: Path) -> dict[str, str]:
 
     results = {}
     for stage in STAGES:
-        path = None
-        if stage in ("train", "graft", "features", "steer"):
-            needed = "collect" if stage == "train" else "train"
-            if results[needed] != "yes" and not list(folder.glob("saes/sae/cfg.json")):
-                if stage != "train" or not list(folder.glob("activations/*.json")):
-                    results[stage] = "-"
-                    continue
-            path = activation_file(folder)
+        needed = NEEDED_FILES.get(stage)
+        if needed is not None and not list(folder.glob(needed)):
+            results[stage] = "-"
+            continue
+        path = activation_file(folder) if stage == "train" else None
         results[stage] = run_stage(stage, family, folder, path)
     return results
 
