@@ -27,7 +27,8 @@ Two distances compare each run with the untouched run of the same seeds. Both ar
 prompts:
 
     latents   |a - b| / |b|, where b are the final latents of the untouched run, and a the others
-    images    root mean square difference of the pixels, which are numbers from 0 to 1
+    images    root mean square difference of the pixels, which are numbers from 0 to 1; of the
+              pixels of all frames of a video; of the samples of audio, from -1 to 1
 
 The script does not search for combinations of layers.
 """
@@ -78,7 +79,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from analysis.plots import ImageRow, plot_ablation_ranking, plot_images
-from diffusion.generate import Generated, generate, required_images
+from diffusion.generate import Generated, generate, required_media
 from errors import UsageError
 from hook import Edit, Generation, HookedDiffusionModel, find_model
 from store.disk import claim_folder, write_json
@@ -205,13 +206,13 @@ def ablate(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Generate untouched, and once for each hook point that can be ablated.
 
-    The distances "latents" and "images" are added to its record. Returns the untouched images
-    (P, 3, H, W) in [0, 1], and {hook_name: images}.
+    The distances "latents" and "images" are added to its record. Returns pictures of the untouched
+    run, (P, 3, H, W) in [0, 1], and {hook_name: pictures}.
     """
     images = {}
     with tqdm(total=1 + len(records), unit="run", desc="ablating") as bar:
         untouched = generate(model, generation)
-        untouched_images = required_images(model, untouched)
+        untouched_images = required_media(model, untouched).pictures()
         bar.update()
         for record in records:
             if "error" not in record:
@@ -219,7 +220,7 @@ def ablate(
                 edits = {name: EDITS[mode]}
                 made = generate(model, generation, lambda sampling, edits=edits: edits)
                 record["latents"], record["images"] = distances(made, untouched)
-                images[name] = required_images(model, made)
+                images[name] = required_media(model, made).pictures()
             bar.update()
     return untouched_images, images
 
@@ -228,13 +229,13 @@ def distances(made: Generated, untouched: Generated) -> tuple[float, float]:
     """Return two distances, each the mean over the prompts.
 
     The first is |a - b| / |b| of the latents, the second the root mean square difference of the
-    images.
+    images, videos or audio.
     """
     latents = made.sample.float().flatten(1)
     untouched_latents = untouched.sample.float().flatten(1)
     relative = (latents - untouched_latents).norm(dim=1) / untouched_latents.norm(dim=1)
 
-    difference = (made.images.float() - untouched.images.float()).flatten(1)
+    difference = (made.media.values.float() - untouched.media.values.float()).flatten(1)
     rms = difference.square().mean(1).sqrt()
     return relative.mean().item(), rms.mean().item()
 

@@ -159,11 +159,11 @@ from diffusion.tokenizer_calls import SeenText, watch_tokenizers
 from distributed import Processes
 from errors import UsageError
 from hook import HookedDiffusionModel, Layout, NotHookable, find_model, unwrap
+from store.audio import sampling_rate_of
 from store.collection import Collection, CollectionBatch
 from store.disk import relative_to
 from store.hook_point import HookPoint
 from store.identity import pipeline_fingerprints
-from store.images import sampling_rate_of
 from store.prompts import default_dataset, load_pictures, load_prompts, with_seeds
 
 # A cache's keys end with these for each kind of rows: cache["output_uncond"]

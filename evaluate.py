@@ -471,9 +471,9 @@ class UntouchedRun(NamedTuple):
 
     def images(self) -> dict[str, list[Tensor]] | None:
         """Return {"untouched": the images of each batch}; None if there are none."""
-        if self.generated[0].images is None:
+        if self.generated[0].media is None:
             return None
-        return {"untouched": [made.images for made in self.generated]}
+        return {"untouched": [made.media.pictures() for made in self.generated]}
 
 
 def run_untouched(run: Callable[..., Iterator[Generated]], stream: str) -> UntouchedRun:
@@ -588,13 +588,14 @@ def measure_run(
     shown = []
     for made, original in zip(run, untouched):
         distances["latents"].append(rms(made.sample, original.sample))
-        if made.images is None:
+        if made.media is None:
             continue
-        distances["images"].append(rms(made.images, original.images))
-        if clip is not None:
-            distances["clip"].append(clip(made.images, original.images))
+        distances["images"].append(rms(made.media.values, original.media.values))
+        if clip is not None and made.media.kind == "image":
+            pictures = made.media.pictures()
+            distances["clip"].append(clip(pictures, original.media.pictures()))
         if sum(len(images) for images in shown) < num_shown:
-            shown.append(made.images)
+            shown.append(made.media.pictures())
     return {name: torch.cat(batches) for name, batches in distances.items()}, shown
 
 
@@ -669,8 +670,8 @@ def rms(a: Tensor, b: Tensor) -> Tensor:
 def floors_of(generated: list[Generated]) -> dict[str, float]:
     """Return {"latents", "images", "clip": below which a distance says nothing}, by rounding."""
     floors = {"latents": rounding([made.sample for made in generated])}
-    if generated[0].images is not None:
-        floors["images"] = rounding([made.images for made in generated])
+    if generated[0].media is not None:
+        floors["images"] = rounding([made.media.values for made in generated])
         floors["clip"] = floors["images"]
     return floors
 

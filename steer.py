@@ -166,7 +166,7 @@ from tqdm import tqdm
 from analysis.concepts import clearest_exchange, find_features, image_scores, toward, with_word
 from analysis.feature_edits import Change, Edits, Target, Typical, check_features, redirect, steer
 from analysis.plots import ImageRow, plot_images
-from diffusion.generate import generate_images
+from diffusion.generate import generate_media
 from errors import UsageError
 from hook import Generation, HookedDiffusionModel, model_of
 from sae import Sae, newest_sae
@@ -174,6 +174,7 @@ from store.activation_file import refuse_unfinished
 from store.disk import claim_folder, write_json
 from store.hook_point import trained_on
 from store.identity import activations_of, check_belongs, origin
+from store.images import Media
 from store.prompts import load_prompts, seen_text, with_seeds
 
 EXCHANGED_FEATURES = 8  # on the toy, 64 change more of the image than the concept
@@ -737,15 +738,15 @@ class Run(NamedTuple):
     name: str
     """What stands left of the row, such as "untouched" or "× 4"."""
 
-    images: Tensor
+    pictures: Tensor
     """(P, 3, H, W) in [0, 1]"""
+
+    moved: Tensor
+    """(P,): root mean square difference to what was made without an edit, of all pixels, of all
+    frames or of all samples of audio."""
 
     numbers: list[list[float] | None]
     """(norm, distance) of each image; None if they were not measured."""
-
-    def moved(self, untouched: "Run") -> Tensor:
-        """Return the root mean square difference to the untouched images, (P,)."""
-        return (self.images - untouched.images).square().flatten(1).mean(1).sqrt()
 
     def captions(self) -> list[str]:
         """Return what stands below each image."""
@@ -758,27 +759,31 @@ class Run(NamedTuple):
             captions.append(caption)
         return captions
 
-    def record(self, untouched: "Run") -> dict:
+    def record(self) -> dict:
         """Return what steer.json says about the row."""
         images = []
-        for moved, numbers in zip(self.moved(untouched).tolist(), self.numbers):
+        for moved, numbers in zip(self.moved.tolist(), self.numbers):
             norm, distance = numbers or (None, None)
             images.append({"moved": moved, "norm": norm, "distance": distance})
         return {"name": self.name, self.strength.kind: self.strength.value, "pictures": images}
 
-    def check_finite(self) -> None:
-        """Raise UsageError if an image, or a number below it, is NaN or infinite."""
-        known = [numbers for numbers in self.numbers if numbers is not None]
-        if self.images.isfinite().all() and np.isfinite(known).all():
-            return
-        if self.strength == UNTOUCHED:
-            raise UsageError("the model makes images that are not finite, without any edit")
-        kind, value = self.strength
-        value = value if kind == "toward" else f"{value:g}"
-        raise UsageError(
-            f"--{kind} {value} makes activations or images that are not finite; edit less: "
-            "a strength nearer to 0, fewer --steps, or --renormalize"
-        )
+
+def check_finite(strength: Strength, made: Media, all_numbers: list[list[float] | None]) -> None:
+    """Raise UsageError if what was made, or a number below it, is NaN or infinite.
+
+    all_numbers: as `Run.numbers`.
+    """
+    known = [numbers for numbers in all_numbers if numbers is not None]
+    if made.values.isfinite().all() and np.isfinite(known).all():
+        return
+    if strength == UNTOUCHED:
+        raise UsageError("the model makes images that are not finite, without any edit")
+    kind, value = strength
+    value = value if kind == "toward" else f"{value:g}"
+    raise UsageError(
+        f"--{kind} {value} makes activations or images that are not finite; edit less: "
+        "a strength nearer to 0, fewer --steps, or --renormalize"
+    )
 
 
 def generate_runs(
@@ -794,16 +799,22 @@ def generate_runs(
     """
     strengths = [UNTOUCHED, *strengths_of(cfg)]
     num_images = len(generation.prompts)
+    untouched = None
     runs = []
     with tqdm(total=num_images * len(strengths), unit="picture", desc="steering") as bar:
         for strength in strengths:
             changes = [strength.change(target) for target in targets]
             edits = Edits(targets, changes, cfg.rows, steps, cfg.renormalize)
-            images = generate_images(model, generation, cfg.batch_size, edits, bar)
+            made = generate_media(model, generation, cfg.batch_size, edits, bar)
+            numbers = edits.numbers(num_images)
+            check_finite(strength, made, numbers)
+
+            if untouched is None:
+                untouched = made.values.float()
+            difference = made.values.float() - untouched
+            moved = difference.square().flatten(1).mean(1).sqrt()
             name = "untouched" if strength is UNTOUCHED else strength.row_name
-            run = Run(strength, name, images, edits.numbers(num_images))
-            run.check_finite()
-            runs.append(run)
+            runs.append(Run(strength, name, made.pictures(), moved, numbers))
     return runs
 
 
@@ -818,7 +829,7 @@ def print_table(runs: list[Run]) -> None:
         known = [numbers for numbers in run.numbers if numbers is not None]
         if known:
             norm, distance = [f"{value:.2f}" for value in np.mean(known, 0)]
-        print(f"{run.name:12} {norm:>6} {distance:>9} {run.moved(runs[0]).mean():9.3f}")
+        print(f"{run.name:12} {norm:>6} {distance:>9} {run.moved.mean():9.3f}")
 
 
 def settings_of(cfg: Config, targets: list[Target]) -> dict:
@@ -852,7 +863,7 @@ def report_of(
         "arguments": generation.arguments(),
         "seeds": generation.seeds,
         "prompts": generation.prompts,
-        "runs": [run.record(runs[0]) for run in runs],
+        "runs": [run.record() for run in runs],
         "saes": saes,
     }
 
@@ -900,7 +911,7 @@ def main(cfg: Config) -> list[Path]:
         print(f"{target.hook_point.hook_name}: features {' '.join(map(str, target.features))}")
     picture = folder / "steer.png"
     numbers = folder / "steer.json"
-    grid = [ImageRow(run.name, run.images, run.captions()) for run in runs]
+    grid = [ImageRow(run.name, run.pictures, run.captions()) for run in runs]
     plot_images(picture, grid, generation.prompts)
     report = report_of(settings, generation, runs, targets, transfers)
     report["seconds"] = round(time.perf_counter() - start, 1)

@@ -49,7 +49,7 @@ from tqdm import tqdm
 from analysis.concepts import auroc, find_features, image_scores, saeuron, toward
 from analysis.feature_edits import adding_edits, delta, redirect, steer
 from cli import check_positive, parse_object, product_dtype, resolve_device
-from diffusion.generate import generate_images
+from diffusion.generate import generate_media
 from errors import UsageError
 from hook import Generation, HookedDiffusionModel, find_model, model_of
 from sae import Sae, newest_sae
@@ -306,7 +306,7 @@ def generate(hooked, prompts, seeds, options, domain=None, change=None, rows="co
                 domain.hook_point.hook_name: adding_edits(domain.hook_point, change, sampling, rows)
             }
 
-    return generate_images(hooked, generation, BATCH, make_edits)
+    return generate_media(hooked, generation, BATCH, make_edits).pictures()
 
 
 def judge(seen, rows, name, value):

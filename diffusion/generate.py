@@ -3,7 +3,7 @@
     options = model.arguments(output_type="pt")
     generation = Generation(["a red star", "a blue ring"], seeds=[0, 1], options=options)
     made = generate(model, generation)
-    made.sample, made.images                        # (P, ...), (P, 3, H, W) in [0, 1]
+    made.sample, made.media.values                  # (P, ...), (P, C, H, W) in [0, 1]
 
 Every prompt has a seed of its own, so the other prompts of a batch change an image by rounding
 only. There is one exception: where a scheduler draws random numbers that can't be drawn row by row
@@ -12,16 +12,17 @@ only. There is one exception: where a scheduler draws random numbers that can't 
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from diffusion.randomness import random_numbers_of
-from diffusion.signatures import tensors
 from diffusion.trace import Sampling
 from errors import UsageError
+from store.audio import sampling_rate_of
+from store.images import Media, join_media, media_of
 
 MakeEdits = Callable[[Sampling], dict[str, list]]
 """make_edits(sampling) -> {hook_name: [Edit]} for one batch. An edit that needs to know the step
@@ -138,8 +139,8 @@ class Generated(NamedTuple):
     sample: Tensor
     """(P, ...): what the scheduler's last step returned. With a VAE these are its latents."""
 
-    images: Tensor | None
-    """(P, 3, H, W) in [0, 1], the middle frame of a video. None if the pipeline returns none."""
+    media: Media | None
+    """The images, videos or audio. None if the pipeline returns none."""
 
 
 def generate(
@@ -160,12 +161,10 @@ def generate(
         output = model.run_with_hooks(edits, batch.prompts, generator=generators, **options)
 
     sample = sampling.sample[: sampling.R]  # some pipelines step the unconditional rows too
-    images = None
+    media = None
     if options.get("output_type") != "latent":
-        images = images_of(output)
-    if images is not None:
-        images = images.cpu()
-    return Generated(sample.cpu(), images)
+        media = media_of(output, sampling_rate_of(model.pipe))
+    return Generated(sample.cpu(), media)
 
 
 def generate_batches(
@@ -183,41 +182,23 @@ def generate_batches(
             bar.update(len(batch.prompts))
 
 
-def generate_images(
+def generate_media(
     model,
     generation: Generation,
     batch_size: int,
     make_edits: MakeEdits | None = None,
     bar: tqdm | None = None,
-) -> Tensor:
-    """Return the images of all prompts, (P, 3, H, W) float32 in [0, 1].
-
-    Raises UsageError if the pipeline returns none.
-    """
-    images = []
+) -> Media:
+    """Return what the model made of all prompts. Raises UsageError if the pipeline returns no
+    images, videos or audio."""
+    batches = []
     for made in generate_batches(model, generation, batch_size, make_edits, bar=bar):
-        images.append(required_images(model, made))
-    return torch.cat(images)
+        batches.append(required_media(model, made))
+    return join_media(batches)
 
 
-def images_of(output: Any) -> Tensor | None:
-    """Return the images in what a pipeline returned: (P, 3, H, W), the middle frame of a video.
-
-    None if its first tensor holds no images.
-    """
-    in_output = tensors(output)
-    if not in_output:
-        return None
-    images = in_output[0]
-    if images.ndim == 5:  # (P, frames, 3, H, W)
-        images = images[:, images.shape[1] // 2]
-    if images.ndim != 4 or images.shape[1] != 3:
-        return None
-    return images
-
-
-def required_images(model, made: Generated) -> Tensor:
-    """Return the images as float32. Raises UsageError if there are none."""
-    if made.images is None:
-        raise UsageError(f"{type(model.pipe).__name__} returns no images to show")
-    return made.images.float()
+def required_media(model, made: Generated) -> Media:
+    """Return the images, videos or audio. Raises UsageError if there are none."""
+    if made.media is None:
+        raise UsageError(f"{type(model.pipe).__name__} returns no images, videos or audio to show")
+    return made.media

@@ -12,6 +12,7 @@ from tiny import PROMPTS, build, generate_options, sd15
 import ablate
 from diffusion.generate import Generated
 from hook import HookedDiffusionModel
+from store.images import Media
 
 HOOK = "up_blocks.0.attentions.1"
 
@@ -53,8 +54,10 @@ def test_what_each_mode_puts_in_place(mode):
 
 def test_distances_by_hand():
     latents, images = torch.ones(2, 1, 2, 2), torch.zeros(2, 3, 2, 2)
-    moved = Generated(latents * torch.tensor([2.0, 1.0]).view(2, 1, 1, 1), images + 0.5)
-    assert ablate.distances(moved, Generated(latents, images)) == pytest.approx((0.5, 0.5))
+    moved_latents = latents * torch.tensor([2.0, 1.0]).view(2, 1, 1, 1)
+    moved = Generated(moved_latents, Media("image", images + 0.5))
+    untouched = Generated(latents, Media("image", images))
+    assert ablate.distances(moved, untouched) == pytest.approx((0.5, 0.5))
 
 
 @pytest.mark.parametrize("mode", ["skip", "zero", "mean"])

@@ -818,7 +818,7 @@ def test_what_can_be_saved(tmp_path):
     save_images([Image.new("L", (8, 8), 77)], tmp_path / "grey", range(1))
     save_images(np.full((1, 8, 8, 1), 77 / 255), tmp_path / "grey", range(1, 2))
     assert all(np.abs(pixels(tmp_path / "grey" / f"{i}.webp") - 77).max() < 3 for i in range(2))
-    for wrong in (SimpleNamespace(meshes=[1]), np.zeros((1, 4, 8, 8)), torch.zeros(1, 8, 8, 3)):
+    for wrong in (SimpleNamespace(meshes=[1]), np.zeros((1, 8)), torch.zeros(1, 2, 2, 4, 8, 8)):
         with pytest.raises(ValueError, match="--no_save_images"):
             save_images(wrong, tmp_path / "wrong", range(1))
     with pytest.raises(ValueError, match="made 2 images for 3 rows"):
