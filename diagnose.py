@@ -327,7 +327,7 @@ def steps_line(report: Report) -> str:
     return (
         f"RMS {lowest:.3g} at timestep {lowest_timestep:g} to {highest:.3g} at "
         f"{highest_timestep:g}: {ratio(report['rms_by_step']):.1f} times; "
-        f"{ratio(report['spread_by_step']):.1f} about the mean"
+        f"{ratio(report['spread_by_step']):.1f} times about the mean"
     )
 
 
@@ -337,7 +337,7 @@ def mean_line(report: Report) -> str:
     variance_dimension, variance_share = report["largest_variance"]
     return (
         f"gamma {report['gamma']:.2f}; dimension {mean_dimension} holds {mean_share:.0%} of "
-        f"|mean|², {variance_dimension} {variance_share:.0%} of the variance"
+        f"|mean|²; dimension {variance_dimension} holds {variance_share:.0%} of the variance"
     )
 
 
