@@ -13,13 +13,14 @@ In a notebook:
 Your options decide which features are changed:
 
     --features            these
-    --concept             those that tell the prompts with this word from the others
+    --concept             those that are most active for prompts with this word, against the others
     --multiply or --add   without the two above: the feature that varies most between images
     none of these         those of two words of the prompts, which are exchanged
 
-To exchange two words, the script finds those that the SAE tells best from the others, and that no
-prompt has together. It takes out what the features of the first word add to the activations, and
-adds as much along the direction of the second. It prints the command that does the same.
+To exchange two words, the script finds two that no prompt has together, and whose prompts the
+features separate best from those without the word. It takes out what the features of the first word
+add to the activations, and adds as much along the direction of the second. It prints the command
+that does the same.
 
 The change is added to the activation, x + delta, so the part of x that the SAE does not explain
 stays (analysis/feature_edits.py). Below each image stand two numbers, norm and distance. They say
@@ -98,8 +99,8 @@ class Config:
     the first, and 1:12 that of the second."""
 
     concept: str | None = None
-    """Change the features that tell the prompts with this word from the others. The top of this
-    help says what is changed without it."""
+    """Change features that are more active for the prompts with this word than for the others.
+    The top of this help says what is changed without it."""
 
     num_features: int | None = None
     """Find this many features in each SAE. Raise it if the concept stays. If not given, 1; if two
@@ -126,8 +127,8 @@ class Config:
     """Put this word of the prompts in the place of --concept, which it needs."""
 
     steps: str | None = None
-    """Edit only in these steps, first-last, counted from 0, such as 0-10. If not given, all steps
-    are edited."""
+    """Edit only in these steps, first-last, counted from 0. Both ends are included: 0-10 are eleven
+    steps. If not given, all steps are edited."""
 
     mask: list[str] = field(default_factory=list)
     """Edit only in this box (top left bottom right, in fractions of the image), or only where this
@@ -466,8 +467,8 @@ def with_exchange(cfg: Config, images: ScoredImages) -> Config:
 
     concept, other = words
     print(
-        f"{concept!r} is exchanged for {other!r}: of all words, the SAE tells these two best. "
-        "The same, with your other options:\n"
+        f"{concept!r} is exchanged for {other!r}: the features separate these two words "
+        "best. The same, with your other options:\n"
         f"    python steer.py --concept {shlex.quote(concept)} --toward {shlex.quote(other)} "
         f"--num_features {num_features}"
     )
