@@ -169,8 +169,8 @@ def watch_memory(cfg, folder):
         f"{count:,} vectors in {seconds:.1f} s; anonymous memory"
     )
     print(
-        f"rose from {before / 2**30:.2f} by at most {more:.2f} GiB, "
-        f"{more - cfg.buffer_gb:.2f} more than the buffer"
+        f"rose from {before / 2**30:.2f} by at most {more:.2f} GiB; "
+        f"the buffer has {cfg.buffer_gb:.2f} GiB"
     )
 
 

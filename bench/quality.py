@@ -4,7 +4,7 @@
         activations/mid_block.attentions.0.npy
 
 Claim: on the toy's activations our mean held-out FVU is 0.816 and 0.933 times that of the best
-other package, with fewer silent latents than both (docs/benchmarks.md; two cores of an AMD EPYC).
+other package, with fewer dead latents than both (docs/benchmarks.md; two cores of an AMD EPYC).
 
 All packages get the same file, M, k, vectors and batches, in the same order. For each package and
 file the learning rate is the best of three: half the package's own default, the default, and twice
@@ -15,7 +15,7 @@ and ours by train.py.
 
     lr        the learning rate that was chosen
     fvu, l0   of the held-out vectors, as analysis/metrics.py defines them for all packages
-    silent    fraction of latents without a nonzero activation on all held-out vectors
+    dead      fraction of latents without a nonzero activation on all held-out vectors
 """
 
 import contextlib
@@ -197,7 +197,7 @@ def main(cfg: Config) -> None:
         "best of three learning rates\n"
     )
     print(
-        f"{'hook name':28} {'package':14} {'lr':>9} {'seed':>4} {'fvu':>8} {'l0':>6} {'silent':>7}",
+        f"{'hook name':28} {'package':14} {'lr':>9} {'seed':>4} {'fvu':>8} {'l0':>6} {'dead':>7}",
         flush=True,
     )
     installed = [name for name in cfg.packages if importlib.util.find_spec(PACKAGES[name].module)]
