@@ -27,7 +27,8 @@ Reads   activation files: .npy files of floats whose last axis is the width d of
         Name them one by one, by a glob or by their folder. Each hook name gets its own SAE.
 Writes  <out_dir>/<run>/: cfg.json, sae.safetensors, metrics.jsonl, train.png, evaluate.png, and
         training_prompts.txt with a hash of each prompt that training saw. Several SAEs also get
-        a picture of their FVU against L0, <out_dir>/<run_name or file>_sweep.png.
+        a picture of their FVU against L0, <out_dir>/<file>_sweep.png; with --run_name it lies in
+        that folder.
         checkpoint.safetensors is deleted when the run is finished. After Ctrl-C or kill -9 the
         same command resumes and ends with the same bits. A finished run is never overwritten.
 
