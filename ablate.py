@@ -1,6 +1,7 @@
 """Stage 1: which layer? Disable hook points one at a time and see what the images lose.
 
     python ablate.py                                       # the toy's attention blocks, skipped
+    python ablate.py --model_name black-forest-labs/FLUX.1-schnell   # every block
     python ablate.py --model_name sd-legacy/stable-diffusion-v1-5 --dataset_name "a red fox"
     python ablate.py --hook_names "up_blocks.*.attentions.*" mid_block --mode mean
 
@@ -33,7 +34,8 @@ prompts:
 The script does not search for combinations of layers.
 """
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,10 +59,11 @@ class Config(GenerationConfig):
     it if the GPU's memory is too small."""
 
     # what to disable
-    hook_names: list[str] = field(default_factory=lambda: ["**.attentions.*"])
+    hook_names: list[str] | None = None
     """Disable these modules of the denoiser, one at a time. Give names or patterns: `*` stands for
     any text within one part of a dotted name, `**` also crosses dots. collect.py --list_hooks shows
-    the names."""
+    the names. If not given, "**.attentions.*", the attention blocks of a UNet, or every block of a
+    model that has none."""
 
     mode: Literal["skip", "zero", "mean"] = "skip"
     """Replace the module's output by its input (skip), by 0 (zero), or by its mean over the prompts
@@ -80,8 +83,9 @@ from tqdm import tqdm
 
 from analysis.plots import ImageRow, plot_ablation_ranking, plot_images
 from diffusion.generate import Generated, generate, required_media
-from errors import UsageError
-from hook import Edit, Generation, HookedDiffusionModel, find_model
+from diffusion.hook_names import ATTENTIONS, regex_of
+from errors import UsageError, decimals
+from hook import Edit, Generation, HookedDiffusionModel, Layout, NotHookable, find_model
 from store.disk import claim_folder, write_json
 from store.prompts import default_dataset, load_prompts, with_seeds
 
@@ -120,10 +124,9 @@ def main(cfg: Config) -> list[Path]:
     prompts = load_lines(cfg)
     model, options = load_model(cfg)
     generation = Generation.from_rows(prompts, options)
-    first_step = model.first_step(
-        cfg.hook_names, generation.prompts, save_input=True, **generation.arguments()
-    )
-    records = [describe(name, cfg.mode, first_step) for name in first_step["grid"]]
+    if not cfg.hook_names:
+        cfg = replace(cfg, hook_names=default_hook_names(model, generation))
+    records = find_records(cfg, model, generation)
 
     # 2. A folder that holds nothing else
     out_dir = Path(cfg.out_dir)
@@ -179,25 +182,87 @@ def load_model(cfg: Config) -> tuple[HookedDiffusionModel, dict[str, Any]]:
     return model, model.arguments(1, "pt", extra, **cfg.pipeline_options())
 
 
-def describe(name: str, mode: str, first_step: dict) -> dict[str, Any]:
+def default_hook_names(model: HookedDiffusionModel, generation: Generation) -> list[str]:
+    """Return what is ablated if the user names nothing: the pattern of a UNet's attention blocks,
+    or all blocks of a model without such.
+
+    Prints one line about the blocks. Raises UsageError if there are none.
+    """
+    if any(re.fullmatch(regex_of(ATTENTIONS), name) for name in model.modules()):
+        return [ATTENTIONS]
+    blocks = model.blocks(generation.prompts, **generation.arguments())
+    names = [name for of_denoiser in blocks.values() for name in of_denoiser]
+    if not names:
+        raise UsageError(
+            "no block of this model returns image tokens; name modules with --hook_names "
+            "(collect.py --list_hooks shows all)"
+        )
+    print(
+        f"note: no module of this model matches {ATTENTIONS!r}, so its {len(names)} blocks are "
+        f"ablated, {names[0]} to {names[-1]}; choose others with --hook_names (collect.py "
+        "--list_hooks shows all)"
+    )
+    return names
+
+
+def find_records(
+    cfg: Config, model: HookedDiffusionModel, generation: Generation
+) -> list[dict[str, Any]]:
+    """Return the record of each hook point that --hook_names mean, before it is ablated.
+
+    Only shapes are looked at, in a step that is thrown away: the activations of all blocks of a
+    large model would not fit in memory. Raises UsageError for a module that has no image tokens, if
+    the user spelt its name out or if none has some, and if no module can be skipped.
+    """
+    arguments = generation.arguments()
+    returned, num_steps = model.layouts(cfg.hook_names, generation.prompts, **arguments)
+    taken = dict.fromkeys(returned)
+    if cfg.mode == "skip":
+        taken, _ = model.layouts(cfg.hook_names, generation.prompts, side="input", **arguments)
+    num_steps = num_steps or arguments["num_inference_steps"]
+
+    records = []
+    reasons = {}
+    for name, layout in returned.items():
+        if isinstance(layout, NotHookable):
+            reasons[name] = layout.reason
+        else:
+            records.append(describe(name, cfg.mode, layout, taken[name], num_steps))
+    for name, reason in reasons.items():
+        if not records or name in cfg.hook_names:
+            raise UsageError(f"{name}: {reason}")
+    if all("error" in record for record in records):
+        first = records[0]
+        raise UsageError(f"{first['hook_name']} {first['error']}")
+    return records
+
+
+def describe(
+    name: str, mode: str, returned: Layout, taken: Layout | NotHookable | None, num_steps: int
+) -> dict[str, Any]:
     """Return what is known about a hook point before it is ablated.
 
-    first_step: the cache of `HookedDiffusionModel.first_step`, with inputs. "error" says why the
-    module can't be skipped: it takes and returns tokens of different shapes.
+    returned, taken: where the tokens are in what the module returns and takes. "error" says why it
+    can't be skipped: it takes and returns tokens of different shapes, or takes none.
     """
-    taken = tuple(first_step["input"][name].shape[2:])
-    returned = tuple(first_step["output"][name].shape[2:])
-    tokens, d = returned
+    tokens = max(returned.counts)
     record = {
         "hook_name": name,
         "mode": mode,
-        "grid": first_step["grid"][name],
+        "grid": returned.grid,
         "tokens": tokens,
-        "d": d,
-        "mb_per_prompt": first_step["num_steps"] * tokens * d * BYTES_PER_NUMBER / 1e6,
+        "d": returned.d,
+        "mb_per_prompt": num_steps * tokens * returned.d * BYTES_PER_NUMBER / 1e6,
     }
-    if mode == "skip" and taken != returned:
-        record["error"] = f"can't be skipped: it turns {taken} into {returned}"
+    if mode != "skip":
+        return record
+    if isinstance(taken, NotHookable):
+        record["error"] = f"can't be skipped: {taken.reason}; use --mode zero or mean for it"
+    elif (max(taken.counts), taken.d) != (tokens, returned.d):
+        record["error"] = (
+            f"can't be skipped: it turns (tokens, d) = {(max(taken.counts), taken.d)} into "
+            f"{(tokens, returned.d)}; use --mode zero or mean for it"
+        )
     return record
 
 
@@ -244,11 +309,11 @@ def print_table(ablated: list[dict], failed: list[dict]) -> None:
     """Print a line for each hook point, those that can't be ablated last."""
     print(f"{'hook name':48} {'latents':>8} {'images':>9} {'tokens x d':>12} {'MB per prompt':>13}")
     for record in ablated:
+        latents = decimals(record["latents"], 3)
+        images = decimals(record["images"], 3)
         shape = f"{record['tokens']} x {record['d']}"
-        print(
-            f"{record['hook_name']:48} {record['latents']:8.3f} {record['images']:9.3f} "
-            f"{shape:>12} {record['mb_per_prompt']:13.1f}"
-        )
+        megabytes = decimals(record["mb_per_prompt"], 1)
+        print(f"{record['hook_name']:48} {latents:>8} {images:>9} {shape:>12} {megabytes:>13}")
     for record in failed:
         print(f"{record['hook_name']:48} {record['error']}")
 
@@ -264,7 +329,7 @@ def draw(
     """Write ablate.png, and ablate_ranking.png if anything was ablated; return their paths."""
     grid = [ImageRow("untouched", untouched)]
     for record in ablated[:MOST_SHOWN]:
-        label = f"{record['hook_name']}\n{record['latents']:.3f}"
+        label = f"{record['hook_name']}\n{decimals(record['latents'], 3)}"
         grid.append(ImageRow(label, images[record["hook_name"]]))
     written = [folder / "ablate.png"]
     plot_images(written[0], grid, prompts)

@@ -47,7 +47,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from importlib import import_module
 from importlib.metadata import version
@@ -67,7 +67,9 @@ from cli import (
     run_script,
 )
 
-DEFAULT_HOOK_NAMES = ("up_blocks.1.attentions.1",)
+# What is stored without --hook_names, where a model has it. It lies at about two thirds of the
+# depth of a UNet, like the default of other models. Without it the toy's images lose their colours
+PREFERRED_HOOK_NAME = "up_blocks.1.attentions.1"
 
 
 @dataclass
@@ -89,13 +91,15 @@ class Config(GenerationConfig):
     schedule."""
 
     # what to keep
-    hook_names: list[str] = field(default_factory=lambda: list(DEFAULT_HOOK_NAMES))
+    hook_names: list[str] | None = None
     """Store what these modules of the denoiser compute. Give names or patterns: `*` stands for any
-    text within one part of a dotted name, `**` also crosses dots. --list_hooks shows the names."""
+    text within one part of a dotted name, `**` also crosses dots. --list_hooks shows the names. If
+    not given, up_blocks.1.attentions.1 is stored, or the block at two thirds of the depth of a
+    model that has none; of each denoiser one, if there are several."""
 
     list_hooks: bool = False
-    """Print what can be hooked, with shapes and sizes, and stop. With --hook_names, print these
-    modules only."""
+    """Print what can be hooked, with shapes and sizes, and stop. What is stored without
+    --hook_names is marked. With --hook_names, print these modules only."""
 
     rows: Literal["cond", "uncond", "both"] = "cond"
     """Classifier-free guidance runs the model with and without the prompt. Store the rows with the
@@ -157,7 +161,7 @@ from diffusion.randomness import random_numbers_of
 from diffusion.real_images import RealImages, open_image, seeded
 from diffusion.tokenizer_calls import SeenText, watch_tokenizers
 from distributed import Processes
-from errors import UsageError
+from errors import UsageError, decimals
 from hook import HookedDiffusionModel, Layout, NotHookable, find_model, unwrap
 from store.audio import sampling_rate_of
 from store.collection import Collection, CollectionBatch
@@ -276,6 +280,11 @@ def main(cfg: Config) -> list[Path]:
             check_real_input(real, prompts)
 
     # 3. One step that is thrown away: which hook points match, and what shape they have
+    if not cfg.hook_names:
+        hook_names, remark = default_hook_names(cfg, model, first_batch, options)
+        cfg = replace(cfg, hook_names=hook_names)
+        if remark:
+            print(remark)
     with watch_tokenizers(model.pipe) as calls:
         sites, num_steps = find_sites(cfg, model, first_batch, options, store_dtype)
     add_seen_text(prompts, SeenText(calls, [prompt["prompt"] for prompt in first_batch]))
@@ -578,6 +587,64 @@ def pipeline_options(cfg: Config, model: HookedDiffusionModel) -> dict[str, Any]
 # ------------------------------------------------------------------------------ hook points
 
 
+def default_hook_names(
+    cfg: Config, model: HookedDiffusionModel, first_batch: list[dict], options: dict
+) -> tuple[list[str], str]:
+    """Return (the hook names that are stored if the user names none, a line that says why).
+
+    The line is "" for the preferred hook name. If the model does not have it, or it can't be hooked
+    as --side and --stream ask, the block at two thirds of the depth is stored, of each denoiser if
+    there are several. Raises UsageError if no block can be hooked so.
+    """
+    texts, arguments = batch_arguments(first_batch, cfg.num_images_per_prompt)
+    arguments.update(options)
+    sides = ("output", "input") if cfg.side == "diff" else (cfg.side,)
+    find = {"stream": cfg.stream, **arguments}
+
+    why = f"this model has no {PREFERRED_HOOK_NAME}"
+    if PREFERRED_HOOK_NAME in model.modules():
+        layouts = []
+        for side in sides:
+            of_side, _ = model.layouts(PREFERRED_HOOK_NAME, texts, side=side, **find)
+            layouts.append(of_side[PREFERRED_HOOK_NAME])
+        if fit_together(layouts):
+            return [PREFERRED_HOOK_NAME], ""
+        why = f"{PREFERRED_HOOK_NAME} has no {cfg.stream} tokens to store"
+
+    # {denoiser: {hook_name: Layout}} of each side
+    blocks_of_side = [model.blocks(texts, side=side, **find) for side in sides]
+    chosen = {}  # {hook_name: which of the blocks it is}
+    for denoiser, blocks in blocks_of_side[0].items():
+        names = []
+        for name in blocks:
+            layouts = [of_side.get(denoiser, {}).get(name) for of_side in blocks_of_side]
+            if fit_together(layouts):
+                names.append(name)
+        if names:
+            number = math.ceil(2 * len(names) / 3)
+            chosen[names[number - 1]] = f"number {number} of {len(names)}"
+    if not chosen:
+        raise UsageError(
+            f"no block of this model has {cfg.stream} tokens in its {' and '.join(sides)}; choose "
+            "another module with --hook_names (--list_hooks shows all)"
+        )
+    which = "the block at two thirds of the depth"
+    if len(chosen) > 1:
+        which += " of each denoiser"
+    described = ", ".join(f"{name} ({place})" for name, place in chosen.items())
+    return list(chosen), (
+        f"note: {why}, so {which} is stored: {described}; choose others with --hook_names "
+        "(--list_hooks shows all)"
+    )
+
+
+def fit_together(layouts: list[Layout | NotHookable | None]) -> bool:
+    """Return whether all sides of a module can be hooked, and hold tokens of one shape."""
+    if not all(isinstance(layout, Layout) for layout in layouts):
+        return False
+    return len({(max(layout.counts), layout.d) for layout in layouts}) == 1
+
+
 def find_sites(
     cfg: Config,
     model: HookedDiffusionModel,
@@ -661,11 +728,18 @@ def print_hooks(
 ) -> None:
     """Print the tree of modules that can be hooked: tokens, width, grid, and the size of a file."""
     hook_names = cfg.hook_names
-    if hook_names == list(DEFAULT_HOOK_NAMES):
+    defaults = []
+    remark = ""
+    if not hook_names:
         hook_names = ["**"]
+        try:
+            defaults, remark = default_hook_names(cfg, model, first_batch, options)
+        except UsageError as error:  # no block fits, and other modules may
+            remark = f"note: {error}"
     texts, arguments = batch_arguments(first_batch, cfg.num_images_per_prompt)
     arguments.update(options)
-    layouts, num_steps = model.layouts(hook_names, texts, stream=cfg.stream, **arguments)
+    side = "input" if cfg.side == "input" else "output"
+    layouts, num_steps = model.layouts(hook_names, texts, side=side, stream=cfg.stream, **arguments)
     num_kept = count_kept_steps(cfg, num_steps, options)
 
     hookable = {}
@@ -682,10 +756,11 @@ def print_hooks(
     for name, layout in hookable.items():
         tokens = max(layout.counts)
         row_bytes = num_kept * bytes_per_step(cfg, tokens, layout.d * store_dtype.itemsize)
-        megabytes = row_bytes * cfg.num_images_per_prompt / 1e6
+        megabytes = decimals(row_bytes * cfg.num_images_per_prompt / 1e6, 2)
         shape = f"{tokens} x {layout.d}"
         grid = " x ".join(str(side) for side in layout.grid)
-        print(f"{labels[name]:{width}} {shape:>14}  {grid:12} {megabytes:13.2f}")
+        mark = "  default" if name in defaults else ""
+        print(f"{labels[name]:{width}} {shape:>14}  {grid:12} {megabytes:>13}{mark}")
 
     for reason, count in reasons.most_common():
         print(f"{count} more can't be hooked: {reason}")
@@ -696,6 +771,8 @@ def print_hooks(
         f"{num_kept} steps of {chosen}, {store_dtype.itemsize} bytes per number; "
         "--rows both stores twice as much"
     )
+    if remark:
+        print(remark)
 
 
 def depth_in_tree(name: str, names: dict[str, Layout]) -> int:
@@ -727,7 +804,7 @@ def check_disk(
     names = ", ".join(dict.fromkeys(site.point.hook_name for site in sites))
     print(
         f"{num_rows // cfg.num_images_per_prompt} {unit(cfg)} x {num_steps} steps of {names}: "
-        f"{needed / 1e6:,.0f} MB in {folder}/ ({free / 1e9:,.0f} GB free)"
+        f"{decimals(needed / 1e6, 0)} MB in {folder}/ ({decimals(free / 1e9, 0)} GB free)"
     )
     if processes.rank == 0 and needed - already_written > FULLEST_DISK * free:
         raise UsageError(

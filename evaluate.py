@@ -110,7 +110,7 @@ from analysis.feature_edits import check_input_width, map_samples, replacing_edi
 from analysis.metrics import Metrics, evaluate, total
 from analysis.plots import plot_evaluation, plot_graft
 from diffusion.generate import Generated, generate_batches
-from errors import UsageError
+from errors import UsageError, decimals
 from hook import Generation, HookedDiffusionModel, model_of
 from sae import Sae, newest_sae
 from store.activation_file import read_description, read_prompts
@@ -221,10 +221,10 @@ def write_numbers(
 def print_numbers(record: dict) -> None:
     """Print the numbers over all held-out vectors, and at the first and the last timestep."""
     for name in PRINTED_METRICS:
-        line = f"  {name:18} {record[name]:.4f}"
+        line = f"  {name:18} {decimals(record[name], 4)}"
         if record["by_timestep"]:
             for numbers in (record["by_timestep"][0], record["by_timestep"][-1]):
-                line += f"   at t = {numbers['timestep']:g}: {numbers[name]:.4f}"
+                line += f"   at t = {numbers['timestep']:g}: {decimals(numbers[name], 4)}"
         print(line)
     if not record["whole_prompts"]:
         print(
@@ -348,9 +348,10 @@ def recovered_text(record: dict) -> str:
     """Return a recovered share with its standard error, such as "0.812 ± 0.031"."""
     if record["recovered"] is None:
         return "nothing to recover"
+    recovered = decimals(record["recovered"], 3)
     if record["recovered_se"] is None:
-        return f"{record['recovered']:.3f}"
-    return f"{record['recovered']:.3f} ± {record['recovered_se']:.3f}"
+        return recovered
+    return f"{recovered} ± {decimals(record['recovered_se'], 3)}"
 
 
 def graft(

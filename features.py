@@ -99,7 +99,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from errors import UsageError
+from errors import UsageError, decimals
 from sae import Sae, newest_sae
 from store.activation_file import ActivationFile
 from store.collection import check_saved_images
@@ -841,7 +841,7 @@ def main(cfg: Config) -> Path:
         f"{folder}: {num_active:,} of {sae.num_latents:,} features "
         f"are active on {num_vectors:,} vectors"
     )
-    print(f"saved in {path} ({megabytes:.1f} MB), {num_images} pictures in it")
+    print(f"saved in {path} ({decimals(megabytes, 1)} MB), {num_images} pictures in it")
     return path
 
 

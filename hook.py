@@ -34,8 +34,14 @@ from diffusion.dry_step import DryStep, ask_which_rows
 from diffusion.edit import Edit, Editor
 from diffusion.generate import Generation
 from diffusion.guidance import Memory, RoleFinder, check_order
-from diffusion.hook_names import check_hookable, find_modules, is_pattern, match_names
-from diffusion.locate import NEVER_RAN, find_layouts
+from diffusion.hook_names import (
+    block_groups,
+    check_hookable,
+    find_modules,
+    is_pattern,
+    match_names,
+)
+from diffusion.locate import NEVER_RAN, find_layouts, not_stepped
 from diffusion.recorder import CacheOptions, Recorder
 from diffusion.sampling_loop import Loop
 from diffusion.signatures import (
@@ -516,18 +522,36 @@ class HookedDiffusionModel:
         positions: str | list[str] = "*",
         prompt: Prompt = None,
         *,
+        side: str = "output",
         stream: str = "image",
         **kwargs,
     ) -> tuple[dict[str, Layout | NotHookable], int | None]:
         """Find where the tokens are in what modules return, from a step that is thrown away.
 
-        Returns ({hook_name: Layout, or NotHookable with the reason}, number of steps of the whole
-        sampling, None where the scheduler lists none).
+        side: "input" for the tokens in what they take. Returns ({hook_name: Layout, or NotHookable
+        with the reason}, number of steps of the whole sampling, None where the scheduler lists
+        none).
         """
         targets, _ = self._targets(positions)
+        found, sampling, _ = self._find_layouts(targets, prompt, side, stream, kwargs)
+        in_order = {name: found[name] for name in self.modules() if name in targets}
+        return in_order, sampling.num_steps
+
+    def _find_layouts(
+        self,
+        targets: dict[str, tuple[str, nn.Module]],
+        prompt: Prompt,
+        side: str,
+        stream: str,
+        kwargs: dict,
+    ) -> tuple[dict[str, Layout | NotHookable], Sampling, list[str]]:
+        """Return ({hook_name: its layout}, the dry step's sampling, the hook names in the order in
+        which the modules ran)."""
         finder = ask_which_rows(self, prompt, kwargs)
-        wanted = {("output", name, stream): target for name, target in targets.items()}
+        wanted = {(side, name, stream): target for name, target in targets.items()}
         found = {}
+        stepped = set()  # denoisers whose output reached the scheduler
+        ran = {}  # hook names; a dict keeps their order
 
         def on_forward(forward: Forward, module: nn.Module) -> None:
             with processors_put_back([module]):
@@ -535,21 +559,70 @@ class HookedDiffusionModel:
             for (_, name, _), layout in forward.layouts.items():
                 found.setdefault(name, layout)
 
+        def on_step(step: Step) -> None:
+            stepped.update(forward.denoiser for forward in step.forwards)
+
+        def note_run(name: str, module: nn.Module, args: tuple) -> None:
+            ran.setdefault(name)
+
+        def listen(stack: ExitStack, sampling: Sampling) -> None:
+            for name, (_, module) in targets.items():
+                handle = module.register_forward_pre_hook(partial(note_run, name))
+                stack.callback(handle.remove)
+
         dry_step = DryStep(
             self,
             prompt,
             kwargs,
             denoisers=denoisers_of(targets),
             on_forward=on_forward,
+            on_step=on_step,
+            listen=listen,
             finder=finder,
             must_tell=False,
         )
         sampling = dry_step.run()
-        in_order = {}
-        for name in self.modules():
-            if name in targets:
-                in_order[name] = found.get(name, NEVER_RAN)
-        return in_order, sampling.num_steps
+        for name, (denoiser, _) in targets.items():
+            if denoiser in sampling.called - stepped:
+                found[name] = not_stepped(denoiser)
+            found.setdefault(name, NEVER_RAN)
+        return found, sampling, list(ran)
+
+    def blocks(
+        self, prompt: Prompt = None, *, side: str = "output", stream: str = "image", **kwargs
+    ) -> dict[str, dict[str, Layout]]:
+        """Return the blocks of each denoiser in which tokens can be hooked, as they run.
+
+        Blocks are known by their place in the model, see `hook_names.block_groups`, and by the
+        image tokens that run through them in a step that is thrown away. side, stream: as in
+        `layouts`. Returns {denoiser's name: {hook_name: Layout}}; a denoiser without such blocks is
+        left out.
+
+        >>> model.blocks("a red star")
+        {'unet': {'down_blocks.1.attentions.0': Layout(...), 'mid_block.attentions.0': ...}}
+        """
+        self._check_not_replaced()
+        for name, denoiser in self.denoisers.items():
+            check_hookable(name, denoiser)
+        modules = self.modules()
+        layouts, _, ran = self._find_layouts(modules, prompt, "output", "image", kwargs)
+        names_of = {}
+        for denoiser in self.denoisers:
+            for group in block_groups(modules, denoiser):
+                is_hookable = [isinstance(layouts[name], Layout) for name in group]
+                if any(is_hookable):
+                    names_of[denoiser] = [name for name in ran if name in group]
+                    break
+
+        if (side, stream) != ("output", "image"):
+            targets = {name: modules[name] for names in names_of.values() for name in names}
+            layouts, _, _ = self._find_layouts(targets, prompt, side, stream, kwargs)
+        blocks = {}
+        for denoiser, names in names_of.items():
+            hookable = {n: layouts[n] for n in names if isinstance(layouts[n], Layout)}
+            if hookable:
+                blocks[denoiser] = hookable
+        return blocks
 
     def first_step(self, positions: str | list[str], prompt: Prompt = None, **kwargs) -> dict:
         """Return the cache of one step, as `cache` describes it; the step is thrown away.

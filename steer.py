@@ -168,7 +168,7 @@ from analysis.concepts import clearest_exchange, find_features, image_scores, to
 from analysis.feature_edits import Change, Edits, Target, Typical, check_features, redirect, steer
 from analysis.plots import ImageRow, plot_images
 from diffusion.generate import generate_media
-from errors import UsageError
+from errors import UsageError, decimals
 from hook import Generation, HookedDiffusionModel, model_of
 from sae import Sae, newest_sae
 from store.activation_file import refuse_unfinished
@@ -830,7 +830,7 @@ def print_table(runs: list[Run]) -> None:
         known = [numbers for numbers in run.numbers if numbers is not None]
         if known:
             norm, distance = [f"{value:.2f}" for value in np.mean(known, 0)]
-        print(f"{run.name:12} {norm:>6} {distance:>9} {run.moved.mean():9.3f}")
+        print(f"{run.name:12} {norm:>6} {distance:>9} {decimals(run.moved.mean().item(), 3):>9}")
 
 
 def settings_of(cfg: Config, targets: list[Target]) -> dict:

@@ -93,6 +93,12 @@ def two_valued(x: Tensor) -> bool:
 # ------------------------------------------------------------------------------- what the runs say
 
 
+def not_stepped(denoiser: str) -> NotHookable:
+    """Return why a module can't be hooked if its denoiser runs, and the scheduler gets nothing of
+    what it returns."""
+    return NotHookable(f"is part of {denoiser}, whose output does not reach the scheduler")
+
+
 def locate(runs: Runs, forward: Forward, place: Place) -> Layout | NotHookable:
     """Return where the tokens of a place, (side, hook_name, stream), are.
 
@@ -118,8 +124,7 @@ def locate(runs: Runs, forward: Forward, place: Place) -> Layout | NotHookable:
         )
 
     reason = f"its {side} holds no {stream} tokens"
-    if stream == "image" and runs.has_text:
-        reason += "; try the text stream"
+    other_stream = "text" if stream == "image" else "image"
     for index, in_each_run in enumerate(zip(*seen)):
         plain = in_each_run[0]
         if plain.form is None:
@@ -131,6 +136,8 @@ def locate(runs: Runs, forward: Forward, place: Place) -> Layout | NotHookable:
         elif mask.any(1).all():
             by_text = plain.tokens != in_each_run[-1].tokens
             return layout_of(runs, forward, place, index, plain, mask, by_text)
+        elif mask_of(other_stream, *in_each_run).any(1).all():
+            reason = f"its {side} holds no {stream} tokens, only {other_stream} tokens"
     return NotHookable(reason)
 
 

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from diffusion.signatures import per_prompt, tensors
 from diffusion.trace import DryRunOver, Sampling, patched, undisturbed
-from errors import UsageError
+from errors import UsageError, decimals
 
 # Noises that are compared to find the packing: in 16 bits many numbers of one noise are the same
 ROWS = 4
@@ -482,7 +482,7 @@ class RealImages:
             raise UsageError(
                 "--images: the VAE would get numbers in [-1, 1], from which it gives images back "
                 f"with an error of {error:.3f}, and it is made for [0, 1], from which the error is "
-                f"{error_from_unit:.3f}"
+                f"{decimals(error_from_unit, 3)}"
             )
         if error > BAD_RECONSTRUCTION:
             return (
