@@ -90,7 +90,8 @@ from store.disk import claim_folder, write_json
 from store.prompts import default_dataset, load_prompts, with_seeds
 
 MOST_SHOWN = 40  # rows of images, and bars: the hook points that matter most
-NOT_SETTINGS = ("out_dir", "device", "cpu_offload")  # options that do not decide the results
+# Options that do not decide the results, or stand in `HookedDiffusionModel.loaded_from`
+NOT_SETTINGS = ("out_dir", "device", "cpu_offload", "lora", "trust_remote_code")
 BYTES_PER_NUMBER = 2  # collect.py stores 16 bits
 
 
@@ -131,6 +132,7 @@ def main(cfg: Config) -> list[Path]:
     # 2. A folder that holds nothing else
     out_dir = Path(cfg.out_dir)
     settings = {name: value for name, value in vars(cfg).items() if name not in NOT_SETTINGS}
+    settings |= model.loaded_from
     claim_folder(out_dir, "ablate.json", settings)
 
     # 3. One run untouched, then one per hook point
@@ -175,9 +177,16 @@ def load_model(cfg: Config) -> tuple[HookedDiffusionModel, dict[str, Any]]:
     device = resolve_device(cfg.device)
     dtype = resolve_dtype(cfg.dtype, device)
     model = HookedDiffusionModel.from_pretrained(
-        cfg.model_name, dtype, device, cfg.cpu_offload, variant=cfg.variant, revision=cfg.revision
+        cfg.model_name,
+        dtype,
+        device,
+        cfg.cpu_offload,
+        cfg.lora,
+        variant=cfg.variant,
+        revision=cfg.revision,
+        trust_remote_code=cfg.trust_remote_code or None,
     )
-    model.pipe.set_progress_bar_config(disable=True)
+    model.hide_progress_bar()
     extra = parse_object(cfg.pipeline_kwargs, "--pipeline_kwargs")
     return model, model.arguments(1, "pt", extra, **cfg.pipeline_options())
 

@@ -12,7 +12,8 @@ In a notebook:
 
     paths = main(Config(hook_names=["mid_block"], dataset_name="a cat on a chair"))
 
-Reads   a diffusers folder or hub id; prompts: a .txt, .csv, .tsv, .json, .jsonl or .parquet file,
+Reads   a model: a diffusers folder or hub id, a .safetensors file, or a Python file of yours
+        (docs/models.md); prompts: a .txt, .csv, .tsv, .json, .jsonl or .parquet file,
         a hub data set, or one prompt; or images: a folder, or a column of such a data set. A table
         may have the columns negative_prompt and seed. With a column seed, image j of a prompt is
         generated with seed + j; without it, the seed of row i of the files is --seed + i.
@@ -157,6 +158,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusion.generate import check_shared_options
+from diffusion.loading import parse_lora
 from diffusion.randomness import random_numbers_of
 from diffusion.real_images import RealImages, open_image, seeded
 from diffusion.tokenizer_calls import SeenText, watch_tokenizers
@@ -265,9 +267,8 @@ def main(cfg: Config) -> list[Path]:
 
     # 2. The model, one copy per process
     processes = start_processes(cfg)
-    dtype = resolve_dtype(cfg.dtype, processes.device)
-    store_dtype = resolve_store_dtype(cfg.store_dtype, dtype)
-    model = load_model(cfg, dtype, processes)
+    model = load_model(cfg, resolve_dtype(cfg.dtype, processes.device), processes)
+    store_dtype = resolve_store_dtype(cfg.store_dtype, model.dtype)
     options = pipeline_options(cfg, model)
     if cfg.list_hooks:
         print_hooks(cfg, model, first_batch, options, store_dtype)
@@ -294,7 +295,7 @@ def main(cfg: Config) -> list[Path]:
     check_disk(cfg, folder, sites, len(prompts), num_steps, processes)
 
     # 5. Generate batch by batch; a thread writes, and the processes take turns
-    settings = settings_of(cfg, model, options, sites, dtype, store_dtype, processes.device)
+    settings = settings_of(cfg, model, options, sites, store_dtype, processes.device)
     with open_collection(cfg, folder, settings, prompts, processes) as collection:
         sample = partial(generate, cfg, model, sites, options, real)
         writer = BatchWriter(cfg, collection, sites, store_dtype, sampling_rate_of(model.pipe))
@@ -556,10 +557,12 @@ def load_model(cfg: Config, dtype: torch.dtype, processes: Processes) -> HookedD
         dtype,
         processes.device,
         cfg.cpu_offload,
+        cfg.lora,
         variant=cfg.variant,
         revision=cfg.revision,
+        trust_remote_code=cfg.trust_remote_code or None,
     )
-    model.pipe.set_progress_bar_config(disable=True)
+    model.hide_progress_bar()
     if decodes(cfg) and hasattr(getattr(model.pipe, "vae", None), "enable_slicing"):
         # one image at a time: decoding 16 together may take more memory than generating them
         model.pipe.vae.enable_slicing()
@@ -655,7 +658,8 @@ def find_sites(
     """Return (the hook points that --hook_names mean, the number of steps that are kept).
 
     They are found in one step, which is thrown away. Raises UsageError for a module that can't be
-    hooked as asked; one that only a glob names is left out.
+    hooked as asked (one that only a glob names is left out), and for numbers that do not fit in the
+    file's precision.
     """
     texts, arguments = batch_arguments(first_batch, cfg.num_images_per_prompt)
     arguments.update(options)
@@ -669,6 +673,11 @@ def find_sites(
     for name in hook_names:
         side = "input" if cfg.side == "input" else "output"
         _, _, tokens, d = cache[side][name].shape
+        for suffix in SUFFIXES[cfg.rows].values():
+            x = cache[side + suffix][name]
+            if cfg.side == "diff":
+                x = x.float() - cache["input" + suffix][name].float()
+            checked_numbers(x, store_dtype, name)
         text_tokens = None
         if cfg.stream == "text":
             text_tokens = cfg.text_tokens or tokens
@@ -1007,15 +1016,7 @@ class BatchWriter:
 
         If nearly all numbers are too small for float16, it says so, once per file.
         """
-        stored = x.to(dtype)
-        if not torch.isfinite(stored).all():
-            if torch.isfinite(x).all():
-                raise UsageError(
-                    f"{name}: {x.abs().max():.3g} does not fit in float16; "
-                    "use --store_dtype bfloat16 or float32"
-                )
-            raise UsageError(f"{name}: the model computed NaN or infinity; try another --dtype")
-
+        stored = checked_numbers(x, dtype, name)
         share = share_of_underflow(x, dtype)
         if share > MOST_UNDERFLOW and name not in self.noted:
             self.noted.add(name)
@@ -1025,6 +1026,22 @@ class BatchWriter:
                 "collect again with --store_dtype bfloat16"
             )
         return stored
+
+
+def checked_numbers(x: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Return x in another precision. Raises UsageError for numbers that do not fit in it.
+
+    name: the hook point, for the message.
+    """
+    stored = x.to(dtype)
+    if torch.isfinite(stored).all():
+        return stored
+    if torch.isfinite(x).all():
+        raise UsageError(
+            f"{name}: {x.abs().max():.3g} does not fit in float16; "
+            "use --store_dtype bfloat16 or float32"
+        )
+    raise UsageError(f"{name}: the model computed NaN or infinity; try another --dtype")
 
 
 def take_numbers(cache: dict, site: Site) -> Tensor:
@@ -1109,7 +1126,6 @@ def settings_of(
     model: HookedDiffusionModel,
     options: dict,
     sites: list[Site],
-    dtype: torch.dtype,
     store_dtype: torch.dtype,
     device: torch.device,
 ) -> dict[str, Any]:
@@ -1125,11 +1141,12 @@ def settings_of(
         "pipeline": type(model.pipe).__name__,
         "hook_names": list(dict.fromkeys(site.point.hook_name for site in sites)),
         "dtype": str(store_dtype).removeprefix("torch."),
-        "model_dtype": str(dtype).removeprefix("torch."),
+        "model_dtype": str(model.dtype).removeprefix("torch."),
         "device": device.type,
         "pipeline_kwargs": options,
-        "fingerprints": pipeline_fingerprints(model.pipe, dtype),
+        "fingerprints": pipeline_fingerprints(model.pipe, model.dtype),
         "text_tokens": text_tokens,
+        **model.loaded_from,
     }
 
 
@@ -1171,10 +1188,16 @@ def describe_site(
     if collection.shape(f"{stem}.tokens"):
         tokens_per_step = shape[2]
 
-    folder_or_id = find_model(cfg.model_name)
-    model_folder = None
-    if Path(folder_or_id).is_dir():
-        model_folder = relative_to(folder_or_id, collection.out_dir)
+    # Paths as seen from the collection, so that a project's folder can be moved
+    paths: dict[str, Any] = {"model_folder": None}
+    path_or_id = find_model(cfg.model_name)
+    if Path(path_or_id).is_dir():
+        paths["model_folder"] = relative_to(path_or_id, collection.out_dir)
+    elif Path(path_or_id).is_file():
+        paths["model_file"] = relative_to(path_or_id, collection.out_dir)
+    if cfg.lora:
+        loras = [parse_lora(text).path for text in cfg.lora]
+        paths["lora_paths"] = [relative_to(path, collection.out_dir) for path in loras]
 
     settings = collection.settings
     component = model.modules()[site.point.hook_name][0]
@@ -1184,7 +1207,7 @@ def describe_site(
         **site.point.as_dict(),
         "id": collection.id,
         "prompts_digest": collection.prompts_digest,
-        "model_folder": model_folder,
+        **paths,
         "denoiser": type(unwrap(model.denoisers[component])).__name__,
         "fingerprint": settings["fingerprints"][component],
         "guidance_scale": settings["pipeline_kwargs"].get("guidance_scale"),

@@ -60,8 +60,16 @@ class Config:
     """Evaluate the SAE in this folder. If not given, the newest one in saes/ is taken."""
 
     model_name: str | None = None
-    """With --graft: generate with this diffusers folder or hub id. If not given, the model that
-    made the activations is used."""
+    """With --graft: generate with this model, named as for collect.py. If not given, the model that
+    made the activations is used. A Python file of yours has to be given, since it is run."""
+
+    lora: list[str] = field(default_factory=list)
+    """With --graft: add these LoRAs to the weights, as in collect.py. If neither this nor
+    --model_name is given, those that made the activations are added."""
+
+    trust_remote_code: bool = False
+    """With --graft: run the Python code that comes with the model of a folder or of the hub. Read
+    it first: it can do all that you can."""
 
     transfer: bool = False
     """Use the SAE on purpose where it was not trained: at another hook point, or on a model with
@@ -111,7 +119,7 @@ from analysis.metrics import Metrics, evaluate, total
 from analysis.plots import plot_evaluation, plot_graft
 from diffusion.generate import Generated, generate_batches
 from errors import UsageError, decimals
-from hook import Generation, HookedDiffusionModel, model_of
+from hook import Generation, HookedDiffusionModel, model_of, recorded_model
 from sae import Sae, newest_sae
 from store.activation_file import read_description, read_prompts
 from store.dataset import Activations
@@ -154,6 +162,8 @@ def main(cfg: Config) -> list[Path]:
         "transfer": activations.transfer,
         "surely_unseen": check_held_out(sae, path, activations),
     }
+    if cfg.graft and cfg.model_name is None:  # refused now, before anything is measured
+        recorded_model(held_out_prompts(activations, cfg.num_prompts)[1])
     folder = Path(cfg.out_dir) / folder_name(path)
     claim_folder(folder, "evaluate.json", about, key=None)
 
@@ -183,7 +193,8 @@ def check_config(cfg: Config) -> None:
     """Raise UsageError for an option that can't be used, or that nothing would read."""
     check_positive(cfg, "batch_size", "num_prompts", "windows", "graft_batch_size")
     if not cfg.graft:
-        graft_options = ["model_name", "num_prompts", "windows", "graft_batch_size"]
+        graft_options = ["model_name", "lora", "trust_remote_code"]
+        graft_options += ["num_prompts", "windows", "graft_batch_size"]
         refuse_unused(cfg, graft_options, "it is for --graft, which is not given")
 
 
@@ -243,7 +254,14 @@ def graft_held_out(
     """Generate held-out prompts with the SAE in place; write graft.json and graft.png, and return
     the paths that were written."""
     lines, meta = held_out_prompts(activations, cfg.num_prompts)
-    model, options = model_of(meta, cfg.model_name, device, resolve_dtype("auto", device))
+    model, options = model_of(
+        meta,
+        cfg.model_name,
+        device,
+        resolve_dtype("auto", device),
+        cfg.lora,
+        cfg.trust_remote_code,
+    )
     # An SAE of another package does not say what it was trained on; its data does
     origin = sae.cfg if "fingerprint" in sae.cfg else sae.cfg | meta
     mismatches = check_belongs(str(path), origin, model=model, transfer=cfg.transfer)

@@ -56,8 +56,17 @@ class Config:
     in saes/ is taken."""
 
     model_name: str | None = None
-    """Generate with this diffusers folder or hub id. Another model than that of the activations
-    samples with its own defaults. If not given, the model that made the activations is used."""
+    """Generate with this model, named as for collect.py. Another model than that of the activations
+    samples with its own defaults. If not given, the model that made the activations is used. A
+    Python file of yours has to be given, since it is run."""
+
+    lora: list[str] = field(default_factory=list)
+    """Add these LoRAs to the weights, as in collect.py. If neither this nor --model_name is given,
+    those that made the activations are added."""
+
+    trust_remote_code: bool = False
+    """Run the Python code that comes with the model of a folder or of the hub. Read it first: it
+    can do all that you can."""
 
     transfer: bool = False
     """Use the SAE on purpose where it was not trained: on a model with other weights."""
@@ -894,7 +903,14 @@ def main(cfg: Config) -> list[Path]:
     if targets[0].activations is not None:
         description = targets[0].activations.sources[0].meta
     meta = origin(targets[0].sae.cfg, description)
-    model, collected = model_of(meta, cfg.model_name, device, resolve_dtype("auto", device))
+    model, collected = model_of(
+        meta,
+        cfg.model_name,
+        device,
+        resolve_dtype("auto", device),
+        cfg.lora,
+        cfg.trust_remote_code,
+    )
     check_prompts(rows, meta, model)
     transfers = check_models(cfg, model, targets)
     is_other_model = cfg.model_name is not None and any(transfers)

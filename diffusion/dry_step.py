@@ -13,9 +13,11 @@ schedulers note of themselves, attention processors. The user's hooks do not see
 `model` is a `hook.HookedDiffusionModel` in all of these.
 """
 
+import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -26,6 +28,8 @@ from diffusion.signatures import Prompt, count_prompts, other_prompts, outline
 from diffusion.trace import DryRunOver, Forward, Sampling, Step, undisturbed
 from diffusion.unnoticed import processors_put_back, without_hooks
 from errors import UsageError
+
+OUR_MODULES = ("hook", "diffusion", "store", "errors")  # whatever runs while a model generates
 
 
 @dataclass(eq=False)
@@ -121,16 +125,17 @@ class DryStep:
             except DryRunOver:
                 pass
             except ValueError as error:  # such as an argument that the pipeline refuses
-                raise UsageError(f"{error}") from error
+                raise UsageError(f"{error}{place_of_user(error)}") from error
             self.sampling.tell_others()
 
     def _on_step(self, step: Step) -> None:
         """Give the step to `on_step`, and stop the generation once every denoiser has run."""
         sampling = self.sampling
-        # a pipeline may end before its scheduler's list does, and says so
+        # a pipeline says how many steps it makes, which may be fewer than its scheduler lists
         announced = getattr(self.model.pipe, "_num_timesteps", None)
-        if isinstance(announced, int) and sampling.num_steps is not None:
-            sampling.num_steps = min(announced, sampling.num_steps)
+        if isinstance(announced, int):
+            listed = sampling.num_steps
+            sampling.num_steps = announced if listed is None else min(announced, listed)
 
         if self.on_step is not None and sampling.called - self.ran:
             self.on_step(step)
@@ -138,6 +143,18 @@ class DryStep:
             self.ran |= sampling.called
         if self.denoisers is not None and self.denoisers <= self.ran:
             raise DryRunOver
+
+
+def place_of_user(error: Exception) -> str:
+    """Return the innermost line of the user's own code at which an error arose, " (my_model.py,
+    line 7)"; "" if it arose in a package or in this project."""
+    place = ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        file = Path(frame.f_code.co_filename)
+        module = frame.f_globals.get("__name__", "").partition(".")[0]
+        if module not in OUR_MODULES and "site-packages" not in file.parts:
+            place = f" ({file.name}, line {line})"
+    return place
 
 
 def ask_which_rows(

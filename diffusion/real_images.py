@@ -168,6 +168,15 @@ def scale_by_config(config: Any, z: Tensor) -> Tensor:
     return z * (getattr(config, "scaling_factor", None) or 1.0)
 
 
+def unscale_by_config(config: Any, x: Tensor) -> Tensor:
+    """Return a denoiser's sample x (N, C, ...) as the VAE decodes it: `scale_by_config` undone."""
+    z = x / (getattr(config, "scaling_factor", None) or 1.0)
+    z = z + (getattr(config, "shift_factor", None) or 0.0)
+    if getattr(config, "latents_mean", None) is not None:
+        z = z * per_channel(config.latents_std, z) + per_channel(config.latents_mean, z)
+    return z
+
+
 def per_channel(values: list[float], z: Tensor) -> Tensor:
     """Return one value for each channel in a shape that broadcasts over z (N, C, ...)."""
     ones = [1] * (z.ndim - 2)

@@ -7,6 +7,7 @@ count_prompts(["a", "b"], {})           # (2, 1): prompts, images per prompt
 other_prompts("a red star", {})         # ("star red a", {}): to see what depends on the prompt
 """
 
+import copy
 import inspect
 from collections.abc import Iterable
 from typing import Any
@@ -32,6 +33,9 @@ TIME_NAMES = (
     "noise_level",
     "noise_labels",
 )
+
+# What schedulers and networks of diffusers call their result, where it has a name
+RESULT_NAMES = ("prev_sample", "sample")
 
 # --------------------------------------------------------------------------- a denoiser's forward
 
@@ -127,6 +131,34 @@ def with_tensor(value: Any, index: int, x: Tensor) -> Any:
     if hasattr(value, "_fields"):  # a NamedTuple
         return type(value)(*new.values())
     return type(value)(new.values())
+
+
+def result_tensor(value: Any) -> Tensor | None:
+    """Return the tensor that a denoiser, a scheduler's step or a VAE's decode returned.
+
+    It is the one called prev_sample or sample, else the first one in the nested structure, or among
+    the attributes of the object. None if there is none.
+    """
+    for name in RESULT_NAMES:
+        if torch.is_tensor(getattr(value, name, None)):
+            return getattr(value, name)
+    in_value = tensors(value)
+    if not in_value and hasattr(value, "__dict__"):
+        in_value = tensors(vars(value))
+    return in_value[0] if in_value else None
+
+
+def with_result(value: Any, x: Tensor) -> Any:
+    """Return a copy of what a function returned, with x in the place of its `result_tensor`."""
+    result = result_tensor(value)
+    for index, item in enumerate(tensors(value)):
+        if item is result:
+            return with_tensor(value, index, x)
+    changed = copy.copy(value)
+    for name, item in vars(value).items():
+        if item is result:
+            vars(changed)[name] = x  # also in a frozen dataclass
+    return changed
 
 
 # -------------------------------------------------------------------------- the same, other prompts

@@ -35,8 +35,8 @@ CHECKED_BLOCKS = 64
 CHECKED_BLOCK_BYTES = 1 << 12
 INVISIBLE = re.compile(r"[\s\u200b-\u200d\u2060\ufeff]+")  # white space, also of no width
 COLLECTED_WITH = (
-    *("variant", "revision", "pipeline", "pipeline_kwargs", "images", "seed"),
-    *("cache_every_n_timesteps", "tokens_per_step", "model_dtype", "fingerprints"),
+    *("variant", "revision", "model_files", "lora", "pipeline", "pipeline_kwargs", "images"),
+    *("seed", "cache_every_n_timesteps", "tokens_per_step", "model_dtype", "fingerprints"),
 )
 """Settings of a collection that decide what its vectors are like, beside the model and the hook
 point."""
@@ -401,8 +401,11 @@ def read_description(path: str | Path) -> dict:
             f"{record} was changed after it was written (its checksum differs); "
             "collect again or remove it"
         )
-    if meta.get("model_folder") is not None:
-        meta["model_folder"] = seen_from(record.parent, meta["model_folder"])
+    for key in ("model_folder", "model_file"):
+        if meta.get(key) is not None:
+            meta[key] = seen_from(record.parent, meta[key])
+    if "lora_paths" in meta:
+        meta["lora_paths"] = [seen_from(record.parent, path) for path in meta["lora_paths"]]
     return meta
 
 

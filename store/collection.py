@@ -416,6 +416,13 @@ class Collection:
                 f"{', '.join(changed)}, under the same name (or by another version of diffusers); "
                 "use another --out_dir"
             )
+        their_files = theirs.get("model_files")
+        if their_files != ours.get("model_files"):
+            names = {**(their_files or {}), **(ours.get("model_files") or {})}
+            raise UsageError(
+                f"{self.out_dir} was collected before {' or '.join(names)} was changed; "
+                "use another --out_dir"
+            )
         check_same(self.out_dir, theirs, ours, remedy)
 
     def _without_damaged(self, progress: dict[int, dict]) -> dict[int, dict]:

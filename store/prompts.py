@@ -17,6 +17,7 @@ import csv
 import difflib
 import io
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -104,12 +105,14 @@ def load_prompts(
     return prompts
 
 
-def default_dataset(model_folder: str | Path) -> str:
-    """Return the path of the prompts that a model folder carries, `prompts.csv` in it.
+def default_dataset(model: str | Path) -> str:
+    """Return the path of the prompts that a model carries: `prompts.csv` in its folder, or beside
+    its file.
 
     Raises UsageError if there are none.
     """
-    path = Path(model_folder) / "prompts.csv"
+    folder = Path(model).parent if Path(model).is_file() else Path(model)
+    path = folder / "prompts.csv"
     if not path.is_file():
         raise UsageError(f"which prompts? --dataset_name takes {KINDS}")
     return str(path)
@@ -326,16 +329,31 @@ def check_has_column(row: Row, column: str | None, dataset_name: str) -> None:
 
 
 def make_prompt(row: Row, column: str, negative_column: str, where: str) -> Row:
-    """Return the prompt of a row; its "negative_prompt" is None if the row has no such column."""
-    if not isinstance(row.get(column), str):
-        raise UsageError(f"{where}: column {column!r} is no text: {row.get(column)!r}")
-    prompt = {"prompt": row[column], "negative_prompt": None}
+    """Return the prompt of a row; its "negative_prompt" is None if the row has no such column.
+
+    A number becomes its text, and its column also stays as it is: the column "angle" with 0.5 gives
+    {"prompt": "0.5", "angle": 0.5, ...}.
+    """
+    text = row.get(column)
+    used = [column, negative_column, *OWN_KEYS]
+    if is_number(text):
+        text = str(text)
+        used.remove(column)
+    if not isinstance(text, str):
+        raise UsageError(f"{where}: column {column!r} is no text and no number: {text!r}")
+    prompt = {"prompt": text, "negative_prompt": None}
     if negative_column in row:
         prompt["negative_prompt"] = text_of(row, negative_column, where)
-    prompt |= plain_columns(row, (column, negative_column, *OWN_KEYS))
+    prompt |= plain_columns(row, used)
     if "seed" in row and column != "seed":
         prompt["seed"] = seed_of(row, where)
     return prompt
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value is a finite number, and no truth value."""
+    is_numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_numeric and math.isfinite(value)
 
 
 def text_of(row: Row, column: str | None, where: str) -> str:

@@ -155,10 +155,13 @@ def test_steps_that_are_no_collection_of_numbers_are_refused(steps):
 
 def test_a_missing_toy_is_said_to_lie_in_a_checkout(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("hook.__file__", str(tmp_path / "collect.py"))
+    monkeypatch.setattr("diffusion.loading.PROJECT", tmp_path)
     with pytest.raises(UsageError, match="no folder 'toy' here.*in a checkout.*--model_name"):
         find_model("toy")
-    with pytest.raises(UsageError, match="looks like owner/name$"):
+    with pytest.raises(
+        UsageError,
+        match="looks like owner/name; a model of your own is a file such as my_model.py$",
+    ):
         find_model("toys")
 
 
