@@ -85,9 +85,10 @@ from analysis.plots import ImageRow, plot_ablation_ranking, plot_images
 from diffusion.generate import Generated, generate, required_media
 from diffusion.hook_names import ATTENTIONS, regex_of
 from errors import UsageError, decimals
-from hook import Edit, Generation, HookedDiffusionModel, Layout, NotHookable, find_model
+from hook import Edit, Generation, HookedDiffusionModel, Layout, NotHookable, default_prompts
 from store.disk import claim_folder, write_json
-from store.prompts import default_dataset, load_prompts, with_seeds
+from store.inputs import InputImages, load_rows, names_folder
+from store.prompts import with_seeds
 
 MOST_SHOWN = 40  # rows of images, and bars: the hook points that matter most
 # Options that do not decide the results, or stand in `HookedDiffusionModel.loaded_from`
@@ -123,8 +124,14 @@ def main(cfg: Config) -> list[Path]:
 
     # 1. What to generate, and the shapes of what the layers take and return
     prompts = load_lines(cfg)
+    inputs = InputImages.of_rows(prompts)
     model, options = load_model(cfg)
-    generation = Generation.from_rows(prompts, options)
+    input_images = None
+    if inputs is not None:
+        model.check_image_arguments(inputs.sizes)
+        inputs.check_sizes(is_resized=cfg.height is not None and cfg.width is not None)
+        input_images = inputs.of(prompts)
+    generation = Generation.from_rows(prompts, options, input_images)
     if not cfg.hook_names:
         cfg = replace(cfg, hook_names=default_hook_names(model, generation))
     records = find_records(cfg, model, generation)
@@ -133,6 +140,8 @@ def main(cfg: Config) -> list[Path]:
     out_dir = Path(cfg.out_dir)
     settings = {name: value for name, value in vars(cfg).items() if name not in NOT_SETTINGS}
     settings |= model.loaded_from
+    if not cfg.inputs:
+        del settings["inputs"]  # earlier versions had no such option
     claim_folder(out_dir, "ablate.json", settings)
 
     # 3. One run untouched, then one per hook point
@@ -149,6 +158,8 @@ def main(cfg: Config) -> list[Path]:
         "seeds": generation.seeds,
         "hooks": ablated + failed,
     }
+    if inputs is not None:
+        report["inputs"] = [prompt["inputs"] for prompt in prompts]
     write_json(out_dir / "ablate.json", report)
     pictures = draw(out_dir, cfg.mode, generation.prompts, ablated, untouched, images)
     names = " and ".join(str(path) for path in pictures)
@@ -161,9 +172,16 @@ def load_lines(cfg: Config) -> list[dict]:
 
     Raises UsageError for --mode mean with a single prompt.
     """
-    dataset_name = cfg.dataset_name or default_dataset(find_model(cfg.model_name))
-    prompts = load_prompts(
-        dataset_name, cfg.split, cfg.column, cfg.negative_prompt, cfg.max_num_examples
+    dataset_name = cfg.dataset_name
+    if dataset_name is None and not names_folder(cfg.inputs):
+        dataset_name = default_prompts(cfg.model_name)
+    prompts = load_rows(
+        cfg.inputs,
+        dataset_name,
+        cfg.split,
+        cfg.column,
+        cfg.negative_prompt,
+        cfg.max_num_examples,
     )
     if cfg.mode == "mean" and len(prompts) < 2:
         raise UsageError(
@@ -224,11 +242,10 @@ def find_records(
     the user spelt its name out or if none has some, and if no module can be skipped.
     """
     arguments = generation.arguments()
-    returned, num_steps = model.layouts(cfg.hook_names, generation.prompts, **arguments)
+    returned, steps = model.layouts(cfg.hook_names, generation.prompts, **arguments)
     taken = dict.fromkeys(returned)
     if cfg.mode == "skip":
         taken, _ = model.layouts(cfg.hook_names, generation.prompts, side="input", **arguments)
-    num_steps = num_steps or arguments["num_inference_steps"]
 
     records = []
     reasons = {}
@@ -236,6 +253,9 @@ def find_records(
         if isinstance(layout, NotHookable):
             reasons[name] = layout.reason
         else:
+            num_steps = arguments.get("num_inference_steps")
+            if steps[name] is not None:
+                num_steps = len(steps[name])
             records.append(describe(name, cfg.mode, layout, taken[name], num_steps))
     for name, reason in reasons.items():
         if not records or name in cfg.hook_names:

@@ -85,7 +85,8 @@ class GenerationConfig:
     # data
     dataset_name: str | None = None
     """Take the prompts from this file or hub data set, or use this text as the one prompt. If not
-    given, prompts.csv in the model's folder, or beside its file, is used."""
+    given, prompts.csv in the model's folder, or beside its file, is used. A pipeline without
+    prompts needs none: it makes --max_num_examples samples."""
 
     split: str = "train"
     """Use this split of a hub data set."""
@@ -97,6 +98,12 @@ class GenerationConfig:
     negative_prompt: str | None = None
     """Use this negative prompt for all prompts. If a column has this name, its texts are used. If
     not given, the column negative_prompt is used where the data set has one."""
+
+    inputs: list[str] = dataclasses.field(default_factory=list)
+    """Give the pipeline these images: name=value, where the name is an argument of the pipeline,
+    such as image or mask_image. The value is an image file (the same for all prompts), a folder
+    (one image per prompt, in the order of their names) or a column of --dataset_name. Without
+    --dataset_name the images of a folder are the rows, and the prompts are empty."""
 
     seed: int = 0
     """Generate image i, counted from 0, with seed + i. Leave this option out if the data set has a

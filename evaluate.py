@@ -121,11 +121,12 @@ from diffusion.generate import Generated, generate_batches
 from errors import UsageError, decimals
 from hook import Generation, HookedDiffusionModel, model_of, recorded_model
 from sae import Sae, newest_sae
-from store.activation_file import read_description, read_prompts
+from store.activation_file import image_of, prompt_key, read_description, read_prompts
 from store.dataset import Activations
 from store.disk import claim_folder, read_json, write_json
 from store.hook_point import HookPoint
 from store.identity import activations_of, check_belongs, check_held_out, fingerprint
+from store.inputs import read_inputs
 
 CLIP = "openai/clip-vit-large-patch14"
 # Mean and standard deviation of the colours of the images that CLIP was trained on
@@ -266,7 +267,8 @@ def graft_held_out(
     origin = sae.cfg if "fingerprint" in sae.cfg else sae.cfg | meta
     mismatches = check_belongs(str(path), origin, model=model, transfer=cfg.transfer)
     transfer = activations.transfer + mismatches
-    generation = Generation.from_rows(lines, model.arguments(1, "pt", options))
+    inputs = read_inputs([Path(name).parent for name in activations.paths], lines)
+    generation = Generation.from_rows(lines, model.arguments(1, "pt", options), inputs)
     clip, remark = clip_distance(device=device)
     print(remark)
 
@@ -317,8 +319,8 @@ def held_out_prompts(activations: Activations, count: int) -> tuple[list[dict], 
     # Of lines with the same prompt the first gives the place, the last the seed
     unique = {}
     for row in rows:
-        prompt = lines[row]["prompt"]
-        key = prompt if isinstance(prompt, str) else row
+        prompt = lines[row]["prompt"] or prompt_key(lines[row])  # an empty one is known by its seed
+        key = (prompt, image_of(lines[row])) if isinstance(prompt, str) else row
         unique[key] = lines[row]
     return list(unique.values())[:count], meta
 

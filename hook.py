@@ -21,7 +21,7 @@ what an edit has to know.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -41,6 +41,7 @@ from diffusion.hook_names import (
     match_names,
 )
 from diffusion.loading import (
+    default_prompts,
     find_model,
     fuse_lora,
     is_model_file,
@@ -59,6 +60,7 @@ from diffusion.sampling_loop import Loop
 from diffusion.signatures import (
     Prompt,
     count_prompts,
+    image_arguments,
     per_prompt,
     prompt_arguments,
     sample_name,
@@ -80,6 +82,7 @@ __all__ = [
     "HookedDiffusionModel",
     "Layout",
     "NotHookable",
+    "default_prompts",
     "find_model",
     "model_of",
     "per_prompt",
@@ -564,8 +567,8 @@ class HookedDiffusionModel:
         >>> model.arguments(output_type="pt", num_inference_steps=None, guidance_scale=3.0)
         {'num_inference_steps': 50, 'guidance_scale': 3.0, 'output_type': 'pt'}
 
-        Raises UsageError for what the pipeline does not take, for what is given twice, and for a
-        height without a width.
+        Raises UsageError for what the pipeline does not take, for what is given twice, for a height
+        without a width, and for a text where the pipeline takes an image.
         """
         extra = extra or {}
         parameters = inspect.signature(self.pipe).parameters
@@ -585,6 +588,13 @@ class HookedDiffusionModel:
         for name in extra:
             if name in OUR_ARGUMENTS or per_prompt(name):
                 raise UsageError(f"{name} is set by an option of its own")
+            values = extra[name] if isinstance(extra[name], list) else [extra[name]]
+            is_text = any(isinstance(value, str) for value in values)
+            if is_text and name in image_arguments(self.pipe):
+                raise UsageError(
+                    f"{name} is an image, and {extra[name]!r} is a text: name its file with "
+                    f"--inputs {name}=..."
+                )
         arguments.update(extra)
 
         sizes = [name for name in ("height", "width") if arguments.get(name) is not None]
@@ -603,6 +613,17 @@ class HookedDiffusionModel:
         parameters = inspect.signature(self.pipe).parameters
         return {name: value for name, value in options.items() if name in parameters}
 
+    def check_image_arguments(self, names: Iterable[str]) -> None:
+        """Raise UsageError for a name that is no argument of the pipeline which takes an image."""
+        known = image_arguments(self.pipe)
+        for name in names:
+            if name not in known:
+                takes = f"its images are {', '.join(known)}" if known else "it takes no image"
+                raise UsageError(
+                    f"--inputs {name}=...: {type(self.pipe).__name__} takes no image of this name; "
+                    f"{takes}"
+                )
+
     # ------------------------------------------------------------------------------ find out
 
     def layouts(
@@ -613,17 +634,18 @@ class HookedDiffusionModel:
         side: str = "output",
         stream: str = "image",
         **kwargs,
-    ) -> tuple[dict[str, Layout | NotHookable], int | None]:
+    ) -> tuple[dict[str, Layout | NotHookable], dict[str, list[int] | None]]:
         """Find where the tokens are in what modules return, from a step that is thrown away.
 
         side: "input" for the tokens in what they take. Returns ({hook_name: Layout, or NotHookable
-        with the reason}, number of steps of the whole sampling, None where the scheduler lists
-        none).
+        with the reason}, {hook_name: the steps of the sampling in which its denoiser runs; None
+        where the scheduler lists none}).
         """
         targets, _ = self._targets(positions)
-        found, sampling, _ = self._find_layouts(targets, prompt, side, stream, kwargs)
+        found, dry_step, _ = self._find_layouts(targets, prompt, side, stream, kwargs)
         in_order = {name: found[name] for name in self.modules() if name in targets}
-        return in_order, sampling.num_steps
+        steps = {name: dry_step.steps_of(targets[name][0]) for name in in_order}
+        return in_order, steps
 
     def _find_layouts(
         self,
@@ -632,9 +654,9 @@ class HookedDiffusionModel:
         side: str,
         stream: str,
         kwargs: dict,
-    ) -> tuple[dict[str, Layout | NotHookable], Sampling, list[str]]:
-        """Return ({hook_name: its layout}, the dry step's sampling, the hook names in the order in
-        which the modules ran)."""
+    ) -> tuple[dict[str, Layout | NotHookable], DryStep, list[str]]:
+        """Return ({hook_name: its layout}, the dry step that was run, the hook names in the order
+        in which the modules ran)."""
         finder = ask_which_rows(self, prompt, kwargs)
         wanted = {(side, name, stream): target for name, target in targets.items()}
         found = {}
@@ -668,13 +690,14 @@ class HookedDiffusionModel:
             listen=listen,
             finder=finder,
             must_tell=False,
+            count_steps=True,
         )
         sampling = dry_step.run()
         for name, (denoiser, _) in targets.items():
             if denoiser in sampling.called - stepped:
                 found[name] = not_stepped(denoiser)
             found.setdefault(name, NEVER_RAN)
-        return found, sampling, list(ran)
+        return found, dry_step, list(ran)
 
     def blocks(
         self, prompt: Prompt = None, *, side: str = "output", stream: str = "image", **kwargs
@@ -716,8 +739,9 @@ class HookedDiffusionModel:
         """Return the cache of one step, as `cache` describes it; the step is thrown away.
 
         Every random state is put back. `cache["num_steps"]` is the number of steps of the whole
-        sampling. Where denoisers take turns, it goes on until each of those named has run. kwargs:
-        the options of `cache`, and arguments of the pipeline.
+        sampling, and `cache["steps"]` is {hook_name: the steps in which its denoiser runs}, None
+        where the scheduler does not list them. Where denoisers take turns, it goes on until each of
+        those named has run. kwargs: the options of `cache`, and arguments of the pipeline.
         """
         options, kwargs = CacheOptions.take_from(kwargs)
         targets, explicit = self._targets(positions)
@@ -732,10 +756,12 @@ class HookedDiffusionModel:
             on_step=recorder.on_step,
             listen=recorder.listen,
             finder=finder,
+            count_steps=True,
         )
         sampling = dry_step.run()
         cache = recorder.result(explicit)
         cache["num_steps"] = sampling.num_steps
+        cache["steps"] = {name: dry_step.steps_of(targets[name][0]) for name in cache["grid"]}
         return cache
 
     def first_sample(self, prompt: Prompt = None, **kwargs) -> Tensor:

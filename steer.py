@@ -95,6 +95,12 @@ class Config:
     texts are used. If not given, a column negative_prompt is used, or else that of the
     activations."""
 
+    inputs: list[str] = field(default_factory=list)
+    """Give the pipeline these images: name=value, where the name is an argument of the pipeline.
+    The value is an image file (the same for all prompts), a folder (one image per prompt, in the
+    order of their names) or a column of --dataset_name. If not given, the images of the activations
+    are used with their prompts."""
+
     num_prompts: int = 8
     """Generate this many prompts, which are the columns of the picture."""
 
@@ -185,7 +191,16 @@ from store.disk import claim_folder, write_json
 from store.hook_point import trained_on
 from store.identity import activations_of, check_belongs, origin
 from store.images import Media
-from store.prompts import load_prompts, seen_text, with_seeds
+from store.inputs import (
+    InputImages,
+    load_rows,
+    name_of_copy,
+    names_folder,
+    open_image,
+    parse_inputs,
+    read_inputs,
+)
+from store.prompts import seen_text, with_seeds
 
 EXCHANGED_FEATURES = 8  # on the toy, 64 change more of the image than the concept
 MULTIPLY = [0.0, 4.0]  # strengths of features that the user chose, if none is given
@@ -229,13 +244,20 @@ def check_options_are_read(cfg: Config) -> None:
     elif cfg.concept is None and not exchanges_concepts(cfg):
         unread.append((("score",), "without --concept"))
     if not cfg.dataset_name:
-        unread.append((("column", "seed"), "without --dataset_name"))
+        unread.append((("column",), "without --dataset_name"))
+    if takes_prompts_of_activations(cfg):
+        unread.append((("seed",), "without --dataset_name"))
 
     defaults = Config()
     for names, when in unread:
         for name in names:
             if getattr(cfg, name) != getattr(defaults, name):
                 raise UsageError(f"--{name} has no effect {when}; leave it out")
+
+
+def takes_prompts_of_activations(cfg: Config) -> bool:
+    """Return whether the user has named no prompts, and no folder whose images are the rows."""
+    return not cfg.dataset_name and not names_folder(cfg.inputs)
 
 
 def exchanges_concepts(cfg: Config) -> bool:
@@ -603,16 +625,18 @@ def folder_name(cfg: Config, targets: list[Target]) -> str:
 def choose_prompts(cfg: Config, targets: list[Target], shown: list[dict] | None) -> list[dict]:
     """Return what is generated: rows with a prompt and a seed.
 
-    They come from --dataset_name; else they are `shown`, of `choose_features`; else the first rows
-    of the training data.
+    They come from --dataset_name, or from a folder of --inputs; else they are `shown`, of
+    `choose_features`; else the first rows of the training data. Their "inputs" are sources of
+    images, see `load_rows`, or names of copies beside the training data.
     """
-    if not cfg.dataset_name:
+    if takes_prompts_of_activations(cfg):
         rows = (shown or rows_of(targets[0]))[: cfg.num_prompts]
         if cfg.negative_prompt is not None:
             rows = [{**row, "negative_prompt": cfg.negative_prompt} for row in rows]
         return rows
 
-    rows = load_prompts(
+    rows = load_rows(
+        cfg.inputs,
         cfg.dataset_name,
         column=cfg.column,
         negative_prompt=cfg.negative_prompt,
@@ -640,6 +664,35 @@ def negative_prompt_of(cfg: Config, target: Target) -> str | None:
             "choose one with --negative_prompt"
         )
     return prompts.pop()
+
+
+def choose_images(
+    cfg: Config, rows: list[dict], targets: list[Target], model: HookedDiffusionModel
+) -> list[dict[str, Image.Image]] | None:
+    """Return the images that the pipeline takes, {argument: image} for each row; None if there are
+    none.
+
+    They come from --inputs; with the prompts of the activations, their own images come first.
+    Raises UsageError for what can't be used, and for an image that was changed.
+    """
+    if not takes_prompts_of_activations(cfg):
+        inputs = InputImages.of_rows(rows)
+        if inputs is None:
+            return None
+        model.check_image_arguments(inputs.sizes)
+        return inputs.of(rows)
+
+    folders = []
+    for target in targets:
+        if target.activations is not None:
+            folders += [Path(path).parent for path in target.activations.paths]
+    images = read_inputs(folders, rows)
+    files = parse_inputs(cfg.inputs)
+    if not files:
+        return images
+    model.check_image_arguments(files)
+    given = {name: open_image(path, f"--inputs {name}") for name, path in files.items()}
+    return [{**of_row, **given} for of_row in images or [{}] * len(rows)]
 
 
 def check_prompts(rows: list[dict], meta: dict, model: HookedDiffusionModel) -> None:
@@ -849,6 +902,8 @@ def settings_of(cfg: Config, targets: list[Target]) -> dict:
         if name not in ("out_dir", "device", "batch_size"):
             settings[name] = value
     settings["sae"] = [target.path for target in targets]
+    if not cfg.inputs:
+        del settings["inputs"]  # earlier versions had no such option
     return settings
 
 
@@ -868,9 +923,15 @@ def report_of(
         record["scores"] = target.scores
         record["transfer"] = transfer
         saes.append(record)
+    arguments = replace(generation, inputs=None).arguments()
+    if generation.inputs is not None:
+        names = []  # for each prompt, as in prompts.jsonl
+        for images in generation.inputs:
+            names.append({name: name_of_copy(image) for name, image in images.items()})
+        arguments["inputs"] = names
     return {
         "options": settings,
-        "arguments": generation.arguments(),
+        "arguments": arguments,
         "seeds": generation.seeds,
         "prompts": generation.prompts,
         "runs": [run.record() for run in runs],
@@ -915,7 +976,8 @@ def main(cfg: Config) -> list[Path]:
     transfers = check_models(cfg, model, targets)
     is_other_model = cfg.model_name is not None and any(transfers)
     options = choose_arguments(cfg, meta, model, collected, is_other_model)
-    generation = Generation.from_rows(rows, options)
+    images = choose_images(cfg, rows, targets, model)
+    generation = Generation.from_rows(rows, options, images)
     steps = place_masks(cfg, model, generation, targets)
 
     # 4. What is typical, then the untouched run and one for each strength

@@ -12,9 +12,10 @@ only. There is one exception: where a scheduler draws random numbers that can't 
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -48,6 +49,9 @@ class Generation:
     options: dict = field(default_factory=dict)
     """Further arguments of the pipeline, as `HookedDiffusionModel.arguments` returns them."""
 
+    inputs: list[dict[str, Image.Image]] | None = None
+    """One per prompt: the images that the pipeline takes, {argument: image}."""
+
     def __post_init__(self) -> None:
         count = len(self.prompts)
         if not count or len(self.seeds) != count:
@@ -59,6 +63,11 @@ class Generation:
                 f"{count} prompts and {len(self.negative_prompts)} negative prompts: expected one "
                 "for each prompt"
             )
+        if self.inputs is not None and len(self.inputs) != count:
+            raise UsageError(
+                f"{count} prompts and input images for {len(self.inputs)}: expected some for each "
+                "prompt"
+            )
         for name, value in self.options.items():
             if is_list_of_prompts(name, value) and len(value) != count:
                 raise UsageError(
@@ -67,12 +76,15 @@ class Generation:
                 )
 
     @classmethod
-    def from_rows(cls, rows: list[dict], options: dict) -> "Generation":
+    def from_rows(
+        cls, rows: list[dict], options: dict, inputs: list[dict[str, Image.Image]] | None = None
+    ) -> "Generation":
         """Return the Generation of rows of prompts.jsonl, which have the keys "prompt", "seed" and
         perhaps "negative_prompt".
 
-        The options hold for all prompts. Raises UsageError where some rows have a negative prompt
-        and others have none, and for a list of prompts among the options.
+        The options hold for all prompts; `inputs` are the images of each row. Raises UsageError
+        where some rows have a negative prompt and others have none, and for a list of prompts among
+        the options.
         """
         check_shared_options(options)
         prompts = [row["prompt"] for row in rows]
@@ -85,13 +97,14 @@ class Generation:
                 "some of the prompts have a negative prompt and others have none; say one for all "
                 "of them"
             )
-        return cls(prompts, seeds, negative_prompts, options)
+        return cls(prompts, seeds, negative_prompts, options, inputs)
 
     def arguments(self) -> dict:
         """Return all arguments of the pipeline but the prompts and the random generators."""
-        if self.negative_prompts is None:
-            return dict(self.options)
-        return self.options | {"negative_prompt": self.negative_prompts}
+        arguments = self.options | image_lists(self.inputs or [])
+        if self.negative_prompts is not None:
+            arguments["negative_prompt"] = self.negative_prompts
+        return arguments
 
     def batches(self, n: int) -> Iterator["Generation"]:
         """Yield consecutive parts of at most n prompts. Raises UsageError for n below 1.
@@ -111,7 +124,27 @@ class Generation:
             negative_prompts = self.negative_prompts
             if negative_prompts is not None:
                 negative_prompts = negative_prompts[part]
-            yield Generation(self.prompts[part], self.seeds[part], negative_prompts, options)
+            inputs = self.inputs
+            if inputs is not None:
+                inputs = inputs[part]
+            yield Generation(
+                self.prompts[part], self.seeds[part], negative_prompts, options, inputs
+            )
+
+
+def image_lists(inputs: list[dict[str, Image.Image]]) -> dict[str, Any]:
+    """Return the images of a batch of prompts as a pipeline takes them: {argument: its images}.
+
+    These are a list with one image per prompt; for a single prompt it is the image itself, since
+    some pipelines take no list. For [{"image": a}, {"image": b}] it gives {"image": [a, b]}.
+    """
+    if len(inputs) == 1:
+        return dict(inputs[0])
+    lists: dict[str, list] = {}
+    for images in inputs:
+        for name, image in images.items():
+            lists.setdefault(name, []).append(image)
+    return lists
 
 
 def is_list_of_prompts(name: str, value: object) -> bool:

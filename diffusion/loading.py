@@ -22,8 +22,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from diffusion.signatures import takes_prompts
 from errors import UsageError
 from store.identity import pipeline_fingerprints
+from store.prompts import default_dataset
 
 PROJECT = Path(__file__).resolve().parents[1]
 DEFAULT_FUNCTION = "build"  # of a model file
@@ -69,6 +71,35 @@ def find_model(model_name: str) -> str:
             )
         raise UsageError(missing)
     return name
+
+
+def default_prompts(model_name: str) -> str | None:
+    """Return the file of prompts that a model's folder carries; None for a pipeline that takes no
+    prompts.
+
+    A pipeline is asked by its class, so that no weights are loaded. Raises UsageError if it takes
+    prompts, or its class is not known, and there is no file.
+    """
+    folder_or_id = find_model(model_name)
+    try:
+        return default_dataset(folder_or_id)
+    except UsageError:
+        if pipeline_takes_prompts(folder_or_id):
+            raise
+    return None
+
+
+def pipeline_takes_prompts(folder_or_id: str) -> bool:
+    """Return whether the pipeline in a diffusers folder or behind a hub id takes prompts; True if
+    its class is not known."""
+    import diffusers  # takes seconds to import
+
+    try:
+        config = diffusers.DiffusionPipeline.load_config(folder_or_id)
+    except (OSError, ValueError):
+        return True
+    pipeline = getattr(diffusers, config.get("_class_name", ""), None)
+    return pipeline is None or takes_prompts(pipeline.__call__)
 
 
 def split_function(model_name: str) -> tuple[str, str | None]:

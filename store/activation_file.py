@@ -620,7 +620,7 @@ def prompt_key(row: dict) -> str:
     text = row.get("seen", row.get("prompt"))
     if isinstance(text, str) and text.strip():
         return "text " + INVISIBLE.sub("", unicodedata.normalize("NFKC", text).casefold())
-    image = row.get("image_digest") or row.get("image")
+    image = image_of(row) or row.get("image")
     if image:
         return f"image {image}"
     if text not in (None, ""):
@@ -628,17 +628,26 @@ def prompt_key(row: dict) -> str:
     return f"seed {row.get('seed')}"
 
 
+def image_of(row: dict) -> str | None:
+    """Return what tells the images of a line of prompts.jsonl from others: the digest of its real
+    image, or those of the images that its generation began with. None if it has neither."""
+    inputs = row.get("inputs")  # an old collection may have a column of this name
+    if isinstance(inputs, dict):
+        return " ".join(inputs.values())
+    return row.get("image_digest")
+
+
 def prompt_keys(row: dict) -> tuple[str, ...]:
-    """Return the keys of a line of prompts.jsonl: of its text, and of its real image if it has one.
+    """Return the keys of a line of prompts.jsonl: of its text, and of its images if it has any.
 
     A picture with several captions has several lines. All of them show the same picture, so that
     they must not be told apart by their texts alone. For {"prompt": "a cat", "image_digest": "ab"}
     it gives ("text acat", "image ab"), for {"prompt": "a cat"} it gives ("text acat",).
     """
     key = prompt_key(row)
-    if not row.get("image_digest"):
+    if not image_of(row):
         return (key,)
-    picture = f"image {row['image_digest']}"
+    picture = f"image {image_of(row)}"
     if key == picture:
         return (key,)
     return key, picture

@@ -41,7 +41,7 @@ PROMPT_COLUMNS = ("prompt", "caption", "text")
 # These columns decide what is generated; they are found however they are spelled
 USED_COLUMNS = (*PROMPT_COLUMNS, "negative_prompt", "seed")
 # collect.py adds these keys to prompts.jsonl; a column of such a name is kept as dataset_<name>
-ADDED_KEYS = ("id", "seen", "image_digest")
+ADDED_KEYS = ("id", "seen", "image_digest", "inputs")
 # Keys of a prompt that are never copied from a column of the same name as they are
 OWN_KEYS = (*ADDED_KEYS, "prompt", "negative_prompt", "seed")
 
@@ -64,6 +64,7 @@ def load_prompts(
     column: str | None = None,
     negative_prompt: str | None = None,
     max_num_examples: int | None = None,
+    pictures: dict[str, str] | None = None,
 ) -> list[Row]:
     """Return the prompts of a file, of a hub data set, or one literal prompt.
 
@@ -72,17 +73,20 @@ def load_prompts(
 
     column: holds the prompt. If None, it is the first of prompt, caption and text, or the only
     column of texts. negative_prompt: the name of a column, or a text for all prompts. If None, the
-    column negative_prompt is used where there is one.
+    column negative_prompt is used where there is one. pictures: {key: column}; of each row these
+    columns' pictures become "inputs": {key: picture}, see `picture_of`.
 
     Raises UsageError for a file or a column that is missing, for a file that can be read in several
     ways, for a cell that can't be used, and for a data set without prompts.
     """
-    named = [name for name in (column, negative_prompt) if name is not None]
+    pictures = pictures or {}
+    named = [name for name in (column, negative_prompt, *pictures.values()) if name is not None]
     negative_column = "negative_prompt" if negative_prompt is None else negative_prompt
 
     prompts = []
     columns: dict[str, None] = {}  # of all rows, in order
     rows = read_rows(dataset_name, split, max_num_examples, named)
+    rows = undecoded(rows, list(pictures.values()))
     for number, row in enumerate(rows, 1):
         where = f"{dataset_name}, row {number}"
         row = rename_columns(row, named, where)
@@ -90,7 +94,12 @@ def load_prompts(
         if not prompts:
             column = column or find_prompt_column(row)
             check_has_column(row, column, dataset_name)
-        prompts.append(make_prompt(row, column, negative_column, where))
+        prompt = make_prompt(row, column, negative_column, where)
+        for key, picture_column in pictures.items():
+            check_has_picture(row, picture_column, key, dataset_name)
+            picture = picture_of(row, picture_column, dataset_name, where)
+            prompt.setdefault("inputs", {})[key] = picture
+        prompts.append(prompt)
         if len(prompts) == max_num_examples:
             break
     if not prompts:
@@ -181,9 +190,11 @@ def load_pictures(
     return pictures_of_column(images, dataset_name, split, column, max_num_examples)
 
 
-def pictures_of_folder(folder: Path, max_num_examples: int | None) -> tuple[list[Row], list[str]]:
+def pictures_of_folder(
+    folder: Path, max_num_examples: int | None, option: str | None = None
+) -> tuple[list[Row], list[str]]:
     """Return the pictures in a folder and below it, as `load_pictures` does; hidden ones are left
-    out."""
+    out. option: what the error says if there are none; it is --images if not given."""
     paths = []
     for path in folder.rglob("*"):
         inside = path.relative_to(folder)
@@ -191,7 +202,8 @@ def pictures_of_folder(folder: Path, max_num_examples: int | None) -> tuple[list
         if path.suffix.lower() in PICTURES and is_shown:
             paths.append(path)
     if not paths:
-        raise UsageError(f"--images {folder}: no picture there ({', '.join(PICTURES)})")
+        option = option or f"--images {folder}"
+        raise UsageError(f"{option}: no picture there ({', '.join(PICTURES)})")
 
     paths = sorted(paths)[:max_num_examples]
     prompts = [{"prompt": "", "image": str(path.relative_to(folder))} for path in paths]
@@ -208,11 +220,7 @@ def pictures_of_column(
     """Return the pictures of a data set's column `images`, as `load_pictures` does."""
     named = [name for name in (images, column) if name is not None]
     rows = read_rows(dataset_name, split, max_num_examples, named)
-    if hasattr(rows, "cast_column"):  # a hub data set; files take less memory than pixels
-        from datasets import Image
-
-        rows = rows.cast_column(images, Image(decode=False))
-
+    rows = undecoded(rows, [images])
     prompts = []
     sources = []
     for number, row in enumerate(rows, 1):
@@ -239,6 +247,27 @@ def pictures_of_column(
         print("note: --images does not use the column negative_prompt: nothing is generated")
     check_seeds(prompts, dataset_name)
     return prompts, sources
+
+
+def undecoded(rows: Iterable[Row], columns: list[str]) -> Iterable[Row]:
+    """Return rows of a hub data set whose pictures in these columns are not decoded, since files
+    take less memory than pixels; other rows as they are."""
+    if not hasattr(rows, "cast_column"):
+        return rows
+    from datasets import Image
+
+    for column in columns:
+        rows = rows.cast_column(column, Image(decode=False))
+    return rows
+
+
+def check_has_picture(row: Row, column: str, key: str, dataset_name: str) -> None:
+    """Raise UsageError if a row lacks the column of an image that the pipeline takes as `key`."""
+    if column not in row:
+        raise UsageError(
+            f"--inputs {key}={column}: there is no such file or folder, and {dataset_name} has no "
+            f"such column; there are {', '.join(row)}"
+        )
 
 
 def first_caption_column(row: Row) -> str | None:

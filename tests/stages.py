@@ -116,6 +116,9 @@ def family_table() -> list[Family]:
         Family("AudioLDM 2", audioldm2),
         Family("DiT", families.dit, prompts=tuple(classes.values()), labels=classes),
         Family("DDPM", families.ddpm, prompts=None),
+        Family("FLUX Kontext", families.kontext, images=("image",)),
+        Family("Image to image", families.img2img, images=("image",)),
+        Family("Inpainting", families.inpaint, images=("image", "mask_image")),
         Family("InstructPix2Pix", families.instruct_pix2pix, images=("image",)),
         Family("ControlNet", families.controlnet, images=("image",)),
         Family("SVD", families.svd, prompts=None, images=("image",)),
@@ -149,8 +152,8 @@ def generation_options(family: Family) -> list[str]:
     words = ["--model_name", "model"]
     if family.prompts is not None:
         words += ["--dataset_name", "prompts.csv"]
-    for name in family.images:
-        words += ["--inputs", f"{name}=photos"]
+    if family.images:
+        words += ["--inputs", *(f"{name}=photos" for name in family.images)]
     extra = {}
     steps = {"num_inference_steps": NUM_STEPS}
     for name, value in (steps | family.recipe.options).items():
