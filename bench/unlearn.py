@@ -105,7 +105,8 @@ class Config:
     the newest one in saes/."""
 
     model_name: str | None = None
-    """Load this diffusers folder. If not given, it is the model that made the activations."""
+    """Load this diffusers folder, with the pipeline's arguments of the activations. If not given, it
+    is the model that made the activations."""
 
     # what to unlearn
     unlearn: str = "all"
@@ -417,13 +418,14 @@ def digest(sae: Sae) -> str:
 def load_model(
     cfg: Config, meta: dict, device: torch.device, dtype: torch.dtype
 ) -> tuple[HookedDiffusionModel, dict]:
-    """Return the model of the activations, and the pipeline's arguments: theirs, or those of the
-    options."""
+    """Return the model that generates, and the pipeline's arguments.
+
+    The arguments are those that the activations were made with, also in another folder of the
+    model. The options of this benchmark take their place where they are given.
+    """
     hooked, options = model_of(meta, cfg.model_name, device, dtype)
     for module in (*hooked.denoisers.values(), hooked.pipe.vae):
         module.to(memory_format=torch.channels_last)
-    if cfg.model_name:
-        options = {}
     options["num_inference_steps"] = cfg.num_inference_steps
     if cfg.guidance_scale is not None:
         options["guidance_scale"] = cfg.guidance_scale
