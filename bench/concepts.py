@@ -32,6 +32,8 @@ from sae import Sae
 from store.identity import activations_of
 from toy.concepts import CONCEPTS
 
+ALL_SCORES = 1 << 40  # numbers: so many that no image is left out
+
 
 @dataclass
 class Config:
@@ -157,13 +159,12 @@ def main(cfg: Config) -> None:
         if [row["prompt"] for row in activations.prompt_lines()] != prompts:
             raise UsageError("--sae: the SAEs were trained on activations of different prompts")
 
-    hook_names = [sae.cfg["hook_name"] for sae in saes]
     for pool in cfg.pool:
         scores = []
         for sae, activations in zip(saes, sets):
-            of_steps, _ = image_scores(sae, activations, pool, most=1 << 40)  # (P, S, M)
+            of_steps, _ = image_scores(sae, activations, pool, most=ALL_SCORES)  # (P, S, M)
             scores.append(of_steps.mean(1))
-        print_scores(pool, scores, rows, hook_names, cfg)
+        print_scores(pool, scores, rows, [sae.cfg["hook_name"] for sae in saes], cfg)
 
 
 def print_scores(

@@ -51,8 +51,8 @@ BATCH = 2
 MOMENT = 0.002  # seconds between two looks at a run
 PAGE = 4096  # bytes; a tmpfs counts in pages
 
-# Fraction of the free bytes that the files take on a disk that is nearly full. collect.py refuses to
-# start above 0.98 (FULLEST_DISK).
+# Fraction of the free bytes that the files take on a disk that is nearly full. Above 0.98
+# (FULLEST_DISK) collect.py refuses to start.
 FULLNESS = 0.97
 
 
