@@ -265,7 +265,7 @@ def print_stable_diffusion(cfg: Config, rates: Rates) -> None:
 def print_stable_diffusion_row(
     cfg: Config, rates: Rates, prompts: int, every: int, tokens: int
 ) -> None:
-    """Print the line of a collection that stores each `every`-th step, and `tokens` tokens of it."""
+    """Print the line of a collection that stores `tokens` tokens of each `every`-th step."""
     update = count_update(cfg, SD15_LATENTS, SD15_WIDTH, devices=1, split_vectors=False)
     stored_steps = math.ceil(SD15_STEPS / every)
     vectors = prompts * stored_steps * tokens
