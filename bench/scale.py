@@ -41,7 +41,7 @@ HUGE_WIDTH = 1280
 HUGE_VECTORS = 10**9
 
 BYTES_STORED = 2  # of a number in an activation file
-BATCHES_WRITTEN = 48  # each is fsynced, so their median needs some
+BATCHES_WRITTEN = 48  # each waits for the disk, whose time varies
 STEPS_TRAINED = 5
 LARGEST_PRE_ACTS = 65_536  # latents whose activations are in memory at once, see kernels/encode.py
 

@@ -2,7 +2,7 @@
 
     pip install -r requirements-bench.txt
     python -m bench step
-    python -m bench step --N 4096 --d 1280 --M 20480 --csv bench.csv    # of Stable Diffusion 1.5
+    python -m bench step --N 4096 --d 1280 --M 20480 --csv bench.csv  # Stable Diffusion 1.5
 
 Claim: our step is 4.1 times as fast as eai-sparsify's and 12 times as fast as the dense one (two
 cores of an AMD EPYC with AVX512-BF16; docs/benchmarks.md). It takes about two minutes there.

@@ -24,11 +24,12 @@ has other seeds. These methods are compared:
                      turned to the nearest, 2nd or 3rd nearest other value (feature_edits.redirect)
     saeuron          arXiv 2501.18052: each step has features of its own, by SAeUron's score. An
                      activation above the mean over the domain's values is multiplied by a negative
-                     number times the feature's mean on the concept. All rows are edited
-    negative_prompt  the word takes the place of the empty text in the unconditional rows
-    mean_direction   at the same module: the difference between the mean vectors with and without
-                     the concept is a direction. What x has more of it than the mean without the
-                     concept is subtracted s times
+                     number times the feature's mean on the concept. The unconditional rows are
+                     edited too
+    negative_prompt  the word is the negative prompt, which the unconditional rows get
+    mean_direction   at the same module: a direction leads from the mean vector without the concept
+                     to that with it. How far x lies beyond the mean without the concept, along
+                     this direction, is subtracted s times
 
 Writes <out_dir>/<concept>/unlearn.json; the same command resumes where it stopped. SAeUron's code
 adds x_hat - x for the error where its text keeps x - x_hat; here the error is kept. Sources:
@@ -413,9 +414,9 @@ def training_prompts(saes: list[Sae]) -> set[str]:
 def split_prompts(rows: list[dict], used: set[str], per_cell: int, seed: int = 0) -> Halves:
     """Return two halves of the prompts, without those in `used`.
 
-    Each half has `per_cell` prompts of each object and style. Each prompt gets as its seed its
-    place in the two halves, one after the other. rows: as `load_prompts` returns them. seed: of the
-    choice. Raises UsageError if too few prompts are left.
+    Each half has `per_cell` prompts of each object and style. The "seed" of a prompt is its index
+    in the first half followed by the second. rows: as `load_prompts` returns them. seed: decides
+    which prompts are taken. Raises UsageError if too few prompts are left.
     """
     cells = {}  # {(object, style): its rows in random order}
     for i in np.random.default_rng(seed).permutation(len(rows)):
