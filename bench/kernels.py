@@ -435,7 +435,7 @@ def plain_update(
 
 def squared_norm_row(inputs: Inputs) -> Row:
     """Return the row of `squared_norm`: the square of the norm by which a gradient is clipped."""
-    floor_bytes = bytes_of_pairs(inputs) + (INT64 + FLOAT32) * len(inputs.W)
+    floor_bytes = bytes_of_pairs(inputs) + INT64 * len(inputs.W)  # ends
     ours = partial(squared_norm, make_gradient(inputs))
     plain = partial(plain_squared_norm, inputs)
     return Row("squared_norm", "float32", floor_bytes, ours, plain, "(N, k, d), index_add_, sum")

@@ -239,3 +239,18 @@ def test_another_folder_of_the_model_gets_the_options_of_the_activations(tmp_pat
     assert arguments == of_toy
     _, given = load_model(replace(config, guidance_scale=2.0), meta, device, torch.float32)
     assert given == arguments | {"guidance_scale": 2.0}
+
+
+def test_a_cell_whose_prompts_were_all_used_is_refused():
+    rows = load_prompts(str(TOY / "prompts.csv"))
+    used = {row["prompt"] for row in rows if (row["object"], row["style"]) == ("star", "dotted")}
+    with pytest.raises(ValueError, match="--per_cell 1: only 0 prompts are left of star dotted"):
+        split_prompts(rows, used, 1)
+
+
+def test_of_equal_settings_the_one_that_is_best_for_the_domain_is_chosen(domain):
+    star, moon = unlearn.Concept(domain, "star"), unlearn.Concept(domain, "moon")
+    means = {"star": [0.5, 0.5, 0.4, 0.5, 0.1, 0.1], "moon": [0.1, 0.3, 0.9, 0.3, 0.1, 0.1]}
+    settings = unlearn.GRIDS["features"]["object"]
+    choose = lambda concept: unlearn.best_setting("features", concept, [star, moon], means)
+    assert choose(star) == settings[1] and choose(moon) == settings[2]
