@@ -418,21 +418,22 @@ def split_prompts(rows: list[dict], used: set[str], per_cell: int, seed: int = 0
     in the first half followed by the second. rows: as `load_prompts` returns them. seed: decides
     which prompts are taken. Raises UsageError if too few prompts are left.
     """
-    cells = {}  # {(object, style): its rows in random order}
+    cells = {}  # {(object, style): its unused rows in random order}
     for i in np.random.default_rng(seed).permutation(len(rows)):
         row = rows[i]
+        cell = cells.setdefault((row["object"], row["style"]), [])
         if row["prompt"] not in used:
-            cells.setdefault((row["object"], row["style"]), []).append(row)
+            cell.append(row)
 
     choice = []
     report = []
-    for cell, of_cell in sorted(cells.items()):
-        if len(of_cell) < 2 * per_cell:
+    for words, cell in sorted(cells.items()):
+        if len(cell) < 2 * per_cell:
             raise UsageError(
-                f"--per_cell {per_cell}: only {len(of_cell)} prompts are left of {' '.join(cell)}"
+                f"--per_cell {per_cell}: only {len(cell)} prompts are left of {' '.join(words)}"
             )
-        choice += of_cell[:per_cell]
-        report += of_cell[-per_cell:]
+        choice += cell[:per_cell]
+        report += cell[-per_cell:]
     seeded = [row | {"seed": number} for number, row in enumerate(choice + report)]
     return Halves(seeded[: len(choice)], seeded[len(choice) :])
 
