@@ -1,7 +1,7 @@
 """Does a single feature tell a concept? AUROC on the toy, chosen and scored on different prompts.
 
-    python -m bench concepts                        # collects, trains, scores: 30 minutes, one core
-    python -m bench concepts --sae saes/a saes/b    # only scores
+    python -m bench concepts                       # collects, trains, scores: 30 min, one core
+    python -m bench concepts --sae saes/a saes/b   # only scores
 
 For each object, style and colour one feature is chosen, of all of the SAEs: the one whose image
 score best separates the images that show the concept from the others, on the prompts with an even

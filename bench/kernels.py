@@ -1,7 +1,7 @@
 """Each kernel alone, against plain PyTorch and against the bytes that it has to move.
 
-    python -m bench kernels                                  # N = 1024, d = 640, M = 10240, k = 32
-    python -m bench kernels --N 4096 --d 1280 --M 20480      # sizes of Stable Diffusion 1.5
+    python -m bench kernels                               # N = 1024, d = 640, M = 10240, k = 32
+    python -m bench kernels --N 4096 --d 1280 --M 20480   # sizes of Stable Diffusion 1.5
 
 The table of docs/benchmarks.md was measured on two cores of an AMD EPYC. On a GPU these are the
 Triton kernels, elsewhere their PyTorch versions. All take turns, in an order that rotates; the

@@ -1,7 +1,7 @@
 """How fast shuffled vectors are read: ours, the ancestor's way, and plain reading.
 
-    python -m bench loader                              # a file of 1 GB, batches of 4096 vectors
-    python -m bench loader --large 8 --buffer_gb 1      # and the memory that reading 8 GB takes
+    python -m bench loader                            # a file of 1 GB, batches of 4096 vectors
+    python -m bench loader --large 8 --buffer_gb 1    # and the memory that reading 8 GB takes
 
 Claim: ours reads 11 times as fast as the ancestor's trainer where the file fits the buffer, and 5.2
 times where it does not (docs/benchmarks.md; two cores of an AMD EPYC, the page cache warm).

@@ -1,7 +1,7 @@
 """How far it goes: disk, memory and time of large data sets and dictionaries, from measured rates.
 
     python -m bench scale                    # rates of this machine, then the tables
-    python -m bench scale --check 500 1000   # predict 2000 toy prompts from these, and measure them
+    python -m bench scale --check 500 1000   # predict 2000 toy prompts, and measure them
 
 Disk is exact: prompts x steps x tokens x d x bytes. Times come from rates, and each table says
 where a rate comes from: measured on this machine, published by others, or counted. "Counted" is the
