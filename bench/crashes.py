@@ -231,14 +231,9 @@ class Table:
         self.num_folders = 0
         self.num_failed = 0
         self.rng = np.random.default_rng(cfg.seed)
-        self.arguments = [
-            *("--hook_names", "mid_block"),
-            *("--num_inference_steps", "2"),
-            *("--batch_size", str(BATCH)),
-            *("--max_num_examples", str(PROMPTS)),
-            *("--device", "cpu"),
-            *("--model_name", cfg.model_name),
-        ]
+        self.arguments = ["--hook_names", "mid_block", "--num_inference_steps", "2"]
+        self.arguments += ["--batch_size", str(BATCH), "--max_num_examples", str(PROMPTS)]
+        self.arguments += ["--device", "cpu", "--model_name", cfg.model_name]
         columns = f"{'what was done':46} {'lost':>4}  {'same bytes':10}  exit status and last line"
         print(columns, flush=True)
 
