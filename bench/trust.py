@@ -456,7 +456,8 @@ def family_differences(family: str, guided: bool, number: int) -> list[str]:
 
     recipe = getattr(families, family)
     name = FAMILIES[family].hook_name
-    expected = family_by_hand(family, guided, number)
+    options = family_options(recipe, guided, number)
+    expected = family_by_hand(build(recipe), family, options, guided)
 
     options = family_options(recipe, guided, number)
     prompts = options.pop("prompt")
@@ -492,14 +493,12 @@ class FamilyReference(NamedTuple):
     images: Tensor
 
 
-def family_by_hand(family: str, guided: bool, number: int) -> FamilyReference:
-    """Return what the plain pipeline of a transformer and a plain hook give."""
-    import families
-    from tiny import build
+def family_by_hand(pipe: Any, family: str, options: dict, guided: bool) -> FamilyReference:
+    """Return what the plain pipeline of a transformer and a plain hook give.
 
-    recipe = getattr(families, family)
+    options: the pipeline's arguments, with a list of prompts. guided: whether they have guidance.
+    """
     hook_name, image_output, passes = FAMILIES[family]
-    pipe = build(recipe)
     outputs = []
 
     def note_output(module: nn.Module, args: tuple, output: Any) -> None:
@@ -507,9 +506,10 @@ def family_by_hand(family: str, guided: bool, number: int) -> FamilyReference:
         outputs.append(x.clone())
 
     handle = pipe.transformer.get_submodule(hook_name).register_forward_hook(note_output)
-    images = pipe(**family_options(recipe, guided, number)).images
+    images = pipe(**options).images
     handle.remove()
 
+    number = len(images)  # of prompts
     x = torch.stack(outputs, dim=1)  # (rows, calls, tokens, d)
     if not guided:
         return FamilyReference(x, None, images)
