@@ -342,6 +342,5 @@ def print_memory(cfg: Config, folder: Path) -> None:
         f"{count:,} vectors in {seconds:.1f} s; anonymous memory"
     )
     print(
-        f"rose from {before:.2f} by at most {rise:.2f} GiB; "
-        f"the buffer has {cfg.buffer_gb:.2f} GiB"
+        f"rose from {before:.2f} by at most {rise:.2f} GiB; the buffer has {cfg.buffer_gb:.2f} GiB"
     )
