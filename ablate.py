@@ -1,6 +1,7 @@
 """Stage 1: which layer? Disable hook points one at a time and see what the images lose.
 
     python ablate.py                                       # the toy's attention blocks, skipped
+    python ablate.py --model_name black-forest-labs/FLUX.1-schnell   # every block
     python ablate.py --model_name sd-legacy/stable-diffusion-v1-5 --dataset_name "a red fox"
     python ablate.py --hook_names "up_blocks.*.attentions.*" mid_block --mode mean
 
@@ -27,12 +28,14 @@ Two distances compare each run with the untouched run of the same seeds. Both ar
 prompts:
 
     latents   |a - b| / |b|, where b are the final latents of the untouched run, and a the others
-    images    root mean square difference of the pixels, which are numbers from 0 to 1
+    images    root mean square difference of the pixels, which are numbers from 0 to 1; of the
+              pixels of all frames of a video; of the samples of audio, from -1 to 1
 
 The script does not search for combinations of layers.
 """
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,10 +59,11 @@ class Config(GenerationConfig):
     it if the GPU's memory is too small."""
 
     # what to disable
-    hook_names: list[str] = field(default_factory=lambda: ["**.attentions.*"])
+    hook_names: list[str] | None = None
     """Disable these modules of the denoiser, one at a time. Give names or patterns: `*` stands for
     any text within one part of a dotted name, `**` also crosses dots. collect.py --list_hooks shows
-    the names."""
+    the names. If not given, "**.attentions.*", the attention blocks of a UNet, or every block of a
+    model that has none."""
 
     mode: Literal["skip", "zero", "mean"] = "skip"
     """Replace the module's output by its input (skip), by 0 (zero), or by its mean over the prompts
@@ -78,14 +82,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from analysis.plots import ImageRow, plot_ablation_ranking, plot_images
-from diffusion.generate import Generated, generate, required_images
-from errors import UsageError
-from hook import Edit, Generation, HookedDiffusionModel, find_model
+from diffusion.generate import Generated, generate, required_media
+from diffusion.hook_names import ATTENTIONS, regex_of
+from errors import UsageError, decimals
+from hook import Edit, Generation, HookedDiffusionModel, Layout, NotHookable, default_prompts
 from store.disk import claim_folder, write_json
-from store.prompts import default_dataset, load_prompts, with_seeds
+from store.inputs import InputImages, load_rows, names_folder
+from store.prompts import with_seeds
 
 MOST_SHOWN = 40  # rows of images, and bars: the hook points that matter most
-NOT_SETTINGS = ("out_dir", "device", "cpu_offload")  # options that do not decide the results
+# Options that do not decide the results, or stand in `HookedDiffusionModel.loaded_from`
+NOT_SETTINGS = ("out_dir", "device", "cpu_offload", "lora", "trust_remote_code")
 BYTES_PER_NUMBER = 2  # collect.py stores 16 bits
 
 
@@ -117,16 +124,24 @@ def main(cfg: Config) -> list[Path]:
 
     # 1. What to generate, and the shapes of what the layers take and return
     prompts = load_lines(cfg)
+    inputs = InputImages.of_rows(prompts)
     model, options = load_model(cfg)
-    generation = Generation.from_rows(prompts, options)
-    first_step = model.first_step(
-        cfg.hook_names, generation.prompts, save_input=True, **generation.arguments()
-    )
-    records = [describe(name, cfg.mode, first_step) for name in first_step["grid"]]
+    input_images = None
+    if inputs is not None:
+        model.check_image_arguments(inputs.sizes)
+        inputs.check_sizes(is_resized=cfg.height is not None and cfg.width is not None)
+        input_images = inputs.of(prompts)
+    generation = Generation.from_rows(prompts, options, input_images)
+    if not cfg.hook_names:
+        cfg = replace(cfg, hook_names=default_hook_names(model, generation))
+    records = find_records(cfg, model, generation)
 
     # 2. A folder that holds nothing else
     out_dir = Path(cfg.out_dir)
     settings = {name: value for name, value in vars(cfg).items() if name not in NOT_SETTINGS}
+    settings |= model.loaded_from
+    if not cfg.inputs:
+        del settings["inputs"]  # earlier versions had no such option
     claim_folder(out_dir, "ablate.json", settings)
 
     # 3. One run untouched, then one per hook point
@@ -143,6 +158,8 @@ def main(cfg: Config) -> list[Path]:
         "seeds": generation.seeds,
         "hooks": ablated + failed,
     }
+    if inputs is not None:
+        report["inputs"] = [prompt["inputs"] for prompt in prompts]
     write_json(out_dir / "ablate.json", report)
     pictures = draw(out_dir, cfg.mode, generation.prompts, ablated, untouched, images)
     names = " and ".join(str(path) for path in pictures)
@@ -155,9 +172,16 @@ def load_lines(cfg: Config) -> list[dict]:
 
     Raises UsageError for --mode mean with a single prompt.
     """
-    dataset_name = cfg.dataset_name or default_dataset(find_model(cfg.model_name))
-    prompts = load_prompts(
-        dataset_name, cfg.split, cfg.column, cfg.negative_prompt, cfg.max_num_examples
+    dataset_name = cfg.dataset_name
+    if dataset_name is None and not names_folder(cfg.inputs):
+        dataset_name = default_prompts(cfg.model_name)
+    prompts = load_rows(
+        cfg.inputs,
+        dataset_name,
+        cfg.split,
+        cfg.column,
+        cfg.negative_prompt,
+        cfg.max_num_examples,
     )
     if cfg.mode == "mean" and len(prompts) < 2:
         raise UsageError(
@@ -171,32 +195,103 @@ def load_model(cfg: Config) -> tuple[HookedDiffusionModel, dict[str, Any]]:
     device = resolve_device(cfg.device)
     dtype = resolve_dtype(cfg.dtype, device)
     model = HookedDiffusionModel.from_pretrained(
-        cfg.model_name, dtype, device, cfg.cpu_offload, variant=cfg.variant, revision=cfg.revision
+        cfg.model_name,
+        dtype,
+        device,
+        cfg.cpu_offload,
+        cfg.lora,
+        variant=cfg.variant,
+        revision=cfg.revision,
+        trust_remote_code=cfg.trust_remote_code or None,
     )
-    model.pipe.set_progress_bar_config(disable=True)
+    model.hide_progress_bar()
     extra = parse_object(cfg.pipeline_kwargs, "--pipeline_kwargs")
     return model, model.arguments(1, "pt", extra, **cfg.pipeline_options())
 
 
-def describe(name: str, mode: str, first_step: dict) -> dict[str, Any]:
+def default_hook_names(model: HookedDiffusionModel, generation: Generation) -> list[str]:
+    """Return what is ablated if the user names nothing: the pattern of a UNet's attention blocks,
+    or all blocks of a model without such.
+
+    Prints one line about the blocks. Raises UsageError if there are none.
+    """
+    if any(re.fullmatch(regex_of(ATTENTIONS), name) for name in model.modules()):
+        return [ATTENTIONS]
+    blocks = model.blocks(generation.prompts, **generation.arguments())
+    names = [name for of_denoiser in blocks.values() for name in of_denoiser]
+    if not names:
+        raise UsageError(
+            "no block of this model returns image tokens; name modules with --hook_names "
+            "(collect.py --list_hooks shows all)"
+        )
+    print(
+        f"note: no module of this model matches {ATTENTIONS!r}, so its {len(names)} blocks are "
+        f"ablated, {names[0]} to {names[-1]}; choose others with --hook_names (collect.py "
+        "--list_hooks shows all)"
+    )
+    return names
+
+
+def find_records(
+    cfg: Config, model: HookedDiffusionModel, generation: Generation
+) -> list[dict[str, Any]]:
+    """Return the record of each hook point that --hook_names mean, before it is ablated.
+
+    Only shapes are looked at, in a step that is thrown away: the activations of all blocks of a
+    large model would not fit in memory. Raises UsageError for a module that has no image tokens, if
+    the user spelt its name out or if none has some, and if no module can be skipped.
+    """
+    arguments = generation.arguments()
+    returned, steps = model.layouts(cfg.hook_names, generation.prompts, **arguments)
+    taken = dict.fromkeys(returned)
+    if cfg.mode == "skip":
+        taken, _ = model.layouts(cfg.hook_names, generation.prompts, side="input", **arguments)
+
+    records = []
+    reasons = {}
+    for name, layout in returned.items():
+        if isinstance(layout, NotHookable):
+            reasons[name] = layout.reason
+        else:
+            num_steps = arguments.get("num_inference_steps")
+            if steps[name] is not None:
+                num_steps = len(steps[name])
+            records.append(describe(name, cfg.mode, layout, taken[name], num_steps))
+    for name, reason in reasons.items():
+        if not records or name in cfg.hook_names:
+            raise UsageError(f"{name}: {reason}")
+    if all("error" in record for record in records):
+        first = records[0]
+        raise UsageError(f"{first['hook_name']} {first['error']}")
+    return records
+
+
+def describe(
+    name: str, mode: str, returned: Layout, taken: Layout | NotHookable | None, num_steps: int
+) -> dict[str, Any]:
     """Return what is known about a hook point before it is ablated.
 
-    first_step: the cache of `HookedDiffusionModel.first_step`, with inputs. "error" says why the
-    module can't be skipped: it takes and returns tokens of different shapes.
+    returned, taken: where the tokens are in what the module returns and takes. "error" says why it
+    can't be skipped: it takes and returns tokens of different shapes, or takes none.
     """
-    taken = tuple(first_step["input"][name].shape[2:])
-    returned = tuple(first_step["output"][name].shape[2:])
-    tokens, d = returned
+    tokens = max(returned.counts)
     record = {
         "hook_name": name,
         "mode": mode,
-        "grid": first_step["grid"][name],
+        "grid": returned.grid,
         "tokens": tokens,
-        "d": d,
-        "mb_per_prompt": first_step["num_steps"] * tokens * d * BYTES_PER_NUMBER / 1e6,
+        "d": returned.d,
+        "mb_per_prompt": num_steps * tokens * returned.d * BYTES_PER_NUMBER / 1e6,
     }
-    if mode == "skip" and taken != returned:
-        record["error"] = f"can't be skipped: it turns {taken} into {returned}"
+    if mode != "skip":
+        return record
+    if isinstance(taken, NotHookable):
+        record["error"] = f"can't be skipped: {taken.reason}; use --mode zero or mean for it"
+    elif (max(taken.counts), taken.d) != (tokens, returned.d):
+        record["error"] = (
+            f"can't be skipped: it turns (tokens, d) = {(max(taken.counts), taken.d)} into "
+            f"{(tokens, returned.d)}; use --mode zero or mean for it"
+        )
     return record
 
 
@@ -205,13 +300,13 @@ def ablate(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Generate untouched, and once for each hook point that can be ablated.
 
-    The distances "latents" and "images" are added to its record. Returns the untouched images
-    (P, 3, H, W) in [0, 1], and {hook_name: images}.
+    The distances "latents" and "images" are added to its record. Returns pictures of the untouched
+    run, (P, 3, H, W) in [0, 1], and {hook_name: pictures}.
     """
     images = {}
     with tqdm(total=1 + len(records), unit="run", desc="ablating") as bar:
         untouched = generate(model, generation)
-        untouched_images = required_images(model, untouched)
+        untouched_images = required_media(model, untouched).pictures()
         bar.update()
         for record in records:
             if "error" not in record:
@@ -219,7 +314,7 @@ def ablate(
                 edits = {name: EDITS[mode]}
                 made = generate(model, generation, lambda sampling, edits=edits: edits)
                 record["latents"], record["images"] = distances(made, untouched)
-                images[name] = required_images(model, made)
+                images[name] = required_media(model, made).pictures()
             bar.update()
     return untouched_images, images
 
@@ -228,13 +323,13 @@ def distances(made: Generated, untouched: Generated) -> tuple[float, float]:
     """Return two distances, each the mean over the prompts.
 
     The first is |a - b| / |b| of the latents, the second the root mean square difference of the
-    images.
+    images, videos or audio.
     """
     latents = made.sample.float().flatten(1)
     untouched_latents = untouched.sample.float().flatten(1)
     relative = (latents - untouched_latents).norm(dim=1) / untouched_latents.norm(dim=1)
 
-    difference = (made.images.float() - untouched.images.float()).flatten(1)
+    difference = (made.media.values.float() - untouched.media.values.float()).flatten(1)
     rms = difference.square().mean(1).sqrt()
     return relative.mean().item(), rms.mean().item()
 
@@ -243,11 +338,11 @@ def print_table(ablated: list[dict], failed: list[dict]) -> None:
     """Print a line for each hook point, those that can't be ablated last."""
     print(f"{'hook name':48} {'latents':>8} {'images':>9} {'tokens x d':>12} {'MB per prompt':>13}")
     for record in ablated:
+        latents = decimals(record["latents"], 3)
+        images = decimals(record["images"], 3)
         shape = f"{record['tokens']} x {record['d']}"
-        print(
-            f"{record['hook_name']:48} {record['latents']:8.3f} {record['images']:9.3f} "
-            f"{shape:>12} {record['mb_per_prompt']:13.1f}"
-        )
+        megabytes = decimals(record["mb_per_prompt"], 1)
+        print(f"{record['hook_name']:48} {latents:>8} {images:>9} {shape:>12} {megabytes:>13}")
     for record in failed:
         print(f"{record['hook_name']:48} {record['error']}")
 
@@ -263,7 +358,7 @@ def draw(
     """Write ablate.png, and ablate_ranking.png if anything was ablated; return their paths."""
     grid = [ImageRow("untouched", untouched)]
     for record in ablated[:MOST_SHOWN]:
-        label = f"{record['hook_name']}\n{record['latents']:.3f}"
+        label = f"{record['hook_name']}\n{decimals(record['latents'], 3)}"
         grid.append(ImageRow(label, images[record["hook_name"]]))
     written = [folder / "ablate.png"]
     plot_images(written[0], grid, prompts)

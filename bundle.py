@@ -3,10 +3,11 @@
     python bundle.py train.py         # dist/train.py
     python bundle.py                  # all scripts, hook.py and sae.py
 
-The file runs in an empty folder in which the packages of requirements.txt are installed, and with
-`uv run dist/train.py`, which installs them itself. It contains, in this order: a PEP 723 block
-that names the packages, the source of each module, and the script's own text, unchanged.
-The toy model is not in the file; without a checkout, give `--model_name`.
+The file runs in an empty folder if the packages of requirements.txt are
+installed, and with `uv run dist/train.py`, which installs them itself. It
+contains, in this order: a PEP 723 block that names the packages, the source of
+each module, and the script's own text, unchanged. The toy model is not in the
+file; without a checkout, give `--model_name`.
 """
 
 import argparse

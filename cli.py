@@ -57,8 +57,9 @@ class GenerationConfig:
 
     # model
     model_name: str = "toy"
-    """Load this model: a diffusers folder, or an id on the Hugging Face hub. toy is the small model
-    of this project."""
+    """Load this model: a diffusers folder, an id on the Hugging Face hub, a .safetensors file, or a
+    Python file of yours whose function makes the model, such as my_model.py:build. toy is the small
+    model of this project."""
 
     variant: str | None = None
     """Load this variant of the weight files, such as fp16. If not given, the plain files are
@@ -68,14 +69,24 @@ class GenerationConfig:
     """Load this revision of the hub repository: a branch, a tag or a commit. If not given, its main
     branch is loaded."""
 
+    lora: list[str] = dataclasses.field(default_factory=list)
+    """Add these LoRAs to the weights: .safetensors files, or folders that hold one, with a scale
+    behind a colon if you like, such as style.safetensors:0.8."""
+
+    trust_remote_code: bool = False
+    """Run the Python code that comes with the model of a folder or of the hub. Read it first: it
+    can do all that you can."""
+
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     """Run the model in this precision. auto means float32 on a CPU; elsewhere it means bfloat16, or
-    float16 on a GPU without bfloat16."""
+    float16 on a GPU without bfloat16. A model of your own runs in what its function makes, unless
+    the function takes dtype."""
 
     # data
     dataset_name: str | None = None
     """Take the prompts from this file or hub data set, or use this text as the one prompt. If not
-    given, prompts.csv in the model's folder is used."""
+    given, prompts.csv in the model's folder, or beside its file, is used. A pipeline without
+    prompts needs none: it makes --max_num_examples samples."""
 
     split: str = "train"
     """Use this split of a hub data set."""
@@ -87,6 +98,12 @@ class GenerationConfig:
     negative_prompt: str | None = None
     """Use this negative prompt for all prompts. If a column has this name, its texts are used. If
     not given, the column negative_prompt is used where the data set has one."""
+
+    inputs: list[str] = dataclasses.field(default_factory=list)
+    """Give the pipeline these images: name=value, where the name is an argument of the pipeline,
+    such as image or mask_image. The value is an image file (the same for all prompts), a folder
+    (one image per prompt, in the order of their names) or a column of --dataset_name. Without
+    --dataset_name the images of a folder are the rows, and the prompts are empty."""
 
     seed: int = 0
     """Generate image i, counted from 0, with seed + i. Leave this option out if the data set has a
@@ -377,6 +394,9 @@ def check_generation_options(cfg: Any) -> None:
         refuse_unused(cfg, ["column"], f"--dataset_name {cfg.dataset_name!r} is the prompt itself")
     if cfg.model_name is not None and is_local_model(cfg.model_name):
         refuse_unused(cfg, ["revision"], f"--model_name {cfg.model_name} is a folder")
+    elif cfg.model_name is not None and re.search(r"\.safetensors$|\.py(:\w+)?$", cfg.model_name):
+        unused = ["revision", "variant", "trust_remote_code"]
+        refuse_unused(cfg, unused, f"--model_name {cfg.model_name} is a file")
 
     for name in parse_object(cfg.pipeline_kwargs, "--pipeline_kwargs"):
         if name in PIPELINE_OPTIONS and getattr(cfg, name, None) is not None:

@@ -5,6 +5,7 @@
     python collect.py --hook_names "up_blocks.1.attentions.*" mid_block --rows both
     python collect.py --list_hooks                            # what can be hooked, and its size
     python collect.py --images photos --timesteps_per_image 4  # real images, not generated ones
+    python collect.py --model_name inpainting --inputs image=photos mask_image=mask.png
     torchrun --nproc_per_node 4 collect.py                    # four GPUs, the same files
     python collect.py --shard 0/4                             # the first of four machines
 
@@ -12,14 +13,16 @@ In a notebook:
 
     paths = main(Config(hook_names=["mid_block"], dataset_name="a cat on a chair"))
 
-Reads   a diffusers folder or hub id; prompts: a .txt, .csv, .tsv, .json, .jsonl or .parquet file,
+Reads   a model: a diffusers folder or hub id, a .safetensors file, or a Python file of yours
+        (docs/models.md); prompts: a .txt, .csv, .tsv, .json, .jsonl or .parquet file,
         a hub data set, or one prompt; or images: a folder, or a column of such a data set. A table
         may have the columns negative_prompt and seed. With a column seed, image j of a prompt is
         generated with seed + j; without it, the seed of row i of the files is --seed + i.
 Writes  <out_dir>/<hook_name>[.uncond][.input|.diff][.text].npy, an array (rows, steps, tokens, d)
         with one row per prompt and image, and beside it a .json that describes it;
         prompts.jsonl, whose line p describes row p; images/<p>.webp (or .wav), what the model made;
-        collect.json and progress.jsonl, from which the same command resumes.
+        collect.json and progress.jsonl, from which the same command resumes;
+        inputs/, copies of the images of --inputs; the "inputs" of a line name its own.
 
 Some options write more files:
 
@@ -40,14 +43,15 @@ smaller one finishes a stopped collection at that length.
 """
 
 import hashlib
+import inspect
 import math
 import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from importlib import import_module
 from importlib.metadata import version
@@ -67,7 +71,9 @@ from cli import (
     run_script,
 )
 
-DEFAULT_HOOK_NAMES = ("up_blocks.1.attentions.1",)
+# What is stored without --hook_names, where a model has it. It lies at about two thirds of the
+# depth of a UNet, like the default of other models. Without it the toy's images lose their colours
+PREFERRED_HOOK_NAME = "up_blocks.1.attentions.1"
 
 
 @dataclass
@@ -89,13 +95,15 @@ class Config(GenerationConfig):
     schedule."""
 
     # what to keep
-    hook_names: list[str] = field(default_factory=lambda: list(DEFAULT_HOOK_NAMES))
+    hook_names: list[str] | None = None
     """Store what these modules of the denoiser compute. Give names or patterns: `*` stands for any
-    text within one part of a dotted name, `**` also crosses dots. --list_hooks shows the names."""
+    text within one part of a dotted name, `**` also crosses dots. --list_hooks shows the names. If
+    not given, up_blocks.1.attentions.1 is stored, or the block at two thirds of the depth of a
+    model that has none; of each denoiser one, if there are several."""
 
     list_hooks: bool = False
-    """Print what can be hooked, with shapes and sizes, and stop. With --hook_names, print these
-    modules only."""
+    """Print what can be hooked, with shapes and sizes, and stop. What is stored without
+    --hook_names is marked. With --hook_names, print these modules only."""
 
     rows: Literal["cond", "uncond", "both"] = "cond"
     """Classifier-free guidance runs the model with and without the prompt. Store the rows with the
@@ -152,19 +160,29 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion.generate import check_shared_options
+from diffusion.generate import check_shared_options, image_lists
+from diffusion.loading import parse_lora
 from diffusion.randomness import random_numbers_of
 from diffusion.real_images import RealImages, open_image, seeded
+from diffusion.signatures import class_text, per_prompt, takes_prompts
 from diffusion.tokenizer_calls import SeenText, watch_tokenizers
 from distributed import Processes
-from errors import UsageError
-from hook import HookedDiffusionModel, Layout, NotHookable, find_model, unwrap
+from errors import UsageError, decimals
+from hook import (
+    HookedDiffusionModel,
+    Layout,
+    NotHookable,
+    default_prompts,
+    find_model,
+    unwrap,
+)
+from store.audio import sampling_rate_of
 from store.collection import Collection, CollectionBatch
 from store.disk import relative_to
 from store.hook_point import HookPoint
 from store.identity import pipeline_fingerprints
-from store.images import sampling_rate_of
-from store.prompts import default_dataset, load_pictures, load_prompts, with_seeds
+from store.inputs import InputImages, load_rows, names_folder
+from store.prompts import load_pictures, with_seeds
 
 # A cache's keys end with these for each kind of rows: cache["output_uncond"]
 SUFFIXES = {
@@ -214,8 +232,38 @@ class Site(NamedTuple):
     text_tokens: int | None
     """The number of text tokens that the file has room for; None for image tokens."""
 
+    num_steps: int
+    """The number of steps that are stored."""
+
     step_bytes: int
     """Bytes on the disk for one step of one row."""
+
+
+class Batching(NamedTuple):
+    """How lines of prompts.jsonl become arguments of the pipeline."""
+
+    num_images: int
+    """How many lines each text has: the images that the pipeline makes of it in one call."""
+
+    inputs: InputImages | None
+    """The images of --inputs."""
+
+    def arguments(self, lines: list[dict]) -> tuple[list[str], dict[str, Any]]:
+        """Return what the pipeline gets for a batch: (texts, keyword arguments).
+
+        The keyword arguments are "generator", with one generator per line; "negative_prompt", with
+        one per text, if the lines have negative prompts; and the images of the texts.
+
+        lines: consecutive lines of prompts.jsonl, `num_images` of them for each text. For two
+        images of each of two texts there are four lines, four generators and two texts.
+        """
+        arguments = {"generator": seeded(line["seed"] for line in lines)}
+        first_of_each = lines[:: self.num_images]
+        if "negative_prompt" in lines[0]:
+            arguments["negative_prompt"] = [line["negative_prompt"] for line in first_of_each]
+        if self.inputs is not None:
+            arguments.update(image_lists(self.inputs.of(first_of_each)))
+        return [line["prompt"] for line in first_of_each], arguments
 
 
 class RealInput(NamedTuple):
@@ -258,15 +306,17 @@ def main(cfg: Config) -> list[Path]:
     # Every shard takes the shapes from the first batch of all of them, so that its files fit the
     # others
     first_batch = everything[: cfg.batch_size * cfg.num_images_per_prompt]
+    inputs = InputImages.of_rows([*first_batch, *prompts])
 
     # 2. The model, one copy per process
     processes = start_processes(cfg)
-    dtype = resolve_dtype(cfg.dtype, processes.device)
-    store_dtype = resolve_store_dtype(cfg.store_dtype, dtype)
-    model = load_model(cfg, dtype, processes)
-    options = pipeline_options(cfg, model)
+    model = load_model(cfg, resolve_dtype(cfg.dtype, processes.device), processes)
+    store_dtype = resolve_store_dtype(cfg.store_dtype, model.dtype)
+    add_class_names([*first_batch, *prompts], model.pipe)
+    batching = choose_batching(cfg, model, inputs)
+    options = pipeline_options(cfg, model, batching)
     if cfg.list_hooks:
-        print_hooks(cfg, model, first_batch, options, store_dtype)
+        print_hooks(cfg, model, batching, first_batch, options, store_dtype)
         return []
     real = None
     if sources is not None:
@@ -276,18 +326,25 @@ def main(cfg: Config) -> list[Path]:
             check_real_input(real, prompts)
 
     # 3. One step that is thrown away: which hook points match, and what shape they have
+    if not cfg.hook_names:
+        hook_names, remark = default_hook_names(cfg, model, batching, first_batch, options)
+        cfg = replace(cfg, hook_names=hook_names)
+        if remark:
+            print(remark)
     with watch_tokenizers(model.pipe) as calls:
-        sites, num_steps = find_sites(cfg, model, first_batch, options, store_dtype)
+        sites = find_sites(cfg, model, batching, first_batch, options, store_dtype)
     add_seen_text(prompts, SeenText(calls, [prompt["prompt"] for prompt in first_batch]))
 
     # 4. Room on the disk, before anything is written
     folder = folder_of(cfg)
-    check_disk(cfg, folder, sites, len(prompts), num_steps, processes)
+    check_disk(cfg, folder, sites, len(prompts), processes)
 
     # 5. Generate batch by batch; a thread writes, and the processes take turns
-    settings = settings_of(cfg, model, options, sites, dtype, store_dtype, processes.device)
+    settings = settings_of(cfg, model, options, sites, store_dtype, processes.device)
     with open_collection(cfg, folder, settings, prompts, processes) as collection:
-        sample = partial(generate, cfg, model, sites, options, real)
+        if inputs is not None and processes.rank == 0:
+            inputs.save(folder, prompts)
+        sample = partial(generate, cfg, model, sites, batching, options, real)
         writer = BatchWriter(cfg, collection, sites, store_dtype, sampling_rate_of(model.pipe))
         collect(sample, writer.write, collection, processes)
 
@@ -332,7 +389,12 @@ def check_config(cfg: Config) -> None:
     if cfg.images is None:
         refuse_unused(cfg, ["timesteps_per_image"], "it is for --images")
         return
-    generation_options = ["num_inference_steps", "cache_every_n_timesteps", "negative_prompt"]
+    generation_options = [
+        "num_inference_steps",
+        "cache_every_n_timesteps",
+        "negative_prompt",
+        "inputs",
+    ]
     refuse_unused(
         cfg, generation_options, "--images takes --timesteps_per_image, and generates nothing"
     )
@@ -421,14 +483,21 @@ def load_lines(cfg: Config) -> tuple[list[dict], list | None]:
     """Return what all shards collect: (lines of prompts.jsonl, the real images or None).
 
     A line has an "id", which counts the prompts, a "prompt", a "seed", and perhaps a
-    "negative_prompt" and other columns of the data set. The real images are paths, bytes or PIL
-    images, by "id".
+    "negative_prompt" and other columns of the data set; with --inputs it has "inputs", see
+    `load_rows`. The real images are paths, bytes or PIL images, by "id".
     """
     sources = None
     if cfg.images is None:
-        dataset_name = cfg.dataset_name or default_dataset(find_model(cfg.model_name))
-        texts = load_prompts(
-            dataset_name, cfg.split, cfg.column, cfg.negative_prompt, cfg.max_num_examples
+        dataset_name = cfg.dataset_name
+        if dataset_name is None and not names_folder(cfg.inputs):
+            dataset_name = default_prompts(cfg.model_name)
+        texts = load_rows(
+            cfg.inputs,
+            dataset_name,
+            cfg.split,
+            cfg.column,
+            cfg.negative_prompt,
+            cfg.max_num_examples,
         )
     else:
         texts, sources = load_pictures(
@@ -455,20 +524,23 @@ def lines_of_shard(cfg: Config, lines: list[dict]) -> list[dict]:
     return chosen
 
 
-def batch_arguments(lines: list[dict], num_images: int) -> tuple[list[str], dict[str, Any]]:
-    """Return what the pipeline gets for a batch: (texts, keyword arguments).
+def choose_batching(
+    cfg: Config, model: HookedDiffusionModel, inputs: InputImages | None
+) -> Batching:
+    """Return how the pipeline gets its prompts, and the images of --inputs if there are any.
 
-    The keyword arguments are "generator", with one generator per line, and "negative_prompt", with
-    one per text, if the lines have negative prompts.
-
-    lines: consecutive lines of prompts.jsonl, `num_images` of them for each text. For two images of
-    each of two texts there are four lines, four generators and two texts.
+    A pipeline gets each prompt once, with the number of images of each. If it takes no such number,
+    it gets each prompt once per image. So it does with --inputs, since many pipelines give several
+    images of several prompts the wrong ones. Raises UsageError for images that the pipeline does
+    not take, and where their sizes differ.
     """
-    arguments = {"generator": seeded(line["seed"] for line in lines)}
-    first_of_each = lines[::num_images]
-    if "negative_prompt" in lines[0]:
-        arguments["negative_prompt"] = [line["negative_prompt"] for line in first_of_each]
-    return [line["prompt"] for line in first_of_each], arguments
+    if inputs is None:
+        takes_number = any(per_prompt(name) for name in inspect.signature(model.pipe).parameters)
+        return Batching(cfg.num_images_per_prompt if takes_number else 1, None)
+    model.check_image_arguments(inputs.sizes)
+    size_is_given = cfg.height is not None and cfg.width is not None
+    inputs.check_sizes(size_is_given)
+    return Batching(1, inputs)
 
 
 def check_real_input(real: RealInput, prompts: list[dict]) -> None:
@@ -496,6 +568,22 @@ def add_image_digests(prompts: list[dict], sources: list) -> None:
         digests[image_id] = hashlib.sha256(pixels).hexdigest()[:16]
     for prompt in prompts:
         prompt["image_digest"] = digests[prompt["id"]]
+
+
+def add_class_names(lines: list[dict], pipe: Any) -> None:
+    """Write into each line the names of the class that its prompt means, if the pipeline takes
+    classes and knows their names.
+
+    So the words of the prompts are those of the classes. If the pipeline takes no prompts, it says
+    that they are only labels. Raises UsageError for a prompt that is no class.
+    """
+    if not takes_prompts(pipe) and any(line["prompt"] for line in lines):
+        print(
+            f"note: {type(pipe).__name__} takes no prompts; those of the data set are only labels"
+        )
+    if "class_labels" in inspect.signature(pipe).parameters:
+        for line in lines:
+            line["prompt"] = class_text(pipe, line["prompt"])
 
 
 def add_seen_text(prompts: list[dict], seen: SeenText) -> None:
@@ -547,17 +635,22 @@ def load_model(cfg: Config, dtype: torch.dtype, processes: Processes) -> HookedD
         dtype,
         processes.device,
         cfg.cpu_offload,
+        cfg.lora,
         variant=cfg.variant,
         revision=cfg.revision,
+        trust_remote_code=cfg.trust_remote_code or None,
     )
-    model.pipe.set_progress_bar_config(disable=True)
+    model.hide_progress_bar()
     if decodes(cfg) and hasattr(getattr(model.pipe, "vae", None), "enable_slicing"):
         # one image at a time: decoding 16 together may take more memory than generating them
-        model.pipe.vae.enable_slicing()
+        with suppress(NotImplementedError):  # some classes inherit the method alone
+            model.pipe.vae.enable_slicing()
     return model
 
 
-def pipeline_options(cfg: Config, model: HookedDiffusionModel) -> dict[str, Any]:
+def pipeline_options(
+    cfg: Config, model: HookedDiffusionModel, batching: Batching
+) -> dict[str, Any]:
     """Return the pipeline's arguments that are the same for every batch.
 
     Raises UsageError for an argument that the pipeline does not take, and for a list of prompts
@@ -572,25 +665,89 @@ def pipeline_options(cfg: Config, model: HookedDiffusionModel) -> dict[str, Any]
     extra = parse_object(cfg.pipeline_kwargs, "--pipeline_kwargs")
     check_shared_options(extra)
     output_type = "pt" if decodes(cfg) else "latent"
-    return model.arguments(cfg.num_images_per_prompt, output_type, extra, **options)
+    return model.arguments(batching.num_images, output_type, extra, **options)
 
 
 # ------------------------------------------------------------------------------ hook points
 
 
+def default_hook_names(
+    cfg: Config,
+    model: HookedDiffusionModel,
+    batching: Batching,
+    first_batch: list[dict],
+    options: dict,
+) -> tuple[list[str], str]:
+    """Return (the hook names that are stored if the user names none, a line that says why).
+
+    The line is "" for the preferred hook name. If the model does not have it, or it can't be hooked
+    as --side and --stream ask, the block at two thirds of the depth is stored, of each denoiser if
+    there are several. Raises UsageError if no block can be hooked so.
+    """
+    texts, arguments = batching.arguments(first_batch)
+    arguments.update(options)
+    sides = ("output", "input") if cfg.side == "diff" else (cfg.side,)
+    find = {"stream": cfg.stream, **arguments}
+
+    why = f"this model has no {PREFERRED_HOOK_NAME}"
+    if PREFERRED_HOOK_NAME in model.modules():
+        layouts = []
+        for side in sides:
+            of_side, _ = model.layouts(PREFERRED_HOOK_NAME, texts, side=side, **find)
+            layouts.append(of_side[PREFERRED_HOOK_NAME])
+        if fit_together(layouts):
+            return [PREFERRED_HOOK_NAME], ""
+        why = f"{PREFERRED_HOOK_NAME} has no {cfg.stream} tokens to store"
+
+    # {denoiser: {hook_name: Layout}} of each side
+    blocks_of_side = [model.blocks(texts, side=side, **find) for side in sides]
+    chosen = {}  # {hook_name: which of the blocks it is}
+    for denoiser, blocks in blocks_of_side[0].items():
+        names = []
+        for name in blocks:
+            layouts = [of_side.get(denoiser, {}).get(name) for of_side in blocks_of_side]
+            if fit_together(layouts):
+                names.append(name)
+        if names:
+            number = math.ceil(2 * len(names) / 3)
+            chosen[names[number - 1]] = f"number {number} of {len(names)}"
+    if not chosen:
+        raise UsageError(
+            f"no block of this model has {cfg.stream} tokens in its {' and '.join(sides)}; choose "
+            "another module with --hook_names (--list_hooks shows all)"
+        )
+    which = "the block at two thirds of the depth"
+    if len(chosen) > 1:
+        which += " of each denoiser"
+    described = ", ".join(f"{name} ({place})" for name, place in chosen.items())
+    return list(chosen), (
+        f"note: {why}, so {which} is stored: {described}; choose others with --hook_names "
+        "(--list_hooks shows all)"
+    )
+
+
+def fit_together(layouts: list[Layout | NotHookable | None]) -> bool:
+    """Return whether all sides of a module can be hooked, and hold tokens of one shape."""
+    if not all(isinstance(layout, Layout) for layout in layouts):
+        return False
+    return len({(max(layout.counts), layout.d) for layout in layouts}) == 1
+
+
 def find_sites(
     cfg: Config,
     model: HookedDiffusionModel,
+    batching: Batching,
     first_batch: list[dict],
     options: dict,
     store_dtype: torch.dtype,
-) -> tuple[list[Site], int]:
-    """Return (the hook points that --hook_names mean, the number of steps that are kept).
+) -> list[Site]:
+    """Return the hook points that --hook_names mean.
 
     They are found in one step, which is thrown away. Raises UsageError for a module that can't be
-    hooked as asked; one that only a glob names is left out.
+    hooked as asked (one that only a glob names is left out), and for numbers that do not fit in the
+    file's precision.
     """
-    texts, arguments = batch_arguments(first_batch, cfg.num_images_per_prompt)
+    texts, arguments = batching.arguments(first_batch)
     arguments.update(options)
     cache = model.first_step(cfg.hook_names, texts, **cache_options(cfg), **arguments)
 
@@ -602,18 +759,22 @@ def find_sites(
     for name in hook_names:
         side = "input" if cfg.side == "input" else "output"
         _, _, tokens, d = cache[side][name].shape
+        for suffix in SUFFIXES[cfg.rows].values():
+            x = cache[side + suffix][name]
+            if cfg.side == "diff":
+                x = x.float() - cache["input" + suffix][name].float()
+            checked_numbers(x, store_dtype, name)
         text_tokens = None
         if cfg.stream == "text":
             text_tokens = cfg.text_tokens or tokens
+        num_steps = count_kept_steps(cfg, cache["steps"][name], options)
+        if cfg.images is not None:
+            num_steps -= 1  # the first one, of noise alone
         step_bytes = bytes_per_step(cfg, text_tokens or tokens, d * store_dtype.itemsize)
         for rows, suffix in SUFFIXES[cfg.rows].items():
             point = HookPoint(name, cfg.side, cfg.stream, rows)
-            sites.append(Site(point, suffix, text_tokens, step_bytes))
-
-    num_steps = count_kept_steps(cfg, cache["num_steps"], options)
-    if cfg.images is not None:
-        num_steps -= 1
-    return sites, num_steps
+            sites.append(Site(point, suffix, text_tokens, num_steps, step_bytes))
+    return sites
 
 
 def names_with_difference(cfg: Config, cache: dict) -> list[str]:
@@ -636,12 +797,15 @@ def names_with_difference(cfg: Config, cache: dict) -> list[str]:
     return fitting
 
 
-def count_kept_steps(cfg: Config, num_steps: int | None, options: dict) -> int:
+def count_kept_steps(cfg: Config, steps: list[int] | None, options: dict) -> int:
     """Return the number of steps that are stored: 10 for every fifth of 50.
 
-    num_steps: of the whole sampling; if the scheduler does not say it, it is the pipeline's option.
+    steps: those in which the denoiser runs; if the scheduler does not say them, the pipeline's
+    option tells how many there are.
     """
-    return math.ceil((num_steps or options["num_inference_steps"]) / cfg.cache_every_n_timesteps)
+    if steps is None:
+        steps = range(options["num_inference_steps"])
+    return sum(step % cfg.cache_every_n_timesteps == 0 for step in steps)
 
 
 def bytes_per_step(cfg: Config, tokens: int, vector_bytes: int) -> int:
@@ -655,19 +819,27 @@ def bytes_per_step(cfg: Config, tokens: int, vector_bytes: int) -> int:
 def print_hooks(
     cfg: Config,
     model: HookedDiffusionModel,
+    batching: Batching,
     first_batch: list[dict],
     options: dict,
     store_dtype: torch.dtype,
 ) -> None:
     """Print the tree of modules that can be hooked: tokens, width, grid, and the size of a file."""
     hook_names = cfg.hook_names
-    if hook_names == list(DEFAULT_HOOK_NAMES):
+    defaults = []
+    remark = ""
+    if not hook_names:
         hook_names = ["**"]
-    texts, arguments = batch_arguments(first_batch, cfg.num_images_per_prompt)
+        try:
+            defaults, remark = default_hook_names(cfg, model, batching, first_batch, options)
+        except UsageError as error:  # no block fits, and other modules may
+            remark = f"note: {error}"
+    texts, arguments = batching.arguments(first_batch)
     arguments.update(options)
-    layouts, num_steps = model.layouts(hook_names, texts, stream=cfg.stream, **arguments)
-    num_kept = count_kept_steps(cfg, num_steps, options)
+    side = "input" if cfg.side == "input" else "output"
+    layouts, steps = model.layouts(hook_names, texts, side=side, stream=cfg.stream, **arguments)
 
+    kept_steps = {name: count_kept_steps(cfg, steps[name], options) for name in layouts}
     hookable = {}
     reasons = Counter()
     for name, layout in layouts.items():
@@ -681,21 +853,26 @@ def print_hooks(
     print(f"{'hook name':{width}} {'tokens x d':>14}  {'grid':12} {'MB per prompt':>13}")
     for name, layout in hookable.items():
         tokens = max(layout.counts)
+        num_kept = kept_steps[name]
         row_bytes = num_kept * bytes_per_step(cfg, tokens, layout.d * store_dtype.itemsize)
-        megabytes = row_bytes * cfg.num_images_per_prompt / 1e6
+        megabytes = decimals(row_bytes * cfg.num_images_per_prompt / 1e6, 2)
         shape = f"{tokens} x {layout.d}"
         grid = " x ".join(str(side) for side in layout.grid)
-        print(f"{labels[name]:{width}} {shape:>14}  {grid:12} {megabytes:13.2f}")
+        mark = "  default" if name in defaults else ""
+        print(f"{labels[name]:{width}} {shape:>14}  {grid:12} {megabytes:>13}{mark}")
 
     for reason, count in reasons.most_common():
         print(f"{count} more can't be hooked: {reason}")
     chosen = f"{cfg.stream} tokens"
     if cfg.tokens_per_step is not None:
         chosen = f"{cfg.tokens_per_step} random {chosen}"
+    numbers = " or ".join(map(str, sorted(set(kept_steps.values()))))
     print(
-        f"{num_kept} steps of {chosen}, {store_dtype.itemsize} bytes per number; "
+        f"{numbers} steps of {chosen}, {store_dtype.itemsize} bytes per number; "
         "--rows both stores twice as much"
     )
+    if remark:
+        print(remark)
 
 
 def depth_in_tree(name: str, names: dict[str, Layout]) -> int:
@@ -710,14 +887,13 @@ def check_disk(
     folder: Path,
     sites: list[Site],
     num_rows: int,
-    num_steps: int,
     processes: Processes,
 ) -> None:
     """Print how much will be written.
 
     Raises UsageError if it does not fit; only in the first process, which writes first.
     """
-    needed = num_rows * num_steps * sum(site.step_bytes for site in sites)
+    needed = num_rows * sum(site.num_steps * site.step_bytes for site in sites)
     already_written = sum(path.stat().st_size for path in folder.glob("*.npy*"))
     existing = folder.absolute()
     while not existing.is_dir():
@@ -725,9 +901,10 @@ def check_disk(
     free = shutil.disk_usage(existing).free
 
     names = ", ".join(dict.fromkeys(site.point.hook_name for site in sites))
+    steps = " or ".join(map(str, sorted({site.num_steps for site in sites})))
     print(
-        f"{num_rows // cfg.num_images_per_prompt} {unit(cfg)} x {num_steps} steps of {names}: "
-        f"{needed / 1e6:,.0f} MB in {folder}/ ({free / 1e9:,.0f} GB free)"
+        f"{num_rows // cfg.num_images_per_prompt} {unit(cfg)} x {steps} steps of {names}: "
+        f"{decimals(needed / 1e6, 0)} MB in {folder}/ ({decimals(free / 1e9, 0)} GB free)"
     )
     if processes.rank == 0 and needed - already_written > FULLEST_DISK * free:
         raise UsageError(
@@ -744,6 +921,7 @@ def generate(
     cfg: Config,
     model: HookedDiffusionModel,
     sites: list[Site],
+    batching: Batching,
     options: dict,
     real: RealInput | None,
     prompts: list[dict],
@@ -753,7 +931,7 @@ def generate(
     With real images, these take the place of the pipeline's own sample after every step. Copies
     from the GPU may still be under way when this returns.
     """
-    texts, arguments = batch_arguments(prompts, cfg.num_images_per_prompt)
+    texts, arguments = batching.arguments(prompts)
     seeds = [prompt["seed"] for prompt in prompts]
     if cfg.tokens_per_step is not None:
         arguments["choose"] = random_tokens(seeds, cfg.tokens_per_step)
@@ -763,7 +941,7 @@ def generate(
 
     crops = None
     if real is None:
-        watching = model.watch(len(texts), cfg.num_images_per_prompt, row_seeds=seeds)
+        watching = model.watch(len(texts), batching.num_images, row_seeds=seeds)
     else:
         crops = real.crops(prompts)
         watching = real.images.in_place(crops, seeds)
@@ -930,15 +1108,7 @@ class BatchWriter:
 
         If nearly all numbers are too small for float16, it says so, once per file.
         """
-        stored = x.to(dtype)
-        if not torch.isfinite(stored).all():
-            if torch.isfinite(x).all():
-                raise UsageError(
-                    f"{name}: {x.abs().max():.3g} does not fit in float16; "
-                    "use --store_dtype bfloat16 or float32"
-                )
-            raise UsageError(f"{name}: the model computed NaN or infinity; try another --dtype")
-
+        stored = checked_numbers(x, dtype, name)
         share = share_of_underflow(x, dtype)
         if share > MOST_UNDERFLOW and name not in self.noted:
             self.noted.add(name)
@@ -948,6 +1118,22 @@ class BatchWriter:
                 "collect again with --store_dtype bfloat16"
             )
         return stored
+
+
+def checked_numbers(x: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Return x in another precision. Raises UsageError for numbers that do not fit in it.
+
+    name: the hook point, for the message.
+    """
+    stored = x.to(dtype)
+    if torch.isfinite(stored).all():
+        return stored
+    if torch.isfinite(x).all():
+        raise UsageError(
+            f"{name}: {x.abs().max():.3g} does not fit in float16; "
+            "use --store_dtype bfloat16 or float32"
+        )
+    raise UsageError(f"{name}: the model computed NaN or infinity; try another --dtype")
 
 
 def take_numbers(cache: dict, site: Site) -> Tensor:
@@ -1032,7 +1218,6 @@ def settings_of(
     model: HookedDiffusionModel,
     options: dict,
     sites: list[Site],
-    dtype: torch.dtype,
     store_dtype: torch.dtype,
     device: torch.device,
 ) -> dict[str, Any]:
@@ -1048,11 +1233,12 @@ def settings_of(
         "pipeline": type(model.pipe).__name__,
         "hook_names": list(dict.fromkeys(site.point.hook_name for site in sites)),
         "dtype": str(store_dtype).removeprefix("torch."),
-        "model_dtype": str(dtype).removeprefix("torch."),
+        "model_dtype": str(model.dtype).removeprefix("torch."),
         "device": device.type,
         "pipeline_kwargs": options,
-        "fingerprints": pipeline_fingerprints(model.pipe, dtype),
+        "fingerprints": pipeline_fingerprints(model.pipe, model.dtype),
         "text_tokens": text_tokens,
+        **model.loaded_from,
     }
 
 
@@ -1094,10 +1280,16 @@ def describe_site(
     if collection.shape(f"{stem}.tokens"):
         tokens_per_step = shape[2]
 
-    folder_or_id = find_model(cfg.model_name)
-    model_folder = None
-    if Path(folder_or_id).is_dir():
-        model_folder = relative_to(folder_or_id, collection.out_dir)
+    # Paths as seen from the collection, so that a project's folder can be moved
+    paths: dict[str, Any] = {"model_folder": None}
+    path_or_id = find_model(cfg.model_name)
+    if Path(path_or_id).is_dir():
+        paths["model_folder"] = relative_to(path_or_id, collection.out_dir)
+    elif Path(path_or_id).is_file():
+        paths["model_file"] = relative_to(path_or_id, collection.out_dir)
+    if cfg.lora:
+        loras = [parse_lora(text).path for text in cfg.lora]
+        paths["lora_paths"] = [relative_to(path, collection.out_dir) for path in loras]
 
     settings = collection.settings
     component = model.modules()[site.point.hook_name][0]
@@ -1107,7 +1299,7 @@ def describe_site(
         **site.point.as_dict(),
         "id": collection.id,
         "prompts_digest": collection.prompts_digest,
-        "model_folder": model_folder,
+        **paths,
         "denoiser": type(unwrap(model.denoisers[component])).__name__,
         "fingerprint": settings["fingerprints"][component],
         "guidance_scale": settings["pipeline_kwargs"].get("guidance_scale"),

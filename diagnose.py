@@ -94,7 +94,7 @@ from analysis import data_stats
 from analysis.data_stats import OUTLIER, Draw, ratio
 from analysis.plots import CENTERED, plot_diagnosis
 from cli import check_positive, product_dtype
-from errors import UsageError
+from errors import UsageError, decimals
 from kernels.update import SparseUpdate
 from sae import Sae
 from store.dataset import Activations, newest_activations, open_activations
@@ -327,7 +327,7 @@ def steps_line(report: Report) -> str:
     return (
         f"RMS {lowest:.3g} at timestep {lowest_timestep:g} to {highest:.3g} at "
         f"{highest_timestep:g}: {ratio(report['rms_by_step']):.1f} times; "
-        f"{ratio(report['spread_by_step']):.1f} about the mean"
+        f"{ratio(report['spread_by_step']):.1f} times about the mean"
     )
 
 
@@ -335,9 +335,10 @@ def mean_line(report: Report) -> str:
     """Return gamma, and the dimensions with the largest part of the mean and of the variance."""
     mean_dimension, mean_share = report["largest_mean"]
     variance_dimension, variance_share = report["largest_variance"]
+    gamma = decimals(report["gamma"], 2)
     return (
-        f"gamma {report['gamma']:.2f}; dimension {mean_dimension} holds {mean_share:.0%} of "
-        f"|mean|², {variance_dimension} {variance_share:.0%} of the variance"
+        f"gamma {gamma}; dimension {mean_dimension} holds {mean_share:.0%} of "
+        f"|mean|²; dimension {variance_dimension} holds {variance_share:.0%} of the variance"
     )
 
 
@@ -356,9 +357,11 @@ def outliers_line(report: Report) -> str:
 def dead_line(report: Report, center: str) -> str:
     """Return how many latents are dead at the start and after the trial, with one centring."""
     dead = report["dead"][center]
+    start = decimals(100 * dead["start"], 1)
+    trained = decimals(100 * dead["trained"], 1)
     text = (
-        f"{CENTERED[center]}: {dead['start']:.1%} of the latents at the start, "
-        f"{dead['trained']:.1%} after {dead['updates']:,} of {report['updates']:,} updates"
+        f"{CENTERED[center]}: {start}% of the latents at the start, "
+        f"{trained}% after {dead['updates']:,} of {report['updates']:,} updates"
     )
     if dead["updates"] <= AUXK_FROM and dead["updates"] < report["updates"]:
         text += ", before AuxK"

@@ -1,8 +1,8 @@
 """The processes that torchrun started together: which one this is, and what they exchange.
 
     torchrun --nproc_per_node 4 collect.py ...
-    torchrun --nnodes 2 --nproc_per_node 4 --rdzv_backend c10d \\
-        --rdzv_endpoint first-machine:29500 train.py ...
+    torchrun --nnodes 2 --node_rank 0 --nproc_per_node 4 --master_addr first-machine \\
+        --master_port 29500 train.py ...            # on the second machine: --node_rank 1
 
 `Processes` is all of them, and exchanges small JSON values, never pickles. A `Group` is some of
 them, and exchanges tensors. Without torchrun there is one process, and every call returns at once.

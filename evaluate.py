@@ -60,8 +60,16 @@ class Config:
     """Evaluate the SAE in this folder. If not given, the newest one in saes/ is taken."""
 
     model_name: str | None = None
-    """With --graft: generate with this diffusers folder or hub id. If not given, the model that
-    made the activations is used."""
+    """With --graft: generate with this model, named as for collect.py. If not given, the model that
+    made the activations is used. A Python file of yours has to be given, since it is run."""
+
+    lora: list[str] = field(default_factory=list)
+    """With --graft: add these LoRAs to the weights, as in collect.py. If neither this nor
+    --model_name is given, those that made the activations are added."""
+
+    trust_remote_code: bool = False
+    """With --graft: run the Python code that comes with the model of a folder or of the hub. Read
+    it first: it can do all that you can."""
 
     transfer: bool = False
     """Use the SAE on purpose where it was not trained: at another hook point, or on a model with
@@ -110,14 +118,15 @@ from analysis.feature_edits import check_input_width, map_samples, replacing_edi
 from analysis.metrics import Metrics, evaluate, total
 from analysis.plots import plot_evaluation, plot_graft
 from diffusion.generate import Generated, generate_batches
-from errors import UsageError
-from hook import Generation, HookedDiffusionModel, model_of
+from errors import UsageError, decimals
+from hook import Generation, HookedDiffusionModel, model_of, recorded_model
 from sae import Sae, newest_sae
-from store.activation_file import read_description, read_prompts
+from store.activation_file import image_of, prompt_key, read_description, read_prompts
 from store.dataset import Activations
 from store.disk import claim_folder, read_json, write_json
 from store.hook_point import HookPoint
 from store.identity import activations_of, check_belongs, check_held_out, fingerprint
+from store.inputs import read_inputs
 
 CLIP = "openai/clip-vit-large-patch14"
 # Mean and standard deviation of the colours of the images that CLIP was trained on
@@ -154,6 +163,8 @@ def main(cfg: Config) -> list[Path]:
         "transfer": activations.transfer,
         "surely_unseen": check_held_out(sae, path, activations),
     }
+    if cfg.graft and cfg.model_name is None:  # refused now, before anything is measured
+        recorded_model(held_out_prompts(activations, cfg.num_prompts)[1])
     folder = Path(cfg.out_dir) / folder_name(path)
     claim_folder(folder, "evaluate.json", about, key=None)
 
@@ -183,7 +194,8 @@ def check_config(cfg: Config) -> None:
     """Raise UsageError for an option that can't be used, or that nothing would read."""
     check_positive(cfg, "batch_size", "num_prompts", "windows", "graft_batch_size")
     if not cfg.graft:
-        graft_options = ["model_name", "num_prompts", "windows", "graft_batch_size"]
+        graft_options = ["model_name", "lora", "trust_remote_code"]
+        graft_options += ["num_prompts", "windows", "graft_batch_size"]
         refuse_unused(cfg, graft_options, "it is for --graft, which is not given")
 
 
@@ -221,10 +233,10 @@ def write_numbers(
 def print_numbers(record: dict) -> None:
     """Print the numbers over all held-out vectors, and at the first and the last timestep."""
     for name in PRINTED_METRICS:
-        line = f"  {name:18} {record[name]:.4f}"
+        line = f"  {name:18} {decimals(record[name], 4)}"
         if record["by_timestep"]:
             for numbers in (record["by_timestep"][0], record["by_timestep"][-1]):
-                line += f"   at t = {numbers['timestep']:g}: {numbers[name]:.4f}"
+                line += f"   at t = {numbers['timestep']:g}: {decimals(numbers[name], 4)}"
         print(line)
     if not record["whole_prompts"]:
         print(
@@ -243,12 +255,20 @@ def graft_held_out(
     """Generate held-out prompts with the SAE in place; write graft.json and graft.png, and return
     the paths that were written."""
     lines, meta = held_out_prompts(activations, cfg.num_prompts)
-    model, options = model_of(meta, cfg.model_name, device, resolve_dtype("auto", device))
+    model, options = model_of(
+        meta,
+        cfg.model_name,
+        device,
+        resolve_dtype("auto", device),
+        cfg.lora,
+        cfg.trust_remote_code,
+    )
     # An SAE of another package does not say what it was trained on; its data does
     origin = sae.cfg if "fingerprint" in sae.cfg else sae.cfg | meta
     mismatches = check_belongs(str(path), origin, model=model, transfer=cfg.transfer)
     transfer = activations.transfer + mismatches
-    generation = Generation.from_rows(lines, model.arguments(1, "pt", options))
+    inputs = read_inputs([Path(name).parent for name in activations.paths], lines)
+    generation = Generation.from_rows(lines, model.arguments(1, "pt", options), inputs)
     clip, remark = clip_distance(device=device)
     print(remark)
 
@@ -299,8 +319,8 @@ def held_out_prompts(activations: Activations, count: int) -> tuple[list[dict], 
     # Of lines with the same prompt the first gives the place, the last the seed
     unique = {}
     for row in rows:
-        prompt = lines[row]["prompt"]
-        key = prompt if isinstance(prompt, str) else row
+        prompt = lines[row]["prompt"] or prompt_key(lines[row])  # an empty one is known by its seed
+        key = (prompt, image_of(lines[row])) if isinstance(prompt, str) else row
         unique[key] = lines[row]
     return list(unique.values())[:count], meta
 
@@ -348,9 +368,10 @@ def recovered_text(record: dict) -> str:
     """Return a recovered share with its standard error, such as "0.812 ± 0.031"."""
     if record["recovered"] is None:
         return "nothing to recover"
+    recovered = decimals(record["recovered"], 3)
     if record["recovered_se"] is None:
-        return f"{record['recovered']:.3f}"
-    return f"{record['recovered']:.3f} ± {record['recovered_se']:.3f}"
+        return recovered
+    return f"{recovered} ± {decimals(record['recovered_se'], 3)}"
 
 
 def graft(
@@ -471,9 +492,9 @@ class UntouchedRun(NamedTuple):
 
     def images(self) -> dict[str, list[Tensor]] | None:
         """Return {"untouched": the images of each batch}; None if there are none."""
-        if self.generated[0].images is None:
+        if self.generated[0].media is None:
             return None
-        return {"untouched": [made.images for made in self.generated]}
+        return {"untouched": [made.media.pictures() for made in self.generated]}
 
 
 def run_untouched(run: Callable[..., Iterator[Generated]], stream: str) -> UntouchedRun:
@@ -588,13 +609,14 @@ def measure_run(
     shown = []
     for made, original in zip(run, untouched):
         distances["latents"].append(rms(made.sample, original.sample))
-        if made.images is None:
+        if made.media is None:
             continue
-        distances["images"].append(rms(made.images, original.images))
-        if clip is not None:
-            distances["clip"].append(clip(made.images, original.images))
+        distances["images"].append(rms(made.media.values, original.media.values))
+        if clip is not None and made.media.kind == "image":
+            pictures = made.media.pictures()
+            distances["clip"].append(clip(pictures, original.media.pictures()))
         if sum(len(images) for images in shown) < num_shown:
-            shown.append(made.images)
+            shown.append(made.media.pictures())
     return {name: torch.cat(batches) for name, batches in distances.items()}, shown
 
 
@@ -669,8 +691,8 @@ def rms(a: Tensor, b: Tensor) -> Tensor:
 def floors_of(generated: list[Generated]) -> dict[str, float]:
     """Return {"latents", "images", "clip": below which a distance says nothing}, by rounding."""
     floors = {"latents": rounding([made.sample for made in generated])}
-    if generated[0].images is not None:
-        floors["images"] = rounding([made.images for made in generated])
+    if generated[0].media is not None:
+        floors["images"] = rounding([made.media.values for made in generated])
         floors["clip"] = floors["images"]
     return floors
 

@@ -23,6 +23,10 @@ training and held-out ones alike, and computes the numbers of each feature from 
               peak of the maps; the page is sorted by it, and opens on the largest
     nearest   the features whose rows of W_dec have the largest cosine with its own
 
+For each column of the data set that holds numbers, such as an angle, the page lists the features
+whose mean activation goes with it, by rank correlation, beside the best single dimension of the
+activations and shuffled values (analysis/columns.py).
+
 Reads   an SAE folder; activation files of collect.py (with prompts.jsonl and images/), or any .npy.
 Writes  <out_dir>/<name of the SAE>.html.
 
@@ -99,7 +103,14 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from errors import UsageError
+from analysis.columns import (
+    ColumnReport,
+    ExampleMeans,
+    best_features,
+    choose_examples,
+    numeric_columns,
+)
+from errors import UsageError, decimals
 from sae import Sae, newest_sae
 from store.activation_file import ActivationFile
 from store.collection import check_saved_images
@@ -282,11 +293,13 @@ def scan(
     grids: list[MapGrid],
     top_images: int,
     batch_size: int,
+    means: ExampleMeans | None = None,
 ) -> Statistics:
     """Read every vector once and return the sorted statistics of all features.
 
-    Examples are numbered through all files. grids: one per file. Raises UsageError for numbers that
-    are not finite, and if the SAE needs whole samples and the files do not hold such.
+    Examples are numbered through all files. grids: one per file. means: is filled with the mean
+    activations of its examples. Raises UsageError for numbers that are not finite, and if the SAE
+    needs whole samples and the files do not hold such.
     """
     num_examples = sum(file.P for file in activations.sources)
     num_cells = max(math.prod(grid.shape) for grid in grids)
@@ -303,8 +316,13 @@ def scan(
     with tqdm(total=num_examples, unit="prompt", desc="features") as bar:
         for number, (file, grid) in enumerate(zip(activations.sources, grids)):
             for p in range(file.P):
-                scan_prompt(statistics, sae, activations, number, p, grid, batch_size)
+                wanted = None
+                if means is not None and means.wants(example=bar.n):
+                    wanted = means
+                scan_prompt(statistics, sae, activations, number, p, grid, batch_size, wanted)
                 statistics.finish(example=bar.n)
+                if wanted is not None:
+                    wanted.finish(example=bar.n)
                 bar.update()
     statistics.sort()
     return statistics
@@ -318,8 +336,10 @@ def scan_prompt(
     p: int,
     grid: MapGrid,
     batch_size: int,
+    means: ExampleMeans | None = None,
 ) -> None:
-    """Add the vectors of prompt p of the file with this number to the statistics."""
+    """Add the vectors of prompt p of the file with this number to the statistics, and to `means`
+    if it is given."""
     file = activations.sources[number]
     device = sae.W_dec.device
     num_tokens = file.T
@@ -338,6 +358,8 @@ def scan_prompt(
         if sae.takes_samples:
             x = x.unflatten(0, (-1, num_tokens))
         top_acts, top_indices, *_ = sae.encode(x)
+        if means is not None:
+            means.add(x.flatten(0, -2), top_acts.flatten(0, -2), top_indices.flatten(0, -2))
 
         # row r of a file is token r % T of step r // T % S, and so on over the prompts
         rows = np.concatenate([np.arange(first, end) for _, first, end in pieces.tolist()])
@@ -599,6 +621,48 @@ def describe_images(statistics: Statistics, shown: list[int]) -> dict:
     return {"top": top, "peaks": peaks, "maps": packed_maps(statistics)}
 
 
+def rows_and_prompts(activations: Activations) -> tuple[list[dict], list[tuple[int, int]]]:
+    """Return the line of prompts.jsonl of each example, {} if there is none, and what tells its
+    prompt from others: (number of the file, number of the prompt in it)."""
+    rows = []
+    prompts = []
+    for number, file in enumerate(activations.sources):
+        for p in range(file.P):
+            row = {}
+            if file.prompt_rows:
+                row = file.prompt_rows[p]
+            rows.append(row)
+            prompts.append((number, row.get("id", p)))
+    return rows, prompts
+
+
+def describe_column(report: ColumnReport) -> dict:
+    """Return what the page says about a column of numbers."""
+    dimension, raw_rho = report.raw
+    return {
+        "name": report.name,
+        "examples": report.num_examples,
+        "prompts": report.num_prompts,
+        "features": [[f, round(rho, 3)] for f, rho in report.features],
+        "raw": [dimension, round(raw_rho, 3)],
+        "shuffled": round(report.shuffled, 3),
+        "shuffles": report.num_shuffles,
+    }
+
+
+def column_line(report: ColumnReport) -> str:
+    """Return one line about a column: the feature that goes with it best, and the controls."""
+    dimension, raw_rho = report.raw
+    best = "no feature is active"
+    if report.features:
+        feature, rho = report.features[0]
+        best = f"feature {feature} has the rank correlation {rho:.2f}"
+    return (
+        f"column {report.name}: {best}; raw dimension {dimension} has {raw_rho:.2f}, and shuffled "
+        f"values reach {report.shuffled:.2f}"
+    )
+
+
 def describe_nearest(sae: Sae) -> list[list[list]]:
     """Return the nearest features of each feature as [feature, cosine]."""
     result = []
@@ -820,9 +884,18 @@ def main(cfg: Config) -> Path:
     grids = [map_grid(file, cfg.map_size) for file in activations.sources]
 
     # 2. The numbers and maps of all features
-    statistics = scan(sae, activations, grids, cfg.top_images, cfg.batch_size)
+    columns = numeric_columns(*rows_and_prompts(activations))
+    means = None
+    if columns:
+        chosen = choose_examples(columns, sae.num_latents)
+        means = ExampleMeans(chosen, sae.num_latents, sae.d_in)
+    statistics = scan(sae, activations, grids, cfg.top_images, cfg.batch_size, means)
     examples = list_examples(activations)
     data, shown = describe(statistics, sae, activations, grids, examples)
+    reports = []
+    if means is not None:
+        reports = best_features(means, columns)
+        data["columns"] = [describe_column(report) for report in reports]
     if activations.transfer:
         data["about"] += f"; transfer: {'; '.join(activations.transfer)}"
 
@@ -841,7 +914,9 @@ def main(cfg: Config) -> Path:
         f"{folder}: {num_active:,} of {sae.num_latents:,} features "
         f"are active on {num_vectors:,} vectors"
     )
-    print(f"saved in {path} ({megabytes:.1f} MB), {num_images} pictures in it")
+    for report in reports:
+        print(column_line(report))
+    print(f"saved in {path} ({decimals(megabytes, 1)} MB), {num_images} pictures in it")
     return path
 
 

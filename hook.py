@@ -14,17 +14,16 @@
 pipeline runs as it is, whatever its family; a denoiser of one's own needs no pipeline. `HookPoint`
 names what was recorded, and `Generation` says what is generated: prompts, seeds and options.
 
-How it works, in diffusion/: `trace.py` watches the denoiser and its scheduler, `guidance.py` tells
-which rows are conditional, `locate.py` finds where the image's tokens are, `recorder.py` keeps
-them, `edit.py` changes them, and `dry_step.py` finds out beforehand what an edit has to know.
+How it works, in diffusion/: `loading.py` loads models, `trace.py` watches the denoiser and its
+scheduler, `guidance.py` tells which rows are conditional, `locate.py` finds where the image's
+tokens are, `recorder.py` keeps them, `edit.py` changes them, and `dry_step.py` finds out beforehand
+what an edit has to know.
 """
 
 import inspect
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,13 +33,34 @@ from diffusion.dry_step import DryStep, ask_which_rows
 from diffusion.edit import Edit, Editor
 from diffusion.generate import Generation
 from diffusion.guidance import Memory, RoleFinder, check_order
-from diffusion.hook_names import check_hookable, find_modules, is_pattern, match_names
-from diffusion.locate import NEVER_RAN, find_layouts
+from diffusion.hook_names import (
+    block_groups,
+    check_hookable,
+    find_modules,
+    is_pattern,
+    match_names,
+)
+from diffusion.loading import (
+    default_prompts,
+    find_model,
+    fuse_lora,
+    is_model_file,
+    load_pipeline,
+    loras_of,
+    move,
+    offload,
+    parse_lora,
+    recorded_model,
+    run_model_file,
+    say_changed_files,
+)
+from diffusion.locate import NEVER_RAN, find_layouts, not_stepped
 from diffusion.recorder import CacheOptions, Recorder
 from diffusion.sampling_loop import Loop
 from diffusion.signatures import (
     Prompt,
     count_prompts,
+    image_arguments,
     per_prompt,
     prompt_arguments,
     sample_name,
@@ -53,6 +73,7 @@ from diffusion.trace import Forward, Sampling, Step
 from diffusion.unnoticed import processors_put_back
 from errors import UsageError
 from store.hook_point import HookPoint
+from store.identity import floating_dtype
 
 __all__ = [
     "Edit",
@@ -61,9 +82,11 @@ __all__ = [
     "HookedDiffusionModel",
     "Layout",
     "NotHookable",
+    "default_prompts",
     "find_model",
     "model_of",
     "per_prompt",
+    "recorded_model",
     "tensors",
     "unwrap",
 ]
@@ -82,12 +105,16 @@ class HookedDiffusionModel:
 
     model: `forward(sample, timestep, ...)` predicts for a sample whose first axis is the batch.
     scheduler: anything with `step(model_output, timestep, sample)`, and with `scale_model_input`
-    if the denoiser needs it.
-    encode_prompt: encode_prompt(prompt, device, num_images_per_prompt, do_classifier_free_guidance,
-    negative_prompt) -> (prompt_embeds, negative_prompt_embeds).
-    get_timesteps: get_timesteps(num_inference_steps, device) -> timesteps. If not given, the
-    scheduler's `set_timesteps` is called.
-    vae: decodes the final sample to images.
+    if the denoiser needs it. The step returns the next sample: a tensor, a tuple that begins with
+    it, or an object with `prev_sample`.
+    encode_prompt: encode_prompt(prompts) -> cond, or the pair (cond, uncond), with a row for each
+    prompt. Each is a tensor, or a tuple or dict of several arguments of `forward`. It also gets
+    those of device, num_images_per_prompt, do_classifier_free_guidance and negative_prompt that it
+    takes. If not given, prompts are only counted.
+    get_timesteps: get_timesteps(num_inference_steps) -> timesteps; it may take a device, too. If
+    not given, the scheduler's `set_timesteps` is called.
+    vae: `decode(sample)` returns images in [-1, 1]: a tensor, a tuple that begins with them, or an
+    object with `sample`. If not given, the final sample is the image.
     sample_shape: the shape of one sample without the batch axis. If not given, it is read from
     `model.config`.
 
@@ -101,7 +128,7 @@ class HookedDiffusionModel:
         scheduler: Any,
         encode_prompt: Callable | None = None,
         get_timesteps: Callable | None = None,
-        vae: nn.Module | None = None,
+        vae: Any = None,
         *,
         sample_shape: tuple[int, ...] | None = None,
     ):
@@ -142,34 +169,96 @@ class HookedDiffusionModel:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         cpu_offload: bool = False,
+        lora: Sequence[str] = (),
         **kwargs,
     ) -> "HookedDiffusionModel":
-        """Load a diffusers folder or hub id, and hook its pipeline.
+        """Load a model, and hook it.
+
+        model_name: a diffusers folder or hub id; a single .safetensors file; or a Python file with
+        a function that makes the model, such as "my_model.py:build" (see `from_made`). The file is
+        run. A function that takes `dtype` or `device` puts the model there itself; what another
+        one makes is moved to `device`, and stays in its own dtype.
 
         dtype: of the weights; None is float32. cpu_offload: keep only the component that is running
-        on `device`. kwargs that are not None go to `DiffusionPipeline.from_pretrained`.
+        on `device`. lora: files or folders of LoRAs, such as "style.safetensors:0.8", which are
+        added to the weights. kwargs that are not None go to `DiffusionPipeline.from_pretrained`.
 
-        Raises UsageError for a name that is no folder and can't be a hub id, and for weights that
-        are not there.
+        Raises UsageError for a name that is no path and can't be a hub id, for weights that are not
+        there, and for all else that can't be loaded.
         """
-        from diffusers import DiffusionPipeline  # takes seconds to import
+        dtype = dtype or torch.float32
+        loras = [parse_lora(text) for text in lora]
+        loaded_from = {}
+        if is_model_file(model_name):
+            own = run_model_file(model_name, dtype, torch.device(device or "cpu"))
+            model = cls.from_made(own.made, model_name)
+            loaded_from["model_files"] = own.files
+            if model.dtype != dtype and "dtype" not in own.taken:
+                print(
+                    f"note: {model_name} runs in {model.dtype}, not in {dtype}: its function takes "
+                    "no dtype"
+                )
+            dtype = model.dtype
+            if "device" in own.taken:
+                device = None
+        else:
+            options = {name: value for name, value in kwargs.items() if value is not None}
+            model = cls.from_pipeline(load_pipeline(model_name, dtype, **options))
+            if options.get("trust_remote_code"):
+                loaded_from["trust_remote_code"] = True
+        for adapter in loras:
+            fuse_lora(model.pipe, adapter)
+        if loras:
+            loaded_from["lora"] = [adapter.as_dict() for adapter in loras]
 
-        options = {"use_safetensors": True}  # no pickle
-        for name, value in kwargs.items():
-            if value is not None:
-                options[name] = value
-        folder_or_id = find_model(model_name)
-        try:
-            pipe = DiffusionPipeline.from_pretrained(
-                folder_or_id, dtype=dtype or torch.float32, **options
-            )
-        except ValueError as error:
-            raise UsageError(f"{model_name} can't be loaded: {error}") from error
         if cpu_offload:
-            pipe.enable_model_cpu_offload(device=device)
+            offload(model.pipe, device)
         elif device is not None:
-            pipe.to(device)
-        return cls.from_pipeline(pipe)
+            move(model.pipe, device)
+        model.dtype = dtype
+        model.loaded_from = loaded_from
+        return model
+
+    @classmethod
+    def from_made(cls, made: Any, name: str = "the function") -> "HookedDiffusionModel":
+        """Return the hooked model of what a model file's function made.
+
+        made: a HookedDiffusionModel; a dict of its arguments, such as {"model": ..., "scheduler":
+        ...}; or an object that is called like a pipeline and has a dict `components`. Its networks
+        are switched to evaluation. Raises UsageError for anything else, and for an object that
+        takes no `generator`.
+        """
+        if isinstance(made, HookedDiffusionModel):
+            model = made
+        elif isinstance(made, dict):
+            known = list(inspect.signature(cls).parameters)
+            unknown = [key for key in made if key not in known]
+            missing = [key for key in ("model", "scheduler") if key not in made]
+            if unknown or missing:
+                raise UsageError(
+                    f"{name} returned a dict with the keys {', '.join(map(str, made)) or 'none'}; "
+                    f"expected model and scheduler, and any of {', '.join(known[2:])}"
+                )
+            model = cls(**made)
+        elif callable(made) and isinstance(getattr(made, "components", None), dict):
+            model = cls.from_pipeline(made)
+            parameters = inspect.signature(made).parameters.values()
+            takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+            if not takes_any and "generator" not in [p.name for p in parameters]:
+                raise UsageError(
+                    f"{name}: {type(made).__name__} takes no argument generator, so a seed would "
+                    "not decide what it makes; expected a list of torch.Generator, one per sample"
+                )
+        else:
+            raise UsageError(
+                f"{name} returned a {type(made).__name__}; expected a HookedDiffusionModel, a dict "
+                "of its arguments, or an object that is called like a pipeline and has a dict "
+                "`components`"
+            )
+        for component in model.pipe.components.values():
+            if isinstance(component, nn.Module):
+                component.eval()
+        return model
 
     def _hook(self, pipe: Any, denoisers: dict[str, nn.Module], schedulers: dict[str, Any]) -> None:
         """Set the attributes. pipe: what generates; the others are its components by name."""
@@ -182,6 +271,9 @@ class HookedDiffusionModel:
             sample_name(denoiser)  # raises UsageError where it can't be told
 
         self.pipe = pipe
+        self.dtype = floating_dtype(next(iter(denoisers.values())))
+        # What a description says of the model beside its name: Python files, LoRAs
+        self.loaded_from: dict[str, Any] = {}
         self.denoisers = denoisers
         self.schedulers = list(schedulers.values())
         # {attribute of the pipeline: component}, to see whether one is replaced later
@@ -192,6 +284,11 @@ class HookedDiffusionModel:
         self.known_layouts: dict = {}  # where tokens are, see `locate.find_layouts`
         self.role_memories: dict[tuple, Memory] = {}  # which rows are conditional
         self.repeatable: dict[tuple, list] = {}  # schedulers that were seen to repeat themselves
+
+    def hide_progress_bar(self) -> None:
+        """Let the pipeline show no progress bar, if it has one."""
+        if hasattr(self.pipe, "set_progress_bar_config"):
+            self.pipe.set_progress_bar_config(disable=True)
 
     # ------------------------------------------------------------------------------ names
 
@@ -470,8 +567,8 @@ class HookedDiffusionModel:
         >>> model.arguments(output_type="pt", num_inference_steps=None, guidance_scale=3.0)
         {'num_inference_steps': 50, 'guidance_scale': 3.0, 'output_type': 'pt'}
 
-        Raises UsageError for what the pipeline does not take, for what is given twice, and for a
-        height without a width.
+        Raises UsageError for what the pipeline does not take, for what is given twice, for a height
+        without a width, and for a text where the pipeline takes an image.
         """
         extra = extra or {}
         parameters = inspect.signature(self.pipe).parameters
@@ -491,6 +588,13 @@ class HookedDiffusionModel:
         for name in extra:
             if name in OUR_ARGUMENTS or per_prompt(name):
                 raise UsageError(f"{name} is set by an option of its own")
+            values = extra[name] if isinstance(extra[name], list) else [extra[name]]
+            is_text = any(isinstance(value, str) for value in values)
+            if is_text and name in image_arguments(self.pipe):
+                raise UsageError(
+                    f"{name} is an image, and {extra[name]!r} is a text: name its file with "
+                    f"--inputs {name}=..."
+                )
         arguments.update(extra)
 
         sizes = [name for name in ("height", "width") if arguments.get(name) is not None]
@@ -509,6 +613,17 @@ class HookedDiffusionModel:
         parameters = inspect.signature(self.pipe).parameters
         return {name: value for name, value in options.items() if name in parameters}
 
+    def check_image_arguments(self, names: Iterable[str]) -> None:
+        """Raise UsageError for a name that is no argument of the pipeline which takes an image."""
+        known = image_arguments(self.pipe)
+        for name in names:
+            if name not in known:
+                takes = f"its images are {', '.join(known)}" if known else "it takes no image"
+                raise UsageError(
+                    f"--inputs {name}=...: {type(self.pipe).__name__} takes no image of this name; "
+                    f"{takes}"
+                )
+
     # ------------------------------------------------------------------------------ find out
 
     def layouts(
@@ -516,18 +631,37 @@ class HookedDiffusionModel:
         positions: str | list[str] = "*",
         prompt: Prompt = None,
         *,
+        side: str = "output",
         stream: str = "image",
         **kwargs,
-    ) -> tuple[dict[str, Layout | NotHookable], int | None]:
+    ) -> tuple[dict[str, Layout | NotHookable], dict[str, list[int] | None]]:
         """Find where the tokens are in what modules return, from a step that is thrown away.
 
-        Returns ({hook_name: Layout, or NotHookable with the reason}, number of steps of the whole
-        sampling, None where the scheduler lists none).
+        side: "input" for the tokens in what they take. Returns ({hook_name: Layout, or NotHookable
+        with the reason}, {hook_name: the steps of the sampling in which its denoiser runs; None
+        where the scheduler lists none}).
         """
         targets, _ = self._targets(positions)
+        found, dry_step, _ = self._find_layouts(targets, prompt, side, stream, kwargs)
+        in_order = {name: found[name] for name in self.modules() if name in targets}
+        steps = {name: dry_step.steps_of(targets[name][0]) for name in in_order}
+        return in_order, steps
+
+    def _find_layouts(
+        self,
+        targets: dict[str, tuple[str, nn.Module]],
+        prompt: Prompt,
+        side: str,
+        stream: str,
+        kwargs: dict,
+    ) -> tuple[dict[str, Layout | NotHookable], DryStep, list[str]]:
+        """Return ({hook_name: its layout}, the dry step that was run, the hook names in the order
+        in which the modules ran)."""
         finder = ask_which_rows(self, prompt, kwargs)
-        wanted = {("output", name, stream): target for name, target in targets.items()}
+        wanted = {(side, name, stream): target for name, target in targets.items()}
         found = {}
+        stepped = set()  # denoisers whose output reached the scheduler
+        ran = {}  # hook names; a dict keeps their order
 
         def on_forward(forward: Forward, module: nn.Module) -> None:
             with processors_put_back([module]):
@@ -535,28 +669,79 @@ class HookedDiffusionModel:
             for (_, name, _), layout in forward.layouts.items():
                 found.setdefault(name, layout)
 
+        def on_step(step: Step) -> None:
+            stepped.update(forward.denoiser for forward in step.forwards)
+
+        def note_run(name: str, module: nn.Module, args: tuple) -> None:
+            ran.setdefault(name)
+
+        def listen(stack: ExitStack, sampling: Sampling) -> None:
+            for name, (_, module) in targets.items():
+                handle = module.register_forward_pre_hook(partial(note_run, name))
+                stack.callback(handle.remove)
+
         dry_step = DryStep(
             self,
             prompt,
             kwargs,
             denoisers=denoisers_of(targets),
             on_forward=on_forward,
+            on_step=on_step,
+            listen=listen,
             finder=finder,
             must_tell=False,
+            count_steps=True,
         )
         sampling = dry_step.run()
-        in_order = {}
-        for name in self.modules():
-            if name in targets:
-                in_order[name] = found.get(name, NEVER_RAN)
-        return in_order, sampling.num_steps
+        for name, (denoiser, _) in targets.items():
+            if denoiser in sampling.called - stepped:
+                found[name] = not_stepped(denoiser)
+            found.setdefault(name, NEVER_RAN)
+        return found, dry_step, list(ran)
+
+    def blocks(
+        self, prompt: Prompt = None, *, side: str = "output", stream: str = "image", **kwargs
+    ) -> dict[str, dict[str, Layout]]:
+        """Return the blocks of each denoiser in which tokens can be hooked, as they run.
+
+        Blocks are known by their place in the model, see `hook_names.block_groups`, and by the
+        image tokens that run through them in a step that is thrown away. side, stream: as in
+        `layouts`. Returns {denoiser's name: {hook_name: Layout}}; a denoiser without such blocks is
+        left out.
+
+        >>> model.blocks("a red star")
+        {'unet': {'down_blocks.1.attentions.0': Layout(...), 'mid_block.attentions.0': ...}}
+        """
+        self._check_not_replaced()
+        for name, denoiser in self.denoisers.items():
+            check_hookable(name, denoiser)
+        modules = self.modules()
+        layouts, _, ran = self._find_layouts(modules, prompt, "output", "image", kwargs)
+        names_of = {}
+        for denoiser in self.denoisers:
+            for group in block_groups(modules, denoiser):
+                is_hookable = [isinstance(layouts[name], Layout) for name in group]
+                if any(is_hookable):
+                    names_of[denoiser] = [name for name in ran if name in group]
+                    break
+
+        if (side, stream) != ("output", "image"):
+            targets = {name: modules[name] for names in names_of.values() for name in names}
+            layouts, _, _ = self._find_layouts(targets, prompt, side, stream, kwargs)
+        blocks = {}
+        for denoiser, names in names_of.items():
+            hookable = {n: layouts[n] for n in names if isinstance(layouts[n], Layout)}
+            if hookable:
+                blocks[denoiser] = hookable
+        return blocks
 
     def first_step(self, positions: str | list[str], prompt: Prompt = None, **kwargs) -> dict:
         """Return the cache of one step, as `cache` describes it; the step is thrown away.
 
         Every random state is put back. `cache["num_steps"]` is the number of steps of the whole
-        sampling. Where denoisers take turns, it goes on until each of those named has run. kwargs:
-        the options of `cache`, and arguments of the pipeline.
+        sampling, and `cache["steps"]` is {hook_name: the steps in which its denoiser runs}, None
+        where the scheduler does not list them. Where denoisers take turns, it goes on until each of
+        those named has run. kwargs: the options of `cache`, and arguments of the pipeline.
         """
         options, kwargs = CacheOptions.take_from(kwargs)
         targets, explicit = self._targets(positions)
@@ -571,10 +756,12 @@ class HookedDiffusionModel:
             on_step=recorder.on_step,
             listen=recorder.listen,
             finder=finder,
+            count_steps=True,
         )
         sampling = dry_step.run()
         cache = recorder.result(explicit)
         cache["num_steps"] = sampling.num_steps
+        cache["steps"] = {name: dry_step.steps_of(targets[name][0]) for name in cache["grid"]}
         return cache
 
     def first_sample(self, prompt: Prompt = None, **kwargs) -> Tensor:
@@ -654,52 +841,43 @@ def denoisers_of(targets: dict[str, tuple[str, nn.Module]]) -> set[str]:
     return {denoiser for denoiser, _ in targets.values()}
 
 
-def find_model(model_name: str) -> str:
-    """Return a folder, or a hub id as it is.
-
-    A folder is looked for from the current one, then beside this file, so that the toy is found
-    from anywhere. Raises UsageError for a name that is neither a folder nor shaped like a hub id.
-    """
-    for folder in (Path(model_name), Path(__file__).parent / model_name):
-        if folder.is_dir():
-            return str(folder)
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(model_name)):
-        missing = f"no folder {str(model_name)!r} here, and a hub id looks like owner/name"
-        if str(model_name) == "toy":  # the default of the scripts
-            missing += (
-                "; the toy model lies in a checkout of the repository: run there, or give another "
-                "model with --model_name"
-            )
-        raise UsageError(missing)
-    return str(model_name)
-
-
 def model_of(
     meta: dict,
     model_name: str | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    lora: Sequence[str] = (),
+    trust_remote_code: bool = False,
 ) -> tuple[HookedDiffusionModel, dict]:
     """Return (the model that made an activation file, hooked, and the pipeline's options then).
 
-    meta: the description beside the file. model_name: another model instead, such as a copy in
-    another folder. The kind of output and the number of images per prompt are left out of the
+    meta: the description beside the file. model_name, lora: another model instead, such as a copy
+    in another folder. The kind of output and the number of images per prompt are left out of the
     options, since every script has its own options for them.
+
+    Prints one line if a Python file that makes the model has changed since. Raises UsageError if
+    the model is such a file, or brings code of its own, and the caller does not name it: nothing is
+    run because a description says so.
     """
     if not model_name:
-        # `read_description` found this folder from the activations, whatever the current one is
-        folder = meta.get("model_folder")
-        model_name = meta["model"]
-        if folder is not None and Path(folder).is_dir():
-            model_name = folder
+        model_name = recorded_model(meta)
+        lora = lora or loras_of(meta)
+    elif meta.get("lora") and not lora:
+        names = " ".join(f"{record['name']}:{record['scale']:g}" for record in meta["lora"])
+        print(
+            f"note: the activations were made with --lora {names}; {model_name} is loaded without"
+        )
     model = HookedDiffusionModel.from_pretrained(
         model_name,
         dtype,
         device,
+        lora=lora,
         variant=meta.get("variant"),
         revision=meta.get("revision"),
+        trust_remote_code=trust_remote_code or None,
     )
-    model.pipe.set_progress_bar_config(disable=True)
+    say_changed_files(meta.get("model_files"), model.loaded_from.get("model_files"))
+    model.hide_progress_bar()
     options = {}
     for name, value in meta["pipeline_kwargs"].items():
         if name != "output_type" and not per_prompt(name):

@@ -292,37 +292,67 @@ def docstring_of(statement: ast.stmt | None) -> str:
 
 
 def fill_description(docstring: str, width: int) -> str:
-    """Return a module's docstring with its prose wrapped at `width` characters.
+    """Return a module's docstring with lines of at most `width` characters.
 
-    Indented lines, such as commands and equations, stay as they are. A line like
-    `Reads   .npy files` and the lines below it that begin at its second column are wrapped at
-    that column.
+    Prose is wrapped. A line like `Reads   .npy files`, indented or not, and the lines below it that
+    begin at its second column are wrapped at that column. A command that is too long continues on
+    the next line, and the comment behind it goes above it.
     """
     items: list[tuple[str, str]] = []  # (what its further lines begin with, text)
     may_continue = False
     for line in inspect.cleandoc(docstring).splitlines():
         text = line.strip()
-        heading = re.match(r"\S+ {2,}(?=\S)", line)
         indent = " " * (len(line) - len(line.lstrip()))
-        if heading:
+        heading = re.match(r" *\S+( \S+)* {2,}(?=[^\s#])", line)
+        if text and may_continue and indent == items[-1][0]:
+            items[-1] = (indent, f"{items[-1][1]} {text}")
+        elif heading:
             items.append((" " * heading.end(), line))
             may_continue = True
-        elif text and may_continue and indent == items[-1][0]:
-            items[-1] = (indent, f"{items[-1][1]} {text}")
         else:
             items.append(("", line))
             may_continue = bool(text) and not indent
 
     filled = []
     for indent, text in items:
-        if text.startswith(" ") or len(text) <= width:
+        is_command = text.startswith(" ") and not indent
+        if len(text) <= width:
             filled.append(text)
+        elif is_command:
+            filled += fold_command(text, width)
         else:
-            filled += textwrap.wrap(
-                text,
-                width,
-                subsequent_indent=indent,
-                break_on_hyphens=False,
-                break_long_words=False,
-            )
+            filled += wrap(text, width, indent)
     return "\n".join(filled)
+
+
+def fold_command(line: str, width: int) -> list[str]:
+    """Return an indented command as lines of at most `width` characters.
+
+    The line `    python x.py --k 16   # one` becomes `    # one` and `    python x.py --k 16`. A
+    command that is still too long is continued before an option, a line of Python behind a comma.
+    """
+    command, _, comment = line.rstrip().partition("  # ")
+    indent = " " * (len(line) - len(line.lstrip()))
+    folded = wrap(f"{indent}# {comment}", width, f"{indent}# ") if comment else []
+
+    is_shell = command.split()[0] in ("python", "torchrun", "pip")
+    end = " \\" if is_shell else ""
+    first, *others = re.split(r" (?=--)" if is_shell else r"(?<=,) ", command.rstrip())
+    lines = [first]
+    for piece in others:
+        if len(f"{lines[-1]} {piece}{end}") <= width:
+            lines[-1] += f" {piece}"
+        else:
+            lines[-1] += end
+            lines.append(f"{indent}    {piece}")
+    return folded + lines
+
+
+def wrap(text: str, width: int, indent: str) -> list[str]:
+    """Return a text as lines of at most `width` characters, all but the first behind `indent`.
+
+    Words are never cut.
+    """
+    return textwrap.wrap(
+        text, width, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False
+    )

@@ -13,13 +13,14 @@ In a notebook:
 Your options decide which features are changed:
 
     --features            these
-    --concept             those that tell the prompts with this word from the others
+    --concept             those that are most active for prompts with this word, against the others
     --multiply or --add   without the two above: the feature that varies most between images
     none of these         those of two words of the prompts, which are exchanged
 
-To exchange two words, the script finds those that the SAE tells best from the others, and that no
-prompt has together. It takes out what the features of the first word add to the activations, and
-adds as much along the direction of the second. It prints the command that does the same.
+To exchange two words, the script finds two that no prompt has together, and whose prompts the
+features separate best from those without the word. It takes out what the features of the first word
+add to the activations, and adds as much along the direction of the second. It prints the command
+that does the same.
 
 The change is added to the activation, x + delta, so the part of x that the SAE does not explain
 stays (analysis/feature_edits.py). Below each image stand two numbers, norm and distance. They say
@@ -55,8 +56,17 @@ class Config:
     in saes/ is taken."""
 
     model_name: str | None = None
-    """Generate with this diffusers folder or hub id. Another model than that of the activations
-    samples with its own defaults. If not given, the model that made the activations is used."""
+    """Generate with this model, named as for collect.py. Another model than that of the activations
+    samples with its own defaults. If not given, the model that made the activations is used. A
+    Python file of yours has to be given, since it is run."""
+
+    lora: list[str] = field(default_factory=list)
+    """Add these LoRAs to the weights, as in collect.py. If neither this nor --model_name is given,
+    those that made the activations are added."""
+
+    trust_remote_code: bool = False
+    """Run the Python code that comes with the model of a folder or of the hub. Read it first: it
+    can do all that you can."""
 
     transfer: bool = False
     """Use the SAE on purpose where it was not trained: on a model with other weights."""
@@ -85,6 +95,12 @@ class Config:
     texts are used. If not given, a column negative_prompt is used, or else that of the
     activations."""
 
+    inputs: list[str] = field(default_factory=list)
+    """Give the pipeline these images: name=value, where the name is an argument of the pipeline.
+    The value is an image file (the same for all prompts), a folder (one image per prompt, in the
+    order of their names) or a column of --dataset_name. If not given, the images of the activations
+    are used with their prompts."""
+
     num_prompts: int = 8
     """Generate this many prompts, which are the columns of the picture."""
 
@@ -98,8 +114,8 @@ class Config:
     the first, and 1:12 that of the second."""
 
     concept: str | None = None
-    """Change the features that tell the prompts with this word from the others. The top of this
-    help says what is changed without it."""
+    """Change features that are more active for the prompts with this word than for the others.
+    The top of this help says what is changed without it."""
 
     num_features: int | None = None
     """Find this many features in each SAE. Raise it if the concept stays. If not given, 1; if two
@@ -126,8 +142,8 @@ class Config:
     """Put this word of the prompts in the place of --concept, which it needs."""
 
     steps: str | None = None
-    """Edit only in these steps, first-last, counted from 0, such as 0-10. If not given, all steps
-    are edited."""
+    """Edit only in these steps, first-last, counted from 0. Both ends are included: 0-10 are eleven
+    steps. If not given, all steps are edited."""
 
     mask: list[str] = field(default_factory=list)
     """Edit only in this box (top left bottom right, in fractions of the image), or only where this
@@ -166,15 +182,25 @@ from tqdm import tqdm
 from analysis.concepts import clearest_exchange, find_features, image_scores, toward, with_word
 from analysis.feature_edits import Change, Edits, Target, Typical, check_features, redirect, steer
 from analysis.plots import ImageRow, plot_images
-from diffusion.generate import generate_images
-from errors import UsageError
+from diffusion.generate import generate_media
+from errors import UsageError, decimals
 from hook import Generation, HookedDiffusionModel, model_of
 from sae import Sae, newest_sae
 from store.activation_file import refuse_unfinished
 from store.disk import claim_folder, write_json
 from store.hook_point import trained_on
 from store.identity import activations_of, check_belongs, origin
-from store.prompts import load_prompts, seen_text, with_seeds
+from store.images import Media
+from store.inputs import (
+    InputImages,
+    load_rows,
+    name_of_copy,
+    names_folder,
+    open_image,
+    parse_inputs,
+    read_inputs,
+)
+from store.prompts import seen_text, with_seeds
 
 EXCHANGED_FEATURES = 8  # on the toy, 64 change more of the image than the concept
 MULTIPLY = [0.0, 4.0]  # strengths of features that the user chose, if none is given
@@ -218,13 +244,20 @@ def check_options_are_read(cfg: Config) -> None:
     elif cfg.concept is None and not exchanges_concepts(cfg):
         unread.append((("score",), "without --concept"))
     if not cfg.dataset_name:
-        unread.append((("column", "seed"), "without --dataset_name"))
+        unread.append((("column",), "without --dataset_name"))
+    if takes_prompts_of_activations(cfg):
+        unread.append((("seed",), "without --dataset_name"))
 
     defaults = Config()
     for names, when in unread:
         for name in names:
             if getattr(cfg, name) != getattr(defaults, name):
                 raise UsageError(f"--{name} has no effect {when}; leave it out")
+
+
+def takes_prompts_of_activations(cfg: Config) -> bool:
+    """Return whether the user has named no prompts, and no folder whose images are the rows."""
+    return not cfg.dataset_name and not names_folder(cfg.inputs)
 
 
 def exchanges_concepts(cfg: Config) -> bool:
@@ -465,8 +498,8 @@ def with_exchange(cfg: Config, images: ScoredImages) -> Config:
 
     concept, other = words
     print(
-        f"{concept!r} is exchanged for {other!r}: of all words, the SAE tells these two best. "
-        "The same, with your other options:\n"
+        f"{concept!r} is exchanged for {other!r}: the features separate these two words "
+        "best. The same, with your other options:\n"
         f"    python steer.py --concept {shlex.quote(concept)} --toward {shlex.quote(other)} "
         f"--num_features {num_features}"
     )
@@ -592,16 +625,18 @@ def folder_name(cfg: Config, targets: list[Target]) -> str:
 def choose_prompts(cfg: Config, targets: list[Target], shown: list[dict] | None) -> list[dict]:
     """Return what is generated: rows with a prompt and a seed.
 
-    They come from --dataset_name; else they are `shown`, of `choose_features`; else the first rows
-    of the training data.
+    They come from --dataset_name, or from a folder of --inputs; else they are `shown`, of
+    `choose_features`; else the first rows of the training data. Their "inputs" are sources of
+    images, see `load_rows`, or names of copies beside the training data.
     """
-    if not cfg.dataset_name:
+    if takes_prompts_of_activations(cfg):
         rows = (shown or rows_of(targets[0]))[: cfg.num_prompts]
         if cfg.negative_prompt is not None:
             rows = [{**row, "negative_prompt": cfg.negative_prompt} for row in rows]
         return rows
 
-    rows = load_prompts(
+    rows = load_rows(
+        cfg.inputs,
         cfg.dataset_name,
         column=cfg.column,
         negative_prompt=cfg.negative_prompt,
@@ -629,6 +664,35 @@ def negative_prompt_of(cfg: Config, target: Target) -> str | None:
             "choose one with --negative_prompt"
         )
     return prompts.pop()
+
+
+def choose_images(
+    cfg: Config, rows: list[dict], targets: list[Target], model: HookedDiffusionModel
+) -> list[dict[str, Image.Image]] | None:
+    """Return the images that the pipeline takes, {argument: image} for each row; None if there are
+    none.
+
+    They come from --inputs; with the prompts of the activations, their own images come first.
+    Raises UsageError for what can't be used, and for an image that was changed.
+    """
+    if not takes_prompts_of_activations(cfg):
+        inputs = InputImages.of_rows(rows)
+        if inputs is None:
+            return None
+        model.check_image_arguments(inputs.sizes)
+        return inputs.of(rows)
+
+    folders = []
+    for target in targets:
+        if target.activations is not None:
+            folders += [Path(path).parent for path in target.activations.paths]
+    images = read_inputs(folders, rows)
+    files = parse_inputs(cfg.inputs)
+    if not files:
+        return images
+    model.check_image_arguments(files)
+    given = {name: open_image(path, f"--inputs {name}") for name, path in files.items()}
+    return [{**of_row, **given} for of_row in images or [{}] * len(rows)]
 
 
 def check_prompts(rows: list[dict], meta: dict, model: HookedDiffusionModel) -> None:
@@ -737,15 +801,15 @@ class Run(NamedTuple):
     name: str
     """What stands left of the row, such as "untouched" or "× 4"."""
 
-    images: Tensor
+    pictures: Tensor
     """(P, 3, H, W) in [0, 1]"""
+
+    moved: Tensor
+    """(P,): root mean square difference to what was made without an edit, of all pixels, of all
+    frames or of all samples of audio."""
 
     numbers: list[list[float] | None]
     """(norm, distance) of each image; None if they were not measured."""
-
-    def moved(self, untouched: "Run") -> Tensor:
-        """Return the root mean square difference to the untouched images, (P,)."""
-        return (self.images - untouched.images).square().flatten(1).mean(1).sqrt()
 
     def captions(self) -> list[str]:
         """Return what stands below each image."""
@@ -758,27 +822,31 @@ class Run(NamedTuple):
             captions.append(caption)
         return captions
 
-    def record(self, untouched: "Run") -> dict:
+    def record(self) -> dict:
         """Return what steer.json says about the row."""
         images = []
-        for moved, numbers in zip(self.moved(untouched).tolist(), self.numbers):
+        for moved, numbers in zip(self.moved.tolist(), self.numbers):
             norm, distance = numbers or (None, None)
             images.append({"moved": moved, "norm": norm, "distance": distance})
         return {"name": self.name, self.strength.kind: self.strength.value, "pictures": images}
 
-    def check_finite(self) -> None:
-        """Raise UsageError if an image, or a number below it, is NaN or infinite."""
-        known = [numbers for numbers in self.numbers if numbers is not None]
-        if self.images.isfinite().all() and np.isfinite(known).all():
-            return
-        if self.strength == UNTOUCHED:
-            raise UsageError("the model makes images that are not finite, without any edit")
-        kind, value = self.strength
-        value = value if kind == "toward" else f"{value:g}"
-        raise UsageError(
-            f"--{kind} {value} makes activations or images that are not finite; edit less: "
-            "a strength nearer to 0, fewer --steps, or --renormalize"
-        )
+
+def check_finite(strength: Strength, made: Media, all_numbers: list[list[float] | None]) -> None:
+    """Raise UsageError if what was made, or a number below it, is NaN or infinite.
+
+    all_numbers: as `Run.numbers`.
+    """
+    known = [numbers for numbers in all_numbers if numbers is not None]
+    if made.values.isfinite().all() and np.isfinite(known).all():
+        return
+    if strength == UNTOUCHED:
+        raise UsageError("the model makes images that are not finite, without any edit")
+    kind, value = strength
+    value = value if kind == "toward" else f"{value:g}"
+    raise UsageError(
+        f"--{kind} {value} makes activations or images that are not finite; edit less: "
+        "a strength nearer to 0, fewer --steps, or --renormalize"
+    )
 
 
 def generate_runs(
@@ -794,16 +862,22 @@ def generate_runs(
     """
     strengths = [UNTOUCHED, *strengths_of(cfg)]
     num_images = len(generation.prompts)
+    untouched = None
     runs = []
     with tqdm(total=num_images * len(strengths), unit="picture", desc="steering") as bar:
         for strength in strengths:
             changes = [strength.change(target) for target in targets]
             edits = Edits(targets, changes, cfg.rows, steps, cfg.renormalize)
-            images = generate_images(model, generation, cfg.batch_size, edits, bar)
+            made = generate_media(model, generation, cfg.batch_size, edits, bar)
+            numbers = edits.numbers(num_images)
+            check_finite(strength, made, numbers)
+
+            if untouched is None:
+                untouched = made.values.float()
+            difference = made.values.float() - untouched
+            moved = difference.square().flatten(1).mean(1).sqrt()
             name = "untouched" if strength is UNTOUCHED else strength.row_name
-            run = Run(strength, name, images, edits.numbers(num_images))
-            run.check_finite()
-            runs.append(run)
+            runs.append(Run(strength, name, made.pictures(), moved, numbers))
     return runs
 
 
@@ -818,7 +892,7 @@ def print_table(runs: list[Run]) -> None:
         known = [numbers for numbers in run.numbers if numbers is not None]
         if known:
             norm, distance = [f"{value:.2f}" for value in np.mean(known, 0)]
-        print(f"{run.name:12} {norm:>6} {distance:>9} {run.moved(runs[0]).mean():9.3f}")
+        print(f"{run.name:12} {norm:>6} {distance:>9} {decimals(run.moved.mean().item(), 3):>9}")
 
 
 def settings_of(cfg: Config, targets: list[Target]) -> dict:
@@ -828,6 +902,8 @@ def settings_of(cfg: Config, targets: list[Target]) -> dict:
         if name not in ("out_dir", "device", "batch_size"):
             settings[name] = value
     settings["sae"] = [target.path for target in targets]
+    if not cfg.inputs:
+        del settings["inputs"]  # earlier versions had no such option
     return settings
 
 
@@ -847,12 +923,18 @@ def report_of(
         record["scores"] = target.scores
         record["transfer"] = transfer
         saes.append(record)
+    arguments = replace(generation, inputs=None).arguments()
+    if generation.inputs is not None:
+        names = []  # for each prompt, as in prompts.jsonl
+        for images in generation.inputs:
+            names.append({name: name_of_copy(image) for name, image in images.items()})
+        arguments["inputs"] = names
     return {
         "options": settings,
-        "arguments": generation.arguments(),
+        "arguments": arguments,
         "seeds": generation.seeds,
         "prompts": generation.prompts,
-        "runs": [run.record(runs[0]) for run in runs],
+        "runs": [run.record() for run in runs],
         "saes": saes,
     }
 
@@ -882,12 +964,20 @@ def main(cfg: Config) -> list[Path]:
     if targets[0].activations is not None:
         description = targets[0].activations.sources[0].meta
     meta = origin(targets[0].sae.cfg, description)
-    model, collected = model_of(meta, cfg.model_name, device, resolve_dtype("auto", device))
+    model, collected = model_of(
+        meta,
+        cfg.model_name,
+        device,
+        resolve_dtype("auto", device),
+        cfg.lora,
+        cfg.trust_remote_code,
+    )
     check_prompts(rows, meta, model)
     transfers = check_models(cfg, model, targets)
     is_other_model = cfg.model_name is not None and any(transfers)
     options = choose_arguments(cfg, meta, model, collected, is_other_model)
-    generation = Generation.from_rows(rows, options)
+    images = choose_images(cfg, rows, targets, model)
+    generation = Generation.from_rows(rows, options, images)
     steps = place_masks(cfg, model, generation, targets)
 
     # 4. What is typical, then the untouched run and one for each strength
@@ -900,7 +990,7 @@ def main(cfg: Config) -> list[Path]:
         print(f"{target.hook_point.hook_name}: features {' '.join(map(str, target.features))}")
     picture = folder / "steer.png"
     numbers = folder / "steer.json"
-    grid = [ImageRow(run.name, run.images, run.captions()) for run in runs]
+    grid = [ImageRow(run.name, run.pictures, run.captions()) for run in runs]
     plot_images(picture, grid, generation.prompts)
     report = report_of(settings, generation, runs, targets, transfers)
     report["seconds"] = round(time.perf_counter() - start, 1)

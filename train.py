@@ -27,7 +27,8 @@ Reads   activation files: .npy files of floats whose last axis is the width d of
         Name them one by one, by a glob or by their folder. Each hook name gets its own SAE.
 Writes  <out_dir>/<run>/: cfg.json, sae.safetensors, metrics.jsonl, train.png, evaluate.png, and
         training_prompts.txt with a hash of each prompt that training saw. Several SAEs also get
-        a picture of their FVU against L0, <out_dir>/<run_name or file>_sweep.png.
+        a picture of their FVU against L0, <out_dir>/<file>_sweep.png; with --run_name it lies in
+        that folder.
         checkpoint.safetensors is deleted when the run is finished. After Ctrl-C or kill -9 the
         same command resumes and ends with the same bits. A finished run is never overwritten.
 
@@ -205,7 +206,7 @@ from analysis.metrics import Metrics, evaluate, total
 from analysis.plots import plot_evaluation, plot_sweep, plot_training
 from cli import check_positive, product_dtype, resolve_device
 from distributed import ALONE, Group, Processes
-from errors import UsageError
+from errors import UsageError, decimals
 from kernels.update import LIST_DEAD_EVERY, Forward, SparseUpdate
 from sae import Sae
 from store.activation_file import collected_with, differences, provenance
@@ -733,7 +734,7 @@ def measure_once(cfg: Config, dataset: Activations, processes: Processes) -> Dat
             cfg.data_seed,
             processes.device,
         )
-        print(f"data      gamma {stats.gamma:.2f}; python diagnose.py says more")
+        print(f"data      gamma {decimals(stats.gamma, 2)}; python diagnose.py says more")
         message = asdict(replace(stats, center=stats.center.tolist()))
     message = processes.all_gather(message)[0]
     message["center"] = torch.tensor(message["center"])
@@ -1067,10 +1068,12 @@ class TrainingRun:
             f"trained:  {num_vectors:,} vectors in {self.seconds:.0f} s ({speed}){epochs}; "
             f"{self.num_latents} latents, k = {self.k}"
         )
+        fvu = decimals(held_out.fvu, 4)
+        dead = decimals(100 * held_out.dead, 2)
+        always_on = decimals(100 * held_out.always_on, 2)
         print(
-            f"held out: {held_out.n:,} vectors   fvu {held_out.fvu:.4f}   l0 {held_out.l0:.2f}   "
-            f"dead {held_out.dead:.2%}   cosine {held_out.cosine:.4f}   "
-            f"always on {held_out.always_on:.2%}"
+            f"held out: {held_out.n:,} vectors   fvu {fvu}   l0 {held_out.l0:.2f}   "
+            f"dead {dead}%   cosine {held_out.cosine:.4f}   always on {always_on}%"
         )
         if held_out.fvu >= 1:
             print(
@@ -1279,8 +1282,8 @@ def print_and_plot_sweep(folders: list[Path], path: Path) -> None:
         record = records[folder]
         print(
             f"{folder.name:44} {record['num_latents']:7} {record['k']:5} "
-            f"{record['training']['seed']:5} {record['fvu']:8.4f} {record['l0']:8.2f} "
-            f"{record['dead']:7.2%}"
+            f"{record['training']['seed']:5} {decimals(record['fvu'], 4):>8} "
+            f"{record['l0']:8.2f} {decimals(100 * record['dead'], 2):>6}%"
         )
     plot_sweep(path, list(records.values()))
     print(f"FVU against L0: {path}")

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from analysis.data_stats import OUTLIER
 from analysis.metrics import Metrics, total
+from errors import decimals
 
 BLUE, ORANGE, GREY = "#2f6db5", "#e07b39", "#888888"
 CENTERED = {"median": "centred on the median", "mean": "centred on the mean", "none": "not centred"}
@@ -424,8 +425,10 @@ def plot_ablation_ranking(path: Path, hooks: list[dict], title: str) -> None:
     for ax, key, label in zip(
         axes, ("latents", "images"), ("latents: |a - b| / |b|", "pictures: root mean square")
     ):
-        bars = ax.barh(names, [hook[key] for hook in hooks], color=BLUE, height=0.7)
-        ax.bar_label(bars, fmt="%.3f", padding=3, fontsize=8)
+        distances = [hook[key] for hook in hooks]
+        bars = ax.barh(names, distances, color=BLUE, height=0.7)
+        labels = [decimals(distance, 3) for distance in distances]
+        ax.bar_label(bars, labels, padding=3, fontsize=8)
         ax.set_xlabel("distance to the untouched " + label, fontsize=9)
         ax.spines[["top", "right"]].set_visible(False)
         ax.tick_params(labelsize=8)
@@ -472,9 +475,9 @@ def graft_label(mode: str, window: dict) -> str:
         moved = window[measure][mode]
         error = window[measure][f"{mode}_se"]
         label += f"\n{name} "
-        label += "not finite" if moved is None else f"{moved:.3f}"
+        label += "not finite" if moved is None else decimals(moved, 3)
         if error is not None:
-            label += f" ± {error:.3f}"
+            label += f" ± {decimals(error, 3)}"
     return label
 
 

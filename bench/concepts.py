@@ -1,7 +1,7 @@
 """Does a single feature tell a concept? AUROC on the toy, chosen and scored on different prompts.
 
-    python -m bench concepts                        # collects, trains, scores: 30 minutes, one core
-    python -m bench concepts --sae saes/a saes/b    # only scores
+    python -m bench concepts                       # collects, trains, scores: 30 min, one core
+    python -m bench concepts --sae saes/a saes/b   # only scores
 
 For each object, style and colour one feature is chosen, of all of the SAEs: the one whose image
 score best separates the images that show the concept from the others, on the prompts with an even
@@ -31,6 +31,8 @@ from errors import UsageError
 from sae import Sae
 from store.identity import activations_of
 from toy.concepts import CONCEPTS
+
+ALL_SCORES = 1 << 40  # numbers: so many that no image is left out
 
 
 @dataclass
@@ -157,13 +159,12 @@ def main(cfg: Config) -> None:
         if [row["prompt"] for row in activations.prompt_lines()] != prompts:
             raise UsageError("--sae: the SAEs were trained on activations of different prompts")
 
-    hook_names = [sae.cfg["hook_name"] for sae in saes]
     for pool in cfg.pool:
         scores = []
         for sae, activations in zip(saes, sets):
-            of_steps, _ = image_scores(sae, activations, pool, most=1 << 40)  # (P, S, M)
+            of_steps, _ = image_scores(sae, activations, pool, most=ALL_SCORES)  # (P, S, M)
             scores.append(of_steps.mean(1))
-        print_scores(pool, scores, rows, hook_names, cfg)
+        print_scores(pool, scores, rows, [sae.cfg["hook_name"] for sae in saes], cfg)
 
 
 def print_scores(

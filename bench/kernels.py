@@ -1,20 +1,20 @@
-"""Each kernel alone, against plain PyTorch and against the bytes that it cannot do without.
+"""Each kernel alone, against plain PyTorch and against the bytes that it has to move.
 
-    python -m bench kernels                                  # N = 1024, d = 640, M = 10240, k = 32
-    python -m bench kernels --N 4096 --d 1280 --M 20480      # of Stable Diffusion 1.5
+    python -m bench kernels                               # N = 1024, d = 640, M = 10240, k = 32
+    python -m bench kernels --N 4096 --d 1280 --M 20480   # sizes of Stable Diffusion 1.5
 
 The table of docs/benchmarks.md was measured on two cores of an AMD EPYC. On a GPU these are the
 Triton kernels, elsewhere their PyTorch versions. All take turns, in an order that rotates; the
-first three rounds are not counted. On a GPU a time lies between two events, behind a pause in which
-the host gets ahead, so that it holds no launching.
+first three rounds are not counted. On a GPU the time lies between two events. The GPU pauses before
+the first event, and meanwhile the host launches everything, so the time contains no launching.
 
     ms p20, p50, p80   percentiles of our time
     plain p50, / ours  the plain expression's median, and the median of the ratios, round by round
-    floor MB, ms       every number that has to be read or written, once (of W the rows that are
-                       used), and its time at the speed of a copy in the same rounds; the copy has
-                       64 MB, on a GPU 256 MB
+    floor MB, ms       the bytes of all numbers that have to be read or written, each once (of W the
+                       rows that are used), and their time at the speed of a copy in the same
+                       rounds; the copy has 64 MB, on a GPU 256 MB
     GB/s               floor bytes over our median time
-    of copy            this speed over the copy's; above 1, a cache held part of the numbers
+    of copy            this speed over the copy's; above 1, a cache held some of the numbers
     plain              what the plain expression does
 
 None of these kernels does more than 4 N k d operations, 2 or 3 per byte, so the bytes are what
@@ -25,13 +25,15 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from tqdm import tqdm
 
-from bench.step import conditions, percentile, sync, write_csv
+from bench.step import WARMUP_ROUNDS, conditions, percentile, rotated, sync, write_csv
 from cli import check_positive, resolve_device
 from kernels import (
     Gradient,
@@ -45,6 +47,18 @@ from kernels import (
     update_rows,
 )
 from kernels.decode import gather_dot, gather_sum
+
+COPIED = 1 << 24  # float32 of the copy: 64 MB, more than a cache holds
+COPIED_ON_GPU = 1 << 26
+
+PAUSE = 2_000_000  # cycles of a GPU, about 1 ms, in which the host launches everything
+
+LEARNING_RATE = 1e-4
+
+# Bytes of a number
+FLOAT32 = 4
+BFLOAT16 = 2
+INT64 = 8
 
 
 @dataclass
@@ -80,174 +94,88 @@ class Row(NamedTuple):
     """One row of the table."""
 
     name: str
+    """The kernel."""
+
     dtype: str
-    bytes: int
+    """Of its input."""
+
+    floor_bytes: int
     """What has to be read and written at the least."""
 
-    ours: Callable
+    ours: Callable[[], Any]
     """Runs our kernel."""
 
-    plain: Callable | None = None
+    plain: Callable[[], Any] | None
     """Runs the plain expression; None for the copy."""
 
-    words: str = ""
+    expression: str
     """What the plain expression does."""
 
 
-def plain_decode_error(x, top_acts, top_indices, W_dec, b_dec):
-    rows = W_dec[top_indices]  # (N, k, d)
-    e = torch.einsum("nk,nkd->nd", top_acts, rows) + b_dec - x
-    return e, torch.einsum("nd,nkd->nk", e, rows) * (top_acts > 0)
+# ---- measuring and printing
 
 
-def plain_sum_by_latent(weights, top_indices, x, M):
-    latents, products = top_indices.flatten(), weights[:, :, None] * x[:, None]  # (N, k, d)
-    dW = x.new_zeros(M, x.shape[1]).index_add_(0, latents, products.flatten(0, 1))
-    return dW, x.new_zeros(M).index_add_(0, latents, weights.flatten())
+@torch.no_grad()
+def main(cfg: Config) -> None:
+    """Print the table. Raises UsageError for an option that can't be used."""
+    check_positive(cfg, "N", "d", "M", "k", "rounds")
+    device = resolve_device(cfg.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # whose stream the events are in
+    rows = make_rows(cfg, device)
+    times = measure_in_turns(rows, cfg.rounds, device)
 
-
-def plain_update(W, dW, optimizer, clip, copy):
-    dW /= clip
-    W.grad = dW - (dW * W).sum(1, keepdim=True) * W
-    optimizer.step()
-    W /= W.norm(dim=1, keepdim=True)
-    copy.copy_(W)
-
-
-def plain_keep_largest(acts, count):
-    values, places = acts.flatten().topk(count, sorted=False)
-    return torch.zeros_like(acts).flatten().scatter_(0, places, values).view(
-        acts.shape
-    ), values.min()
-
-
-def plain_sort_pairs(top_indices, M):
-    latents = top_indices.flatten()
-    return latents.argsort(stable=True), F.pad(
-        torch.bincount(latents, minlength=M).cumsum(0), (1, 0)
+    where = conditions(device)
+    print(where)
+    print(f"N = {cfg.N}, d = {cfg.d}, M = {cfg.M}, k = {cfg.k}; {cfg.rounds} rounds\n")
+    print(
+        "kernel         dtype      ms p20     p50     p80"
+        "  plain p50   / ours  floor MB     ms     GB/s  of copy  plain"
     )
+    copy_speed = rows[0].floor_bytes / percentile(times[0]["ours"], 0.5)  # bytes per ms
+    csv_rows = []
+    for row, of_row in zip(rows, times):
+        print_row(row, of_row, copy_speed)
+        csv_rows += csv_rows_of(row, of_row, copy_speed, cfg.N)
+    if cfg.csv:
+        write_csv(cfg.csv, "kernels", csv_rows, where)
 
 
-def make_rows(cfg: Config, device: torch.device) -> list[Row]:
-    """Return the rows of the table, all on the same random vectors and weights."""
-    N, d, M, k = cfg.N, cfg.d, cfg.M, cfg.k
-    g = torch.Generator().manual_seed(0)
-    x, W, pre_acts = (
-        torch.randn(shape, generator=g).to(device) for shape in ((N, d), (M, d), (N, M))
-    )
-    W, b = F.normalize(W), x.mean(0)
-    acts, indices = topk(pre_acts, k)
-    many, _ = topk(pre_acts, min(4 * k, M))
-    halves, few = pre_acts.bfloat16(), many.bfloat16()
-    order, ends = sort_pairs(indices, M)
-    gradient = Gradient(acts.flatten()[order], order // k, ends, x)
-    along = totals(
-        (acts * gather_dot(x, indices, W)).flatten()[order], ends
-    )  # a step has it from decode_error
-    mine, theirs, copy = W.clone(), W.clone(), W.bfloat16()
-    moments, one = (torch.zeros_like(W), torch.zeros_like(W)), torch.ones((), device=device)
-    optimizer = torch.optim.Adam([theirs], lr=1e-4, fused=device.type in ("cuda", "cpu"))
-    source = torch.zeros(1 << (26 if device.type == "cuda" else 24), device=device)
-    target = torch.zeros_like(source)
+def measure_in_turns(
+    rows: list[Row], rounds: int, device: torch.device
+) -> list[dict[str, list[float]]]:
+    """Return {"ours": milliseconds of each counted round, "plain": the same} of each row.
 
-    pairs, vectors, matrix, used = N * k, 4 * N * d, 4 * M * d, 4 * d * len(indices.unique())
-    read = vectors + 12 * pairs  # x, and a float32 and an int64 a pair
-    made = lambda: plain_sum_by_latent(acts, indices, x, M)[0]
-    index_add, einsum = "(N, k, d), index_add_", "W[top_indices], einsum"
-    sums = lambda: torch.einsum("nk,nkd->nd", acts, W[indices])
-    dots = lambda: torch.einsum("nd,nkd->nk", x, W[indices])
-    relu_topk = lambda t: F.relu(t).topk(k, sorted=False)
-    adam = lambda: plain_update(theirs, made(), optimizer, one, copy)
-    fused = lambda: update_rows(mine, gradient, *moments, one, 1e-4, one, along, copy)
-    single, half = "float32", "bfloat16"
-    return [
-        Row("copy", single, 8 * len(source), lambda: target.copy_(source)),
-        Row(
-            "topk",
-            single,
-            4 * N * M + 12 * pairs,
-            lambda: topk(pre_acts, k),
-            lambda: relu_topk(pre_acts),
-            "relu, topk",
-        ),
-        Row(
-            "topk",
-            half,
-            2 * N * M + 10 * pairs,
-            lambda: topk(halves, k),
-            lambda: relu_topk(halves),
-            "relu, topk",
-        ),
-        Row(
-            "decode_error",
-            single,
-            read + vectors + used + 4 * pairs,
-            lambda: decode_error(x, acts, indices, W, b),
-            lambda: plain_decode_error(x, acts, indices, W, b),
-            einsum,
-        ),
-        Row("gather_sum", single, read + used, lambda: gather_sum(acts, indices, W), sums, einsum),
-        Row("gather_dot", single, read + used, lambda: gather_dot(x, indices, W), dots, einsum),
-        Row(
-            "sum_by_latent",
-            single,
-            read + matrix + 4 * M,
-            lambda: sum_by_latent(acts, indices, x, M),
-            lambda: plain_sum_by_latent(acts, indices, x, M),
-            index_add,
-        ),
-        Row(
-            "update_rows",
-            single,
-            read + 6 * matrix + matrix // 2 + 12 * M,
-            fused,
-            adam,
-            index_add + ", Adam(fused), norm, copy",
-        ),
-        Row(
-            "squared_norm",
-            single,
-            read + 12 * M,
-            lambda: squared_norm(gradient),
-            lambda: made().square().sum(),
-            index_add + ", sum",
-        ),
-        Row(
-            "keep_largest",
-            single,
-            8 * many.numel(),
-            lambda: keep_largest(many, pairs),
-            lambda: plain_keep_largest(many, pairs),
-            "topk, scatter",
-        ),
-        Row(
-            "keep_largest",
-            half,
-            4 * many.numel(),
-            lambda: keep_largest(few, pairs),
-            lambda: plain_keep_largest(few, pairs),
-            "topk, scatter",
-        ),
-        Row(
-            "sort_pairs",
-            "int64",
-            16 * pairs + 8 * M,
-            lambda: sort_pairs(indices, M),
-            lambda: plain_sort_pairs(indices, M),
-            "argsort, bincount, cumsum",
-        ),
-    ]
+    The copy has no "plain".
+    """
+    jobs = []
+    times = []
+    for row in rows:
+        times.append({"ours": []})
+        jobs.append((row.ours, times[-1]["ours"]))
+        if row.plain is not None:
+            times[-1]["plain"] = []
+            jobs.append((row.plain, times[-1]["plain"]))
+
+    for number in tqdm(range(WARMUP_ROUNDS + rounds), "rounds"):
+        for function, milliseconds in rotated(jobs, number):
+            ms = measure(function, device)
+            if number >= WARMUP_ROUNDS:
+                milliseconds.append(ms)
+    return times
 
 
-def measure(function: Callable, device: torch.device) -> float:
+def measure(function: Callable[[], Any], device: torch.device) -> float:
     """Return the milliseconds that a function takes on the device."""
     if device.type != "cuda":
-        start = time.perf_counter()
+        start_time = time.perf_counter()
         function()
         sync(device)
-        return 1e3 * (time.perf_counter() - start)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(2_000_000)  # cycles, about 1 ms, in which the host launches all
+        return 1e3 * (time.perf_counter() - start_time)
+
+    start = torch.cuda.Event(enable_timing=True)
+    end = torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(PAUSE)
     start.record()
     function()
     end.record()
@@ -255,58 +183,298 @@ def measure(function: Callable, device: torch.device) -> float:
     return start.elapsed_time(end)
 
 
-@torch.no_grad()
-def main(cfg: Config) -> None:
-    check_positive(cfg, "N", "d", "M", "k", "rounds")
-    device = resolve_device(cfg.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # whose stream the events are in
-    rows = make_rows(cfg, device)
-    jobs = [
-        (i, which)
-        for i, row in enumerate(rows)
-        for which in ("ours", "plain")
-        if getattr(row, which)
+def print_row(row: Row, times: dict[str, list[float]], copy_speed: float) -> None:
+    """Print the line of a row. copy_speed: bytes per millisecond of the copy."""
+    p20, p50, p80 = [percentile(times["ours"], fraction) for fraction in (0.2, 0.5, 0.8)]
+    plain = " " * 19
+    if row.plain is not None:
+        plain_p50 = percentile(times["plain"], 0.5)
+        ratio = statistics.median(b / a for a, b in zip(times["ours"], times["plain"]))
+        plain = f"{plain_p50:10.3f} {ratio:8.2f}"
+    floor_ms = row.floor_bytes / copy_speed
+    speed = row.floor_bytes / p50
+    ours = f"{row.name:14} {row.dtype:10} {p20:6.3f} {p50:7.3f} {p80:7.3f}"
+    floor = f"{row.floor_bytes / 1e6:9.1f} {floor_ms:6.3f}"
+    of_copy = f"{speed / 1e6:8.1f} {speed / copy_speed:8.2f}"
+    print(f"{ours} {plain} {floor} {of_copy}  {row.expression}".rstrip())
+
+
+def csv_rows_of(
+    row: Row, times: dict[str, list[float]], copy_speed: float, N: int
+) -> list[list[str]]:
+    """Return the lines of a row for a CSV file: ours, and if it is not the copy plain and floor."""
+    named = {row.name: times["ours"]}
+    if row.plain is not None:
+        named[f"{row.name}.plain"] = times["plain"]
+        named[f"{row.name}.floor"] = [row.floor_bytes / copy_speed]
+    lines = []
+    for name, milliseconds in named.items():
+        percentiles = [percentile(milliseconds, fraction) for fraction in (0.2, 0.5, 0.8)]
+        numbers = [f"{ms:.4f}" for ms in percentiles]
+        vectors_per_second = f"{1e3 * N / percentiles[1]:.0f}"
+        lines.append([name, row.dtype, *numbers, vectors_per_second, ""])
+    return lines
+
+
+# ---- the rows: all on the same random vectors and weights
+
+
+class Inputs(NamedTuple):
+    """What the kernels get: N vectors of width d, M latents, k of them active per vector."""
+
+    x: Tensor
+    """(N, d)"""
+
+    W: Tensor
+    """(M, d): rows of length 1."""
+
+    b: Tensor
+    """(d,)"""
+
+    pre_acts: Tensor
+    """(N, M)"""
+
+    top_acts: Tensor
+    """(N, k)"""
+
+    top_indices: Tensor
+    """(N, k) int64"""
+
+    order: Tensor
+    """(N k,) int64: the pairs of vector and active latent, sorted by latent."""
+
+    ends: Tensor
+    """(M + 1,) int64: where each latent's pairs begin in `order`."""
+
+
+def make_inputs(cfg: Config, device: torch.device) -> Inputs:
+    """Return random inputs from a fixed seed."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn((cfg.N, cfg.d), generator=generator).to(device)
+    W = torch.randn((cfg.M, cfg.d), generator=generator).to(device)
+    pre_acts = torch.randn((cfg.N, cfg.M), generator=generator).to(device)
+    top_acts, top_indices = topk(pre_acts, cfg.k)
+    order, ends = sort_pairs(top_indices, cfg.M)
+    return Inputs(x, F.normalize(W), x.mean(0), pre_acts, top_acts, top_indices, order, ends)
+
+
+def make_rows(cfg: Config, device: torch.device) -> list[Row]:
+    """Return the rows of the table; the copy, with which they are compared, is the first."""
+    inputs = make_inputs(cfg, device)
+    candidates, _ = topk(inputs.pre_acts, min(4 * cfg.k, cfg.M))
+    return [
+        copy_row(device),
+        topk_row("float32", inputs.pre_acts, cfg.k),
+        topk_row("bfloat16", inputs.pre_acts.bfloat16(), cfg.k),
+        decode_error_row(inputs),
+        gather_sum_row(inputs),
+        gather_dot_row(inputs),
+        sum_by_latent_row(inputs),
+        update_rows_row(inputs),
+        squared_norm_row(inputs),
+        keep_largest_row("float32", candidates, inputs.top_acts.numel()),
+        keep_largest_row("bfloat16", candidates.bfloat16(), inputs.top_acts.numel()),
+        sort_pairs_row(inputs),
     ]
-    times = {job: [] for job in jobs}
-    for number in tqdm(range(3 + cfg.rounds), "rounds"):
-        turn = number % len(jobs)
-        for i, which in jobs[turn:] + jobs[:turn]:
-            ms = measure(getattr(rows[i], which), device)
-            if number >= 3:
-                times[i, which].append(ms)
 
-    where, versions, commit = conditions(device)
-    print(
-        f"{where}; {versions}; commit {commit}\n"
-        f"N = {cfg.N}, d = {cfg.d}, M = {cfg.M}, k = {cfg.k}; {cfg.rounds} rounds\n"
+
+def copy_row(device: torch.device) -> Row:
+    """Return the row of a large tensor's copy, whose speed is that of the memory."""
+    count = COPIED_ON_GPU if device.type == "cuda" else COPIED
+    source = torch.zeros(count, device=device)
+    target = torch.zeros_like(source)
+    floor_bytes = 2 * FLOAT32 * len(source)
+    return Row("copy", "float32", floor_bytes, partial(target.copy_, source), None, "")
+
+
+def topk_row(dtype: str, pre_acts: Tensor, k: int) -> Row:
+    """Return the row of `topk`: the k largest of pre_acts (N, M) per vector."""
+    size = pre_acts.element_size()
+    num_pairs = len(pre_acts) * k
+    floor_bytes = size * pre_acts.numel() + (size + INT64) * num_pairs
+    ours = partial(topk, pre_acts, k)
+    plain = partial(plain_topk, pre_acts, k)
+    return Row("topk", dtype, floor_bytes, ours, plain, "relu, topk")
+
+
+def plain_topk(pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the k largest positive numbers of each row, and their columns, in any order."""
+    return F.relu(pre_acts).topk(k, sorted=False)
+
+
+def bytes_of_pairs(inputs: Inputs) -> int:
+    """Return the bytes of x, and of a float32 and an int64 for each pair of vector and latent."""
+    return FLOAT32 * inputs.x.numel() + (FLOAT32 + INT64) * inputs.top_acts.numel()
+
+
+def bytes_of_used_rows(inputs: Inputs) -> int:
+    """Return the bytes of those rows of W whose latent is active for some vector."""
+    num_used = len(inputs.top_indices.unique())
+    return FLOAT32 * inputs.W.shape[1] * num_used
+
+
+def decode_error_row(inputs: Inputs) -> Row:
+    """Return the row of `decode_error`: the error, and its products with the rows that made it."""
+    written = FLOAT32 * inputs.x.numel() + FLOAT32 * inputs.top_acts.numel()
+    floor_bytes = bytes_of_pairs(inputs) + bytes_of_used_rows(inputs) + written
+    arguments = (inputs.x, inputs.top_acts, inputs.top_indices, inputs.W, inputs.b)
+    ours = partial(decode_error, *arguments)
+    plain = partial(plain_decode_error, *arguments)
+    return Row("decode_error", "float32", floor_bytes, ours, plain, "W[top_indices], einsum")
+
+
+def plain_decode_error(
+    x: Tensor, top_acts: Tensor, top_indices: Tensor, W_dec: Tensor, b_dec: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return what `kernels.decode_error` returns: (N, d) and (N, k)."""
+    rows = W_dec[top_indices]  # (N, k, d)
+    error = torch.einsum("nk,nkd->nd", top_acts, rows) + b_dec - x
+    d_acts = torch.einsum("nd,nkd->nk", error, rows) * (top_acts > 0)
+    return error, d_acts
+
+
+def gather_sum_row(inputs: Inputs) -> Row:
+    """Return the row of `gather_sum`: active latents' rows, weighted by activations and summed."""
+    # the sums (N, d), which are written, have as many bytes as x, which is not read
+    floor_bytes = bytes_of_pairs(inputs) + bytes_of_used_rows(inputs)
+    arguments = (inputs.top_acts, inputs.top_indices, inputs.W)
+    ours = partial(gather_sum, *arguments)
+    plain = partial(plain_gather_sum, *arguments)
+    return Row("gather_sum", "float32", floor_bytes, ours, plain, "W[top_indices], einsum")
+
+
+def plain_gather_sum(weights: Tensor, top_indices: Tensor, W: Tensor) -> Tensor:
+    """Return what `kernels.decode.gather_sum` returns: (N, d)."""
+    return torch.einsum("nk,nkd->nd", weights, W[top_indices])
+
+
+def gather_dot_row(inputs: Inputs) -> Row:
+    """Return the row of `gather_dot`: products of a vector with its active latents' rows."""
+    # the products, which are written, have as many bytes as the activations, which are not read
+    floor_bytes = bytes_of_pairs(inputs) + bytes_of_used_rows(inputs)
+    arguments = (inputs.x, inputs.top_indices, inputs.W)
+    ours = partial(gather_dot, *arguments)
+    plain = partial(plain_gather_dot, *arguments)
+    return Row("gather_dot", "float32", floor_bytes, ours, plain, "W[top_indices], einsum")
+
+
+def plain_gather_dot(x: Tensor, top_indices: Tensor, W: Tensor) -> Tensor:
+    """Return what `kernels.decode.gather_dot` returns: (N, k)."""
+    return torch.einsum("nd,nkd->nk", x, W[top_indices])
+
+
+def sum_by_latent_row(inputs: Inputs) -> Row:
+    """Return the row of `sum_by_latent`: the gradients of W and of the biases."""
+    M = len(inputs.W)
+    written = FLOAT32 * inputs.W.numel() + FLOAT32 * M
+    floor_bytes = bytes_of_pairs(inputs) + written
+    arguments = (inputs.top_acts, inputs.top_indices, inputs.x, M)
+    ours = partial(sum_by_latent, *arguments)
+    plain = partial(plain_sum_by_latent, *arguments)
+    return Row("sum_by_latent", "float32", floor_bytes, ours, plain, "(N, k, d), index_add_")
+
+
+def plain_sum_by_latent(
+    weights: Tensor, top_indices: Tensor, x: Tensor, M: int
+) -> tuple[Tensor, Tensor]:
+    """Return what `kernels.sum_by_latent` returns: (M, d) and (M,)."""
+    latents = top_indices.flatten()
+    products = weights[:, :, None] * x[:, None]  # (N, k, d)
+    dW = x.new_zeros(M, x.shape[1]).index_add_(0, latents, products.flatten(0, 1))
+    db = x.new_zeros(M).index_add_(0, latents, weights.flatten())
+    return dW, db
+
+
+def make_gradient(inputs: Inputs) -> Gradient:
+    """Return the gradient of W as sums over sorted pairs, as a training step has it."""
+    k = inputs.top_acts.shape[1]
+    weights = inputs.top_acts.flatten()[inputs.order]
+    return Gradient(weights, inputs.order // k, inputs.ends, inputs.x)
+
+
+def update_rows_row(inputs: Inputs) -> Row:
+    """Return the row of `update_rows`: a step of Adam on W, whose rows keep length 1."""
+    M = len(inputs.W)
+    device = inputs.W.device
+    # W and both moments are read and written, and the copy is written
+    matrices = (6 * FLOAT32 + BFLOAT16) * inputs.W.numel()
+    floor_bytes = bytes_of_pairs(inputs) + matrices + (INT64 + FLOAT32) * M  # ends and along
+
+    # gradient[m] . W[m]; a training step has it from decode_error
+    dots = inputs.top_acts * gather_dot(inputs.x, inputs.top_indices, inputs.W)
+    along = totals(dots.flatten()[inputs.order], inputs.ends)
+    W = inputs.W.clone()
+    exp_avg = torch.zeros_like(W)
+    exp_avg_sq = torch.zeros_like(W)
+    copy = W.bfloat16()
+    one = torch.ones((), device=device)  # the step, and what the gradient is divided by
+    gradient = make_gradient(inputs)
+    ours = partial(
+        update_rows, W, gradient, exp_avg, exp_avg_sq, one, LEARNING_RATE, one, along, copy
     )
-    print(
-        "kernel         dtype      ms p20     p50     p80"
-        "  plain p50   / ours  floor MB     ms     GB/s  of copy  plain"
-    )
-    speed = rows[0].bytes / percentile(times[0, "ours"], 0.5)  # of the copy, bytes a ms
-    written = []
 
-    def add(name, dtype, *ms):
-        found = [percentile(ms, share) for share in (0.2, 0.5, 0.8)]
-        written.append(
-            [name, dtype, *(f"{each:.4f}" for each in found), f"{1e3 * cfg.N / found[1]:.0f}", ""]
-        )
-        return found
+    plain_W = inputs.W.clone()
+    is_fused = device.type in ("cuda", "cpu")
+    optimizer = torch.optim.Adam([plain_W], lr=LEARNING_RATE, fused=is_fused)
+    plain = partial(plain_update, plain_W, inputs, optimizer, one, copy)
+    expression = "(N, k, d), index_add_, Adam(fused), norm, copy"
+    return Row("update_rows", "float32", floor_bytes, ours, plain, expression)
 
-    for i, row in enumerate(rows):
-        p20, p50, p80 = add(row.name, row.dtype, *times[i, "ours"])
-        floor, rate, plain = row.bytes / speed, row.bytes / p50, " " * 19
-        if row.plain:
-            _, middle, _ = add(f"{row.name}.plain", row.dtype, *times[i, "plain"])
-            ratio = statistics.median(b / a for a, b in zip(times[i, "ours"], times[i, "plain"]))
-            plain = f"{middle:10.3f} {ratio:8.2f}"
-            add(f"{row.name}.floor", row.dtype, floor)
-        line = f"{row.name:14} {row.dtype:10} {p20:6.3f} {p50:7.3f} {p80:7.3f} {plain}"
-        print(
-            f"{line} {row.bytes / 1e6:9.1f} {floor:6.3f} {rate / 1e6:8.1f} "
-            f"{rate / speed:8.2f}  {row.words}".rstrip()
-        )
-    if cfg.csv:
-        write_csv(cfg.csv, "kernels", written, (where, versions, commit))
+
+def plain_update(
+    W: Tensor, inputs: Inputs, optimizer: torch.optim.Adam, clip: Tensor, copy: Tensor
+) -> None:
+    """Do what `kernels.update_rows` does to W (M, d) and its copy, with a dense gradient."""
+    dW, _ = plain_sum_by_latent(inputs.top_acts, inputs.top_indices, inputs.x, len(W))
+    dW /= clip
+    W.grad = dW - (dW * W).sum(1, keepdim=True) * W
+    optimizer.step()
+    W /= W.norm(dim=1, keepdim=True)
+    copy.copy_(W)
+
+
+def squared_norm_row(inputs: Inputs) -> Row:
+    """Return the row of `squared_norm`: the square of the norm by which a gradient is clipped."""
+    floor_bytes = bytes_of_pairs(inputs) + INT64 * len(inputs.W)  # ends
+    ours = partial(squared_norm, make_gradient(inputs))
+    plain = partial(plain_squared_norm, inputs)
+    return Row("squared_norm", "float32", floor_bytes, ours, plain, "(N, k, d), index_add_, sum")
+
+
+def plain_squared_norm(inputs: Inputs) -> Tensor:
+    """Return what `kernels.squared_norm` returns, ()."""
+    M = len(inputs.W)
+    dW, _ = plain_sum_by_latent(inputs.top_acts, inputs.top_indices, inputs.x, M)
+    return dW.square().sum()
+
+
+def keep_largest_row(dtype: str, acts: Tensor, count: int) -> Row:
+    """Return the row of `keep_largest`: the `count` largest of a whole batch acts (N, 4 k)."""
+    floor_bytes = 2 * acts.element_size() * acts.numel()
+    ours = partial(keep_largest, acts, count)
+    plain = partial(plain_keep_largest, acts, count)
+    return Row("keep_largest", dtype, floor_bytes, ours, plain, "topk, scatter")
+
+
+def plain_keep_largest(acts: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return what `kernels.keep_largest` returns: acts with zeros (N, K), and the smallest, ()."""
+    largest, indices = acts.flatten().topk(count, sorted=False)
+    kept = torch.zeros_like(acts).flatten().scatter_(0, indices, largest)
+    return kept.view(acts.shape), largest.min()
+
+
+def sort_pairs_row(inputs: Inputs) -> Row:
+    """Return the row of `sort_pairs`: the pairs of vector and active latent, by latent."""
+    M = len(inputs.W)
+    floor_bytes = 2 * INT64 * inputs.top_indices.numel() + INT64 * M
+    ours = partial(sort_pairs, inputs.top_indices, M)
+    plain = partial(plain_sort_pairs, inputs.top_indices, M)
+    return Row("sort_pairs", "int64", floor_bytes, ours, plain, "argsort, bincount, cumsum")
+
+
+def plain_sort_pairs(top_indices: Tensor, M: int) -> tuple[Tensor, Tensor]:
+    """Return what `kernels.sort_pairs` returns: (N k,) and (M + 1,)."""
+    latents = top_indices.flatten()
+    order = latents.argsort(stable=True)
+    ends = torch.bincount(latents, minlength=M).cumsum(0)
+    return order, F.pad(ends, (1, 0))

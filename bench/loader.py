@@ -1,7 +1,7 @@
 """How fast shuffled vectors are read: ours, the ancestor's way, and plain reading.
 
-    python -m bench loader                              # a file of 1 GB, batches of 4096 vectors
-    python -m bench loader --large 8 --buffer_gb 1      # and the memory that reading 8 GB takes
+    python -m bench loader                            # a file of 1 GB, batches of 4096 vectors
+    python -m bench loader --large 8 --buffer_gb 1    # and the memory that reading 8 GB takes
 
 Claim: ours reads 11 times as fast as the ancestor's trainer where the file fits the buffer, and 5.2
 times where it does not (docs/benchmarks.md; two cores of an AMD EPYC, the page cache warm).
@@ -18,7 +18,7 @@ numbers are medians of the others. Everything is in the page cache, except in th
                     format through a DataLoader with 1 worker, whole images per batch; other numbers
                     of workers stand beside it
 
-Batches are looked at, not used. Memory is RssAnon, watched while the vectors of a sparse file come
+Batches are looked at, not used. The memory is RssAnon, which is watched while a sparse file is read
 (Linux).
 """
 
@@ -27,12 +27,16 @@ import statistics
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from bench.step import conditions
@@ -41,6 +45,14 @@ from store import dataset
 from store.dataset import Activations
 
 MB = 1 << 20
+ENDLESS = 10**15  # vectors: more than any row reads
+
+# Sizes of the file over that of the buffer. A file that fits leaves a hundredth of the buffer free.
+FITS = 0.99
+LARGER = 4
+
+Way = Callable[[], int | None]
+"""Reads the file once, and returns how many vectors it read; None means all."""
 
 
 @dataclass
@@ -77,49 +89,153 @@ class Config:
     """Put the files into a folder here. If not given, it is the system's temporary folder."""
 
 
+def main(cfg: Config) -> None:
+    """Print the table, and with --large the memory that reading a large file takes."""
+    check_positive(cfg, "tokens", "d", "batch_size", "rounds")
+    where = conditions(torch.device("cpu"))
+    dataset.HELD_OUT.update(at_least=0, share=1e-9)  # a single image is not trained on
+    num_images = max(2, int(cfg.gb * 1e9 / (2 * cfg.tokens * cfg.d)))
+    with tempfile.TemporaryDirectory(dir=cfg.folder) as folder_name:
+        folder = Path(folder_name)
+        path = folder / "a.npy"
+        shape = (num_images, 1, cfg.tokens, cfg.d)
+        gb = 2 * np.prod(shape) / 1e9
+        print(f"{where.device}, {os.cpu_count()} CPUs; {where.versions}; commit {where.commit}")
+        print(f"{shape} float16, {gb:.2f} GB, in the page cache; batches of {cfg.batch_size}\n")
+        write_random(path, shape)
+        ways = ways_of(cfg, path, folder)
+        print_rates(measure(ways, num_images * cfg.tokens, cfg.rounds), cfg.d)
+        if cfg.large:
+            print_memory(cfg, folder)
+
+
+def write_random(path: Path, shape: tuple[int, ...]) -> None:
+    """Write random float16 numbers from a fixed seed."""
+    rng = np.random.default_rng(0)
+    array = np.lib.format.open_memmap(path, "w+", np.float16, shape)
+    for row in array:
+        row[:] = rng.random(row.shape, np.float32)
+    array.flush()  # or it could not be dropped from the cache
+
+
+def measure(ways: dict[str, Way], num_vectors: int, rounds: int) -> dict[str, float]:
+    """Return the vectors per second of each way: medians of rounds in which they take turns."""
+    times = {name: [] for name in ways}  # seconds per vector
+    for number in tqdm(range(1 + rounds), "rounds", leave=False):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            count = way()
+            if count is None:
+                count = num_vectors
+            if number > 0:
+                times[name].append((time.perf_counter() - start) / count)
+    return {name: 1 / statistics.median(each) for name, each in times.items()}
+
+
+def print_rates(rates: dict[str, float], d: int) -> None:
+    """Print the table. rates: vectors per second, each of d float16 numbers."""
+    best_read = max(rate for name, rate in rates.items() if name.startswith("read"))
+    ancestor = rates.get("the ancestor's, 1 workers", float("nan"))
+    print(f"{'':38}{'vectors/s':>12}{'GB/s':>8}{'of the best read':>18}{'of the ancestor':>17}")
+    for name, rate in rates.items():
+        gb_per_second = rate * 2 * d / 1e9
+        ratios = f"{rate / best_read:18.2f}{rate / ancestor:17.1f}"
+        print(f"{name:38}{rate:12,.0f}{gb_per_second:8.2f}{ratios}")
+
+
+# ---- the ways to read
+
+
+def ways_of(cfg: Config, path: Path, folder: Path) -> dict[str, Way]:
+    """Return the rows of the table: {name: what is measured}. Files of their own go to `folder`."""
+    num_bytes = path.stat().st_size
+    ways = {}
+    for block in (1, 4, 8):
+        ways[f"read, {block} MB blocks, 1 thread"] = partial(read, path, num_bytes, block * MB, 1)
+        ways[f"read, {block} MB blocks, 2 threads"] = partial(read, path, num_bytes, block * MB, 2)
+    ways["np.fromfile"] = partial(read_anew, path)
+    memory = memoryview(np.zeros(num_bytes, np.uint8))
+    ways["load into memory, 2 threads"] = partial(load, path, memory)
+
+    data = Activations([path])
+    num_batches = data.num_training // cfg.batch_size  # of an epoch
+    fits = shuffled(data, cfg.batch_size, FITS)
+    larger = shuffled(data, cfg.batch_size, LARGER)
+    first_epoch = partial(read_first_epoch, data, cfg.batch_size)
+    ways["ours, fits the buffer, first epoch"] = partial(first_epoch, FITS)
+    ways["ours, fits the buffer"] = partial(count_next, fits, num_batches)
+    ways["ours, file 4 x buffer"] = partial(count_next, larger, num_batches)
+    read_blocks = ways["read, 4 MB blocks, 2 threads"]
+    ways["from the disk: read, 4 MB blocks"] = partial(drop_and, path, read_blocks)
+    larger_anew = partial(first_epoch, LARGER)
+    ways["from the disk: ours, file 4 x buffer"] = partial(drop_and, path, larger_anew)
+
+    if cfg.workers:
+        write_ancestor_rows(cfg, path, folder)
+    for num_workers in cfg.workers:
+        loader = ancestor_loader(folder / "rows", max(1, cfg.batch_size // cfg.tokens), num_workers)
+        ways[f"the ancestor's, {num_workers} workers"] = partial(count_ancestor, loader, cfg.d)
+    return ways
+
+
 def read(path: Path, size: int, block: int, threads: int) -> None:
     """Read a file of `size` bytes; each thread reads into one block of memory, again and again."""
     fd = os.open(path, os.O_RDONLY)
 
-    def some(number):
+    def read_blocks(number: int) -> None:
         memory = bytearray(block)
         for offset in range(number * block, size, threads * block):
             os.preadv(fd, [memory], offset)
 
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(some, range(threads)))
+        list(pool.map(read_blocks, range(threads)))
     os.close(fd)
 
 
-def drop(path: Path) -> None:
-    """Take a file out of the page cache."""
-    fd = os.open(path, os.O_RDONLY)
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    os.close(fd)
+def read_anew(path: Path) -> None:
+    """Read a file into fresh memory."""
+    np.fromfile(path, np.uint8)
 
 
 def load(path: Path, memory: memoryview, threads: int = 2) -> None:
     """Read a file into memory as large as it is."""
     fd = os.open(path, os.O_RDONLY)
-    cuts = range(0, len(memory), 4 * MB)
+
+    def read_block(offset: int) -> None:
+        os.preadv(fd, [memory[offset : offset + 4 * MB]], offset)
+
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda at: os.preadv(fd, [memory[at : at + 4 * MB]], at), cuts))
+        list(pool.map(read_block, range(0, len(memory), 4 * MB)))
     os.close(fd)
 
 
-def ancestor(folder, batch_size, workers):
-    """Return an iterable of batches (images, tokens, d), as the ancestor's trainer gets them."""
-    from datasets import Dataset
-    from torch.utils.data import DataLoader
-
-    data = Dataset.load_from_disk(folder)
-    data.set_format("torch", columns=["activations"], dtype=torch.float16)
-    data = data.shuffle(seed=42)
-    more = dict(persistent_workers=True, prefetch_factor=2) if workers else {}
-    return DataLoader(data, batch_size=batch_size, num_workers=workers, **more)
+def drop_and(path: Path, way: Way) -> int | None:
+    """Take a file out of the page cache, and return what the way returns."""
+    fd = os.open(path, os.O_RDONLY)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(fd)
+    return way()
 
 
-def count_vectors(batches) -> int:
+def shuffled(data: Activations, batch_size: int, file_over_buffer: float) -> Iterator[Tensor]:
+    """Yield our batches (n, d) without end. file_over_buffer: the file's size over the buffer's."""
+    gib = data.num_training * data.d * 2 / 2**30
+    for x, _ in data.batches(batch_size, ENDLESS, buffer_gb=gib / file_over_buffer):
+        yield x
+
+
+def read_first_epoch(data: Activations, batch_size: int, file_over_buffer: float) -> int:
+    """Begin to read anew, and return how many vectors came in one epoch."""
+    batches = shuffled(data, batch_size, file_over_buffer)
+    return count_next(batches, data.num_training // batch_size)
+
+
+def count_next(batches: Iterator[Tensor], num_batches: int) -> int:
+    """Return how many vectors are in the next batches."""
+    return count_vectors(next(batches) for _ in range(num_batches))
+
+
+def count_vectors(batches: Iterable[Tensor]) -> int:
     """Return how many vectors came; the last number of each batch is looked at."""
     count = 0
     for x in batches:
@@ -128,139 +244,103 @@ def count_vectors(batches) -> int:
     return count
 
 
+def write_ancestor_rows(cfg: Config, path: Path, folder: Path) -> None:
+    """Write the file's vectors into <folder>/rows as the ancestor does: one row per image."""
+    from datasets import Array2D, Dataset, Features, Value, disable_progress_bars
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for image in np.load(path, mmap_mode="r"):
+            yield {"activations": image[0], "timestep": 0}
+
+    disable_progress_bars()
+    columns = {"activations": Array2D((cfg.tokens, cfg.d), "float16"), "timestep": Value("uint16")}
+    table = Dataset.from_generator(
+        rows, features=Features(columns), cache_dir=str(folder / "cache")
+    )
+    table.save_to_disk(folder / "rows")
+
+
+def ancestor_loader(
+    folder: Path, batch_size: int, num_workers: int
+) -> torch.utils.data.DataLoader[dict[str, Tensor]]:
+    """Return the ancestor's DataLoader: {"activations": (images, tokens, d)} per batch."""
+    from datasets import Dataset
+    from torch.utils.data import DataLoader
+
+    data = Dataset.load_from_disk(folder)
+    data.set_format("torch", columns=["activations"], dtype=torch.float16)
+    data = data.shuffle(seed=42)
+    options = {}
+    if num_workers > 0:
+        options = {"persistent_workers": True, "prefetch_factor": 2}
+    return DataLoader(data, batch_size=batch_size, num_workers=num_workers, **options)
+
+
+def count_ancestor(loader: Iterable[dict[str, Tensor]], d: int) -> int:
+    """Return how many vectors of width d came in one epoch of the ancestor's loader."""
+    return count_vectors(batch["activations"].view(-1, d) for batch in loader)
+
+
+# ---- memory
+
+
 def anonymous_bytes() -> int:
     """Return the bytes of this process's memory that belong to no file (Linux)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon"):
+            return 1024 * int(line.split()[1])
+    raise RuntimeError("/proc/self/status has no line RssAnon")
 
 
-def watch_memory(cfg, folder):
+class PeakMemory:
+    """Looks every 10 ms at the anonymous memory of this process, while a `with` block runs."""
+
+    before: int
+    """Bytes when the block began."""
+
+    peak: int
+    """The most bytes that were seen."""
+
+    def __enter__(self) -> "PeakMemory":
+        self.before = anonymous_bytes()
+        self.peak = 0
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self.watch)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.ended.set()
+        self.thread.join()
+
+    def watch(self) -> None:
+        """Look until the block has ended."""
+        while not self.ended.wait(0.01):
+            self.peak = max(self.peak, anonymous_bytes())
+
+
+def print_memory(cfg: Config, folder: Path) -> None:
     """Print the peak of anonymous memory while the vectors of a sparse file are read once."""
-    path, rows = folder / "large.npy", int(cfg.large * 1e9 / (2 * cfg.tokens * cfg.d))
-    array = np.lib.format.open_memmap(path, "w+", np.float16, (rows, 1, cfg.tokens, cfg.d))
-    del array
-    data, before, peak, ended = Activations([path]), anonymous_bytes(), [0], threading.Event()
+    path = folder / "large.npy"
+    num_images = int(cfg.large * 1e9 / (2 * cfg.tokens * cfg.d))
+    shape = (num_images, 1, cfg.tokens, cfg.d)
+    np.lib.format.open_memmap(path, "w+", np.float16, shape)  # all zeros, which take no disk
 
-    def watch():
-        while not ended.wait(0.01):
-            peak[0] = max(peak[0], anonymous_bytes())
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    start = time.perf_counter()
-    try:
+    data = Activations([path])
+    with PeakMemory() as memory:
+        start = time.perf_counter()
         batches = data.batches(cfg.batch_size, data.num_training, buffer_gb=cfg.buffer_gb)
-        count = count_vectors(
-            x
-            for x, _ in tqdm(
-                batches, "large", total=data.num_training // cfg.batch_size, leave=False
-            )
-        )
-    finally:
-        ended.set()
-        thread.join()
-    seconds, more, gb = (
-        time.perf_counter() - start,
-        (peak[0] - before) / 2**30,
-        path.stat().st_size / 1e9,
-    )
+        num_batches = data.num_training // cfg.batch_size
+        bar = tqdm(batches, "large", total=num_batches, leave=False)
+        count = count_vectors(x for x, _ in bar)
+    seconds = time.perf_counter() - start
+
+    before = memory.before / 2**30
+    rise = (memory.peak - memory.before) / 2**30
     print(
-        f"\nA sparse file of {gb:.2f} GB, buffer {cfg.buffer_gb:g} GiB: "
+        f"\nA sparse file of {path.stat().st_size / 1e9:.2f} GB, buffer {cfg.buffer_gb:g} GiB: "
         f"{count:,} vectors in {seconds:.1f} s; anonymous memory"
     )
     print(
-        f"rose from {before / 2**30:.2f} by at most {more:.2f} GiB, "
-        f"{more - cfg.buffer_gb:.2f} more than the buffer"
+        f"rose from {before:.2f} by at most {rise:.2f} GiB; the buffer has {cfg.buffer_gb:.2f} GiB"
     )
-
-
-def ways_of(cfg, path, folder):
-    """Return what is measured: {name: function}; it returns the number of vectors, None for all."""
-    num_bytes = path.stat().st_size
-    data, memory = Activations([path]), memoryview(np.zeros(num_bytes, np.uint8))
-    gb = data.num_training * data.d * 2 / 2**30
-    ours = lambda times: data.batches(cfg.batch_size, 10**15, buffer_gb=gb / times)
-    fits, larger = ours(0.99), ours(4)
-    epoch = lambda batches: count_vectors(
-        next(batches)[0] for _ in range(data.num_training // cfg.batch_size)
-    )
-    ways = {
-        f"read, {block} MB blocks, {n} thread{'s' * (n > 1)}": lambda block=block, n=n: read(
-            path, num_bytes, block * MB, n
-        )
-        for block in (1, 4, 8)
-        for n in (1, 2)
-    }
-    ways["np.fromfile"] = lambda: np.fromfile(path, np.uint8) is None
-    ways["load into memory, 2 threads"] = lambda: load(path, memory)
-    ways["ours, fits the buffer, first epoch"] = lambda: epoch(ours(0.99))
-    ways["ours, fits the buffer"] = lambda: epoch(fits)
-    ways["ours, file 4 x buffer"] = lambda: epoch(larger)
-    ways["from the disk: read, 4 MB blocks"] = lambda: (
-        drop(path) or read(path, num_bytes, 4 * MB, 2)
-    )
-    ways["from the disk: ours, file 4 x buffer"] = lambda: drop(path) or epoch(ours(4))
-    if cfg.workers:
-        from datasets import Array2D, Dataset, Features, Value, disable_progress_bars
-
-        disable_progress_bars()
-        kinds = Features(
-            {"activations": Array2D((cfg.tokens, cfg.d), "float16"), "timestep": Value("uint16")}
-        )
-        rows = lambda: (
-            {"activations": row[0], "timestep": 0} for row in np.load(path, mmap_mode="r")
-        )
-        Dataset.from_generator(rows, features=kinds, cache_dir=str(folder / "cache")).save_to_disk(
-            folder / "rows"
-        )
-    for n in cfg.workers:
-        loader = ancestor(folder / "rows", max(1, cfg.batch_size // cfg.tokens), n)
-        ways[f"the ancestor's, {n} workers"] = lambda loader=loader: count_vectors(
-            b["activations"].view(-1, cfg.d) for b in loader
-        )
-    return ways
-
-
-def measure(ways: dict, num_vectors: int, rounds: int) -> dict[str, float]:
-    """Return the vectors per second of each way: medians of rounds in which they take turns."""
-    times = {name: [] for name in ways}
-    for number in tqdm(range(1 + rounds), "rounds", leave=False):
-        for name, way in ways.items():
-            start = time.perf_counter()
-            count = way() or num_vectors
-            if number:
-                times[name].append((time.perf_counter() - start) / count)
-    return {name: 1 / statistics.median(each) for name, each in times.items()}
-
-
-def main(cfg: Config) -> None:
-    """Print the table, and with --large the memory that reading a large file takes."""
-    check_positive(cfg, "tokens", "d", "batch_size", "rounds")
-    where, versions, commit = conditions(torch.device("cpu"))
-    dataset.HELD_OUT.update(at_least=0, share=1e-9)  # a single image is not trained on
-    images = max(2, int(cfg.gb * 1e9 / (2 * cfg.tokens * cfg.d)))
-    with tempfile.TemporaryDirectory(dir=cfg.folder) as folder:
-        folder = Path(folder)
-        path, shape = folder / "a.npy", (images, 1, cfg.tokens, cfg.d)
-        gb = 2 * np.prod(shape) / 1e9
-        print(f"{where}, {os.cpu_count()} CPUs; {versions}; commit {commit}")
-        print(f"{shape} float16, {gb:.2f} GB, in the page cache; batches of {cfg.batch_size}\n")
-        rng, array = (
-            np.random.default_rng(0),
-            np.lib.format.open_memmap(path, "w+", np.float16, shape),
-        )
-        for row in array:
-            row[:] = rng.random(row.shape, np.float32)
-        array.flush()  # or it could not be dropped from the cache
-        del array, row
-        rates = measure(ways_of(cfg, path, folder), images * cfg.tokens, cfg.rounds)
-        best = max(rate for name, rate in rates.items() if name.startswith("read"))
-        theirs = rates.get("the ancestor's, 1 workers", float("nan"))
-        print(f"{'':38}{'vectors/s':>12}{'GB/s':>8}{'of the best read':>18}{'of the ancestor':>17}")
-        for name, rate in rates.items():
-            print(
-                f"{name:38}{rate:12,.0f}{rate * 2 * cfg.d / 1e9:8.2f}"
-                f"{rate / best:18.2f}{rate / theirs:17.1f}"
-            )
-        if cfg.large:
-            watch_memory(cfg, folder)

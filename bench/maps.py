@@ -107,8 +107,11 @@ def main(cfg: Config) -> None:
 def measure_sae(
     path: str | Path, cfg: Config, device: torch.device, rng: np.random.Generator
 ) -> None:
-    """Print both choices for one SAE; `rng` shuffles the cells of its maps."""
-    # 1. The maps, and the objects in their images
+    """Print both choices for one SAE; `rng` shuffles the cells of its maps.
+
+    Raises UsageError if the SAE was not trained on activations of the toy's own prompts.
+    """
+    # 1. Every feature's images, and its maps of them
     sae = Sae.load_from_disk(path, device)
     activations = activations_of(sae, path)
     [file] = activations.sources
@@ -116,31 +119,40 @@ def measure_sae(
         raise UsageError(f"{file.path}: expected activations of the toy's own prompts")
     grid = features.map_grid(file, 16)
     scan = features.scan(sae, activations, [grid], cfg.top_images, 4096)
-    examples = features.list_examples(activations)
-    used = sorted(set(scan.examples[scan.examples >= 0].tolist()))
-    masks = {e: drawn(Image.open(examples[e].image).convert("RGB")) for e in used}
 
-    # 2. Each feature's fit; features with too few images have -1 among their examples
+    # 2. The objects in these images
+    images = [example.image for example in features.list_examples(activations)]
+    masks = {}
+    for number in sorted(set(scan.examples[scan.examples >= 0].tolist())):
+        masks[number] = drawn(Image.open(images[number]).convert("RGB"))
+
+    # 3. Each feature's fit
     num_cells = np.prod(grid.shape)
     fits = []
     for numbers, maps in zip(scan.examples.tolist(), scan.maps.numpy()):
         if min(numbers) < 0:
-            continue
+            continue  # it has too few images
         cells = [each[:num_cells].reshape(grid.shape) for each in maps]
-        objects = [file.prompt_rows[e]["object"] for e in numbers]
-        fits.append(measure_fit(cells, [masks[e] for e in numbers], objects, cfg, rng))
+        objects = [file.prompt_rows[number]["object"] for number in numbers]
+        of_feature = [masks[number] for number in numbers]
+        fits.append(measure_fit(cells, of_feature, objects, cfg, rng))
 
-    # 3. The two choices
+    # 4. The two choices
     print(
         f"\n{sae.cfg['hook_name']}: {len(fits)} features with {cfg.top_images} images, "
-        f"of {len(used)} images in all"
+        f"of {len(masks)} images in all"
     )
-    fits.sort(key=lambda fit: -fit.choosing)
+    print_choices(fits)
+
+
+def print_choices(fits: list[Fit]) -> None:
+    """Print the eight features that fit best, and for each object the one that fits it best."""
+    best_first = sorted(fits, key=lambda fit: -fit.choosing)
     best_of_object = {}
-    for fit in fits:
+    for fit in best_first:
         if fit.object_name is not None:
             best_of_object.setdefault(fit.object_name, fit)
-    print_choice("fit", fits[:NUM_BEST_FITTING])
+    print_choice("fit", best_first[:NUM_BEST_FITTING])
     print_choice("object", list(best_of_object.values()))
 
 

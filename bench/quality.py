@@ -4,7 +4,7 @@
         activations/mid_block.attentions.0.npy
 
 Claim: on the toy's activations our mean held-out FVU is 0.816 and 0.933 times that of the best
-other package, with fewer silent latents than both (docs/benchmarks.md; two cores of an AMD EPYC).
+other package, with fewer dead latents than both (docs/benchmarks.md; two cores of an AMD EPYC).
 
 All packages get the same file, M, k, vectors and batches, in the same order. For each package and
 file the learning rate is the best of three: half the package's own default, the default, and twice
@@ -15,7 +15,7 @@ and ours by train.py.
 
     lr        the learning rate that was chosen
     fvu, l0   of the held-out vectors, as analysis/metrics.py defines them for all packages
-    silent    fraction of latents without a nonzero activation on all held-out vectors
+    dead      fraction of latents without a nonzero activation on all held-out vectors
 """
 
 import contextlib
@@ -167,14 +167,17 @@ class Package(NamedTuple):
 
 
 def our_lr(M: int, T: int) -> float:
+    """Return the peak that train.py chooses."""
     return train.peak_learning_rate(T, M)
 
 
 def eai_sparsify_lr(M: int, T: int) -> float:
+    """Return the learning rate of sparsify's Trainer for sign descent; 5e-3 for 16,384 latents."""
     return 5e-3 / (M / 2**14) ** 0.5
 
 
 def sae_lens_lr(M: int, T: int) -> float:
+    """Return the default of SAELens, which depends on neither."""
     return 3e-4
 
 
@@ -197,7 +200,7 @@ def main(cfg: Config) -> None:
         "best of three learning rates\n"
     )
     print(
-        f"{'hook name':28} {'package':14} {'lr':>9} {'seed':>4} {'fvu':>8} {'l0':>6} {'silent':>7}",
+        f"{'hook name':28} {'package':14} {'lr':>9} {'seed':>4} {'fvu':>8} {'l0':>6} {'dead':>7}",
         flush=True,
     )
     installed = [name for name in cfg.packages if importlib.util.find_spec(PACKAGES[name].module)]
@@ -209,28 +212,31 @@ def main(cfg: Config) -> None:
 
 def measure(name: str, activations: Activations, cfg: Config) -> float:
     """Choose a package's learning rate, train with every seed, print; return the mean FVU."""
-    package = PACKAGES[name]
-    num_updates = count_updates(activations, cfg)
-    stop = num_updates * cfg.batch_size
-
-    def train_and_evaluate(lr: float, seed: int) -> Metrics:
-        sae = package.train(activations, cfg, stop, lr, seed)
-        return total(evaluate([sae], activations, 4096)[0])
-
-    default = package.default_lr(cfg.expansion_factor * activations.d, num_updates)
-    rates = [default * factor for factor in (0.5, 1, 2)]
+    M = cfg.expansion_factor * activations.d
+    default = PACKAGES[name].default_lr(M, count_updates(activations, cfg))
     of_first_seed = {}
-    for lr in tqdm(rates, name, leave=False):
-        of_first_seed[lr] = train_and_evaluate(lr, cfg.seeds[0])
-    best_lr = min(rates, key=lambda lr: of_first_seed[lr].fvu)
+    for factor in tqdm((0.5, 1, 2), name, leave=False):
+        lr = default * factor
+        of_first_seed[lr] = train_and_evaluate(name, activations, cfg, lr, cfg.seeds[0])
+    best_lr = min(of_first_seed, key=lambda lr: of_first_seed[lr].fvu)
 
     results = [of_first_seed[best_lr]]
     for seed in cfg.seeds[1:]:
-        results.append(train_and_evaluate(best_lr, seed))
+        results.append(train_and_evaluate(name, activations, cfg, best_lr, seed))
     for seed, metrics in zip(cfg.seeds, results):
         numbers = f"{metrics.fvu:8.4f} {metrics.l0:6.2f} {metrics.dead:7.2%}"
         print(f"{activations.hook_name:28} {name:14} {best_lr:9.2e} {seed:4} {numbers}", flush=True)
     return sum(metrics.fvu for metrics in results) / len(results)
+
+
+def train_and_evaluate(
+    name: str, activations: Activations, cfg: Config, lr: float, seed: int
+) -> Metrics:
+    """Train a package once; return what its SAE does on the held-out vectors."""
+    stop = count_updates(activations, cfg) * cfg.batch_size
+    sae = PACKAGES[name].train(activations, cfg, stop, lr, seed)
+    by_timestep = evaluate([sae], activations, 4096)[0]
+    return total(by_timestep)
 
 
 def count_updates(activations: Activations, cfg: Config) -> int:

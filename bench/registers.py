@@ -167,6 +167,20 @@ def read_resources(cubin: bytes) -> tuple[int, int]:
     return int(registers[1]), int(stack[1])
 
 
+def print_resources(arch: int, configuration: Configuration, half: str) -> int:
+    """Compile a configuration and print its line; return its bytes of stack per thread."""
+    kernel, types, blocks = configuration
+    compiled = compile_for(arch, configuration)
+    registers, stack = read_resources(compiled.asm["cubin"])
+    words = [f"{name}={int(value)}" for name, value in blocks.items()]
+    words.append(half.strip("*") if half in types.values() else "")
+    print(
+        f"sm_{arch:<4} {kernel.__name__:22} {' '.join(words):64} "
+        f"{registers:5} {stack:5} {compiled.metadata.shared:6}"
+    )
+    return stack
+
+
 def main(cfg: Config) -> None:
     """Print one line per configuration; exit with status 1 if one has a stack."""
     if not hasattr(TOPK.topk_kernel, "cache_key"):
@@ -179,22 +193,13 @@ def main(cfg: Config) -> None:
     for arch in cfg.archs:
         half = "*fp16" if arch < 80 else "*bf16"
         for configuration in configurations(half, cfg.widths):
-            kernel, types, blocks = configuration
+            kernel, _, blocks = configuration
             key = (arch, kernel.__name__, str(signature_of(configuration)), str(blocks))
             if key in seen:
                 continue  # widths that share their blocks
             seen.add(key)
-
-            compiled = compile_for(arch, configuration)
-            registers, stack = read_resources(compiled.asm["cubin"])
-            if stack > 0:
+            if print_resources(arch, configuration, half) > 0:
                 num_spilled += 1
-            constants = " ".join(f"{name}={int(value)}" for name, value in blocks.items())
-            type_name = half.strip("*") if half in types.values() else ""
-            print(
-                f"sm_{arch:<4} {kernel.__name__:22} {constants + ' ' + type_name:64} "
-                f"{registers:5} {stack:5} {compiled.metadata.shared:6}"
-            )
 
     print(f"\n{len(seen)} configurations, {num_spilled} with a stack")
     if num_spilled > 0:

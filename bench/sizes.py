@@ -117,19 +117,13 @@ def measure_large(cfg: Config, device: torch.device, dtype: torch.dtype) -> None
 
 
 def measure_growth(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
-    """Print the table."""
+    """Print the table: the base size, then each number of it doubled."""
     base = {"N": cfg.N, "d": cfg.d, "M": cfg.M, "k": cfg.k}
     sizes = [base]
     for name in base:
         sizes.append({**base, name: 2 * base[name]})
     steps = [make_step(**size, device=device, dtype=dtype) for size in sizes]
-
-    times = [[] for _ in sizes]  # milliseconds of each size's rounds
-    for number in tqdm(range(WARMUP_ROUNDS + cfg.rounds), "rounds"):
-        for step, milliseconds in zip(steps, times):
-            seconds = time_step(step, device)
-            if number >= WARMUP_ROUNDS:
-                milliseconds.append(1e3 * seconds)
+    times = time_in_turns(steps, cfg.rounds, device)
 
     print("      N      d       M    k    ms p50   growth")
     for size, milliseconds in zip(sizes, times):
@@ -137,3 +131,16 @@ def measure_growth(cfg: Config, device: torch.device, dtype: torch.dtype) -> Non
         growth = statistics.median(a / b for a, b in zip(milliseconds, times[0]))
         columns = f"{size['N']:7} {size['d']:6} {size['M']:7} {size['k']:4}"
         print(f"{columns} {median:9.1f} {growth:8.2f}")
+
+
+def time_in_turns(
+    steps: list[Callable[[], Any]], rounds: int, device: torch.device
+) -> list[list[float]]:
+    """Return the milliseconds of each step in each counted round; the steps take turns."""
+    times = [[] for _ in steps]
+    for number in tqdm(range(WARMUP_ROUNDS + rounds), "rounds"):
+        for step, milliseconds in zip(steps, times):
+            seconds = time_step(step, device)
+            if number >= WARMUP_ROUNDS:
+                milliseconds.append(1e3 * seconds)
+    return times

@@ -2,15 +2,15 @@
 
     pip install -r requirements-bench.txt
     python -m bench step
-    python -m bench step --N 4096 --d 1280 --M 20480 --csv bench.csv    # of Stable Diffusion 1.5
+    python -m bench step --N 4096 --d 1280 --M 20480 --csv bench.csv  # Stable Diffusion 1.5
 
 Claim: our step is 4.1 times as fast as eai-sparsify's and 12 times as fast as the dense one (two
 cores of an AMD EPYC with AVX512-BF16; docs/benchmarks.md). It takes about two minutes there.
 
-A step is forward, backward, clipping to norm 1 and fused Adam, on the same vectors, with decoder
-rows of length 1 where the package keeps them so. In every round each row takes one step, in an
-order that rotates. The first three rounds are not counted. `dense` is autograd through a scatter
-and a dense decoder. A package that is not installed is left out.
+A step is forward, backward, clipping to norm 1 and fused Adam, on the same vectors. Decoder rows
+keep length 1 where the package keeps them so. In every round each row takes one step, in an order
+that rotates. The first three rounds are not counted. `dense` is autograd through a scatter and a
+dense decoder. A package that is not installed is left out.
 
     product                   dtype of the product of vectors and encoder
     ms p20, p50, p80          percentiles of a step's time
@@ -27,6 +27,7 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,7 +59,7 @@ PACKAGES = ("torch", "triton", "eai-sparsify", "sae-lens", "dictionary-learning"
 WARMUP_ROUNDS = 3
 
 Step = Callable[[], Any]
-"""Does one training step, or what else is timed."""
+"""Does one training step, or whatever else is timed."""
 
 
 @dataclass
@@ -149,7 +150,7 @@ def sync(device: torch.device) -> None:
 
 
 def percentile(values: Sequence[float], fraction: float) -> float:
-    """Return the value below which this fraction lies: of [1, 2, 3, 4] and 0.5 it is 3."""
+    """Return the value below which this fraction lies: for [1, 2, 3, 4] and 0.5 it gives 3."""
     index = min(len(values) - 1, int(fraction * len(values)))
     return sorted(values)[index]
 
@@ -175,23 +176,13 @@ def ours(
     dtype: torch.dtype | None,
     graph: bool = False,
 ) -> Step:
-    """Return our step, with the product in `dtype` (None: float32)."""
+    """Return our step, with the product in `dtype` (None: float32).
+
+    graph: run it as one CUDA graph.
+    """
     sae = start_weights(cfg, device)
     update = SparseUpdate(sae, variance=float(cfg.d), dtype=dtype, graph=graph)
     return lambda: update(x, 1e-4)
-
-
-def ours_bfloat16(cfg: Config, device: torch.device, x: Tensor) -> Step:
-    return ours(cfg, device, x, torch.bfloat16)
-
-
-def ours_graph(cfg: Config, device: torch.device, x: Tensor) -> Step:
-    """Return our step as one CUDA graph."""
-    return ours(cfg, device, x, torch.bfloat16, graph=True)
-
-
-def ours_float32(cfg: Config, device: torch.device, x: Tensor) -> Step:
-    return ours(cfg, device, x, None)
 
 
 def eai_sparsify(cfg: Config, device: torch.device, x: Tensor) -> Step:
@@ -281,15 +272,8 @@ def gemm(cfg: Config, device: torch.device, x: Tensor, dtype: torch.dtype) -> St
     return lambda: torch.addmm(b, x, W.T, out=out)
 
 
-def gemm_bfloat16(cfg: Config, device: torch.device, x: Tensor) -> Step:
-    return gemm(cfg, device, x, torch.bfloat16)
-
-
-def gemm_float32(cfg: Config, device: torch.device, x: Tensor) -> Step:
-    return gemm(cfg, device, x, torch.float32)
-
-
 def start_weights(cfg: Config, device: torch.device) -> Sae:
+    """Return an SAE with the weights at which training begins, float32."""
     return Sae(cfg.d, cfg.M, cfg.k).to(device)
 
 
@@ -325,21 +309,22 @@ class Row(NamedTuple):
     """The module that it needs; None if it needs only this project."""
 
     dtype: str
-    """Of the product."""
+    """The dtype of the product."""
 
     make: Callable[[Config, torch.device, Tensor], Step]
+    """Returns the step on vectors x (N, d) on the device."""
 
 
 ROWS = {
-    "ours": Row(None, "bfloat16", ours_bfloat16),
-    "ours_graph": Row(None, "bfloat16", ours_graph),
-    "ours_fp32": Row(None, "float32", ours_float32),
+    "ours": Row(None, "bfloat16", partial(ours, dtype=torch.bfloat16)),
+    "ours_graph": Row(None, "bfloat16", partial(ours, dtype=torch.bfloat16, graph=True)),
+    "ours_fp32": Row(None, "float32", partial(ours, dtype=None)),
     "eai-sparsify": Row("sparsify", "float32", eai_sparsify),
     "sae-lens": Row("sae_lens", "float32", sae_lens),
     "dictionary_learning": Row("dictionary_learning", "float32", dictionary_learning),
     "dense": Row(None, "float32", dense),
-    "gemm": Row(None, "bfloat16", gemm_bfloat16),
-    "gemm_fp32": Row(None, "float32", gemm_float32),
+    "gemm": Row(None, "bfloat16", partial(gemm, dtype=torch.bfloat16)),
+    "gemm_fp32": Row(None, "float32", partial(gemm, dtype=torch.float32)),
 }
 
 
@@ -353,32 +338,45 @@ def main(cfg: Config) -> None:
         if name not in ROWS:
             raise UsageError(f"--names {name}: expected some of {', '.join(ROWS)}")
     device = resolve_device(cfg.device)
+    names, missing = choose_rows(cfg.names, device)
     x = torch.randn(cfg.N, cfg.d, generator=torch.Generator().manual_seed(0)).to(device)
-
-    steps = {}
-    missing = []
-    for name, row in ROWS.items():
-        if cfg.names and name not in cfg.names:
-            continue
-        if name == "ours_graph" and device.type != "cuda":
-            continue
-        if row.package is not None and importlib.util.find_spec(row.package) is None:
-            missing.append(name)
-            continue
-        steps[name] = row.make(cfg, device, x)
-
+    steps = {name: ROWS[name].make(cfg, device, x) for name in names}
     times, peaks = measure(steps, cfg.rounds, device)
+
     where = conditions(device)
     print(where)
     print(f"N = {cfg.N}, d = {cfg.d}, M = {cfg.M}, k = {cfg.k}; {cfg.rounds} rounds\n")
-    rows = print_table(times, peaks, cfg.N, device)
+    print(
+        "name                 product      ms p20     p50     p80    vectors/s"
+        "   / ours   / gemm   peak MB"
+    )
+    rows = [print_row(name, times, peaks[name], cfg.N) for name in names]
     if missing:
         print(f"\nnot installed: {', '.join(missing)}; pip install -r requirements-bench.txt")
     if cfg.csv:
         write_csv(cfg.csv, "step", rows, where)
 
 
-def rotated(names: list, turn: int) -> list:
+def choose_rows(wanted: Sequence[str], device: torch.device) -> tuple[list[str], list[str]]:
+    """Return the rows to measure, and those whose package is not installed.
+
+    wanted: names; () wants all. A CUDA graph needs CUDA.
+    """
+    names = []
+    missing = []
+    for name, row in ROWS.items():
+        if wanted and name not in wanted:
+            continue
+        if name == "ours_graph" and device.type != "cuda":
+            continue
+        if row.package is not None and importlib.util.find_spec(row.package) is None:
+            missing.append(name)
+            continue
+        names.append(name)
+    return names, missing
+
+
+def rotated(names: list[Any], turn: int) -> list[Any]:
     """Return the list with another beginning each turn: ["a", "b"] and 1 give ["b", "a"]."""
     start = turn % len(names)
     return names[start:] + names[:start]
@@ -387,7 +385,10 @@ def rotated(names: list, turn: int) -> list:
 def measure(
     steps: dict[str, Step], rounds: int, device: torch.device
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Return {name: milliseconds of each counted round} and {name: peak memory of a GPU in MB}."""
+    """Return {name: milliseconds of each counted round} and {name: peak memory in MB}.
+
+    The memory is that of a GPU; on a CPU it is 0.
+    """
     times = {name: [] for name in steps}
     peaks = dict.fromkeys(steps, 0.0)
     for number in tqdm(range(WARMUP_ROUNDS + rounds), "rounds"):
@@ -407,29 +408,23 @@ def measure(
     return times, peaks
 
 
-def print_table(
-    times: dict[str, list[float]], peaks: dict[str, float], N: int, device: torch.device
-) -> list[list[str]]:
-    """Print one line per row; return what a CSV file gets of each."""
+def print_row(name: str, times: dict[str, list[float]], peak_mb: float, N: int) -> list[str]:
+    """Print the line of a row; return what a CSV file gets of it.
+
+    times: milliseconds of each round of all rows. peak_mb: memory of the GPU, 0 on a CPU.
+    """
+    dtype = ROWS[name].dtype
+    p20, p50, p80 = [percentile(times[name], fraction) for fraction in (0.2, 0.5, 0.8)]
+    speed = 1e3 * N / p50  # vectors per second
+    to_ours = median_ratio(times, name, "ours")
+    to_gemm = median_ratio(times, name, "gemm")
+    peak = f"{peak_mb:.0f}" if peak_mb else "-"
     print(
-        "name                 product      ms p20     p50     p80    vectors/s"
-        "   / ours   / gemm   peak MB"
+        f"{name:20} {dtype:10} {p20:8.1f} {p50:7.1f} {p80:7.1f} {speed:12,.0f} "
+        f"{to_ours:8.2f} {to_gemm:8.2f} {peak:>9}"
     )
-    rows = []
-    for name, milliseconds in times.items():
-        dtype = ROWS[name].dtype
-        p20, p50, p80 = [percentile(milliseconds, fraction) for fraction in (0.2, 0.5, 0.8)]
-        speed = 1e3 * N / p50
-        to_ours = median_ratio(times, name, "ours")
-        to_gemm = median_ratio(times, name, "gemm")
-        peak = f"{peaks[name]:9.0f}" if device.type == "cuda" else "        -"
-        print(
-            f"{name:20} {dtype:10} {p20:8.1f} {p50:7.1f} {p80:7.1f} {speed:12,.0f} "
-            f"{to_ours:8.2f} {to_gemm:8.2f} {peak}"
-        )
-        numbers = [f"{p20:.3f}", f"{p50:.3f}", f"{p80:.3f}", f"{speed:.0f}", f"{peaks[name]:.0f}"]
-        rows.append([name, dtype, *numbers])
-    return rows
+    milliseconds = [f"{p20:.3f}", f"{p50:.3f}", f"{p80:.3f}"]
+    return [name, dtype, *milliseconds, f"{speed:.0f}", f"{peak_mb:.0f}"]
 
 
 def median_ratio(times: dict[str, list[float]], name: str, other: str) -> float:

@@ -9,23 +9,44 @@ scheduler's first step. Then everything is put back: random states, what the pip
 schedulers note of themselves, attention processors. The user's hooks do not see it.
 
 `ask_which_rows` runs a dry step with other prompts, and returns what labels rows by the difference.
+Where prompts have images, `check_images_by_row` changes one, and sees which rows that changes.
 
 `model` is a `hook.HookedDiffusionModel` in all of these.
 """
 
+import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
 from typing import Any
 
+import torch
+from PIL import Image
 from torch import Tensor
 
 from diffusion.guidance import Memory, OtherForward, RoleFinder
 from diffusion.locate import has_more_than_sample, note_sampled
-from diffusion.signatures import Prompt, count_prompts, other_prompts, outline
+from diffusion.signatures import (
+    Prompt,
+    count_prompts,
+    image_arguments,
+    images_in,
+    other_image,
+    other_prompts,
+    outline,
+    takes_prompts,
+)
 from diffusion.trace import DryRunOver, Forward, Sampling, Step, undisturbed
 from diffusion.unnoticed import processors_put_back, without_hooks
 from errors import UsageError
+
+OUR_MODULES = ("hook", "diffusion", "store", "errors")  # whatever runs while a model generates
+TRIAL_SIZE = 256  # pixels along a side of an image that is only tried, if no size is given
+MANY_STEPS = 500  # of which a `strength` of 0.01 leaves several; schedules have 1,000 or more
+LEAST_CHANGE = 0.01  # of a row, by which it counts as another one; bfloat16 rounds by 0.004
+MOST_IMAGES = 3  # a pipeline that needs more images at once is not told apart from a broken one
 
 
 @dataclass(eq=False)
@@ -63,22 +84,31 @@ class DryStep:
     """Whether a scheduler whose random numbers no seed reaches is refused. A scheduler is tried
     once for all generations with such options."""
 
+    count_steps: bool = False
+    """Whether to find out in which steps each denoiser runs, where several take turns, see
+    `steps_of`. Then the dry step goes on to the last step of the loop, and denoisers that have run
+    return what they returned before, without computing."""
+
     ran: set[str] = field(default_factory=set, init=False)  # denoisers that need not run again
+    steps: dict[str, list[int]] = field(default_factory=dict, init=False)  # {denoiser: its steps}
     sampling: Sampling | None = field(default=None, init=False)
 
     def run(self) -> Sampling:
         """Return the `Sampling` that watched: `P` prompts, `R` rows per chunk, `num_steps` steps.
 
-        Raises UsageError where the pipeline refuses its arguments, where the rows can't be told,
-        and where the scheduler never makes a step.
+        Raises UsageError where the pipeline refuses its arguments, where it needs an image that it
+        is not given, where the rows can't be told, and where the scheduler never makes a step.
         """
         denoisers = self.model.denoisers.values()
         try:
             with without_hooks(denoisers):
                 self._generate()
-        except Exception:
+        except Exception as error:
             if self.sampling is None or self.sampling.called:
                 raise
+            names = missing_images(self.model, self.prompt, self.options)
+            if names:
+                raise UsageError(needs_images(self.model.pipe, names)) from error
             self._generate()  # a denoiser may need a hook, such as one that fills in an argument
 
         if self.finder is not None and self.must_tell:
@@ -89,6 +119,20 @@ class DryStep:
                 "ran: check that the pipeline calls both, and hook again what was replaced"
             )
         return self.sampling
+
+    def steps_of(self, denoiser: str) -> list[int] | None:
+        """Return the indices of the steps in which a denoiser runs: [2, 3] for one that takes over
+        in the third of four steps. None if the scheduler does not list its steps."""
+        num_steps = self.sampling.num_steps
+        if num_steps is None:
+            return None
+        if self._all_run_in_each_step():
+            return list(range(num_steps))
+        return self.steps.get(denoiser, [])
+
+    def _all_run_in_each_step(self) -> bool:
+        """Return whether all denoisers ran in the first step, so that they do not take turns."""
+        return all(0 in self.steps.get(name, []) for name in self.model.denoisers)
 
     def _generate(self) -> None:
         """Call the pipeline until `_on_step` stops it, and put everything back."""
@@ -107,7 +151,7 @@ class DryStep:
             watching = model.watch(
                 num_prompts,
                 num_images,
-                self.on_forward,
+                self._on_forward,
                 self._on_step,
                 roles=self.finder,
                 rehearsal=True,
@@ -116,28 +160,103 @@ class DryStep:
             self.sampling = stack.enter_context(watching)
             if self.listen is not None:
                 self.listen(stack, self.sampling)
+            self.replays = stack.enter_context(Replays(model.denoisers))
             try:
                 model(self.prompt, **self.options)
             except DryRunOver:
                 pass
             except ValueError as error:  # such as an argument that the pipeline refuses
-                raise UsageError(f"{error}") from error
+                raise UsageError(f"{error}{place_of_user(error)}") from error
             self.sampling.tell_others()
+
+    def _on_forward(self, forward: Forward, module) -> None:
+        """Give the forward to `on_forward`, unless the denoiser computes nothing in it."""
+        if self.on_forward is not None and forward.denoiser not in self.replays.names:
+            self.on_forward(forward, module)
 
     def _on_step(self, step: Step) -> None:
         """Give the step to `on_step`, and stop the generation once every denoiser has run."""
         sampling = self.sampling
-        # a pipeline may end before its scheduler's list does, and says so
+        for denoiser in {forward.denoiser for forward in step.forwards}:
+            self.steps.setdefault(denoiser, []).append(step.index)
+        # a pipeline says how many steps it makes, which may be fewer than its scheduler lists
         announced = getattr(self.model.pipe, "_num_timesteps", None)
-        if isinstance(announced, int) and sampling.num_steps is not None:
-            sampling.num_steps = min(announced, sampling.num_steps)
+        if isinstance(announced, int):
+            listed = sampling.num_steps
+            sampling.num_steps = announced if listed is None else min(announced, listed)
 
         if self.on_step is not None and sampling.called - self.ran:
             self.on_step(step)
         if self.finder is None or not self.must_tell or not self.finder.undecided:
             self.ran |= sampling.called
-        if self.denoisers is not None and self.denoisers <= self.ran:
+        if self.denoisers is None:
+            return
+        is_last = sampling.num_steps is None or step.index + 1 >= sampling.num_steps
+        is_counted = not self.count_steps or is_last or self._all_run_in_each_step()
+        if self.denoisers <= self.ran and is_counted:
             raise DryRunOver
+        if self.count_steps:
+            self.replays.replay(self.ran)
+
+
+class Replays:
+    """A context in which denoisers can be made to return what they returned last, and to compute
+    nothing.
+
+    So a dry step can follow a whole sampling, to see which denoiser runs when, at the price of one
+    step.
+    """
+
+    def __init__(self, denoisers: dict[str, Any]):
+        self.denoisers = denoisers
+        self.names: set[str] = set()
+        """The denoisers that compute nothing."""
+
+        self.outputs: dict[str, Any] = {}
+        self.stack = ExitStack()
+
+    def __enter__(self) -> "Replays":
+        if len(self.denoisers) > 1:  # a single one takes no turns
+            for name, module in self.denoisers.items():
+                handle = module.register_forward_hook(self._keep_output(name))
+                self.stack.callback(handle.remove)
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.outputs.clear()
+        self.stack.close()
+
+    def _keep_output(self, name: str) -> Callable:
+        """Return a hook that keeps what the denoiser returns."""
+
+        def hook(module, args, output) -> None:
+            self.outputs[name] = output
+
+        return hook
+
+    def replay(self, names: set[str]) -> None:
+        """Let these denoisers compute nothing from now on."""
+        for name in (names & self.outputs.keys()) - self.names:
+            self.names.add(name)
+            # on the instance, as offloading does; the hooks that watch the denoiser still run
+            attributes = vars(self.denoisers[name])
+            if "forward" in attributes:
+                self.stack.callback(attributes.__setitem__, "forward", attributes["forward"])
+            else:
+                self.stack.callback(attributes.pop, "forward")
+            attributes["forward"] = lambda *args, name=name, **kwargs: self.outputs[name]
+
+
+def place_of_user(error: Exception) -> str:
+    """Return the innermost line of the user's own code at which an error arose, " (my_model.py,
+    line 7)"; "" if it arose in a package or in this project."""
+    place = ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        file = Path(frame.f_code.co_filename)
+        module = frame.f_globals.get("__name__", "").partition(".")[0]
+        if module not in OUR_MODULES and "site-packages" not in file.parts:
+            place = f" ({file.name}, line {line})"
+    return place
 
 
 def ask_which_rows(
@@ -147,7 +266,8 @@ def ask_which_rows(
 
     Once for all generations with such options, a dry step is run with other prompts: the rows that
     it changes are conditional. Where a denoiser gets more than the sample, such as a picture to
-    edit, it also shows which numbers of its input are sampled.
+    edit, it also shows which numbers of its input are sampled. Raises UsageError as
+    `check_images_by_row` does.
     """
     key = (outline_with_prompt(prompt, options), order and tuple(order))
     memory = model.role_memories.setdefault(key, Memory())
@@ -156,6 +276,8 @@ def ask_which_rows(
         other_forwards = run_with_other_prompts(model, prompt, options)
     if other_forwards is None:
         memory.asked = True
+    if not memory.images_are_checked:
+        memory.images_are_checked = check_images_by_row(model, prompt, options)
     return RoleFinder(order, other_forwards, memory)
 
 
@@ -169,28 +291,21 @@ def run_with_other_prompts(model: Any, prompt: Prompt, options: dict) -> list[Ot
 
     None where there are no prompts to change, or the pipeline refuses the changed ones.
     """
-    changed = other_prompts(prompt, options)
+    changed = other_prompts(prompt if takes_prompts(model.pipe) else None, options)
     if changed is not None:
-        prompt, options = changed
+        other_prompt, options = changed
+        prompt = prompt if other_prompt is None else other_prompt
     options = {name: value for name, value in options.items() if not name.startswith("callback")}
     if options.get("num_inference_steps") == 1:
         options["num_inference_steps"] = 2  # the second shows what of the input is sampled
 
     first = FirstStep(model.known_layouts)
-    dry_step = DryStep(
-        model,
-        prompt,
-        options,
-        denoisers=None,
-        on_forward=first.on_forward,
-        on_step=first.on_step,
-        must_repeat=False,
-    )
-    try:
-        dry_step.run()
-    except Exception:  # noqa: BLE001  other prompts may be unknown; all else will show again
-        return None
-    return None if changed is None else first.forwards
+    fails = not first.run(model, prompt, options)
+    if first.inputs and not first.is_noted:
+        # a `strength` may have left a single step of several; more of them cost nothing here
+        more_steps = {"num_inference_steps": MANY_STEPS}
+        FirstStep(model.known_layouts).run(model, prompt, options | more_steps)
+    return None if changed is None or fails else first.forwards
 
 
 class FirstStep:
@@ -205,11 +320,30 @@ class FirstStep:
         self.forwards: list[OtherForward] = []
         # {denoiser: its input in the first step}, of those that get more than the sample
         self.inputs: dict[str, Tensor] = {}
+        self.is_noted = False  # whether there was a second step
+
+    def run(self, model: Any, prompt: Prompt, options: dict) -> bool:
+        """Run the step, and return whether the pipeline did not fail."""
+        dry_step = DryStep(
+            model,
+            prompt,
+            options,
+            denoisers=None,
+            on_forward=self.on_forward,
+            on_step=self.on_step,
+            must_repeat=False,
+        )
+        try:
+            dry_step.run()
+        except Exception:  # noqa: BLE001  other prompts may be unknown; all else will show again
+            return False
+        return True
 
     def on_forward(self, forward: Forward, module) -> None:
         """In the second step, compare the input with that of the first."""
         if forward.denoiser in self.inputs:
             note_sampled(self.known, forward, self.inputs[forward.denoiser])
+            self.is_noted = True
             raise DryRunOver
 
     def on_step(self, step: Step) -> None:
@@ -223,3 +357,123 @@ class FirstStep:
                 self.inputs[forward.denoiser] = forward.sample
         if not self.inputs:
             raise DryRunOver
+
+
+# ------------------------------------------------------------------------- images of the pipeline
+
+
+def first_forwards(model: Any, prompt: Prompt, options: dict) -> list[Forward]:
+    """Return the forwards of a first step, with what the denoisers were given and predicted.
+
+    Raises what the pipeline raises.
+    """
+    forwards = []
+
+    def on_step(step: Step) -> None:
+        forwards.extend(step.forwards)
+        raise DryRunOver
+
+    DryStep(model, prompt, options, denoisers=None, on_step=on_step, must_repeat=False).run()
+    return forwards
+
+
+def check_images_by_row(model: Any, prompt: Prompt, options: dict) -> bool:
+    """Return whether it could be tried that the last prompt's images reach only its own rows.
+
+    A pipeline may take a list of images otherwise than as one for each prompt: as several reference
+    images of every prompt, or as the frames of a video. So the last images of the lists are changed
+    in a first step that is thrown away. With fewer than two prompts, nothing can be tried. Raises
+    UsageError if rows of other prompts change.
+    """
+    num_prompts, num_images = count_prompts(prompt, options)
+    lists = {name: value for name, value in options.items() if isinstance(value, list)}
+    changed = {}
+    for name, value in lists.items():
+        images = images_in(value)
+        if len(images) > 1:
+            changed[name] = [*images[:-1], other_image(images[-1])]
+    if not changed or num_prompts is None or num_prompts < 2:
+        return False
+
+    names = ", ".join(changed)
+    refusal = UsageError(
+        f"{type(model.pipe).__name__} does not take a list in {names} as one image for each "
+        "prompt: the image of one prompt changes what is made of others; generate one prompt at a "
+        "time, with --batch_size 1"
+    )
+    if any(len(value) != num_prompts for value in (lists[name] for name in changed)):
+        raise refusal
+    before = first_forwards(model, prompt, options)
+    after = first_forwards(model, prompt, options | changed)
+    own_rows = range((num_prompts - 1) * num_images, num_prompts * num_images)
+    for row in rows_that_differ(before, after):
+        if row % (num_prompts * num_images) not in own_rows:
+            raise refusal
+    return True
+
+
+def rows_that_differ(before: list[Forward], after: list[Forward]) -> set[int]:
+    """Return in which rows of the batch two lists of forwards differ: in what the denoisers were
+    given or in what they predicted.
+
+    A row differs if it has changed by more than a hundredth of itself; on a GPU, numbers may change
+    by rounding. Tensors of different shapes are not compared.
+    """
+    rows = set()
+    for first, second in zip(before, after):
+        mine = [first.sample, *first.conditioning, first.output]
+        theirs = [second.sample, *second.conditioning, second.output]
+        for x, y in zip(mine, theirs):
+            if torch.is_tensor(x) and torch.is_tensor(y) and x.shape == y.shape:
+                change = (x.double() - y.double()).reshape(len(x), -1).norm(dim=1)
+                size = x.double().reshape(len(x), -1).norm(dim=1)
+                rows.update((change > LEAST_CHANGE * size).nonzero()[:, 0].tolist())
+    return rows
+
+
+def missing_images(model: Any, prompt: Prompt, options: dict) -> list[str]:
+    """Return the arguments without whose images a pipeline fails before its denoiser runs; [] if it
+    fails for another reason.
+
+    Grey images are tried in the arguments that are not given: in none, in each one, in each two of
+    them, and so on. The first with which the denoiser is called are those that are missing.
+    """
+    missing = [name for name in image_arguments(model.pipe) if options.get(name) is None]
+    size = (options.get("width") or TRIAL_SIZE, options.get("height") or TRIAL_SIZE)
+    grey = Image.new("RGB", size, "grey")
+    num_prompts, _ = count_prompts(prompt, options)
+    images = grey if num_prompts in (None, 1) else [grey] * num_prompts
+    for count in range(MOST_IMAGES + 1):
+        for names in combinations(missing, count):
+            if reaches_denoiser(model, prompt, options | dict.fromkeys(names, images)):
+                return list(names)
+    return []
+
+
+def reaches_denoiser(model: Any, prompt: Prompt, options: dict) -> bool:
+    """Return whether a pipeline calls a denoiser with these options; nothing is computed there."""
+    reached = []
+
+    def on_forward(forward: Forward, module) -> None:
+        reached.append(forward)
+        raise DryRunOver
+
+    dry_step = DryStep(
+        model, prompt, options, denoisers=None, on_forward=on_forward, must_repeat=False
+    )
+    try:
+        dry_step._generate()
+    except Exception:  # noqa: BLE001  any error means that these images are not enough
+        return False
+    return bool(reached)
+
+
+def needs_images(pipe: Any, names: list[str]) -> str:
+    """Return a message: which images a pipeline needs, and how to give them."""
+    options = " ".join(f"{name}=..." for name in names)
+    what = "an image" if len(names) == 1 else "images"
+    return (
+        f"{type(pipe).__name__} needs {what} for each prompt, in {' and '.join(names)}: give "
+        f"--inputs {options}, which names an image file, a folder or a column of the data set "
+        "(in Python it is an argument of the call)"
+    )

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from diffusion.schedulers import own_position, position_of
-from diffusion.signatures import tensors
+from diffusion.signatures import result_tensor, tensors
 from errors import UsageError
 
 
@@ -182,7 +182,7 @@ def row_wise(values: Iterable, sample: Any) -> list:
 def prediction(output: Any, forward: Forward) -> Tensor | None:
     """Return the prediction (rows, ...) in what a denoiser returned; None if there is none.
 
-    It is the first tensor. If the sample is a list, it is the first `rows` tensors, stacked.
+    It is the `result_tensor`. If the sample is a list, it is the first `rows` tensors, stacked.
     """
     returned = tensors(output)
     first_rows = returned[: forward.rows]
@@ -190,4 +190,5 @@ def prediction(output: Any, forward: Forward) -> Tensor | None:
         shapes = {x.shape for x in first_rows}
         if len(shapes) == 1:
             return torch.stack(first_rows).detach()
-    return returned[0].detach() if returned and returned[0].ndim else None
+    first = result_tensor(output)
+    return first.detach() if first is not None and first.ndim else None

@@ -3,7 +3,7 @@
     options = model.arguments(output_type="pt")
     generation = Generation(["a red star", "a blue ring"], seeds=[0, 1], options=options)
     made = generate(model, generation)
-    made.sample, made.images                        # (P, ...), (P, 3, H, W) in [0, 1]
+    made.sample, made.media.values                  # (P, ...), (P, C, H, W) in [0, 1]
 
 Every prompt has a seed of its own, so the other prompts of a batch change an image by rounding
 only. There is one exception: where a scheduler draws random numbers that can't be drawn row by row
@@ -15,13 +15,15 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from diffusion.randomness import random_numbers_of
-from diffusion.signatures import tensors
 from diffusion.trace import Sampling
 from errors import UsageError
+from store.audio import sampling_rate_of
+from store.images import Media, join_media, media_of
 
 MakeEdits = Callable[[Sampling], dict[str, list]]
 """make_edits(sampling) -> {hook_name: [Edit]} for one batch. An edit that needs to know the step
@@ -47,6 +49,9 @@ class Generation:
     options: dict = field(default_factory=dict)
     """Further arguments of the pipeline, as `HookedDiffusionModel.arguments` returns them."""
 
+    inputs: list[dict[str, Image.Image]] | None = None
+    """One per prompt: the images that the pipeline takes, {argument: image}."""
+
     def __post_init__(self) -> None:
         count = len(self.prompts)
         if not count or len(self.seeds) != count:
@@ -58,6 +63,11 @@ class Generation:
                 f"{count} prompts and {len(self.negative_prompts)} negative prompts: expected one "
                 "for each prompt"
             )
+        if self.inputs is not None and len(self.inputs) != count:
+            raise UsageError(
+                f"{count} prompts and input images for {len(self.inputs)}: expected some for each "
+                "prompt"
+            )
         for name, value in self.options.items():
             if is_list_of_prompts(name, value) and len(value) != count:
                 raise UsageError(
@@ -66,12 +76,15 @@ class Generation:
                 )
 
     @classmethod
-    def from_rows(cls, rows: list[dict], options: dict) -> "Generation":
+    def from_rows(
+        cls, rows: list[dict], options: dict, inputs: list[dict[str, Image.Image]] | None = None
+    ) -> "Generation":
         """Return the Generation of rows of prompts.jsonl, which have the keys "prompt", "seed" and
         perhaps "negative_prompt".
 
-        The options hold for all prompts. Raises UsageError where some rows have a negative prompt
-        and others have none, and for a list of prompts among the options.
+        The options hold for all prompts; `inputs` are the images of each row. Raises UsageError
+        where some rows have a negative prompt and others have none, and for a list of prompts among
+        the options.
         """
         check_shared_options(options)
         prompts = [row["prompt"] for row in rows]
@@ -84,13 +97,14 @@ class Generation:
                 "some of the prompts have a negative prompt and others have none; say one for all "
                 "of them"
             )
-        return cls(prompts, seeds, negative_prompts, options)
+        return cls(prompts, seeds, negative_prompts, options, inputs)
 
     def arguments(self) -> dict:
         """Return all arguments of the pipeline but the prompts and the random generators."""
-        if self.negative_prompts is None:
-            return dict(self.options)
-        return self.options | {"negative_prompt": self.negative_prompts}
+        arguments = self.options | image_lists(self.inputs or [])
+        if self.negative_prompts is not None:
+            arguments["negative_prompt"] = self.negative_prompts
+        return arguments
 
     def batches(self, n: int) -> Iterator["Generation"]:
         """Yield consecutive parts of at most n prompts. Raises UsageError for n below 1.
@@ -110,7 +124,27 @@ class Generation:
             negative_prompts = self.negative_prompts
             if negative_prompts is not None:
                 negative_prompts = negative_prompts[part]
-            yield Generation(self.prompts[part], self.seeds[part], negative_prompts, options)
+            inputs = self.inputs
+            if inputs is not None:
+                inputs = inputs[part]
+            yield Generation(
+                self.prompts[part], self.seeds[part], negative_prompts, options, inputs
+            )
+
+
+def image_lists(inputs: list[dict[str, Image.Image]]) -> dict[str, Any]:
+    """Return the images of a batch of prompts as a pipeline takes them: {argument: its images}.
+
+    These are a list with one image per prompt; for a single prompt it is the image itself, since
+    some pipelines take no list. For [{"image": a}, {"image": b}] it gives {"image": [a, b]}.
+    """
+    if len(inputs) == 1:
+        return dict(inputs[0])
+    lists: dict[str, list] = {}
+    for images in inputs:
+        for name, image in images.items():
+            lists.setdefault(name, []).append(image)
+    return lists
 
 
 def is_list_of_prompts(name: str, value: object) -> bool:
@@ -138,8 +172,8 @@ class Generated(NamedTuple):
     sample: Tensor
     """(P, ...): what the scheduler's last step returned. With a VAE these are its latents."""
 
-    images: Tensor | None
-    """(P, 3, H, W) in [0, 1], the middle frame of a video. None if the pipeline returns none."""
+    media: Media | None
+    """The images, videos or audio. None if the pipeline returns none."""
 
 
 def generate(
@@ -160,12 +194,10 @@ def generate(
         output = model.run_with_hooks(edits, batch.prompts, generator=generators, **options)
 
     sample = sampling.sample[: sampling.R]  # some pipelines step the unconditional rows too
-    images = None
+    media = None
     if options.get("output_type") != "latent":
-        images = images_of(output)
-    if images is not None:
-        images = images.cpu()
-    return Generated(sample.cpu(), images)
+        media = media_of(output, sampling_rate_of(model.pipe))
+    return Generated(sample.cpu(), media)
 
 
 def generate_batches(
@@ -183,41 +215,23 @@ def generate_batches(
             bar.update(len(batch.prompts))
 
 
-def generate_images(
+def generate_media(
     model,
     generation: Generation,
     batch_size: int,
     make_edits: MakeEdits | None = None,
     bar: tqdm | None = None,
-) -> Tensor:
-    """Return the images of all prompts, (P, 3, H, W) float32 in [0, 1].
-
-    Raises UsageError if the pipeline returns none.
-    """
-    images = []
+) -> Media:
+    """Return what the model made of all prompts. Raises UsageError if the pipeline returns no
+    images, videos or audio."""
+    batches = []
     for made in generate_batches(model, generation, batch_size, make_edits, bar=bar):
-        images.append(required_images(model, made))
-    return torch.cat(images)
+        batches.append(required_media(model, made))
+    return join_media(batches)
 
 
-def images_of(output: Any) -> Tensor | None:
-    """Return the images in what a pipeline returned: (P, 3, H, W), the middle frame of a video.
-
-    None if its first tensor holds no images.
-    """
-    in_output = tensors(output)
-    if not in_output:
-        return None
-    images = in_output[0]
-    if images.ndim == 5:  # (P, frames, 3, H, W)
-        images = images[:, images.shape[1] // 2]
-    if images.ndim != 4 or images.shape[1] != 3:
-        return None
-    return images
-
-
-def required_images(model, made: Generated) -> Tensor:
-    """Return the images as float32. Raises UsageError if there are none."""
-    if made.images is None:
-        raise UsageError(f"{type(model.pipe).__name__} returns no images to show")
-    return made.images.float()
+def required_media(model, made: Generated) -> Media:
+    """Return the images, videos or audio. Raises UsageError if there are none."""
+    if made.media is None:
+        raise UsageError(f"{type(model.pipe).__name__} returns no images, videos or audio to show")
+    return made.media

@@ -99,6 +99,10 @@ class Memory:
     asked: bool = False
     """Whether a step with other prompts has been compared, or there are no prompts to change."""
 
+    images_are_checked: bool = False
+    """Whether it is known that an image that the pipeline is given reaches only its prompt's
+    rows."""
+
 
 class ChunkConditioning(NamedTuple):
     """The conditioning of one chunk, without the rest of its forward."""

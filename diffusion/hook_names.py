@@ -2,6 +2,7 @@
 
 modules = find_modules({"unet": unet})
 match_names("up_blocks.*.attentions.0", modules)    # ['up_blocks.1.attentions.0', ...]
+block_groups(modules, "unet")                       # [['mid_block.attentions.0', ...], ...]
 check_hookable("unet", unet)                        # raises where hooks in it would not run
 """
 
@@ -18,6 +19,15 @@ from errors import UsageError
 
 # {wildcard of a glob: the same as a regular expression}
 WILDCARDS = {"**": ".*", "*": "[^.]*", "?": "[^.]"}
+
+ATTENTIONS = "**.attentions.*"  # the attention blocks of a UNet, which lie inside its other blocks
+
+# A misspelt name is nearly right if difflib finds it so similar: then a part of a block may be
+# meant. Less similar names are only suggested if they are blocks: for `up_blocks.1.attentions.1`,
+# where a transformer has none, the nearest of all names is that of a Dropout, at 0.6
+NEARLY_RIGHT = 0.8
+SIMILAR = 0.5
+NUM_SUGGESTED = 3  # names in a message
 
 Modules = dict[str, tuple[str, nn.Module]]
 """{hook_name: (denoiser's name, module)}"""
@@ -58,44 +68,95 @@ def match_names(pattern: str, modules: Modules) -> list[str]:
     """
     long_names = {f"{denoiser}.{name}": name for name, (denoiser, _) in modules.items()}
     if not is_pattern(pattern):
-        return [exact_name(pattern, list(modules), long_names)]
+        return [exact_name(pattern, modules, long_names)]
+    matches = matching_names(pattern, modules, long_names)
+    if not matches:
+        raise UsageError(
+            f"no module matches {pattern!r}; {hint_for_pattern(pattern, modules, long_names)}; "
+            "collect.py --list_hooks shows all names"
+        )
+    return matches
+
+
+def matching_names(pattern: str, modules: Modules, long_names: dict[str, str]) -> list[str]:
+    """Return the hook names that a glob matches, perhaps none.
+
+    long_names: {hook name with its denoiser's name before it: hook name}. Raises UsageError where
+    the pattern can't be read.
+    """
     try:
         regex = re.compile(regex_of(pattern))
     except re.error as error:
         raise UsageError(f"{pattern!r} is no pattern: {error}") from None
 
-    if "." in pattern:
-        matches = [name for name in modules if regex.fullmatch(name)]
-        for long_name, name in long_names.items():
-            if regex.fullmatch(long_name) and name not in matches:
-                matches.append(name)
-    else:
-        matches = [name for name in modules if regex.fullmatch(name.rpartition(".")[2])]
-    if not matches:
-        raise UsageError(
-            f"no module matches {pattern!r}; `**` crosses dots, and hook_names() lists what there "
-            "is"
-        )
+    if "." not in pattern:
+        return [name for name in modules if regex.fullmatch(name.rpartition(".")[2])]
+    matches = [name for name in modules if regex.fullmatch(name)]
+    for long_name, name in long_names.items():
+        if regex.fullmatch(long_name) and name not in matches:
+            matches.append(name)
     return matches
 
 
-def exact_name(name: str, hook_names: list[str], long_names: dict[str, str]) -> str:
+def exact_name(name: str, modules: Modules, long_names: dict[str, str]) -> str:
     """Return the hook name that a name without wildcards means.
 
-    long_names: {hook name with its denoiser's name before it: hook name}. Raises UsageError, with
-    the nearest names, where there is no such module, and where several denoisers have one.
+    long_names: {hook name with its denoiser's name before it: hook name}. Raises UsageError, with a
+    pattern or the nearest names, where there is no such module, and where several denoisers have
+    one.
     """
-    if name in hook_names:
+    if name in modules:
         return name
     if name in long_names:
         return long_names[name]
-    of_several_denoisers = [other for other in hook_names if other.partition(".")[2] == name]
+    of_several_denoisers = []
+    for other, (denoiser, _) in modules.items():
+        if other == f"{denoiser}.{name}":
+            of_several_denoisers.append(other)
     if of_several_denoisers:
         raise UsageError(
             f"{name!r} is a module of several denoisers; say {' or '.join(of_several_denoisers)}"
         )
-    nearest = difflib.get_close_matches(name, hook_names, 3, 0.5) or sorted(hook_names)[:3]
-    raise UsageError(f"no module is named {name!r}; the nearest names are {', '.join(nearest)}")
+    for pattern in (f"**.{name}", f"{name}.*"):
+        matches = matching_names(pattern, modules, long_names)
+        if name and matches:
+            raise UsageError(
+                f"no module is named {name!r}, but the pattern {pattern!r} matches "
+                f"{count_of(matches)}, such as {matches[0]}"
+            )
+    nearest = ", ".join(nearest_names(name, modules))
+    raise UsageError(f"no module is named {name!r}; the nearest names are {nearest}")
+
+
+def count_of(names: list[str]) -> str:
+    """Return "1 module" or "3 modules", for so many names."""
+    return "1 module" if len(names) == 1 else f"{len(names)} modules"
+
+
+def hint_for_pattern(pattern: str, modules: Modules, long_names: dict[str, str]) -> str:
+    """Return what to do about a pattern that matches nothing, as a clause.
+
+    It says whether the pattern matches with `**` in the place of each `*`, or at any depth;
+    otherwise it names blocks of the model.
+    """
+    across_dots = re.sub(r"\*+", "**", pattern)
+    for other in (across_dots, f"**.{pattern}", f"**{across_dots}"):
+        if matches := matching_names(other, modules, long_names):
+            return (
+                f"{other!r} matches {count_of(matches)}, such as {matches[0]} (`**` crosses dots)"
+            )
+    nearest = ", ".join(nearest_names(pattern.replace("*", ""), modules))
+    return f"this model has {nearest}"
+
+
+def nearest_names(name: str, modules: Modules) -> list[str]:
+    """Return up to three hook names like one that is not there, blocks if possible."""
+    nearly_right = difflib.get_close_matches(name, list(modules), NUM_SUGGESTED, NEARLY_RIGHT)
+    if nearly_right:
+        return nearly_right
+    blocks = likely_blocks(modules)
+    similar = difflib.get_close_matches(name, blocks, NUM_SUGGESTED, SIMILAR)
+    return similar or blocks[:NUM_SUGGESTED]
 
 
 def regex_of(pattern: str) -> str:
@@ -112,6 +173,77 @@ def regex_of(pattern: str) -> str:
         else:
             regex += re.escape(piece)
     return regex
+
+
+# ------------------------------------------------------------------------------------- blocks
+
+
+def block_groups(modules: Modules, denoiser: str) -> list[list[str]]:
+    """Return groups of modules that may be the blocks of a denoiser, the likeliest group first.
+
+    A block is a large part that takes what the block before it returned. Whether image tokens run
+    through a module is not known here; `HookedDiffusionModel.blocks` finds that out, and takes the
+    first group that has such modules. The groups are:
+
+    1. what stands in a container named `attentions`, inside the other blocks of a UNet;
+    2. the items of the outermost containers, if they have modules inside. There is a group for each
+       depth, since all blocks may be inside a module that only wraps them;
+    3. the modules with modules inside that are in no container, for each depth; one that is alone
+       at its depth only wraps the others;
+    4. all modules: a small model may have no other parts.
+
+    For a transformer with blocks.0 and blocks.1, which have modules inside, an `embed`, which has
+    them too, and a `proj_out`, which has none, the groups are [], ["blocks.0", "blocks.1"],
+    ["embed"] and everything.
+    """
+    names = [name for name, (of, _) in modules.items() if of == denoiser]
+    attentions = re.compile(regex_of(ATTENTIONS))
+    items = set()
+    blocks = {}  # {depth: names}
+    parts = {}  # {depth: names}, of what is in no container
+    for name in names:
+        pieces = name.split(".")
+        ancestors = {".".join(pieces[:length]) for length in range(1, len(pieces))}
+        if ancestors & items:
+            continue
+        is_item = is_in_container(name, modules)
+        if is_item:
+            items.add(name)
+        if any(modules[name][1].children()):
+            group = blocks if is_item else parts
+            group.setdefault(len(pieces), []).append(name)
+
+    groups = [[name for name in names if attentions.fullmatch(name)]]
+    groups += [blocks[depth] for depth in sorted(blocks)]
+    for depth in sorted(parts):
+        is_wrapper = len(parts[depth]) == 1 and depth < max(parts)
+        if not is_wrapper:
+            groups.append(parts[depth])
+    return [*groups, names]
+
+
+def is_in_container(name: str, modules: Modules) -> bool:
+    """Return whether a module is an item of a container, such as blocks.0 of blocks.
+
+    `modules` lists only what can run, so a container that can't, such as a ModuleList, is the
+    parent that is missing in it. A Sequential can run.
+    """
+    denoiser, _ = modules[name]
+    parent = name.rpartition(".")[0]
+    if parent in modules:
+        return isinstance(modules[parent][1], nn.Sequential)
+    return parent not in ("", denoiser)
+
+
+def likely_blocks(modules: Modules) -> list[str]:
+    """Return the names of the modules that look like blocks, of all denoisers."""
+    blocks = []
+    for denoiser in dict.fromkeys(of for of, _ in modules.values()):
+        blocks += next(filter(None, block_groups(modules, denoiser)))
+    return blocks
+
+
+# ------------------------------------------------------------------------------ can they be hooked
 
 
 def check_hookable(name: str, root: nn.Module) -> None:

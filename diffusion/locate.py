@@ -13,6 +13,7 @@ it.
 
 import hashlib
 import math
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -56,32 +57,97 @@ def find_layouts(
     forward.sampled = known.get(sampled)
     arguments = {name: x for name, x in forward.arguments.items() if name != time}
     digest = known.get(("digest", sampled))
-    key = (forward.denoiser, forward.rows, describe(arguments), digest)
+    key = (forward.denoiser, forward.rows, describe(arguments, forward.rows), digest)
+    numbers = row_numbers(arguments, forward.rows)
 
-    missing = {place: target for place, target in modules.items() if (key, place) not in known}
+    layouts = {}
+    missing = {}
+    for place, target in modules.items():
+        layout = known.setdefault((key, place), LayoutsOfPlace()).get(numbers)
+        if layout is None:
+            missing[place] = target
+        else:
+            layouts[place] = layout
     if missing:
         with bare(root):
             runs = run_trials(root, forward, missing, known)
         for place in missing:
-            known[key, place] = locate(runs, forward, place)
-    forward.layouts = {place: known[key, place] for place in modules}
+            layouts[place] = locate(runs, forward, place)
+            known[key, place].found[numbers] = layouts[place]
+    forward.layouts = layouts
 
 
-def describe(value: Any) -> Any:
+@dataclass
+class LayoutsOfPlace:
+    """What was found for one place and arguments of the same shapes and masks.
+
+    Integers of which each row has one are class numbers, which do not matter, or lengths of texts,
+    which do. To look again for each new set of classes would make every step several times as slow.
+    So a layout is believed for other numbers too if it was the same, in all rows, for each set that
+    was met, and if the numbers lie between the smallest and the largest that were met: where a
+    token begins grows with the lengths. With classes the looking soon ends.
+    """
+
+    found: dict[tuple, Layout | NotHookable] = field(default_factory=dict)
+    """{row_numbers: what was found for them}."""
+
+    def get(self, numbers: tuple) -> Layout | NotHookable | None:
+        """Return the layout for these numbers; None if it has to be looked for."""
+        if numbers in self.found:
+            return self.found[numbers]
+        layouts = list(self.found.values())
+        if not layouts or any(layout != layouts[0] for layout in layouts):
+            return None
+        if isinstance(layouts[0], Layout):
+            rows_differ = len(set(layouts[0].starts)) > 1 or len(set(layouts[0].counts)) > 1
+            if rows_differ:
+                return None
+        for index, row in enumerate(numbers):
+            met = [number for other in self.found for number in other[index]]
+            if min(row) < min(met) or max(row) > max(met):
+                return None
+        return layouts[0]
+
+
+def row_numbers(arguments: dict[str, Any], rows: int) -> tuple[tuple[int, ...], ...]:
+    """Return the integers of each argument that has one for each row, as class numbers are."""
+    numbers = []
+    for x in tensors(list(arguments.values())):
+        if is_one_per_row(x, rows) and is_integer(x):
+            numbers.append(tuple(x.flatten().tolist()))
+    return tuple(numbers)
+
+
+def is_one_per_row(x: Tensor, rows: int) -> bool:
+    """Return whether a tensor has one number for each row, as (rows,) and (rows, 1) have."""
+    return x.ndim > 0 and len(x) == rows and x.numel() == rows
+
+
+def is_integer(x: Tensor) -> bool:
+    """Return whether a tensor holds integers; truth values are none."""
+    return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
+
+
+def describe(value: Any, rows: int) -> Any:
     """Return something hashable that is equal for arguments with the same layouts.
 
     A tensor counts by its shape. Its numbers count too if it is small and holds integers, or only
-    two different numbers: it may be a mask, or a table of positions.
+    two different numbers: it may be a mask, or a table of positions. The numbers of a tensor with
+    one per row do not count here: integers are `row_numbers`, and a fraction, such as an angle that
+    the model is conditioned on, is no length.
     """
     if torch.is_tensor(value):
+        is_number = value.numel() == 1 and value.is_floating_point()
+        if is_number or (is_one_per_row(value, rows) and value.dtype != torch.bool):
+            return tuple(value.shape), value.dtype
         reads = 0 < value.numel() <= SMALL_TENSOR and not value.is_complex()
         if not reads or (value.is_floating_point() and not two_valued(value)):
             return tuple(value.shape), None
         return tuple(value.shape), value.cpu().double().numpy().tobytes()
     if isinstance(value, dict):
-        return tuple((key, describe(item)) for key, item in value.items())
+        return tuple((key, describe(item, rows)) for key, item in value.items())
     if isinstance(value, (list, tuple)):
-        return tuple(map(describe, value))
+        return tuple(describe(item, rows) for item in value)
     return value if isinstance(value, (int, str)) else None
 
 
@@ -91,6 +157,12 @@ def two_valued(x: Tensor) -> bool:
 
 
 # ------------------------------------------------------------------------------- what the runs say
+
+
+def not_stepped(denoiser: str) -> NotHookable:
+    """Return why a module can't be hooked if its denoiser runs, and the scheduler gets nothing of
+    what it returns."""
+    return NotHookable(f"is part of {denoiser}, whose output does not reach the scheduler")
 
 
 def locate(runs: Runs, forward: Forward, place: Place) -> Layout | NotHookable:
@@ -118,8 +190,7 @@ def locate(runs: Runs, forward: Forward, place: Place) -> Layout | NotHookable:
         )
 
     reason = f"its {side} holds no {stream} tokens"
-    if stream == "image" and runs.has_text:
-        reason += "; try the text stream"
+    other_stream = "text" if stream == "image" else "image"
     for index, in_each_run in enumerate(zip(*seen)):
         plain = in_each_run[0]
         if plain.form is None:
@@ -131,6 +202,8 @@ def locate(runs: Runs, forward: Forward, place: Place) -> Layout | NotHookable:
         elif mask.any(1).all():
             by_text = plain.tokens != in_each_run[-1].tokens
             return layout_of(runs, forward, place, index, plain, mask, by_text)
+        elif mask_of(other_stream, *in_each_run).any(1).all():
+            reason = f"its {side} holds no {stream} tokens, only {other_stream} tokens"
     return NotHookable(reason)
 
 

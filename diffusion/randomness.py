@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from diffusion.signatures import tensors
+from diffusion.signatures import result_tensor
 from errors import UsageError
 
 AnyGenerator: TypeAlias = (
@@ -243,7 +243,7 @@ def run_copy(
             changed_kwargs = {name: arguments.get(id(x), x) for name, x in kwargs.items()}
             try:
                 result = step(twin, *changed_args, **changed_kwargs)
-                current = tensors(result)[0]
+                current = result_tensor(result)
             except Exception:  # it needs more than a prediction; the other copy fails likewise
                 break
     return current.float()

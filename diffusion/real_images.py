@@ -15,10 +15,12 @@ read off the first noise, which can be made again from its seeds: where did each
 place of what it sampled: its VAE must get them back. Where it does not, because the pipeline scales
 or orders them in a way of its own, that way is learned from what the VAE gets for other known
 samples (`infer_decoding`).
+
+A pipeline without a VAE samples pixels. There the images in [-1, 1] are the latents, and what the
+pipeline returns takes the place of what the VAE gets.
 """
 
 import copy
-import io
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -32,7 +34,9 @@ from torch import Tensor, nn
 
 from diffusion.signatures import per_prompt, tensors
 from diffusion.trace import DryRunOver, Sampling, patched, undisturbed
-from errors import UsageError
+from errors import UsageError, decimals
+from store.images import media_of
+from store.inputs import Source, open_image
 
 # Noises that are compared to find the packing: in 16 bits many numbers of one noise are the same
 ROWS = 4
@@ -42,73 +46,7 @@ BASE = 8
 TOLERANCE = 0.02
 # Error, as a share of the whole range, of an image that a VAE gives back badly
 BAD_RECONSTRUCTION = 0.15
-# Tag of TIFF files that says how many bits a number has
-BITS_PER_SAMPLE = 258
-
-Source = str | bytes | Image.Image
-
 # ------------------------------------------------------------------------------ images
-
-
-def open_image(source: Source) -> Image.Image:
-    """Open an image, given as a path, bytes or a PIL image.
-
-    It becomes RGB, the right way up, over white where it is transparent. More than 8 bits are
-    scaled to 8. Raises UsageError if it can't be read.
-    """
-    name = source if isinstance(source, str) else "an image"
-    unreadable = (
-        OSError,
-        SyntaxError,
-        ValueError,
-        AttributeError,
-        Image.DecompressionBombError,
-    )
-    try:
-        if isinstance(source, Image.Image):
-            image = source
-        elif isinstance(source, bytes):
-            image = Image.open(io.BytesIO(source))
-        else:
-            image = Image.open(source)
-        return to_rgb(image)
-    except unreadable as error:
-        raise UsageError(f"--images: {name} can't be read: {error}") from None
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Return an image of any mode as RGB, the right way up, over white where it is transparent.
-
-    More than 8 bits are scaled to 8. Raises ValueError where it is not known which number is white.
-    """
-    white = None  # the number that is white
-    if image.mode.startswith(("I", "F")):  # I;16, I and F have more than 8 bits
-        white = white_level(image)  # before exif_transpose, which drops the tags
-    image = ImageOps.exif_transpose(image)
-    if white is not None:  # convert() would clip numbers above 255
-        levels = np.asarray(image, np.float32) / white
-        image = Image.fromarray((levels * 255).round().clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def white_level(image: Image.Image) -> float:
-    """Return the number that is white in a grey image of more than 8 bits.
-
-    A format of 16 bits says so: 65535, or 4095 for a TIFF of 12 bits. Otherwise it is the smallest
-    of 1, 255 and 65535 that no number of the image exceeds. Raises ValueError if a number exceeds
-    all three.
-    """
-    if image.mode.startswith("I;16") or image.format == "PNG":
-        bits = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (16,))
-        return 2 ** bits[0] - 1
-    largest = np.asarray(image).max()
-    for white in (1, 255, 65535):
-        if largest <= white:
-            return white
-    raise ValueError(f"its numbers reach {largest:g}, so it is not known which is white")
 
 
 def crop_image(source: Source, width: int, height: int) -> Image.Image:
@@ -139,12 +77,14 @@ def first_weight(vae: nn.Module) -> Tensor | None:
 
 
 @torch.no_grad()
-def encode(vae: nn.Module, pixels: Tensor) -> Tensor:
+def encode(vae: nn.Module | None, pixels: Tensor) -> Tensor:
     """Return the VAE's latents of images (N, 3, H, W) in [-1, 1]: (N, C, h, w), or (N, C, 1, h, w)
-    for a video VAE.
+    for a video VAE. Without a VAE they are the pixels.
 
     A VAE whose config says `force_upcast` is changed to float32 for good.
     """
+    if vae is None:
+        return pixels
     weight = first_weight(vae)
     if getattr(vae.config, "force_upcast", False) and weight.dtype != torch.float32:
         vae.to(torch.float32)
@@ -166,6 +106,15 @@ def scale_by_config(config: Any, z: Tensor) -> Tensor:
         z = (z - per_channel(config.latents_mean, z)) / per_channel(config.latents_std, z)
     z = z - (getattr(config, "shift_factor", None) or 0.0)
     return z * (getattr(config, "scaling_factor", None) or 1.0)
+
+
+def unscale_by_config(config: Any, x: Tensor) -> Tensor:
+    """Return a denoiser's sample x (N, C, ...) as the VAE decodes it: `scale_by_config` undone."""
+    z = x / (getattr(config, "scaling_factor", None) or 1.0)
+    z = z + (getattr(config, "shift_factor", None) or 0.0)
+    if getattr(config, "latents_mean", None) is not None:
+        z = z * per_channel(config.latents_std, z) + per_channel(config.latents_mean, z)
+    return z
 
 
 def per_channel(values: list[float], z: Tensor) -> Tensor:
@@ -308,9 +257,9 @@ class RealImages:
     try, with more steps, would have to run inside that step too, and one call is little beside a
     collection.
 
-    Raises UsageError for a pipeline without a VAE or a scheduler that adds noise, where its sample
-    is no rearrangement of the VAE's latents, and where it decodes another shape than that of the
-    images' latents, such as several frames.
+    Raises UsageError for a pipeline whose VAE can't encode images, or whose scheduler adds no
+    noise, where its sample is no rearrangement of the VAE's latents, and where it decodes another
+    shape than that of the images' latents, such as several frames.
     """
 
     def __init__(self, model: Any, prompt: str, options: dict):
@@ -324,6 +273,7 @@ class RealImages:
         sample = model.first_sample([prompt] * ROWS, generator=seeded(range(ROWS)), **options)
         self.shape = sample.shape[1:]
         self.dtype = sample.dtype
+        self.device = sample.device
         size = sample[0].numel()
         noises = [torch.randn(size, generator=g, dtype=sample.dtype) for g in seeded(range(ROWS))]
         self.order = infer_packing(torch.stack(noises).double(), sample.cpu().flatten(1).double())
@@ -336,7 +286,7 @@ class RealImages:
         # 2. The way from a sample to the VAE's latents
         self.decoding: Decoding | None = None  # the usual one
         latents_of_64 = encode(self.vae, torch.zeros(1, 3, 64, 64)).shape  # of 64 x 64 pixels
-        decoded = partial(self._decoded, prompt, options, sample.device)
+        decoded = partial(self._decoded, prompt, options)
         shape = self._find_decoding(latents_of_64[1], decoded)
         if shape is None:
             raise UsageError(
@@ -358,9 +308,11 @@ class RealImages:
             )
 
     def _check_pipeline(self) -> None:
-        """Raise UsageError without a VAE that encodes images, or a scheduler that can be used."""
+        """Raise UsageError for a VAE that does not encode images, and without a scheduler that can
+        be used."""
         weight = None if self.vae is None else first_weight(self.vae)
-        if weight is None or weight.shape[1] != 3 or not hasattr(self.vae, "encode"):
+        encodes = weight is not None and weight.shape[1] == 3 and hasattr(self.vae, "encode")
+        if self.vae is not None and not encodes:
             raise UsageError(f"--images: {self.pipeline_name} has no VAE that encodes images")
         schedulers = self.model.schedulers
         if not any(hasattr(s, "add_noise") or hasattr(s, "scale_noise") for s in schedulers):
@@ -388,6 +340,8 @@ class RealImages:
             return None
         generator = torch.Generator().manual_seed(0)
         z = torch.randn(ROWS, channels, size // channels, generator=generator)
+        if self.vae is None:
+            z = z.clamp(-1, 1)  # as a pipeline does with pixels
 
         back = decoded(self._sample_of(z))
         if relative_error(back, z) < TOLERANCE:
@@ -405,15 +359,16 @@ class RealImages:
             return None
         return back.shape[1:]
 
-    def _decoded(self, prompt: str, options: dict, device: torch.device, samples: Tensor) -> Tensor:
+    def _decoded(self, prompt: str, options: dict, samples: Tensor) -> Tensor:
         """Return what the pipeline gives its VAE after a short sampling that ended in `samples`.
 
-        float32, on the CPU. Raises UsageError where it does not decode them row by row.
+        Without a VAE it is what the pipeline returns, in [-1, 1]. float32, on the CPU. Raises
+        UsageError where it does not decode them row by row.
         """
         model = self.model
         options = {name: value for name, value in options.items() if name != "output_type"}
         options["generator"] = seeded(range(len(samples)))
-        samples = samples.to(device, self.dtype)
+        samples = samples.to(self.device, self.dtype)
         given = []  # to the VAE
 
         def catch(original):
@@ -428,29 +383,38 @@ class RealImages:
         def sample(**fewer_steps) -> None:
             watching = model.watch(len(samples), replace=lambda following, scheduler: samples)
             with watching, suppress(DryRunOver):
-                model([prompt] * len(samples), **options | fewer_steps)
+                output = model([prompt] * len(samples), **options | fewer_steps)
+                if self.vae is None:
+                    made = media_of(output, 0)
+                    if made is not None and made.kind == "image":
+                        given.append(made.values.float() * 2 - 1)
 
         with ExitStack() as stack:
             stack.enter_context(undisturbed(model.pipe, model.schedulers, model.denoisers, options))
-            stack.enter_context(patched(type(self.vae), "decode", catch))
+            if self.vae is None:
+                options.update(model.accepts(output_type="pt"))
+            else:
+                stack.enter_context(patched(type(self.vae), "decode", catch))
             try:
                 sample(**model.accepts(num_inference_steps=1))
             except (ValueError, IndexError):  # a scheduler may need several
                 sample()
         if sum(map(len, given)) != len(samples):
             raise UsageError(
-                f"--images: {self.pipeline_name} does not decode what it samples with its VAE, "
-                "row by row"
+                f"--images: {self.pipeline_name} does not decode what it samples, row by row, with "
+                "a VAE or as pixels"
             )
         return torch.cat(given)
 
     def _sample_of(self, z: Tensor) -> Tensor:
         """Return the latents z of the VAE (N, ...) as clean samples, packed as the scheduler steps
         them."""
+        z = z.to(self.device) if self.vae is None else z
         if self.decoding is not None:
             flat = self.decoding.sample_of(z.flatten(1).float())
         else:
-            flat = scale_by_config(self.vae.config, z).flatten(1)[:, self.order.to(z.device)]
+            config = getattr(self.vae, "config", None)
+            flat = scale_by_config(config, z).flatten(1)[:, self.order.to(z.device)]
         return flat.view(len(z), *self.shape).to(self.dtype)
 
     def crop(self, source: Source) -> Image.Image:
@@ -470,6 +434,8 @@ class RealImages:
 
         Raises UsageError where it would come back better if it were given in [0, 1].
         """
+        if self.vae is None:
+            return None
         try:
             error, error_from_unit = reconstruction_error(self.vae, image)
         except (AttributeError, TypeError, RuntimeError) as failure:
@@ -482,7 +448,7 @@ class RealImages:
             raise UsageError(
                 "--images: the VAE would get numbers in [-1, 1], from which it gives images back "
                 f"with an error of {error:.3f}, and it is made for [0, 1], from which the error is "
-                f"{error_from_unit:.3f}"
+                f"{decimals(error_from_unit, 3)}"
             )
         if error > BAD_RECONSTRUCTION:
             return (

@@ -25,6 +25,7 @@ from diffusion.locate import (
     SEVERAL_TIMES,
     find_layouts,
     has_more_than_sample,
+    not_stepped,
     note_sampled,
     sampled_key,
 )
@@ -361,7 +362,7 @@ class Recorder:
         """Return why there are no tokens of a module that did not fail, or not of every step."""
         if denoiser not in self.stepped:
             if denoiser in self.called:
-                return f"is part of {denoiser}, whose output does not reach the scheduler"
+                return not_stepped(denoiser).reason
             return NEVER_RAN.reason
 
         times = set()

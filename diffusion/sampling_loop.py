@@ -4,18 +4,33 @@
     loop("a red star", num_inference_steps=20, guidance_scale=5.0).images      # (1, 3, H, W)
 
 It samples as Stable Diffusion does. `hook.HookedDiffusionModel(model, scheduler, ...)` makes one.
+The functions below it read what a user's own functions take and return.
 """
 
 import inspect
-from collections.abc import Callable, Iterable
-from types import SimpleNamespace
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from diffusion.signatures import tensors
+from diffusion.real_images import unscale_by_config
+from diffusion.signatures import result_tensor, tensors, with_tensor
 from errors import UsageError
+
+GUIDANCE_SCALE = 7.5  # as in Stable Diffusion, where there are unconditional rows
+
+Condition = Tensor | tuple | dict | None
+"""What the denoiser's forward gets behind sample and time: one argument, several, or keyword
+arguments. None is nothing."""
+
+
+class Sampled(NamedTuple):
+    """What a `Loop` returns."""
+
+    images: Tensor
+    """(N, ...): images in [0, 1], or the final sample."""
 
 
 class Loop:
@@ -30,7 +45,7 @@ class Loop:
         scheduler: Any,
         encode_prompt: Callable | None = None,
         get_timesteps: Callable | None = None,
-        vae: nn.Module | None = None,
+        vae: Any = None,
         sample_shape: tuple[int, ...] | None = None,
     ):
         self.model = model
@@ -39,82 +54,186 @@ class Loop:
         self.get_timesteps = get_timesteps
         self.vae = vae
         self.sample_shape = sample_shape
+        self._progress_bar_config = {}
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """{name: network or scheduler}, as a diffusers pipeline has them."""
+        components = {"model": self.model, "scheduler": self.scheduler}
+        encoder = getattr(self.encode_prompt, "__self__", self.encode_prompt)  # of a method
+        if isinstance(encoder, nn.Module):
+            components["text_encoder"] = encoder
+        if self.vae is not None:
+            components["vae"] = self.vae
+        return components
+
+    def set_progress_bar_config(self, **options) -> None:
+        """Give the progress bar options of tqdm, such as `disable=True`."""
+        self._progress_bar_config = options
 
     def __call__(
         self,
         prompt: str | list[str] | None = None,
         *,
         num_inference_steps: int = 50,
-        guidance_scale: float = 7.5,
+        guidance_scale: float | None = None,
         negative_prompt: str | list[str] | None = None,
         num_images_per_prompt: int = 1,
         batch_size: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
         output_type: str = "pt",
-    ) -> SimpleNamespace:
-        """Sample, with classifier-free guidance if `guidance_scale > 1` and prompts can be encoded.
+    ) -> Sampled:
+        """Sample, with classifier-free guidance if `encode_prompt` returns unconditional rows and
+        `guidance_scale > 1`.
 
         With a scale of 1 or less, a negative one too, there is one pass, the conditional one, as in
         diffusers. So the weights of the passes always tell which rows are conditional: a scale
         below 0, by whose weights the passes are exchanged, never guides here.
 
-        batch_size: the number of samples where there is no prompt. latents: the noise to begin
-        with, (N, *sample_shape); if not given, it is drawn with `generator`.
+        guidance_scale: if not given, 7.5 where there are unconditional rows. batch_size: the number
+        of samples where there is no prompt. latents: the noise to begin with, (N, *sample_shape);
+        if not given, it is drawn with `generator`.
 
-        Returns an object with `images` (N, ...): decoded to [0, 1] by the VAE if there is one and
-        `output_type` is not "latent", else the final sample. Raises UsageError where the prompt or
-        the sample's shape is missing, or the scheduler lists no timesteps.
+        The images are decoded to [0, 1] by the VAE. Without a VAE they are the final sample, mapped
+        from [-1, 1] to [0, 1] if it is (N, channels, height, width). With `output_type="latent"`
+        they are the final sample as it is.
+
+        Raises UsageError where the prompt or the sample's shape is missing, where the scheduler
+        lists no timesteps, for what `encode_prompt` returns in another form than it should, and for
+        a guidance scale or a negative prompt that nothing would use.
         """
         weight = next(self.model.parameters(), torch.empty(0))
-        device = weight.device
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        num_prompts = batch_size if prompts is None else len(prompts)
+        num_samples = num_prompts * num_images_per_prompt
+        if latents is not None:
+            num_samples = len(latents)
 
-        is_guided = False
-        embeddings = []
+        cond = uncond = None
         if self.encode_prompt is not None:
-            if prompt is None:
+            if prompts is None:
                 raise UsageError("a model with `encode_prompt` needs a prompt")
-            is_guided = guidance_scale > 1
-            cond, uncond = self.encode_prompt(
-                prompt, device, num_images_per_prompt, is_guided, negative_prompt
+            is_wanted = guidance_scale is None or guidance_scale > 1
+            cond, uncond = self._encode(
+                list(prompts), weight.device, num_images_per_prompt, is_wanted, negative_prompt
             )
-            embeddings = [torch.cat([uncond, cond]) if is_guided else cond]
+        elif negative_prompt is not None:
+            raise UsageError("negative_prompt has no effect: the model has no `encode_prompt`")
+        is_guided = uncond is not None and (guidance_scale is None or guidance_scale > 1)
+        if guidance_scale is None:
+            guidance_scale = GUIDANCE_SCALE
+        elif guidance_scale > 1 and not is_guided:
+            raise UsageError(
+                f"guidance_scale {guidance_scale:g} has no effect: the model has no unconditional "
+                "rows; leave it out, or let `encode_prompt` return the pair (cond, uncond)"
+            )
+        condition = in_one_batch(uncond, cond, num_samples) if is_guided else cond
 
-        timesteps = self._timesteps(num_inference_steps, device)
+        timesteps = self._timesteps(num_inference_steps, weight.device)
+        self._num_timesteps = len(timesteps)  # as diffusers announces it, for who counts the steps
         if latents is None:
-            num_prompts = batch_size
-            if prompt is not None:
-                num_prompts = 1 if isinstance(prompt, str) else len(prompt)
-            latents = self._noise(num_prompts * num_images_per_prompt, generator, weight)
+            latents = self._noise(num_samples, generator, weight)
 
         step_options = {}
         if "generator" in inspect.signature(self.scheduler.step).parameters:
             step_options["generator"] = generator
-        for t in timesteps:
+        for t in tqdm(timesteps, **self._progress_bar_config):
             x = torch.cat([latents] * 2) if is_guided else latents
             if hasattr(self.scheduler, "scale_model_input"):
                 x = self.scheduler.scale_model_input(x, t)
-            prediction = tensors(self.model(x, t, *embeddings))[0]
+            prediction = required_tensor(self._predict(x, t, condition), "the model's forward")
             if is_guided:
-                uncond, cond = prediction.chunk(2)
-                prediction = uncond + guidance_scale * (cond - uncond)
-            latents = tensors(self.scheduler.step(prediction, t, latents, **step_options))[0]
+                unconditional, conditional = prediction.chunk(2)
+                prediction = unconditional + guidance_scale * (conditional - unconditional)
+            stepped = self.scheduler.step(prediction, t, latents, **step_options)
+            latents = required_tensor(stepped, "the scheduler's step")
 
-        if self.vae is None or output_type == "latent":
-            return SimpleNamespace(images=latents)
-        return SimpleNamespace(images=self._decode(latents))
+        if output_type == "latent":
+            return Sampled(latents)
+        if self.vae is not None:
+            return Sampled(self._decode(latents))
+        return Sampled(as_pixels(latents) if latents.ndim == 4 else latents)
 
-    def _timesteps(self, num_inference_steps: int, device: torch.device) -> Iterable:
+    def _predict(self, x: Tensor, t: Any, condition: Condition) -> Any:
+        """Call the denoiser, and return what it returns."""
+        if condition is None:
+            return self.model(x, t)
+        if isinstance(condition, dict):
+            return self.model(x, t, **condition)
+        if isinstance(condition, tuple):
+            return self.model(x, t, *condition)
+        return self.model(x, t, condition)
+
+    def _encode(
+        self,
+        prompts: list[str],
+        device: torch.device,
+        num_images: int,
+        is_guided: bool,
+        negative_prompt: str | list[str] | None,
+    ) -> tuple[Condition, Condition]:
+        """Return (cond, uncond) with one row for each image, on the device; uncond may be None.
+
+        An `encode_prompt` that does not take the number of images per prompt returns one row for
+        each prompt, and these are repeated here. Raises UsageError for a negative prompt that it
+        does not take, and where it returns anything but cond or (cond, uncond) of the same shapes.
+        """
+        if isinstance(negative_prompt, str):
+            negative_prompt = [negative_prompt] * len(prompts)
+        options = {
+            "device": device,
+            "num_images_per_prompt": num_images,
+            "do_classifier_free_guidance": is_guided,
+            "negative_prompt": negative_prompt,
+        }
+        taken = names_taken(self.encode_prompt, options)
+        if negative_prompt is not None and "negative_prompt" not in taken:
+            raise UsageError(
+                "negative_prompt has no effect: `encode_prompt` takes no argument of this name"
+            )
+        encoded = call_with(self.encode_prompt, prompts, options)
+
+        cond, uncond = encoded, None
+        if isinstance(encoded, (tuple, list)):
+            if len(encoded) != 2:
+                raise UsageError(
+                    f"encode_prompt returned {len(encoded)} values; expected cond, or the pair "
+                    "(cond, uncond), where each is a tensor, or a tuple or dict of several"
+                )
+            cond, uncond = encoded
+
+        conditions = []
+        for condition in (cond, uncond):
+            if condition is not None and "num_images_per_prompt" not in taken:
+                condition = repeat_rows(condition, len(prompts), num_images)
+            conditions.append(to_device(condition, device))
+        cond, uncond = conditions
+        check_rows(cond, len(prompts) * num_images)
+        if uncond is not None and shapes(cond) != shapes(uncond):
+            raise UsageError(
+                f"encode_prompt returned (cond, uncond) of the shapes {shapes(cond)} and "
+                f"{shapes(uncond)}; expected the same. Several tensors that belong together are a "
+                "dict of keyword arguments of the model's forward"
+            )
+        return cond, uncond
+
+    def _timesteps(self, num_inference_steps: int, device: torch.device) -> list:
         """Return the timesteps to sample at, from `get_timesteps` or from the scheduler."""
         if self.get_timesteps is not None:
-            return self.get_timesteps(num_inference_steps, device)
+            return list(call_with(self.get_timesteps, num_inference_steps, {"device": device}))
         if not hasattr(self.scheduler, "set_timesteps"):
             raise UsageError(
                 "the scheduler has no set_timesteps(); pass "
                 "get_timesteps(num_inference_steps, device)"
             )
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
-        return self.scheduler.timesteps
+        call_with(self.scheduler.set_timesteps, num_inference_steps, {"device": device})
+        if not hasattr(self.scheduler, "timesteps"):
+            raise UsageError(
+                "the scheduler has no list `timesteps` after set_timesteps(); pass "
+                "get_timesteps(num_inference_steps, device)"
+            )
+        return list(self.scheduler.timesteps)
 
     def _noise(
         self, n: int, generator: torch.Generator | list[torch.Generator] | None, weight: Tensor
@@ -145,7 +264,133 @@ class Loop:
 
     def _decode(self, latents: Tensor) -> Tensor:
         """Return the images in [0, 1] that the final sample `latents` decodes to."""
-        config = self.vae.config
-        shift = getattr(config, "shift_factor", None) or 0.0
-        images = tensors(self.vae.decode(latents / config.scaling_factor + shift))[0]
-        return (images / 2 + 0.5).clamp(0, 1)
+        z = unscale_by_config(getattr(self.vae, "config", None), latents)
+        decoded = self.vae.decode(z)
+        return as_pixels(required_tensor(decoded, "the VAE's decode"))
+
+
+def as_pixels(x: Tensor) -> Tensor:
+    """Return images in [-1, 1] as images in [0, 1]."""
+    return (x / 2 + 0.5).clamp(0, 1)
+
+
+# ------------------------------------------------------------------ what a user's function takes
+
+
+def names_taken(function: Callable, options: dict) -> set[str]:
+    """Return the names of those options that `call_with` would give to a function."""
+    parameters = parameters_of(function)
+    if takes_all_by_position(parameters, options):
+        return set(options)
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+    names = {p.name for p in parameters}
+    return {name for name in options if takes_any or name in names}
+
+
+def call_with(function: Callable, first: Any, options: dict) -> Any:
+    """Call function(first, ...) with those of the options that it takes, and return the result.
+
+    It gets them by name. One that needs arguments of other names, or takes any number of them, gets
+    all options by position: for f(a, b), options {"n": 1} and first 5 that is f(5, 1). Raises
+    UsageError if it does not take so many.
+    """
+    taken = names_taken(function, options)
+    parameters = parameters_of(function)
+    if not takes_all_by_position(parameters, options):
+        return function(first, **{name: options[name] for name in options if name in taken})
+    by_position = [p for p in parameters if p.kind is not inspect.Parameter.KEYWORD_ONLY]
+    takes_any = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
+    if not takes_any and len(by_position) < 1 + len(options):
+        raise UsageError(
+            f"{getattr(function, '__name__', function)} takes ({', '.join(map(str, parameters))}); "
+            f"expected one argument, and any of these: {', '.join(options)}"
+        )
+    return function(first, *options.values())
+
+
+def parameters_of(function: Callable) -> list[inspect.Parameter]:
+    """Return what a function takes; for a module what its forward takes."""
+    if isinstance(function, nn.Module):
+        function = function.forward
+    return list(inspect.signature(function).parameters.values())
+
+
+def takes_all_by_position(parameters: list[inspect.Parameter], options: dict) -> bool:
+    """Return whether a function takes any number of arguments, or needs one of another name than
+    its first argument and the options have."""
+    if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters):
+        return True
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    for parameter in parameters[1:]:
+        is_needed = parameter.kind in positional and parameter.default is inspect.Parameter.empty
+        if is_needed and parameter.name not in options:
+            return True
+    return False
+
+
+# ---------------------------------------------------------------- what a user's function returns
+
+
+def required_tensor(value: Any, what: str) -> Tensor:
+    """Return `result_tensor` of what a function returned. Raises UsageError where there is none."""
+    x = result_tensor(value)
+    if x is None:
+        raise UsageError(f"{what} returned a {type(value).__name__} without a tensor in it")
+    return x
+
+
+def has_rows(x: Tensor, rows: int) -> bool:
+    """Return whether a tensor has one entry for each of the rows; others hold for all rows."""
+    return x.ndim > 0 and len(x) == rows
+
+
+def shapes(condition: Condition) -> list[tuple[int, ...]]:
+    """Return the shapes of the tensors in a condition."""
+    return [tuple(x.shape) for x in tensors(condition)]
+
+
+def repeat_rows(condition: Condition, num_prompts: int, num_images: int) -> Condition:
+    """Return a condition with each prompt's row `num_images` times: a, b becomes a, a, b, b."""
+    for index, x in enumerate(tensors(condition)):
+        if num_images > 1 and has_rows(x, num_prompts):
+            condition = with_tensor(condition, index, x.repeat_interleave(num_images, 0))
+    return condition
+
+
+def to_device(condition: Condition, device: torch.device) -> Condition:
+    """Return a condition whose tensors are on the device."""
+    for index, x in enumerate(tensors(condition)):
+        condition = with_tensor(condition, index, x.to(device))
+    return condition
+
+
+def check_rows(cond: Condition, rows: int) -> None:
+    """Raise UsageError unless a condition is of a kind that the model can be given, and has one row
+    for each image."""
+    if not isinstance(cond, (Tensor, tuple, dict)):
+        raise UsageError(
+            f"encode_prompt returned a {type(cond).__name__}; expected a tensor, or a tuple or "
+            "dict of several arguments of the model's forward"
+        )
+    if not any(has_rows(x, rows) for x in tensors(cond)):
+        raise UsageError(
+            f"encode_prompt returned tensors of the shapes {shapes(cond)} for {rows} images; "
+            "expected a first axis of one row per prompt"
+        )
+
+
+def in_one_batch(uncond: Condition, cond: Condition, rows: int) -> Condition:
+    """Return the condition of a batch whose first half is unconditional.
+
+    A tensor without rows is the same in both. Raises UsageError where it is not.
+    """
+    joined = cond
+    for index, (without, with_prompt) in enumerate(zip(tensors(uncond), tensors(cond))):
+        if has_rows(with_prompt, rows):
+            joined = with_tensor(joined, index, torch.cat([without, with_prompt]))
+        elif not torch.equal(without, with_prompt):
+            raise UsageError(
+                f"encode_prompt returned a tensor of the shape {tuple(with_prompt.shape)}, which "
+                f"has no row for each of {rows} images and differs between cond and uncond"
+            )
+    return joined

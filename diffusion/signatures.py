@@ -4,14 +4,17 @@ time_parameter(unet)                    # "timestep": which argument carries the
 sample_name(unet)                       # "sample": which carries the sample
 tensors({"a": x, "b": [y, None]})       # [x, y]
 count_prompts(["a", "b"], {})           # (2, 1): prompts, images per prompt
+image_arguments(pipe)                   # ["image"]: which arguments of a pipeline take an image
 other_prompts("a red star", {})         # ("star red a", {}): to see what depends on the prompt
 """
 
+import copy
+import difflib
 import inspect
-from collections.abc import Iterable
 from typing import Any
 
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from errors import UsageError
@@ -32,6 +35,11 @@ TIME_NAMES = (
     "noise_level",
     "noise_labels",
 )
+# Parts of names of arguments that have an image's annotation, or end like its name, and take none
+NO_IMAGES = ("embeds", "latents", "video", "frames")
+
+# What schedulers and networks of diffusers call their result, where it has a name
+RESULT_NAMES = ("prev_sample", "sample")
 
 # --------------------------------------------------------------------------- a denoiser's forward
 
@@ -129,6 +137,34 @@ def with_tensor(value: Any, index: int, x: Tensor) -> Any:
     return type(value)(new.values())
 
 
+def result_tensor(value: Any) -> Tensor | None:
+    """Return the tensor that a denoiser, a scheduler's step or a VAE's decode returned.
+
+    It is the one called prev_sample or sample, else the first one in the nested structure, or among
+    the attributes of the object. None if there is none.
+    """
+    for name in RESULT_NAMES:
+        if torch.is_tensor(getattr(value, name, None)):
+            return getattr(value, name)
+    in_value = tensors(value)
+    if not in_value and hasattr(value, "__dict__"):
+        in_value = tensors(vars(value))
+    return in_value[0] if in_value else None
+
+
+def with_result(value: Any, x: Tensor) -> Any:
+    """Return a copy of what a function returned, with x in the place of its `result_tensor`."""
+    result = result_tensor(value)
+    for index, item in enumerate(tensors(value)):
+        if item is result:
+            return with_tensor(value, index, x)
+    changed = copy.copy(value)
+    for name, item in vars(value).items():
+        if item is result:
+            vars(changed)[name] = x  # also in a frozen dataclass
+    return changed
+
+
 # -------------------------------------------------------------------------- the same, other prompts
 
 
@@ -137,7 +173,8 @@ def other_prompts(prompt: Prompt, options: dict) -> tuple[Prompt, dict] | None:
 
     Texts are exchanged, or else their words reversed, so that few of them change their length.
     Embeddings get noise. Each class number becomes the one before. What else a pipeline takes, such
-    as a negative prompt, stays. None where there are no prompts to change.
+    as a negative prompt, stays. Images change only where there is nothing else: they are prompts
+    then. None where there are no prompts to change.
     """
     changed = {}
     for name, value in ({"prompt": prompt} | options).items():
@@ -151,6 +188,12 @@ def other_prompts(prompt: Prompt, options: dict) -> tuple[Prompt, dict] | None:
             changed[name] = with_noise(value)
         elif name == "class_labels":
             changed[name] = other_labels(value)
+    if not changed:
+        for name, value in options.items():
+            images = images_in(value)
+            if images:
+                others = [other_image(image) for image in images]
+                changed[name] = others if isinstance(value, list) else others[0]
     if not changed:
         return None
     prompt = changed.pop("prompt", prompt)
@@ -199,6 +242,19 @@ def other_labels(labels: Any) -> Any:
     if isinstance(labels, (list, tuple)):
         return [other_labels(label) for label in labels]
     return labels - 1 if labels > 0 else labels + 1
+
+
+def images_in(value: Any) -> list[Image.Image]:
+    """Return the images in an argument that is an image or a list of images; otherwise []."""
+    if isinstance(value, Image.Image):
+        return [value]
+    is_list = isinstance(value, list) and all(isinstance(item, Image.Image) for item in value)
+    return value if is_list else []
+
+
+def other_image(image: Image.Image) -> Image.Image:
+    """Return the negative of an image: white becomes black."""
+    return ImageOps.invert(image)
 
 
 def with_noise(value: Any) -> Any:
@@ -257,7 +313,8 @@ def per_prompt(name: str) -> bool:
 def count_prompts(prompt: Prompt, options: dict) -> tuple[int | None, int]:
     """Return how many prompts a generation has, None if that can't be seen, and images per prompt.
 
-    For "a star" and {"num_images_per_prompt": 4} it gives (1, 4).
+    For "a star" and {"num_images_per_prompt": 4} it gives (1, 4). Without prompts, a list of images
+    counts.
     """
     num_images = 1
     for name, value in options.items():
@@ -269,15 +326,28 @@ def count_prompts(prompt: Prompt, options: dict) -> tuple[int | None, int]:
             return 1, num_images
         if given is not None:
             return len(given), num_images
+    for value in options.values():
+        if images_in(value):
+            return len(images_in(value)), num_images
     return options.get("batch_size"), num_images
+
+
+def takes_prompts(pipe: Any) -> bool:
+    """Return whether a pipeline takes a text or a class for each sample.
+
+    One that takes none only has to be told how many samples to make, or gets images.
+    """
+    parameters = inspect.signature(pipe).parameters
+    return "prompt" in parameters or "class_labels" in parameters
 
 
 def prompt_arguments(pipe: Any, prompt: Prompt) -> dict:
     """Return the arguments that tell a pipeline its prompts.
 
-    One that takes no prompt gets class numbers, for prompts that are numbers written as text, or
-    else their number as its batch size: for ["3", "7"] {"class_labels": [3, 7]}, or
-    {"batch_size": 2}. Raises UsageError where it takes none of these.
+    One that takes no prompt gets the numbers of the classes that the prompts name, or else the
+    number of prompts as its batch size: for ["3", "7"] {"class_labels": [3, 7]}, or
+    {"batch_size": 2}. One that takes images instead needs neither. Raises UsageError where it takes
+    none of these.
     """
     if prompt is None:
         return {}
@@ -286,17 +356,71 @@ def prompt_arguments(pipe: Any, prompt: Prompt) -> dict:
         return {"prompt": prompt}
     texts = [prompt] if isinstance(prompt, str) else list(prompt)
     if "class_labels" in parameters:
-        return {"class_labels": class_numbers(texts, type(pipe).__name__)}
+        return {"class_labels": [class_number(pipe, text) for text in texts]}
     if "batch_size" in parameters:
         return {"batch_size": len(texts)}
+    if image_arguments(pipe):
+        return {}
     raise UsageError(f"{type(pipe).__name__} takes no prompt; it takes {', '.join(parameters)}")
 
 
-def class_numbers(texts: Iterable[Any], pipeline: str) -> list[int]:
-    """Return texts as class numbers. Raises UsageError for one that is no number."""
-    numbers = []
-    for text in texts:
-        if not str(text).strip().isdigit():
+def image_arguments(pipe: Any) -> list[str]:
+    """Return the names of the arguments of a pipeline that take an image, in their order.
+
+    Their annotation names PIL's images, or their name ends with "image".
+    """
+    names = []
+    for name, parameter in inspect.signature(pipe).parameters.items():
+        annotation = str(parameter.annotation)
+        takes_image = "PIL" in annotation or "ImageInput" in annotation or name.endswith("image")
+        if takes_image and "prompt" not in name and not any(word in name for word in NO_IMAGES):
+            names.append(name)
+    return names
+
+
+# --------------------------------------------------------------------------- classes as prompts
+
+
+def class_names(pipe: Any) -> dict[str, int]:
+    """Return {name of a class: its number}, as a pipeline lists them in `labels`; {} if it does
+    not."""
+    labels = getattr(pipe, "labels", None)
+    return labels if isinstance(labels, dict) else {}
+
+
+def class_number(pipe: Any, text: Any) -> int:
+    """Return the number of the class that a prompt means: its number or its name.
+
+    "281", "tabby" and "tabby, tabby cat" give 281 if the pipeline's `labels` have these two names
+    of it. Raises UsageError for what is neither, with the nearest name.
+    """
+    names = class_names(pipe)
+    text = str(text).strip()
+    if text in names:
+        return names[text]
+    numbers = {names.get(name.strip()) for name in text.split(",")}
+    if len(numbers) == 1 and None not in numbers:
+        return numbers.pop()
+    pipeline = type(pipe).__name__
+    if not text.isdigit():
+        if not names:
             raise UsageError(f"{pipeline} takes class numbers as prompts, got {text!r}")
-        numbers.append(int(text))
-    return numbers
+        nearest = difflib.get_close_matches(text, names, n=1)
+        suggestion = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        raise UsageError(
+            f"{pipeline} takes the numbers or names of classes as prompts, and has no class "
+            f"{text!r}{suggestion}"
+        )
+    if names and int(text) > max(names.values()):
+        raise UsageError(f"{pipeline} has classes up to {max(names.values())}, got {text}")
+    return int(text)
+
+
+def class_text(pipe: Any, text: str) -> str:
+    """Return the names of the class that a prompt means, such as "tabby, tabby cat" for "281".
+
+    Without names the prompt stays as it is. Raises UsageError as `class_number` does.
+    """
+    number = class_number(pipe, text)
+    names = [name for name, other in class_names(pipe).items() if other == number]
+    return ", ".join(names) if names else text

@@ -54,11 +54,11 @@ from diffusion.schedulers import (
 )
 from diffusion.signatures import (
     forward_signature,
+    result_tensor,
     sample_name,
-    tensors,
     time_parameter,
     unwrap,
-    with_tensor,
+    with_result,
 )
 from errors import UsageError
 
@@ -523,8 +523,7 @@ class Sampling:
             result = original(scheduler, *args, **kwargs)
         if self.replace is not None:
             result = self._replaced(result, scheduler, timesteps)
-        returned = tensors(result)
-        self.sample = returned[0] if returned else None
+        self.sample = result_tensor(result)
         return result
 
     def _check_scheduler(
@@ -556,8 +555,8 @@ class Sampling:
             following = timesteps[self.loop.listed_at + 1 :]
             next_timestep = following[0] if len(following) else None
         new = self.replace(next_timestep, scheduler)
-        repeats = len(tensors(result)[0]) // len(new)  # 2 if a pipeline steps both chunks
-        return with_tensor(result, 0, torch.cat([new] * repeats))
+        repeats = len(result_tensor(result)) // len(new)  # 2 if a pipeline steps both chunks
+        return with_result(result, torch.cat([new] * repeats))
 
     def _check_time(self, forwards: list[Forward], timestep: Any) -> None:
         """Raise UsageError if the index or the timestep that held while the denoiser ran turns out

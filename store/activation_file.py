@@ -35,8 +35,8 @@ CHECKED_BLOCKS = 64
 CHECKED_BLOCK_BYTES = 1 << 12
 INVISIBLE = re.compile(r"[\s\u200b-\u200d\u2060\ufeff]+")  # white space, also of no width
 COLLECTED_WITH = (
-    *("variant", "revision", "pipeline", "pipeline_kwargs", "images", "seed"),
-    *("cache_every_n_timesteps", "tokens_per_step", "model_dtype", "fingerprints"),
+    *("variant", "revision", "model_files", "lora", "pipeline", "pipeline_kwargs", "images"),
+    *("seed", "cache_every_n_timesteps", "tokens_per_step", "model_dtype", "fingerprints"),
 )
 """Settings of a collection that decide what its vectors are like, beside the model and the hook
 point."""
@@ -401,8 +401,11 @@ def read_description(path: str | Path) -> dict:
             f"{record} was changed after it was written (its checksum differs); "
             "collect again or remove it"
         )
-    if meta.get("model_folder") is not None:
-        meta["model_folder"] = seen_from(record.parent, meta["model_folder"])
+    for key in ("model_folder", "model_file"):
+        if meta.get(key) is not None:
+            meta[key] = seen_from(record.parent, meta[key])
+    if "lora_paths" in meta:
+        meta["lora_paths"] = [seen_from(record.parent, path) for path in meta["lora_paths"]]
     return meta
 
 
@@ -617,7 +620,7 @@ def prompt_key(row: dict) -> str:
     text = row.get("seen", row.get("prompt"))
     if isinstance(text, str) and text.strip():
         return "text " + INVISIBLE.sub("", unicodedata.normalize("NFKC", text).casefold())
-    image = row.get("image_digest") or row.get("image")
+    image = image_of(row) or row.get("image")
     if image:
         return f"image {image}"
     if text not in (None, ""):
@@ -625,17 +628,26 @@ def prompt_key(row: dict) -> str:
     return f"seed {row.get('seed')}"
 
 
+def image_of(row: dict) -> str | None:
+    """Return what tells the images of a line of prompts.jsonl from others: the digest of its real
+    image, or those of the images that its generation began with. None if it has neither."""
+    inputs = row.get("inputs")  # an old collection may have a column of this name
+    if isinstance(inputs, dict):
+        return " ".join(inputs.values())
+    return row.get("image_digest")
+
+
 def prompt_keys(row: dict) -> tuple[str, ...]:
-    """Return the keys of a line of prompts.jsonl: of its text, and of its real image if it has one.
+    """Return the keys of a line of prompts.jsonl: of its text, and of its images if it has any.
 
     A picture with several captions has several lines. All of them show the same picture, so that
     they must not be told apart by their texts alone. For {"prompt": "a cat", "image_digest": "ab"}
     it gives ("text acat", "image ab"), for {"prompt": "a cat"} it gives ("text acat",).
     """
     key = prompt_key(row)
-    if not row.get("image_digest"):
+    if not image_of(row):
         return (key,)
-    picture = f"image {row['image_digest']}"
+    picture = f"image {image_of(row)}"
     if key == picture:
         return (key,)
     return key, picture

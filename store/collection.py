@@ -58,7 +58,7 @@ from store.images import image_path, images_checksum, remove_images, save_images
 HEADER = 128  # bytes at the beginning of a file, before the numbers
 CHECKED_AT_ONCE = 1 << 24  # bytes of a file
 # keys of prompts.jsonl that earlier versions did not write
-ADDED_LATER = ("seen", "image_digest", "dataset_id", "dataset_seen")
+ADDED_LATER = ("seen", "image_digest", "dataset_id", "dataset_seen", "dataset_inputs")
 IMAGES = "images/"  # beside names of files in a line of progress.jsonl; no file has such a name
 
 
@@ -414,6 +414,13 @@ class Collection:
             raise UsageError(
                 f"{self.out_dir} was collected from a model with other weights or settings of its "
                 f"{', '.join(changed)}, under the same name (or by another version of diffusers); "
+                "use another --out_dir"
+            )
+        their_files = theirs.get("model_files")
+        if their_files != ours.get("model_files"):
+            names = {**(their_files or {}), **(ours.get("model_files") or {})}
+            raise UsageError(
+                f"{self.out_dir} was collected before {' or '.join(names)} was changed; "
                 "use another --out_dir"
             )
         check_same(self.out_dir, theirs, ours, remedy)

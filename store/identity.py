@@ -51,8 +51,19 @@ def fingerprint(module: nn.Module, dtype: torch.dtype | None = None) -> str:
     """
     tensors = {}
     for name, tensor in module.state_dict().items():
-        tensors[name.replace("_orig_mod.", "")] = tensor  # a prefix that torch.compile adds
+        name = name.replace("_orig_mod.", "")  # a prefix that torch.compile adds
+        tensors |= plain_tensors(name, tensor)
     return fingerprint_tensors(tensors, dtype, settings_text(module))
+
+
+def plain_tensors(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return {name: tensor}; of a quantized tensor its parts, such as {"a.scale": ..., ...}."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return {name: tensor}
+    tensors = {}
+    for part in tensor.__tensor_flatten__()[0]:
+        tensors |= plain_tensors(f"{name}.{part}", getattr(tensor, part))
+    return tensors
 
 
 @torch.no_grad()

@@ -1,29 +1,196 @@
-"""What a model made, saved beside its activations: one small file for each row of prompts.jsonl.
+"""What a model made: images, videos or audio, compared, shown and saved.
+
+    made = media_of(output, sampling_rate)          # a Media, from what a pipeline returned
+    made.values                                     # what distances compare
+    made.pictures()                                 # what plots show
+
+Beside activations there is one small file for each row of prompts.jsonl:
 
     images/0.webp     an image, or a video as an animation
     images/0.wav      audio
 
 `save_images` writes them, `image_path` finds the one of a row, and `images_checksum` tells whether
 they are still as they were written.
+
+One rule holds everywhere for the channels of images and videos: one channel is grey, three are
+colours, and any other number is a grid of grey images.
 """
 
 import io
+import math
 import os
-import wave
 import zlib
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
+from torch.nn.functional import interpolate
 
 from errors import UsageError
+from store.audio import SAMPLING_RATE, audio_picture, encode_audio
 from store.disk import opened, sync_folder, write_all
 
 SUFFIXES = (".webp", ".wav")
 QUALITY = 90  # of lossy WebP; 100 is the best
 FRAME_MS = 125  # how long a frame of a video is shown; pipelines do not say their frame rate
-SAMPLING_RATE = 44100  # audio samples per second, if the pipeline does not say it
+STRIP_FRAMES = 5  # of a video, in its picture
+STRIP_HEIGHT = 192  # pixels of a frame in that picture, at most
+
+
+# --------------------------------------------------------------------------------- what was made
+
+
+class Media(NamedTuple):
+    """What a model made of P prompts, on the CPU, in the dtype in which the model made it."""
+
+    kind: Literal["image", "video", "audio"]
+
+    values: Tensor
+    """Images (P, C, H, W) in [0, 1], videos (P, F, C, H, W) in [0, 1], or audio (P, channels,
+    samples) in [-1, 1]."""
+
+    sampling_rate: int | None = None
+    """Samples of audio per second."""
+
+    def pictures(self) -> Tensor:
+        """Return what plots show, (P, 3, H, W) float32 in [0, 1].
+
+        Of an image it is the image, of a video a strip of up to 5 frames, and of audio the waveform
+        above the spectrogram.
+        """
+        if self.kind == "audio":
+            return torch.stack([audio_picture(audio, self.sampling_rate) for audio in self.values])
+        if self.kind == "video":
+            return torch.stack([strip(video) for video in self.values])
+        return as_colors(self.values.float())
+
+    def explanation(self) -> str:
+        """Return one line that says what the pictures show; "" for images."""
+        if self.kind == "video":
+            shown = strip_frames(self.values.shape[1])
+            return f"frames {', '.join(map(str, shown))} of 0 to {self.values.shape[1] - 1}"
+        if self.kind == "audio":
+            seconds = self.values.shape[-1] / self.sampling_rate
+            return (
+                "above: waveform; below: spectrogram, "
+                f"0 to {self.sampling_rate / 2000:.3g} kHz upwards; 0 to {seconds:.3g} s"
+            )
+        return ""
+
+
+def join_media(batches: list[Media]) -> Media:
+    """Return several batches as one."""
+    return batches[0]._replace(values=torch.cat([batch.values for batch in batches]))
+
+
+def media_of(output: object, sampling_rate: int) -> Media | None:
+    """Return what a pipeline returned as Media, or None if it holds no images, videos or audio.
+
+    output: as for `save_images`, or a tuple or dict whose first item is such. sampling_rate: of
+    audio.
+    """
+    is_audio, made = unwrap(output)
+    if isinstance(made, dict):
+        made = tuple(made.values())
+    if isinstance(made, tuple) and made:
+        made = made[0]
+    if is_audio:
+        audio = torch.as_tensor(made).cpu()
+        if audio.ndim == 2:
+            audio = audio[:, None]
+        return Media("audio", audio, sampling_rate)
+
+    values = stack(made)
+    if values is None or values.ndim not in (4, 5):
+        return None
+    return Media("image" if values.ndim == 4 else "video", values.cpu())
+
+
+def unwrap(output: object) -> tuple[bool, object]:
+    """Return (whether it is audio, what lies in the field `images`, `frames` or `audios`).
+
+    An object without such a field is returned as it is.
+    """
+    for name in ("images", "frames", "audios"):
+        if hasattr(output, name):
+            return name == "audios", getattr(output, name)
+    return False, output
+
+
+def stack(made: object) -> Tensor | None:
+    """Return images or videos as one tensor (P, C, H, W) or (P, F, C, H, W), None for anything
+    else.
+
+    made: a tensor in this order; an array of NumPy, whose channels are behind the width, in [0, 1]
+    or uint8; a list of PIL images, or of lists of them.
+    """
+    if torch.is_tensor(made):
+        return in_unit_range(made) if made.dtype == torch.uint8 else made
+    if isinstance(made, list):
+        if not made:
+            return None
+        if all(isinstance(item, Image.Image) for item in made):
+            if len({(image.size, image.mode) for image in made}) > 1:
+                return None
+            made = np.stack([np.asarray(image) for image in made])
+            if made.ndim == 3:  # grey, without an axis of channels
+                made = made[..., None]
+        else:
+            items = [stack(item) for item in made]
+            if any(item is None for item in items) or len({item.shape for item in items}) > 1:
+                return None
+            return torch.stack(items)
+    if not isinstance(made, np.ndarray) or made.ndim < 3:
+        return None
+    return in_unit_range(torch.from_numpy(made)).movedim(-1, -3)
+
+
+def in_unit_range(x: Tensor) -> Tensor:
+    """Return pixels as float32 in [0, 1]: only uint8 has to be divided, by 255."""
+    return x.float() / 255 if x.dtype == torch.uint8 else x.float()
+
+
+# ------------------------------------------------------------------------------------- pictures
+
+
+def as_colors(x: Tensor) -> Tensor:
+    """Return images or frames (..., C, H, W) with three channels, (..., 3, H', W').
+
+    One channel is repeated, three are returned as they are. Any other number is laid out as a
+    square grid of grey images, row by row, with white in the cells that are left over: 5 channels
+    of 8 x 8 give a picture of 16 x 24.
+    """
+    C, H, W = x.shape[-3:]
+    if C == 3:
+        return x
+    columns = math.ceil(math.sqrt(C))
+    rows = math.ceil(C / columns)
+    cells = x.new_ones(*x.shape[:-3], rows * columns, H, W)
+    cells[..., :C, :, :] = x
+    cells = cells.unflatten(-3, (rows, columns)).transpose(-3, -2)  # (..., rows, H, columns, W)
+    grid = cells.reshape(*x.shape[:-3], 1, rows * H, columns * W)
+    return torch.cat([grid] * 3, -3)
+
+
+def strip_frames(num_frames: int) -> list[int]:
+    """Return which frames stand in the strip of a video: of 9 frames [0, 2, 4, 6, 8]."""
+    count = min(STRIP_FRAMES, num_frames)
+    return [round(number) for number in np.linspace(0, num_frames - 1, count).tolist()]
+
+
+def strip(video: Tensor) -> Tensor:
+    """Return up to 5 frames of a video side by side: (F, C, H, W) -> (3, h, n * w), float32."""
+    frames = as_colors(video[strip_frames(len(video))].float())
+    H, W = frames.shape[-2:]
+    if H > STRIP_HEIGHT:
+        frames = interpolate(frames, (STRIP_HEIGHT, round(W * STRIP_HEIGHT / H)), mode="area")
+    return torch.cat(list(frames), -1)
+
+
+# ----------------------------------------------------------------------------------------- files
 
 
 def image_path(folder: Path, row: int) -> Path | None:
@@ -47,12 +214,7 @@ def save_images(
 
     Raises UsageError for anything else, and if there is not one for each row.
     """
-    is_audio = hasattr(output, "audios")
-    made = output
-    for name in ("images", "frames", "audios"):
-        if hasattr(output, name):
-            made = getattr(output, name)
-            break
+    is_audio, made = unwrap(output)
     if not isinstance(made, (list, torch.Tensor, np.ndarray)):
         raise UsageError(
             f"a {type(output).__name__} can't be saved as images: collect with --no_save_images"
@@ -125,49 +287,20 @@ def encode_frames(x: object) -> bytes:
 
 
 def to_bytes(x: object) -> np.ndarray:
-    """Return the frames of an image or a video as uint8: (F, H, W, 3), or 4 with transparency.
+    """Return the frames of an image or a video as uint8, (F, H, W, 3).
 
     x: numbers in [0, 1], or uint8 of NumPy. torch has the channels in front of the height and the
-    width, NumPy behind them: (3, H, W) of torch gives (1, H, W, 3). One channel becomes three.
-    Raises UsageError for another shape.
+    width, NumPy behind them: (3, H, W) of torch gives (1, H, W, 3). Other numbers of channels than
+    three become three, see `as_colors`. Raises UsageError for another shape.
     """
-    if torch.is_tensor(x):
-        if x.ndim in (3, 4):
-            x = x.movedim(-3, -1).float()
-        x = x.cpu().numpy()
-    x = np.asarray(x)
-    if x.ndim not in (3, 4) or x.shape[-1] not in (1, 3, 4):
+    shape = tuple(np.shape(x))
+    if len(shape) not in (3, 4) or 0 in shape:
         raise UsageError(
-            f"an array of shape {x.shape} can't be saved as an image: collect with --no_save_images"
+            f"an array of shape {shape} can't be saved as an image: collect with --no_save_images"
         )
-    if x.dtype != np.uint8:
-        levels = np.nan_to_num(x.astype(np.float32)).clip(0, 1) * 255
-        x = levels.round().astype(np.uint8)
-    if x.shape[-1] == 1:
-        x = x.repeat(3, -1)
-    return x[None] if x.ndim == 3 else x
-
-
-def encode_audio(x: object, sampling_rate: int) -> bytes:
-    """Return audio in [-1, 1], (samples,) or (channels, samples), as a WAV file of 16 bits."""
-    if torch.is_tensor(x):
-        x = x.float().cpu().numpy()
-    x = np.atleast_2d(np.nan_to_num(np.asarray(x, np.float32)))
-    levels = (x.clip(-1, 1) * 32767).round().astype("<i2")
-    file = io.BytesIO()
-    with wave.open(file, "wb") as out:
-        out.setnchannels(len(levels))
-        out.setsampwidth(2)
-        out.setframerate(sampling_rate)
-        out.writeframes(levels.T.tobytes())
-    return file.getvalue()
-
-
-def sampling_rate_of(pipe: object) -> int:
-    """Return how many audio samples per second a pipeline makes, as one of its parts says."""
-    for name in ("vocoder", "vae", "unet"):
-        config = getattr(getattr(pipe, name, None), "config", None)
-        rate = getattr(config, "sampling_rate", None) or getattr(config, "sample_rate", None)
-        if rate:
-            return int(rate)
-    return SAMPLING_RATE
+    if not torch.is_tensor(x):
+        x = torch.from_numpy(np.asarray(x)).movedim(-1, -3)
+    colors = as_colors(in_unit_range(x.cpu()))
+    levels = (colors.nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8)
+    frames = levels.movedim(-3, -1).numpy()
+    return frames[None] if frames.ndim == 3 else frames

@@ -17,6 +17,7 @@ import csv
 import difflib
 import io
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -40,7 +41,7 @@ PROMPT_COLUMNS = ("prompt", "caption", "text")
 # These columns decide what is generated; they are found however they are spelled
 USED_COLUMNS = (*PROMPT_COLUMNS, "negative_prompt", "seed")
 # collect.py adds these keys to prompts.jsonl; a column of such a name is kept as dataset_<name>
-ADDED_KEYS = ("id", "seen", "image_digest")
+ADDED_KEYS = ("id", "seen", "image_digest", "inputs")
 # Keys of a prompt that are never copied from a column of the same name as they are
 OWN_KEYS = (*ADDED_KEYS, "prompt", "negative_prompt", "seed")
 
@@ -63,6 +64,7 @@ def load_prompts(
     column: str | None = None,
     negative_prompt: str | None = None,
     max_num_examples: int | None = None,
+    pictures: dict[str, str] | None = None,
 ) -> list[Row]:
     """Return the prompts of a file, of a hub data set, or one literal prompt.
 
@@ -71,17 +73,20 @@ def load_prompts(
 
     column: holds the prompt. If None, it is the first of prompt, caption and text, or the only
     column of texts. negative_prompt: the name of a column, or a text for all prompts. If None, the
-    column negative_prompt is used where there is one.
+    column negative_prompt is used where there is one. pictures: {key: column}; of each row these
+    columns' pictures become "inputs": {key: picture}, see `picture_of`.
 
     Raises UsageError for a file or a column that is missing, for a file that can be read in several
     ways, for a cell that can't be used, and for a data set without prompts.
     """
-    named = [name for name in (column, negative_prompt) if name is not None]
+    pictures = pictures or {}
+    named = [name for name in (column, negative_prompt, *pictures.values()) if name is not None]
     negative_column = "negative_prompt" if negative_prompt is None else negative_prompt
 
     prompts = []
     columns: dict[str, None] = {}  # of all rows, in order
     rows = read_rows(dataset_name, split, max_num_examples, named)
+    rows = undecoded(rows, list(pictures.values()))
     for number, row in enumerate(rows, 1):
         where = f"{dataset_name}, row {number}"
         row = rename_columns(row, named, where)
@@ -89,7 +94,12 @@ def load_prompts(
         if not prompts:
             column = column or find_prompt_column(row)
             check_has_column(row, column, dataset_name)
-        prompts.append(make_prompt(row, column, negative_column, where))
+        prompt = make_prompt(row, column, negative_column, where)
+        for key, picture_column in pictures.items():
+            check_has_picture(row, picture_column, key, dataset_name)
+            picture = picture_of(row, picture_column, dataset_name, where)
+            prompt.setdefault("inputs", {})[key] = picture
+        prompts.append(prompt)
         if len(prompts) == max_num_examples:
             break
     if not prompts:
@@ -104,12 +114,14 @@ def load_prompts(
     return prompts
 
 
-def default_dataset(model_folder: str | Path) -> str:
-    """Return the path of the prompts that a model folder carries, `prompts.csv` in it.
+def default_dataset(model: str | Path) -> str:
+    """Return the path of the prompts that a model carries: `prompts.csv` in its folder, or beside
+    its file.
 
     Raises UsageError if there are none.
     """
-    path = Path(model_folder) / "prompts.csv"
+    folder = Path(model).parent if Path(model).is_file() else Path(model)
+    path = folder / "prompts.csv"
     if not path.is_file():
         raise UsageError(f"which prompts? --dataset_name takes {KINDS}")
     return str(path)
@@ -178,9 +190,11 @@ def load_pictures(
     return pictures_of_column(images, dataset_name, split, column, max_num_examples)
 
 
-def pictures_of_folder(folder: Path, max_num_examples: int | None) -> tuple[list[Row], list[str]]:
+def pictures_of_folder(
+    folder: Path, max_num_examples: int | None, option: str | None = None
+) -> tuple[list[Row], list[str]]:
     """Return the pictures in a folder and below it, as `load_pictures` does; hidden ones are left
-    out."""
+    out. option: what the error says if there are none; it is --images if not given."""
     paths = []
     for path in folder.rglob("*"):
         inside = path.relative_to(folder)
@@ -188,7 +202,8 @@ def pictures_of_folder(folder: Path, max_num_examples: int | None) -> tuple[list
         if path.suffix.lower() in PICTURES and is_shown:
             paths.append(path)
     if not paths:
-        raise UsageError(f"--images {folder}: no picture there ({', '.join(PICTURES)})")
+        option = option or f"--images {folder}"
+        raise UsageError(f"{option}: no picture there ({', '.join(PICTURES)})")
 
     paths = sorted(paths)[:max_num_examples]
     prompts = [{"prompt": "", "image": str(path.relative_to(folder))} for path in paths]
@@ -205,11 +220,7 @@ def pictures_of_column(
     """Return the pictures of a data set's column `images`, as `load_pictures` does."""
     named = [name for name in (images, column) if name is not None]
     rows = read_rows(dataset_name, split, max_num_examples, named)
-    if hasattr(rows, "cast_column"):  # a hub data set; files take less memory than pixels
-        from datasets import Image
-
-        rows = rows.cast_column(images, Image(decode=False))
-
+    rows = undecoded(rows, [images])
     prompts = []
     sources = []
     for number, row in enumerate(rows, 1):
@@ -236,6 +247,27 @@ def pictures_of_column(
         print("note: --images does not use the column negative_prompt: nothing is generated")
     check_seeds(prompts, dataset_name)
     return prompts, sources
+
+
+def undecoded(rows: Iterable[Row], columns: list[str]) -> Iterable[Row]:
+    """Return rows of a hub data set whose pictures in these columns are not decoded, since files
+    take less memory than pixels; other rows as they are."""
+    if not hasattr(rows, "cast_column"):
+        return rows
+    from datasets import Image
+
+    for column in columns:
+        rows = rows.cast_column(column, Image(decode=False))
+    return rows
+
+
+def check_has_picture(row: Row, column: str, key: str, dataset_name: str) -> None:
+    """Raise UsageError if a row lacks the column of an image that the pipeline takes as `key`."""
+    if column not in row:
+        raise UsageError(
+            f"--inputs {key}={column}: there is no such file or folder, and {dataset_name} has no "
+            f"such column; there are {', '.join(row)}"
+        )
 
 
 def first_caption_column(row: Row) -> str | None:
@@ -326,16 +358,31 @@ def check_has_column(row: Row, column: str | None, dataset_name: str) -> None:
 
 
 def make_prompt(row: Row, column: str, negative_column: str, where: str) -> Row:
-    """Return the prompt of a row; its "negative_prompt" is None if the row has no such column."""
-    if not isinstance(row.get(column), str):
-        raise UsageError(f"{where}: column {column!r} is no text: {row.get(column)!r}")
-    prompt = {"prompt": row[column], "negative_prompt": None}
+    """Return the prompt of a row; its "negative_prompt" is None if the row has no such column.
+
+    A number becomes its text, and its column also stays as it is: the column "angle" with 0.5 gives
+    {"prompt": "0.5", "angle": 0.5, ...}.
+    """
+    text = row.get(column)
+    used = [column, negative_column, *OWN_KEYS]
+    if is_number(text):
+        text = str(text)
+        used.remove(column)
+    if not isinstance(text, str):
+        raise UsageError(f"{where}: column {column!r} is no text and no number: {text!r}")
+    prompt = {"prompt": text, "negative_prompt": None}
     if negative_column in row:
         prompt["negative_prompt"] = text_of(row, negative_column, where)
-    prompt |= plain_columns(row, (column, negative_column, *OWN_KEYS))
+    prompt |= plain_columns(row, used)
     if "seed" in row and column != "seed":
         prompt["seed"] = seed_of(row, where)
     return prompt
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value is a finite number, and no truth value."""
+    is_numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_numeric and math.isfinite(value)
 
 
 def text_of(row: Row, column: str | None, where: str) -> str:

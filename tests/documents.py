@@ -94,6 +94,22 @@ def anchors(page: Path) -> set[str]:
     return names
 
 
+def own_model() -> str:
+    """The file of docs/models.md that makes a model of one's own."""
+    for block in blocks(HERE / "docs" / "models.md", "python"):
+        if block.text.startswith("# my_model.py"):
+            return block.text
+    raise AssertionError("docs/models.md has no my_model.py")
+
+
+def own_model_commands() -> list[list[str]]:
+    """The commands of docs/models.md on that file."""
+    for block in blocks(HERE / "docs" / "models.md", "bash"):
+        if "my_model.py" in block.text:
+            return commands(block)
+    raise AssertionError("docs/models.md has no commands on my_model.py")
+
+
 def runs_here(block: Block, words: list[str]) -> bool:
     """Whether a command is run by `.ci/slow`."""
     for word in words:
@@ -105,6 +121,8 @@ def runs_here(block: Block, words: list[str]) -> bool:
 def prepare(folder: Path) -> None:
     """A clone, with the files of the reader's own that the commands name."""
     subprocess.run(["git", "clone", "-q", str(HERE), str(folder)], check=True)
+    (folder / "my_model.py").write_text(own_model())
+    (folder / "prompts.csv").write_text("prompt\n" + "cat\ndog\nfox\nowl\n" * 4)
     (folder / "photos").mkdir()
     from PIL import Image
 

@@ -479,6 +479,38 @@ def instruct_pix2pix():
     )
 
 
+@called_with(image=pictures, strength=1.0)
+def img2img():
+    """u, c; (4, 8, 12): the picture's latents with noise, of the picture's size."""
+    return diffusers.StableDiffusionImg2ImgPipeline(**sd15_parts(), **UNCHECKED)
+
+
+def masks(n):
+    from PIL import Image
+
+    mask = Image.linear_gradient("L").point(lambda level: 255 * (level > 127)).convert("RGB")
+    return [mask.rotate(90 * i).resize((24, 16)) for i in range(n)]
+
+
+@called_with(image=pictures, mask_image=masks, height=16, width=24, strength=1.0)
+def inpaint():
+    """u, c; (9, 8, 12): the sample, the mask and the picture without what is masked."""
+    return diffusers.StableDiffusionInpaintPipeline(**sd15_parts(in_channels=9), **UNCHECKED)
+
+
+@called_with(
+    image=pictures,
+    height=12,
+    width=16,
+    max_area=12 * 16,
+    _auto_resize=False,
+    max_sequence_length=32,
+)
+def kontext():
+    """Embedded guidance; packed (12 + 24, 16): the sample, then the picture's tokens."""
+    return diffusers.FluxKontextPipeline(**flux_parts())
+
+
 @called_with(**wan.options)
 def wan22():
     """As `wan`, with one transformer for the first step and another for the second."""
@@ -744,6 +776,9 @@ EXTRAS = [
     animatediff,
     pag,
     instruct_pix2pix,
+    img2img,
+    inpaint,
+    kontext,
     wan22,
     lumina,
     kandinsky22,

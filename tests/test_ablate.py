@@ -11,7 +11,9 @@ from tiny import PROMPTS, build, generate_options, sd15
 
 import ablate
 from diffusion.generate import Generated
+from errors import UsageError
 from hook import HookedDiffusionModel
+from store.images import Media
 
 HOOK = "up_blocks.0.attentions.1"
 
@@ -53,8 +55,10 @@ def test_what_each_mode_puts_in_place(mode):
 def test_distances_by_hand():
     latents = torch.ones(2, 1, 2, 2)
     images = torch.zeros(2, 3, 2, 2)
-    moved = Generated(latents * torch.tensor([2.0, 1.0]).view(2, 1, 1, 1), images + 0.5)
-    assert ablate.distances(moved, Generated(latents, images)) == pytest.approx((0.5, 0.5))
+    moved_latents = latents * torch.tensor([2.0, 1.0]).view(2, 1, 1, 1)
+    moved = Generated(moved_latents, Media("image", images + 0.5))
+    untouched = Generated(latents, Media("image", images))
+    assert ablate.distances(moved, untouched) == pytest.approx((0.5, 0.5))
 
 
 @pytest.mark.parametrize(
@@ -116,3 +120,33 @@ def test_the_files_that_were_written_are_returned(config):
     written = ablate.main(replace(config, hook_names=["mid_block"]))
     assert [path.name for path in written] == ["ablate.json", "ablate.png", "ablate_ranking.png"]
     assert sorted(written) == sorted(Path(config.out_dir).iterdir())
+
+
+def test_a_module_that_can_not_be_skipped(config, capsys):
+    """Its input and its output differ in shape: the message says which other mode to use."""
+    ablate.main(config)
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "down_blocks.0 " in line]
+    reason = "can't be skipped: it turns (tokens, d) = (256, 8) into (64, 8)"
+    assert line.split(maxsplit=1) == ["down_blocks.0", f"{reason}; use --mode zero or mean for it"]
+    alone = replace(config, hook_names=["down_blocks.0"], out_dir=config.out_dir + "2")
+    with pytest.raises(UsageError, match="down_blocks.0 can't be skipped: .*--mode zero or mean"):
+        ablate.main(alone)
+    assert not Path(alone.out_dir).exists()
+
+
+def test_modules_without_image_tokens(config):
+    """A pattern leaves them out; one that was named is refused before anything is generated."""
+    names = ["**.attentions.*", "time_embedding", "time_proj"]
+    with pytest.raises(UsageError, match="^time_proj: its output holds no image tokens"):
+        ablate.main(replace(config, hook_names=names))
+    assert not Path(config.out_dir).exists()
+    ablate.main(replace(config, hook_names=["**.attentions.*", "time_*"]))
+    report = read_json(Path(config.out_dir) / "ablate.json")
+    assert len(report["hooks"]) == 4
+
+
+def test_a_small_distance_does_not_look_like_none(capsys):
+    record = {"hook_name": "a", "latents": 2.2e-5, "images": 0.0, "tokens": 4, "d": 8}
+    ablate.print_table([record | {"mb_per_prompt": 0.0013}], [])
+    line = capsys.readouterr().out.splitlines()[1]
+    assert line.split() == ["a", "2.2e-05", "0.000", "4", "x", "8", "0.0013"]

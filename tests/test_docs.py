@@ -18,6 +18,9 @@ SCRIPTS = ["ablate", "collect", "diagnose", "train", "evaluate", "features", "st
 OF_OTHERS = {
     "--nproc_per_node": "torchrun",
     "--nnodes": "torchrun",
+    "--node_rank": "torchrun",
+    "--master_addr": "torchrun",
+    "--master_port": "torchrun",
     "--help": "every script",
     "--install": "wsl",
 }

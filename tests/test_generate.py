@@ -9,9 +9,8 @@ from diffusion.generate import (
     Generation,
     generate,
     generate_batches,
-    generate_images,
-    images_of,
-    required_images,
+    generate_media,
+    required_media,
 )
 from errors import UsageError
 from hook import Edit, HookedDiffusionModel, find_model
@@ -38,18 +37,20 @@ def model():
 def test_what_is_generated_is_the_pipelines(model):
     generation = generation_of(2, output_type="pt")
     made = generate(model, generation)
-    for output_type, ours in (("latent", made.sample), ("pt", made.images)):
+    for output_type, ours in (("latent", made.sample), ("pt", made.media.values)):
         generators = [torch.Generator().manual_seed(seed) for seed in (7, 8)]
         options = generation.options | {"output_type": output_type}
         assert torch.equal(ours, model.pipe(PROMPTS[:2], generator=generators, **options).images)
-    assert made.images.shape == (2, 3, 32, 32)
-    assert 0 <= made.images.min()
-    assert made.images.max() <= 1
+    values = made.media.values
+    assert made.media.kind == "image" and values.shape == (2, 3, 32, 32)
+    assert 0 <= values.min() and values.max() <= 1
+    assert torch.equal(made.media.pictures(), values)
     without = generate(model, generation_of(2))  # latents only
-    assert without.images is None
-    assert torch.equal(without.sample, made.sample)
-    with pytest.raises(ValueError, match="StableDiffusionPipeline returns no images to show"):
-        required_images(model, without)
+    assert without.media is None and torch.equal(without.sample, made.sample)
+    with pytest.raises(
+        ValueError, match="StableDiffusionPipeline returns no images, videos or audio"
+    ):
+        required_media(model, without)
 
 
 def test_batches_cut_all_that_belongs_to_a_prompt():
@@ -122,23 +123,14 @@ def test_each_batch_has_its_own_edits_and_steps(model):
     assert advanced == [2, 1]
     sample = torch.cat([batch.sample for batch in parts])
     assert torch.allclose(sample, generate(model, generation).sample, atol=1e-4)
-    images = generate_images(model, generation_of(output_type="pt"), 2)
-    assert torch.allclose(
-        images, generate(model, generation_of(output_type="pt")).images, atol=1e-4
-    )
+    made = generate_media(model, generation_of(output_type="pt"), 2)
+    together = generate(model, generation_of(output_type="pt")).media
+    assert torch.allclose(made.values, together.values, atol=1e-4)
 
     def zero(sampling):
         return {HOOK: Edit(torch.zeros_like)}
 
     assert not torch.allclose(generate(model, generation, zero).sample, sample, atol=1e-3)
-
-
-def test_the_images_of_an_output():
-    video = torch.rand(2, 5, 3, 8, 8)
-    assert torch.equal(images_of({"frames": video}), video[:, 2])
-    assert torch.equal(images_of((video[:, 0], video)), video[:, 0])
-    for none in (torch.rand(2, 1, 8, 8), torch.rand(2, 400), [], {"images": "of PIL"}):
-        assert images_of(none) is None
 
 
 def test_an_edit_in_place_that_returns_nothing_is_carried_out(model):
@@ -170,10 +162,13 @@ def test_steps_that_are_no_collection_of_numbers_are_refused(steps):
 
 def test_a_missing_toy_is_said_to_lie_in_a_checkout(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("hook.__file__", str(tmp_path / "collect.py"))
+    monkeypatch.setattr("diffusion.loading.PROJECT", tmp_path)
     with pytest.raises(UsageError, match="no folder 'toy' here.*in a checkout.*--model_name"):
         find_model("toy")
-    with pytest.raises(UsageError, match="looks like owner/name$"):
+    with pytest.raises(
+        UsageError,
+        match="looks like owner/name; a model of your own is a file such as my_model.py$",
+    ):
         find_model("toys")
 
 

@@ -225,10 +225,10 @@ def test_a_module_that_runs_twice_is_refused_by_name_and_left_out_of_a_glob(pipe
 
 def test_layouts_say_why_there_is_none(pipe):
     names = [HOOK, "time_embedding"]
-    layouts, num_steps = HookedDiffusionModel.from_pipeline(pipe).layouts(
+    layouts, steps = HookedDiffusionModel.from_pipeline(pipe).layouts(
         names, PROMPTS[:2], **generate_options(2)
     )
-    assert (layouts[HOOK].grid, layouts[HOOK].d, num_steps) == ((8, 8), 16, 2)
+    assert (layouts[HOOK].grid, layouts[HOOK].d, steps[HOOK]) == ((8, 8), 16, [0, 1])
     assert layouts["time_embedding"].reason.startswith("its output holds no image tokens")
 
 

@@ -303,6 +303,19 @@ def test_a_fingerprint_sees_each_weight_and_not_the_precision():
     assert same_weights(before, fingerprint(module.to("meta"))) is None
 
 
+def test_a_fingerprint_of_a_quantized_tensor_sees_its_parts():
+    """Such a tensor is a wrapper, which knows few operations itself."""
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    digests = set()
+    for value, scale in ((1.0, 2.0), (1.0, 3.0), (4.0, 2.0)):
+        module = torch.nn.Linear(3, 2, bias=False)
+        wrapped = TwoTensor(torch.full((2, 3), value), torch.full((2, 3), scale))
+        module.weight = torch.nn.Parameter(wrapped)
+        digests.add(fingerprint(module))
+    assert len(digests) == 3
+
+
 def test_a_fingerprint_of_a_part_of_a_tensor_and_of_its_last_values():
     whole = torch.randn(200).bfloat16()
     module = torch.nn.Module()

@@ -1,11 +1,15 @@
 """A dataclass as a command line: values, help, and one line for each mistake."""
 
+import ast
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import pytest
 
 from options import fill_description, grouped_options, parse, suggest
+
+ROOT = Path(__file__).parents[1]
 
 
 @dataclass
@@ -155,12 +159,29 @@ def test_help_fits_the_terminal(monkeypatch, capsys, columns):
     assert "None" not in words
 
 
-def test_a_description_keeps_commands_and_wraps_prose():
-    text = "Do it.\n\n    python x.py --a   # command\n\nReads   one file and\n        another\nThe end of\nit."
+def test_a_description_wraps_prose():
+    text = "Do it.\n\n    python x.py --a\n\nReads   one file and\n        another\nThe end of\nit."
     assert fill_description(text, 24).splitlines() == [
-        "Do it.", "", "    python x.py --a   # command", "", "Reads   one file and", "        another", "The end of it.",
+        "Do it.", "", "    python x.py --a", "", "Reads   one file and", "        another", "The end of it.",
     ]  # fmt: skip
     assert fill_description(text, 80).splitlines()[4] == "Reads   one file and another"
+
+
+def test_a_description_folds_what_is_indented():
+    text = "Do it.\n\n    python x.py --a   # one command\n    python x.py --a b --bcd e\n    mean    one mean\n            of all\nEnd."
+    assert fill_description(text, 24).splitlines() == [
+        "Do it.", "", "    # one command", "    python x.py --a", "    python x.py --a b \\", "        --bcd e",
+        "    mean    one mean of", "            all", "End.",
+    ]  # fmt: skip
+    assert fill_description(text, 80).splitlines()[2] == "    python x.py --a   # one command"
+
+
+@pytest.mark.parametrize(
+    "page", ["ablate", "collect", "diagnose", "train", "evaluate", "features", "steer", "export"]
+)
+def test_descriptions_fit_80_columns(page):
+    docstring = ast.get_docstring(ast.parse((ROOT / f"{page}.py").read_text()))
+    assert max(map(len, fill_description(docstring, 80).splitlines())) <= 80
 
 
 def test_suggestions():

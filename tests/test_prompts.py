@@ -48,7 +48,8 @@ def test_columns_and_negative_prompts(tmp_path):
     with pytest.raises(ValueError, match="no column 'e'"):
         load_prompts(str(path), column="e")
     with pytest.raises(ValueError, match="is no text"):
-        load_prompts(str(path), column="c")
+        load_prompts(str(path), column="d")
+    assert load_prompts(str(path), column="c") == [{"prompt": "3", "a": "one", "b": "two", "c": 3}]
 
 
 def test_a_literal_prompt():

@@ -188,7 +188,7 @@ def test_the_timestep_of_an_edit_is_the_schedulers(recipe, name, steps):
     assert told == (true if steps is None else [true[2]])
     prompt, options = prompt_and_options(2, recipe, num_inference_steps=6)
     assert hooked.first_step(name, prompt, **options)["num_steps"] == n
-    assert hooked.layouts(name, prompt, **options)[1] == n
+    assert hooked.layouts(name, prompt, **options)[1] == {name: list(range(n))}
 
 
 def test_steps_that_the_pipeline_leaves_out_at_the_end_do_not_count():

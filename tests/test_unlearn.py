@@ -2,6 +2,7 @@
 table that goes on."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 import collect
 import train
 from bench import unlearn
-from bench.unlearn import Config, Domain, judge, main, method, split_prompts, summary
+from bench.unlearn import Config, Domain, judge, load_model, main, method, split_prompts, summary
 from cli import HERE
 from sae import Sae
 from store.hook_point import HookPoint, trained_on
@@ -224,3 +225,32 @@ def test_what_is_refused(trained, model_folder, tmp_path):
         main(replace(config, unlearn="star", model_name=str(model_folder)))
     with pytest.raises(ValueError, match="two SAEs of one hook point"):
         main(replace(config, sae=[str(trained), str(trained)]))
+
+
+def test_another_folder_of_the_model_gets_the_options_of_the_activations(tmp_path):
+    """Only options that were given take the place of those that the activations were made with."""
+    meta = {"model": "toy", "pipeline_kwargs": {"num_inference_steps": 20, "guidance_scale": 3.5}}
+    copy = shutil.copytree(TOY, tmp_path / "copy")
+    config = Config(model_name=str(copy), num_inference_steps=2, device="cpu")
+    device = torch.device("cpu")
+    _, arguments = load_model(config, meta, device, torch.float32)
+    assert arguments["guidance_scale"] == 3.5 and arguments["num_inference_steps"] == 2
+    _, of_toy = load_model(replace(config, model_name=None), meta, device, torch.float32)
+    assert arguments == of_toy
+    _, given = load_model(replace(config, guidance_scale=2.0), meta, device, torch.float32)
+    assert given == arguments | {"guidance_scale": 2.0}
+
+
+def test_a_cell_whose_prompts_were_all_used_is_refused():
+    rows = load_prompts(str(TOY / "prompts.csv"))
+    used = {row["prompt"] for row in rows if (row["object"], row["style"]) == ("star", "dotted")}
+    with pytest.raises(ValueError, match="--per_cell 1: only 0 prompts are left of star dotted"):
+        split_prompts(rows, used, 1)
+
+
+def test_of_equal_settings_the_one_that_is_best_for_the_domain_is_chosen(domain):
+    star, moon = unlearn.Concept(domain, "star"), unlearn.Concept(domain, "moon")
+    means = {"star": [0.5, 0.5, 0.4, 0.5, 0.1, 0.1], "moon": [0.1, 0.3, 0.9, 0.3, 0.1, 0.1]}
+    settings = unlearn.GRIDS["features"]["object"]
+    choose = lambda concept: unlearn.best_setting("features", concept, [star, moon], means)
+    assert choose(star) == settings[1] and choose(moon) == settings[2]
