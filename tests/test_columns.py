@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from browser import CHROMIUM, Browser
-from test_features import read_page, write
+from pages import read_page, write_block
 
 import features
 from analysis import columns
@@ -157,7 +157,7 @@ def page(tmp_path_factory):
             x[row, ..., 0] = 3 * value + 0.1 * x[row, ..., 0]
             rows.append({"id": row // 2, "prompt": f"{name} {row // 2}", "seed": row})
             rows[-1] |= {"<b>angle</b>": value / 10, "same": 2, "kind": "left"}
-        paths.append(str(write(folder / name, x, grid=[2, 3])))
+        paths.append(str(write_block(folder / name, x, grid=[2, 3])))
         listing = folder / name / "prompts.jsonl"
         listing.write_text("".join(json.dumps(row) + "\n" for row in rows))
         number += 9
@@ -199,7 +199,7 @@ def test_the_page_lists_columns_of_numbers(page):
 
 def test_a_page_without_such_columns_has_none(tmp_path, capsys):
     x = np.random.default_rng(0).standard_normal((4, 3, 6, 4), np.float32)
-    path = write(tmp_path / "a", x, grid=[2, 3])
+    path = write_block(tmp_path / "a", x, grid=[2, 3])
     Sae(4, 8, 2).save_to_disk(tmp_path / "sae")
     config = {"sae": str(tmp_path / "sae"), "data": [str(path)], "out_dir": str(tmp_path)}
     assert "columns" not in read_page(features.main(features.Config(**config, device="cpu")))

@@ -585,8 +585,8 @@ def test_the_loop_is_read_and_edited_like_a_pipeline(capsys):
 
 def test_the_number_of_steps_is_that_of_the_loop():
     model = loop_of(numbers, get_timesteps=lambda n: iter(range(2 * n)))
-    _, num_steps = model.layouts("inner", ["a"], num_inference_steps=3)
-    assert num_steps == 6
+    _, steps = model.layouts("inner", ["a"], num_inference_steps=3)
+    assert steps == {"inner": list(range(6))}
 
 
 # ------------------------------------------------------------------------------ forwards

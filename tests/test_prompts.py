@@ -211,7 +211,7 @@ def test_json_arrays(tmp_path):
 
 def test_rows_without_a_prompt_are_named(tmp_path):
     # and style is not taken for it
-    with pytest.raises(UsageError, match="row 1: column 'prompt' is no text: None"):
+    with pytest.raises(UsageError, match="row 1: column 'prompt' is no text and no number: None"):
         load_prompts(
             write_text(
                 tmp_path,
@@ -219,7 +219,7 @@ def test_rows_without_a_prompt_are_named(tmp_path):
                 '{"prompt": null, "style": "oil"}\n{"prompt": "a fox", "style": "ink"}\n',
             )
         )
-    with pytest.raises(UsageError, match="row 2: column 'prompt' is no text: None"):
+    with pytest.raises(UsageError, match="row 2: column 'prompt' is no text and no number: None"):
         load_prompts(write_text(tmp_path, "b.jsonl", '{"prompt": "a fox"}\n{"caption": "a dog"}\n'))
     with pytest.raises(UsageError, match="row 2: column 'no' is no text"):
         load_prompts(
