@@ -18,6 +18,7 @@ from torch import nn
 import collect
 import evaluate
 import steer
+import train
 from diffusion.loading import find_model, run_model_file, split_function
 from errors import UsageError
 from hook import Edit, HookedDiffusionModel
@@ -314,9 +315,7 @@ def test_each_load_takes_the_modules_as_they_are_beside_its_own_file(tmp_path):
         made.append(run_model_file(str(folder / "mine.py"), torch.float32, torch.device("cpu")))
     assert [own.made for own in made] == [(1, 10), (2, 20)]
     assert set(made[0].files) == {"mine.py", "parts.py", "train.py"}
-    import train
-
-    assert hasattr(train, "learning_rate")
+    assert sys.modules["train"] is train and hasattr(train, "learning_rate")
     assert not any(str(tmp_path) in path for path in sys.path)
 
 
@@ -547,6 +546,7 @@ def test_without_a_vae_the_sample_is_the_image():
         lambda x: (x, None),
         lambda x: {"prev_sample": x},
         lambda x: SimpleNamespace(denoised=x + 9, prev_sample=x),
+        lambda x: SimpleNamespace(order=1, following=x),
     ],
 )
 def test_what_a_step_may_return(wrap):
