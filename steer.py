@@ -902,8 +902,9 @@ def settings_of(cfg: Config, targets: list[Target]) -> dict:
         if name not in ("out_dir", "device", "batch_size"):
             settings[name] = value
     settings["sae"] = [target.path for target in targets]
-    if not cfg.inputs:
-        del settings["inputs"]  # earlier versions had no such option
+    for name in ("inputs", "lora", "trust_remote_code"):
+        if not settings[name]:
+            del settings[name]  # earlier versions had no such option
     return settings
 
 
