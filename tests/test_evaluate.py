@@ -7,12 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from described import describe
 
 import collect
 import evaluate
 import train
+from errors import UsageError
 from evaluate import Config, main
 from sae import Sae
+from store.dataset import open_activations
 
 
 @pytest.fixture(scope="module")
@@ -138,3 +141,20 @@ def test_what_can_not_be_evaluated(trained, tmp_path):
     assert [path.name for path in Path(tmp_path / "out" / "run").iterdir()] == [
         "thesis.txt"
     ] and torch.is_grad_enabled()
+
+
+def test_graft_says_that_all_images_are_of_one_prompt(tmp_path):
+    """They come from collect.py, and there is nothing to hold out."""
+    path = tmp_path / "block.npy"
+    np.save(path, np.random.default_rng(0).standard_normal((20, 2, 3, 4), np.float32))
+    rows = [{"id": 0, "prompt": "a red fox", "seed": seed} for seed in range(20)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    describe(path, shape=[20, 2, 3, 4], num_images_per_prompt=20)
+    activations = open_activations([path])[0]
+    with pytest.raises(UsageError, match="all 20 rows of .*block.npy are of one prompt"):
+        evaluate.held_out_prompts(activations, 4)
+    path.with_suffix(".json").unlink()
+    (tmp_path / "prompts.jsonl").unlink()
+    activations = open_activations([path])[0]
+    with pytest.raises(UsageError, match="is not from collect.py with its prompts.jsonl"):
+        evaluate.held_out_prompts(activations, 4)
