@@ -92,8 +92,8 @@ class GenerationConfig:
     """Use this split of a hub data set."""
 
     column: str | None = None
-    """Read the prompts from this column. If not given, it is the one called prompt, caption or
-    text, or else the only column of texts."""
+    """Read the prompts from this column; a number in it becomes its text. If not given, it is the
+    one called prompt, caption or text, or else the only column of texts."""
 
     negative_prompt: str | None = None
     """Use this negative prompt for all prompts. If a column has this name, its texts are used. If

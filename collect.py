@@ -148,8 +148,9 @@ class Config(GenerationConfig):
 
     # hardware
     batch_size: int = 16
-    """Generate this many prompts together. Lower it if the GPU's memory is too small. It changes
-    the last bits of the numbers, so a collection can only be resumed with the same value."""
+    """Generate this many prompts together, each with all its images. Lower it if the GPU's memory
+    is too small. It changes the last bits of the numbers, so a collection can only be resumed with
+    the same value."""
 
 
 if __name__ == "__main__":

@@ -98,7 +98,8 @@ class Config:
 
     # hardware
     batch_size: int = 4096
-    """Put this many vectors through the SAE together. Lower it if the memory is too small."""
+    """Put this many vectors (tokens of a step) through the SAE together. Lower it if the memory is
+    too small. --graft_batch_size is for prompts."""
 
     graft_batch_size: int = 8
     """With --graft: generate this many prompts together. Lower it if the memory is too small."""
@@ -299,8 +300,7 @@ def held_out_prompts(activations: Activations, count: int) -> tuple[list[dict], 
     file, _, _ = activations.held_out_units[0]
     path = Path(activations.files[file].path)
     meta = read_description(path)
-    has_prompts = path.with_name("prompts.jsonl").exists() and activations.whole_prompts
-    if not meta or not has_prompts:
+    if not meta or not path.with_name("prompts.jsonl").exists():
         raise UsageError(
             f"--graft: {path} is not from collect.py with its prompts.jsonl, so it is not known "
             "what to generate; name such a file with --data, or leave out --graft"
@@ -312,6 +312,11 @@ def held_out_prompts(activations: Activations, count: int) -> tuple[list[dict], 
         )
 
     lines = read_prompts(path)
+    if not activations.whole_prompts:
+        raise UsageError(
+            f"--graft: all {len(lines)} rows of {path} are of one prompt, so there is no held-out "
+            "prompt to generate; collect two prompts or more, or leave out --graft"
+        )
     vectors_per_row = meta["shape"][1] * meta["shape"][2]
     units_of_file = activations.held_out_units[activations.held_out_units[:, 0] == file]
     rows = dict.fromkeys((units_of_file[:, 1] // vectors_per_row).tolist())

@@ -87,7 +87,8 @@ class Config:
 
     # hardware
     batch_size: int = 4096
-    """Encode this many vectors together. Lower it if the GPU's memory is too small."""
+    """Encode this many vectors (tokens of a step) together. Lower it if the GPU's memory is too
+    small. It changes no result."""
 
     device: str = "auto"
     """Run on this device: cpu, cuda, cuda:1 or mps. auto takes CUDA, else MPS, else the CPU."""

@@ -163,7 +163,8 @@ class Config:
 
     # hardware
     batch_size: int = 8
-    """Generate this many prompts together. Lower it if the GPU's memory is too small."""
+    """Generate this many images together; each row of the picture is made in batches of so many.
+    Lower it if the GPU's memory is too small."""
 
     device: str = "auto"
     """Run on this device: cpu, cuda, cuda:1 or mps. auto takes CUDA, else MPS, else the CPU."""
@@ -626,11 +627,11 @@ def choose_prompts(cfg: Config, targets: list[Target], shown: list[dict] | None)
     """Return what is generated: rows with a prompt and a seed.
 
     They come from --dataset_name, or from a folder of --inputs; else they are `shown`, of
-    `choose_features`; else the first rows of the training data. Their "inputs" are sources of
-    images, see `load_rows`, or names of copies beside the training data.
+    `choose_features`; else rows of the training data that are spread over it. Their "inputs" are
+    sources of images, see `load_rows`, or names of copies beside the training data.
     """
     if takes_prompts_of_activations(cfg):
-        rows = (shown or rows_of(targets[0]))[: cfg.num_prompts]
+        rows = (shown or spread(rows_of(targets[0]), cfg.num_prompts))[: cfg.num_prompts]
         if cfg.negative_prompt is not None:
             rows = [{**row, "negative_prompt": cfg.negative_prompt} for row in rows]
         return rows
@@ -646,6 +647,22 @@ def choose_prompts(cfg: Config, targets: list[Target], shown: list[dict] | None)
     if negative is not None and "negative_prompt" not in rows[0]:
         rows = [{**row, "negative_prompt": negative} for row in rows]
     return with_seeds(rows, cfg.seed)
+
+
+def spread(rows: list[dict], count: int) -> list[dict]:
+    """Return up to `count` rows in their order, each drawn with a fixed seed from another part.
+
+    The parts are equal pieces of the rows: the first rows of a data set are often all of one kind,
+    and every n-th row may be, too.
+    """
+    count = min(count, len(rows))
+    rng = np.random.default_rng(0)
+    chosen = []
+    for part in range(count):
+        first = part * len(rows) // count
+        end = (part + 1) * len(rows) // count
+        chosen.append(rows[rng.integers(first, end)])
+    return chosen
 
 
 def negative_prompt_of(cfg: Config, target: Target) -> str | None:
@@ -902,8 +919,9 @@ def settings_of(cfg: Config, targets: list[Target]) -> dict:
         if name not in ("out_dir", "device", "batch_size"):
             settings[name] = value
     settings["sae"] = [target.path for target in targets]
-    if not cfg.inputs:
-        del settings["inputs"]  # earlier versions had no such option
+    for name in ("inputs", "lora", "trust_remote_code"):
+        if not settings[name]:
+            del settings[name]  # earlier versions had no such option
     return settings
 
 

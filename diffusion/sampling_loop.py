@@ -110,25 +110,11 @@ class Loop:
         if latents is not None:
             num_samples = len(latents)
 
-        cond = uncond = None
-        if self.encode_prompt is not None:
-            if prompts is None:
-                raise UsageError("a model with `encode_prompt` needs a prompt")
-            is_wanted = guidance_scale is None or guidance_scale > 1
-            cond, uncond = self._encode(
-                list(prompts), weight.device, num_images_per_prompt, is_wanted, negative_prompt
-            )
-        elif negative_prompt is not None:
-            raise UsageError("negative_prompt has no effect: the model has no `encode_prompt`")
-        is_guided = uncond is not None and (guidance_scale is None or guidance_scale > 1)
-        if guidance_scale is None:
-            guidance_scale = GUIDANCE_SCALE
-        elif guidance_scale > 1 and not is_guided:
-            raise UsageError(
-                f"guidance_scale {guidance_scale:g} has no effect: the model has no unconditional "
-                "rows; leave it out, or let `encode_prompt` return the pair (cond, uncond)"
-            )
-        condition = in_one_batch(uncond, cond, num_samples) if is_guided else cond
+        is_wanted = guidance_scale is None or guidance_scale > 1
+        cond, uncond = self._encode(
+            prompts, weight.device, num_images_per_prompt, is_wanted, negative_prompt
+        )
+        condition, scale = guided(cond, uncond, guidance_scale, num_samples)
 
         timesteps = self._timesteps(num_inference_steps, weight.device)
         self._num_timesteps = len(timesteps)  # as diffusers announces it, for who counts the steps
@@ -139,13 +125,13 @@ class Loop:
         if "generator" in inspect.signature(self.scheduler.step).parameters:
             step_options["generator"] = generator
         for t in tqdm(timesteps, **self._progress_bar_config):
-            x = torch.cat([latents] * 2) if is_guided else latents
+            x = latents if scale is None else torch.cat([latents] * 2)
             if hasattr(self.scheduler, "scale_model_input"):
                 x = self.scheduler.scale_model_input(x, t)
             prediction = required_tensor(self._predict(x, t, condition), "the model's forward")
-            if is_guided:
+            if scale is not None:
                 unconditional, conditional = prediction.chunk(2)
-                prediction = unconditional + guidance_scale * (conditional - unconditional)
+                prediction = unconditional + scale * (conditional - unconditional)
             stepped = self.scheduler.step(prediction, t, latents, **step_options)
             latents = required_tensor(stepped, "the scheduler's step")
 
@@ -167,7 +153,7 @@ class Loop:
 
     def _encode(
         self,
-        prompts: list[str],
+        prompts: list[str] | None,
         device: torch.device,
         num_images: int,
         is_guided: bool,
@@ -175,10 +161,17 @@ class Loop:
     ) -> tuple[Condition, Condition]:
         """Return (cond, uncond) with one row for each image, on the device; uncond may be None.
 
-        An `encode_prompt` that does not take the number of images per prompt returns one row for
-        each prompt, and these are repeated here. Raises UsageError for a negative prompt that it
-        does not take, and where it returns anything but cond or (cond, uncond) of the same shapes.
+        Both are None without an `encode_prompt`. One that does not take the number of images per
+        prompt returns one row for each prompt, and these are repeated here. Raises UsageError for a
+        missing prompt, for a negative prompt that it does not take, and where it returns anything
+        but cond or (cond, uncond) of the same shapes.
         """
+        if self.encode_prompt is None:
+            if negative_prompt is not None:
+                raise UsageError("negative_prompt has no effect: the model has no `encode_prompt`")
+            return None, None
+        if prompts is None:
+            raise UsageError("a model with `encode_prompt` needs a prompt")
         if isinstance(negative_prompt, str):
             negative_prompt = [negative_prompt] * len(prompts)
         options = {
@@ -192,7 +185,7 @@ class Loop:
             raise UsageError(
                 "negative_prompt has no effect: `encode_prompt` takes no argument of this name"
             )
-        encoded = call_with(self.encode_prompt, prompts, options)
+        encoded = call_with(self.encode_prompt, list(prompts), options)
 
         cond, uncond = encoded, None
         if isinstance(encoded, (tuple, list)):
@@ -377,6 +370,25 @@ def check_rows(cond: Condition, rows: int) -> None:
             f"encode_prompt returned tensors of the shapes {shapes(cond)} for {rows} images; "
             "expected a first axis of one row per prompt"
         )
+
+
+def guided(
+    cond: Condition, uncond: Condition, guidance_scale: float | None, rows: int
+) -> tuple[Condition, float | None]:
+    """Return (the condition of a batch, the guidance scale).
+
+    If there is guidance, the first half of the batch is unconditional; else the scale is None, and
+    the batch has the conditional rows only. Raises UsageError for a scale that nothing would use.
+    """
+    scale = GUIDANCE_SCALE if guidance_scale is None else guidance_scale
+    if scale > 1 and uncond is not None:
+        return in_one_batch(uncond, cond, rows), scale
+    if scale > 1 and guidance_scale is not None:
+        raise UsageError(
+            f"guidance_scale {guidance_scale:g} has no effect: the model has no unconditional "
+            "rows; leave it out, or let `encode_prompt` return the pair (cond, uncond)"
+        )
+    return cond, None
 
 
 def in_one_batch(uncond: Condition, cond: Condition, rows: int) -> Condition:

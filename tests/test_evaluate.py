@@ -7,13 +7,16 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from files import read_json, read_lines
+from described import describe
+from files import read_json, read_lines, write_lines
 from tiny_runs import collect_tiny
 
 import evaluate
 import train
+from errors import UsageError
 from evaluate import Config, main
 from sae import Sae
+from store.dataset import open_activations
 
 pytestmark = pytest.mark.slow
 
@@ -130,3 +133,20 @@ def test_what_can_not_be_evaluated(trained, tmp_path):
         main(evaluation_config(trained, tmp_path / "out"))
     assert [path.name for path in Path(tmp_path / "out" / "run").iterdir()] == ["thesis.txt"]
     assert torch.is_grad_enabled()
+
+
+def test_graft_says_that_all_images_are_of_one_prompt(tmp_path):
+    """They come from collect.py, and there is nothing to hold out."""
+    path = tmp_path / "block.npy"
+    np.save(path, np.random.default_rng(0).standard_normal((20, 2, 3, 4), np.float32))
+    rows = [{"id": 0, "prompt": "a red fox", "seed": seed} for seed in range(20)]
+    write_lines(tmp_path / "prompts.jsonl", rows)
+    describe(path, shape=[20, 2, 3, 4], num_images_per_prompt=20)
+    activations = open_activations([path])[0]
+    with pytest.raises(UsageError, match="all 20 rows of .*block.npy are of one prompt"):
+        evaluate.held_out_prompts(activations, 4)
+    path.with_suffix(".json").unlink()
+    (tmp_path / "prompts.jsonl").unlink()
+    activations = open_activations([path])[0]
+    with pytest.raises(UsageError, match="is not from collect.py with its prompts.jsonl"):
+        evaluate.held_out_prompts(activations, 4)

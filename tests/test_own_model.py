@@ -13,11 +13,13 @@ import pytest
 import torch
 from commands import run_script
 from documents import own_model, own_model_commands
+from PIL import Image
 from torch import nn
 
 import collect
 import evaluate
 import steer
+import train
 from diffusion.loading import find_model, run_model_file, split_function
 from errors import UsageError
 from hook import Edit, HookedDiffusionModel
@@ -254,6 +256,46 @@ def test_a_pipeline_of_diffusers_put_together_in_a_file(tmp_path, model_folder):
     assert np.array_equal(*made)
 
 
+def test_real_images_go_through_a_model_of_ones_own(tmp_path):
+    code = own_model().replace(
+        "    def step(self, velocity, t, x):",
+        "    def add_noise(self, x, noise, t):\n"
+        "        t = t.view(-1, 1, 1, 1)\n"
+        "        return (1 - t) * x + t * noise\n\n"
+        "    def step(self, velocity, t, x):",
+    )
+    assert "add_noise" in code
+    folder = write(tmp_path / "project", my_model=code)
+    rows = []
+    for i, name in enumerate(("cat", "dog")):
+        Image.new("RGB", (40, 32), (100 * i, 90, 10)).save(folder / f"{i}.png")
+        rows.append({"image": f"{i}.png", "prompt": name})
+    (folder / "data.json").write_text(json.dumps(rows))
+    config = collect.Config(
+        model_name=str(folder / "my_model.py"),
+        images="image",
+        dataset_name=str(folder / "data.json"),
+        timesteps_per_image=2,
+        hook_names=["patch"],
+        device="cpu",
+        store_dtype="float32",
+        out_dir=str(tmp_path / "acts"),
+    )
+    [path] = collect.main(config)
+    x = torch.from_numpy(np.load(path))
+    assert x.shape == (2, 2, 64, 64)
+    # at the timestep 1/3 two thirds are the image, whose colour the patches' mean shows
+    timesteps = np.load(tmp_path / "acts/patch.timesteps.npy")
+    model = HookedDiffusionModel.from_pretrained(str(folder / "my_model.py"))
+    clean = torch.tensor([100, 90, 10])[None, :, None, None] / 127.5 - 1
+    with torch.no_grad():
+        expected = model.pipe.model.patch((1 - timesteps[1, 1]) * clean.expand(1, 3, 4, 4))
+        bias = model.pipe.model.patch.bias
+    mean = x[1, 1].mean(0)
+    assert torch.allclose(mean, expected[0, :, 0, 0], atol=0.3)
+    assert (mean - bias).norm() > 0.1
+
+
 # ------------------------------------------------------------------------------ files and hashes
 
 
@@ -314,9 +356,7 @@ def test_each_load_takes_the_modules_as_they_are_beside_its_own_file(tmp_path):
         made.append(run_model_file(str(folder / "mine.py"), torch.float32, torch.device("cpu")))
     assert [own.made for own in made] == [(1, 10), (2, 20)]
     assert set(made[0].files) == {"mine.py", "parts.py", "train.py"}
-    import train
-
-    assert hasattr(train, "learning_rate")
+    assert sys.modules["train"] is train and hasattr(train, "learning_rate")
     assert not any(str(tmp_path) in path for path in sys.path)
 
 
@@ -547,6 +587,7 @@ def test_without_a_vae_the_sample_is_the_image():
         lambda x: (x, None),
         lambda x: {"prev_sample": x},
         lambda x: SimpleNamespace(denoised=x + 9, prev_sample=x),
+        lambda x: SimpleNamespace(order=1, following=x),
     ],
 )
 def test_what_a_step_may_return(wrap):

@@ -428,3 +428,21 @@ def test_a_folder_of_something_else_is_not_written_into(config):
     with pytest.raises(ValueError, match="holds something else; choose another --out_dir"):
         main(replace(config, features=["3"], multiply=[0.0]))
     assert (folder / "steer.png").read_text() == "of another program"
+
+
+def test_rows_are_spread_over_the_training_data():
+    by_kind = [{"id": i, "kind": i // 32} for i in range(128)]  # the first 32 are of one kind
+    assert {row["kind"] for row in steer.spread(by_kind, 8)} == {0, 1, 2, 3}
+    in_turn = [{"id": i, "kind": i % 4} for i in range(128)]  # and so is every 16th
+    assert len({row["kind"] for row in steer.spread(in_turn, 8)}) > 1
+    ids = [row["id"] for row in steer.spread(by_kind, 8)]
+    assert ids == sorted(set(ids)) and ids == [row["id"] for row in steer.spread(by_kind, 8)]
+    assert steer.spread(by_kind[:3], 8) == by_kind[:3]
+
+
+def test_features_are_shown_on_rows_of_all_kinds(config):
+    """The prompts are not the first of the file."""
+    main(replace(config, features=["3"], multiply=[0.0]))
+    prompts = report_of(config, "3_x0")["prompts"]
+    numbers = [int(prompt.split()[-1]) for prompt in prompts]
+    assert [4 * part <= n < 4 * part + 4 for part, n in enumerate(numbers)] == [True] * 3
