@@ -15,10 +15,10 @@ from tiny_runs import COLLECTED_HOOKS, prompt_and_options
 
 import collect
 from diffusion import real_images
-from diffusion.real_images import open_image, white_level
 from diffusion.sampling_loop import Loop
 from errors import UsageError
 from hook import HookedDiffusionModel
+from store.inputs import open_image, white_level
 
 pytestmark = pytest.mark.slow
 
