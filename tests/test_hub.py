@@ -99,14 +99,15 @@ class StandIn(BaseHTTPRequestHandler):
         if path.startswith("api/"):
             parts = path.split("/")[1:]
             files, commit = self.repo(parts)
-            if files is not None and parts[3] == "tree":
+            if files is not None and parts[3:4] == ["tree"]:
                 entries = [
                     {"type": "file", "path": n, "size": len(b), "oid": hashlib.sha1(b).hexdigest()}
                     for n, b in files.items()
                 ]
                 return self.answer(200, entries)
+            siblings = [{"rfilename": name} for name in files or {}]
             return files is not None and self.answer(
-                200, {"id": "/".join(parts[1:3]), "sha": commit, "siblings": []}
+                200, {"id": "/".join(parts[1:3]), "sha": commit, "siblings": siblings}
             )
         parts = path.split("/") if path.startswith("datasets/") else ["models", *path.split("/")]
         files, commit = self.repo(parts)
@@ -368,3 +369,40 @@ def test_folders_that_are_not_pushed(tmp_path):
     (tmp_path / "new/other.npy.partial").touch()
     with pytest.raises(ValueError, match="not finished .other.npy.partial"):
         hub.card(tmp_path / "new", "me/x", "activations")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["pipeline.py", "unet/mine.py"])
+def test_code_in_a_repository_runs_only_if_it_is_trusted(tmp_path, stand_in, model_folder, part):
+    files = {}
+    for path in model_folder.rglob("*"):
+        if path.is_file():
+            files[path.relative_to(model_folder).as_posix()] = path.read_bytes()
+    index = json.loads(files["model_index.json"])
+    name = "_class_name" if part == "pipeline.py" else "unet"
+    base = index[name] if part == "pipeline.py" else index[name][1]
+    index[name] = [Path(part).stem, "Mine"]
+    files["model_index.json"] = json.dumps(index).encode()
+    mark = tmp_path / "was_run"
+    code = f"open({str(mark)!r}, 'w')\nfrom diffusers import {base}\nclass Mine({base}): pass\n"
+    files[part] = code.encode()
+    stand_in.repos["models/me/tiny"] = files
+    environment = {
+        "HF_ENDPOINT": stand_in.address,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HOME": str(tmp_path / "home"),
+    }
+
+    def collect(*words):
+        options = "--list_hooks --num_inference_steps 2 --device cpu --model_name me/tiny"
+        words = [*options.split(), "--dataset_name", "a red star", *words]
+        return run_fresh("collect.py", *words, cwd=tmp_path, **environment)
+
+    done = collect()
+    assert done.returncode == 2 and not mark.exists(), done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert "me/tiny comes with code of its own, which was not run" in last
+    assert last.endswith("If you trust it, add --trust_remote_code")
+    done = collect("--trust_remote_code")
+    assert done.returncode == 0, done.stderr
+    assert mark.exists() and "mid_block" in done.stdout
