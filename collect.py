@@ -161,6 +161,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from diffusion.dry_step import check_images_by_row
 from diffusion.generate import check_shared_options, image_lists
 from diffusion.loading import parse_lora
 from diffusion.randomness import random_numbers_of
@@ -316,6 +317,9 @@ def main(cfg: Config) -> list[Path]:
     add_class_names([*first_batch, *prompts], model.pipe)
     batching = choose_batching(cfg, model, inputs)
     options = pipeline_options(cfg, model, batching)
+    if inputs is not None:
+        texts, arguments = batching.arguments(first_batch)
+        check_images_by_row(model, texts, arguments | options)
     if cfg.list_hooks:
         print_hooks(cfg, model, batching, first_batch, options, store_dtype)
         return []

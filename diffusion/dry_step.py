@@ -9,7 +9,7 @@ scheduler's first step. Then everything is put back: random states, what the pip
 schedulers note of themselves, attention processors. The user's hooks do not see it.
 
 `ask_which_rows` runs a dry step with other prompts, and returns what labels rows by the difference.
-Where prompts have images, `check_images_by_row` changes one, and sees which rows that changes.
+Where each prompt has images, `check_images_by_row` changes one, and sees which rows that changes.
 
 `model` is a `hook.HookedDiffusionModel` in all of these.
 """
@@ -266,19 +266,23 @@ def ask_which_rows(
 
     Once for all generations with such options, a dry step is run with other prompts: the rows that
     it changes are conditional. Where a denoiser gets more than the sample, such as a picture to
-    edit, it also shows which numbers of its input are sampled. Raises UsageError as
-    `check_images_by_row` does.
+    edit, it also shows which numbers of its input are sampled.
     """
-    key = (outline_with_prompt(prompt, options), order and tuple(order))
-    memory = model.role_memories.setdefault(key, Memory())
+    memory = memory_of(model, prompt, options, order)
     other_forwards = None
     if not memory.asked:
         other_forwards = run_with_other_prompts(model, prompt, options)
     if other_forwards is None:
         memory.asked = True
-    if not memory.images_are_checked:
-        memory.images_are_checked = check_images_by_row(model, prompt, options)
     return RoleFinder(order, other_forwards, memory)
+
+
+def memory_of(
+    model: Any, prompt: Prompt, options: dict, order: tuple[str, ...] | None = None
+) -> Memory:
+    """Return what the samplings with such options have learned so far."""
+    key = (outline_with_prompt(prompt, options), order and tuple(order))
+    return model.role_memories.setdefault(key, Memory())
 
 
 def outline_with_prompt(prompt: Prompt, options: dict) -> tuple:
@@ -377,39 +381,32 @@ def first_forwards(model: Any, prompt: Prompt, options: dict) -> list[Forward]:
     return forwards
 
 
-def check_images_by_row(model: Any, prompt: Prompt, options: dict) -> bool:
-    """Return whether it could be tried that the last prompt's images reach only its own rows.
+def check_images_by_row(model: Any, prompts: list[str], options: dict) -> None:
+    """Raise UsageError if the images of one prompt reach the rows of another one.
 
     A pipeline may take a list of images otherwise than as one for each prompt: as several reference
     images of every prompt, or as the frames of a video. So the last images of the lists are changed
-    in a first step that is thrown away. With fewer than two prompts, nothing can be tried. Raises
-    UsageError if rows of other prompts change.
+    in a first step that is thrown away. With a single prompt, nothing can be tried. It is tried
+    once for all generations with such options, which have one image for each of the `prompts`.
     """
-    num_prompts, num_images = count_prompts(prompt, options)
-    lists = {name: value for name, value in options.items() if isinstance(value, list)}
+    num_prompts = len(prompts)
+    memory = memory_of(model, prompts, options)
+    if num_prompts == 1 or memory.images_are_checked:
+        return
     changed = {}
-    for name, value in lists.items():
-        images = images_in(value)
-        if len(images) > 1:
-            changed[name] = [*images[:-1], other_image(images[-1])]
-    if not changed or num_prompts is None or num_prompts < 2:
-        return False
-
-    names = ", ".join(changed)
-    refusal = UsageError(
-        f"{type(model.pipe).__name__} does not take a list in {names} as one image for each "
-        "prompt: the image of one prompt changes what is made of others; generate one prompt at a "
-        "time, with --batch_size 1"
-    )
-    if any(len(value) != num_prompts for value in (lists[name] for name in changed)):
-        raise refusal
-    before = first_forwards(model, prompt, options)
-    after = first_forwards(model, prompt, options | changed)
-    own_rows = range((num_prompts - 1) * num_images, num_prompts * num_images)
-    for row in rows_that_differ(before, after):
-        if row % (num_prompts * num_images) not in own_rows:
-            raise refusal
-    return True
+    for name, value in options.items():
+        if len(images_in(value)) == num_prompts:
+            changed[name] = [*value[:-1], other_image(value[-1])]
+    before = first_forwards(model, prompts, options)
+    after = first_forwards(model, prompts, options | changed)
+    if any(row % num_prompts != num_prompts - 1 for row in rows_that_differ(before, after)):
+        names = ", ".join(changed)
+        raise UsageError(
+            f"{type(model.pipe).__name__} does not take a list in {names} as one image for each "
+            "prompt: the image of one prompt changes what is made of others; generate one prompt "
+            "at a time, with --batch_size 1"
+        )
+    memory.images_are_checked = True
 
 
 def rows_that_differ(before: list[Forward], after: list[Forward]) -> set[int]:

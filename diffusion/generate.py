@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from diffusion.dry_step import check_images_by_row
 from diffusion.randomness import random_numbers_of
 from diffusion.trace import Sampling
 from errors import UsageError
@@ -186,6 +187,8 @@ def generate(
     """
     generators = [torch.Generator().manual_seed(seed) for seed in batch.seeds]
     options = batch.arguments()
+    if batch.inputs is not None:
+        check_images_by_row(model, batch.prompts, options | {"generator": generators})
 
     reproducible = random_numbers_of(batch.seeds, *model.schedulers)
     watching = model.watch(len(batch.prompts), on_step=on_step, row_seeds=batch.seeds)

@@ -18,6 +18,7 @@ import collect
 import evaluate
 import steer
 import train
+from diffusion.generate import generate
 from errors import UsageError
 from hook import Edit, Generation, HookedDiffusionModel
 from store.inputs import InputImages, load_rows, name_of_copy, parse_inputs, read_inputs
@@ -229,15 +230,17 @@ class Mixing:
         return self.pipe(prompt, image=image[1:] + image[:1], **options)
 
 
-def test_a_pipeline_that_takes_a_list_otherwise_is_refused(use):
+def test_a_pipeline_that_takes_a_list_otherwise_is_refused(tmp_path, use):
     hooked = use(instruct_pix2pix)
     hooked.pipe = Mixing(hooked.pipe)
     options = generate_options(3, instruct_pix2pix)
-    prompt = options.pop("prompt")
+    prompts, images = options.pop("prompt"), options.pop("image")
+    del options["generator"]
+    inputs = [{"image": image} for image in images]
     with pytest.raises(UsageError, match="one image for each prompt.*--batch_size 1"):
-        hooked.run_with_cache(HOOK, prompt, **options)
+        generate(hooked, Generation(prompts, [0, 1, 2], None, options, inputs))
     with pytest.raises(UsageError, match="one image for each prompt"):
-        hooked.run_with_hooks({HOOK: Edit(torch.zeros_like)}, prompt, **options)
+        collect.main(config_of(instruct_pix2pix, write_table(tmp_path), tmp_path / "acts"))
 
 
 # ------------------------------------------------------------------------------ later stages
@@ -288,8 +291,6 @@ def test_later_stages_generate_with_the_same_images(recipe, tmp_path, monkeypatc
     hooked = HookedDiffusionModel.from_pretrained(model)
     options = json.loads(path.with_suffix(".json").read_text())["pipeline_kwargs"]
     generation = Generation.from_rows(rows, options, read_inputs([path.parent], rows))
-    from diffusion.generate import generate
-
     made = generate(hooked, generation).sample.float()
     assert torch.allclose(made, samples, atol=1e-2 * samples.abs().max().item())
 
