@@ -871,7 +871,7 @@ def print_hooks(
     chosen = f"{cfg.stream} tokens"
     if cfg.tokens_per_step is not None:
         chosen = f"{cfg.tokens_per_step} random {chosen}"
-    numbers = " or ".join(map(str, sorted(set(kept_steps.values()))))
+    numbers = " or ".join(map(str, sorted({kept_steps[name] for name in hookable or layouts})))
     print(
         f"{numbers} steps of {chosen}, {store_dtype.itemsize} bytes per number; "
         "--rows both stores twice as much"

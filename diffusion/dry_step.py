@@ -91,6 +91,7 @@ class DryStep:
 
     ran: set[str] = field(default_factory=set, init=False)  # denoisers that need not run again
     steps: dict[str, list[int]] = field(default_factory=dict, init=False)  # {denoiser: its steps}
+    take_turns: bool = field(default=False, init=False)  # whether one did not run in the first step
     sampling: Sampling | None = field(default=None, init=False)
 
     def run(self) -> Sampling:
@@ -126,17 +127,14 @@ class DryStep:
         num_steps = self.sampling.num_steps
         if num_steps is None:
             return None
-        if self._all_run_in_each_step():
+        if not self.take_turns:
             return list(range(num_steps))
         return self.steps.get(denoiser, [])
-
-    def _all_run_in_each_step(self) -> bool:
-        """Return whether all denoisers ran in the first step, so that they do not take turns."""
-        return all(0 in self.steps.get(name, []) for name in self.model.denoisers)
 
     def _generate(self) -> None:
         """Call the pipeline until `_on_step` stops it, and put everything back."""
         model = self.model
+        self.steps.clear()
         repeatable = None
         if self.must_repeat:
             kind = outline_with_prompt(self.prompt, self.options)
@@ -177,6 +175,8 @@ class DryStep:
     def _on_step(self, step: Step) -> None:
         """Give the step to `on_step`, and stop the generation once every denoiser has run."""
         sampling = self.sampling
+        if not self.steps:
+            self.take_turns = sampling.called < self.model.denoisers.keys()
         for denoiser in {forward.denoiser for forward in step.forwards}:
             self.steps.setdefault(denoiser, []).append(step.index)
         # a pipeline says how many steps it makes, which may be fewer than its scheduler lists
@@ -192,7 +192,7 @@ class DryStep:
         if self.denoisers is None:
             return
         is_last = sampling.num_steps is None or step.index + 1 >= sampling.num_steps
-        is_counted = not self.count_steps or is_last or self._all_run_in_each_step()
+        is_counted = not self.count_steps or is_last or not self.take_turns
         if self.denoisers <= self.ran and is_counted:
             raise DryRunOver
         if self.count_steps:

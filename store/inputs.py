@@ -157,7 +157,7 @@ class InputImages:
         sizes = {}
         known = {}  # {path: (name, size)}, since all rows may have the same file
         different = {id(row): row for row in rows}
-        for row in tqdm(different.values(), "reading", unit="row"):
+        for row in tqdm(different.values(), "reading", unit="row", delay=1):
             names = {}
             for argument, source in row["inputs"].items():
                 is_path = isinstance(source, str)

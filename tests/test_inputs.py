@@ -222,6 +222,7 @@ class Mixing:
 
     def __init__(self, pipe):
         self.pipe = pipe
+        self.__signature__ = inspect.signature(pipe)
 
     def __getattr__(self, name):
         return getattr(self.pipe, name)
@@ -475,6 +476,14 @@ def test_real_images_are_put_into_a_model_of_pixels(tmp_path, use):
 
 
 # ------------------------------------------------------------------------------ denoisers in turn
+
+
+def test_a_network_that_runs_in_every_step_takes_no_turns(use):
+    """The ControlNet's output does not reach the scheduler, but it runs in each step."""
+    hooked = use(controlnet)
+    options = generate_options(2, controlnet, num_inference_steps=3)
+    _, steps = hooked.layouts("**", options.pop("prompt"), **options)
+    assert {tuple(of_module) for of_module in steps.values()} == {(0, 1, 2)}
 
 
 def test_each_denoiser_is_promised_its_own_steps(tmp_path, use, capsys):
