@@ -500,6 +500,8 @@ def inpaint():
 
 @called_with(
     image=pictures,
+    true_cfg_scale=4.0,
+    negative_prompt=blurry,
     height=12,
     width=16,
     max_area=12 * 16,
@@ -507,7 +509,8 @@ def inpaint():
     max_sequence_length=32,
 )
 def kontext():
-    """Embedded guidance; packed (12 + 24, 16): the sample, then the picture's tokens."""
+    """c then u beside an embedded guidance scale; packed (12 + 24, 16): the sample, then the
+    picture's tokens."""
     return diffusers.FluxKontextPipeline(**flux_parts())
 
 

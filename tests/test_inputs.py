@@ -378,7 +378,8 @@ def test_the_tokens_of_a_reference_image_stay_out(use):
     next_block.register_forward_pre_hook(
         lambda module, args, kwargs: after.append(kwargs["hidden_states"].clone()), with_kwargs=True
     )
-    hooked.run_with_hooks({"transformer_blocks.1": Edit(torch.zeros_like)}, prompt, **options)
+    edit = Edit(torch.zeros_like, rows="all")
+    hooked.run_with_hooks({"transformer_blocks.1": edit}, prompt, **options)
     before, after = before[-1], after[-1]
     assert before.shape[1] == 12 + 24
     assert not after[:, :12].any() and torch.equal(after[:, 12:], before[:, 12:])
