@@ -117,8 +117,12 @@ class Config(GenerationConfig):
     carries image and text together."""
 
     text_tokens: int | None = None
-    """With --stream text: leave room for this many tokens of each text. Set it if a later text is
-    longer than those of the first batch. If not given, the first batch decides."""
+    """With --stream text: leave room for this many tokens of each text. Set it if you want to
+    extend the collection with longer prompts later. If not given, the longest prompt decides."""
+
+    keep_padding: bool = False
+    """With --stream text: also store the tokens that only fill up a prompt, to which many models
+    attend. Without this option they are left out of the files, so of training and edits too."""
 
     cache_every_n_timesteps: int = 1
     """Store every n-th step: 0, n, 2n, ... Raise it to save disk space."""
@@ -167,6 +171,7 @@ from diffusion.loading import parse_lora
 from diffusion.randomness import random_numbers_of
 from diffusion.real_images import RealImages, open_image, seeded
 from diffusion.signatures import class_text, per_prompt, takes_prompts
+from diffusion.text_words import words_of_prompt
 from diffusion.tokenizer_calls import SeenText, watch_tokenizers
 from distributed import Processes
 from errors import UsageError, decimals
@@ -180,7 +185,7 @@ from hook import (
 )
 from store.audio import sampling_rate_of
 from store.collection import Collection, CollectionBatch
-from store.disk import relative_to
+from store.disk import read_json, relative_to
 from store.hook_point import HookPoint
 from store.identity import pipeline_fingerprints
 from store.inputs import InputImages, load_rows, names_folder
@@ -239,6 +244,11 @@ class Site(NamedTuple):
 
     step_bytes: int
     """Bytes on the disk for one step of one row."""
+
+    def with_room(self, text_tokens: int) -> "Site":
+        """Return the same hook point with room for another number of text tokens."""
+        vector_bytes = self.step_bytes // self.text_tokens
+        return self._replace(text_tokens=text_tokens, step_bytes=text_tokens * vector_bytes)
 
 
 class Batching(NamedTuple):
@@ -338,7 +348,12 @@ def main(cfg: Config) -> list[Path]:
             print(remark)
     with watch_tokenizers(model.pipe) as calls:
         sites = find_sites(cfg, model, batching, first_batch, options, store_dtype)
-    add_seen_text(prompts, SeenText(calls, [prompt["prompt"] for prompt in first_batch]))
+    seen = SeenText(calls, [prompt["prompt"] for prompt in first_batch])
+    add_seen_text(prompts, seen)
+    if cfg.stream == "text":
+        add_words(cfg, model, batching, prompts, first_batch, options)
+        sites = with_room(cfg, model, batching, sites, everything, options, seen)
+        sites = with_room_of(folder_of(cfg), sites)
 
     # 4. Room on the disk, before anything is written
     folder = folder_of(cfg)
@@ -389,7 +404,7 @@ def check_config(cfg: Config) -> None:
             "--tokens_per_step is for image tokens; texts are stored whole, padded to --text_tokens"
         )
     if cfg.stream != "text":
-        refuse_unused(cfg, ["text_tokens"], "it is for --stream text")
+        refuse_unused(cfg, ["text_tokens", "keep_padding"], "it is for --stream text")
 
     if cfg.images is None:
         refuse_unused(cfg, ["timesteps_per_image"], "it is for --images")
@@ -478,6 +493,7 @@ def cache_options(cfg: Config) -> dict[str, Any]:
         "save_output": cfg.side != "input",
         "rows": cfg.rows,
         "stream": cfg.stream,
+        "keep_padding": cfg.keep_padding,
     }
 
 
@@ -769,17 +785,155 @@ def find_sites(
             if cfg.side == "diff":
                 x = x.float() - cache["input" + suffix][name].float()
             checked_numbers(x, store_dtype, name)
-        text_tokens = None
-        if cfg.stream == "text":
-            text_tokens = cfg.text_tokens or tokens
         num_steps = count_kept_steps(cfg, cache["steps"][name], options)
         if cfg.images is not None:
             num_steps -= 1  # the first one, of noise alone
-        step_bytes = bytes_per_step(cfg, text_tokens or tokens, d * store_dtype.itemsize)
+        step_bytes = bytes_per_step(cfg, tokens, d * store_dtype.itemsize)
         for rows, suffix in SUFFIXES[cfg.rows].items():
             point = HookPoint(name, cfg.side, cfg.stream, rows)
+            text_tokens = None
+            if cfg.stream == "text":
+                text_tokens = tokens
+                reason = cache["padding" + suffix][name]
+                point = replace(point, padding=reason != "")
+                say_padding(cfg, point, reason, cache["num_padding" + suffix][name])
             sites.append(Site(point, suffix, text_tokens, num_steps, step_bytes))
     return sites
+
+
+def say_padding(cfg: Config, point: HookPoint, reason: str, num_padding: Tensor) -> None:
+    """Print one line if padding of text is left out, or kept although it was to be left out.
+
+    reason: why it is kept. num_padding: int (prompts,), how much is left out in the first batch.
+    """
+    if point.padding and not cfg.keep_padding:
+        print(
+            f"note: {point.file_name}: padding of the text, if there is any, is stored with it: "
+            f"{reason}"
+        )
+    if not point.padding and num_padding.any():
+        print(
+            f"note: {point.file_name}: {num_padding.float().mean():.0f} text tokens of each prompt "
+            "are padding and are left out (mean of the first batch); --keep_padding keeps them"
+        )
+
+
+def add_words(
+    cfg: Config,
+    model: HookedDiffusionModel,
+    batching: Batching,
+    prompts: list[dict],
+    first_batch: list[dict],
+    options: dict,
+) -> None:
+    """Note in each line the words of its text tokens, as "tokens": {tokenizer: [text of each]}.
+
+    Prints one line if they can't be told.
+    """
+    texts, arguments = batching.arguments(first_batch)
+    parts = None
+    if not cfg.keep_padding:
+        parts = model.text_parts(texts, **arguments, **options)
+    if parts is None:
+        print("note: it is not known which token stands for which word, so no words are stored")
+        return
+    words = {}
+    for text in {prompt["prompt"] for prompt in prompts}:
+        words[text] = words_of_prompt(parts, text)
+    for prompt in prompts:
+        prompt["tokens"] = words[prompt["prompt"]]
+
+
+def with_room(
+    cfg: Config,
+    model: HookedDiffusionModel,
+    batching: Batching,
+    sites: list[Site],
+    everything: list[dict],
+    options: dict,
+    seen: SeenText,
+) -> list[Site]:
+    """Return the sites with room for the longest text of all prompts, or for --text_tokens.
+
+    The longest prompt of each tokenizer goes through the denoiser's first step, and shows how many
+    tokens its text has there. If no tokenizer was seen, all prompts do. Raises UsageError if
+    --text_tokens is smaller than that.
+    """
+    rows = longest_lines(everything, seen, cfg.num_images_per_prompt)
+    rows_per_batch = cfg.batch_size * cfg.num_images_per_prompt
+    hook_names = list(dict.fromkeys(site.point.hook_name for site in sites))
+    longest = {}
+    for start in range(0, len(rows), rows_per_batch):
+        texts, arguments = batching.arguments(rows[start : start + rows_per_batch])
+        cache = model.first_step(hook_names, texts, **cache_options(cfg), **arguments, **options)
+        for site in sites:
+            side = "input" if cfg.side == "input" else "output"
+            key = side + site.suffix
+            name = site.point.hook_name
+            longest[name] = max(longest.get(name, 0), cache[key][name].shape[2])
+
+    roomy = []
+    for site in sites:
+        needed = longest[site.point.hook_name]
+        if cfg.text_tokens is not None and cfg.text_tokens < needed:
+            raise UsageError(
+                f"--text_tokens {cfg.text_tokens}: {site.point.hook_name} has {needed} text tokens "
+                "of the longest prompt; raise it, or leave it out"
+            )
+        roomy.append(site.with_room(cfg.text_tokens or needed))
+    return roomy
+
+
+def longest_lines(lines: list[dict], seen: SeenText, num_images: int) -> list[dict]:
+    """Return the lines of the prompts that may have the longest text stream.
+
+    For each tokenizer, and for all of them together, that is the prompt with the most tokens, and
+    the one with the longest negative prompt. All lines if no tokenizer was seen. A prompt keeps its
+    `num_images` lines.
+    """
+    if not seen.encodings:
+        return lines
+    chosen = set()
+    for name in ("prompt", "negative_prompt"):
+        counts = {}
+        for line in lines:
+            text = line.get(name)
+            if text is not None and text not in counts:
+                counts[text] = seen.counts(text)
+        firsts = {}  # {text: its first line}
+        for index, line in enumerate(lines[::num_images]):
+            firsts.setdefault(line.get(name), index)
+        for column in range(len(seen.encodings)):
+            if counts:
+                chosen.add(firsts[max(counts, key=lambda text: counts[text][column])])
+        if counts:
+            chosen.add(firsts[max(counts, key=lambda text: sum(counts[text]))])
+
+    rows = []
+    for index in sorted(chosen):
+        rows += lines[index * num_images : (index + 1) * num_images]
+    return rows
+
+
+def with_room_of(folder: Path, sites: list[Site]) -> list[Site]:
+    """Return the sites with the room of the files that are in the folder already.
+
+    Raises UsageError if a prompt needs more: a file can't be made wider.
+    """
+    if not (folder / "collect.json").exists():
+        return sites
+    rooms = (read_json(folder / "collect.json").get("settings") or {}).get("text_tokens") or {}
+    roomy = []
+    for site in sites:
+        room = rooms.get(site.point.hook_name, site.text_tokens)
+        if room < site.text_tokens:
+            raise UsageError(
+                f"{folder} has room for {room} text tokens of each prompt, and the longest prompt "
+                f"has {site.text_tokens}: collect the new prompts into another --out_dir, and "
+                "train on both"
+            )
+        roomy.append(site.with_room(room))
+    return roomy
 
 
 def names_with_difference(cfg: Config, cache: dict) -> list[str]:
@@ -853,16 +1007,22 @@ def print_hooks(
         else:
             hookable[name] = layout
 
+    lengths = {}
+    if cfg.stream == "text" and hookable:
+        cache = model.first_step(list(hookable), texts, **cache_options(cfg), **arguments)
+        for name, x in cache[side].items():
+            lengths[name] = x.shape[2]  # without padding
+
     labels = {name: "  " * depth_in_tree(name, hookable) + name for name in hookable}
     width = max([len(label) for label in labels.values()], default=20)
     print(f"{'hook name':{width}} {'tokens x d':>14}  {'grid':12} {'MB per prompt':>13}")
     for name, layout in hookable.items():
-        tokens = max(layout.counts)
+        tokens = lengths.get(name, max(layout.counts))
         num_kept = kept_steps[name]
         row_bytes = num_kept * bytes_per_step(cfg, tokens, layout.d * store_dtype.itemsize)
         megabytes = decimals(row_bytes * cfg.num_images_per_prompt / 1e6, 2)
         shape = f"{tokens} x {layout.d}"
-        grid = " x ".join(str(side) for side in layout.grid)
+        grid = " x ".join(map(str, (tokens,) if cfg.stream == "text" else layout.grid))
         mark = "  default" if name in defaults else ""
         print(f"{labels[name]:{width}} {shape:>14}  {grid:12} {megabytes:>13}{mark}")
 
@@ -1161,7 +1321,7 @@ def pad_text(x: Tensor, site: Site) -> Tensor:
     if num_tokens > site.text_tokens:
         raise UsageError(
             f"{site.point.hook_name}: a prompt has {num_tokens} text tokens, and the file has room "
-            f"for {site.text_tokens}; collect again with a larger --text_tokens"
+            f"for {site.text_tokens}; collect again with --text_tokens {num_tokens} or more"
         )
     return torch.nn.functional.pad(x, (0, 0, 0, site.text_tokens - num_tokens))
 
@@ -1231,7 +1391,11 @@ def settings_of(
     for site in sites:
         if site.text_tokens is not None:
             text_tokens[site.point.hook_name] = site.text_tokens
+    settings = {}
+    if cfg.stream == "text" and not cfg.keep_padding:
+        settings["keep_padding"] = False  # earlier versions kept it and did not say so
     return {
+        **settings,
         "format": 1,
         "model": cfg.model_name,
         **{name: getattr(cfg, name) for name in SETTINGS},

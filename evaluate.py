@@ -36,6 +36,7 @@ and changes no SAE.
 """
 
 import math
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -416,8 +417,8 @@ def graft(
     The untouched run's latents and images stay in memory, 12 bytes per pixel in float32; of the
     other runs only a few batches do.
 
-    Raises UsageError for side "input", for a module or a window in which nothing can be edited,
-    if widths differ, and for an SAE of another hook point or model.
+    Raises UsageError for a module or a window in which nothing can be edited, if widths
+    differ, and for an SAE of another hook point or model.
     """
     if isinstance(sae, Sae) and sae.hook_point is not None and not transfer:
         if sae.hook_point != hook_point:
@@ -429,8 +430,14 @@ def graft(
     rows = rows or hook_point.rows
     num_windows = windows if isinstance(windows, int) else len(windows)
     num_runs = 1 + 2 * (1 + num_windows)
+    num_prompts = len(generation.prompts)
+    print(
+        f"{num_runs} generations of each of {num_prompts} prompts: 1 untouched, and 2 for all "
+        f"steps and for each of {num_windows} windows (--windows, --num_prompts)"
+    )
+    start = time.perf_counter()
 
-    with tqdm(total=num_runs * len(generation.prompts), unit="prompt", desc="grafting") as bar:
+    with tqdm(total=num_runs * num_prompts, unit="prompt", desc="grafting") as bar:
 
         def run(
             replacement: Replacement, steps: range | None = None, on_step: Callable | None = None
@@ -442,6 +449,11 @@ def graft(
 
         # 1. The untouched run, and the mean of x in each of its steps
         untouched = run_untouched(run, hook_point.stream)
+        seconds = time.perf_counter() - start
+        tqdm.write(
+            f"the untouched run took {duration(seconds)}; the others will take about "
+            f"{duration(seconds * (num_runs - 1))}"
+        )
         windows = choose_windows(hook_point, untouched.steps, windows)
         floors = floors_of(untouched.generated)
         images = untouched.images()
@@ -475,6 +487,15 @@ def graft(
         "windows": records[1:],
     }
     return report, images
+
+
+def duration(seconds: float) -> str:
+    """Return a time to read: "12 s", "3.5 min" or "2.1 h"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 6000:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h"
 
 
 class UntouchedRun(NamedTuple):

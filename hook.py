@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from diffusion.dry_step import DryStep, ask_which_rows
 from diffusion.edit import Edit, Editor
 from diffusion.generate import Generation
-from diffusion.guidance import Memory, RoleFinder, check_order
+from diffusion.guidance import Memory, Pattern, RoleFinder, Roles, check_order
 from diffusion.hook_names import (
     block_groups,
     check_hookable,
@@ -68,6 +68,8 @@ from diffusion.signatures import (
     time_parameter,
     unwrap,
 )
+from diffusion.text_padding import RealTokens, find_real_tokens
+from diffusion.text_words import TextPart, find_parts
 from diffusion.token_layout import Layout, NotHookable
 from diffusion.trace import Forward, Sampling, Step
 from diffusion.unnoticed import processors_put_back
@@ -333,7 +335,8 @@ class HookedDiffusionModel:
         options, kwargs = CacheOptions.take_from(kwargs)
         targets, explicit = self._targets(positions_to_cache)
         finder = ask_which_rows(self, prompt, kwargs, options.order)
-        recorder = Recorder(targets, self.denoisers, self.known_layouts, options, finder)
+        real = self._real_tokens(options, prompt, kwargs, finder)
+        recorder = Recorder(targets, self.denoisers, self.known_layouts, options, finder, real)
         num_prompts, num_images = count_prompts(prompt, kwargs)
         with self._recording(recorder, num_prompts, num_images):
             output = self(prompt, **kwargs)
@@ -355,8 +358,9 @@ class HookedDiffusionModel:
         `n_prompts` is None, the rows of the scheduler's sample are counted.
 
         options: save_input=False, save_output=True, rows="cond", stream="image",
-        cache_every_n_timesteps=1, dtype=None, choose=None, order=None; `recorder.CacheOptions` says
-        what they mean.
+        keep_padding=False, cache_every_n_timesteps=1, dtype=None, choose=None, order=None;
+        `recorder.CacheOptions` says what they mean. Padding of text is always kept: to tell it, the
+        pipeline has to run before, as `run_with_cache` lets it.
 
         Yields a dict that is complete when the context ends. Its tensors are on the CPU:
 
@@ -369,6 +373,9 @@ class HookedDiffusionModel:
             cache["grid"][hook_name]         a tuple whose product is `tokens`, such as (16, 16)
             cache["lengths"][hook_name]      (prompts,), with stream="text": how many of the tokens
                                              are text; the rest is zero. Also "lengths_uncond".
+            cache["padding"][hook_name]      with stream="text": "" if padding is left out, or else
+                                             why it is among the tokens. Also "padding_uncond".
+            cache["num_padding"][hook_name]  (prompts,): how many tokens of padding are left out.
             cache["tokens"][hook_name]       (prompts, steps, n), with choose: which tokens are kept
 
         choose(step, tokens) -> (prompts, n) int64, or None for all: which image tokens of each
@@ -397,6 +404,36 @@ class HookedDiffusionModel:
         with self._recording(recorder, n_prompts, num_images_per_prompt):
             yield cache
         cache.update(recorder.result(explicit))
+
+    def _real_tokens(
+        self, options: CacheOptions, prompt: Prompt, kwargs: dict, finder: RoleFinder
+    ) -> RealTokens | None:
+        """Return which text tokens of a generation are no padding; None if all are to be kept."""
+        if options.stream != "text" or options.keep_padding:
+            return None
+        roles = {"cond", "uncond"} if options.rows == "both" else {options.rows}
+        plan = self._plan(prompt, kwargs, finder)
+        return find_real_tokens(self, prompt, kwargs, plan, roles)
+
+    def _plan(self, prompt: Prompt, kwargs: dict, finder: RoleFinder) -> dict[Pattern, Roles]:
+        """Return which rows are conditional in each kind of step.
+
+        If no generation with these options has told it, a dry step does.
+        """
+        plan = {pattern: told.roles for pattern, told in finder.memory.sure.items()}
+        if plan:
+            return plan
+        labels = RoleFinder(finder.order, finder.other_forwards, finder.memory)
+        DryStep(self, prompt, kwargs, finder=labels, must_tell=False).run()
+        return labels.known
+
+    def text_parts(self, prompts: list[str], **kwargs) -> list[TextPart] | None:
+        """Return from which tokenizers the real tokens of the text stream come, see text_words.py.
+
+        kwargs: arguments of the pipeline. None if it can't be told.
+        """
+        finder = ask_which_rows(self, prompts, kwargs)
+        return find_parts(self, prompts, kwargs, self._plan(prompts, kwargs, finder))
 
     @contextmanager
     def _recording(
@@ -482,7 +519,7 @@ class HookedDiffusionModel:
         The labels (cond, uncond, other) come from a dry step; there are none if every edit is for
         all rows. Raises UsageError if unconditional rows are to be edited and there are none.
         """
-        needs_roles = editor.rows != {"all"}
+        needs_roles = editor.rows != {"all"} or editor.leaves_padding
         finder = ask_which_rows(self, prompt, kwargs, order)
         dry_step = DryStep(self, prompt, kwargs, finder=finder, must_tell=needs_roles)
         first = dry_step.run()
@@ -503,6 +540,11 @@ class HookedDiffusionModel:
         if needs_roles:
             plan = finder.known
             finder_of_run = RoleFinder(order, memory=finder.memory, known=dict(plan))
+        if editor.leaves_padding:
+            roles = roles_met & {"cond", "uncond"}
+            if "all" not in editor.rows:
+                roles &= editor.rows
+            editor.real = find_real_tokens(self, prompt, kwargs, plan, roles)
         return self.watch(
             first.P,
             first.R // first.P,
@@ -746,7 +788,8 @@ class HookedDiffusionModel:
         options, kwargs = CacheOptions.take_from(kwargs)
         targets, explicit = self._targets(positions)
         finder = ask_which_rows(self, prompt, kwargs, options.order)
-        recorder = Recorder(targets, self.denoisers, self.known_layouts, options, finder)
+        real = self._real_tokens(options, prompt, kwargs, finder)
+        recorder = Recorder(targets, self.denoisers, self.known_layouts, options, finder, real)
         dry_step = DryStep(
             self,
             prompt,

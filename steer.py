@@ -52,8 +52,8 @@ from cli import answer_help, check_positive, parse_object, resolve_device, resol
 class Config:
     # model
     sae: list[str] = field(default_factory=list)
-    """Use the SAEs in these folders, each at a hook point of its own. If not given, the newest one
-    in saes/ is taken."""
+    """Use the SAEs in these folders, each at a hook point of its own; the image and the text of one
+    block are two. If not given, the newest one in saes/ is taken."""
 
     model_name: str | None = None
     """Generate with this model, named as for collect.py. Another model than that of the activations
@@ -390,6 +390,8 @@ def picture_mask(path: str, h: int, w: int) -> Tensor:
 def load_targets(cfg: Config, device: torch.device) -> list[Target]:
     """Return one target for each SAE of --sae, or for the newest SAE; `features` is still empty.
 
+    The SAEs may belong to one module if they edit different tokens of it, image and text.
+
     Raises UsageError if two SAEs have one hook point.
     """
     targets = []
@@ -401,8 +403,13 @@ def load_targets(cfg: Config, device: torch.device) -> list[Target]:
             activations = activations_of(sae, path, transfer=cfg.transfer)
         targets.append(Target(path, sae, trained_on(sae), features=[], activations=activations))
 
-    names = {target.hook_point.hook_name for target in targets}
-    if len(names) < len(targets):
+    # what is edited: the output and output - input of a module are edited in one place
+    edited = set()
+    for target in targets:
+        point = target.hook_point
+        rows = cfg.rows or point.rows
+        edited.add((point.hook_name, point.side == "input", point.stream, rows))
+    if len(edited) < len(targets):
         raise UsageError("--sae names two SAEs of one hook point; expected one each")
     return targets
 
@@ -787,12 +794,18 @@ def place_masks(
     """
     first = next(generation.batches(1))
     for target in targets:
-        stream = target.hook_point.stream
+        point = target.hook_point
         cache = model.first_step(
-            target.hook_point.hook_name, first.prompts, stream=stream, **first.arguments()
+            point.hook_name,
+            first.prompts,
+            stream=point.stream,
+            save_input=point.side == "input",
+            save_output=point.side != "input",
+            keep_padding=True,  # the number of steps and a grid do not depend on it
+            **first.arguments(),
         )
         grid = ()
-        if stream == "image":
+        if point.stream == "image":
             grid = next(iter(cache["grid"].values()))
         target.mask = token_mask(cfg.mask, grid)
     return parse_steps(cfg.steps, cache["num_steps"])
@@ -1005,7 +1018,7 @@ def main(cfg: Config) -> list[Path]:
     # 5. The table, the picture and the numbers
     print_table(runs)
     for target in targets:
-        print(f"{target.hook_point.hook_name}: features {' '.join(map(str, target.features))}")
+        print(f"{target.hook_point.file_name}: features {' '.join(map(str, target.features))}")
     picture = folder / "steer.png"
     numbers = folder / "steer.json"
     grid = [ImageRow(run.name, run.pictures, run.captions()) for run in runs]

@@ -199,41 +199,38 @@ def replacing_edits(
     rows: str | None = None,
     steps: Container[int] | None = None,
 ) -> list[Edit]:
-    """Return the edits in which replace(role, output, x) takes the place of a module's output.
+    """Return the edits in which replace(role, tokens, x) takes the place of a module's tokens.
 
-    role: cond or uncond. output: (P, T, d), the module's. x: (P, T, d) float32, what an SAE of this
-    hook point takes: the output, or output - input for side "diff". replace returns another output,
-    or None to leave it. rows: cond, uncond or both; if None, the hook point's. steps: the steps to
-    edit in; if None, all.
+    role: cond or uncond. tokens: (P, T, d), what the module returns, or takes for side "input". x:
+    (P, T, d) float32, what an SAE of this hook point takes: the tokens, or output - input for side
+    "diff". replace returns other tokens, or None to leave them. rows: cond, uncond or both; if
+    None, the hook point's. steps: the steps to edit in; if None, all.
 
-    Raises UsageError for side "input", and for side "diff" if the module turns its input into
-    another shape.
+    Raises UsageError for side "diff" if the module turns its input into another shape.
     """
     rows = rows or hook_point.rows
     if rows not in ROLES:
         raise UsageError(f"rows: expected {', '.join(ROLES)}, got {rows!r}")
-    if hook_point.side == "input":
-        raise UsageError(
-            "the SAE was trained on --side input, and only what a module returns can be edited, "
-            "not what it takes"
-        )
 
-    def edit(role: str, output: Tensor, module_input: Tensor | None = None) -> Tensor | None:
-        x = output.float()
+    def edit(role: str, tokens: Tensor, module_input: Tensor | None = None) -> Tensor | None:
+        x = tokens.float()
         if module_input is not None:
-            if module_input.shape != output.shape:
-                shapes = f"{tuple(module_input.shape[1:])} into {tuple(output.shape[1:])}"
+            if module_input.shape != tokens.shape:
+                shapes = f"{tuple(module_input.shape[1:])} into {tuple(tokens.shape[1:])}"
                 raise UsageError(
                     f"side diff: {hook_point.hook_name} turns {shapes}, and there is no difference"
                 )
             x = x - module_input.float()
-        return replace(role, output, x)
+        return replace(role, tokens, x)
 
-    with_input = hook_point.side == "diff"
-    edits = []
-    for role in ROLES[rows]:
-        edits.append(Edit(partial(edit, role), role, hook_point.stream, steps, with_input))
-    return edits
+    options = {
+        "stream": hook_point.stream,
+        "steps": steps,
+        "side": "input" if hook_point.side == "input" else "output",
+        "with_input": hook_point.side == "diff",
+        "keep_padding": hook_point.padding,
+    }
+    return [Edit(partial(edit, role), role, **options) for role in ROLES[rows]]
 
 
 def adding_edits(
@@ -246,7 +243,7 @@ def adding_edits(
     renormalize: bool = False,
     measure: Callable[[Tensor, float], None] | None = None,
 ) -> list[Edit]:
-    """Return the edits that add `change(x, timestep)` to what a module returns.
+    """Return the edits that add `change(x, timestep)` to what a module returns, or takes.
 
     x, rows and steps: see `replacing_edits`. sampling: of `HookedDiffusionModel.watch`, which knows
     the timestep. mask: bool (T,), the tokens to edit; if None, all. renormalize: give each edited
@@ -360,15 +357,18 @@ class Edits:
             measure = None
             if target.typical is not None:
                 measure = partial(self.measure, measured, number)
-            edits[target.hook_point.hook_name] = adding_edits(
-                target.hook_point,
-                change,
-                sampling,
-                self.rows,
-                self.steps,
-                target.mask,
-                self.renormalize,
-                measure,
+            # an image and a text SAE may belong to one module
+            edits.setdefault(target.hook_point.hook_name, []).extend(
+                adding_edits(
+                    target.hook_point,
+                    change,
+                    sampling,
+                    self.rows,
+                    self.steps,
+                    target.mask,
+                    self.renormalize,
+                    measure,
+                )
             )
         return edits
 

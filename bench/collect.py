@@ -57,6 +57,7 @@ CACHE_OPTIONS = (
     "save_output",
     "rows",
     "stream",
+    "keep_padding",
     "cache_every_n_timesteps",
     "later",
 )

@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffusion.guidance import Memory, OtherForward, RoleFinder
+from diffusion.guidance import Memory, OtherForward, Pattern, RoleFinder, Roles
 from diffusion.locate import has_more_than_sample, note_sampled
 from diffusion.signatures import (
     Prompt,
@@ -77,6 +77,9 @@ class DryStep:
     finder: RoleFinder | None = None
     """Labels the rows of these steps; it knows their roles afterwards."""
 
+    plan: dict[Pattern, Roles] | None = None
+    """The roles of the rows in each kind of step, where they are known before."""
+
     must_tell: bool = True
     """Whether the finder must have told the rows of a step of each denoiser before it stops."""
 
@@ -93,6 +96,7 @@ class DryStep:
     steps: dict[str, list[int]] = field(default_factory=dict, init=False)  # {denoiser: its steps}
     take_turns: bool = field(default=False, init=False)  # whether one did not run in the first step
     sampling: Sampling | None = field(default=None, init=False)
+    was_stopped: bool = field(default=False, init=False)  # by `on_forward` or `on_step`
 
     def run(self) -> Sampling:
         """Return the `Sampling` that watched: `P` prompts, `R` rows per chunk, `num_steps` steps.
@@ -114,7 +118,7 @@ class DryStep:
 
         if self.finder is not None and self.must_tell:
             self.finder.label_or_refuse_the_rest()
-        if not self.sampling.called:
+        if not self.sampling.called and not self.was_stopped:
             raise UsageError(
                 "the scheduler never made a step after the denoiser ran, or the denoiser never "
                 "ran: check that the pipeline calls both, and hook again what was replaced"
@@ -151,6 +155,7 @@ class DryStep:
                 num_images,
                 self._on_forward,
                 self._on_step,
+                plan=self.plan,
                 roles=self.finder,
                 rehearsal=True,
                 repeatable=repeatable,
@@ -162,7 +167,7 @@ class DryStep:
             try:
                 model(self.prompt, **self.options)
             except DryRunOver:
-                pass
+                self.was_stopped = True
             except ValueError as error:  # such as an argument that the pipeline refuses
                 raise UsageError(f"{error}{place_of_user(error)}") from error
             self.sampling.tell_others()

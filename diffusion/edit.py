@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from diffusion.locate import find_layouts
 from diffusion.repeated import RunWatch
+from diffusion.text_padding import RealTokens, with_padding, without_padding
 from diffusion.token_layout import NotHookable
 from diffusion.trace import Forward, Sampling, Step
 from diffusion.unnoticed import processors_put_back
@@ -29,10 +30,10 @@ class Edit:
     """An edit of some rows' tokens of one stream, for `HookedDiffusionModel.run_with_hooks`."""
 
     fn: Callable
-    """fn(x) gets a copy of the tokens (prompts, tokens, d) of what a module returns, text padded
-    with zeros. It returns those that take their place, of the same shape. It may also change x in
-    place and return None, as `def fn(x): x.zero_()` does. Where it returns None and x is as it was,
-    nothing is edited."""
+    """fn(x) gets a copy of the tokens (prompts, tokens, d) of what a module returns, or takes. Text
+    is padded with zeros. It returns those that take their place, of the same shape. It may also
+    change x in place and return None, as `def fn(x): x.zero_()` does. Where it returns None and x
+    is as it was, nothing is edited."""
 
     rows: str = "cond"
     """cond, uncond or all: which rows of classifier-free guidance. For all, `fn` is called for each
@@ -47,7 +48,17 @@ class Edit:
     with_input: bool = False
     """Call fn(x, before) instead, where `before` are the same tokens of what the module takes."""
 
+    side: str = "output"
+    """output or input: whether to edit what the module returns, or what it takes."""
+
+    keep_padding: bool = False
+    """With stream="text": give fn also the tokens that only fill up a prompt. Otherwise these stay
+    as they are, where it can be told which they are."""
+
     def __post_init__(self) -> None:
+        check_choice("side", self.side, ("output", "input"))
+        if self.side == "input" and self.with_input:
+            raise UsageError('an edit with side="input" gets the input alone: leave with_input out')
         check_choice("rows", self.rows, ("cond", "uncond", "all"))
         check_choice("stream", self.stream, STREAMS)
         is_text = isinstance(self.steps, str)  # in which "1" would be contained, but never 1
@@ -59,7 +70,12 @@ class Edit:
         """The sides of a module whose tokens `fn` gets; the first is the one that is changed."""
         if self.with_input:
             return ("output", "input")
-        return ("output",)
+        return (self.side,)
+
+    @property
+    def leaves_padding(self) -> bool:
+        """Whether padding of text is neither given to `fn` nor changed."""
+        return self.stream == "text" and not self.keep_padding
 
     def is_for_step(self, index: int) -> bool:
         """Return whether the edit is made in the step with this index."""
@@ -108,6 +124,9 @@ class Editor:
     denoisers: {name: module}. known: layouts found so far, see `locate.find_layouts`.
     """
 
+    real: RealTokens | None = None
+    """Which text tokens are no padding; needed where an edit `leaves_padding`."""
+
     def __init__(
         self,
         functions: dict[str, list],
@@ -141,6 +160,11 @@ class Editor:
     def rows(self) -> set[str]:
         """The rows that the edits are for: cond, uncond, all."""
         return {edit.rows for _, edit in self.edits}
+
+    @property
+    def leaves_padding(self) -> bool:
+        """Whether an edit needs to know which text tokens are padding."""
+        return any(edit.leaves_padding for _, edit in self.edits)
 
     def on_forward(self, forward: Forward, module: nn.Module) -> None:
         """Before a denoiser runs: find where the tokens are."""
@@ -193,6 +217,7 @@ class EditHook:
     """One edit at one module: its hooks, and what they note between them."""
 
     def __init__(self, editor: Editor, hook_name: str, edit: Edit, sampling: Sampling):
+        self.editor = editor
         self.idle = editor.idle
         self.is_explicit = hook_name in editor.explicit
         self.hook_name = hook_name
@@ -203,40 +228,54 @@ class EditHook:
 
     def listen(self, stack: ExitStack, module: nn.Module) -> None:
         """Register the hooks on the module; `stack` removes them."""
-        if self.edit.with_input:
-            handle = module.register_forward_pre_hook(self.before, with_kwargs=True)
+        if self.edit.side == "input":
+            handle = module.register_forward_pre_hook(self.change_input, with_kwargs=True)
             stack.callback(handle.remove)
-        handle = module.register_forward_hook(self.after, with_kwargs=True)
+            return
+        if self.edit.with_input:
+            handle = module.register_forward_pre_hook(self.note_input, with_kwargs=True)
+            stack.callback(handle.remove)
+        handle = module.register_forward_hook(self.change_output, with_kwargs=True)
         stack.callback(handle.remove)
 
-    def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def note_input(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Note what the module takes."""
         self.values["input"] = (args, kwargs)
 
-    def after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+    def change_input(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
+        """Return the edited arguments (args, kwargs) of the module; None, which leaves them as they
+        are, in the steps that are not to edit."""
+        return self.edited((args, kwargs))
+
+    def change_output(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         """Return the edited output of the module; None, which leaves it as it is, in the steps that
         are not to edit."""
+        return self.edited(output)
+
+    def edited(self, value: Any) -> Any:
+        """Return what the module takes or returns, `value`, with edited tokens; None in the steps
+        that are not to edit."""
         forward = self.sampling.current
         if forward is None or not self.edit.is_for_step(self.sampling.index):
             self.note_idle("ran, but in none of the steps to edit")
             return None
 
-        self.values["output"] = output
+        self.values[self.edit.side] = value
         roles = forward.roles
         if not roles:  # nobody asks for them where every edit is for all rows
             roles = ["all"] * (forward.rows // self.sampling.R)
-        new_output = output
+        new_value = value
         for chunk, role in enumerate(roles):
             if self.edit.is_for_rows(role):
-                new_output = self.edit_chunk(forward, chunk, new_output)
+                new_value = self.edit_chunk(forward, chunk, role, new_value)
         self.values.clear()
-        return new_output
+        return new_value
 
-    def edit_chunk(self, forward: Forward, chunk: int, output: Any) -> Any:
-        """Return `output` with the edited tokens of one pass, a chunk of the batch's rows.
+    def edit_chunk(self, forward: Forward, chunk: int, role: str, value: Any) -> Any:
+        """Return `value` with the edited tokens of one pass, a chunk of the batch's rows.
 
         Where it has no such tokens, it raises UsageError if the user spelt the module's name out,
-        and returns `output` as it is if a glob found the module.
+        and returns `value` as it is if a glob found the module.
         """
         layouts = []
         for side in self.edit.sides:
@@ -246,18 +285,42 @@ class EditHook:
                 # with rows="all" the text of one pass may be empty while another has some
                 if self.edit.rows != "all" and self.is_explicit:
                     raise UsageError(f"{self.hook_name}: {layout.reason}")
-                return output
+                return value
             layouts.append(layout)
 
         rows = slice(chunk * self.sampling.R, (chunk + 1) * self.sampling.R)
-        tokens = []
+        whole = []
         for layout, side in zip(layouts, self.edit.sides):
-            tokens.append(layout.take(self.values[side], forward.rows)[rows])
+            whole.append(layout.take(self.values[side], forward.rows)[rows])
+        masks = None
+        if self.edit.leaves_padding:
+            masks = self.real_tokens(role, layouts[0].counts[rows])
+        tokens = whole
+        if masks is not None:
+            tokens = [without_padding(x, masks) for x in whole]
+
         new = self.edit.edited(self.hook_name, tokens)
         self.idle[self.hook_name] = None
         if new is None:
-            return output
-        return layouts[0].put(output, forward.rows, rows.start, new)
+            return value
+        if masks is not None:
+            new = with_padding(new, whole[0], masks)
+        return layouts[0].put(value, forward.rows, rows.start, new)
+
+    def real_tokens(self, role: str, counts: list[int]) -> list[Tensor] | None:
+        """Return which text tokens of each row of a pass are no padding; None if the edit is for
+        all of them, since nothing tells.
+
+        Raises UsageError if a tokenizer has padded the prompts, and it can't be told where the
+        padding is. counts: see `RealTokens.mask`.
+        """
+        real = self.editor.real
+        if real.reason and real.is_padded:
+            raise UsageError(
+                f"{self.hook_name}: it can't be told which text tokens are padding: "
+                f"{real.reason}; say keep_padding=True to edit all of them"
+            )
+        return real.mask(role, counts)
 
     def note_idle(self, reason: str) -> None:
         """Keep why nothing was edited so far, unless something was."""

@@ -30,6 +30,7 @@ from diffusion.locate import (
     sampled_key,
 )
 from diffusion.repeated import RunWatch
+from diffusion.text_padding import RealTokens, without_padding
 from diffusion.token_layout import Layout, NotHookable
 from diffusion.trace import Forward, Sampling, Step
 from diffusion.unnoticed import processors_put_back
@@ -58,6 +59,9 @@ class CacheOptions:
 
     stream: str = "image"
     """image or text: which tokens of a joint block."""
+
+    keep_padding: bool = False
+    """With stream="text": also keep the tokens that only fill up a prompt."""
 
     cache_every_n_timesteps: int = 1
     """Keep steps 0, n, 2n, ..."""
@@ -141,7 +145,7 @@ class Recorder:
 
     targets: {hook_name: (denoiser's name, module)}. denoisers: {name: module}. known: layouts found
     so far, see `locate.find_layouts`. finder: labels the rows; if None, a `RoleFinder` that has
-    only the guidance to go by.
+    only the guidance to go by. real: which text tokens are no padding; if None, all are kept.
     """
 
     def __init__(
@@ -151,9 +155,11 @@ class Recorder:
         known: dict,
         options: CacheOptions,
         finder: RoleFinder | None = None,
+        real: RealTokens | None = None,
     ):
         self.targets = targets
         self.known = known
+        self.real = real
         self.options = options
         self.finder = finder or RoleFinder(options.order)
         self.runs = RunWatch(targets, denoisers, known)
@@ -170,6 +176,9 @@ class Recorder:
         self.waiting: list[WaitingStep] = []
         self.recordings: dict[tuple[str, str], Recording] = {}  # by (side + suffix, hook_name)
         self.lengths: dict[tuple[str, str], list[int]] = {}  # text tokens, by (suffix, hook_name)
+        self.num_padding: dict[tuple[str, str], list[int]] = {}  # left out, by (suffix, hook_name)
+        # why padding of text is kept, "" if it is left out; by (suffix, hook_name)
+        self.padding: dict[tuple[str, str], str] = {}
         self.grids: dict[tuple[str, str], tuple[int, ...]] = {}  # by (side, hook_name)
         self.failed: dict[str, str] = {}  # {hook_name: why}
         self.called: set[str] = set()  # denoisers that ran
@@ -286,11 +295,12 @@ class Recorder:
         if reason is not None:
             self.failed[name] = reason
             return
-        self.lengths[suffix, name] = layout.counts[rows]
+        x = forward.captured[side, name][rows]
+        if self.stream == "text":
+            x, self.lengths[suffix, name] = self._text(x, layout.counts[rows], name, suffix)
         recording = self.recordings.setdefault((side + suffix, name), Recording())
         recording.times.append(time)
 
-        x = forward.captured[side, name][rows]
         chosen = None
         if self.options.choose is not None:
             chosen = self.options.choose(step, x.shape[1])
@@ -298,6 +308,26 @@ class Recorder:
             x = x.take_along_dim(chosen[:, :, None].to(x.device), 1)
             recording.chosen.append(chosen)
         recording.tokens.append(self._to_cpu(x, self.options.dtype or x.dtype))
+
+    def _text(
+        self, x: Tensor, counts: list[int], name: str, suffix: str
+    ) -> tuple[Tensor, list[int]]:
+        """Return (text tokens (R, n, d), how many each row has), without padding if it is known.
+
+        x: (R, T, d). counts: how many of its tokens each row has.
+        """
+        self.num_padding[suffix, name] = [0] * len(counts)
+        if self.real is None:
+            self.padding[suffix, name] = "it is to be kept"
+            return x, counts
+        masks = self.real.mask(self.roles[suffix], counts)
+        if masks is None:
+            self.padding[suffix, name] = self.real.why_not
+            return x, counts
+        self.padding[suffix, name] = ""
+        lengths = [int(mask.sum()) for mask in masks]
+        self.num_padding[suffix, name] = [count - length for count, length in zip(counts, lengths)]
+        return without_padding(x, masks), lengths
 
     def _problem(
         self, name: str, side: str, layout: Layout | NotHookable, forward: Forward
@@ -356,6 +386,10 @@ class Recorder:
             for (suffix, name), lengths in self.lengths.items():
                 if name not in self.failed:
                     cache.setdefault("lengths" + suffix, {})[name] = torch.tensor(lengths)
+                    reason = self.padding[suffix, name]
+                    cache.setdefault("padding" + suffix, {})[name] = reason
+                    left_out = torch.tensor(self.num_padding[suffix, name])
+                    cache.setdefault("num_padding" + suffix, {})[name] = left_out
         return cache
 
     def _missing(self, name: str, denoiser: str) -> str | None:

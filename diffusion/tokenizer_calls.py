@@ -16,6 +16,9 @@ from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 from store.words import is_one_word, word_ends
 
 
@@ -28,6 +31,20 @@ class TokenizerCall(NamedTuple):
 
     options: dict
     """The keyword arguments."""
+
+    result: Any
+    """What the tokenizer returned: token numbers and masks by name."""
+
+    def tensor(self, name: str) -> Tensor | None:
+        """Return an entry of the result, such as "input_ids", as a tensor (texts, T), on the CPU.
+
+        None without such an entry, and if the texts have different numbers of tokens.
+        """
+        try:
+            values = torch.as_tensor(self.result[name]).cpu()
+        except (KeyError, TypeError, ValueError):
+            return None
+        return values if values.ndim == 2 else None
 
 
 class Encoding(NamedTuple):
@@ -98,8 +115,9 @@ def keep_calls(cls: type, calls: list[TokenizerCall]) -> Iterator[None]:
     @wraps(original)
     def call(self, *args, **kwargs):
         text = args[0] if args else kwargs.get("text")
-        calls.append(TokenizerCall(self, text, kwargs))
-        return original(self, *args, **kwargs)
+        result = original(self, *args, **kwargs)
+        calls.append(TokenizerCall(self, text, kwargs, result))
+        return result
 
     cls.__call__ = call
     try:
@@ -139,6 +157,14 @@ class SeenText:
         if not self.encodings:
             return prompt
         return prompt[: max(encoding.end(prompt) for encoding in self.encodings)]
+
+    def counts(self, prompt: str) -> list[int]:
+        """Return how many tokens of a prompt each text encoder gets, without padding."""
+        counts = []
+        for encoding in self.encodings:
+            count = encoding.count(prompt)
+            counts.append(count if encoding.limit is None else min(count, encoding.limit))
+        return counts
 
 
 def texts_of(call: TokenizerCall) -> list[str]:

@@ -858,6 +858,8 @@ def provenance(sources: list[ActivationFile]) -> dict:
     if "side" in meta:
         for name in ("side", "stream", "rows", "fingerprint", "model_dtype"):
             record[name] = meta.get(name)
+        if meta.get("stream") == "text":
+            record["padding"] = meta.get("padding", True)
         record["model_name"] = meta.get("model")
         record["collections"] = [source.meta.get("id") for source in sources]
         record["collected_with"] = collected_with(meta)

@@ -58,7 +58,7 @@ from store.images import image_path, images_checksum, remove_images, save_images
 HEADER = 128  # bytes at the beginning of a file, before the numbers
 CHECKED_AT_ONCE = 1 << 24  # bytes of a file
 # keys of prompts.jsonl that earlier versions did not write
-ADDED_LATER = ("seen", "image_digest", "dataset_id", "dataset_seen", "dataset_inputs")
+ADDED_LATER = ("seen", "tokens", "image_digest", "dataset_id", "dataset_seen", "dataset_inputs")
 IMAGES = "images/"  # beside names of files in a line of progress.jsonl; no file has such a name
 
 

@@ -171,6 +171,8 @@ def open_activations(
     for path, meta in metas.items():
         model = meta.get("fingerprint") or fingerprints[meta.get("model")]
         hook_point = [meta.get(name) for name in ("hook_name", "side", "rows", "stream")]
+        if meta.get("stream") == "text":
+            hook_point.append(meta.get("padding", True))
         key = (model, *hook_point)
         data_sets.setdefault(key, []).append(path)
     for paths in data_sets.values():

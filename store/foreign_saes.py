@@ -89,7 +89,7 @@ OUR_KEYS = set(
     always_on by_timestep collected_with collections cosine data data_relative_to dead
     dictionary_learning explained_variance fingerprint fvu held_out_whole_prompts hook_name
     input_unit_norm l0 model_dtype model_name num_held_out num_training num_training_in_data
-    num_training_prompts rows sae_fingerprint saelens side stream tokens_per_sample training
+    num_training_prompts padding rows sae_fingerprint saelens side stream tokens_per_sample training
     """.split()
 )
 # Of these, False means that something is switched off, as it is here
@@ -108,6 +108,7 @@ OURS_EXPORTED = (
     "side",
     "stream",
     "rows",
+    "padding",
     "fingerprint",
     "model_dtype",
     "collections",

@@ -35,6 +35,10 @@ class HookPoint:
     rows: str = "cond"
     """cond or uncond: which rows of classifier-free guidance."""
 
+    padding: bool = False
+    """With stream "text": whether tokens that only fill up a prompt are among those that are
+    meant."""
+
     def __post_init__(self) -> None:
         check_choice("side", self.side, SIDES)
         check_choice("stream", self.stream, STREAMS)
@@ -44,7 +48,8 @@ class HookPoint:
     def from_description(cls, meta: dict) -> "HookPoint":
         """Return the hook point that the description of an activation file, or a cfg.json, names.
 
-        Raises UsageError if one of the four fields is missing.
+        Raises UsageError if one of the first four fields is missing. A description of a text stream
+        that does not speak of padding is of an earlier version, which kept it.
         """
         keys = ("hook_name", "side", "stream", "rows")
         missing = [key for key in keys if key not in meta]
@@ -52,11 +57,16 @@ class HookPoint:
             raise UsageError(
                 f"the description of the activations does not say {', '.join(missing)}"
             )
-        return cls(*[meta[key] for key in keys])
+        padding = meta["stream"] == "text" and meta.get("padding", True)
+        return cls(*[meta[key] for key in keys], padding)
 
     def as_dict(self) -> dict[str, str]:
-        """Return the four fields, as descriptions hold them; `from_description` reads them."""
-        return asdict(self)
+        """Return the fields as descriptions hold them, padding of text streams alone;
+        `from_description` reads them."""
+        fields = asdict(self)
+        if self.stream != "text":
+            del fields["padding"]
+        return fields
 
     @property
     def file_name(self) -> str:

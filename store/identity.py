@@ -279,6 +279,17 @@ def compare_hook_points(cfg: dict, meta: dict) -> list[Finding]:
         elif cfg[key] != meta[key]:
             text = f"{key} {meta[key]!r}, and the SAE was trained on {cfg[key]!r}"
             findings.append(Finding(text, is_wrong=True))
+    if cfg.get("stream") == meta.get("stream") == "text":
+        # earlier versions kept padding and did not speak of it
+        is_trained = cfg.get("padding", True)
+        is_met = meta.get("padding", True)
+        if is_trained != is_met:
+            with_or_without = {True: "with padding", False: "without padding"}
+            text = (
+                f"text tokens {with_or_without[is_met]}, and the SAE was trained "
+                f"{with_or_without[is_trained]}"
+            )
+            findings.append(Finding(text, is_wrong=True))
     return findings
 
 
@@ -406,7 +417,16 @@ def differing_sources(cfg: dict, sources: list[ActivationFile]) -> list[Activati
     first_of_kind = {}
     for source in sources:
         compared = collected_with(source.meta)
-        for name in ("hook_name", "side", "stream", "rows", "fingerprint", "model", "model_dtype"):
+        for name in (
+            "hook_name",
+            "side",
+            "stream",
+            "rows",
+            "padding",
+            "fingerprint",
+            "model",
+            "model_dtype",
+        ):
             compared[name] = source.meta.get(name)
         compared["trained_on"] = source.meta.get("id") in cfg.get("collections", [])
         kind = json.dumps(compared, sort_keys=True)

@@ -95,7 +95,8 @@ def run(pipe, recipe, sae, stream="image", side="output", **options):
     generation = Generation(PROMPTS[:P], SEEDS, options=options.pop("options", options_of(recipe)))
     keys = dict(windows=[range(1), range(1, S)], batch_size=2) | options
     model = HookedDiffusionModel.from_pipeline(pipe)
-    return graft(model, sae, HookPoint(HANDS[recipe].hook_name, side, stream), generation, **keys)
+    point = HookPoint(HANDS[recipe].hook_name, side, stream, padding=stream == "text")
+    return graft(model, sae, point, generation, **keys)
 
 
 def perfect(d, activation="topk", k=None):
@@ -334,6 +335,34 @@ def test_padding_of_text_is_in_no_mean_and_in_no_reconstruction():
     assert moved > 1e-5
 
 
+@pytest.mark.parametrize("stream", ["image", "text"])
+def test_what_a_module_takes_is_grafted(stream):
+    """As if the module before, which returns the same tokens, was."""
+    reports = []
+    for name, side in (("transformer_blocks.1", "input"), ("transformer_blocks.0", "output")):
+        model = HookedDiffusionModel.from_pipeline(build(sd3))
+        generation = Generation(PROMPTS[:P], SEEDS, options=options_of(sd3))
+        point = HookPoint(name, side, stream)
+        report, _ = graft(model, lambda x: x / 2, point, generation, windows=1)
+        reports.append(report["all"])
+    assert reports[0] == reports[1] and reports[0]["latents"]["graft"] > 0
+    model = HookedDiffusionModel.from_pipeline(build(sd3))
+    point = HookPoint("transformer_blocks.1", "input", stream)
+    report, _ = graft(model, lambda x: x, point, generation, windows=1)
+    assert report["all"]["latents"]["graft"] == 0 < report["all"]["latents"]["mean"]
+
+
+def test_it_says_how_many_generations_there_are_and_how_long_they_take(capsys):
+    run(build(sd15), sd15, perfect(16))
+    printed = capsys.readouterr().out
+    assert f"7 generations of each of {P} prompts: 1 untouched, and 2 for all steps" in printed
+    assert "the others will take about" in printed
+
+
+def test_a_time_is_read_in_its_unit():
+    assert [evaluate.duration(s) for s in (3.4, 210, 7560)] == ["3 s", "3.5 min", "2.1 h"]
+
+
 def test_where_the_mean_moves_nothing_there_is_no_share():
     pipe = build(sd15)
     torch.nn.init.zeros_(pipe.unet.get_submodule(HANDS[sd15].hook_name).proj_out.weight)
@@ -349,7 +378,6 @@ def test_where_the_mean_moves_nothing_there_is_no_share():
 def test_what_can_not_be_grafted_is_said():
     pipe = build(sd15)
     for options, match in (
-        (dict(side="input"), "only what a module returns can be edited"),
         (dict(side="sideways"), "side: expected output"),
         (dict(rows="all"), "rows: expected cond"),
         (dict(windows=4), "4 windows of 3 steps"),
@@ -430,7 +458,7 @@ def test_where_an_sae_belongs(tmp_path):
     def sae(*names):
         return Sae(4, 8, 2, {"data": [str(tmp_path / f"{name}.npy") for name in names]})
 
-    assert trained_on(sae("a", "b")) == HookPoint(**meta)
+    assert trained_on(sae("a", "b")) == HookPoint(**meta, padding=True)
     for names, match in (
         ("ac", "files of several hook points"),
         ("d", "d.json is not there"),

@@ -223,7 +223,7 @@ def test_the_text_stream_is_the_text(case):
         with pytest.raises(ValueError, match="no text tokens"):
             case.cache(h.hook_name, keep=dict(stream="text"))
         return
-    _, cache = case.cache(h.hook_name, keep=dict(stream="text"))
+    _, cache = case.cache(h.hook_name, keep=dict(stream="text", keep_padding=True))
     expected = case.seen_by_hand(h.text)["c"]
     check(cache["output"][h.hook_name], expected)
     assert cache["lengths"][h.hook_name].tolist() == [len(steps[0]) for steps in expected]

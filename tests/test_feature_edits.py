@@ -102,8 +102,6 @@ def test_what_is_refused():
         steer(sae, [3, 3], multiply=0)
     with pytest.raises(ValueError, match="width 24, and this hook point has width 16"):
         steer(sae, [3], multiply=0)(torch.randn(1, 2, 16))
-    with pytest.raises(ValueError, match="--side input"):
-        adding_edits(HookPoint(HOOK, "input"), None, None)
     with pytest.raises(ValueError, match="rows: expected cond, uncond, both, got 'all'"):
         adding_edits(HookPoint(HOOK), None, None, rows="all")
 

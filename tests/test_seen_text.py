@@ -73,7 +73,7 @@ def test_without_a_tokenizer_all_is_seen():
     ],
 )
 def test_a_prompt_is_found_as_whole_words(text, before, after):
-    call = TokenizerCall(SimpleNamespace(model_max_length=77), text, {"truncation": True})
+    call = TokenizerCall(SimpleNamespace(model_max_length=77), text, {"truncation": True}, {})
     surroundings = [
         (encoding.before, encoding.after) for encoding in SeenText([call], ["red"]).encodings
     ]
