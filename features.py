@@ -21,6 +21,7 @@ training and held-out ones alike, and computes the numbers of each feature from 
               least 1.96 standard deviations above 0
     telling   the standard deviations of the best word (1 without words) x -log10(density) x mean
               peak of the maps; the page is sorted by it, and opens on the largest
+    strongest of a text stream: the texts of the tokens where its maps peak
     nearest   the features whose rows of W_dec have the largest cosine with its own
 
 For each column of the data set that holds numbers, such as an angle, the page lists the features
@@ -30,9 +31,10 @@ activations and shuffled values (analysis/columns.py).
 Reads   an SAE folder; activation files of collect.py (with prompts.jsonl and images/), or any .npy.
 Writes  <out_dir>/<name of the SAE>.html.
 
-For a video the page shows the middle frame, and a map that is the mean over the frames. If only a
-part of the tokens was stored, a cell without any of them is blank. Without images/ the page has
-maps and words only. It gives no names to features, and the script changes no SAE.
+For a text stream the page shows the words of each prompt, with the activation as the colour under
+each. For a video the page shows the middle frame, and a map that is the mean over the frames. If
+only a part of the tokens was stored, a cell without any of them is blank. Without images/ the page
+has maps and words only. It gives no names to features, and the script changes no SAE.
 
 Source: Monroe, Colaresi & Quinn 2008 (Political Analysis 16), equations 16 to 22, for the log-odds.
 The page's template is analysis/features.html.
@@ -50,7 +52,7 @@ import zlib
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cli import HERE, answer_help, check_positive, resolve_device, run_script
 
@@ -170,6 +172,8 @@ def map_grid(file: ActivationFile, map_size: int) -> MapGrid:
         )
 
     height, width = (1, 1, *file.grid)[-2:]
+    if file.meta.get("stream") == "text":
+        return MapGrid((1, width), (1, width), ratio=None)  # a cell for each token, which is a word
     if height == 1:
         num_columns = min(width, map_size * map_size)
         return MapGrid((height, width), (1, num_columns), ratio=None)
@@ -523,6 +527,14 @@ class Example(NamedTuple):
     image: Path | None
     """Its image, which may be missing. None if collect.py did not write the activations."""
 
+    tokens: dict[str, list[str]] | None
+    """Of a text stream: for each tokenizer the text of each token, all together in the order of the
+    map's cells. None if it is not known."""
+
+    def pieces(self) -> list[str]:
+        """Return the text of each token, of all tokenizers."""
+        return [piece for pieces in (self.tokens or {}).values() for piece in pieces]
+
 
 def list_examples(activations: Activations) -> list[Example]:
     """Return every row of the files as an Example, in the order in which `scan` numbers them."""
@@ -541,8 +553,23 @@ def list_examples(activations: Activations) -> list[Example]:
             if "seed" in row:
                 place += f", seed {row['seed']}"
             caption = str(row.get("prompt") or row.get("image") or "")
-            examples.append(Example(number, seen_text(row), caption, place, image))
+            tokens = tokens_of(file, p)
+            examples.append(Example(number, seen_text(row), caption, place, image, tokens))
     return examples
+
+
+def tokens_of(file: ActivationFile, p: int) -> dict[str, list[str]] | None:
+    """Return the text of each token of prompt p of a text stream, {tokenizer: [text of each]}.
+
+    None if collect.py did not store it, if the rows are not those of the prompts, or if there are
+    other numbers of tokens.
+    """
+    if file.lengths is None or file.meta.get("rows") != "cond" or not file.prompt_rows:
+        return None
+    tokens = file.prompt_rows[p].get("tokens")
+    if not tokens or sum(map(len, tokens.values())) != file.lengths[p]:
+        return None
+    return tokens
 
 
 def describe(
@@ -586,6 +613,9 @@ def describe(
             seen[i] = text
     if seen:
         data["seen"] = seen
+
+    if any(file.lengths is not None for file in activations.sources):
+        data.update(describe_tokens(statistics, examples, shown))
 
     words = over_represented([example.text for example in examples], statistics.examples)
     data["words"] = [[[word, count] for word, count, _ in of_feature] for of_feature in words]
@@ -662,6 +692,33 @@ def column_line(report: ColumnReport) -> str:
         f"column {report.name}: {best}; raw dimension {dimension} has {raw_rho:.2f}, and shuffled "
         f"values reach {report.shuffled:.2f}"
     )
+
+
+def describe_tokens(
+    statistics: Statistics, examples: list[Example], shown: list[int]
+) -> dict[str, Any]:
+    """Return the words of text streams: those of each shown example, and on which tokens each
+    feature is strongest.
+
+    "tokens" is {number of the shown example: [[tokenizer, [text of each token]], ...]}. "strongest"
+    has for each feature [text, in how many of its examples the strongest token has it], the most
+    frequent first. A text is as in the prompt, without the spaces around it.
+    """
+    tokens = {}
+    for i, e in enumerate(shown):
+        if examples[e].tokens is not None:
+            tokens[i] = list(map(list, examples[e].tokens.items()))
+
+    strongest = []
+    best_cells = statistics.maps.argmax(2)
+    for of_feature, cells in zip(statistics.examples.tolist(), best_cells.tolist()):
+        counts = Counter()
+        for e, cell in zip(of_feature, cells):
+            pieces = examples[e].pieces() if e >= 0 else []
+            if cell < len(pieces) and pieces[cell].strip():
+                counts[pieces[cell].strip()] += 1
+        strongest.append([list(item) for item in counts.most_common(NUM_WORDS)])
+    return {"tokens": tokens, "strongest": strongest}
 
 
 def describe_nearest(sae: Sae) -> list[list[list]]:
