@@ -122,7 +122,8 @@ class Config(GenerationConfig):
 
     keep_padding: bool = False
     """With --stream text: also store the tokens that only fill up a prompt, to which many models
-    attend. Without this option they are left out of the files, so of training and edits too."""
+    attend. Without this option they are left out of the files, so of training and edits too. With
+    it, the page of features has no words."""
 
     cache_every_n_timesteps: int = 1
     """Store every n-th step: 0, n, 2n, ... Raise it to save disk space."""
@@ -831,9 +832,9 @@ def add_words(
     Prints one line if they can't be told.
     """
     texts, arguments = batching.arguments(first_batch)
-    parts = None
-    if not cfg.keep_padding:
-        parts = model.text_parts(texts, **arguments, **options)
+    if cfg.keep_padding:
+        return  # words are known of real tokens only
+    parts = model.text_parts(texts, **arguments, **options)
     if parts is None:
         print("note: it is not known which token stands for which word, so no words are stored")
         return
