@@ -22,7 +22,8 @@ UNet's down block.
 
 Reads   a diffusers folder or hub id, and prompts, as collect.py does.
 Writes  <out_dir>/ablate.png (rows: hook names, the untouched images first; columns: prompts),
-        ablate_ranking.png, ablate.json.
+        ablate_ranking.png, ablate.json; of a video model videos/<hook_name>_<prompt>.webp, of an
+        audio model audio/<hook_name>_<prompt>.wav.
 
 Two distances compare each run with the untouched run of the same seeds. Both are means over the
 prompts:
@@ -37,7 +38,7 @@ The script does not search for combinations of layers.
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from cli import (
     GenerationConfig,
@@ -87,12 +88,14 @@ from diffusion.hook_names import ATTENTIONS, regex_of
 from errors import UsageError, decimals
 from hook import Edit, Generation, HookedDiffusionModel, Layout, NotHookable, default_prompts
 from store.disk import claim_folder, write_json
+from store.images import Media, describe_files, save_media
 from store.inputs import InputImages, load_rows, names_folder
 from store.prompts import with_seeds
 
 MOST_SHOWN = 40  # rows of images, and bars: the hook points that matter most
 # Options that do not decide the results, or stand in `HookedDiffusionModel.loaded_from`
 NOT_SETTINGS = ("out_dir", "device", "cpu_offload", "lora", "trust_remote_code")
+UNTOUCHED = "untouched"  # the name of the run without an edit
 BYTES_PER_NUMBER = 2  # collect.py stores 16 bits
 
 
@@ -145,7 +148,7 @@ def main(cfg: Config) -> list[Path]:
     claim_folder(out_dir, "ablate.json", settings)
 
     # 3. One run untouched, then one per hook point
-    untouched, images = ablate(model, generation, records, cfg.mode)
+    runs = ablate(model, generation, records, cfg.mode, out_dir)
     ablated = [record for record in records if "error" not in record]
     ablated.sort(key=lambda record: -record["latents"])
     failed = [record for record in records if "error" in record]
@@ -160,11 +163,15 @@ def main(cfg: Config) -> list[Path]:
     }
     if inputs is not None:
         report["inputs"] = [prompt["inputs"] for prompt in prompts]
+    for record in ablated:
+        add_files(record, runs[record["hook_name"]])
+    add_files(report, runs[UNTOUCHED])
     write_json(out_dir / "ablate.json", report)
-    pictures = draw(out_dir, cfg.mode, generation.prompts, ablated, untouched, images)
+    pictures = draw(out_dir, cfg.mode, generation.prompts, ablated, runs)
     names = " and ".join(str(path) for path in pictures)
-    print(f"pictures in {names}, numbers in {out_dir / 'ablate.json'}")
-    return [out_dir / "ablate.json", *pictures]
+    files = [file for run in runs.values() for file in run.files]
+    print(f"pictures in {names}, numbers in {out_dir / 'ablate.json'}{describe_files(files)}")
+    return [out_dir / "ablate.json", *pictures, *files]
 
 
 def load_lines(cfg: Config) -> list[dict]:
@@ -295,18 +302,35 @@ def describe(
     return record
 
 
+class Run(NamedTuple):
+    """What one generation shows."""
+
+    pictures: Tensor
+    """(P, 3, H, W) in [0, 1]"""
+
+    explanation: str
+    """What the pictures show of a video or of audio; "" for images."""
+
+    files: list[Path]
+    """The videos or audio, one per prompt; [] for images."""
+
+
 def ablate(
-    model: HookedDiffusionModel, generation: Generation, records: list[dict], mode: str
-) -> tuple[Tensor, dict[str, Tensor]]:
+    model: HookedDiffusionModel,
+    generation: Generation,
+    records: list[dict],
+    mode: str,
+    folder: Path,
+) -> dict[str, Run]:
     """Generate untouched, and once for each hook point that can be ablated.
 
-    The distances "latents" and "images" are added to its record. Returns pictures of the untouched
-    run, (P, 3, H, W) in [0, 1], and {hook_name: pictures}.
+    The distances "latents" and "images" are added to its record, and videos and audio are saved in
+    the folder. Returns {"untouched": its run, hook_name: its run}.
     """
-    images = {}
+    runs = {}
     with tqdm(total=1 + len(records), unit="run", desc="ablating") as bar:
         untouched = generate(model, generation)
-        untouched_images = required_media(model, untouched).pictures()
+        runs[UNTOUCHED] = show(required_media(model, untouched), folder, UNTOUCHED)
         bar.update()
         for record in records:
             if "error" not in record:
@@ -314,9 +338,20 @@ def ablate(
                 edits = {name: EDITS[mode]}
                 made = generate(model, generation, lambda sampling, edits=edits: edits)
                 record["latents"], record["images"] = distances(made, untouched)
-                images[name] = required_media(model, made).pictures()
+                runs[name] = show(required_media(model, made), folder, name)
             bar.update()
-    return untouched_images, images
+    return runs
+
+
+def show(made: Media, folder: Path, name: str) -> Run:
+    """Return the pictures of a run, and save its videos or audio under its name."""
+    return Run(made.pictures(), made.explanation(), save_media(made, folder, name))
+
+
+def add_files(record: dict, run: Run) -> None:
+    """Add the run's files to a record of ablate.json, if there are any."""
+    if run.files:
+        record["files"] = [f"{file.parent.name}/{file.name}" for file in run.files]
 
 
 def distances(made: Generated, untouched: Generated) -> tuple[float, float]:
@@ -352,16 +387,18 @@ def draw(
     mode: str,
     prompts: list[str],
     ablated: list[dict],
-    untouched: Tensor,
-    images: dict[str, Tensor],
+    runs: dict[str, Run],
 ) -> list[Path]:
-    """Write ablate.png, and ablate_ranking.png if anything was ablated; return their paths."""
-    grid = [ImageRow("untouched", untouched)]
+    """Write ablate.png, and ablate_ranking.png if anything was ablated; return their paths.
+
+    runs: as `ablate` returns them.
+    """
+    grid = [ImageRow("untouched", runs[UNTOUCHED].pictures)]
     for record in ablated[:MOST_SHOWN]:
         label = f"{record['hook_name']}\n{decimals(record['latents'], 3)}"
-        grid.append(ImageRow(label, images[record["hook_name"]]))
+        grid.append(ImageRow(label, runs[record["hook_name"]].pictures))
     written = [folder / "ablate.png"]
-    plot_images(written[0], grid, prompts)
+    plot_images(written[0], grid, prompts, runs[UNTOUCHED].explanation)
 
     if ablated:
         written.append(folder / "ablate_ranking.png")

@@ -166,6 +166,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from diffusion.audio_span import watch_decoders
 from diffusion.dry_step import check_images_by_row
 from diffusion.generate import check_shared_options, image_lists
 from diffusion.loading import parse_lora
@@ -303,6 +304,9 @@ class Generated(NamedTuple):
 
     sample: Tensor
     """What the scheduler's last step returned, (rows, ...)."""
+
+    audio: dict[str, int] | None
+    """Which part of the sample's time the audio shows, see diffusion/audio_span.py."""
 
 
 def main(cfg: Config) -> list[Path]:
@@ -1113,13 +1117,16 @@ def generate(
         watching = real.images.in_place(crops, seeds)
 
     hook_names = list(dict.fromkeys(site.point.hook_name for site in sites))
-    with random_numbers_of(seeds, *model.schedulers), watching as sampling:
+    random_numbers = random_numbers_of(seeds, *model.schedulers)
+    with random_numbers, watching as sampling, watch_decoders(model) as decoded:
         output, cache = model.run_with_cache(hook_names, texts, **arguments)
 
     to_save = None
     if cfg.save_images:
         to_save = crops or output
-    return Generated(cache, to_save, sampling.sample[: len(prompts)])
+    sampling_rate = sampling_rate_of(model.pipe)
+    audio = decoded.describe(output, sampling_rate, is_latent=not decodes(cfg))
+    return Generated(cache, to_save, sampling.sample[: len(prompts)], audio)
 
 
 def random_tokens(seeds: list[int], n: int) -> Callable[[int, int], Tensor | None]:
@@ -1245,6 +1252,9 @@ class BatchWriter:
             dtype = torch.float16 if self.store_dtype == torch.float16 else torch.float32
             arrays["samples"] = self.to_store(generated.sample.cpu(), dtype, "the final samples")
         facts = facts_of(cache, self.sites)
+        if generated.audio is not None:
+            for of_hook_point in facts.values():
+                of_hook_point["audio"] = generated.audio
         self.collection.write(batch.index, arrays, facts, generated.output, self.sampling_rate)
 
     def arrays_of(self, cache: dict) -> dict[str, Tensor]:

@@ -411,11 +411,12 @@ def graft(
 
     Returns (report, images). The report is a dict for JSON. Its "all" and each of its "windows" are
     {"steps": [first, last], "timesteps": of these two, "latents", "images" and "clip": records of
-    `compare`}, the latter two if there are any. images: None, or {"untouched", "graft", "mean"} of
-    (num_shown, 3, H, W), the latter two edited in all steps.
+    `compare`}, the latter two if there are any. "images" compares all frames of videos and all
+    samples of audio. images: None, or pictures {"untouched", "graft", "mean"} of (num_shown, 3, H,
+    W), see `Media`, the latter two edited in all steps.
 
-    The untouched run's latents and images stay in memory, 12 bytes per pixel in float32; of the
-    other runs only a few batches do.
+    The untouched run's latents and images stay in memory, 12 bytes per pixel in float32, of videos
+    those of all frames; of the other runs only a few batches do.
 
     Raises UsageError for a module or a window in which nothing can be edited, if widths
     differ, and for an SAE of another hook point or model.
@@ -486,6 +487,9 @@ def graft(
         "all": records[0],
         "windows": records[1:],
     }
+    explanation = untouched.explanation()
+    if explanation:
+        report["pictures"] = explanation
     return report, images
 
 
@@ -521,6 +525,11 @@ class UntouchedRun(NamedTuple):
         if self.generated[0].media is None:
             return None
         return {"untouched": [made.media.pictures() for made in self.generated]}
+
+    def explanation(self) -> str:
+        """Return what the pictures show of a video or of audio; "" for images, and without any."""
+        media = self.generated[0].media
+        return "" if media is None else media.explanation()
 
 
 def run_untouched(run: Callable[..., Iterator[Generated]], stream: str) -> UntouchedRun:

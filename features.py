@@ -32,9 +32,10 @@ Reads   an SAE folder; activation files of collect.py (with prompts.jsonl and im
 Writes  <out_dir>/<name of the SAE>.html.
 
 For a text stream the page shows the words of each prompt, with the activation as the colour under
-each. For a video the page shows the middle frame, and a map that is the mean over the frames. If
-only a part of the tokens was stored, a cell without any of them is blank. Without images/ the page
-has maps and words only. It gives no names to features, and the script changes no SAE.
+each. Of a video it shows some frames, each with the map of the latent frame that covers it. Of
+audio it has a player, the spectrogram, and a map along time. If only a part of the tokens was
+stored, a cell without any of them is blank. Without images/ the page has maps and words only. It
+gives no names to features, and the script changes no SAE.
 
 Source: Monroe, Colaresi & Quinn 2008 (Political Analysis 16), equations 16 to 22, for the log-odds.
 The page's template is analysis/features.html.
@@ -48,6 +49,7 @@ import json
 import linecache
 import math
 import re
+import wave
 import zlib
 from collections import Counter
 from dataclasses import dataclass, field
@@ -78,10 +80,15 @@ class Config:
 
     map_size: int = 16
     """Divide a heat map into at most this many cells per side. The tokens in a cell are
-    averaged."""
+    averaged. Frames of a video have half as many per side."""
+
+    max_frames: int = 8
+    """Show at most this many frames of a video, and as many maps. Raise it to see motion, lower it
+    for a smaller page."""
 
     picture_size: int = 256
-    """Shrink images to at most this many pixels per side. Lower it for a smaller page."""
+    """Shrink images and frames to at most this many pixels per side. Lower it for a smaller
+    page."""
 
     # output
     out_dir: str = "features"
@@ -116,10 +123,12 @@ from analysis.columns import (
 from errors import UsageError, decimals
 from sae import Sae, newest_sae
 from store.activation_file import ActivationFile
+from store.audio import audio_picture, audio_seconds, encode_audio, read_audio, resample
 from store.collection import check_saved_images
 from store.dataset import Activations
 from store.disk import check_same, make_folder, write_atomically
 from store.identity import activations_of
+from store.images import image_path
 from store.prompts import seen_text
 from store.words import words_of
 
@@ -130,6 +139,10 @@ LEVELS = 31  # a cell of a heat map has a level from 0 to this; fewer levels com
 NUM_WORDS = 6  # shown per feature, at most
 NUM_NEAREST = 6  # shown per feature, at most
 PRIOR = 10  # the prior of a word weighs as much as this many prompts
+AUDIO_WIDTH = 480  # pixels of a waveform and spectrogram
+CUT_OFF = 0.85  # grey, where the model made audio that the pipeline cut off
+SOUND_RATE = 16000  # samples per second of the page's audio, at most
+MOST_SOUND = 48e6  # bytes of all audio in the page; more of it plays at a lower rate
 SIGNIFICANT = 1.96  # standard deviations above 0 from which on a word is over-represented
 
 
@@ -139,49 +152,106 @@ SIGNIFICANT = 1.96  # standard deviations above 0 from which on a word is over-r
 class MapGrid(NamedTuple):
     """Where the tokens of an activation file lie in its heat maps."""
 
-    size: tuple[int, int]
-    """(height, width) of the grid in tokens. All frames of a video use the same grid."""
+    size: tuple[int, int, int]
+    """(frames, height, width) of the grid in tokens; for all but videos there is one frame. Of
+    audio the height counts frequencies, and the width times."""
 
-    shape: tuple[int, int]
-    """(height, width) of a map in cells."""
+    shape: tuple[int, int, int]
+    """(frames, height, width) of a map in cells."""
 
     ratio: float | None
-    """Width / height of the grid, and so of the image. None if the tokens lie in a line."""
+    """Width / height of the grid, and so of the image. None for audio, and if the tokens lie in a
+    line."""
+
+    audio: dict[str, int] | None = None
+    """Of audio: what diffusion/audio_span.py says of it, {} if nobody does. Then time runs to the
+    right in the map, and frequency upwards. None if it is no audio."""
+
+    is_time_first: bool = False
+    """Of audio: tokens are numbered time by time, and not frequency by frequency."""
+
+    @property
+    def num_cells(self) -> int:
+        """The number of cells in a map, over all of its frames."""
+        return math.prod(self.shape)
 
     def cells_of(self, tokens: np.ndarray) -> np.ndarray:
-        """Return the cell (n,) in which each token lies; tokens (n,) are numbered row by row.
+        """Return the cell (n,) in which each token lies; tokens (n,) are numbered frame by frame,
+        and in a frame row by row.
 
-        For a grid of 2 x 4 tokens in 1 x 2 cells, tokens [0, 1, 2, 7] lie in cells [0, 0, 1, 1].
+        For one frame of 2 x 4 tokens in 1 x 2 cells, tokens [0, 1, 2, 7] lie in cells [0, 0, 1, 1].
         """
-        height, width = self.size
-        num_rows, num_columns = self.shape
-        row = tokens % (height * width) // width * num_rows // height
-        column = tokens % width * num_columns // width
-        return row * num_columns + column
+        num_frames, height, width = self.size
+        frame = tokens // (height * width) % num_frames
+        row = tokens % (height * width) // width
+        column = tokens % width
+        if self.is_time_first:
+            column = tokens // height % width
+            row = tokens % height
+        if self.audio is not None:
+            row = height - 1 - row
+
+        map_frames, map_height, map_width = self.shape
+        frame = frame * map_frames // num_frames
+        row = row * map_height // height
+        column = column * map_width // width
+        return (frame * map_height + row) * map_width + column
 
 
-def map_grid(file: ActivationFile, map_size: int) -> MapGrid:
-    """Return where the tokens of a file lie in its maps, of at most `map_size` cells per side.
+def map_grid(file: ActivationFile, map_size: int, max_frames: int = 1) -> MapGrid:
+    """Return where the tokens of a file lie in its maps.
 
-    If the file knows no grid, a map is one line of up to map_size² cells. Raises UsageError for a
-    folder of saved rows, whose rows can't be traced to prompts.
+    An image's map has at most `map_size` cells per side. A video's has half of that, and at most
+    `max_frames` frames. Audio and tokens in a line have at most map_size² cells. Raises UsageError
+    for a folder of saved rows, whose rows can't be traced to prompts.
     """
     if file.path.is_dir():
         raise UsageError(
             f"{file.path}: features.py needs an .npy file; collect the activations anew"
         )
 
-    height, width = (1, 1, *file.grid)[-2:]
+    num_frames, height, width = (1, 1, 1, *file.grid)[-3:]
     if file.meta.get("stream") == "text":
-        return MapGrid((1, width), (1, width), ratio=None)  # a cell for each token, which is a word
-    if height == 1:
-        num_columns = min(width, map_size * map_size)
-        return MapGrid((height, width), (1, num_columns), ratio=None)
+        # a cell for each token, which is a word
+        return MapGrid((1, 1, width), (1, 1, width), ratio=None)
+    audio = audio_of(file)
+    if num_frames == height == 1:
+        shape = (1, 1, min(width, map_size * map_size))
+        return MapGrid((1, 1, width), shape, None, audio)
+    if audio is not None:
+        return audio_grid(height, width, map_size, audio)
 
+    if num_frames > 1:
+        map_size = max(1, map_size // 2)
     shrink = min(1, map_size / max(height, width))  # the shape of the image is kept
     num_rows = max(1, round(height * shrink))
     num_columns = max(1, round(width * shrink))
-    return MapGrid((height, width), (num_rows, num_columns), round(width / height, 3))
+    shape = (min(num_frames, max_frames), num_rows, num_columns)
+    return MapGrid((num_frames, height, width), shape, round(width / height, 3))
+
+
+def audio_of(file: ActivationFile) -> dict[str, int] | None:
+    """Return what a file's description says about its audio, {} if it does not know, None if it is
+    not of audio."""
+    saved = image_path(file.path.with_name("images"), 0)
+    if saved is not None and saved.suffix == ".wav":
+        return file.meta.get("audio", {})
+    return file.meta.get("audio")
+
+
+def audio_grid(first_side: int, second_side: int, map_size: int, audio: dict) -> MapGrid:
+    """Return the grid of audio whose tokens have a time and a frequency.
+
+    No file says which side is time. It is taken to be the longer one, because seconds of audio have
+    more times than a spectrogram has bands; of equal sides it is the first.
+    """
+    is_time_first = first_side >= second_side
+    num_times = max(first_side, second_side)
+    num_frequencies = min(first_side, second_side)
+    map_height = min(num_frequencies, max(1, map_size // 4))
+    map_width = min(num_times, 4 * map_size)
+    size = (1, num_frequencies, num_times)
+    return MapGrid(size, (1, map_height, map_width), None, audio, is_time_first)
 
 
 # ---------------------------------------------------------------------------- numbers of features
@@ -228,7 +298,7 @@ class Statistics:
         """(M, N): the numbers of the examples, -1 if there are fewer than N."""
 
         self.maps = zeros(num_features, num_examples, num_cells, dtype=torch.uint8)
-        """(M, N, C): their maps; 255 is the map's own peak."""
+        """(M, N, C): their maps, of all frames; 255 is the map's own peak."""
 
         # of the example that is being read
         self.heat = zeros(num_features, num_cells)  # (M, C): sums of activations
@@ -307,7 +377,7 @@ def scan(
     needs whole samples and the files do not hold such.
     """
     num_examples = sum(file.P for file in activations.sources)
-    num_cells = max(math.prod(grid.shape) for grid in grids)
+    num_cells = max(grid.num_cells for grid in grids)
     statistics = Statistics(
         sae.num_latents,
         max(1, len(activations.timesteps)),
@@ -525,7 +595,8 @@ class Example(NamedTuple):
     """Where it comes from: file, row, seed."""
 
     image: Path | None
-    """Its image, which may be missing. None if collect.py did not write the activations."""
+    """The file of its image, video or audio, which may be missing. None if collect.py did not write
+    the activations."""
 
     tokens: dict[str, list[str]] | None
     """Of a text stream: for each tokenizer the text of each token, all together in the order of the
@@ -548,7 +619,8 @@ def list_examples(activations: Activations) -> list[Example]:
             image = None
             if file.prompt_rows:
                 row = file.prompt_rows[p]
-                image = file.path.with_name("images") / f"{p}.webp"
+                folder_of_images = file.path.with_name("images")
+                image = image_path(folder_of_images, p) or folder_of_images / f"{p}.webp"
             place = f"{folder}row {p}"
             if "seed" in row:
                 place += f", seed {row['seed']}"
@@ -595,8 +667,10 @@ def describe(
         "about": f"{features}; {vectors}",
         "levels": LEVELS,
         "timesteps": [],
-        "shapes": [grid.shape for grid in grids],
+        "shapes": [grid.shape[1:] for grid in grids],
+        "frames": [grid.shape[0] for grid in grids],
         "ratios": [grid.ratio for grid in grids],
+        "audio": [describe_audio(grid) for grid in grids],
         "cells": statistics.maps.shape[2],
         "examples": captions,
     }
@@ -622,6 +696,24 @@ def describe(
     data["telling"] = short(telling(statistics, words))
     data["nearest"] = describe_nearest(sae)
     return data, shown
+
+
+def describe_audio(grid: MapGrid) -> dict | None:
+    """Return which seconds a map of audio stands for, None if it is none of audio.
+
+    {"seconds": of the whole map, "first": the second at which the audio begins, "khz": the highest
+    frequency of the spectrogram}; {} if nobody says it.
+    """
+    if grid.audio is None:
+        return None
+    if "num_samples" not in grid.audio:
+        return {}
+    rate = grid.audio["sampling_rate"]
+    return {
+        "seconds": round(grid.audio["num_samples"] / rate, 4),
+        "first": round(grid.audio["first_sample"] / rate, 4),
+        "khz": rate / 2000,
+    }
 
 
 def describe_numbers(statistics: Statistics) -> dict:
@@ -786,75 +878,186 @@ def packed_maps(statistics: Statistics) -> list[str]:
     return strings
 
 
-# -------------------------------------------------------------------------------------- images
+# ------------------------------------------------------------------------ images, videos and audio
 
 
-def read_images(examples: list[Example], size: int) -> tuple[list[bytes | None], str]:
-    """Return each example's image as a small WebP, None if it has none, and why some are missing.
+class Shown(NamedTuple):
+    """What the page shows of one example; nothing if its file is missing or damaged."""
 
-    The reason is "" if none is missing. size: see `small_image`.
+    picture: bytes | None = None
+    """An image as a WebP file; of audio the waveform above the spectrogram."""
+
+    film: tuple[tuple[int, bytes], ...] = ()
+    """Of a video some frames as WebP files, each with the number of the map's frame that covers
+    it."""
+
+    sound: bytes | None = None
+    """Audio as a WAV file of one channel."""
+
+    @property
+    def is_missing(self) -> bool:
+        return self.picture is None and not self.film
+
+
+def read_shown(
+    examples: list[Example], grids: list[MapGrid], cfg: Config
+) -> tuple[list[Shown], str]:
+    """Return what the page shows of each example, and why it shows nothing of some.
+
+    The reason is "" if nothing is missing. grids: one per activation file.
     """
-    images = []
+    sound_rate = choose_sound_rate([example.image for example in examples])
+    shown = []
     missing = []
     for example in tqdm(examples, unit="picture", desc="pictures"):
-        image = small_image(example.image, size)
-        images.append(image)
-        if image is None:
-            missing.append(example.image)
+        path = example.image
+        grid = grids[example.file]
+        if path is not None and path.suffix == ".wav":
+            seen = show_audio(path, grid.audio or {}, sound_rate)
+        else:
+            seen = show_image(path, grid, cfg.picture_size, cfg.max_frames)
+        shown.append(seen)
+        if seen.is_missing:
+            missing.append(path)
     if not missing:
-        return images, ""
+        return shown, ""
 
     path = missing[0]
+    reason = f"{path} is not there or can't be read; collect again to have it"
     if path is None:
         reason = "prompts.jsonl and images/ of collect.py are not beside the activations"
-    elif path.with_suffix(".wav").exists():
-        reason = "the model made sound"
-    else:
-        reason = f"{path} is not there or can't be read; collect again to have it"
     extent = "some pictures are missing"
-    if len(missing) == len(images):
+    if len(missing) == len(shown):
         extent = "no pictures"
-    return images, f"{extent}: {reason}"
+    return shown, f"{extent}: {reason}"
 
 
-def small_image(path: Path | None, size: int) -> bytes | None:
-    """Return an image as a WebP file of at most `size` pixels per side, of a video the middle
-    frame.
+def show_image(path: Path | None, grid: MapGrid, size: int, max_frames: int) -> Shown:
+    """Return an image, or frames of a video, as WebP files of at most `size` pixels per side.
 
-    Returns None for a file that is missing or damaged: after a scan of hours, a page without one
+    Nothing is shown of a file that is missing or damaged: after a scan of hours, a page without one
     image is better than no page.
     """
     if path is None or not path.exists():
-        return None
+        return Shown()
     try:
         with Image.open(path) as opened:
-            opened.seek(getattr(opened, "n_frames", 1) // 2)
-            image = opened.convert("RGB")
+            num_frames = getattr(opened, "n_frames", 1)
+            if num_frames == grid.size[0] == 1:
+                return Shown(picture=small_image(opened, size))
+            film = []
+            for frame, map_frame in frames_shown(num_frames, grid, max_frames):
+                opened.seek(frame)
+                film.append((map_frame, small_image(opened, size)))
+            return Shown(film=tuple(film))
     except (OSError, ValueError, EOFError):
-        return None
+        return Shown()
+
+
+def small_image(opened: Image.Image, size: int) -> bytes:
+    """Return an image as a WebP file of at most `size` pixels per side."""
+    image = opened.convert("RGB")
     image.thumbnail((size, size), Image.Resampling.LANCZOS)
     file = io.BytesIO()
     image.save(file, "webp", quality=85)
     return file.getvalue()
 
 
+def frames_shown(num_frames: int, grid: MapGrid, max_frames: int) -> list[tuple[int, int]]:
+    """Return (frame of the video, frame of the map that covers it) for each frame that is shown.
+
+    They are all frames, or `max_frames`, so that each frame of the map is seen: for 9 frames over 3
+    latent frames, and at most 3, it gives [(0, 0), (3, 1), (7, 2)]. A video of fewer frames than
+    the map shows some of them twice.
+    """
+    num_latents = grid.size[0]
+    map_frames = grid.shape[0]
+    covered = [[] for _ in range(map_frames)]  # by each frame of the map
+    for frame in range(num_frames):
+        latent = latent_frame(frame, num_frames, num_latents)
+        covered[latent * map_frames // num_latents].append(frame)
+
+    count = max(map_frames, min(num_frames, max_frames))
+    if min(len(frames) for frames in covered) == 0:
+        return [(number * num_frames // count, number) for number in range(count)]
+    if count == map_frames:
+        return [(frames[len(frames) // 2], number) for number, frames in enumerate(covered)]
+
+    shown = []
+    evenly_spaced = np.linspace(0, num_frames - 1, count).round().astype(int).tolist()
+    for map_frame, frames in enumerate(covered):
+        shown += [(frame, map_frame) for frame in frames if frame in evenly_spaced]
+    return shown
+
+
+def latent_frame(frame: int, num_frames: int, num_latents: int) -> int:
+    """Return which latent frame covers a frame of a video.
+
+    Video VAEs encode the first frame alone, and then r frames together. It is so where the numbers
+    fit, num_frames - 1 = r (num_latents - 1): of 9 frames in 3 latent frames, frame 0 lies in the
+    first, 1 to 4 in the second, 5 to 8 in the third. Otherwise each covers the same share.
+    """
+    if num_latents > 1 and num_frames > 1 and (num_frames - 1) % (num_latents - 1) == 0:
+        together = (num_frames - 1) // (num_latents - 1)
+        return math.ceil(frame / together)
+    return frame * num_latents // num_frames
+
+
+def choose_sound_rate(paths: list[Path | None]) -> int:
+    """Return at how many samples per second the page plays audio, so that all of it together has
+    at most MOST_SOUND bytes."""
+    seconds = 0.0
+    for path in paths:
+        if path is not None and path.suffix == ".wav":
+            seconds += audio_seconds(path)
+    if seconds == 0:
+        return SOUND_RATE
+    return min(SOUND_RATE, int(MOST_SOUND / (2 * seconds)))  # 2 bytes per sample
+
+
+def show_audio(path: Path, span: dict, sound_rate: int) -> Shown:
+    """Return the spectrogram and the sound of a WAV file; nothing if it is damaged.
+
+    span: as `MapGrid.audio`. The picture is as wide as the heat
+    map, and grey where the audio was cut off.
+    """
+    try:
+        audio, sampling_rate = read_audio(path)
+    except (OSError, EOFError, wave.Error):
+        return Shown()
+    num_samples = max(audio.shape[1], span.get("num_samples", 0))
+    left = round(AUDIO_WIDTH * span.get("first_sample", 0) / num_samples)
+    width = max(1, round(AUDIO_WIDTH * audio.shape[1] / num_samples))
+    inside = audio_picture(audio, width)
+    picture = torch.full((3, inside.shape[1], AUDIO_WIDTH), CUT_OFF)
+    picture[:, :, left : left + width] = inside[:, :, : AUDIO_WIDTH - left]
+
+    levels = (255 * picture).round().to(torch.uint8).movedim(0, -1).numpy()
+    sound_rate = min(sound_rate, sampling_rate)
+    sound = encode_audio(resample(audio.mean(0), sampling_rate, sound_rate), sound_rate)
+    return Shown(small_image(Image.fromarray(levels), AUDIO_WIDTH), sound=sound)
+
+
 # -------------------------------------------------------------------------------------- the page
 
 
-def write_page(path: Path, about: dict, data: dict, images: list[bytes | None]) -> None:
-    """Write the page: the data of `describe`, and the images in it.
+def write_page(path: Path, about: dict, data: dict, shown: list[Shown]) -> None:
+    """Write the page: the data of `describe`, and the images, frames and sounds in it.
 
     Whatever comes from outside is data: JSON without a "<", which the page's script shows as text
-    alone. The page may run that one script, which its hash names, and show images from its own
-    bytes, nothing else.
+    alone. The page may run that one script, which its hash names, and show images and play audio
+    from its own bytes, nothing else.
     """
-    urls = []
-    for image in images:
-        url = None
-        if image is not None:
-            url = f"data:image/webp;base64,{base64.b64encode(image).decode()}"
-        urls.append(url)
-    data = {**data, "name": path.stem, "pictures": urls}
+    data = {**data, "name": path.stem}
+    data["pictures"] = [data_url(seen.picture, "image/webp") for seen in shown]
+    data["films"] = {}
+    data["sounds"] = {}
+    for i, seen in enumerate(shown):
+        if seen.film:
+            film = [[map_frame, data_url(image, "image/webp")] for map_frame, image in seen.film]
+            data["films"][i] = film
+        if seen.sound is not None:
+            data["sounds"][i] = data_url(seen.sound, "audio/wav")
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
 
     template = "".join(linecache.getlines(str(PAGE)))  # bundle.py puts the page there
@@ -868,8 +1071,16 @@ def write_page(path: Path, about: dict, data: dict, images: list[bytes | None]) 
     write_atomically(path, page.encode())
 
 
+def data_url(data: bytes | None, kind: str) -> str | None:
+    """Return the bytes of a file as an address that holds them, None for None."""
+    if data is None:
+        return None
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
 def security_policy(template: str) -> str:
-    """Return what a browser may do with the page: use its own style, script and images only."""
+    """Return what a browser may do with the page: use its own style, script, images and audio
+    only."""
     hashes = {}
     for tag in ("style", "script"):
         code = re.search(f"<{tag}>(.*?)</{tag}>", template, re.DOTALL)[1]
@@ -878,6 +1089,7 @@ def security_policy(template: str) -> str:
     rules = (
         "default-src 'none'",
         "img-src data:",
+        "media-src data:",
         f"style-src 'sha256-{hashes['style']}'",
         f"script-src 'sha256-{hashes['script']}'",
         "base-uri 'none'",
@@ -931,7 +1143,7 @@ def main(cfg: Config) -> Path:
     page.
     """
     # 1. The SAE, and all vectors of its hook point
-    check_positive(cfg, "top_images", "map_size", "picture_size", "batch_size")
+    check_positive(cfg, "top_images", "map_size", "max_frames", "picture_size", "batch_size")
     device = resolve_device(cfg.device)
     folder = Path(cfg.sae) if cfg.sae else newest_sae()
     sae = Sae.load_from_disk(folder, device)
@@ -939,7 +1151,7 @@ def main(cfg: Config) -> Path:
     path = page_path(cfg.out_dir, folder)
     about = {"sae": str(folder), "data": activations.paths}
     check_page(path, about)
-    grids = [map_grid(file, cfg.map_size) for file in activations.sources]
+    grids = [map_grid(file, cfg.map_size, cfg.max_frames) for file in activations.sources]
 
     # 2. The numbers and maps of all features
     columns = numeric_columns(*rows_and_prompts(activations))
@@ -957,16 +1169,17 @@ def main(cfg: Config) -> Path:
     if activations.transfer:
         data["about"] += f"; transfer: {'; '.join(activations.transfer)}"
 
-    # 3. The images of the prompts that are shown, and the page
+    # 3. The images, videos or audio of the prompts that are shown, and the page
     check_shown_images(activations, examples, shown)
-    images, data["note"] = read_images([examples[e] for e in shown], cfg.picture_size)
+    examples = [examples[e] for e in shown]
+    seen, data["note"] = read_shown(examples, grids, cfg)
     if data["note"]:
         print(f"note: {data['note']}")
-    write_page(path, about, data, images)
+    write_page(path, about, data, seen)
 
     num_active = int((statistics.density > 0).sum())
     num_vectors = int(statistics.vectors.sum())
-    num_images = sum(image is not None for image in images)
+    num_images = sum(not one.is_missing for one in seen)
     megabytes = path.stat().st_size / 1e6
     print(
         f"{folder}: {num_active:,} of {sae.num_latents:,} features "

@@ -8,7 +8,7 @@
 
 In a notebook:
 
-    picture, numbers = main(Config(concept="star", num_features=16, toward="ring"))
+    picture, numbers, *files = main(Config(concept="star", num_features=16, toward="ring"))
 
 Your options decide which features are changed:
 
@@ -29,7 +29,8 @@ ones. If they are far above 1, the image says less about the feature than about 
 
 Reads   SAE folders, their training data (activation files), and the model that made these.
 Writes  <out_dir>/<what was changed>/: steer.png (one prompt per column, untouched images on top),
-        steer.json.
+        steer.json; of a video model videos/<row>_<prompt>.webp, of an audio model
+        audio/<row>_<prompt>.wav.
 
 The script changes no weight: an edit lasts for one generation. analysis/feature_edits.py and
 analysis/concepts.py name the sources. `python -m bench unlearn` measures how well concepts of the
@@ -191,7 +192,7 @@ from store.activation_file import refuse_unfinished
 from store.disk import claim_folder, write_json
 from store.hook_point import trained_on
 from store.identity import activations_of, check_belongs, origin
-from store.images import Media
+from store.images import Media, describe_files, save_media
 from store.inputs import (
     InputImages,
     load_rows,
@@ -210,6 +211,7 @@ LARGEST_STRENGTH = 1e6  # of --multiply and --add; a float16 overflows at 65,504
 ROW_NAMES = {"multiply": "× {:g}", "add": "+ {:g}", "toward": "→ {}"}  # of a strength
 FOLDER_NAMES = {"multiply": "x{:g}", "add": "add{:g}", "toward": "to_{}"}  # of a strength
 LONGEST_NAME = 100  # characters of a folder's name
+NOT_IN_NAMES = r"[^\w.+-]+"  # of folders and files
 
 
 # -------------------------------------------------------------------------------------- options
@@ -624,7 +626,7 @@ def folder_name(cfg: Config, targets: list[Target]) -> str:
     if len(label) >= LONGEST_NAME:
         digest = hashlib.sha256(label.encode()).hexdigest()[:8]
         label = f"{label[:80]}_{digest}"
-    return re.sub(r"[^\w.+-]+", "-", label)
+    return re.sub(NOT_IN_NAMES, "-", label)
 
 
 # ----------------------------------------------------------------------------- prompts and model
@@ -841,6 +843,12 @@ class Run(NamedTuple):
     numbers: list[list[float] | None]
     """(norm, distance) of each image; None if they were not measured."""
 
+    explanation: str
+    """What the pictures show of a video or of audio; "" for images."""
+
+    files: list[Path]
+    """The videos or audio, one per prompt; [] for images."""
+
     def captions(self) -> list[str]:
         """Return what stands below each image."""
         captions = []
@@ -858,6 +866,8 @@ class Run(NamedTuple):
         for moved, numbers in zip(self.moved.tolist(), self.numbers):
             norm, distance = numbers or (None, None)
             images.append({"moved": moved, "norm": norm, "distance": distance})
+        for image, file in zip(images, self.files):
+            image["file"] = f"{file.parent.name}/{file.name}"
         return {"name": self.name, self.strength.kind: self.strength.value, "pictures": images}
 
 
@@ -885,8 +895,9 @@ def generate_runs(
     generation: Generation,
     targets: list[Target],
     steps: range | None,
+    folder: Path,
 ) -> list[Run]:
-    """Return the untouched run, then one for each strength.
+    """Return the untouched run, then one for each strength. Videos and audio are saved in folder.
 
     Raises UsageError if an edit is so strong that the images are not finite.
     """
@@ -906,8 +917,13 @@ def generate_runs(
                 untouched = made.values.float()
             difference = made.values.float() - untouched
             moved = difference.square().flatten(1).mean(1).sqrt()
-            name = "untouched" if strength is UNTOUCHED else strength.row_name
-            runs.append(Run(strength, name, made.pictures(), moved, numbers))
+            name = file_name = "untouched"
+            if strength is not UNTOUCHED:
+                name = strength.row_name
+                file_name = re.sub(NOT_IN_NAMES, "-", strength.folder_name)
+            files = save_media(made, folder, file_name)
+            run = Run(strength, name, made.pictures(), moved, numbers, made.explanation(), files)
+            runs.append(run)
     return runs
 
 
@@ -1013,7 +1029,7 @@ def main(cfg: Config) -> list[Path]:
 
     # 4. What is typical, then the untouched run and one for each strength
     measure_typical(targets)
-    runs = generate_runs(cfg, model, generation, targets, steps)
+    runs = generate_runs(cfg, model, generation, targets, steps, folder)
 
     # 5. The table, the picture and the numbers
     print_table(runs)
@@ -1022,12 +1038,13 @@ def main(cfg: Config) -> list[Path]:
     picture = folder / "steer.png"
     numbers = folder / "steer.json"
     grid = [ImageRow(run.name, run.pictures, run.captions()) for run in runs]
-    plot_images(picture, grid, generation.prompts)
+    plot_images(picture, grid, generation.prompts, runs[0].explanation)
     report = report_of(settings, generation, runs, targets, transfers)
     report["seconds"] = round(time.perf_counter() - start, 1)
     write_json(numbers, report)
-    print(f"pictures in {picture}, numbers in {numbers}")
-    return [picture, numbers]
+    files = [file for run in runs for file in run.files]
+    print(f"pictures in {picture}, numbers in {numbers}{describe_files(files)}")
+    return [picture, numbers, *files]
 
 
 if __name__ == "__main__":

@@ -28,6 +28,9 @@ BLUE, ORANGE, GREY = "#2f6db5", "#e07b39", "#888888"
 CENTERED = {"median": "centred on the median", "mean": "centred on the mean", "none": "not centred"}
 IMAGE = 1.25  # inches of an image in a grid, with the gap to the next
 GAP = 0.05  # inches
+WIDE = 4.5  # inches of a picture that is much wider than high, such as a strip of frames
+LOWEST = 0.35  # inches that a wide picture is high at least, so that its label fits
+WIDE_RATIO = 2.0  # width / height from which on a picture is that
 CAPTION = 0.17  # inches of the line below an image
 GRAFT_COLORS = {"latents": BLUE, "images": "#e08a2e", "clip": "#6a9a3b"}
 GRAFT_LABELS = {"latents": "latents", "images": "pictures", "clip": "CLIP"}
@@ -354,19 +357,26 @@ def image_grid(
 ) -> Figure:
     """Return rows of images, with labels to their left and the prompts above the columns.
 
-    below: inches that stay free at the bottom. width: inches that the figure has at least.
+    Images have square places; wide pictures, such as a strip of frames or a spectrogram, have
+    places of their own shape, which are wider. below: inches that stay free at the bottom. width:
+    inches that the figure has at least.
     """
-    texts = [textwrap.fill(prompt, 21, max_lines=4, placeholder=" …") for prompt in prompts]
+    column_width, image_height = size_of_places(rows)
+    line_length = round(21 * column_width / IMAGE)
+    texts = []
+    for prompt in prompts:
+        texts.append(textwrap.fill(prompt, line_length, max_lines=4, placeholder=" …"))
     prompt_lines = max([text.count("\n") + 1 for text in texts], default=0)
     label_lines = [line for row in rows for line in row.label.split("\n")]
     left = 0.3 + 0.065 * max(map(len, label_lines), default=0)
     top = 0.16 + 0.13 * prompt_lines + (0.34 if title else 0.0)
-    row_height = IMAGE + (CAPTION if any(row.captions for row in rows) else 0.0)
+    row_height = image_height + (CAPTION if any(row.captions for row in rows) else 0.0)
 
-    W = max(width, left + IMAGE * len(prompts) + 0.05)
+    W = max(width, left + column_width * len(prompts) + 0.05)
     H = top + row_height * len(rows) + below
     fig = Figure(figsize=(W, H), facecolor="white")
-    shown = IMAGE - GAP
+    shown_width = column_width - GAP
+    shown_height = image_height - GAP
 
     def write(
         x: float, y: float, text: str, ha: str, va: str, size: float, color: str = "black"
@@ -386,19 +396,21 @@ def image_grid(
 
     write(0.1, 0.1, title, "left", "top", 10)
     for column, text in enumerate(texts):
-        write(left + IMAGE * column + shown / 2, top - 0.05, text, "center", "bottom", 6.5)
+        x = left + column_width * column
+        write(x + shown_width / 2, top - 0.05, text, "center", "bottom", 6.5)
     for number, row in enumerate(rows):
         y = top + row_height * number
-        write(left - 0.1, y + shown / 2, row.label, "right", "center", 8)
+        write(left - 0.1, y + shown_height / 2, row.label, "right", "center", 8)
         for column, image in enumerate(row.images):
-            x = left + IMAGE * column
-            ax = fig.add_axes((x / W, 1 - (y + shown) / H, shown / W, shown / H))
+            x = left + column_width * column
+            box = (x / W, 1 - (y + shown_height) / H, shown_width / W, shown_height / H)
+            ax = fig.add_axes(box)
             ax.imshow(image.float().permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
             ax.set_axis_off()
             if row.captions:
                 write(
-                    x + shown / 2,
-                    y + shown + 0.03,
+                    x + shown_width / 2,
+                    y + shown_height + 0.03,
                     row.captions[column],
                     "center",
                     "top",
@@ -408,9 +420,22 @@ def image_grid(
     return fig
 
 
-def plot_images(path: Path, rows: list[ImageRow], prompts: list[str]) -> None:
-    """Write an `image_grid` as a PNG."""
-    image_grid(rows, prompts).savefig(path, dpi=150)
+def size_of_places(rows: list[ImageRow]) -> tuple[float, float]:
+    """Return the width and height in inches of an image in a grid, with the gap to the next."""
+    ratio = 1.0
+    if rows:
+        height, width = rows[0].images.shape[-2:]
+        ratio = width / height
+    if ratio < WIDE_RATIO:
+        return IMAGE, IMAGE
+    return WIDE, max(LOWEST, (WIDE - GAP) / ratio + GAP)
+
+
+def plot_images(
+    path: Path, rows: list[ImageRow], prompts: list[str], explanation: str = ""
+) -> None:
+    """Write an `image_grid` as a PNG. explanation: what its pictures show, see `Media`."""
+    image_grid(rows, prompts, explanation).savefig(path, dpi=150)
 
 
 def plot_ablation_ranking(path: Path, hooks: list[dict], title: str) -> None:
@@ -455,6 +480,8 @@ def plot_graft(path: Path, report: dict, images: dict[str, Tensor] | None) -> No
         f"{report['hook_name']}: the SAE's reconstruction of its {what} "
         f"({report['stream']} tokens, {report['rows']} rows)"
     )
+    if "pictures" in report:
+        title += f"; {report['pictures']}"
     fig = image_grid(rows, prompts, title, below=2.85, width=8.0)
     W, H = fig.get_size_inches()
     draw_recovered(fig.add_axes((0.75 / W, 0.5 / H, (W - 2.2) / W, 1.9 / H)), report)

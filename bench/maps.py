@@ -127,12 +127,12 @@ def measure_sae(
         masks[number] = drawn(Image.open(images[number]).convert("RGB"))
 
     # 3. Each feature's fit
-    num_cells = np.prod(grid.shape)
+    num_cells = grid.num_cells
     fits = []
     for numbers, maps in zip(scan.examples.tolist(), scan.maps.numpy()):
         if min(numbers) < 0:
             continue  # it has too few images
-        cells = [each[:num_cells].reshape(grid.shape) for each in maps]
+        cells = [each[:num_cells].reshape(grid.shape[1:]) for each in maps]
         objects = [file.prompt_rows[number]["object"] for number in numbers]
         of_feature = [masks[number] for number in numbers]
         fits.append(measure_fit(cells, of_feature, objects, cfg, rng))

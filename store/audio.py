@@ -6,6 +6,7 @@ picture = audio_picture(audio, sampling_rate)   # (3, 160, 480) in [0, 1]
 
 import io
 import wave
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,8 +15,8 @@ from torch.nn.functional import interpolate
 
 SAMPLING_RATE = 44100  # audio samples per second, if the pipeline does not say it
 WIDTH = 480  # pixels of a picture
-WAVE_HEIGHT = 48  # pixels of the waveform in a picture
-SPECTROGRAM_HEIGHT = 112  # pixels of the spectrogram below it
+WAVE_HEIGHT = 49  # pixels of the waveform in a picture; odd, so that one row is silence
+SPECTROGRAM_HEIGHT = 111  # pixels of the spectrogram below it
 WINDOW = 1024  # samples of a Fourier transform, at most: 23 ms at 44.1 kHz
 DECIBELS = 80  # below the loudest, a spectrogram is black
 # From silence to the loudest, as RGB in [0, 1]: black, violet, orange, pale yellow
@@ -38,6 +39,41 @@ def encode_audio(x: object, sampling_rate: int) -> bytes:
     return file.getvalue()
 
 
+def read_audio(path: Path) -> tuple[Tensor, int]:
+    """Return (the audio (channels, samples) in [-1, 1], samples per second) of a WAV file as
+    `encode_audio` makes one.
+
+    Raises OSError, EOFError or wave.Error for a file that is missing or no such file.
+    """
+    with wave.open(str(path)) as file:
+        if file.getsampwidth() != 2:
+            raise wave.Error(f"{path}: expected 16 bits per sample")
+        levels = np.frombuffer(file.readframes(file.getnframes()), "<i2")
+        audio = levels.reshape(-1, file.getnchannels()).T.astype(np.float32) / 32767
+        return torch.from_numpy(audio), file.getframerate()
+
+
+def audio_seconds(path: Path) -> float:
+    """Return how long a WAV file lasts, 0 if it is missing or damaged."""
+    try:
+        with wave.open(str(path)) as file:
+            return file.getnframes() / file.getframerate()
+    except (OSError, EOFError, wave.Error):
+        return 0.0
+
+
+def resample(mono: Tensor, sampling_rate: int, new_rate: int) -> Tensor:
+    """Return a waveform (samples,) at a lower sampling rate, without its higher frequencies.
+
+    A new rate that is not lower returns the waveform as it is.
+    """
+    num_samples = max(1, len(mono) * new_rate // sampling_rate)
+    if num_samples >= len(mono):
+        return mono
+    frequencies = torch.fft.rfft(mono)[: num_samples // 2 + 1]
+    return torch.fft.irfft(frequencies, num_samples) * (num_samples / len(mono))
+
+
 def sampling_rate_of(pipe: object) -> int:
     """Return how many audio samples per second a pipeline makes, as one of its parts says."""
     for name in ("vocoder", "vae", "unet"):
@@ -51,23 +87,23 @@ def sampling_rate_of(pipe: object) -> int:
 # -------------------------------------------------------------------------------------- pictures
 
 
-def audio_picture(audio: Tensor, sampling_rate: int) -> Tensor:
-    """Return the waveform above the spectrogram, (3, 160, 480) in [0, 1].
+def audio_picture(audio: Tensor, width: int = WIDTH) -> Tensor:
+    """Return the waveform above the spectrogram, (3, 160, width) in [0, 1].
 
     audio: (channels, samples) in [-1, 1]; the channels are averaged. Time runs to the right, and
     frequency upwards from 0 to half the sampling rate.
     """
     mono = audio.float().nan_to_num().mean(0)
-    return torch.cat([waveform_picture(mono), spectrogram_picture(mono)], -2)
+    return torch.cat([waveform_picture(mono, width), spectrogram_picture(mono, width)], -2)
 
 
-def waveform_picture(mono: Tensor) -> Tensor:
-    """Return a waveform (samples,) in [-1, 1] on white, (3, 48, 480)."""
-    edges = torch.linspace(0, len(mono), WIDTH + 1).long().tolist()
+def waveform_picture(mono: Tensor, width: int) -> Tensor:
+    """Return a waveform (samples,) in [-1, 1] on white, (3, 49, width)."""
+    edges = torch.linspace(0, len(mono), width + 1).long().tolist()
     height = torch.linspace(1, -1, WAVE_HEIGHT)  # of each row of pixels
     half = 1 / (WAVE_HEIGHT - 1)  # half a row, so that silence is a line
-    is_wave = torch.zeros(WAVE_HEIGHT, WIDTH, dtype=torch.bool)
-    for column in range(WIDTH):
+    is_wave = torch.zeros(WAVE_HEIGHT, width, dtype=torch.bool)
+    for column in range(width):
         first = min(edges[column], len(mono) - 1)
         piece = mono[first : max(first + 1, edges[column + 1])].clamp(-1, 1)
         is_wave[:, column] = (height <= piece.max() + half) & (height >= piece.min() - half)
@@ -96,10 +132,10 @@ def spectrogram(mono: Tensor) -> Tensor:
     return (1 + decibels / DECIBELS).clamp(0, 1)
 
 
-def spectrogram_picture(mono: Tensor) -> Tensor:
-    """Return the spectrogram of a waveform (samples,) in colours, (3, 112, 480)."""
+def spectrogram_picture(mono: Tensor, width: int) -> Tensor:
+    """Return the spectrogram of a waveform (samples,) in colours, (3, 111, width)."""
     loudness = spectrogram(mono).flip(0)  # low frequencies at the bottom
-    size = (SPECTROGRAM_HEIGHT, WIDTH)
+    size = (SPECTROGRAM_HEIGHT, width)
     loudness = interpolate(loudness[None, None], size, mode="bilinear", align_corners=False)[0, 0]
     colors = torch.tensor(COLORS)
     position = loudness * (len(colors) - 1)

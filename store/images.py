@@ -3,6 +3,7 @@
     made = media_of(output, sampling_rate)          # a Media, from what a pipeline returned
     made.values                                     # what distances compare
     made.pictures()                                 # what plots show
+    save_media(made, folder, "untouched")           # videos and audio, as files of their own
 
 Beside activations there is one small file for each row of prompts.jsonl:
 
@@ -31,7 +32,7 @@ from torch.nn.functional import interpolate
 
 from errors import UsageError
 from store.audio import SAMPLING_RATE, audio_picture, encode_audio
-from store.disk import opened, sync_folder, write_all
+from store.disk import opened, sync_folder, write_all, write_atomically
 
 SUFFIXES = (".webp", ".wav")
 QUALITY = 90  # of lossy WebP; 100 is the best
@@ -62,7 +63,7 @@ class Media(NamedTuple):
         above the spectrogram.
         """
         if self.kind == "audio":
-            return torch.stack([audio_picture(audio, self.sampling_rate) for audio in self.values])
+            return torch.stack([audio_picture(audio) for audio in self.values])
         if self.kind == "video":
             return torch.stack([strip(video) for video in self.values])
         return as_colors(self.values.float())
@@ -182,12 +183,19 @@ def strip_frames(num_frames: int) -> list[int]:
 
 
 def strip(video: Tensor) -> Tensor:
-    """Return up to 5 frames of a video side by side: (F, C, H, W) -> (3, h, n * w), float32."""
+    """Return up to 5 frames of a video side by side, with white between them.
+
+    (F, C, H, W) -> (3, h, n * w + (n - 1) * gap), float32.
+    """
     frames = as_colors(video[strip_frames(len(video))].float())
     H, W = frames.shape[-2:]
     if H > STRIP_HEIGHT:
         frames = interpolate(frames, (STRIP_HEIGHT, round(W * STRIP_HEIGHT / H)), mode="area")
-    return torch.cat(list(frames), -1)
+    gap = frames.new_ones(3, frames.shape[-2], max(1, frames.shape[-1] // 40))
+    pieces = [frames[0]]
+    for frame in frames[1:]:
+        pieces += [gap, frame]
+    return torch.cat(pieces, -1)
 
 
 # ----------------------------------------------------------------------------------------- files
@@ -235,6 +243,38 @@ def save_images(
         with opened(path, os.O_CREAT | os.O_TRUNC) as fd:
             write_all(fd, data, 0)
     sync_folder(folder)
+
+
+def save_media(made: Media, folder: Path, name: str) -> list[Path]:
+    """Save what a picture does not show whole, one file per prompt; return their paths.
+
+    These are folder/videos/<name>_<i>.webp or folder/audio/<name>_<i>.wav for prompt i. For images
+    nothing is saved, and the result is []. Files of the same names are overwritten.
+    """
+    if made.kind == "image":
+        return []
+    paths = []
+    for i, x in enumerate(made.values):
+        if made.kind == "audio":
+            path = folder / "audio" / f"{name}_{i}.wav"
+            data = encode_audio(x, made.sampling_rate)
+        else:
+            path = folder / "videos" / f"{name}_{i}.webp"
+            data = encode_frames(x)
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, data)
+        paths.append(path)
+    return paths
+
+
+def describe_files(paths: list[Path]) -> str:
+    """Return the end of the line that says what was written: ", 16 files in steer/12_x0/audio".
+
+    paths: what `save_media` returned, all in one folder. Returns "" if there are none.
+    """
+    if not paths:
+        return ""
+    return f", {len(paths)} files in {paths[0].parent}"
 
 
 def images_checksum(folder: Path, rows: range) -> int:

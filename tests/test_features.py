@@ -12,6 +12,7 @@ from PIL import Image
 from features import (
     Config,
     Example,
+    MapGrid,
     PromptWord,
     Statistics,
     list_examples,
@@ -19,7 +20,7 @@ from features import (
     map_grid,
     nearest,
     over_represented,
-    read_images,
+    read_shown,
     scan,
     telling,
 )
@@ -33,18 +34,18 @@ class Kind(NamedTuple):
     """A kind of activation file, and the size of its heat maps."""
 
     grid: list[int]
-    map_shape: tuple[int, int]
+    map_shape: tuple[int, int, int]
     map_size: int = 16
     """The largest side of a map that the page is asked for."""
 
 
 KINDS = {
-    "image": Kind(grid=[4, 6], map_shape=(2, 3), map_size=3),
-    "video": Kind(grid=[2, 4, 6], map_shape=(2, 3), map_size=3),
-    "line": Kind(grid=[9], map_shape=(1, 9)),
-    "text": Kind(grid=[9], map_shape=(1, 9)),
-    "part": Kind(grid=[4, 6], map_shape=(4, 6)),  # 5 of the 24 tokens are stored
-    "samples": Kind(grid=[4, 6], map_shape=(4, 6)),  # an SAE that takes all tokens of an image
+    "image": Kind(grid=[4, 6], map_shape=(1, 2, 3), map_size=3),
+    "video": Kind(grid=[4, 4, 6], map_shape=(2, 2, 3), map_size=6),
+    "line": Kind(grid=[9], map_shape=(1, 1, 9)),
+    "text": Kind(grid=[9], map_shape=(1, 1, 9)),
+    "part": Kind(grid=[4, 6], map_shape=(1, 4, 6)),  # 5 of the 24 tokens are stored
+    "samples": Kind(grid=[4, 6], map_shape=(1, 4, 6)),  # an SAE that takes all tokens of an image
 }
 NUM_STEPS = 3
 NUM_LATENTS = 11
@@ -54,10 +55,11 @@ def cell_of(position, kind):
     """The cell of the heat map in which a token lies, from the token's position on the grid."""
     if len(kind.grid) == 1:
         return position
-    height, width = kind.map_shape
-    row = position % 24 // 6  # the frames of a video lie over each other
+    _, height, width = kind.map_shape
+    frame = position // 24 // 2  # four frames of tokens share two frames of the map
+    row = position % 24 // 6
     column = position % 6
-    return row * height // 4 * width + column * width // 6
+    return (frame * height + row * height // 4) * width + column * width // 6
 
 
 def dense_codes(sae, vectors, together):
@@ -124,7 +126,7 @@ def test_numbers_and_maps_are_those_of_the_dense_expression(kind, batch_size, tm
     else:
         sae = Sae(6, NUM_LATENTS, 2)
     activations = open_activations(paths)[0]
-    grids = [map_grid(file, KINDS[kind].map_size) for file in activations.sources]
+    grids = [map_grid(file, KINDS[kind].map_size, 2) for file in activations.sources]
     statistics = scan(sae, activations, grids, 2, batch_size)
 
     dense = DenseStatistics()
@@ -249,19 +251,27 @@ def test_images_of_every_kind(tmp_path):
     (tmp_path / "images").mkdir()
 
     def path(p):
-        return tmp_path / "images" / f"{p}.webp"
+        return tmp_path / "images" / (f"{p}.wav" if p == 2 else f"{p}.webp")
 
     frames[1].save(path(0), lossless=True)
     frames[0].save(path(1), save_all=True, append_images=frames[1:], lossless=True)
-    path(2).with_suffix(".wav").write_bytes(b"RIFF")
+    path(2).write_bytes(b"RIFF")
     path(3).write_bytes(path(0).read_bytes()[:20])
     Image.new("RGBA", (300, 20), (0, 200, 0, 255)).save(path(4))
 
     def example(p):
         return Example(0, "", "", "", None if p is None else path(p))
 
-    images, note = read_images([example(0), example(1), example(4)], 60)
+    def read(*numbers):
+        still = MapGrid((1, 2, 3), (1, 2, 3), 1.5)
+        return read_shown([example(number) for number in numbers], [still], Config(picture_size=60))
+
+    shown, note = read(0, 1, 4)
     assert note == ""
+    assert shown[0].film == shown[2].film == ()
+    assert shown[1].picture is None
+    assert [frame for frame, _ in shown[1].film] == [0] * 5
+    images = [shown[0].picture, shown[1].film[2][1], shown[2].picture]
     opened = [Image.open(io.BytesIO(image)) for image in images]
     assert [(image.format, image.size) for image in opened] == [
         ("WEBP", (30, 20)),
@@ -270,17 +280,17 @@ def test_images_of_every_kind(tmp_path):
     ]
     for image, colour in zip(opened, ((40, 0, 0), (80, 0, 0), (0, 200, 0))):
         assert np.abs(np.asarray(image).mean((0, 1)) - colour).max() < 6
-    for number, message in ((2, "no pictures: the model made sound"), (3, "3.webp is not there or can't be read; collect again"),
+    for number, message in ((2, "2.wav is not there or can't be read; collect again"), (3, "3.webp is not there or can't be read; collect again"),
                          (9, "9.webp is not there"), (None, "prompts.jsonl and images/ of collect.py are not")):  # fmt: skip
-        images, note = read_images([example(number)], 60)
-        assert images == [None]
+        shown, note = read(number)
+        assert shown[0].is_missing
         assert message in note
         assert note.startswith("no pictures: ")
-    images, note = read_images([example(0), example(9)], 60)
-    assert images[0]
-    assert images[1] is None
+    shown, note = read(0, 9)
+    assert shown[0].picture
+    assert shown[1].is_missing
     assert note.startswith("some pictures are missing: ")
-    assert read_images([], 60) == ([], "")
+    assert read() == ([], "")
 
 
 def test_only_files_of_collect_have_images(tmp_path):

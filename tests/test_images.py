@@ -68,10 +68,11 @@ def test_a_video_is_a_strip_of_frames():
     assert strip_frames(1) == [0]
     video = torch.rand(2, 9, 1, 4, 6)
     strip = Media("video", video).pictures()
-    assert strip.shape == (2, 3, 4, 30)
-    assert torch.equal(strip[:, 0, :, 12:18], video[:, 4, 0])
+    assert strip.shape == (2, 3, 4, 34)
+    assert torch.equal(strip[:, 0, :, 14:20], video[:, 4, 0])
+    assert (strip[:, :, :, 13] == 1).all()
     large = Media("video", torch.rand(1, 2, 3, 384, 640)).pictures()
-    assert large.shape == (1, 3, 192, 640)
+    assert large.shape == (1, 3, 192, 320 + 8 + 320)
     assert Media("video", video).explanation() == "frames 0, 2, 4, 6, 8 of 0 to 8"
 
 
@@ -87,7 +88,7 @@ def test_a_tone_is_a_line_at_its_frequency():
 def test_the_picture_of_audio_shows_when_and_how_high():
     """Silence, then a low tone, then a high one."""
     audio = torch.cat([torch.zeros(RATE), tone(400), 0.5 * tone(3600)])
-    picture = audio_picture(audio[None], RATE)
+    picture = audio_picture(audio[None])
     assert picture.shape == (3, 160, 480) and 0 <= picture.min() and picture.max() <= 1
     wave, spectrum = picture[:, :WAVE_HEIGHT], picture[:, WAVE_HEIGHT:]
     blue = (wave[0] < 0.5).sum(0)  # pixels of each column that belong to the wave
@@ -102,7 +103,7 @@ def test_the_picture_of_audio_shows_when_and_how_high():
 
 def test_audio_of_a_few_samples_has_a_picture():
     for samples in (1, 2, 5, 48):
-        assert audio_picture(torch.rand(2, samples), 4).shape == (3, 160, 480)
+        assert audio_picture(torch.rand(2, samples)).shape == (3, 160, 480)
     made = Media("audio", torch.zeros(2, 2, RATE), RATE)
     assert made.pictures().shape == (2, 3, 160, 480)
     assert "0 to 4 kHz upwards; 0 to 1 s" in made.explanation()

@@ -241,10 +241,10 @@ def test_every_option_reaches_the_pictures(config):
 def test_untouched_is_what_the_model_makes_of_each_prompt_and_seed(config, trained, monkeypatch):
     shown = []
     monkeypatch.setattr(
-        steer, "plot_images", lambda path, rows, prompts: shown.extend((rows, prompts))
+        steer, "plot_images", lambda path, rows, prompts, explanation: shown.extend((rows, prompts))
     )
     main(replace(config, features=["3"], multiply=[0.0]))  # three prompts, two a batch
-    (_, images, _), *_ = shown[0]
+    (_, images, *_), *_ = shown[0]
     report = report_of(config, "3_x0")
     meta = read_json(Path(Sae.load_from_disk(trained[0]).cfg["data"][0]).with_suffix(".json"))
     hooked = HookedDiffusionModel.from_pretrained(meta["model"], device="cpu")
