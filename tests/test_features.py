@@ -260,7 +260,7 @@ def test_images_of_every_kind(tmp_path):
     Image.new("RGBA", (300, 20), (0, 200, 0, 255)).save(path(4))
 
     def example(p):
-        return Example(0, "", "", "", None if p is None else path(p))
+        return Example(0, "", "", "", None if p is None else path(p), None)
 
     def read(*numbers):
         still = MapGrid((1, 2, 3), (1, 2, 3), 1.5)
