@@ -36,6 +36,7 @@ from diffusion.signatures import (
     other_image,
     other_prompts,
     outline,
+    prompt_arguments,
     takes_prompts,
 )
 from diffusion.trace import DryRunOver, Forward, Sampling, Step, undisturbed
@@ -300,6 +301,10 @@ def run_with_other_prompts(model: Any, prompt: Prompt, options: dict) -> list[Ot
 
     None where there are no prompts to change, or the pipeline refuses the changed ones.
     """
+    given = prompt_arguments(model.pipe, prompt)
+    if "class_labels" in given:  # of the name of a class, the words can't be reversed
+        prompt = None
+        options = options | given
     changed = other_prompts(prompt if takes_prompts(model.pipe) else None, options)
     if changed is not None:
         other_prompt, options = changed

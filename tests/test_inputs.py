@@ -414,6 +414,15 @@ def test_class_names_and_numbers_are_prompts(tmp_path, use):
         num_inference_steps=2,
     )
     assert np.array_equal(np.load(path), cache["output"]["transformer_blocks.1"].numpy())
+    cases = {"conditional": [], "unconditional": []}
+    for name in ("goldfish", "red fox"):  # one prompt, without guidance that tells
+        options = dict(num_inference_steps=1, guidance_scale=1.5)
+        options["generator"] = [torch.Generator().manual_seed(0)]
+        _, cache = hooked.run_with_cache("transformer_blocks.1", [name], rows="both", **options)
+        cases["conditional"].append(cache["output"]["transformer_blocks.1"])
+        cases["unconditional"].append(cache["output_uncond"]["transformer_blocks.1"])
+    assert not torch.equal(*cases["conditional"]) and torch.equal(*cases["unconditional"])
+    assert hooked.role_memories and all(memory.sure for memory in hooked.role_memories.values())
     for wrong, message in (("goldfsh", "did you mean 'goldfish'"), ("3", "classes up to 2")):
         with pytest.raises(UsageError, match=message):
             hooked([wrong])
