@@ -60,7 +60,10 @@ CONTEXTS = {
     "pred_uncond": "uncond",
 }
 
-SAY_ORDER = 'say order=("uncond", "cond"), or whatever the order of the passes in a step is'
+SAY_ORDER = (
+    "use a guidance scale above 1 (--guidance_scale), or in Python say "
+    'order=("uncond", "cond"), or whatever the order of the passes in a step is'
+)
 
 
 class OtherForward(NamedTuple):

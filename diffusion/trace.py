@@ -603,7 +603,8 @@ class Sampling:
             if forward.roles != [] and forward.roles != roles:
                 raise UsageError(
                     f"the passes of step {self.index} are not those of the first step, so an edit "
-                    "may have met the wrong rows: use rows='all', or limit it to earlier steps"
+                    "may have met the wrong rows: limit it to earlier steps (steer.py --steps), or "
+                    "in Python use rows='all'"
                 )
 
     def _correct_rows(self, rows: int, forwards: list[Forward]) -> None:
