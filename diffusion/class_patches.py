@@ -82,8 +82,8 @@ def apply_patch(cls: type, name: str, patch: Patch) -> None:
     function = patch.original
     for make in patch.makers:
         function = make(function)
-    function.__signature__ = inspect.signature(patch.original)
-    function.__wrapped__ = patch.original
+        function.__signature__ = inspect.signature(patch.original)  # the next maker may read it
+        function.__wrapped__ = patch.original
     setattr(cls, name, function)
 
 

@@ -147,3 +147,26 @@ def test_arguments_of_a_step_by_name_and_by_position():
     assert step_arguments(inspect.signature(named), None, 1, 2, 3, sample=4) == (1, 3, 4)
     assert step_arguments(inspect.signature(loose), None, 1, 3, 4, 5) == (1, 3, 4)
     assert step_arguments(inspect.signature(loose), None, 1, 3) == (1, 3, None)
+
+
+def test_two_samplings_read_the_arguments_of_a_step_in_any_order():
+    """The second to watch sees the scheduler's own parameters, not those of the first one."""
+
+    class Scheduler:
+        def step(self, prediction, before, timestep, timestep_before, sample):
+            return sample
+
+    read = []
+
+    def noting(original):
+        signature = inspect.signature(original)
+
+        def step(scheduler, *args, **kwargs):
+            read.append(step_arguments(signature, scheduler, *args, **kwargs))
+            return original(scheduler, *args, **kwargs)
+
+        return step
+
+    with patched(Scheduler, "step", noting), patched(Scheduler, "step", noting):
+        Scheduler().step("prediction", None, 7, 8, "sample")
+    assert [(arguments.timestep, arguments.sample) for arguments in read] == [(7, "sample")] * 2
