@@ -519,8 +519,11 @@ def best_words(
 ) -> list[PromptWord]:
     """Return the over-represented words of one feature's texts, at most NUM_WORDS, the best first.
 
-    num_with_word: how many of all distinct texts have each word.
+    num_with_word: how many of all distinct texts have each word. If the feature has all texts,
+    there are no others to compare with, and no word is over-represented.
     """
+    if len(own_texts) == len(words_of_text):
+        return []
     counts = Counter()
     for number in own_texts:
         counts.update(words_of_text[number])

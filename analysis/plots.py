@@ -513,8 +513,8 @@ def window_label(window: dict) -> str:
     first, last = window["steps"]
     start, end = window["timesteps"]
     if first == last:
-        return f"step {first}\nt = {start:g}"
-    return f"steps {first} … {last}\nt = {start:g} … {end:g}"
+        return f"step {first}\nt = {start:.4g}"
+    return f"steps {first} … {last}\nt = {start:.4g} … {end:.4g}"
 
 
 def draw_recovered(ax: Axes, report: dict) -> None:

@@ -216,6 +216,15 @@ def test_words_are_monroes_log_odds():
     assert words_and_counts(repeated, torch.arange(8).view(2, 4)) == [[], [("don't", 4), ("öl", 4)]]
 
 
+def test_no_word_is_over_represented_where_all_prompts_are_shown():
+    """There are no other prompts to compare with: "a" was said of 12 of 12."""
+    texts = [f"a {color} fox" for color in ("red", "blue", "green", "pink") * 3]
+    assert words_and_counts(texts, torch.arange(12)[None]) == [[]]
+    different = [f"{text} {number}" for number, text in enumerate(texts)]
+    assert words_and_counts(different, torch.arange(12)[None]) == [[]]
+    assert words_and_counts([*different, "a dog"], torch.arange(12)[None]) == [[("fox", 12)]]
+
+
 def test_the_most_telling_feature_has_a_word_is_rare_and_strong():
     """By hand: deviations times -log10(density) times the mean peak; 1 deviation without words."""
     statistics = Statistics(4, 1, 2, 1, torch.device("cpu"))
