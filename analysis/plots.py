@@ -475,7 +475,7 @@ def plot_graft(path: Path, report: dict, images: dict[str, Tensor] | None) -> No
         prompts = [str(prompt) for prompt in report["prompts"][: len(images["untouched"])]]
         rows = [ImageRow(graft_label(mode, report["all"]), images[mode]) for mode in GRAFT_ROWS]
 
-    what = {"output": "output", "diff": "output − input"}[report["side"]]
+    what = {"output": "output", "input": "input", "diff": "output − input"}[report["side"]]
     title = (
         f"{report['hook_name']}: the SAE's reconstruction of its {what} "
         f"({report['stream']} tokens, {report['rows']} rows)"

@@ -1,6 +1,7 @@
 """Text streams: padding is left out, words are known, files have room for the longest prompt."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,9 @@ from families import cogvideox, flux, qwenimage, sd3, zimage
 from tiny import PROMPTS, build, generate_options, sd15, t5_encoder, t5_tokenizer
 
 import collect
+import evaluate
+import steer as steer_script
+import train
 from analysis.feature_edits import Edits, Target, steer
 from diffusion import text_padding
 from diffusion.text_padding import RealTokens, with_padding, without_padding
@@ -260,6 +264,42 @@ def test_a_description_of_an_earlier_version_has_padding():
     point = HookPoint("a", stream="text")
     assert HookPoint.from_description(point.as_dict()) == point
     assert "padding" not in HookPoint("a").as_dict()
+
+
+# ------------------------------------------------------------------------------ all stages
+
+
+def test_all_stages_of_an_image_and_a_text_sae_of_what_one_block_takes(folder, tmp_path, capsys):
+    """Collected from the input of a block, trained, grafted and steered together."""
+    saes = []
+    for stream in ("image", "text"):
+        texts = [SHORT, LONG, "a cat", "three ships at night"]
+        cfg = config(folder, tmp_path / stream, texts, stream=stream, side="input")
+        [path] = collect.main(replace(cfg, hook_names=["transformer_blocks.1"]))
+        options = dict(num_latents=[16], k=[2], out_dir=str(tmp_path / "saes"), device="cpu")
+        train.main(train.Config(data=[str(path)], run_name=stream, **options))
+        saes.append(str(tmp_path / "saes" / stream))
+
+    evaluation = dict(num_prompts=1, windows=1, out_dir=str(tmp_path / "eval"), device="cpu")
+    evaluate.main(evaluate.Config(sae=saes[1], graft=True, **evaluation))
+    report = json.loads((tmp_path / "eval" / "text" / "graft.json").read_text())
+    assert report["side"] == "input" and report["stream"] == "text" and not report["padding"]
+    assert report["all"]["latents"]["graft"] > 0
+
+    options = dict(add=[0.5], num_prompts=2, out_dir=str(tmp_path / "steer"), device="cpu")
+    capsys.readouterr()
+    _, numbers = steer_script.main(
+        steer_script.Config(sae=saes, features=["0:3", "1:5"], **options)
+    )
+    moved = json.loads(numbers.read_text())["runs"][1]["pictures"]
+    assert all(picture["moved"] > 0 for picture in moved)
+    printed = capsys.readouterr().out
+    assert "transformer_blocks.1.input: features 3" in printed
+    assert "transformer_blocks.1.input.text: features 5" in printed
+    with pytest.raises(UsageError, match="two SAEs of one hook point"):
+        steer_script.main(
+            steer_script.Config(sae=[saes[0]] * 2, features=["0:3", "1:5"], **options)
+        )
 
 
 # ------------------------------------------------------------------------------ edits
