@@ -601,7 +601,7 @@ class Example(NamedTuple):
     """The file of its image, video or audio, which may be missing. None if collect.py did not write
     the activations."""
 
-    tokens: dict[str, list[str]] | None
+    tokens: dict[str, list[str]] | None = None
     """Of a text stream: for each tokenizer the text of each token, all together in the order of the
     map's cells. None if it is not known."""
 
