@@ -229,7 +229,9 @@ def only(paths: list[Path], what: str) -> Path:
 
 def check_list(folder: Path, family: Family, printed: str) -> None:
     """Some module can be hooked, and no size is printed as 0."""
-    rows = re.findall(r"^ *([\w.]+) +(\d+) x (\d+) .* (\S+)$", printed, re.MULTILINE)
+    rows = re.findall(
+        r"^ *([\w.]+) +(\d+) x (\d+) .* ([\d.e-]+)(?:  default)?$", printed, re.MULTILINE
+    )
     require(len(rows) > 0, "nothing can be hooked")
     require(all(float(size) > 0 for *_, size in rows), "a size of 0 is printed")
 
