@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from families import cogvideox, flux, qwenimage, sd3, zimage
-from tiny import PROMPTS, build, generate_options, sd15, t5_encoder, t5_tokenizer
+from tiny import PROMPTS, build, generate_options, sd15, sdxl, t5_encoder, t5_tokenizer
 
 import collect
 import evaluate
@@ -176,6 +176,28 @@ def test_an_edit_says_where_padding_can_not_be_told(monkeypatch):
     _, cache = model.run_with_cache(BLOCK, prompts, stream="text", **options)
     assert "mixed before the denoiser" in cache["padding"][BLOCK]
     assert cache["lengths"][BLOCK].tolist() == [109, 109]
+
+
+# ------------------------------------------------------------------------------ words
+
+
+def test_tokens_of_a_template_that_the_pipeline_drops_are_no_words():
+    pipe = build(qwenimage)
+    pipe.prompt_template_encode = "Describe the image: {} please"
+    pipe.prompt_template_encode_start_idx = 9
+    model = HookedDiffusionModel.from_pipeline(pipe)
+    prompts, options = arguments(qwenimage)
+    [part] = model.text_parts(prompts, **options)
+    assert (part.num_dropped_first, part.num_dropped_last) == (9, 0)
+    assert "".join(part.pieces(prompts[0])) == f"the image: {prompts[0]} please"
+
+
+def test_encoders_that_are_joined_in_their_width_make_each_word_once():
+    model = HookedDiffusionModel.from_pipeline(build(sdxl))
+    prompts, options = arguments(sdxl)
+    parts = model.text_parts(prompts, **options)
+    assert [part.tokenizer_name for part in parts] == ["tokenizer"]
+    assert len(parts[0].pieces(prompts[0])) == letters(prompts[0])
 
 
 # ------------------------------------------------------------------------------ collect.py
