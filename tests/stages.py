@@ -318,7 +318,10 @@ def check_features(folder: Path, family: Family, printed: str) -> None:
     """The page has examples, and each shows something: an image, a player or words."""
     data = page_data(folder)
     require(len(data["examples"]) > 0, "no examples")
-    require(data.get("note", "") == "", data.get("note", ""))
+    require(data["note"] == "", data["note"])
+    for i, picture in enumerate(data["pictures"]):
+        others = [*data["films"], *data["sounds"], *data.get("tokens", {})]
+        require(picture is not None or str(i) in others, f"example {i} shows nothing")
     require(max(data["density"]) > 0, "no feature is active")
 
 
