@@ -84,10 +84,15 @@ class Generation:
         perhaps "negative_prompt".
 
         The options hold for all prompts; `inputs` are the images of each row. Raises UsageError
-        where some rows have a negative prompt and others have none, and for a list of prompts among
-        the options.
+        where rows have no seed, where some rows have a negative prompt and others have none, and
+        for a list of prompts among the options.
         """
         check_shared_options(options)
+        if any("seed" not in row for row in rows):
+            raise UsageError(
+                "the prompts have no seeds, so their images can't be generated again: name prompts "
+                "with --dataset_name, or give seeds to store.collection.describe"
+            )
         prompts = [row["prompt"] for row in rows]
         seeds = [row["seed"] for row in rows]
         negative_prompts = None

@@ -284,6 +284,11 @@ def recorded_model(meta: dict) -> str:
     meta: the description of that file. Raises UsageError if the model is a Python file: it would be
     run because a description says so, and not because the user does.
     """
+    if meta.get("model") is None:
+        raise UsageError(
+            "the description of the activations does not say which model made them: name it with "
+            "--model_name"
+        )
     # `read_description` found this path from the activations, whatever the current folder is
     path = meta.get("model_folder") or meta.get("model_file")
     model_name = path if path is not None and Path(path).exists() else meta["model"]

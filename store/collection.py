@@ -7,6 +7,10 @@
             collection.write(index, arrays, facts={})
         collection.finish({"mid_block": {"model": "toy"}})       # mid_block.npy and mid_block.json
 
+Activations that were made elsewhere, with nnsight or in a loop of one's own, become such a file by
+
+    describe(x, "mine/block.npy", prompts, grid=(8, 8), timesteps=[999, 500, 1])
+
 An activation file is a plain NumPy array (prompts, steps, tokens, d) that `np.load(path,
 mmap_mode="r")` opens anywhere, with a `.json` beside it that says what it holds. No pickle is read
 or written. store/dataset.py reads the files.
@@ -23,6 +27,7 @@ import json
 import os
 import struct
 import zlib
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -48,6 +53,7 @@ from store.disk import (
     make_folder,
     opened,
     read_json,
+    relative_to,
     rename,
     write_all,
     write_atomically,
@@ -701,3 +707,162 @@ def check_saved_images(folder: Path, meta: dict, rows: set[int]) -> None:
                 "collect.py saved; put them back, or remove the folder to see features without "
                 "images"
             )
+
+
+# ---- activations from elsewhere
+
+
+def describe(
+    array: np.ndarray | torch.Tensor,
+    path: str | Path,
+    prompts: Sequence[str | dict],
+    *,
+    hook_name: str | None = None,
+    grid: Sequence[int] | None = None,
+    timesteps: Sequence[float] | None = None,
+    seeds: Sequence[int] | None = None,
+    side: str = "output",
+    stream: str = "image",
+    rows: str = "cond",
+    lengths: Sequence[int] | None = None,
+    model_name: str | None = None,
+    images: object = None,
+) -> Path:
+    """Write activations that were made elsewhere as a file that all stages know; return its path.
+
+    array: (rows, steps, tokens, d) of a floating-point dtype, one row per prompt and image, the
+    steps from noise to the image. It is saved in `path`, which ends in .npy. An array that is the
+    memory map of this file is only described.
+    prompts: one per row, texts or dicts with "prompt" and any further columns.
+    hook_name: the module; if None, the name of the file.
+    grid: how the tokens of an image lie, such as (height, width) or (frames, height, width); the
+    product is `tokens`. Without it the maps of features.py are lines.
+    timesteps: the scheduler's value at each step. seeds: one per row.
+    side, stream, rows: what was stored, as the options of collect.py name it.
+    lengths: with stream="text", how many tokens of each row are no padding.
+    model_name: a diffusers folder, hub id or Python file. With it, steer.py and evaluate.py --graft
+    find the model.
+    images: what the model made of each row, as `save_images` takes it, for the page.
+
+    Beside the file it writes `<name>.json`, prompts.jsonl and images/. Several files of one folder
+    share a prompts.jsonl. Raises UsageError for arrays, prompts and numbers that do not fit
+    together, and where it would overwrite something.
+
+    >>> describe(np.zeros((2, 1, 4, 8), np.float16), "mine/block.npy", ["a cat", "a dog"],
+    ...          grid=(2, 2), timesteps=[999])
+    PosixPath('mine/block.npy')
+    """
+    path = Path(path)
+    check_described(array, path, prompts, grid, timesteps, seeds, stream, lengths)
+    lines = described_lines(prompts, seeds)
+    x = as_numpy(array.detach().cpu()) if isinstance(array, torch.Tensor) else array
+    is_bfloat16 = isinstance(array, torch.Tensor) and array.dtype == torch.bfloat16
+
+    make_folder(path.parent)
+    listing = path.with_name("prompts.jsonl")
+    text = b"".join(line + b"\n" for line in lines)
+    if listing.exists() and listing.read_bytes() != text:
+        raise UsageError(f"{listing} has other prompts; use another folder")
+    if is_map_of(array, path):
+        array.flush()
+    elif path.exists():
+        raise UsageError(f"{path} is there already; use another name")
+    else:
+        np.save(path, x)
+    write_atomically(listing, text)
+    if lengths is not None:
+        np.save(path.with_suffix(".lengths.npy"), np.asarray(lengths, np.int64))
+    if images is not None:
+        save_images(images, path.with_name("images"), range(len(lines)))
+
+    description = {
+        "format": 1,
+        "model": model_name,
+        "hook_name": hook_name or path.stem,
+        "side": side,
+        "stream": stream,
+        "rows": rows,
+        "grid": None if grid is None else list(grid),
+        "timesteps": None if timesteps is None else [float(timestep) for timestep in timesteps],
+        "shape": list(x.shape),
+        "dtype": "bfloat16" if is_bfloat16 else str(x.dtype),
+        "num_images_per_prompt": 1,
+        "pipeline_kwargs": {},
+        "prompts_digest": listing_digest(lines),
+        "contents": contents_checksums(path),
+    }
+    if stream == "text":
+        description["padding"] = False
+    if model_name is not None:
+        file, *_ = model_name.split(":")
+        key = "model_file" if file.endswith(".py") else "model_folder"
+        if Path(file).exists():
+            description[key] = relative_to(file, path.parent)
+    identity = json.dumps(description, sort_keys=True).encode()
+    description["id"] = hashlib.sha256(identity).hexdigest()[:16]
+    write_json(path.with_suffix(".json"), {**description, "checksum": checksum(description)})
+    return path
+
+
+def check_described(
+    array: np.ndarray | torch.Tensor,
+    path: Path,
+    prompts: Sequence[str | dict],
+    grid: Sequence[int] | None,
+    timesteps: Sequence[float] | None,
+    seeds: Sequence[int] | None,
+    stream: str,
+    lengths: Sequence[int] | None,
+) -> None:
+    """Raise UsageError for arguments of `describe` that do not fit together."""
+    shape = tuple(array.shape)
+    if path.suffix != ".npy":
+        raise UsageError(f"{path}: expected a name that ends in .npy")
+    if len(shape) != 4:
+        raise UsageError(
+            f"expected an array (rows, steps, tokens, d), got shape {shape}; x[:, None] adds an "
+            "axis of one step"
+        )
+    is_tensor = isinstance(array, torch.Tensor)
+    is_floating = array.is_floating_point() if is_tensor else array.dtype.kind == "f"
+    if not is_floating:
+        raise UsageError(f"expected floating-point numbers, got {array.dtype}")
+    if (path.parent / "collect.json").exists():
+        raise UsageError(f"{path.parent} holds a collection of collect.py; use another folder")
+
+    num_rows, num_steps, num_tokens, _ = shape
+    if isinstance(prompts, str) or len(prompts) != num_rows:
+        raise UsageError(f"expected {num_rows} prompts, one for each row of the array")
+    if seeds is not None and len(seeds) != num_rows:
+        raise UsageError(f"{len(seeds)} seeds: expected {num_rows}, one for each row")
+    if grid is not None and int(np.prod(grid)) != num_tokens:
+        raise UsageError(f"the grid {tuple(grid)} does not hold {num_tokens} tokens")
+    if timesteps is not None and len(timesteps) != num_steps:
+        raise UsageError(f"{len(timesteps)} timesteps: expected {num_steps}, one for each step")
+    if (stream == "text") != (lengths is not None):
+        raise UsageError('lengths are for stream="text", which needs them')
+    if lengths is not None and len(lengths) != num_rows:
+        raise UsageError(f"{len(lengths)} lengths: expected {num_rows}, one for each row")
+    if lengths is not None and not 0 <= min(lengths) <= max(lengths) <= num_tokens:
+        raise UsageError(f"a length is not between 0 and {num_tokens}, the number of tokens")
+
+
+def described_lines(prompts: Sequence[str | dict], seeds: Sequence[int] | None) -> list[bytes]:
+    """Return the lines of prompts.jsonl of `describe`: rows with "id", "prompt" and perhaps
+    "seed"."""
+    lines = []
+    for number, prompt in enumerate(prompts):
+        row = {"prompt": prompt} if isinstance(prompt, str) else dict(prompt)
+        if "prompt" not in row:
+            raise UsageError(f"prompt {number} is a dict without the key 'prompt'")
+        if seeds is not None:
+            row["seed"] = int(seeds[number])
+        lines.append(json.dumps({"id": number, **row}).encode())
+    return lines
+
+
+def is_map_of(array: np.ndarray | torch.Tensor, path: Path) -> bool:
+    """Return whether an array is the memory map of a file."""
+    if not isinstance(array, np.memmap) or array.filename is None or not path.exists():
+        return False
+    return Path(array.filename).samefile(path)

@@ -119,7 +119,7 @@ def family_table() -> list[Family]:
         Family("Wan 2.1", families.wan),
         Family("Wan 2.2", families.wan22),
         Family("LTX", families.ltx),
-        Family("CogVideoX, DPM", cogvideox_dpm),
+        Family("CogVideoX with its DPM scheduler", cogvideox_dpm),
         Family("Stable Audio", families.stable_audio),
         Family("AudioLDM 2", audioldm2),
         Family("DiT", families.dit, prompts=tuple(classes.values()), labels=classes),

@@ -190,4 +190,4 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
     if page.name == "models.md":
         x = names["cache"]["output"]["blocks.1"]
         assert x.shape == (2, 10, 64, 16)
-        assert (tmp_path / "my_activations.npy").exists()
+        assert (tmp_path / "mine" / "blocks.1.json").exists()

@@ -8,7 +8,15 @@ from stages import STAGES, family_table, run_family
 
 FAMILIES = {family.title: family for family in family_table()}
 # One for each kind of output, of stream, of prompt and of guidance
-SOME = ("SD3, text", "Wan 2.2", "CogVideoX, DPM", "Stable Audio", "DiT", "FLUX Kontext", "SVD")
+SOME = (
+    "SD3, text",
+    "Wan 2.2",
+    "CogVideoX with its DPM scheduler",
+    "Stable Audio",
+    "DiT",
+    "FLUX Kontext",
+    "SVD",
+)
 
 
 @pytest.mark.slow
