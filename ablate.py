@@ -85,6 +85,7 @@ from tqdm import tqdm
 from analysis.plots import ImageRow, plot_ablation_ranking, plot_images
 from diffusion.generate import Generated, generate, required_media
 from diffusion.hook_names import ATTENTIONS, regex_of
+from diffusion.loading import check_has_prompts
 from errors import UsageError, decimals
 from hook import Edit, Generation, HookedDiffusionModel, Layout, NotHookable, default_prompts
 from store.disk import claim_folder, write_json
@@ -129,6 +130,8 @@ def main(cfg: Config) -> list[Path]:
     prompts = load_lines(cfg)
     inputs = InputImages.of_rows(prompts)
     model, options = load_model(cfg)
+    if cfg.dataset_name is None:
+        check_has_prompts(model.pipe, prompts)
     input_images = None
     if inputs is not None:
         model.check_image_arguments(inputs.sizes)

@@ -169,7 +169,7 @@ from tqdm import tqdm
 from diffusion.audio_span import watch_decoders
 from diffusion.dry_step import check_images_by_row
 from diffusion.generate import check_shared_options, image_lists
-from diffusion.loading import parse_lora
+from diffusion.loading import check_has_prompts, parse_lora
 from diffusion.randomness import random_numbers_of
 from diffusion.real_images import RealImages, open_image, seeded
 from diffusion.signatures import class_text, per_prompt, takes_prompts
@@ -329,6 +329,8 @@ def main(cfg: Config) -> list[Path]:
     processes = start_processes(cfg)
     model = load_model(cfg, resolve_dtype(cfg.dtype, processes.device), processes)
     store_dtype = resolve_store_dtype(cfg.store_dtype, model.dtype)
+    if cfg.dataset_name is None and cfg.images is None:
+        check_has_prompts(model.pipe, prompts)
     add_class_names([*first_batch, *prompts], model.pipe)
     batching = choose_batching(cfg, model, inputs)
     options = pipeline_options(cfg, model, batching)

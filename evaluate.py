@@ -90,8 +90,8 @@ class Config:
     11 by default. Raise it for a smaller standard error."""
 
     windows: int = 4
-    """With --graft: divide the steps into this many windows of equal length. Raise it to see more
-    exactly in which steps an error matters."""
+    """With --graft: divide the steps into this many windows of equal length, at most one per step.
+    Raise it to see more exactly in which steps an error matters."""
 
     # output
     out_dir: str = "evaluations"
@@ -271,15 +271,17 @@ def graft_held_out(
     transfer = activations.transfer + mismatches
     inputs = read_inputs([Path(name).parent for name in activations.paths], lines)
     generation = Generation.from_rows(lines, model.arguments(1, "pt", options), inputs)
+    hook_point = HookPoint.from_description(meta)
+    windows = possible_windows(cfg.windows, model, hook_point, generation)
     clip, remark = clip_distance(device=device)
     print(remark)
 
     report, images = graft(
         model,
         sae,
-        HookPoint.from_description(meta),
+        hook_point,
         generation,
-        cfg.windows,
+        windows,
         batch_size=cfg.graft_batch_size,
         clip=clip,
         transfer=True,  # it was checked above, and what does not fit stands in the report
@@ -290,6 +292,21 @@ def graft_held_out(
     plot_graft(written[1], report, images)
     print_graft(report)
     return written
+
+
+def possible_windows(
+    wanted: int, model: HookedDiffusionModel, hook_point: HookPoint, generation: Generation
+) -> int:
+    """Return into how many windows the steps are divided: `wanted`, or one per step if there are
+    fewer steps, and then one line says so."""
+    name = hook_point.hook_name
+    batch = next(generation.batches(1))
+    _, steps = model.layouts(name, batch.prompts, stream=hook_point.stream, **batch.arguments())
+    num_steps = len(steps[name])
+    if not 0 < num_steps < wanted:
+        return wanted
+    print(f"note: {name} runs in {num_steps} steps, so there are {num_steps} windows")
+    return num_steps
 
 
 def held_out_prompts(activations: Activations, count: int) -> tuple[list[dict], dict]:

@@ -25,7 +25,7 @@ from torch import nn
 from diffusion.signatures import takes_prompts
 from errors import UsageError
 from store.identity import pipeline_fingerprints
-from store.prompts import default_dataset
+from store.prompts import KINDS, default_dataset
 
 PROJECT = Path(__file__).resolve().parents[1]
 DEFAULT_FUNCTION = "build"  # of a model file
@@ -75,7 +75,7 @@ def find_model(model_name: str) -> str:
 
 def default_prompts(model_name: str) -> str | None:
     """Return the file of prompts that a model's folder carries; None for a pipeline that takes no
-    prompts.
+    prompts, and for a Python file, whose model is asked later (`check_has_prompts`).
 
     A pipeline is asked by its class, so that no weights are loaded. Raises UsageError if it takes
     prompts, or its class is not known, and there is no file.
@@ -84,9 +84,18 @@ def default_prompts(model_name: str) -> str | None:
     try:
         return default_dataset(folder_or_id)
     except UsageError:
-        if pipeline_takes_prompts(folder_or_id):
+        if not is_model_file(model_name) and pipeline_takes_prompts(folder_or_id):
             raise
     return None
+
+
+def check_has_prompts(pipe: Any, rows: list[dict]) -> None:
+    """Raise UsageError if a pipeline takes prompts and no row has any, nor an image.
+
+    rows: with "prompt" and perhaps "inputs"; they are empty if the user named no data set.
+    """
+    if takes_prompts(pipe) and not any(row["prompt"] or "inputs" in row for row in rows):
+        raise UsageError(f"which prompts? --dataset_name takes {KINDS}")
 
 
 def pipeline_takes_prompts(folder_or_id: str) -> bool:

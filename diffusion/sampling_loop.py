@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffusion.real_images import unscale_by_config
-from diffusion.signatures import result_tensor, tensors, with_tensor
+from diffusion.signatures import (
+    forward_signature,
+    result_tensor,
+    tensors,
+    time_parameter,
+    with_tensor,
+)
 from errors import UsageError
 
 GUIDANCE_SCALE = 7.5  # as in Stable Diffusion, where there are unconditional rows
@@ -53,6 +59,11 @@ class Loop:
         self.encode_prompt = encode_prompt
         self.get_timesteps = get_timesteps
         self.vae = vae
+        if sample_shape is not None and not isinstance(sample_shape, (tuple, list)):
+            raise UsageError(
+                f"sample_shape: expected the shape of one sample, such as (3, 32, 32), got "
+                f"{sample_shape!r}"
+            )
         self.sample_shape = sample_shape
         self._progress_bar_config = {}
 
@@ -66,6 +77,11 @@ class Loop:
         if self.vae is not None:
             components["vae"] = self.vae
         return components
+
+    @property
+    def takes_prompts(self) -> bool:
+        """Whether prompts decide what is sampled; without `encode_prompt` they are only counted."""
+        return self.encode_prompt is not None
 
     def set_progress_bar_config(self, **options) -> None:
         """Give the progress bar options of tqdm, such as `disable=True`."""
@@ -96,8 +112,8 @@ class Loop:
         if not given, it is drawn with `generator`.
 
         The images are decoded to [0, 1] by the VAE. Without a VAE they are the final sample, mapped
-        from [-1, 1] to [0, 1] if it is (N, channels, height, width). With `output_type="latent"`
-        they are the final sample as it is.
+        from [-1, 1] to [0, 1]; `as_images` says what becomes of samples that are no images. With
+        `output_type="latent"` they are the final sample as it is.
 
         Raises UsageError where the prompt or the sample's shape is missing, where the scheduler
         lists no timesteps, for what `encode_prompt` returns in another form than it should, and for
@@ -139,17 +155,20 @@ class Loop:
             return Sampled(latents)
         if self.vae is not None:
             return Sampled(self._decode(latents))
-        return Sampled(as_pixels(latents) if latents.ndim == 4 else latents)
+        return Sampled(as_images(as_pixels(latents)))
 
     def _predict(self, x: Tensor, t: Any, condition: Condition) -> Any:
-        """Call the denoiser, and return what it returns."""
+        """Call the denoiser, and return what it returns. Its forward may take the time first."""
+        first_two = (x, t)
+        if is_time_first(self.model):
+            first_two = (t, x)
         if condition is None:
-            return self.model(x, t)
+            return self.model(*first_two)
         if isinstance(condition, dict):
-            return self.model(x, t, **condition)
+            return self.model(*first_two, **condition)
         if isinstance(condition, tuple):
-            return self.model(x, t, *condition)
-        return self.model(x, t, condition)
+            return self.model(*first_two, *condition)
+        return self.model(*first_two, condition)
 
     def _encode(
         self,
@@ -262,12 +281,36 @@ class Loop:
         return as_pixels(required_tensor(decoded, "the VAE's decode"))
 
 
+def as_images(x: Tensor) -> Tensor:
+    """Return samples of any shape as images (N, channels, H, W), or videos (N, frames, channels, H,
+    W).
+
+    A video or volume (N, channels, frames, H, W) gets its frames first. A series (N, channels,
+    length) becomes a grey image with one line of pixels per channel, and a vector (N, length) one
+    line. Other samples stay as they are.
+    """
+    if x.ndim == 5:
+        return x.movedim(2, 1)
+    if x.ndim == 3:
+        return x[:, None]
+    if x.ndim == 2:
+        return x[:, None, None]
+    return x
+
+
 def as_pixels(x: Tensor) -> Tensor:
     """Return images in [-1, 1] as images in [0, 1]."""
     return (x / 2 + 0.5).clamp(0, 1)
 
 
 # ------------------------------------------------------------------ what a user's function takes
+
+
+def is_time_first(model: nn.Module) -> bool:
+    """Return whether a model is called as forward(timestep, sample, ...), by the names of its
+    arguments."""
+    _, first, *_ = forward_signature(model).parameters
+    return first == time_parameter(model)
 
 
 def names_taken(function: Callable, options: dict) -> set[str]:

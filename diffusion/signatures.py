@@ -140,12 +140,13 @@ def with_tensor(value: Any, index: int, x: Tensor) -> Any:
 def result_tensor(value: Any) -> Tensor | None:
     """Return the tensor that a denoiser, a scheduler's step or a VAE's decode returned.
 
-    It is the one called prev_sample or sample, else the first one in the nested structure, or among
-    the attributes of the object. None if there is none.
+    It is the one called prev_sample or sample, also in a dict, else the first one in the nested
+    structure, or among the attributes of the object. None if there is none.
     """
     for name in RESULT_NAMES:
-        if torch.is_tensor(getattr(value, name, None)):
-            return getattr(value, name)
+        named = value.get(name) if isinstance(value, dict) else getattr(value, name, None)
+        if torch.is_tensor(named):
+            return named
     in_value = tensors(value)
     if not in_value and hasattr(value, "__dict__"):
         in_value = tensors(vars(value))
@@ -335,8 +336,11 @@ def count_prompts(prompt: Prompt, options: dict) -> tuple[int | None, int]:
 def takes_prompts(pipe: Any) -> bool:
     """Return whether a pipeline takes a text or a class for each sample.
 
-    One that takes none only has to be told how many samples to make, or gets images.
+    One that takes none only has to be told how many samples to make, or gets images. A loop for a
+    model of one's own says so itself.
     """
+    if hasattr(pipe, "takes_prompts"):
+        return pipe.takes_prompts
     parameters = inspect.signature(pipe).parameters
     return "prompt" in parameters or "class_labels" in parameters
 

@@ -22,9 +22,11 @@ axis would not be the batch, or the module would mix the rows.
 """
 
 import inspect
+import traceback
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -190,9 +192,10 @@ class Run:
                 torch.manual_seed(0)
                 self.root(*call.args[1:], **call.kwargs)
         except Exception as error:
+            failed = traceback.extract_tb(error.__traceback__)[-1]
             raise UsageError(
-                f"{forward.denoiser} can't be run again to find its tokens: "
-                f"{type(error).__name__}: {error}"
+                f"{forward.denoiser} can't be run to find its tokens: {type(error).__name__}: "
+                f"{error} ({Path(failed.filename).name}, line {failed.lineno})"
             ) from error
         finally:
             for handle in handles:

@@ -157,9 +157,13 @@ class InputImages:
         sizes = {}
         known = {}  # {path: (name, size)}, since all rows may have the same file
         different = {id(row): row for row in rows}
-        for row in tqdm(different.values(), "reading", unit="row", delay=1):
+        for number, row in enumerate(tqdm(different.values(), "reading", unit="row", delay=1), 1):
             names = {}
             for argument, source in row["inputs"].items():
+                if isinstance(source, str) and not os.path.isfile(source):
+                    raise UsageError(
+                        f"{OPTION} {argument}, row {number}: there is no file {source!r}"
+                    )
                 is_path = isinstance(source, str)
                 if is_path and source in known:
                     name, size = known[source]

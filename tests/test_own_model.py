@@ -752,3 +752,133 @@ def test_a_file_is_only_run_in_a_process_that_names_it(tmp_path):
         [sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True
     )
     assert done.stdout == "ok\n", done.stderr
+
+
+# ------------------------------------------------------------------------- samples of other shapes
+
+
+class Plain(nn.Module):
+    """Takes the time first, and samples of any shape."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.inner = nn.Linear(shape[-1], shape[-1])
+
+    def forward(self, timestep, sample):
+        return self.inner(sample) * 0.5
+
+
+class NamedSteps:
+    """Its step returns a dict in which the next sample is not the first."""
+
+    def step(self, prediction, t, x):
+        return {"x0": torch.zeros_like(x), "prev_sample": x - 0.3 * prediction}
+
+
+def plain(shape, **options):
+    torch.manual_seed(0)
+    made = dict(get_timesteps=lambda n: list(range(n, 0, -1)), sample_shape=shape)
+    return HookedDiffusionModel(Plain(shape), NamedSteps(), **(made | options))
+
+
+def test_a_dict_is_read_by_its_names():
+    """Of a step's result prev_sample counts, of a VAE's sample, wherever they stand."""
+    model = plain((3, 4, 4))
+    options = dict(num_inference_steps=2, output_type="latent")
+    options["generator"] = torch.Generator().manual_seed(0)
+    assert model(**options).images.abs().min() > 0
+    vae = SimpleNamespace(decode=lambda z: {"mean": z * 0, "sample": z * 0 + 1})
+    images = plain((3, 4, 4), vae=vae)(num_inference_steps=2).images
+    assert torch.equal(images, torch.ones(1, 3, 4, 4))
+
+
+@pytest.mark.parametrize(
+    "shape, expected",
+    [
+        ((3, 4, 6), (2, 3, 4, 6)),
+        ((1, 5, 4, 6), (2, 5, 1, 4, 6)),  # a volume: its slices are frames
+        ((2, 24), (2, 1, 2, 24)),  # a series: a line of pixels per channel
+        ((24,), (2, 1, 1, 24)),
+    ],
+)
+def test_samples_of_any_shape_are_shown(shape, expected):
+    generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    images = plain(shape)(["a", "b"], num_inference_steps=2, generator=generators).images
+    generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    options = dict(num_inference_steps=2, generator=generators, output_type="latent")
+    sample = plain(shape)(["a", "b"], **options).images
+    assert images.shape == expected
+    assert 0 <= images.min() < 0.5 < images.max() <= 1
+    assert torch.equal(
+        images.flatten().sort()[0], (sample / 2 + 0.5).clamp(0, 1).flatten().sort()[0]
+    )
+
+
+def test_a_sample_shape_that_is_no_shape():
+    with pytest.raises(UsageError, match="sample_shape: expected the shape of one sample.*got 8"):
+        plain((8,), sample_shape=8)
+
+
+WITHOUT_PROMPTS = """
+import torch
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(torch.nn.Conv2d(3, 3, 1) for _ in range(3))
+
+    def forward(self, x, t):
+        for block in self.blocks:
+            x = block(x).sin()
+        return x
+
+
+class Euler:
+    def set_timesteps(self, n):
+        self.timesteps = torch.linspace(1, 0.1, n)
+
+    def step(self, prediction, t, x):
+        return x - 0.3 * prediction
+
+
+def build():
+    torch.manual_seed(0)
+    return dict(model=Net(), scheduler=Euler(), sample_shape=(3, 8, 8))
+
+
+def prompted():
+    return build() | dict(encode_prompt=lambda prompts: torch.zeros(len(prompts), 1))
+"""
+
+
+def test_a_model_without_prompts_needs_no_data_set(tmp_path, monkeypatch):
+    monkeypatch.chdir(write(tmp_path / "project", net=WITHOUT_PROMPTS))
+    config = collect.Config(
+        model_name="net.py", max_num_examples=4, num_inference_steps=2, device="cpu", batch_size=2
+    )
+    [path] = collect.main(config)
+    assert np.load(path).shape == (4, 2, 64, 3)
+    config.model_name = "net.py:prompted"
+    config.out_dir = "prompted"
+    with pytest.raises(UsageError, match="^which prompts. --dataset_name takes"):
+        collect.main(config)
+
+
+@pytest.mark.slow
+def test_a_graft_of_few_steps_has_a_window_per_step(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(write(tmp_path / "project", net=WITHOUT_PROMPTS))
+    collect.main(
+        collect.Config(model_name="net.py", max_num_examples=6, num_inference_steps=2, device="cpu")
+    )
+    train.main(
+        train.Config(data=["activations"], num_latents=[8], k=[2], run_name="run", device="cpu")
+    )
+    evaluate.main(
+        evaluate.Config(
+            graft=True, num_prompts=1, model_name="net.py", device="cpu", sae="saes/run"
+        )
+    )
+    assert "runs in 2 steps, so there are 2 windows" in capsys.readouterr().out
+    report = json.loads(Path("evaluations/run/graft.json").read_text())
+    assert len(report["windows"]) == 2
