@@ -227,7 +227,7 @@ def default_hook_names(model: HookedDiffusionModel, generation: Generation) -> l
     """
     if any(re.fullmatch(regex_of(ATTENTIONS), name) for name in model.modules()):
         return [ATTENTIONS]
-    blocks = model.blocks(generation.prompts, **generation.arguments())
+    blocks = model.blocks(generation.prompts, **generation.seeded_arguments())
     names = [name for of_denoiser in blocks.values() for name in of_denoiser]
     if not names:
         raise UsageError(
@@ -251,7 +251,7 @@ def find_records(
     large model would not fit in memory. Raises UsageError for a module that has no image tokens, if
     the user spelt its name out or if none has some, and if no module can be skipped.
     """
-    arguments = generation.arguments()
+    arguments = generation.seeded_arguments()
     returned, steps = model.layouts(cfg.hook_names, generation.prompts, **arguments)
     taken = dict.fromkeys(returned)
     if cfg.mode == "skip":
@@ -277,21 +277,29 @@ def find_records(
 
 
 def describe(
-    name: str, mode: str, returned: Layout, taken: Layout | NotHookable | None, num_steps: int
+    name: str,
+    mode: str,
+    returned: Layout,
+    taken: Layout | NotHookable | None,
+    num_steps: int | None,
 ) -> dict[str, Any]:
     """Return what is known about a hook point before it is ablated.
 
-    returned, taken: where the tokens are in what the module returns and takes. "error" says why it
-    can't be skipped: it takes and returns tokens of different shapes, or takes none.
+    returned, taken: where the tokens are in what the module returns and takes. num_steps: None if
+    the model does not say it. "error" says why the module can't be skipped: it takes and returns
+    tokens of different shapes, or takes none.
     """
     tokens = max(returned.counts)
+    megabytes = None
+    if num_steps is not None:
+        megabytes = num_steps * tokens * returned.d * BYTES_PER_NUMBER / 1e6
     record = {
         "hook_name": name,
         "mode": mode,
         "grid": returned.grid,
         "tokens": tokens,
         "d": returned.d,
-        "mb_per_prompt": num_steps * tokens * returned.d * BYTES_PER_NUMBER / 1e6,
+        "mb_per_prompt": megabytes,
     }
     if mode != "skip":
         return record
@@ -379,7 +387,9 @@ def print_table(ablated: list[dict], failed: list[dict]) -> None:
         latents = decimals(record["latents"], 3)
         images = decimals(record["images"], 3)
         shape = f"{record['tokens']} x {record['d']}"
-        megabytes = decimals(record["mb_per_prompt"], 1)
+        megabytes = "?"
+        if record["mb_per_prompt"] is not None:
+            megabytes = decimals(record["mb_per_prompt"], 1)
         print(f"{record['hook_name']:48} {latents:>8} {images:>9} {shape:>12} {megabytes:>13}")
     for record in failed:
         print(f"{record['hook_name']:48} {record['error']}")

@@ -967,8 +967,13 @@ def count_kept_steps(cfg: Config, steps: list[int] | None, options: dict) -> int
     """Return the number of steps that are stored: 10 for every fifth of 50.
 
     steps: those in which the denoiser runs; if the scheduler does not say them, the pipeline's
-    option tells how many there are.
+    option tells how many there are. Raises UsageError if it has no such option.
     """
+    if steps is None and "num_inference_steps" not in options:
+        raise UsageError(
+            "it is not known how many steps this model makes: give its scheduler a list "
+            "`timesteps`, or its call an argument num_inference_steps"
+        )
     if steps is None:
         steps = range(options["num_inference_steps"])
     return sum(step % cfg.cache_every_n_timesteps == 0 for step in steps)

@@ -301,7 +301,8 @@ def possible_windows(
     fewer steps, and then one line says so."""
     name = hook_point.hook_name
     batch = next(generation.batches(1))
-    _, steps = model.layouts(name, batch.prompts, stream=hook_point.stream, **batch.arguments())
+    arguments = batch.seeded_arguments()
+    _, steps = model.layouts(name, batch.prompts, stream=hook_point.stream, **arguments)
     num_steps = len(steps[name])
     if not 0 < num_steps < wanted:
         return wanted

@@ -388,16 +388,18 @@ def scan(
     if sae.takes_samples:
         activations.sample_tokens()  # raises the UsageError
 
+    example = 0  # not counted by the bar, which counts nothing if TQDM_DISABLE is set
     with tqdm(total=num_examples, unit="prompt", desc="features") as bar:
         for number, (file, grid) in enumerate(zip(activations.sources, grids)):
             for p in range(file.P):
                 wanted = None
-                if means is not None and means.wants(example=bar.n):
+                if means is not None and means.wants(example):
                     wanted = means
                 scan_prompt(statistics, sae, activations, number, p, grid, batch_size, wanted)
-                statistics.finish(example=bar.n)
+                statistics.finish(example)
                 if wanted is not None:
-                    wanted.finish(example=bar.n)
+                    wanted.finish(example)
+                example += 1
                 bar.update()
     statistics.sort()
     return statistics

@@ -804,7 +804,7 @@ def place_masks(
             save_input=point.side == "input",
             save_output=point.side != "input",
             keep_padding=True,  # the number of steps and a grid do not depend on it
-            **first.arguments(),
+            **first.seeded_arguments(),
         )
         grid = ()
         if point.stream == "image":

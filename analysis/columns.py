@@ -86,16 +86,22 @@ def numeric_columns(rows: list[dict], prompts: list[Hashable]) -> list[Column]:
 
     rows: one per example. prompts: as in `Column`. A text counts as a number if it is one, since a
     .csv file has nothing else. A column may have gaps, but no other values: {"angle": 3},
-    {"angle": null} and {} make a column, and {"angle": "left"} beside them does not.
+    {"angle": null} and {} make a column, and {"angle": "left"} beside them does not. Prompts that
+    are the numbers of another column are that column, and are left out.
     """
     names = dict.fromkeys(name for row in rows for name in row if name not in NO_COLUMNS)
+    names.pop("prompt", None)
+    names["prompt"] = None  # the last, so that its column is known
     columns = []
     for name in names:
         values = [number_in(row.get(name)) for row in rows]
         if None in values:
             continue
         numbers = np.array(values)
-        if len(np.unique(numbers[~np.isnan(numbers)])) > 1:
+        is_known = name == "prompt" and any(
+            np.array_equal(numbers, column.values, equal_nan=True) for column in columns
+        )
+        if len(np.unique(numbers[~np.isnan(numbers)])) > 1 and not is_known:
             columns.append(Column(name, numbers, prompts))
     return columns
 

@@ -171,6 +171,11 @@ class DryStep:
                 self.was_stopped = True
             except ValueError as error:  # such as an argument that the pipeline refuses
                 raise UsageError(f"{error}{place_of_user(error)}") from error
+            except KeyError as error:  # such as a prompt that is no class of a model of one's own
+                place = place_of_user(error)
+                if not place:
+                    raise
+                raise UsageError(f"KeyError: {error}{place}") from error
             self.sampling.tell_others()
 
     def _on_forward(self, forward: Forward, module) -> None:

@@ -112,6 +112,11 @@ class Generation:
             arguments["negative_prompt"] = self.negative_prompts
         return arguments
 
+    def seeded_arguments(self) -> dict:
+        """Return `arguments` with "generator", one random generator of each prompt's seed."""
+        generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
+        return self.arguments() | {"generator": generators}
+
     def batches(self, n: int) -> Iterator["Generation"]:
         """Yield consecutive parts of at most n prompts. Raises UsageError for n below 1.
 
@@ -190,16 +195,15 @@ def generate(
     model: a HookedDiffusionModel. on_step(step) is called at every step, with a `trace.Step`.
     Raises UsageError as `HookedDiffusionModel.run_with_hooks` does.
     """
-    generators = [torch.Generator().manual_seed(seed) for seed in batch.seeds]
-    options = batch.arguments()
+    options = batch.seeded_arguments()
     if batch.inputs is not None:
-        check_images_by_row(model, batch.prompts, options | {"generator": generators})
+        check_images_by_row(model, batch.prompts, batch.seeded_arguments())
 
     reproducible = random_numbers_of(batch.seeds, *model.schedulers)
     watching = model.watch(len(batch.prompts), on_step=on_step, row_seeds=batch.seeds)
     with reproducible, watching as sampling:
         edits = {} if make_edits is None else make_edits(sampling)
-        output = model.run_with_hooks(edits, batch.prompts, generator=generators, **options)
+        output = model.run_with_hooks(edits, batch.prompts, **options)
 
     sample = sampling.sample[: sampling.R]  # some pipelines step the unconditional rows too
     media = None

@@ -84,8 +84,9 @@ class LayoutsOfPlace:
     Integers of which each row has one are class numbers, which do not matter, or lengths of texts,
     which do. To look again for each new set of classes would make every step several times as slow.
     So a layout is believed for other numbers too if it was the same, in all rows, for each set that
-    was met, and if the numbers lie between the smallest and the largest that were met: where a
-    token begins grows with the lengths. With classes the looking soon ends.
+    was met, and if the smallest, the largest and the sum of the numbers lie between those that were
+    met: where a token begins grows with its row's length, with the longest of the batch, or with
+    all of them together. With classes the looking soon ends.
     """
 
     found: dict[tuple, Layout | NotHookable] = field(default_factory=dict)
@@ -103,9 +104,10 @@ class LayoutsOfPlace:
             if rows_differ:
                 return None
         for index, row in enumerate(numbers):
-            met = [number for other in self.found for number in other[index]]
-            if min(row) < min(met) or max(row) > max(met):
-                return None
+            for statistic in (min, max, sum):
+                met = [statistic(other[index]) for other in self.found]
+                if not min(met) <= statistic(row) <= max(met):
+                    return None
         return layouts[0]
 
 

@@ -278,7 +278,7 @@ class Loop:
         """Return the images in [0, 1] that the final sample `latents` decodes to."""
         z = unscale_by_config(getattr(self.vae, "config", None), latents)
         decoded = self.vae.decode(z)
-        return as_pixels(required_tensor(decoded, "the VAE's decode"))
+        return as_images(as_pixels(required_tensor(decoded, "the VAE's decode")))
 
 
 def as_images(x: Tensor) -> Tensor:

@@ -75,6 +75,14 @@ def test_which_columns_are_numbers():
     assert np.isnan(found["gap"][[0, 3]]).all() and found["gap"][1:3].tolist() == [3, 4]
 
 
+def test_prompts_that_are_another_column_are_left_out():
+    """So it is with --column angle; the numbers of classes have no other column."""
+    rows = [{"prompt": "0.5", "angle": 0.5, "size": 3}, {"prompt": "2", "angle": 2, "size": 4}]
+    assert [column.name for column in numeric_columns(rows, [0, 1])] == ["angle", "size"]
+    rows = [{"prompt": "0.5"}, {"prompt": "2"}]
+    assert [column.name for column in numeric_columns(rows, [0, 1])] == ["prompt"]
+
+
 def test_images_of_a_prompt_are_shuffled_together():
     values = np.array([1.0, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4])
     prompts = [i // 3 for i in range(12)]

@@ -1,6 +1,7 @@
 """features.py: its numbers and maps against dense ones, the words of a feature, and images of every kind."""
 
 import io
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from pages import grey_of, read_page, save_grey_images, shown_image, write_block
 from PIL import Image
 
+import features
 from features import (
     Config,
     Example,
@@ -186,6 +188,19 @@ def test_two_files_are_one_page(tmp_path):
         abs(float(shown_image(data, e).mean()) - grey_of(p)) < 3
         for e, p in ((3, 3), (4, 0), (6, 2))
     ] == [True] * 3
+
+
+def test_examples_are_counted_without_a_progress_bar(tmp_path, monkeypatch):
+    """With TQDM_DISABLE set, a bar counts nothing."""
+    x = np.random.default_rng(0).standard_normal((5, 2, 6, 4), np.float32)
+    Sae(4, 8, 2).save_to_disk(tmp_path / "sae")
+    path = str(write_block(tmp_path / "a", x, grid=[2, 3]))
+    config = dict(sae=str(tmp_path / "sae"), data=[path], device="cpu")
+    shown = read_page(main(Config(**config, out_dir=str(tmp_path / "1"))))
+    monkeypatch.setattr(features, "tqdm", partial(features.tqdm, disable=True))
+    hidden = read_page(main(Config(**config, out_dir=str(tmp_path / "2"))))
+    assert hidden["top"] == shown["top"]
+    assert len(hidden["examples"]) == 5
 
 
 def words_and_counts(texts, chosen):

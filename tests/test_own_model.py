@@ -16,6 +16,7 @@ from documents import own_model, own_model_commands
 from PIL import Image
 from torch import nn
 
+import ablate
 import collect
 import evaluate
 import steer
@@ -687,10 +688,11 @@ def test_a_fraction_as_the_condition_costs_no_further_forwards():
 
 
 def test_classes_cost_no_further_forwards_once_they_lie_between_those_that_were_met():
-    classes = [[0, 9], [3, 5], [4, 4], [9, 1]]
+    classes = [[0, 1], [8, 9], [3, 5], [9, 2], [4, 4]]
     batches = {str(i): torch.tensor(row) for i, row in enumerate(classes)}
     _, counts = forwards_of_batches(Conditioned(), batches)
-    assert counts[1:] == [3, 3, 3]
+    assert counts[1] > 3
+    assert counts[2:] == [3, 3, 3]
 
 
 def test_a_class_beyond_those_that_were_met_is_looked_at_again():
@@ -699,11 +701,25 @@ def test_a_class_beyond_those_that_were_met_is_looked_at_again():
     assert counts[1] > 3 and counts[2] == 3
 
 
-def test_lengths_are_never_taken_for_classes():
-    """Image tokens begin where the row's text ends; 2 lies between 0 and 4, with other places."""
+class WithLongest(WithLengths):
+    """The image's tokens of all rows begin behind the longest text of the batch."""
+
+    def forward(self, x, t, condition):
+        return super().forward(x, t, condition.max().expand(len(x)))
+
+
+@pytest.mark.parametrize(
+    "net, sets",
+    [
+        # 2 lies between 0 and 4, with other places
+        (WithLengths(), [[4, 4], [0, 0], [2, 2], [1, 3]]),
+        # 1 and 2 lie between 1 and 4, and so does 3
+        (WithLongest(), [[1, 4], [1, 2], [3, 1]]),
+    ],
+)
+def test_lengths_are_never_taken_for_classes(net, sets):
+    """Image tokens begin where the text of the row, or the longest of the batch, ends."""
     torch.manual_seed(0)
-    net = WithLengths()
-    sets = [[4, 4], [0, 0], [2, 2], [1, 3]]
     batches = {str(i): torch.tensor(row) for i, row in enumerate(sets)}
     seen = []
     net.mix.register_forward_hook(lambda module, args, output: seen.append(output.clone()))
@@ -711,6 +727,8 @@ def test_lengths_are_never_taken_for_classes():
     for cache, lengths in zip(caches, sets):
         x = cache["output"]["mix"]  # (2, 3, 6, 4)
         assert x.shape == (2, 3, 6, 4)
+        if isinstance(net, WithLongest):
+            lengths = [max(lengths)] * 2
         for row, length in enumerate(lengths):
             expected = [full[row, length : length + 6] for full in seen if full.shape == (2, 10, 4)]
             assert any(torch.equal(x[row, -1], one) for one in expected)
@@ -882,3 +900,55 @@ def test_a_graft_of_few_steps_has_a_window_per_step(tmp_path, monkeypatch, capsy
     assert "runs in 2 steps, so there are 2 windows" in capsys.readouterr().out
     report = json.loads(Path("evaluations/run/graft.json").read_text())
     assert len(report["windows"]) == 2
+
+
+def test_a_vae_of_videos_has_frames_behind_channels():
+    vae = SimpleNamespace(decode=lambda z: z.repeat(1, 1, 2, 1, 1))  # twice as many frames
+    images = plain((3, 2, 4, 4), vae=vae)(["a"], num_inference_steps=2).images
+    assert images.shape == (1, 4, 3, 4, 4)
+
+
+UNCOUNTED = (
+    WITHOUT_PROMPTS
+    + """
+
+CLASSES = {"cat": 0.0, "dog": 1.0}
+
+
+class Bare:
+    def step(self, prediction, t, x):
+        return x - 0.3 * prediction
+
+
+class Sampler:
+    def __init__(self):
+        self.components = {"net": Net(), "scheduler": Bare()}
+
+    def __call__(self, prompt, generator=None):
+        scale = torch.tensor([CLASSES[text] for text in prompt])
+        x = torch.stack([torch.randn(3, 8, 8, generator=g) for g in generator])
+        x = x + scale[:, None, None, None]
+        for t in (1.0, 0.5):
+            x = self.components["scheduler"].step(self.components["net"](x, t), t, x)
+        return (x.sigmoid(),)
+
+
+def uncounted():
+    torch.manual_seed(0)
+    return Sampler()
+"""
+)
+
+
+def test_a_sampler_that_does_not_say_how_many_steps_it_makes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(write(tmp_path / "project", net=UNCOUNTED))
+    Path("prompts.csv").write_text("prompt\ncat\ndog\n")
+    config = collect.Config(model_name="net.py:uncounted", device="cpu", hook_names=["blocks.1"])
+    with pytest.raises(UsageError, match="it is not known how many steps this model makes"):
+        collect.main(config)
+    options = dict(hook_names=["blocks.1"], max_num_examples=2, device="cpu")
+    ablate.main(ablate.Config(model_name="net.py:uncounted", **options))
+    assert "?" in capsys.readouterr().out
+    Path("prompts.csv").write_text("prompt\ncat\nbird\n")
+    with pytest.raises(UsageError, match="KeyError: 'bird' .net.py, line "):
+        collect.main(config)
