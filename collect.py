@@ -1275,6 +1275,7 @@ class BatchWriter:
             stem = site.point.file_name
             x = take_numbers(cache, site)
             if site.text_tokens is not None:
+                check_padding(cache, site)
                 x = pad_text(x, site)
                 arrays[f"{stem}.lengths"] = cache["lengths" + site.suffix][name]
             if self.cfg.images is not None:
@@ -1327,6 +1328,21 @@ def take_numbers(cache: dict, site: Site) -> Tensor:
         taken = cache["input" + site.suffix].pop(name)
         return returned.float() - taken.float()
     return cache[site.point.side + site.suffix].pop(name)
+
+
+def check_padding(cache: dict, site: Site) -> None:
+    """Raise UsageError if padding is left out in this batch and not in the first, or the other way
+    round: the description says one of them for all rows."""
+    reason = cache["padding" + site.suffix][site.point.hook_name]
+    if site.point.padding == (reason != ""):
+        return
+    told = "in the first batch and not in a later one"
+    if site.point.padding:
+        told = "in a later batch and not in the first one"
+    raise UsageError(
+        f"{site.point.file_name}: which text tokens are padding can be told {told}"
+        f"{reason and f' ({reason})'}; collect into another --out_dir with --keep_padding"
+    )
 
 
 def pad_text(x: Tensor, site: Site) -> Tensor:

@@ -638,13 +638,13 @@ def list_examples(activations: Activations) -> list[Example]:
 def tokens_of(file: ActivationFile, p: int) -> dict[str, list[str]] | None:
     """Return the text of each token of prompt p of a text stream, {tokenizer: [text of each]}.
 
-    None if collect.py did not store it, if the rows are not those of the prompts, or if there are
-    other numbers of tokens.
+    None if collect.py did not store it (an earlier version may have stored a column of this name),
+    if the rows are not those of the prompts, or if there are other numbers of tokens.
     """
     if file.lengths is None or file.meta.get("rows") != "cond" or not file.prompt_rows:
         return None
     tokens = file.prompt_rows[p].get("tokens")
-    if not tokens or sum(map(len, tokens.values())) != file.lengths[p]:
+    if not isinstance(tokens, dict) or sum(map(len, tokens.values())) != file.lengths[p]:
         return None
     return tokens
 

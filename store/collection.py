@@ -64,7 +64,10 @@ from store.images import image_path, images_checksum, remove_images, save_images
 HEADER = 128  # bytes at the beginning of a file, before the numbers
 CHECKED_AT_ONCE = 1 << 24  # bytes of a file
 # keys of prompts.jsonl that earlier versions did not write
-ADDED_LATER = ("seen", "tokens", "image_digest", "dataset_id", "dataset_seen", "dataset_inputs")
+ADDED_LATER = (
+    *("seen", "tokens", "image_digest"),
+    *("dataset_id", "dataset_seen", "dataset_tokens", "dataset_inputs"),
+)
 IMAGES = "images/"  # beside names of files in a line of progress.jsonl; no file has such a name
 
 
@@ -104,7 +107,8 @@ def as_numpy(x: torch.Tensor) -> np.ndarray:
 def is_same_prompt(old: bytes, new: bytes) -> bool:
     """Return whether two lines of prompts.jsonl say the same.
 
-    Keys of ADDED_LATER that the old line does not have are not compared.
+    Keys of ADDED_LATER that the old line does not have are not compared. Earlier versions wrote a
+    column "tokens" under this name, and not as "dataset_tokens".
     """
     if old == new:
         return True
@@ -114,8 +118,11 @@ def is_same_prompt(old: bytes, new: bytes) -> bool:
     except ValueError:
         return False
     for name in ADDED_LATER:
-        if name not in old_row:
-            new_row.pop(name, None)
+        if name not in old_row and name in new_row:
+            value = new_row.pop(name)
+            plain = name.removeprefix("dataset_")
+            if plain != name and plain in old_row:
+                new_row.setdefault(plain, value)
     return old_row == new_row
 
 

@@ -41,7 +41,7 @@ PROMPT_COLUMNS = ("prompt", "caption", "text")
 # These columns decide what is generated; they are found however they are spelled
 USED_COLUMNS = (*PROMPT_COLUMNS, "negative_prompt", "seed")
 # collect.py adds these keys to prompts.jsonl; a column of such a name is kept as dataset_<name>
-ADDED_KEYS = ("id", "seen", "image_digest", "inputs")
+ADDED_KEYS = ("id", "seen", "tokens", "image_digest", "inputs")
 # Keys of a prompt that are never copied from a column of the same name as they are
 OWN_KEYS = (*ADDED_KEYS, "prompt", "negative_prompt", "seed")
 

@@ -391,6 +391,20 @@ def test_a_collection_whose_ids_were_dropped_resumes(model_folder, tmp_path):
     assert collect_tiny(model_folder, tmp_path, dataset_name=path) == lines
 
 
+@pytest.mark.slow
+def test_a_collection_whose_own_column_is_called_tokens_resumes(model_folder, tmp_path):
+    """Earlier versions kept the column's name."""
+    path = write_text(tmp_path, "p.jsonl", '{"prompt": "a fox", "tokens": 7}')
+    [line] = lines = collect_tiny(model_folder, tmp_path, dataset_name=path)
+    assert line["dataset_tokens"] == 7 and "tokens" not in line
+    old = {name: value for name, value in line.items() if name != "dataset_tokens"}
+    (tmp_path / "acts" / "prompts.jsonl").write_text(json.dumps(old | {"tokens": 7}) + "\n")
+    assert collect_tiny(model_folder, tmp_path, dataset_name=path) == lines
+    (tmp_path / "acts" / "prompts.jsonl").write_text(json.dumps(old | {"tokens": 8}) + "\n")
+    with pytest.raises(UsageError, match="out_dir"):
+        collect_tiny(model_folder, tmp_path, dataset_name=path)
+
+
 @pytest.mark.parametrize("seed", ["x", "", "1.5", "1e3", "99999999999999999999", "nan"])
 def test_seeds_that_are_none(tmp_path, seed):
     """A seed is a whole number of 64 bits."""

@@ -76,6 +76,7 @@ def test_what_can_not_be_words_is_not_shown_as_words(tmp_path):
         ("uncond", dict(rows="uncond")),  # these rows have the negative prompt
         ("other", dict(tokens=too_few)),  # another number of tokens than in the file
         ("none", dict(tokens=[None] * 3)),  # of an earlier version
+        ("column", dict(tokens=[8, 5, 5])),  # a table's own, in an earlier version
     ):
         (tmp_path / name).mkdir()
         file = open_activation_file(write_activations(tmp_path / name, **options))

@@ -279,6 +279,24 @@ def test_padding_is_kept_on_request_and_is_another_hook_point(folder, tmp_path):
         collect.main(config(folder, tmp_path / "with", [SHORT, LONG]))
 
 
+@pytest.mark.parametrize("first", [False, True])
+def test_padding_that_is_told_in_some_batches_alone_is_refused(
+    folder, tmp_path, monkeypatch, first
+):
+    masks_of = RealTokens.mask
+
+    def mask(self, role, counts):
+        """The padding of the shorter prompt can't be told."""
+        masks = masks_of(self, role, counts)
+        is_short = sum(map(int, masks[0])) < letters(LONG) + pieces_of_t5(LONG)
+        return None if is_short else masks
+
+    monkeypatch.setattr(RealTokens, "mask", mask)
+    texts = [LONG, SHORT] if first else [SHORT, LONG]
+    with pytest.raises(UsageError, match="padding can be told in .* with --keep_padding"):
+        collect.main(config(folder, tmp_path / "acts", texts, text_tokens=77 + 32))
+
+
 def test_a_description_of_an_earlier_version_has_padding():
     old = dict(hook_name="a", side="output", stream="text", rows="cond")
     assert HookPoint.from_description(old).padding
