@@ -136,6 +136,7 @@ PAGE = HERE / "analysis/features.html"  # the template, with {{fields}}
 ABOUT = re.compile(rb'<meta name="about" content="([^"]*)">')  # which SAE and data a page shows
 CURVE = 50  # a time curve has at most this many points
 LEVELS = 31  # a cell of a heat map has a level from 0 to this; fewer levels compress better
+BLANK = "␣"  # a token of a text stream that is only spaces
 NUM_WORDS = 6  # shown per feature, at most
 NUM_NEAREST = 6  # shown per feature, at most
 PRIOR = 10  # the prior of a word weighs as much as this many prompts
@@ -799,7 +800,8 @@ def describe_tokens(
 
     "tokens" is {number of the shown example: [[tokenizer, [text of each token]], ...]}. "strongest"
     has for each feature [text, in how many of its examples the strongest token has it], the most
-    frequent first. A text is as in the prompt, without the spaces around it.
+    frequent first. A text is as in the prompt, without the spaces around it; BLANK is a token that
+    is only spaces.
     """
     tokens = {}
     for i, e in enumerate(shown):
@@ -812,8 +814,8 @@ def describe_tokens(
         counts = Counter()
         for e, cell in zip(of_feature, cells):
             pieces = examples[e].pieces() if e >= 0 else []
-            if cell < len(pieces) and pieces[cell].strip():
-                counts[pieces[cell].strip()] += 1
+            if cell < len(pieces) and pieces[cell]:
+                counts[pieces[cell].strip() or BLANK] += 1
         strongest.append([list(item) for item in counts.most_common(NUM_WORDS)])
     return {"tokens": tokens, "strongest": strongest}
 

@@ -13,6 +13,7 @@ import hashlib
 import importlib.util
 import inspect
 import re
+import shlex
 import sys
 import traceback
 from pathlib import Path
@@ -308,7 +309,7 @@ def recorded_model(meta: dict) -> str:
         model_name = f"{split_function(model_name)[0]}:{function}"
     raise UsageError(
         f"the activations were made by the program {model_name}, which is only run where you name "
-        f"it: add --model_name {model_name}"
+        f"it: add --model_name {shlex.quote(model_name)}"
     )
 
 

@@ -338,14 +338,17 @@ def column_name(name: str, named: list[str]) -> str:
 def find_prompt_column(row: Row) -> str | None:
     """Return the column that holds the prompt: by its name, or because no other one is text.
 
-    Of prompt, caption and text, the first one counts that is a text or empty; None if the row does
-    not say it. {"style": "oil", "caption": "a fox"} gives "caption".
+    Of prompt, caption and text, the first one counts that is a text or empty; a column prompt of
+    numbers counts if there is nothing else; None if the row does not say it. {"style": "oil",
+    "caption": "a fox"} gives "caption".
     """
     for name in PROMPT_COLUMNS:
         if name in row and isinstance(row[name], str | None):
             return name
     texts = [name for name, value in row.items() if isinstance(value, str)]
-    return texts[0] if len(texts) == 1 else None
+    if len(texts) == 1:
+        return texts[0]
+    return "prompt" if isinstance(row.get("prompt"), (int, float)) else None
 
 
 def check_has_column(row: Row, column: str | None, dataset_name: str) -> None:

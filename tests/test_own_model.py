@@ -743,6 +743,8 @@ def test_a_column_of_numbers(tmp_path):
     rows = load_prompts(str(table), column="angle")
     assert rows[0] == {"prompt": "0.1", "angle": 0.1, "name": "a"}
     assert rows[1]["prompt"] == "2"
+    table.write_text('[{"prompt": 0}, {"prompt": 1}]')
+    assert [row["prompt"] for row in load_prompts(str(table))] == ["0", "1"]
     table.write_text('[{"angle": true}]')
     with pytest.raises(UsageError, match="is no text and no number: True"):
         load_prompts(str(table), column="angle")

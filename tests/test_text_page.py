@@ -70,6 +70,14 @@ def test_each_token_has_its_activation_and_the_strongest_are_named(page):
     assert data["strongest"][0] == []  # dead
 
 
+def test_a_token_that_is_only_a_space_is_named(tmp_path):
+    tokens = [{name: [" "] * len(texts) for name, texts in of.items()} for of in TOKENS]
+    path = write_activations(tmp_path, tokens=tokens)
+    sae_of_one_dimension().save_to_disk(tmp_path / "sae")
+    options = dict(sae=str(tmp_path / "sae"), data=[str(path)], out_dir=str(tmp_path / "pages"))
+    assert read_page(main(Config(**options, device="cpu")))["strongest"][1] == [["␣", 3]]
+
+
 def test_what_can_not_be_words_is_not_shown_as_words(tmp_path):
     too_few = [{"tokenizer": ["a"]}] * 3
     for name, options in (
