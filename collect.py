@@ -323,7 +323,9 @@ def main(cfg: Config) -> list[Path]:
     # Every shard takes the shapes from the first batch of all of them, so that its files fit the
     # others
     first_batch = everything[: cfg.batch_size * cfg.num_images_per_prompt]
-    inputs = InputImages.of_rows([*first_batch, *prompts])
+    # The room for texts is taken from the longest of all prompts, which may be another shard's
+    read = everything if cfg.stream == "text" else [*first_batch, *prompts]
+    inputs = InputImages.of_rows(read)
 
     # 2. The model, one copy per process
     processes = start_processes(cfg)

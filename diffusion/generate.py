@@ -155,6 +155,8 @@ def image_lists(inputs: list[dict[str, Image.Image]]) -> dict[str, Any]:
     for images in inputs:
         for name, image in images.items():
             lists.setdefault(name, []).append(image)
+    for name, images in lists.items():
+        assert len(images) == len(inputs), f"{name}: {len(images)} images, {len(inputs)} prompts"
     return lists
 
 

@@ -14,6 +14,7 @@ generates with the same images, and refuses a copy that was changed.
 import hashlib
 import io
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,13 +78,15 @@ def load_rows(
     dataset_name: as for `load_prompts`. If it is None, all prompts are "": there is one for each
     image of a folder, or else there are `max_num_examples`.
 
-    Raises UsageError for a value that is none of these, for a folder that has not one image for
-    each prompt, and as `load_prompts` does.
+    One line says which image of a folder the first prompt gets. Raises UsageError for a value that
+    is none of these, or both a path and a column; for a folder that has not one image for each
+    prompt; and as `load_prompts` does.
     """
     files: dict[str, Source] = {}
     folders: dict[str, list[str]] = {}
     columns: dict[str, str] = {}
-    for name, value in parse_inputs(inputs).items():
+    values = parse_inputs(inputs)
+    for name, value in values.items():
         if os.path.isdir(value):
             _, folders[name] = pictures_of_folder(Path(value), None, f"{OPTION} {name}={value}")
         elif os.path.isfile(value):
@@ -100,7 +103,13 @@ def load_rows(
         rows = empty_prompts(folders, negative_prompt, max_num_examples)
     else:
         rows = load_prompts(
-            dataset_name, split, column, negative_prompt, max_num_examples, pictures=columns
+            dataset_name,
+            split,
+            column,
+            negative_prompt,
+            max_num_examples,
+            pictures=columns,
+            paths={name: values[name] for name in (*files, *folders)},
         )
     is_cut = len(rows) == max_num_examples
     for name, paths in folders.items():
@@ -109,12 +118,31 @@ def load_rows(
                 f"{OPTION} {name}: the folder has {len(paths)} images for {len(rows)} prompts; "
                 "expected one for each prompt, in the order of the names"
             )
+        if dataset_name is not None:
+            say_first_pair(name, values[name], rows[0]["prompt"], paths)
     for number, row in enumerate(rows):
         of_folders = {name: paths[number] for name, paths in folders.items()}
         images = files | of_folders | row.pop("inputs", {})
         if images:
             row["inputs"] = images
     return rows
+
+
+def say_first_pair(name: str, folder: str, prompt: str, paths: list[str]) -> None:
+    """Print which image of a folder the first prompt gets; and, where the names hold numbers, the
+    first image that is not in the order of these, such as 10.png before 2.png."""
+    text = f"note: {OPTION} {name}={folder}: {os.path.basename(paths[0])} is for {prompt!r}"
+    for path, next_path in zip(paths, paths[1:]):
+        if numbers_in(path) > numbers_in(next_path):
+            before, after = os.path.basename(path), os.path.basename(next_path)
+            text += f"; in the order of names, {before} comes before {after}"
+            break
+    print(text)
+
+
+def numbers_in(path: str) -> list[int]:
+    """Return the numbers in the name of a file: [2, 10] for "page2_10.png"."""
+    return [int(digits) for digits in re.findall("[0-9]+", os.path.basename(path))]
 
 
 def empty_prompts(
@@ -227,10 +255,20 @@ def read_inputs(folders: list[Path], rows: list[Row]) -> list[dict[str, Image.Im
     none.
 
     folders: those of the collections; the copies lie in `inputs` of one of them. Raises UsageError
-    for a copy that is missing or was changed.
+    for a copy that is missing or was changed, and for rows that have images of other arguments.
     """
-    if not any(isinstance(row.get("inputs"), dict) for row in rows):
+    kinds = set()
+    for row in rows:  # "inputs" may be a column of an old file
+        kinds.add(tuple(sorted(row["inputs"])) if isinstance(row.get("inputs"), dict) else ())
+    if kinds == {()}:
         return None
+    if len(kinds) > 1:
+        names = " or ".join(", ".join(kind) or "no image" for kind in sorted(kinds))
+        raise UsageError(
+            f"the rows of {' and '.join(str(folder) for folder in folders)} were generated from "
+            f"{names}, and can't be generated together: give evaluate.py the activations of one "
+            "collection with --data, and steer.py other prompts with --dataset_name"
+        )
     opened = {}
     for row in rows:
         for name in row["inputs"].values():

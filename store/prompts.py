@@ -65,6 +65,7 @@ def load_prompts(
     negative_prompt: str | None = None,
     max_num_examples: int | None = None,
     pictures: dict[str, str] | None = None,
+    paths: dict[str, str] | None = None,
 ) -> list[Row]:
     """Return the prompts of a file, of a hub data set, or one literal prompt.
 
@@ -74,7 +75,8 @@ def load_prompts(
     column: holds the prompt. If None, it is the first of prompt, caption and text, or the only
     column of texts. negative_prompt: the name of a column, or a text for all prompts. If None, the
     column negative_prompt is used where there is one. pictures: {key: column}; of each row these
-    columns' pictures become "inputs": {key: picture}, see `picture_of`.
+    columns' pictures become "inputs": {key: picture}, see `picture_of`. paths: {key: path} of
+    pictures that are no column; a path that is called like one is refused.
 
     Raises UsageError for a file or a column that is missing, for a file that can be read in several
     ways, for a cell that can't be used, and for a data set without prompts.
@@ -89,6 +91,7 @@ def load_prompts(
     rows = undecoded(rows, list(pictures.values()))
     for number, row in enumerate(rows, 1):
         where = f"{dataset_name}, row {number}"
+        check_no_column(row, paths or {}, dataset_name)
         row = rename_columns(row, named, where)
         columns.update(dict.fromkeys(row))
         if not prompts:
@@ -268,6 +271,16 @@ def check_has_picture(row: Row, column: str, key: str, dataset_name: str) -> Non
             f"--inputs {key}={column}: there is no such file or folder, and {dataset_name} has no "
             f"such column; there are {', '.join(row)}"
         )
+
+
+def check_no_column(row: Row, paths: dict[str, str], dataset_name: str) -> None:
+    """Raise UsageError if a path of --inputs, in {argument: path}, is also a column of the row."""
+    for key, path in paths.items():
+        if path in map(str.strip, row):
+            raise UsageError(
+                f"--inputs {key}={path}: {path} is a column of {dataset_name} and a file or folder "
+                f"here; ./{path} names the latter, and for the column run it in another folder"
+            )
 
 
 def first_caption_column(row: Row) -> str | None:

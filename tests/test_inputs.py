@@ -18,7 +18,7 @@ import collect
 import evaluate
 import steer
 import train
-from diffusion.generate import generate
+from diffusion.generate import generate, image_lists
 from errors import UsageError
 from hook import Edit, Generation, HookedDiffusionModel
 from store.inputs import InputImages, load_rows, name_of_copy, parse_inputs, read_inputs
@@ -184,6 +184,45 @@ def test_what_inputs_takes(tmp_path):
     (tmp_path / "broken.png").write_text("no picture")
     with pytest.raises(UsageError, match="--inputs image: .*broken.png can't be read"):
         InputImages.of_rows(load_rows([f"image={tmp_path / 'broken.png'}"], "a fox"))
+
+
+def test_a_path_that_is_also_a_column_is_refused(tmp_path, monkeypatch):
+    table = write_table(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photo").mkdir()
+    for number in range(3):
+        picture(number + 3).save(tmp_path / f"photo/{number}.png")
+    with pytest.raises(UsageError, match=r"photo is a column of .* \./photo names the latter"):
+        load_rows(["image=photo"], str(table))
+    [first, *_] = load_rows(["image=./photo"], str(table))
+    assert Path(first["inputs"]["image"]).parent.name == "photo"
+
+
+def test_one_line_says_the_order_of_a_folder(tmp_path, capsys):
+    table = write_table(tmp_path / "t")
+    (tmp_path / "f").mkdir()
+    for number in (1, 2, 10):
+        picture(number).save(tmp_path / f"f/{number}.png")
+    load_rows([f"image={tmp_path / 'f'}"], str(table))
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.endswith(
+        f"f: 1.png is for '{PROMPTS[0]} 0'; in the order of names, 10.png comes before 2.png"
+    )
+
+
+def test_rows_of_which_some_have_images_are_refused(tmp_path):
+    rows = load_rows([], "a fox") + load_rows([f"image={save_picture(tmp_path)}"], "a fox")
+    InputImages.of_rows(rows[1:]).save(tmp_path, rows[1:])
+    assert len(read_inputs([tmp_path], rows[1:])) == 1
+    with pytest.raises(UsageError, match="from no image or image, and can't be"):
+        read_inputs([tmp_path], rows)
+    with pytest.raises(AssertionError, match="1 images, 2 prompts"):
+        image_lists([{}, {"image": picture(0)}])
+
+
+def save_picture(folder):
+    picture(0).save(folder / "a.png")
+    return folder / "a.png"
 
 
 def test_images_of_several_sizes_are_refused_unless_the_pipeline_scales_them(tmp_path):
@@ -353,6 +392,16 @@ def test_a_collection_with_images_resumes_in_shards_and_refuses_other_images(tmp
     picture(6).save(tmp_path / "pictures/0.png")
     with pytest.raises(UsageError, match="other prompts"):
         collect.main(replace(config, max_num_examples=4))
+
+
+@pytest.mark.slow
+def test_the_longest_text_may_be_of_another_shard(tmp_path, use):
+    use(kontext)
+    table = write_table(tmp_path, count=3)
+    table.write_text(table.read_text().replace(",2.png", " and a very long text,2.png"))
+    config = config_of(kontext, table, tmp_path / "acts", batch_size=1, stream="text", shard="0/3")
+    [path] = collect.main(config)
+    assert len(np.load(path)) == 1
 
 
 # ------------------------------------------------------------------------------ reference tokens
