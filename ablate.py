@@ -90,7 +90,7 @@ from errors import UsageError, decimals
 from hook import Edit, Generation, HookedDiffusionModel, Layout, NotHookable, default_prompts
 from store.disk import claim_folder, write_json
 from store.images import Media, describe_files, save_media
-from store.inputs import InputImages, load_rows, names_folder
+from store.inputs import InputImages, input_names, load_rows, names_folder
 from store.prompts import with_seeds
 
 MOST_SHOWN = 40  # rows of images, and bars: the hook points that matter most
@@ -146,8 +146,10 @@ def main(cfg: Config) -> list[Path]:
     out_dir = Path(cfg.out_dir)
     settings = {name: value for name, value in vars(cfg).items() if name not in NOT_SETTINGS}
     settings |= model.loaded_from
-    if not cfg.inputs:
+    if inputs is None:
         del settings["inputs"]  # earlier versions had no such option
+    else:
+        settings["input_images"] = input_names(prompts)
     claim_folder(out_dir, "ablate.json", settings)
 
     # 3. One run untouched, then one per hook point

@@ -560,13 +560,18 @@ def choose_batching(
     """Return how the pipeline gets its prompts, and the images of --inputs if there are any.
 
     A pipeline gets each prompt once, with the number of images of each. If it takes no such number,
-    it gets each prompt once per image. So it does with --inputs, since many pipelines give several
-    images of several prompts the wrong ones. Raises UsageError for images that the pipeline does
-    not take, and where their sizes differ.
+    or may sort what it makes of a prompt, it gets each prompt once per image. So it does with
+    --inputs, since many pipelines give several images of several prompts the wrong ones.
+    Raises UsageError for images that the pipeline does not take, and where their sizes differ.
     """
     if inputs is None:
         takes_number = any(per_prompt(name) for name in inspect.signature(model.pipe).parameters)
-        return Batching(cfg.num_images_per_prompt if takes_number else 1, None)
+        # A pipeline that can score what it made, as audio ones do, sorts the samples of a prompt by
+        # their scores where it is given a number of them: then a file would be another row's. The
+        # activations stay in the order of generation, so each prompt is given once per sample.
+        sorts = any(name.startswith("score") for name in dir(type(model.pipe)))
+        is_safe = takes_number and not sorts
+        return Batching(cfg.num_images_per_prompt if is_safe else 1, None)
     model.check_image_arguments(inputs.sizes)
     size_is_given = cfg.height is not None and cfg.width is not None
     inputs.check_sizes(size_is_given)

@@ -185,6 +185,7 @@ from analysis.concepts import clearest_exchange, find_features, image_scores, to
 from analysis.feature_edits import Change, Edits, Target, Typical, check_features, redirect, steer
 from analysis.plots import ImageRow, plot_images
 from diffusion.generate import generate_media
+from diffusion.loading import digest_of, find_model, is_model_file, split_function
 from errors import UsageError, decimals
 from hook import Generation, HookedDiffusionModel, model_of
 from sae import Sae, newest_sae
@@ -195,6 +196,7 @@ from store.identity import activations_of, check_belongs, origin
 from store.images import Media, describe_files, save_media
 from store.inputs import (
     InputImages,
+    input_names,
     load_rows,
     name_of_copy,
     names_folder,
@@ -693,19 +695,26 @@ def negative_prompt_of(cfg: Config, target: Target) -> str | None:
 
 
 def choose_images(
-    cfg: Config, rows: list[dict], targets: list[Target], model: HookedDiffusionModel
+    cfg: Config,
+    rows: list[dict],
+    targets: list[Target],
+    model: HookedDiffusionModel,
+    inputs: InputImages | None,
+    options: dict,
 ) -> list[dict[str, Image.Image]] | None:
     """Return the images that the pipeline takes, {argument: image} for each row; None if there are
     none.
 
-    They come from --inputs; with the prompts of the activations, their own images come first.
+    They are `inputs`, those of new prompts. With the prompts of the activations they are their own,
+    and an image of --inputs takes the place of these. options: the pipeline's other arguments.
     Raises UsageError for what can't be used, and for an image that was changed.
     """
     if not takes_prompts_of_activations(cfg):
-        inputs = InputImages.of_rows(rows)
         if inputs is None:
             return None
         model.check_image_arguments(inputs.sizes)
+        sizes = (options.get("height"), options.get("width"))
+        inputs.check_sizes(is_resized=None not in sizes)
         return inputs.of(rows)
 
     folders = []
@@ -941,8 +950,12 @@ def print_table(runs: list[Run]) -> None:
         print(f"{run.name:12} {norm:>6} {distance:>9} {decimals(run.moved.mean().item(), 3):>9}")
 
 
-def settings_of(cfg: Config, targets: list[Target]) -> dict:
-    """Return the options that decide the images. If others made a folder, it is not used again."""
+def settings_of(cfg: Config, targets: list[Target], rows: list[dict]) -> dict:
+    """Return the options that decide the images. If others made a folder, it is not used again.
+
+    Of a model file and of the images of --inputs there are digests, since they may change. rows:
+    with the names of these images' copies, if they are new prompts.
+    """
     settings = {}
     for name, value in vars(cfg).items():
         if name not in ("out_dir", "device", "batch_size"):
@@ -951,6 +964,16 @@ def settings_of(cfg: Config, targets: list[Target]) -> dict:
     for name in ("inputs", "lora", "trust_remote_code"):
         if not settings[name]:
             del settings[name]  # earlier versions had no such option
+    if cfg.model_name and is_model_file(cfg.model_name):
+        path = Path(find_model(split_function(cfg.model_name)[0]))
+        settings["model_files"] = {path.name: digest_of(path)}
+    if cfg.inputs and takes_prompts_of_activations(cfg):
+        images = {}
+        for name, path in parse_inputs(cfg.inputs).items():
+            images[name] = name_of_copy(open_image(path, f"--inputs {name}"))
+        settings["input_images"] = images
+    elif cfg.inputs:
+        settings["input_images"] = input_names(rows)
     return settings
 
 
@@ -1002,7 +1025,8 @@ def main(cfg: Config) -> list[Path]:
 
     # 2. A folder that holds nothing else
     rows = choose_prompts(cfg, targets, shown)
-    settings = settings_of(cfg, targets)
+    inputs = None if takes_prompts_of_activations(cfg) else InputImages.of_rows(rows)
+    settings = settings_of(cfg, targets, rows)
     folder = Path(cfg.out_dir) / folder_name(cfg, targets)
     claim_folder(folder, "steer.json", settings)
 
@@ -1023,7 +1047,7 @@ def main(cfg: Config) -> list[Path]:
     transfers = check_models(cfg, model, targets)
     is_other_model = cfg.model_name is not None and any(transfers)
     options = choose_arguments(cfg, meta, model, collected, is_other_model)
-    images = choose_images(cfg, rows, targets, model)
+    images = choose_images(cfg, rows, targets, model, inputs, options)
     generation = Generation.from_rows(rows, options, images)
     steps = place_masks(cfg, model, generation, targets)
 

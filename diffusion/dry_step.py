@@ -382,22 +382,36 @@ class FirstStep:
 
 
 def first_forwards(model: Any, prompt: Prompt, options: dict) -> list[Forward]:
-    """Return the forwards of a first step, with what the denoisers were given and predicted.
+    """Return the forwards of a first step, with what the denoisers were given and predicted, and
+    what the second step begins with: an image may be put into the sample between the two.
 
     Raises what the pipeline raises.
     """
     forwards = []
 
+    def on_forward(forward: Forward, module) -> None:
+        if forwards:
+            forwards.append(forward)
+            raise DryRunOver
+
     def on_step(step: Step) -> None:
         forwards.extend(step.forwards)
-        raise DryRunOver
 
-    DryStep(model, prompt, options, denoisers=None, on_step=on_step, must_repeat=False).run()
+    DryStep(
+        model,
+        prompt,
+        options,
+        denoisers=None,
+        on_forward=on_forward,
+        on_step=on_step,
+        must_repeat=False,
+    ).run()
     return forwards
 
 
 def check_images_by_row(model: Any, prompts: list[str], options: dict) -> None:
-    """Raise UsageError if the images of one prompt reach the rows of another one.
+    """Raise UsageError if the images of one prompt reach the rows of another one, or not its own,
+    or if the pipeline fails with several prompts and not with the first alone.
 
     A pipeline may take a list of images otherwise than as one for each prompt: as several reference
     images of every prompt, or as the frames of a video. So the last images of the lists are changed
@@ -409,18 +423,35 @@ def check_images_by_row(model: Any, prompts: list[str], options: dict) -> None:
     if num_prompts == 1 or memory.images_are_checked:
         return
     changed = {}
+    alone = dict(options)  # the arguments of the first prompt
     for name, value in options.items():
         if len(images_in(value)) == num_prompts:
             changed[name] = [*value[:-1], other_image(value[-1])]
-    before = first_forwards(model, prompts, options)
+            alone[name] = value[0]
+        elif isinstance(value, list) and len(value) == num_prompts:
+            alone[name] = value[:1]
+    refused = (
+        f"{type(model.pipe).__name__} does not take a list in {', '.join(changed)} as one image "
+        "for each prompt: "
+    )
+    remedy = (
+        "; generate one prompt at a time: --batch_size 1 of collect.py and steer.py, "
+        "--graft_batch_size 1 of evaluate.py, --max_num_examples 1 of ablate.py"
+    )
+    try:
+        before = first_forwards(model, prompts, options)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        if not changed or not reaches_denoiser(model, prompts[:1], alone):
+            raise
+        raise UsageError(f"{refused}it fails with {error}{remedy}") from error
     after = first_forwards(model, prompts, options | changed)
-    if any(row % num_prompts != num_prompts - 1 for row in rows_that_differ(before, after)):
-        names = ", ".join(changed)
-        raise UsageError(
-            f"{type(model.pipe).__name__} does not take a list in {names} as one image for each "
-            "prompt: the image of one prompt changes what is made of others; generate one prompt "
-            "at a time, with --batch_size 1"
-        )
+    prompts_that_differ = {row % num_prompts for row in rows_that_differ(before, after)}
+    if prompts_that_differ - {num_prompts - 1}:
+        raise UsageError(f"{refused}the image of one prompt changes what is made of others{remedy}")
+    if changed and not prompts_that_differ:
+        raise UsageError(f"{refused}the last image changes nothing{remedy}")
     memory.images_are_checked = True
 
 

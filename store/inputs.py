@@ -297,6 +297,14 @@ def name_of_copy(image: Image.Image) -> str:
     return f"{hashlib.sha256(pixels).hexdigest()[:16]}.png"
 
 
+def input_names(rows: list[Row]) -> dict[str, dict[str, str]]:
+    """Return {the number of a row: the names of its images' copies}, by which settings know them.
+
+    rows: after `InputImages.of_rows`.
+    """
+    return {str(number): row["inputs"] for number, row in enumerate(rows)}
+
+
 def check_unchanged(image: Image.Image, name: str, path: str) -> None:
     """Raise UsageError if an image is not the one whose copy has this name."""
     if name_of_copy(image) != name:

@@ -5,7 +5,9 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -283,7 +285,101 @@ def test_a_pipeline_that_takes_a_list_otherwise_is_refused(tmp_path, use):
         collect.main(config_of(instruct_pix2pix, write_table(tmp_path), tmp_path / "acts"))
 
 
+class Changed(Mixing):
+    """A pipeline whose images are changed by a function on their way to it."""
+
+    def __init__(self, pipe, change):
+        super().__init__(pipe)
+        self.change = change
+
+    def __call__(self, prompt=None, image=None, **options):
+        return self.pipe(prompt, image=self.change(image), **options)
+
+
+def one_alone(images):
+    if isinstance(images, list) and len(images) > 1:
+        raise RuntimeError("Sizes of tensors must match")
+    return images
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda images: images[:1] * len(images), "the last image changes nothing"),
+        (one_alone, "it fails with Sizes of tensors.*--max_num_examples 1 of ablate.py"),
+    ],
+)
+def test_one_image_for_all_and_a_list_that_fails_are_refused(change, message, use):
+    hooked = use(instruct_pix2pix)
+    hooked.pipe = Changed(hooked.pipe, change)
+    options = generate_options(3, instruct_pix2pix)
+    prompts, images = options.pop("prompt"), options.pop("image")
+    del options["generator"]
+    inputs = [{"image": image} for image in images]
+    with pytest.raises(UsageError, match=message):
+        generate(hooked, Generation(prompts, [0, 1, 2], None, options, inputs))
+    hooked.pipe.change = list
+    generate(hooked, Generation(prompts, [0, 1, 2], None, options, inputs))
+
+
+def test_an_image_that_is_put_in_after_the_first_step_is_taken():
+    """A UNet without inputs for the image: at strength 1 it begins with pure noise."""
+    parts = {**build(img2img).components, "image_encoder": None}
+    hooked = HookedDiffusionModel.from_pipeline(
+        diffusers.StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
+    )
+    mask = Image.new("RGB", (24, 16))
+    mask.paste("white", (0, 0, 12, 16))
+    inputs = [{"image": picture(i), "mask_image": mask} for i in range(2)]
+    options = dict(strength=1.0, num_inference_steps=2, height=16, width=24, output_type="latent")
+    generate(hooked, Generation(PROMPTS[:2], [0, 1], None, options, inputs))
+
+
+def test_each_prompt_is_given_once_per_sample_where_samples_may_be_sorted():
+    class Pipe:
+        def __call__(self, prompt=None, num_waveforms_per_prompt=1):
+            pass
+
+    class Sorting(Pipe):
+        def score_waveforms(self):
+            pass
+
+    cfg = collect.Config(num_images_per_prompt=3)
+    for pipe, expected in ((Pipe(), 3), (Sorting(), 1)):
+        model = SimpleNamespace(pipe=pipe)
+        assert collect.choose_batching(cfg, model, None).num_images == expected
+
+
 # ------------------------------------------------------------------------------ later stages
+
+
+def test_steer_refuses_images_of_several_sizes(tmp_path):
+    picture(0).save(tmp_path / "a.png")
+    picture(1, (32, 16)).save(tmp_path / "b.png")
+    cfg = steer.Config(dataset_name="prompts.txt", inputs=[f"image={tmp_path}"])
+    rows = load_rows(cfg.inputs, None)
+    inputs = InputImages.of_rows(rows)
+    model = SimpleNamespace(check_image_arguments=lambda sizes: None)
+    with pytest.raises(UsageError, match="24 x 16 and 32 x 16"):
+        steer.choose_images(cfg, rows, [], model, inputs, {})
+    options = dict(height=16, width=24)
+    assert len(steer.choose_images(cfg, rows, [], model, inputs, options)) == 2
+
+
+@pytest.mark.parametrize("dataset_name", [None, "a fox"])
+def test_settings_of_steer_know_images_and_model_files_by_their_content(dataset_name, tmp_path):
+    path, model = tmp_path / "a.png", tmp_path / "my_model.py"
+    cfg = steer.Config(
+        dataset_name=dataset_name, inputs=[f"image={path}"], model_name=f"{model}:build"
+    )
+    kinds = set()
+    for number, code in ((0, "a"), (1, "a"), (1, "b"), (1, "b")):
+        picture(number).save(path)
+        model.write_text(code)
+        rows = load_rows(cfg.inputs, "a fox")
+        InputImages.of_rows(rows)
+        kinds.add(json.dumps(steer.settings_of(cfg, [], rows)))
+    assert len(kinds) == 3
 
 
 def save_pipeline(recipe, folder):
@@ -364,6 +460,9 @@ def test_ablate_takes_images(tmp_path, use):
         for name in ("inputs", "dataset_name", "num_inference_steps", "height", "width", "device")
     }
     ablate.main(ablate.Config(hook_names=[HOOK], out_dir=str(tmp_path / "ablate"), **options))
+    with pytest.raises(UsageError, match="was made with image '.*.png', not '"):
+        picture(8).save(tmp_path / "pictures/1.png")
+        ablate.main(ablate.Config(hook_names=[HOOK], out_dir=str(tmp_path / "ablate"), **options))
     report = json.loads((tmp_path / "ablate/ablate.json").read_text())
     assert len(report["inputs"]) == 3 and set(report["inputs"][0]) == {"image", "mask_image"}
     assert report["hooks"][0]["latents"] > 0
