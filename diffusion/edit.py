@@ -184,14 +184,17 @@ class Editor:
                     raise UsageError(f"{hook_name}: {reason}")
 
     def listen(self, stack: ExitStack, sampling: Sampling | None) -> None:
-        """Register the hooks, in the user's order; `stack` removes them.
+        """Register the hooks, in the user's order, but those on a module's input first; `stack`
+        removes them.
 
         sampling: what labels the rows; it may be None if there is no `Edit`.
         """
         if self.edits:
             self.runs.listen(stack, sampling)
         for hook_name, (_, module) in self.targets.items():
-            for function in self.functions[hook_name]:
+            # a hook that notes a module's input comes behind those that change it
+            functions = sorted(self.functions[hook_name], key=changes_no_input)
+            for function in functions:
                 if isinstance(function, Edit):
                     EditHook(self, hook_name, function, sampling).listen(stack, module)
                 else:
@@ -326,6 +329,11 @@ class EditHook:
         """Keep why nothing was edited so far, unless something was."""
         if self.idle[self.hook_name] is not None:
             self.idle[self.hook_name] = reason
+
+
+def changes_no_input(function: Any) -> bool:
+    """Return whether a function or an `Edit` leaves what a module takes as it is."""
+    return not isinstance(function, Edit) or function.side != "input"
 
 
 def plain_hook(function: Callable, hook_name: str, idle: dict[str, str | None]) -> Callable:

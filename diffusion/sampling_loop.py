@@ -9,6 +9,9 @@ The functions below it read what a user's own functions take and return.
 
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from types import CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -69,13 +72,19 @@ class Loop:
 
     @property
     def components(self) -> dict[str, Any]:
-        """{name: network or scheduler}, as a diffusers pipeline has them."""
+        """{name: network or scheduler}, as a diffusers pipeline has them.
+
+        The networks that `encode_prompt` uses are text_encoder, text_encoder_2, ...; those of the
+        VAE are vae, vae_2, ...
+        """
         components = {"model": self.model, "scheduler": self.scheduler}
-        encoder = getattr(self.encode_prompt, "__self__", self.encode_prompt)  # of a method
-        if isinstance(encoder, nn.Module):
-            components["text_encoder"] = encoder
-        if self.vae is not None:
-            components["vae"] = self.vae
+        decoder = (self.vae, getattr(self.vae, "decode", None))
+        for name, part in (("vae", decoder), ("text_encoder", self.encode_prompt)):
+            number = 1
+            for network in networks_in(part):
+                if not any(network is other for other in components.values()):
+                    components[name if number == 1 else f"{name}_{number}"] = network
+                    number += 1
         return components
 
     @property
@@ -362,6 +371,82 @@ def takes_all_by_position(parameters: list[inspect.Parameter], options: dict) ->
         if is_needed and parameter.name not in options:
             return True
     return False
+
+
+# ------------------------------------------------------------------- what a user's function uses
+
+MOST_LINKS = 8  # from a user's function to a network that it uses
+
+
+def networks_in(value: Any) -> list[nn.Module]:
+    """Return the networks that a user's function or object uses, each once.
+
+    For `def encode_prompt(prompts): return ENCODER(numbers(prompts))` that is ENCODER, and what
+    `numbers` uses. They are not looked for inside a network, nor behind more than MOST_LINKS
+    variables, functions and attributes.
+    """
+    networks = []
+    seen = {}  # by id; it holds the values, so that no other one gets the id of one that is gone
+    values = [value]
+    for _ in range(MOST_LINKS):
+        linked = []
+        for value in values:
+            if id(value) in seen:
+                continue
+            seen[id(value)] = value
+            if isinstance(value, nn.Module):
+                networks.append(value)
+            else:
+                linked += linked_values(value)
+        values = linked
+    return networks
+
+
+def linked_values(value: Any) -> list[Any]:
+    """Return what a value leads to: the items of a list, the attributes of an object, the variables
+    that a function names."""
+    if isinstance(value, (str, bytes, Tensor, type, ModuleType)):
+        return []
+    if isinstance(value, dict):
+        return list(value.values())
+    if isinstance(value, (list, tuple, set)):
+        return list(value)
+    if isinstance(value, partial):
+        return [value.func, *value.args, *value.keywords.values()]
+    if inspect.ismethod(value):
+        owner = value.__self__
+        return [owner] if isinstance(owner, nn.Module) else [owner, value.__func__]
+    if inspect.isfunction(value):
+        return variables_of(value)
+    linked = list(getattr(value, "__dict__", {}).values())
+    if isinstance(getattr(type(value), "components", None), property):  # a pipeline
+        linked += value.components.values()
+    if callable(value):
+        linked.append(type(value).__call__)
+    return linked
+
+
+def variables_of(function: FunctionType) -> list[Any]:
+    """Return the values of the variables that a function names: those of its file, those of the
+    function around it, its defaults, and what it takes from other files, as `file.ENCODER`."""
+    names = names_in(function.__code__)
+    values = [function.__globals__[name] for name in names if name in function.__globals__]
+    for module in [value for value in values if isinstance(value, ModuleType)]:
+        values += [vars(module)[name] for name in names if name in vars(module)]
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # not set yet
+            values.append(cell.cell_contents)
+    return [*values, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+
+
+def names_in(code: CodeType) -> list[str]:
+    """Return the names of variables and attributes in a function's code, and in the functions and
+    generators that are written inside it."""
+    names = list(code.co_names)
+    for constant in code.co_consts:
+        if inspect.iscode(constant):
+            names += names_in(constant)
+    return names
 
 
 # ---------------------------------------------------------------- what a user's function returns

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,8 @@ import torch
 from commands import run_script
 from documents import own_model, own_model_commands
 from PIL import Image
+from tiny import build as build_tiny
+from tiny import sd15
 from torch import nn
 
 import ablate
@@ -21,10 +24,13 @@ import collect
 import evaluate
 import steer
 import train
-from diffusion.loading import find_model, run_model_file, split_function
+from diffusion.loading import find_model, move, run_model_file, split_function
 from errors import UsageError
 from hook import Edit, HookedDiffusionModel
+from store.identity import pipeline_fingerprints
 from store.prompts import load_prompts
+
+this_file = sys.modules[__name__]
 
 PROMPTS = "prompt\n" + "cat\ndog\nfox\nowl\n" * 2
 
@@ -538,6 +544,86 @@ def test_shared_tensors_are_not_doubled():
     model(["a", "bb"], num_inference_steps=2)
     rows, y, scale = model.pipe.model.calls[-1]
     assert rows == 4 and y.tolist() == [-1.0, -2.0, 1.0, 2.0] and scale.shape == (1,)
+
+
+ENCODER, OTHER = nn.Linear(1, 1), nn.Linear(1, 1)
+
+
+def encode(prompts):
+    return torch.cat([row for row in (encode_one(prompt) for prompt in prompts)])
+
+
+@torch.no_grad()
+def encode_one(prompt):
+    return ENCODER(numbers([prompt])[:, None])[:, 0]
+
+
+class Encoder:
+    """With one network among its attributes, and another in its components."""
+
+    def __init__(self):
+        self.networks = {"first": nn.Linear(1, 1)}
+
+    @property
+    def components(self):
+        return {"scheduler": None, "second": OTHER}
+
+    def __call__(self, prompts):
+        return encode(prompts)
+
+    def encode(self, prompts):
+        return self.networks["first"](numbers(prompts)[:, None])[:, 0]
+
+    def decode(self, z):
+        return z[:, :3]
+
+
+def test_the_networks_that_encode_prompt_and_a_plain_vae_use_are_components():
+    def of_closure(prompts):
+        return OTHER(encode(prompts)[:, None])[:, 0]
+
+    encoder = Encoder()
+    first = encoder.networks["first"]
+    for encode_prompt, expected in (
+        (encode, [ENCODER]),
+        (of_closure, [OTHER, ENCODER]),
+        (encoder, [first, OTHER, ENCODER]),
+        (encoder.encode, [first, OTHER, ENCODER]),
+        (partial(lambda net, prompts: numbers(prompts), OTHER), [OTHER]),
+        (lambda prompts, net=OTHER: numbers(prompts), [OTHER]),
+        (lambda prompts: this_file.OTHER(numbers(prompts)[:, None]), [OTHER]),
+        (OTHER.forward, [OTHER]),
+        (numbers, []),
+    ):
+        components = loop_of(encode_prompt).pipe.components
+        names = ["text_encoder", "text_encoder_2", "text_encoder_3"][: len(expected)]
+        assert list(components) == ["model", "scheduler", *names]
+        found = [components[name] for name in names]
+        assert set(map(id, found)) == set(map(id, expected))
+    components = loop_of(encoder.encode, vae=encoder).pipe.components
+    assert {id(components[name]) for name in ("vae", "vae_2", "vae_3")} == set(
+        map(id, (first, OTHER, ENCODER))
+    )
+    assert "text_encoder" not in components
+
+
+def test_another_prompt_encoder_is_another_model():
+    before = pipeline_fingerprints(loop_of(encode).pipe)
+    with torch.no_grad():
+        ENCODER.weight.add_(1)
+    after = pipeline_fingerprints(loop_of(encode).pipe)
+    assert before["text_encoder"] != after["text_encoder"] and before["model"] == after["model"]
+
+
+@pytest.mark.slow
+def test_the_encode_prompt_of_a_pipeline_moves_with_the_model():
+    pipe = build_tiny(sd15)
+    unet = build_tiny(sd15).unet
+    loop = HookedDiffusionModel(unet, pipe.scheduler, pipe.encode_prompt, vae=pipe.vae).pipe
+    encoders = {name for name in loop.components if name.startswith("text_encoder")}
+    assert any(loop.components[name] is pipe.text_encoder for name in encoders)
+    move(loop, "meta")
+    assert pipe.text_encoder.device.type == pipe.vae.device.type == "meta"
 
 
 class Decoder:

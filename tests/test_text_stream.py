@@ -406,6 +406,21 @@ def test_an_edit_of_an_input_is_one_of_the_output_before_it(stream):
     assert PROMPTS[: len(prompts)] == prompts
 
 
+def test_an_edit_with_the_input_gets_the_edited_one_in_either_order():
+    model = HookedDiffusionModel.from_pipeline(build(sd3))
+    of_input = Edit(lambda x: x * 2, side="input")
+    of_difference = Edit(lambda x, before: x + 0.1 * (x - before), with_input=True)
+
+    def sample(edits):
+        prompts, options = arguments(sd3)
+        with model.watch(3) as sampling:
+            model.run_with_hooks({"transformer_blocks.1": edits}, prompts, **options)
+        return sampling.sample
+
+    one = sample([of_input, of_difference])
+    assert torch.equal(one, sample([of_difference, of_input]))
+
+
 def test_an_input_is_edited_where_it_can_be_and_refused_where_both_are_meant():
     with pytest.raises(UsageError, match="leave with_input out"):
         Edit(lambda x: x, side="input", with_input=True)
