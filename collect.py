@@ -172,6 +172,7 @@ from diffusion.generate import check_shared_options, image_lists
 from diffusion.loading import check_has_prompts, parse_lora
 from diffusion.randomness import random_numbers_of
 from diffusion.real_images import RealImages, open_image, seeded
+from diffusion.sampling_loop import Loop
 from diffusion.signatures import class_text, per_prompt, takes_prompts
 from diffusion.text_words import words_of_prompt
 from diffusion.tokenizer_calls import SeenText, watch_tokenizers
@@ -339,6 +340,7 @@ def main(cfg: Config) -> list[Path]:
     if inputs is not None:
         texts, arguments = batching.arguments(first_batch)
         check_images_by_row(model, texts, arguments | options)
+    note_unused_seeds(model, batching, first_batch[: batching.num_images], options)
     if cfg.list_hooks:
         print_hooks(cfg, model, batching, first_batch, options, store_dtype)
         return []
@@ -701,6 +703,30 @@ def pipeline_options(
     check_shared_options(extra)
     output_type = "pt" if decodes(cfg) else "latent"
     return model.arguments(batching.num_images, output_type, extra, **options)
+
+
+def note_unused_seeds(
+    model: HookedDiffusionModel, batching: Batching, lines: list[dict], options: dict
+) -> None:
+    """Print one line if the samples of a model of one's own do not begin with noise of their seeds.
+
+    Then the same seed gives another image in another batch. It is tried in two steps that are
+    thrown away, on the first lines. Pipelines of diffusers and the loop that comes with this
+    project draw from the generators that they get.
+    """
+    if not model.loaded_from.get("model_files") or isinstance(model.pipe, Loop):
+        return
+    samples = []
+    for shift in (0, 1):
+        shifted = [{**line, "seed": line["seed"] + shift} for line in lines]
+        texts, arguments = batching.arguments(shifted)
+        samples.append(model.first_sample(texts, **arguments, **options))
+    if torch.equal(*samples):
+        print(
+            "note: another seed gives the same noise, so this model does not draw its noise from "
+            "the argument `generator`, a list of one torch.Generator per sample: what it makes of "
+            "a prompt may depend on the batch"
+        )
 
 
 # ------------------------------------------------------------------------------ hook points

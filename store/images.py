@@ -90,14 +90,9 @@ def join_media(batches: list[Media]) -> Media:
 def media_of(output: object, sampling_rate: int) -> Media | None:
     """Return what a pipeline returned as Media, or None if it holds no images, videos or audio.
 
-    output: as for `save_images`, or a tuple or dict whose first item is such. sampling_rate: of
-    audio.
+    output: as for `save_images`. sampling_rate: of audio.
     """
     is_audio, made = unwrap(output)
-    if isinstance(made, dict):
-        made = tuple(made.values())
-    if isinstance(made, tuple) and made:
-        made = made[0]
     if is_audio:
         audio = torch.as_tensor(made).cpu()
         if audio.ndim == 2:
@@ -111,13 +106,19 @@ def media_of(output: object, sampling_rate: int) -> Media | None:
 
 
 def unwrap(output: object) -> tuple[bool, object]:
-    """Return (whether it is audio, what lies in the field `images`, `frames` or `audios`).
+    """Return (whether it is audio, what lies in the field or key `images`, `frames` or `audios`).
 
-    An object without such a field is returned as it is.
+    Of a tuple or dict without such a name it is the first item; an object is returned as it is.
     """
     for name in ("images", "frames", "audios"):
         if hasattr(output, name):
             return name == "audios", getattr(output, name)
+        if isinstance(output, dict) and name in output:
+            return name == "audios", output[name]
+    if isinstance(output, dict):
+        output = tuple(output.values())
+    if isinstance(output, tuple) and output:
+        output = output[0]
     return False, output
 
 
@@ -216,9 +217,10 @@ def save_images(
     """Save what a pipeline returned for these rows, and return once it is safe on the disk.
 
     output: a list of PIL images, or of lists of them (videos); images in [0, 1], (N, C, H, W) of
-    torch or (N, H, W, C) of NumPy; videos, with an axis of frames behind N; or an object with
-    `images`, `frames` or `audios` that is one of these. audios: (N, samples) or (N, channels,
-    samples) in [-1, 1]. Files of rows that were saved before are overwritten.
+    torch or (N, H, W, C) of NumPy; videos, with an axis of frames behind N; an object or dict with
+    `images`, `frames` or `audios` that is one of these; or a tuple or dict that begins with one.
+    audios: (N, samples) or (N, channels, samples) in [-1, 1]. Files of rows that were saved before
+    are overwritten.
 
     Raises UsageError for anything else, and if there is not one for each row.
     """

@@ -1040,3 +1040,38 @@ def test_a_sampler_that_does_not_say_how_many_steps_it_makes(tmp_path, monkeypat
     Path("prompts.csv").write_text("prompt\ncat\nbird\n")
     with pytest.raises(UsageError, match="KeyError: 'bird' .net.py, line "):
         collect.main(config)
+
+
+GLOBAL_NOISE = """
+def unseeded():
+    sampler = uncounted()
+    call = Sampler.__call__
+
+    class Unseeded(Sampler):
+        def __call__(self, prompt, generator=None, num_inference_steps=2):
+            return call(self, prompt, [None] * len(prompt))
+
+    sampler.__class__ = Unseeded
+    return sampler
+
+
+def seeded():
+    sampler = uncounted()
+    call = Sampler.__call__
+
+    class Seeded(Sampler):
+        def __call__(self, prompt, generator=None, num_inference_steps=2):
+            return call(self, prompt, generator)
+
+    sampler.__class__ = Seeded
+    return sampler
+"""
+
+
+@pytest.mark.parametrize("function, is_noted", [("unseeded", True), ("seeded", False)])
+def test_noise_that_no_seed_reaches_is_said(tmp_path, monkeypatch, capsys, function, is_noted):
+    monkeypatch.chdir(write(tmp_path / "project", net=UNCOUNTED + GLOBAL_NOISE))
+    Path("prompts.csv").write_text("prompt\ncat\ndog\n")
+    options = dict(hook_names=["blocks.1"], num_inference_steps=2, device="cpu")
+    collect.main(collect.Config(model_name=f"net.py:{function}", **options))
+    assert ("another seed gives the same noise" in capsys.readouterr().out) == is_noted
