@@ -364,7 +364,7 @@ def main(cfg: Config) -> list[Path]:
     if cfg.stream == "text":
         add_words(cfg, model, batching, prompts, first_batch, options)
         sites = with_room(cfg, model, batching, sites, everything, options, seen)
-        sites = with_room_of(folder_of(cfg), sites)
+        sites = with_room_of(folder_of(cfg), sites, cfg.text_tokens)
 
     # 4. Room on the disk, before anything is written
     folder = folder_of(cfg)
@@ -955,10 +955,11 @@ def longest_lines(lines: list[dict], seen: SeenText, num_images: int) -> list[di
     return rows
 
 
-def with_room_of(folder: Path, sites: list[Site]) -> list[Site]:
+def with_room_of(folder: Path, sites: list[Site], text_tokens: int | None) -> list[Site]:
     """Return the sites with the room of the files that are in the folder already.
 
-    Raises UsageError if a prompt needs more: a file can't be made wider.
+    Raises UsageError if a prompt needs more, and if --text_tokens says another number: a file can't
+    be made wider.
     """
     if not (folder / "collect.json").exists():
         return sites
@@ -966,6 +967,11 @@ def with_room_of(folder: Path, sites: list[Site]) -> list[Site]:
     roomy = []
     for site in sites:
         room = rooms.get(site.point.hook_name, site.text_tokens)
+        if text_tokens not in (None, room):
+            raise UsageError(
+                f"--text_tokens {text_tokens}: {folder} has room for {room} text tokens of each "
+                "prompt; leave it out, or collect into another --out_dir"
+            )
         if room < site.text_tokens:
             raise UsageError(
                 f"{folder} has room for {room} text tokens of each prompt, and the longest prompt "

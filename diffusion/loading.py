@@ -323,9 +323,10 @@ def say_changed_files(theirs: dict | None, ours: dict | None) -> None:
         return
     changed = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
     if changed:
+        verb = "has" if len(changed) == 1 else "have"
         print(
-            f"note: {', '.join(changed)} has changed since the activations were collected, so the "
-            "model may compute something else than it did then"
+            f"note: {', '.join(changed)} {verb} changed since the activations were collected, "
+            "so the model may compute something else than it did then"
         )
 
 

@@ -12,6 +12,7 @@ from tiny import build, sd15
 import collect
 import evaluate
 import steer
+from diffusion import loading
 from diffusion.loading import load_pipeline, parse_lora
 from errors import UsageError
 from hook import HookedDiffusionModel
@@ -222,3 +223,8 @@ def test_files_that_are_no_models(lora, tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "NoSuchPipeline"}')
     with pytest.raises(UsageError, match="can't be loaded: .*NoSuchPipeline"):
         load_pipeline(str(tmp_path), torch.float32)
+
+
+def test_several_changed_files_have_changed(capsys):
+    loading.say_changed_files({"a.py": "1", "b.py": "1"}, {"a.py": "2", "b.py": "2"})
+    assert capsys.readouterr().out.startswith("note: a.py, b.py have changed since")

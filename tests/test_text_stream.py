@@ -267,6 +267,9 @@ def test_a_collection_that_has_no_room_for_a_longer_prompt_says_so_at_once(folde
     [path] = collect.main(config(folder, tmp_path / "wide", [SHORT], text_tokens=60))
     collect.main(config(folder, tmp_path / "wide", [SHORT, LONG], text_tokens=60))
     assert np.load(path).shape[2] == 60
+    for other in (50, 70):
+        with pytest.raises(UsageError, match=f"^--text_tokens {other}: .* has room for 60 text"):
+            collect.main(config(folder, tmp_path / "wide", [SHORT, LONG], text_tokens=other))
 
 
 def test_padding_is_kept_on_request_and_is_another_hook_point(folder, tmp_path):
