@@ -74,6 +74,11 @@ ADDED |= {
     "num_training_in_data",
     "contents",
     "telling",
+    "frames",
+    "films",
+    "sounds",
+    "audio",
+    "columns",
 }
 
 
