@@ -35,6 +35,7 @@ SMALL_SAE = ["--data", DATA, "--expansion_factor", "4", "--log_every", "2", "--s
 NAMED = {
     r".*/(collect\.json|progress\.npy)": "the progress of a collection is in progress.jsonl",
     r".*\.png": "figures share one grid and one style",
+    r"steer_(multiply|add)/.*\.json": "--features shows prompts that are spread over the data",
 }
 # Never compared: times and versions, what CHANGELOG.md names as gone or new in a description, and
 # pictures of the page
