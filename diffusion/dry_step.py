@@ -38,6 +38,7 @@ from diffusion.signatures import (
     outline,
     prompt_arguments,
     takes_prompts,
+    tensors,
 )
 from diffusion.trace import DryRunOver, Forward, Sampling, Step, undisturbed
 from diffusion.unnoticed import processors_put_back, without_hooks
@@ -452,7 +453,49 @@ def check_images_by_row(model: Any, prompts: list[str], options: dict) -> None:
         raise UsageError(f"{refused}the image of one prompt changes what is made of others{remedy}")
     if changed and not prompts_that_differ:
         raise UsageError(f"{refused}the last image changes nothing{remedy}")
+    sizes = {image.size for name in changed for image in options[name]}
+    if len(sizes) > 1 and depends_on_order(model, prompts, options, before):
+        raise UsageError(
+            f"{refused}the images have different sizes, and the first of a batch decides to which "
+            "size the others are scaled; scale the images to one size"
+        )
     memory.images_are_checked = True
+
+
+def depends_on_order(model: Any, prompts: list[str], options: dict, before: list[Forward]) -> bool:
+    """Return whether prompts with their images give other rows if they come in reverse order.
+
+    before: the `first_forwards` in their own order.
+    """
+    num_prompts = len(prompts)
+    backwards = {}
+    for name, value in options.items():
+        is_per_prompt = isinstance(value, list) and len(value) == num_prompts
+        backwards[name] = value[::-1] if is_per_prompt else value
+    after = first_forwards(model, prompts[::-1], backwards)
+    for forward in after:
+        forward.sample = flip_rows(forward.sample, num_prompts)
+        forward.output = flip_rows(forward.output, num_prompts)
+        forward.conditioning = [flip_rows(x, num_prompts) for x in forward.conditioning]
+    have_other_shapes = [shapes_in(f) for f in before] != [shapes_in(f) for f in after]
+    return have_other_shapes or bool(rows_that_differ(before, after))
+
+
+def flip_rows(x: Any, num_prompts: int) -> Any:
+    """Return a tensor with the rows of the prompts of each chunk in reverse order, and anything
+    else as it is.
+
+    For two prompts, and so chunks of two rows, [a, b, c, d] becomes [b, a, d, c].
+    """
+    if not torch.is_tensor(x) or not x.ndim or len(x) % num_prompts:
+        return x
+    return x.unflatten(0, (-1, num_prompts)).flip(1).flatten(0, 1)
+
+
+def shapes_in(forward: Forward) -> list[tuple[int, ...]]:
+    """Return the shapes of what a denoiser was given and predicted."""
+    values = tensors([forward.sample, *forward.conditioning, forward.output])
+    return [tuple(x.shape) for x in values]
 
 
 def rows_that_differ(before: list[Forward], after: list[Forward]) -> set[int]:

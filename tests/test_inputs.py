@@ -20,6 +20,7 @@ import collect
 import evaluate
 import steer
 import train
+from diffusion.dry_step import check_images_by_row
 from diffusion.generate import generate, image_lists
 from errors import UsageError
 from hook import Edit, Generation, HookedDiffusionModel
@@ -351,6 +352,18 @@ def test_each_prompt_is_given_once_per_sample_where_samples_may_be_sorted():
 
 
 # ------------------------------------------------------------------------------ later stages
+
+
+@pytest.mark.parametrize("recipe, is_refused", [(kontext, True), (controlnet, False)])
+def test_images_of_several_sizes_that_are_scaled_to_the_first_are_refused(recipe, is_refused):
+    """A pipeline may scale all images of a batch alike, whatever height and width are given."""
+    hooked = HookedDiffusionModel.from_pipeline(build(recipe))
+    options = generate_options(2, recipe) | {"image": [picture(0), picture(1, (24, 48))]}
+    prompts = options.pop("prompt")
+    if not is_refused:
+        return check_images_by_row(hooked, prompts, options)
+    with pytest.raises(UsageError, match="different sizes.*scale the images to one size"):
+        check_images_by_row(hooked, prompts, options)
 
 
 def test_steer_refuses_images_of_several_sizes(tmp_path):
