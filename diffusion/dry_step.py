@@ -451,7 +451,8 @@ def check_images_by_row(model: Any, prompts: list[str], options: dict) -> None:
     prompts_that_differ = {row % num_prompts for row in rows_that_differ(before, after)}
     if prompts_that_differ - {num_prompts - 1}:
         raise UsageError(f"{refused}the image of one prompt changes what is made of others{remedy}")
-    if changed and not prompts_that_differ:
+    # at a strength of 1, noise hides nearly all of an image: here any change counts
+    if changed and not rows_that_differ(before, after, least_change=0):
         raise UsageError(f"{refused}the last image changes nothing{remedy}")
     sizes = {image.size for name in changed for image in options[name]}
     if len(sizes) > 1 and depends_on_order(model, prompts, options, before):
@@ -498,12 +499,14 @@ def shapes_in(forward: Forward) -> list[tuple[int, ...]]:
     return [tuple(x.shape) for x in values]
 
 
-def rows_that_differ(before: list[Forward], after: list[Forward]) -> set[int]:
+def rows_that_differ(
+    before: list[Forward], after: list[Forward], least_change: float = LEAST_CHANGE
+) -> set[int]:
     """Return in which rows of the batch two lists of forwards differ: in what the denoisers were
     given or in what they predicted.
 
-    A row differs if it has changed by more than a hundredth of itself; on a GPU, numbers may change
-    by rounding. Tensors of different shapes are not compared.
+    A row differs if it has changed by more than `least_change` of itself; on a GPU, numbers may
+    change by rounding. Tensors of different shapes are not compared.
     """
     rows = set()
     for first, second in zip(before, after):
@@ -513,7 +516,7 @@ def rows_that_differ(before: list[Forward], after: list[Forward]) -> set[int]:
             if torch.is_tensor(x) and torch.is_tensor(y) and x.shape == y.shape:
                 change = (x.double() - y.double()).reshape(len(x), -1).norm(dim=1)
                 size = x.double().reshape(len(x), -1).norm(dim=1)
-                rows.update((change > LEAST_CHANGE * size).nonzero()[:, 0].tolist())
+                rows.update((change > least_change * size).nonzero()[:, 0].tolist())
     return rows
 
 
