@@ -85,12 +85,12 @@ from tqdm import tqdm
 from analysis.plots import ImageRow, plot_ablation_ranking, plot_images
 from diffusion.generate import Generated, generate, required_media
 from diffusion.hook_names import ATTENTIONS, regex_of
-from diffusion.loading import check_has_prompts
+from diffusion.loading import check_has_prompts, load_prompt_rows
 from errors import UsageError, decimals
-from hook import Edit, Generation, HookedDiffusionModel, Layout, NotHookable, default_prompts
+from hook import Edit, Generation, HookedDiffusionModel, Layout, NotHookable
 from store.disk import claim_folder, write_json
 from store.images import Media, describe_files, save_media
-from store.inputs import InputImages, input_names, load_rows, names_folder
+from store.inputs import InputImages, input_names
 from store.prompts import with_seeds
 
 MOST_SHOWN = 40  # rows of images, and bars: the hook points that matter most
@@ -184,17 +184,7 @@ def load_lines(cfg: Config) -> list[dict]:
 
     Raises UsageError for --mode mean with a single prompt.
     """
-    dataset_name = cfg.dataset_name
-    if dataset_name is None and not names_folder(cfg.inputs):
-        dataset_name = default_prompts(cfg.model_name)
-    prompts = load_rows(
-        cfg.inputs,
-        dataset_name,
-        cfg.split,
-        cfg.column,
-        cfg.negative_prompt,
-        cfg.max_num_examples,
-    )
+    prompts = load_prompt_rows(cfg)
     if cfg.mode == "mean" and len(prompts) < 2:
         raise UsageError(
             "--mode mean needs two prompts or more to take the mean over; raise --max_num_examples"

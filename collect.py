@@ -42,7 +42,6 @@ whatever the number of processes. A larger --max_num_examples extends a finished
 smaller one finishes a stopped collection at that length.
 """
 
-import hashlib
 import inspect
 import math
 import shutil
@@ -169,9 +168,9 @@ from tqdm import tqdm
 from diffusion.audio_span import watch_decoders
 from diffusion.dry_step import check_images_by_row
 from diffusion.generate import check_shared_options, image_lists
-from diffusion.loading import check_has_prompts, parse_lora
+from diffusion.loading import check_has_prompts, load_prompt_rows, parse_lora
 from diffusion.randomness import random_numbers_of
-from diffusion.real_images import RealImages, open_image, seeded
+from diffusion.real_images import RealImages, seeded
 from diffusion.sampling_loop import Loop
 from diffusion.signatures import class_text, per_prompt, takes_prompts
 from diffusion.text_words import words_of_prompt
@@ -182,7 +181,6 @@ from hook import (
     HookedDiffusionModel,
     Layout,
     NotHookable,
-    default_prompts,
     find_model,
     unwrap,
 )
@@ -191,7 +189,7 @@ from store.collection import Collection, CollectionBatch
 from store.disk import read_json, relative_to
 from store.hook_point import HookPoint
 from store.identity import pipeline_fingerprints
-from store.inputs import InputImages, load_rows, names_folder
+from store.inputs import InputImages, digest_of, open_image
 from store.prompts import load_pictures, with_seeds
 
 # A cache's keys end with these for each kind of rows: cache["output_uncond"]
@@ -520,17 +518,7 @@ def load_lines(cfg: Config) -> tuple[list[dict], list | None]:
     """
     sources = None
     if cfg.images is None:
-        dataset_name = cfg.dataset_name
-        if dataset_name is None and not names_folder(cfg.inputs):
-            dataset_name = default_prompts(cfg.model_name)
-        texts = load_rows(
-            cfg.inputs,
-            dataset_name,
-            cfg.split,
-            cfg.column,
-            cfg.negative_prompt,
-            cfg.max_num_examples,
-        )
+        texts = load_prompt_rows(cfg)
     else:
         texts, sources = load_pictures(
             cfg.images, cfg.dataset_name, cfg.split, cfg.column, cfg.max_num_examples
@@ -600,9 +588,7 @@ def add_image_digests(prompts: list[dict], sources: list) -> None:
     digests = {}
     ids = sorted({prompt["id"] for prompt in prompts})
     for image_id in tqdm(ids, "reading", unit="image"):
-        image = open_image(sources[image_id])
-        pixels = f"{image.size}".encode() + image.tobytes()
-        digests[image_id] = hashlib.sha256(pixels).hexdigest()[:16]
+        digests[image_id] = digest_of(open_image(sources[image_id]))
     for prompt in prompts:
         prompt["image_digest"] = digests[prompt["id"]]
 

@@ -123,7 +123,14 @@ from analysis.columns import (
 from errors import UsageError, decimals
 from sae import Sae, newest_sae
 from store.activation_file import ActivationFile
-from store.audio import audio_picture, audio_seconds, encode_audio, read_audio, resample
+from store.audio import (
+    PICTURE_WIDTH,
+    audio_picture,
+    audio_seconds,
+    encode_audio,
+    read_audio,
+    resample,
+)
 from store.collection import check_saved_images
 from store.dataset import Activations
 from store.disk import check_same, make_folder, write_atomically
@@ -140,7 +147,6 @@ BLANK = "␣"  # a token of a text stream that is only spaces
 NUM_WORDS = 6  # shown per feature, at most
 NUM_NEAREST = 6  # shown per feature, at most
 PRIOR = 10  # the prior of a word weighs as much as this many prompts
-AUDIO_WIDTH = 480  # pixels of a waveform and spectrogram
 CUT_OFF = 0.85  # grey, where the model made audio that the pipeline cut off
 SOUND_RATE = 16000  # samples per second of the page's audio, at most
 MOST_SOUND = 48e6  # bytes of all audio in the page; more of it plays at a lower rate
@@ -1033,16 +1039,16 @@ def show_audio(path: Path, span: dict, sound_rate: int) -> Shown:
     except (OSError, EOFError, wave.Error):
         return Shown()
     num_samples = max(audio.shape[1], span.get("num_samples", 0))
-    left = round(AUDIO_WIDTH * span.get("first_sample", 0) / num_samples)
-    width = max(1, round(AUDIO_WIDTH * audio.shape[1] / num_samples))
+    left = round(PICTURE_WIDTH * span.get("first_sample", 0) / num_samples)
+    width = max(1, round(PICTURE_WIDTH * audio.shape[1] / num_samples))
     inside = audio_picture(audio, width)
-    picture = torch.full((3, inside.shape[1], AUDIO_WIDTH), CUT_OFF)
-    picture[:, :, left : left + width] = inside[:, :, : AUDIO_WIDTH - left]
+    picture = torch.full((3, inside.shape[1], PICTURE_WIDTH), CUT_OFF)
+    picture[:, :, left : left + width] = inside[:, :, : PICTURE_WIDTH - left]
 
     levels = (255 * picture).round().to(torch.uint8).movedim(0, -1).numpy()
     sound_rate = min(sound_rate, sampling_rate)
     sound = encode_audio(resample(audio.mean(0), sampling_rate, sound_rate), sound_rate)
-    return Shown(small_image(Image.fromarray(levels), AUDIO_WIDTH), sound=sound)
+    return Shown(small_image(Image.fromarray(levels), PICTURE_WIDTH), sound=sound)
 
 
 # -------------------------------------------------------------------------------------- the page

@@ -41,7 +41,6 @@ from diffusion.hook_names import (
     match_names,
 )
 from diffusion.loading import (
-    default_prompts,
     find_model,
     fuse_lora,
     is_model_file,
@@ -84,7 +83,6 @@ __all__ = [
     "HookedDiffusionModel",
     "Layout",
     "NotHookable",
-    "default_prompts",
     "find_model",
     "model_of",
     "per_prompt",

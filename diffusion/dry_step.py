@@ -91,8 +91,8 @@ class DryStep:
 
     count_steps: bool = False
     """Whether to find out in which steps each denoiser runs, where several take turns, see
-    `steps_of`. Then the dry step goes on to the last step of the loop, and denoisers that have run
-    return what they returned before, without computing."""
+    `steps_of`. Then the dry step continues to the last step of the loop, and denoisers that have
+    run return what they returned before, without computing."""
 
     ran: set[str] = field(default_factory=set, init=False)  # denoisers that need not run again
     steps: dict[str, list[int]] = field(default_factory=dict, init=False)  # {denoiser: its steps}

@@ -26,6 +26,7 @@ from torch import nn
 from diffusion.signatures import takes_prompts
 from errors import UsageError
 from store.identity import pipeline_fingerprints
+from store.inputs import load_rows, names_folder
 from store.prompts import KINDS, default_dataset
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -88,6 +89,25 @@ def default_prompts(model_name: str) -> str | None:
         if not is_model_file(model_name) and pipeline_takes_prompts(folder_or_id):
             raise
     return None
+
+
+def load_prompt_rows(cfg: Any) -> list[dict]:
+    """Return the prompts of a generation, with their images, as `store.inputs.load_rows` does.
+
+    cfg: a `cli.GenerationConfig` with `max_num_examples`. Without --dataset_name and without a
+    folder of images, they are the model's own, see `default_prompts`.
+    """
+    dataset_name = cfg.dataset_name
+    if dataset_name is None and not names_folder(cfg.inputs):
+        dataset_name = default_prompts(cfg.model_name)
+    return load_rows(
+        cfg.inputs,
+        dataset_name,
+        cfg.split,
+        cfg.column,
+        cfg.negative_prompt,
+        cfg.max_num_examples,
+    )
 
 
 def check_has_prompts(pipe: Any, rows: list[dict]) -> None:

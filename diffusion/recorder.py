@@ -137,7 +137,7 @@ class WaitingStep(NamedTuple):
 
     step: Step
     time: tuple[float, float | None]
-    """(timestep, sigma), which must be read before the scheduler goes on."""
+    """(timestep, sigma), which must be read before the scheduler computes its step."""
 
 
 class Recorder:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 SAMPLING_RATE = 44100  # audio samples per second, if the pipeline does not say it
-WIDTH = 480  # pixels of a picture
+PICTURE_WIDTH = 480  # pixels
 WAVE_HEIGHT = 49  # pixels of the waveform in a picture; odd, so that one row is silence
 SPECTROGRAM_HEIGHT = 111  # pixels of the spectrogram below it
 WINDOW = 1024  # samples of a Fourier transform, at most: 23 ms at 44.1 kHz
@@ -87,7 +87,7 @@ def sampling_rate_of(pipe: object) -> int:
 # -------------------------------------------------------------------------------------- pictures
 
 
-def audio_picture(audio: Tensor, width: int = WIDTH) -> Tensor:
+def audio_picture(audio: Tensor, width: int = PICTURE_WIDTH) -> Tensor:
     """Return the waveform above the spectrogram, (3, 160, width) in [0, 1].
 
     audio: (channels, samples) in [-1, 1]; the channels are averaged. Time runs to the right, and

@@ -292,9 +292,14 @@ def read_copy(folders: list[Path], name: str) -> Image.Image:
 
 
 def name_of_copy(image: Image.Image) -> str:
-    """Return the name of an image's copy: a digest of its pixels."""
+    """Return the name of an image's copy."""
+    return f"{digest_of(image)}.png"
+
+
+def digest_of(image: Image.Image) -> str:
+    """Return 16 hex digits of a digest of an image's size and pixels."""
     pixels = f"{image.size}".encode() + image.tobytes()
-    return f"{hashlib.sha256(pixels).hexdigest()[:16]}.png"
+    return hashlib.sha256(pixels).hexdigest()[:16]
 
 
 def input_names(rows: list[Row]) -> dict[str, dict[str, str]]:
