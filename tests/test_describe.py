@@ -83,6 +83,7 @@ def test_a_text_stream_leaves_its_padding_out(tmp_path):
     describe(numbers(), tmp_path / "t.npy", prompts(), stream="text", lengths=lengths)
     file = open_activation_file(tmp_path / "t.npy")
     assert file.lengths.tolist() == lengths
+    assert file.meta["padding"] is False
     train.main(train_config(tmp_path / "t.npy", tmp_path / "saes"))
     training = read_json(tmp_path / "saes" / "run" / "cfg.json")
     assert training["stream"] == "text"
